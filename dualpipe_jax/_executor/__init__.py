@@ -1,0 +1,3 @@
+"""Runs tables: one jitted program, whatever the schedule."""
+
+from dualpipe_jax._executor.step import Step as Step

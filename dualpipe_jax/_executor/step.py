@@ -1,0 +1,235 @@
+"""The whole step as one program: shard_map, parameters in, the tables run, sums and gradients out.
+
+In: a model, tables, a mesh. Out: a function of (params, batch, rng) that runs every tick of the
+tables in one `lax.scan`; program size does not depend on their length. The straight-line steady
+state will be a second segment beside that scan.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dualpipe_jax import _microbatches
+from dualpipe_jax._executor import registers
+from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.tick import Rank, State, make_tick
+from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._split_vjp import is_differentiable, split_vjp
+from dualpipe_jax._types import Model, PyTree
+
+# What a tick needs of the tables.
+_COLUMNS = tuple(name for name in Tables.columns())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Step:
+    """Builds the step of one model, schedule and mesh.
+
+    Attributes:
+      model: The model.
+      tables: What each rank does in each tick.
+      mesh: The device mesh; axes not named here are left to XLA's partitioner.
+      axis: The pipeline axis.
+      batch_axes: The axes over which the batch's leading dim is sharded.
+      block: `(params, x, ctx) -> (x, aux)`, rematerialisation included.
+      num_layers: The layers in `params["blocks"]`.
+      poison: Whether dead values are overwritten with values that spread, in tests.
+    """
+
+    model: Model
+    tables: Tables
+    mesh: jax.sharding.Mesh
+    axis: str
+    batch_axes: tuple[str, ...]
+    block: Callable[..., tuple[PyTree, Any]]
+    num_layers: int
+    poison: bool = False
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the layers lie."""
+        return Layout(
+            axis=self.axis,
+            num_layers=self.num_layers,
+            num_stages=self.tables.num_stages,
+            stage_of=np.asarray(self.tables.stage_of),
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the batch."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+
+    def __call__(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> tuple[Any, PyTree]:
+        """Runs the step.
+
+        Returns:
+          The loss (with `has_aux` and the metrics), and the gradients in accumulation dtype, a
+          list of leaves for the differentiable leaves of each of `ends` and `blocks`; None for a
+          forward-only program.
+        """
+        blocks_spec = PartitionSpec(self.axis) if self.layout.is_sharded else PartitionSpec()
+        batch_spec = PartitionSpec(self.batch_axes or None)
+        replicated = PartitionSpec()
+        ends = self._place(params["ends"], ())
+        blocks = self._place(params["blocks"], (self.axis,) if self.layout.is_sharded else ())
+        batch = self._place(batch, self.batch_axes)
+        rng = self._place(rng, ())
+        run = jax.shard_map(
+            self._run,
+            mesh=self.mesh,
+            in_specs=(replicated, blocks_spec, batch_spec, replicated),
+            out_specs=(replicated, replicated if self.tables.forward_only else {
+                "ends": replicated, "blocks": blocks_spec
+            }),
+            axis_names={self.axis, *self.batch_axes},
+            check_vma=False,
+        )
+        return run(ends, blocks, batch, rng)
+
+    def _place(self, tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+        """Lays the leading dim over `axes`, the way shard_map demands it of Explicit meshes."""
+        mine = {self.axis, *self.batch_axes}
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        if all(types[name] is not AxisType.Explicit for name in mine):
+            return tree
+
+        def one(leaf: Any) -> Any:
+            spec = jax.typeof(leaf).sharding.spec
+            dims = [_as_names(dim) for dim in (*spec, *(None,) * (np.ndim(leaf) - len(spec)))]
+            dims = [tuple(name for name in dim if name not in mine) for dim in dims]
+            if axes:
+                dims[0] = (*axes, *dims[0])
+            spec = PartitionSpec(*(dim or None for dim in dims))
+            return jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(one, tree)
+
+    def _run(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> tuple[Any, PyTree]:
+        """The program of one device."""
+        batches = _microbatches.split(batch, self.tables.num_microbatches)
+        weight = _microbatches.total_weight(self.model, batches)
+        if weight is not None and self.batch_axes:
+            weight = lax.psum(weight, self.batch_axes)
+        rank, state = self._start(ends, blocks, batches, rng, weight)
+        num_ranks = self.tables.num_ranks
+        table = np.stack([getattr(self.tables, name) for name in _COLUMNS], axis=-1)
+        rows = lax.dynamic_index_in_dim(
+            jnp.asarray(table, jnp.int32), lax.axis_index(self.axis), axis=1, keepdims=False
+        )
+        tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
+
+        def scan_body(state: State, row: jax.Array) -> tuple[State, None]:
+            return tick(state, dict(zip(_COLUMNS, row, strict=True))), None
+
+        state, _ = lax.scan(scan_body, state, rows)
+        return self._finish(rank, state, weight)
+
+    def _start(
+        self, ends: PyTree, blocks: PyTree, batches: PyTree, rng: Any, weight: Any
+    ) -> tuple[Rank, State]:
+        """Brings the parameters to their ranks, splits the block, and makes empty buffers."""
+        model, tables, layout = self.model, self.tables, self.layout
+        chunks = layout.fetch(blocks)
+        shard = lax.axis_index(self.batch_axes) if self.num_shards > 1 else None
+
+        def probe(params: PyTree, ends: PyTree, batches: PyTree, rng: Any) -> Any:
+            microbatch = _microbatches.take(batches, 0)
+            key = _microbatches.microbatch_key(rng, jnp.int32(0))
+            ctx = _microbatches.context(microbatch, key, jnp.int32(0), is_layer=True, shard=shard)
+            ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard)
+            params = registers.read(params, 0)
+            x = _microbatches.strong(model.embed(ends, ends_ctx))
+            y, aux = self.block(params, x, ctx)
+            head = _microbatches.head_outputs(model, model.head(ends, y, ends_ctx))
+            return params, x, ctx, aux, *head
+
+        params, x, ctx, aux, loss, metrics = jax.eval_shape(probe, chunks[0], ends, batches, rng)
+        split = None if tables.forward_only else split_vjp(self.block, params, x, ctx)
+        count = tables.num_microbatches * self.num_shards
+        seed_dtype = _microbatches.accumulator_dtype(loss.dtype)
+        # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
+        loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
+        rank = Rank(
+            model=model,
+            layout=layout,
+            split=split,
+            block=self.block,
+            chunks=chunks,
+            ends=ends,
+            microbatches=batches,
+            rng=rng,
+            shard=shard,
+            loss_seed=loss_seed,
+            aux_seed=None if aux is None else jnp.asarray(1 / count, aux.dtype),
+            x=x,
+            poison=self.poison,
+        )
+        loss_zero, aux_zero, metrics_zero = _microbatches.zeros_for_sum((loss, aux, metrics))
+        slots, layers = tables.num_slots, layout.max_layers
+
+        def buffers(name: str) -> PyTree:
+            avals = () if split is None else getattr(split, name)
+            return registers.allocate(avals, slots[name], layers, poison=self.poison)
+
+        nothing = registers.allocate(x, poison=self.poison)
+        state = State(
+            received=registers.allocate(x, slots["received"] + 1, poison=self.poison),
+            residual=buffers("residual"),
+            weight_residual=buffers("weight_residual"),
+            stash=buffers("stash"),
+            block_grads=[] if split is None else [
+                _microbatches.zeros_for_sum([
+                    leaf
+                    for leaf, has in zip(jax.tree.leaves(chunk), split.has_grad, strict=True)
+                    if has
+                ])
+                for chunk in chunks
+            ],
+            ends_grads=[] if split is None else _microbatches.zeros_for_sum(
+                [leaf for leaf in jax.tree.leaves(ends) if is_differentiable(leaf)]
+            ),
+            loss=loss_zero,
+            aux=aux_zero,
+            metrics=metrics_zero,
+            from_left=nothing,
+            from_right=nothing,
+        )
+        return rank, state
+
+    def _finish(self, rank: Rank, state: State, weight: Any) -> tuple[Any, PyTree]:
+        """Sums over ranks and shards, and brings the layers' gradients back to their places."""
+        everywhere = (self.axis, *self.batch_axes)
+        sums = lax.psum((state.loss, state.aux, state.metrics), everywhere)
+        count = self.tables.num_microbatches * self.num_shards
+        result = _microbatches.result(self.model, *sums, weight, count)
+        if rank.split is None:
+            return result, None
+        ends_grads = lax.psum(state.ends_grads, everywhere)
+        block_grads = self.layout.collect(state.block_grads)
+        if self.batch_axes:
+            block_grads = lax.psum(block_grads, self.batch_axes)
+        # Leaves without a gradient of their own get zeros.
+        grads = iter(block_grads)
+        leaves = jax.tree.leaves(rank.chunks[0])
+        size = leaves[0].shape[0] if self.layout.is_sharded else self.num_layers
+        blocks = [
+            next(grads) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
+            for leaf, has in zip(leaves, rank.split.has_grad, strict=True)
+            if is_differentiable(leaf)
+        ]
+        return result, {"ends": ends_grads, "blocks": blocks}
+
+
+def _as_names(dim: Any) -> Sequence[str]:
+    if dim is None or dim is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return dim if isinstance(dim, tuple) else (dim,)

@@ -1,0 +1,71 @@
+"""The plain meaning of a model: microbatches one after the other, on one device, no pipeline.
+
+What every schedule must reproduce, differentiable by `jax.grad`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dualpipe_jax import _microbatches, _validate
+from dualpipe_jax._types import Model, PyTree
+
+
+def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
+    """Makes the loss function that the pipeline computes, without the pipeline.
+
+    Args:
+      model: The model.
+      num_microbatches: Into how many parts the leading dim of the batch is cut.
+
+    Returns:
+      `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`. The loss
+      is a scalar of at least float32. `jax.grad` of it keeps all activations of the batch.
+
+    Raises:
+      ValueError: when called, if an argument does not fit the contract (see `value_and_grad`).
+    """
+    _validate.positive_int("num_microbatches", num_microbatches)
+
+    def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
+        num_layers = _validate.num_layers(params)
+        _validate.batch(batch, num_microbatches=num_microbatches)
+        batches = _microbatches.split(batch, num_microbatches)
+        outs = _validate.model(model, params, batches, rng)
+        total_weight = _microbatches.total_weight(model, batches)
+
+        def layer(carry: tuple, layer_params: tuple, *, microbatch: PyTree, key: Any) -> Any:
+            x, aux_sum = carry
+            block_params, index = layer_params
+            ctx = _microbatches.context(microbatch, key, index, is_layer=True)
+            outputs = model.block(block_params, x, ctx)
+            x, aux = _microbatches.block_outputs(model, outputs)
+            if aux is not None:
+                aux_sum = _microbatches.add(aux_sum, aux)
+            return (_microbatches.strong(x), aux_sum), None
+
+        def step(sums: tuple, index: jax.Array) -> tuple[tuple, None]:
+            loss_sum, aux_sum, metrics_sum = sums
+            microbatch = _microbatches.take(batches, index)
+            key = _microbatches.microbatch_key(rng, index)
+            ends = params["ends"]
+            x = model.embed(ends, _microbatches.context(microbatch, key, num_layers))
+            layers = params["blocks"], jnp.arange(num_layers, dtype=jnp.int32)
+            (x, aux_sum), _ = lax.scan(
+                lambda carry, params: layer(carry, params, microbatch=microbatch, key=key),
+                (_microbatches.strong(x), aux_sum),
+                layers,
+            )
+            out = model.head(ends, x, _microbatches.context(microbatch, key, num_layers + 1))
+            loss, metrics = _microbatches.head_outputs(model, out)
+            sums = _microbatches.add((loss_sum, metrics_sum), (loss, metrics))
+            return (sums[0], aux_sum, sums[1]), None
+
+        zeros = _microbatches.zeros_for_sum((outs.loss, outs.aux, outs.metrics))
+        sums, _ = lax.scan(step, zeros, jnp.arange(num_microbatches, dtype=jnp.int32))
+        return _microbatches.result(model, *sums, total_weight, num_microbatches)
+
+    return loss_fn

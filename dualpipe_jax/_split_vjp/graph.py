@@ -1,0 +1,170 @@
+"""A jaxpr as a flat graph of nodes, calls opened, each value marked by what it depends on.
+
+In: a jaxpr in which a forward and its `jax.vjp` stand one after the other. Out: `Graph`, whose
+nodes are small programs over numbered values, in an order in which they can run.
+"""
+
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.extend import core as jcore
+from jax.extend.core import primitives
+
+
+class When(enum.IntEnum):
+    """When a value can be known: what it depends on decides."""
+
+    ALWAYS = 0  # on parameters, constants and the context alone
+    FORWARD = 1  # on x
+    BACKWARD = 2  # on the cotangents, or recomputed for them under `jax.checkpoint`
+
+
+# Values are numbered; a node reads numbers or, in place, constants.
+@dataclass(frozen=True)
+class Constant:
+    """A value known at trace time."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Node:
+    """A piece of program: one equation, or a loop made of several.
+
+    Attributes:
+      name: The primitive's name.
+      run: From the values of `inputs` to the values of `outputs`.
+      inputs: Numbers of values, or constants.
+      outputs: Numbers of values.
+      when: The latest of its inputs, or later where a `jax.checkpoint` asks for recomputation.
+      has_effect: Whether it must run even if nobody reads its outputs.
+      loop: The equation, if it is a scan, which the partition may open.
+    """
+
+    name: str
+    run: Callable[..., Sequence[Any]]
+    inputs: tuple[int | Constant, ...]
+    outputs: tuple[int, ...]
+    when: When
+    has_effect: bool = False
+    loop: Any = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The numbers among the inputs."""
+        return tuple(i for i in self.inputs if isinstance(i, int))
+
+
+@dataclass
+class Graph:
+    """Nodes in an order in which they can run, and the abstract value and time of each value."""
+
+    nodes: list[Node] = field(default_factory=list)
+    avals: list[Any] = field(default_factory=list)
+    when: list[When] = field(default_factory=list)
+
+    def new_value(self, aval: Any, when: When) -> int:
+        """Numbers a new value."""
+        self.avals.append(aval)
+        self.when.append(when)
+        return len(self.avals) - 1
+
+    def add(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], *, late: bool = False):
+        """Appends the equations of `jaxpr`, opening calls, and returns its outputs' values.
+
+        Args:
+          jaxpr: A `Jaxpr`.
+          consts: Values of its constvars.
+          inputs: A value's number or a Constant for each of its invars.
+          late: Whether everything that depends on x belongs to the backward: so inside whatever
+            the backward calls, where the recomputation of a `jax.checkpoint` must not be moved
+            into the forward.
+        """
+        env: dict[Any, int | Constant] = dict(
+            zip(jaxpr.constvars, map(Constant, consts), strict=True)
+        )
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom: Any) -> int | Constant:
+            return Constant(atom.val) if isinstance(atom, jcore.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(atom) for atom in eqn.invars]
+            when = max((self.when[i] for i in ins if isinstance(i, int)), default=When.ALWAYS)
+            inner = _called_jaxpr(eqn)
+            if inner is not None:
+                is_late = late or when is When.BACKWARD
+                outs = self.add(inner.jaxpr, inner.consts, ins, late=is_late)
+            else:
+                if late and when is When.FORWARD:
+                    when = When.BACKWARD
+                outs = [self.new_value(var.aval, when) for var in eqn.outvars]
+                self.nodes.append(_node(jaxpr, eqn, env, outs, when))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+
+def evaluate(nodes: Iterable[Node], env: dict[int, Any]) -> None:
+    """Runs `nodes`, reading values from `env` and writing theirs to it."""
+    for node in nodes:
+        outs = node.run(*(read(env, i) for i in node.inputs))
+        env.update(zip(node.outputs, outs, strict=True))
+
+
+def read(env: Mapping[int, Any], atom: int | Constant) -> Any:
+    """Reads a value or a constant."""
+    return atom.value if isinstance(atom, Constant) else env[atom]
+
+
+def needed(nodes: Sequence[Node], wanted: Iterable[Any], known: Iterable[int] = ()) -> list[Node]:
+    """Selects, in order, the nodes that `wanted` needs, taking the values of `known` as given."""
+    known = set(known)
+    live = {v for v in wanted if isinstance(v, int)} - known
+    selected = []
+    for node in reversed(nodes):
+        if live.intersection(node.outputs):
+            selected.append(node)
+            live.update(v for v in node.reads if v not in known)
+    return selected[::-1]
+
+
+def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[int], when: When):
+    variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jcore.Literal)))
+    # A jaxpr of this one equation: JAX itself knows how to run it in its context and name scope.
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=variables,
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return Node(
+        name=eqn.primitive.name,
+        run=lambda *values: jax.core.eval_jaxpr(alone, (), *values),
+        inputs=tuple(env[v] for v in variables),
+        outputs=tuple(outs),
+        when=when,
+        has_effect=bool(eqn.effects),
+        loop=eqn if eqn.primitive is primitives.scan_p else None,
+    )
+
+
+def _called_jaxpr(eqn: Any) -> Any:
+    """Returns what `eqn` calls if the call can be opened without changing its meaning, or None."""
+    primitive, params = eqn.primitive, eqn.params
+    if primitive is primitives.jit_p:
+        shardings = (*params["in_shardings"], *params["out_shardings"])
+        is_plain = all("Unspecified" in type(s).__name__ for s in shardings)
+        return params["jaxpr"] if is_plain else None
+    if primitive in (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p):
+        return params["call_jaxpr"]
+    if primitive in (primitives.closed_call_p, primitives.call_p):
+        return params["call_jaxpr"]
+    if primitive is primitives.remat_p:
+        jaxpr = params["jaxpr"]
+        return jcore.ClosedJaxpr(jaxpr, ()) if not isinstance(jaxpr, jcore.ClosedJaxpr) else jaxpr
+    return None

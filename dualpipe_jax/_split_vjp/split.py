@@ -1,0 +1,299 @@
+"""Splits `jax.vjp` of a block into forward, input_grad and weight_grad.
+
+In: a block as a pure function, and avals. Out: three functions and the avals of what passes
+between them. As Qi et al., "Zero Bubble Pipeline Parallelism" (2023), section 2, for any block.
+
+One trace holds the block and its vjp. Liveness divides it: what dx needs of the backward is the
+input gradient, what only the parameters' gradients need is the weight gradient. Values that depend
+on parameters, constants or the context alone are computed again wherever they are needed; the rest
+of what crosses from one part to the next is chosen by a minimum cut in bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
+from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
+from dualpipe_jax._split_vjp.loops import split_scan
+
+PyTree = Any
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitVjp:
+    """A block's forward and the two halves of its backward.
+
+    Attributes:
+      forward: `(params, x, ctx) -> (y, aux, residual, weight_residual)`. `residual` is what only
+        the input gradient needs, `weight_residual` what the weight gradient needs (the input
+        gradient may read both); tuples of arrays. `aux` is the aux loss, or None.
+      input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash)`; dy and dx
+        are lists with an array for every floating-point leaf of x, and `stash` is what the weight
+        gradient needs of the input gradient's work.
+      weight_grad: `(params, ctx, weight_residual, stash) -> dparams`, a list of arrays for the
+        leaves of params in which `has_grad` is True.
+      residual: Avals of `residual`; so are `weight_residual` and `stash` of theirs.
+      has_grad: For every leaf of params, whether its gradient can be other than zero.
+    """
+
+    forward: Callable[..., tuple[PyTree, Any, Arrays, Arrays]]
+    input_grad: Callable[..., tuple[list[jax.Array], Arrays]]
+    weight_grad: Callable[..., list[jax.Array]]
+    residual: tuple[Any, ...]
+    weight_residual: tuple[Any, ...]
+    stash: tuple[Any, ...]
+    has_grad: tuple[bool, ...]
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether `leaf` has a cotangent: floating-point and complex leaves have."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def split_vjp(block: Callable[..., tuple[PyTree, Any]], params: PyTree, x: PyTree, ctx: PyTree):
+    """Traces `block` once and splits its vjp.
+
+    Args:
+      block: `(params, x, ctx) -> (y, aux)`; y has the structure, shapes and dtypes of x; aux is a
+        scalar, or None.
+      params: Arrays or avals; so are `x` and `ctx`.
+
+    Returns:
+      A SplitVjp.
+    """
+    trace = _trace(block, params, x, ctx)
+    graph = trace.graph
+    nodes = _split_loops(graph, trace.dx)
+    backward = [n for n in nodes if n.when is When.BACKWARD]
+    # A gradient that does not depend on the cotangents is zero: the vjp is linear in them.
+    has_grad = tuple(isinstance(v, int) and graph.when[v] is When.BACKWARD for v in trace.dparams)
+    dparams = [v for v, has in zip(trace.dparams, has_grad, strict=True) if has]
+
+    for_dx = needed(backward, trace.dx)
+    ids = {id(n) for n in for_dx}
+    stash = minimum_cut(
+        backward,
+        wanted=dparams,
+        can_keep=lambda n: id(n) in ids or n.name in CHEAP | REDUCTIONS,
+        can_redo=lambda n: id(n) not in ids,
+        size=lambda v: _num_bytes(graph.avals[v]),
+        is_free=lambda v: graph.when[v] is not When.BACKWARD,
+        prefer_late=False,
+    )
+    input_nodes = needed(backward, [*trace.dx, *stash])
+    weight_nodes = needed(backward, dparams, known=stash)
+
+    # Of the forward, the backward reads these; cheap steps from what is kept are run again.
+    forward = [n for n in nodes if n.when is When.FORWARD]
+    reads = {v for n in (*input_nodes, *weight_nodes) for v in n.reads}
+    reads |= {v for v in trace.dx if isinstance(v, int)}
+    kept = minimum_cut(
+        forward,
+        wanted=[v for v in reads if graph.when[v] is When.FORWARD],
+        can_keep=lambda _: True,
+        can_redo=lambda n: n.name in CHEAP and not n.has_effect,
+        size=lambda v: _num_bytes(graph.avals[v]),
+        is_free=lambda v: graph.when[v] is not When.FORWARD,
+        prefer_late=True,
+    )
+    known = [n for n in nodes if n.when is not When.BACKWARD]
+    return _assemble(
+        trace,
+        kept=kept,
+        stash=tuple(sorted(stash)),
+        has_grad=has_grad,
+        forward_nodes=_with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])),
+        input_nodes=needed([*known, *input_nodes], [*trace.dx, *stash], known=kept),
+        weight_nodes=needed([*known, *weight_nodes], dparams, known={*kept, *stash}),
+        dparams=dparams,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trace:
+    """A block and its vjp as one graph, and where the arguments and results stand in it."""
+
+    graph: Graph
+    y_structure: Any
+    params: list[int]
+    x: list[int]
+    ctx: list[int]
+    dy: list[int]
+    daux: list[int]
+    y: list[int | Constant]
+    aux: list[int | Constant]
+    dx: list[int | Constant]
+    dparams: list[int | Constant]
+
+
+def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) -> _Trace:
+    param_leaves, param_structure = jax.tree.flatten(params)
+    x_leaves, x_structure = jax.tree.flatten(x)
+    has_aux = jax.eval_shape(block, params, x, ctx)[1] is not None
+
+    def joint(param_leaves: list, x_leaves: list, ctx: PyTree, dy: list, daux: list) -> Any:
+        def differentiable(params: list, xs: list) -> Any:
+            y, aux = block(
+                jax.tree.unflatten(param_structure, _merge(params, param_leaves)),
+                jax.tree.unflatten(x_structure, _merge(xs, x_leaves)),
+                ctx,
+            )
+            y = jax.tree.leaves(y)
+            return (_pick(y), [aux] if has_aux else []), y
+
+        args = _pick(param_leaves), _pick(x_leaves)
+        (_, aux), pull, y = jax.vjp(differentiable, *args, has_aux=True)
+        dparams, dx = pull((dy, daux))
+        return y, aux, dx, dparams
+
+    dy = _pick(x_leaves)
+    daux = [jax.eval_shape(block, params, x, ctx)[1]] if has_aux else []
+    jaxpr, out = jax.make_jaxpr(joint, return_shape=True)(param_leaves, x_leaves, ctx, dy, daux)
+    graph = Graph()
+    groups = [
+        (len(param_leaves), When.ALWAYS),
+        (len(x_leaves), When.FORWARD),
+        (len(jax.tree.leaves(ctx)), When.ALWAYS),
+        (len(dy) + len(daux), When.BACKWARD),
+    ]
+    times = [when for count, when in groups for _ in range(count)]
+    inputs = [graph.new_value(v.aval, t) for v, t in zip(jaxpr.jaxpr.invars, times, strict=True)]
+    outputs = graph.add(jaxpr.jaxpr, jaxpr.consts, inputs)
+    bounds = np.cumsum([len(param_leaves), len(x_leaves), len(jax.tree.leaves(ctx)), len(dy)])
+    params_in, x_in, ctx_in, dy_in, daux_in = _cut_at(inputs, bounds)
+    y, aux, dx, picked = _cut_at(outputs, np.cumsum([len(leaves) for leaves in out[:3]]))
+    # One entry a leaf of params: integer leaves have no gradient.
+    gradients = iter(picked)
+    dparams = [next(gradients) if is_differentiable(p) else Constant(0) for p in param_leaves]
+    return _Trace(
+        graph=graph,
+        y_structure=x_structure,
+        params=params_in,
+        x=x_in,
+        ctx=ctx_in,
+        dy=dy_in,
+        daux=daux_in,
+        y=y,
+        aux=aux,
+        dx=dx,
+        dparams=dparams,
+    )
+
+
+def _assemble(
+    trace: _Trace,
+    *,
+    kept: set[int],
+    stash: tuple[int, ...],
+    has_grad: tuple[bool, ...],
+    forward_nodes: list[Node],
+    input_nodes: list[Node],
+    weight_nodes: list[Node],
+    dparams: list[int],
+) -> SplitVjp:
+    """Makes the three functions from their nodes."""
+    read_by_weight = {v for n in weight_nodes for v in n.reads} | set(dparams)
+    weight_residual = tuple(sorted(kept & read_by_weight))
+    residual = tuple(sorted(kept - read_by_weight))
+    avals = trace.graph.avals
+
+    def environment(*groups: tuple[Sequence[int], Any]) -> dict[int, Any]:
+        env: dict[int, Any] = {}
+        for values, arrays in groups:
+            env.update(zip(values, arrays, strict=True))
+        return env
+
+    def forward(params: PyTree, x: PyTree, ctx: PyTree) -> Any:
+        env = environment(
+            (trace.params, jax.tree.leaves(params)),
+            (trace.x, jax.tree.leaves(x)),
+            (trace.ctx, jax.tree.leaves(ctx)),
+        )
+        evaluate(forward_nodes, env)
+        y = jax.tree.unflatten(trace.y_structure, [read(env, v) for v in trace.y])
+        aux = read(env, trace.aux[0]) if trace.aux else None
+        return y, aux, tuple(env[v] for v in residual), tuple(env[v] for v in weight_residual)
+
+    def input_grad(
+        params: PyTree, ctx: PyTree, kept_here: Arrays, kept_longer: Arrays, dy: Any, daux: Any
+    ) -> Any:
+        env = environment(
+            (trace.params, jax.tree.leaves(params)),
+            (trace.ctx, jax.tree.leaves(ctx)),
+            (residual, kept_here),
+            (weight_residual, kept_longer),
+            (trace.dy, dy),
+            (trace.daux, [] if daux is None else [daux]),
+        )
+        evaluate(input_nodes, env)
+        return [read(env, v) for v in trace.dx], tuple(env[v] for v in stash)
+
+    def weight_grad(params: PyTree, ctx: PyTree, kept_longer: Arrays, stashed: Arrays) -> Any:
+        env = environment(
+            (trace.params, jax.tree.leaves(params)),
+            (trace.ctx, jax.tree.leaves(ctx)),
+            (weight_residual, kept_longer),
+            (stash, stashed),
+        )
+        evaluate(weight_nodes, env)
+        return [read(env, v) for v in dparams]
+
+    return SplitVjp(
+        # Under jit each is traced once however many layers and branches call it.
+        forward=jax.jit(forward),
+        input_grad=jax.jit(input_grad),
+        weight_grad=jax.jit(weight_grad),
+        residual=tuple(avals[v] for v in residual),
+        weight_residual=tuple(avals[v] for v in weight_residual),
+        stash=tuple(avals[v] for v in stash),
+        has_grad=has_grad,
+    )
+
+
+def _split_loops(graph: Graph, dx: Sequence[Any]) -> list[Node]:
+    """Splits every scan of the backward that makes more than dx needs."""
+    live = {v for v in dx if isinstance(v, int)}
+    nodes: list[Node] = []
+    for node in reversed(graph.nodes):
+        wanted = live.intersection(node.outputs)
+        parts = [node]
+        if wanted and node.loop is not None and node.when is When.BACKWARD:
+            parts = split_scan(graph, node, wanted)
+        if wanted:
+            live.update(parts[0].reads)
+        nodes.extend(reversed(parts))
+    return nodes[::-1]
+
+
+def _with_effects(nodes: Sequence[Node], selected: list[Node]) -> list[Node]:
+    """Adds the forward's nodes that have an effect (a debug print), with what they need."""
+    ids = {id(n) for n in selected}
+    effects = [n for n in nodes if n.has_effect and n.when is not When.BACKWARD]
+    wanted = {v for n in effects for v in n.reads}
+    ids |= {id(n) for n in (*effects, *needed(nodes, wanted))}
+    return [n for n in nodes if id(n) in ids]
+
+
+def _pick(leaves: Sequence[Any]) -> list[Any]:
+    return [leaf for leaf in leaves if is_differentiable(leaf)]
+
+
+def _merge(picked: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+    """Puts `picked` back in the places of the differentiable leaves."""
+    rest = iter(picked)
+    return [next(rest) if is_differentiable(leaf) else leaf for leaf in leaves]
+
+
+def _cut_at(values: list[Any], bounds: Sequence[int]) -> list[list[Any]]:
+    edges = [0, *bounds, len(values)]
+    return [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _num_bytes(aval: Any) -> int:
+    return int(np.prod(aval.shape, dtype=np.int64)) * getattr(aval.dtype, "itemsize", 4)

@@ -1,0 +1,222 @@
+"""Checks what a user hands over, at trace time, before anything runs.
+
+Every message names the argument, its value, what was required and the fix, and lists all
+offenders.
+"""
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr
+
+from dualpipe_jax import _microbatches
+from dualpipe_jax._types import Model, PyTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Avals of what a model's functions return: x, and the scalars of head and block."""
+
+    x: PyTree
+    loss: Any
+    metrics: PyTree
+    aux: Any
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Requires an integer of at least 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r}: must be an integer, got {_kind(value)}") from None
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+    return number
+
+
+def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
+    """Requires `axis` to be an axis of the mesh, and returns its size."""
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(f"mesh: must be a jax.sharding.Mesh, got {_kind(mesh)}")
+    if axis not in mesh.shape:
+        known = ", ".join(f"{name!r} ({size} devices)" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"{argument}={axis!r}: not an axis of the mesh, whose axes are {known}; name one "
+            "of those, or make the mesh with it"
+        )
+    return mesh.shape[axis]
+
+
+def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
+    """Requires `{"ends": ..., "blocks": ...}` with one leading dim, and returns that dim."""
+    if not isinstance(params, dict) or set(params) != {"ends", "blocks"}:
+        got = f"a dict with the keys {sorted(map(str, params))}" if isinstance(params, dict) else (
+            _kind(params)
+        )
+        raise ValueError(
+            'params: must be {"ends": the parameters outside the layer stack, "blocks": those of '
+            f"the layers, stacked}}, got {got}"
+        )
+    arrays(params, "params")
+    leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
+    if not leaves:
+        raise ValueError('params["blocks"]: has no leaves; a pipeline needs layers to spread')
+    sizes = [leaf.shape[0] if leaf.ndim else None for _, leaf in leaves]
+    counted = [size for size in sizes if size is not None]
+    # The size that most leaves have is taken for the number of layers.
+    size = max(counted, key=counted.count) if counted else None
+    _raise_all(
+        'params["blocks"]: every leaf must have the layers as its leading dim, the same number '
+        f"({size} in most leaves here); stack the parameters of all layers on a new leading dim",
+        (
+            f'params["blocks"]{keystr(path)} of shape {leaf.shape}'
+            for (path, leaf), own in zip(leaves, sizes, strict=True)
+            if own is None or own != size
+        ),
+    )
+    assert size is not None
+    if size < num_stages:
+        raise ValueError(
+            f'params["blocks"]: has {size} layers, fewer than the {num_stages} stages{where}; use '
+            "a mesh with fewer devices along the axis, or a deeper model"
+        )
+    return size
+
+
+def arrays(tree: PyTree, name: str) -> None:
+    """Requires every leaf to be an array, or a Python or NumPy scalar."""
+    _raise_all(
+        f"{name}: every leaf must be an array",
+        (
+            f"{name}{keystr(path)} is {_kind(leaf)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype")
+        ),
+        error=TypeError,
+    )
+
+
+def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: str = "") -> None:
+    """Requires one leading dim, divisible into microbatches (on every shard)."""
+    arrays(batch, "batch")
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError("batch: has no leaves; it must hold at least one array [B, ...]")
+    _raise_all(
+        "batch: every leaf needs a leading dim, the batch size",
+        (f"batch{keystr(path)} is a scalar" for path, leaf in leaves if not leaf.ndim),
+    )
+    sizes = {leaf.shape[0] for _, leaf in leaves}
+    _raise_all(
+        "batch: all leaves must share their leading dim, the batch size",
+        (f"batch{keystr(path)} of shape {leaf.shape}" for path, leaf in leaves)
+        if len(sizes) > 1
+        else (),
+    )
+    parts = num_microbatches * num_shards
+    size = sizes.pop()
+    if size % parts or not size:
+        times = f" x {num_shards} shards over {shards}" if num_shards > 1 else ""
+        down, up = size // parts * parts, (size // parts + 1) * parts
+        nearest = f"{down} or {up}" if down else f"{up}"
+        raise ValueError(
+            f"batch: its leading dim, {size}, is not divisible by num_microbatches="
+            f"{num_microbatches}{times}; pad or cut the batch to {nearest} rows, or change "
+            "num_microbatches"
+        )
+
+
+def model(model: Model, params: PyTree, batches: PyTree, rng: Any) -> Outputs:
+    """Requires the model's functions to fit each other, and returns avals of their outputs.
+
+    `batches` has leaves `[num_microbatches, ...]`.
+    """
+
+    def run(params: PyTree, batches: PyTree, rng: Any) -> Any:
+        microbatch = _microbatches.take(batches, 0)
+        key = _microbatches.microbatch_key(rng, jnp.int32(0))
+        ends_ctx = _microbatches.context(microbatch, key, 0)
+        layer_ctx = _microbatches.context(microbatch, key, 0, is_layer=True)
+        layer = _microbatches.take(params["blocks"], 0)
+        x = _microbatches.strong(model.embed(params["ends"], ends_ctx))
+        out = model.block(layer, x, layer_ctx)
+        if model.block_has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                "model.block: with block_has_aux=True it must return (x, aux_loss), got "
+                f"{_kind(out)}"
+            )
+        y, aux = _microbatches.block_outputs(model, out)
+        same_x(x, y)
+        head = model.head(params["ends"], x, ends_ctx)
+        if model.has_aux and not (isinstance(head, tuple) and len(head) == 2):
+            raise TypeError(
+                f"model.head: with has_aux=True it must return (loss, metrics), got {_kind(head)}"
+            )
+        if not model.has_aux and len(jax.tree.leaves(head)) != 1:
+            raise TypeError(
+                f"model.head: must return a scalar loss, got {_kind(head)}; to return metrics "
+                "beside the loss, make the model with has_aux=True"
+            )
+        loss, metrics = _microbatches.head_outputs(model, head)
+        _scalar("model.head", "a loss", loss)
+        if aux is not None:
+            _scalar("model.block", "an aux loss", aux)
+        if model.weight is not None:
+            weight = jnp.asarray(model.weight(microbatch))
+            if weight.shape:
+                raise ValueError(
+                    f"model.weight: must return a scalar, got an array of shape {weight.shape}; "
+                    "sum it over the microbatch"
+                )
+        return x, loss, metrics, aux
+
+    x, loss, metrics, aux = jax.eval_shape(run, params, batches, rng)
+    return Outputs(x=x, loss=loss, metrics=metrics, aux=aux)
+
+
+def same_x(x: PyTree, y: PyTree) -> None:
+    """Requires a block to return the structure, shapes and dtypes of the x that it was given."""
+    before, after = jax.tree.structure(x), jax.tree.structure(y)
+    fix = "a block must return x as it came, so that blocks can follow one another on any device"
+    if before != after:
+        raise ValueError(
+            f"model.block: changes the structure of x from {before} to {after}; {fix}"
+        )
+    _raise_all(
+        f"model.block: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
+        (
+            f"x{keystr(path)} comes as {_short(a)} and leaves as {_short(b)}"
+            for (path, a), b in zip(
+                jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(y), strict=True
+            )
+            if a.shape != b.shape or a.dtype != b.dtype
+        ),
+    )
+
+
+def _scalar(name: str, what: str, value: Any) -> None:
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: must return {what} that is a floating-point scalar, got {_short(value)}; "
+            "reduce it over the microbatch (mean, or sum together with weight=)"
+        )
+
+
+def _raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:
+    lines = [f"  * {line}" for line in offenders]
+    if lines:
+        raise error("\n".join([f"{message}; but:", *lines]))
+
+
+def _short(aval: Any) -> str:
+    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
+
+
+def _kind(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {_short(value)}"
+    return f"{type(value).__name__} {value!r}"[:80]
