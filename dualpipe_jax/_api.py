@@ -125,7 +125,6 @@ class _Builder:
         block: Callable[..., Any],
         tables: Tables,
     ):
-        self._model = model
         self._tables = tables
         self._fixed = dict(
             model=model, mesh=mesh, axis=axis, batch_axes=batch_axes, block=block, tables=tables
@@ -145,9 +144,6 @@ class _Builder:
             num_shards=self._num_shards,
             shards=self._shards,
         )
-        parts = num_microbatches * self._num_shards
-        avals = jax.eval_shape(lambda batch: _microbatches.split(batch, parts), batch)
-        _validate.model(self._model, params, avals, rng)
         if num_layers not in self._steps:
             self._steps[num_layers] = jax.jit(Step(num_layers=num_layers, **self._fixed))
         return self._steps[num_layers]

@@ -15,9 +15,11 @@ from dualpipe_jax._types import Context, Model, PyTree
 def split(batch: PyTree, num_microbatches: int) -> PyTree:
     """Reshapes every leaf `[B, ...]` to `[num_microbatches, B / num_microbatches, ...]`."""
     return jax.tree.map(
-        lambda leaf: leaf.reshape(num_microbatches, -1, *leaf.shape[1:])
-        if leaf.size
-        else leaf.reshape(num_microbatches, leaf.shape[0] // num_microbatches, *leaf.shape[1:]),
+        lambda leaf: (
+            leaf.reshape(num_microbatches, -1, *leaf.shape[1:])
+            if leaf.size
+            else leaf.reshape(num_microbatches, leaf.shape[0] // num_microbatches, *leaf.shape[1:])
+        ),
         batch,
     )
 

@@ -34,12 +34,15 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
         num_layers = _validate.num_layers(params)
         _validate.batch(batch, num_microbatches=num_microbatches)
         batches = _microbatches.split(batch, num_microbatches)
-        outs = _validate.model(model, params, batches, rng)
+        layer, microbatch = jax.eval_shape(
+            lambda *trees: _microbatches.take(trees, 0), params["blocks"], batches
+        )
+        outs = _validate.outputs(model, params["ends"], layer, microbatch, rng)
         total_weight = _microbatches.total_weight(model, batches)
 
-        def layer(carry: tuple, layer_params: tuple, *, microbatch: PyTree, key: Any) -> Any:
+        def run_layer(carry: tuple, layer: tuple, *, microbatch: PyTree, key: Any) -> Any:
             x, aux_sum = carry
-            block_params, index = layer_params
+            block_params, index = layer
             ctx = _microbatches.context(microbatch, key, index, is_layer=True)
             outputs = model.block(block_params, x, ctx)
             x, aux = _microbatches.block_outputs(model, outputs)
@@ -55,7 +58,7 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
             x = model.embed(ends, _microbatches.context(microbatch, key, num_layers))
             layers = params["blocks"], jnp.arange(num_layers, dtype=jnp.int32)
             (x, aux_sum), _ = lax.scan(
-                lambda carry, params: layer(carry, params, microbatch=microbatch, key=key),
+                lambda carry, layer: run_layer(carry, layer, microbatch=microbatch, key=key),
                 (_microbatches.strong(x), aux_sum),
                 layers,
             )

@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from jax.tree_util import keystr
 
 from dualpipe_jax import _microbatches
-from dualpipe_jax._types import Model, PyTree
+from dualpipe_jax._types import Context, Model, PyTree
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Avals of what a model's functions return: x, and the scalars of head and block."""
+    """Avals of what a model's functions return, and of the context that a block is given."""
 
     x: PyTree
+    ctx: Context
     loss: Any
     metrics: PyTree
     aux: Any
@@ -54,8 +56,10 @@ def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
 def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
     """Requires `{"ends": ..., "blocks": ...}` with one leading dim, and returns that dim."""
     if not isinstance(params, dict) or set(params) != {"ends", "blocks"}:
-        got = f"a dict with the keys {sorted(map(str, params))}" if isinstance(params, dict) else (
-            _kind(params)
+        got = (
+            f"a dict with the keys {sorted(map(str, params))}"
+            if isinstance(params, dict)
+            else (_kind(params))
         )
         raise ValueError(
             'params: must be {"ends": the parameters outside the layer stack, "blocks": those of '
@@ -130,29 +134,29 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
         )
 
 
-def model(model: Model, params: PyTree, batches: PyTree, rng: Any) -> Outputs:
-    """Requires the model's functions to fit each other, and returns avals of their outputs.
+def outputs(
+    model: Model, ends: PyTree, layer: PyTree, microbatch: PyTree, rng: Any, shard: Any = None
+) -> Outputs:
+    """Requires the model's functions to fit each other, and returns avals of what they return.
 
-    `batches` has leaves `[num_microbatches, ...]`.
+    `layer` holds the parameters of one layer; all arguments may be avals.
     """
 
-    def run(params: PyTree, batches: PyTree, rng: Any) -> Any:
-        microbatch = _microbatches.take(batches, 0)
+    def run(ends: PyTree, layer: PyTree, microbatch: PyTree, rng: Any) -> Any:
         key = _microbatches.microbatch_key(rng, jnp.int32(0))
-        ends_ctx = _microbatches.context(microbatch, key, 0)
-        layer_ctx = _microbatches.context(microbatch, key, 0, is_layer=True)
-        layer = _microbatches.take(params["blocks"], 0)
-        x = _microbatches.strong(model.embed(params["ends"], ends_ctx))
-        out = model.block(layer, x, layer_ctx)
-        if model.block_has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard)
+        layer_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
+        x = _microbatches.strong(model.embed(ends, ends_ctx))
+        block = model.block(layer, x, layer_ctx)
+        if model.block_has_aux and not _is_pair(block):
             raise TypeError(
                 "model.block: with block_has_aux=True it must return (x, aux_loss), got "
-                f"{_kind(out)}"
+                f"{_kind(block)}"
             )
-        y, aux = _microbatches.block_outputs(model, out)
+        y, aux = _microbatches.block_outputs(model, block)
         same_x(x, y)
-        head = model.head(params["ends"], x, ends_ctx)
-        if model.has_aux and not (isinstance(head, tuple) and len(head) == 2):
+        head = model.head(ends, x, ends_ctx)
+        if model.has_aux and not _is_pair(head):
             raise TypeError(
                 f"model.head: with has_aux=True it must return (loss, metrics), got {_kind(head)}"
             )
@@ -169,13 +173,12 @@ def model(model: Model, params: PyTree, batches: PyTree, rng: Any) -> Outputs:
             weight = jnp.asarray(model.weight(microbatch))
             if weight.shape:
                 raise ValueError(
-                    f"model.weight: must return a scalar, got an array of shape {weight.shape}; "
-                    "sum it over the microbatch"
+                    f"model.weight: must return a scalar, got {_short(weight)}; sum it over the "
+                    "microbatch"
                 )
-        return x, loss, metrics, aux
+        return Outputs(x=x, ctx=layer_ctx, loss=loss, metrics=metrics, aux=aux)
 
-    x, loss, metrics, aux = jax.eval_shape(run, params, batches, rng)
-    return Outputs(x=x, loss=loss, metrics=metrics, aux=aux)
+    return jax.eval_shape(run, ends, layer, microbatch, rng)
 
 
 def same_x(x: PyTree, y: PyTree) -> None:
@@ -183,9 +186,7 @@ def same_x(x: PyTree, y: PyTree) -> None:
     before, after = jax.tree.structure(x), jax.tree.structure(y)
     fix = "a block must return x as it came, so that blocks can follow one another on any device"
     if before != after:
-        raise ValueError(
-            f"model.block: changes the structure of x from {before} to {after}; {fix}"
-        )
+        raise ValueError(f"model.block: changes the structure of x from {before} to {after}; {fix}")
     _raise_all(
         f"model.block: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
         (
@@ -204,6 +205,10 @@ def _scalar(name: str, what: str, value: Any) -> None:
             f"{name}: must return {what} that is a floating-point scalar, got {_short(value)}; "
             "reduce it over the microbatch (mean, or sum together with weight=)"
         )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2
 
 
 def _raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dualpipe_jax import _microbatches
+from dualpipe_jax._executor.registers import when
+
 PyTree = Any
 
 # Layers are unrolled up to this number a stage: XLA then fuses and schedules across them. Beyond,
@@ -69,6 +72,11 @@ class Layout:
             and all(np.array_equal(np.sort(chunk), ranks) for chunk in self.stage_of)
         )
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether a stage's layers stand in the program one after the other, not in a loop."""
+        return self.is_even and self.max_layers <= _MAX_UNROLLED
+
     def num_layers_of(self, stage: Any) -> Any:
         """Counts the layers of a stage: an int where all have as many, else an int32 scalar."""
         fewest, rest = divmod(self.num_layers, self.num_stages)
@@ -92,8 +100,10 @@ class Layout:
 
         `blocks` is this rank's shard `[num_layers / num_ranks, ...]` if `is_sharded`, else all.
         """
-        return [jax.tree.map(lambda leaf, c=c: self._fetch(leaf, c), blocks)
-                for c in range(self.num_chunks)]
+        return [
+            jax.tree.map(lambda leaf, c=c: self._fetch(leaf, c), blocks)
+            for c in range(self.num_chunks)
+        ]
 
     def _fetch(self, leaf: jax.Array, chunk: int) -> jax.Array:
         stages = self.stage_of[chunk]
@@ -104,9 +114,28 @@ class Layout:
             return leaf
         return lax.ppermute(leaf, self.axis, [(int(s), r) for r, s in enumerate(stages)])
 
-    def collect(self, grads: list[list[jax.Array]]) -> list[jax.Array]:
-        """Adds up the chunks' gradients `[max_layers, ...]` where the layers lie, as `blocks`."""
-        return [self._collect(list(leaves)) for leaves in zip(*grads, strict=True)]
+    def zero_grads(self, avals: list[Any]) -> list[Any]:
+        """Makes the accumulators of a chunk whose leaves have `avals` `[max_layers, ...]`.
+
+        Each is an array, or with unrolled layers a list of arrays without the layer dim.
+        """
+        if not self.is_unrolled:
+            return _microbatches.zeros_for_sum(avals)
+        return [
+            [
+                jnp.zeros(aval.shape[1:], _microbatches.accumulator_dtype(aval.dtype))
+                for _ in range(self.max_layers)
+            ]
+            for aval in avals
+        ]
+
+    def collect(self, grads: list[list[Any]]) -> list[jax.Array]:
+        """Adds up the chunks' gradients where the layers lie, as `blocks`."""
+        stacked = [
+            [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in chunk]
+            for chunk in grads
+        ]
+        return [self._collect(list(leaves)) for leaves in zip(*stacked, strict=True)]
 
     def _collect(self, chunks: list[jax.Array]) -> jax.Array:
         total = None
@@ -131,14 +160,27 @@ class Layout:
         return jnp.asarray(stages)[lax.axis_index(self.axis)]
 
     def loop(
-        self, stage: Any, body: Callable[[Any, Any], Any], carry: Any, *, reverse: bool = False
+        self,
+        stage: Any,
+        is_on: Any,
+        body: Callable[[Any, Any], Any],
+        carry: Any,
+        *,
+        reverse: bool = False,
     ) -> Any:
-        """Runs `body(layer, carry) -> carry` for the layers of a stage, counted from 0."""
+        """Runs `body(layer, carry) -> carry` for a stage's layers, from 0, if `is_on` holds."""
         count = self.num_layers_of(stage)
-        if self.is_even and count <= _MAX_UNROLLED:
-            for layer in reversed(range(count)) if reverse else range(count):
-                carry = body(layer, carry)
-            return carry
+        if self.is_unrolled:
+
+            def unrolled(carry: Any) -> Any:
+                for layer in reversed(range(count)) if reverse else range(count):
+                    carry = body(layer, carry)
+                return carry
+
+            return when(is_on, unrolled, carry)
         return lax.fori_loop(
-            0, count, lambda i, carry: body(count - 1 - i if reverse else i, carry), carry
+            0,
+            jnp.where(is_on, count, 0),
+            lambda i, carry: body(count - 1 - i if reverse else i, carry),
+            carry,
         )

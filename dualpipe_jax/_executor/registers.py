@@ -4,7 +4,7 @@ A buffer of per-layer values is `[slot, layer, ...]`, one of whole activations `
 value of a stage's size is never gathered from a slot: the layer loop reads and writes a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,10 +44,39 @@ def write(buffers: PyTree, values: PyTree, *index: Any) -> PyTree:
     return jax.tree.map(one, buffers, values)
 
 
-def accumulate(buffers: Sequence[jax.Array], values: Sequence[jax.Array], index: Any) -> list:
-    """Returns the buffers with `values` added to entry `[index]`, in the dtype of the buffers."""
-    sums = [b + v.astype(b.dtype) for b, v in zip(read(list(buffers), index), values, strict=True)]
-    return write(list(buffers), sums, index)
+def accumulate(sums: Sequence[Any], values: Sequence[jax.Array], index: Any) -> list[Any]:
+    """Returns the sums with `values` added to entry `[index]`, in the dtype of the sums.
+
+    A sum is an array `[layer, ...]`, or a list of as many arrays: with the layers unrolled XLA
+    would look through one layer's update of an array to the array before it, keep both alive, and
+    so copy it.
+    """
+    out = []
+    for total, value in zip(sums, values, strict=True):
+        if isinstance(total, list):
+            mine = total[index] + value.astype(total[index].dtype)
+            out.append([*total[:index], mine, *total[index + 1 :]])
+        else:
+            out.append(write(total, read(total, index) + value.astype(total.dtype), index))
+    return out
+
+
+def when(predicate: Any, body: Callable[[Any], Any], carry: Any) -> Any:
+    """Returns `body(carry)` if `predicate` holds, else `carry`; what does not change stays put.
+
+    A loop of one trip or none: what passes through a `lax.cond` is copied.
+    """
+    return lax.while_loop(
+        lambda loop: loop[0], lambda loop: (jnp.zeros((), bool), body(loop[1])), (predicate, carry)
+    )[1]
+
+
+def pass_on(buffers: PyTree) -> PyTree:
+    """Hands buffers that a loop only reads on to the next, as if they were written.
+
+    If the next loop took them from before this one, both would be alive, and XLA would copy them.
+    """
+    return jax.tree.map(lax.optimization_barrier, buffers)
 
 
 def poison(buffers: PyTree, *index: Any) -> PyTree:

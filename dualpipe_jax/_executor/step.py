@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dualpipe_jax import _microbatches
+from dualpipe_jax import _microbatches, _validate
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.tick import Rank, State, make_tick
@@ -87,9 +87,12 @@ class Step:
             self._run,
             mesh=self.mesh,
             in_specs=(replicated, blocks_spec, batch_spec, replicated),
-            out_specs=(replicated, replicated if self.tables.forward_only else {
-                "ends": replicated, "blocks": blocks_spec
-            }),
+            out_specs=(
+                replicated,
+                replicated
+                if self.tables.forward_only
+                else {"ends": replicated, "blocks": blocks_spec},
+            ),
             axis_names={self.axis, *self.batch_axes},
             check_vma=False,
         )
@@ -141,21 +144,13 @@ class Step:
         chunks = layout.fetch(blocks)
         shard = lax.axis_index(self.batch_axes) if self.num_shards > 1 else None
 
-        def probe(params: PyTree, ends: PyTree, batches: PyTree, rng: Any) -> Any:
-            microbatch = _microbatches.take(batches, 0)
-            key = _microbatches.microbatch_key(rng, jnp.int32(0))
-            ctx = _microbatches.context(microbatch, key, jnp.int32(0), is_layer=True, shard=shard)
-            ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard)
-            params = registers.read(params, 0)
-            x = _microbatches.strong(model.embed(ends, ends_ctx))
-            y, aux = self.block(params, x, ctx)
-            head = _microbatches.head_outputs(model, model.head(ends, y, ends_ctx))
-            return params, x, ctx, aux, *head
-
-        params, x, ctx, aux, loss, metrics = jax.eval_shape(probe, chunks[0], ends, batches, rng)
-        split = None if tables.forward_only else split_vjp(self.block, params, x, ctx)
+        layer, microbatch = jax.eval_shape(
+            lambda *trees: registers.read(trees, 0), chunks[0], batches
+        )
+        outs = _validate.outputs(model, ends, layer, microbatch, rng, shard)
+        split = None if tables.forward_only else split_vjp(self.block, layer, outs.x, outs.ctx)
         count = tables.num_microbatches * self.num_shards
-        seed_dtype = _microbatches.accumulator_dtype(loss.dtype)
+        seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
         # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
         loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
         rank = Rank(
@@ -169,37 +164,43 @@ class Step:
             rng=rng,
             shard=shard,
             loss_seed=loss_seed,
-            aux_seed=None if aux is None else jnp.asarray(1 / count, aux.dtype),
-            x=x,
+            aux_seed=None if outs.aux is None else jnp.asarray(1 / count, outs.aux.dtype),
+            x=outs.x,
             poison=self.poison,
         )
-        loss_zero, aux_zero, metrics_zero = _microbatches.zeros_for_sum((loss, aux, metrics))
+        loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux, outs.metrics))
         slots, layers = tables.num_slots, layout.max_layers
 
         def buffers(name: str) -> PyTree:
             avals = () if split is None else getattr(split, name)
             return registers.allocate(avals, slots[name], layers, poison=self.poison)
 
-        nothing = registers.allocate(x, poison=self.poison)
+        nothing = registers.allocate(outs.x, poison=self.poison)
         state = State(
-            received=registers.allocate(x, slots["received"] + 1, poison=self.poison),
+            received=registers.allocate(outs.x, slots["received"] + 1, poison=self.poison),
             residual=buffers("residual"),
             weight_residual=buffers("weight_residual"),
             stash=buffers("stash"),
-            block_grads=[] if split is None else [
-                _microbatches.zeros_for_sum([
-                    leaf
-                    for leaf, has in zip(jax.tree.leaves(chunk), split.has_grad, strict=True)
-                    if has
-                ])
+            block_grads=[]
+            if split is None
+            else [
+                layout.zero_grads(
+                    [
+                        leaf
+                        for leaf, has in zip(jax.tree.leaves(chunk), split.has_grad, strict=True)
+                        if has
+                    ]
+                )
                 for chunk in chunks
             ],
-            ends_grads=[] if split is None else _microbatches.zeros_for_sum(
+            ends_grads=[]
+            if split is None
+            else _microbatches.zeros_for_sum(
                 [leaf for leaf in jax.tree.leaves(ends) if is_differentiable(leaf)]
             ),
-            loss=loss_zero,
-            aux=aux_zero,
-            metrics=metrics_zero,
+            loss=loss,
+            aux=aux,
+            metrics=metrics,
             from_left=nothing,
             from_right=nothing,
         )

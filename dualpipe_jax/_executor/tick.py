@@ -1,8 +1,14 @@
 """One tick of one rank: store what arrived, run this rank's action, send.
 
-The tables say what to do; everything but the rank is static. Which action runs is decided by a
-`lax.switch`, whose branches hold no collective over the pipeline axis: the two permutes that move
-activations and cotangents, right and left, follow it on every rank.
+The tables say what to do; everything but the rank is static. Each kind of action of each chunk
+stands in the program once, run or passed over by the rank's opcode, and holds no collective over
+the pipeline axis: the two permutes that move activations and cotangents right and left follow on
+every rank.
+
+The choice is made by loops that run their body once or not at all (`when`), not by `lax.switch`:
+XLA copies whatever passes through a conditional, on every tick all slots and accumulators, but
+updates what passes through a loop in place. (On CPU, a transformer of width 256 on two ranks: a
+switch copied every buffer twice a tick; so nothing is copied.)
 """
 
 from collections.abc import Callable
@@ -16,6 +22,8 @@ from jax import lax
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.registers import when
+from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, WEIGHT_GRAD
 from dualpipe_jax._split_vjp import SplitVjp, is_differentiable
 from dualpipe_jax._types import Context, Model
 
@@ -31,7 +39,8 @@ class State(NamedTuple):
       residual: What the forward keeps for the input gradient, `[slot, layer, ...]`.
       weight_residual: What the forward keeps for the weight gradient, `[slot, layer, ...]`.
       stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
-      block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`.
+      block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
+        lists of as many arrays where layers are unrolled.
       ends_grads: The gradients of the differentiable leaves of `ends`.
       loss, aux, metrics: Sums over microbatches.
       from_left, from_right: What the neighbours sent in the tick before: an x.
@@ -41,7 +50,7 @@ class State(NamedTuple):
     residual: Any
     weight_residual: Any
     stash: Any
-    block_grads: list[list[jax.Array]]
+    block_grads: list[list[Any]]
     ends_grads: list[jax.Array]
     loss: jax.Array
     aux: jax.Array | None
@@ -51,7 +60,6 @@ class State(NamedTuple):
 
 
 Row = dict[str, jax.Array]  # this rank's row of the tables, int32 scalars
-Action = Callable[[State, Row], tuple[State, PyTree]]  # returns what it sends, an x
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,27 +96,30 @@ class Rank:
     x: PyTree
     poison: bool = False
 
-    def actions(self) -> list[Action]:
-        """Lists the branches: idle, then F, I, W of each chunk (`branch_of` numbers them)."""
-        actions: list[Action] = [self._idle]
+    def act(self, state: State, row: Row) -> tuple[State, PyTree]:
+        """Runs this tick's action, and returns what it sends: an x, or a cotangent of one."""
+        opcode, stage = row["opcode"], row["stage"]
+        is_first, is_last = stage == 0, stage == self.layout.num_stages - 1
+        out = registers.read(state.received, row["read"])
+        out = lax.cond((opcode == FORWARD) & is_first, lambda: self._embed(row), lambda: out)
         for chunk in range(len(self.chunks)):
-            for run in (self._forward, self._input_grad, self._weight_grad):
-                if run == self._forward or self.split is not None:
-                    actions.append(
-                        lambda state, row, run=run, chunk=chunk: run(state, row, chunk)
-                    )
-        return actions
-
-    def branch_of(self, opcode: Any, chunk: Any) -> Any:
-        """Numbers the branch of an action in `actions`; opcodes are 0 idle, 1 F, 2 I, 3 W."""
-        num_kinds = 3 if self.split is not None else 1
-        return jnp.where(opcode == 0, 0, chunk * num_kinds + opcode)
-
-    def _idle(self, state: State, row: Row) -> tuple[State, PyTree]:
-        return state, self._nothing()
-
-    def _nothing(self) -> PyTree:
-        return registers.allocate(self.x, poison=self.poison)
+            is_mine = row["chunk"] == chunk
+            state, out = self._forward(state, out, row, chunk, is_mine & (opcode == FORWARD))
+            if self.split is not None:
+                state, out = self._input_grad(
+                    state, out, row, chunk, is_mine & (opcode == INPUT_GRAD)
+                )
+                state = self._weight_grad(state, row, chunk, is_mine & (opcode == WEIGHT_GRAD))
+        state, out = when(
+            (opcode == FORWARD) & is_last, lambda carry: self._head(*carry, row), (state, out)
+        )
+        if self.split is not None:
+            state = when(
+                (opcode == INPUT_GRAD) & is_first,
+                lambda state: self._embed_grad(state, out, row),
+                state,
+            )
+        return state, out
 
     def _context(self, row: Row, position: Any, *, is_layer: bool = False) -> Context:
         return _microbatches.context(
@@ -125,18 +136,14 @@ class Rank:
         position = self.layout.first_layer_of(row["stage"]) + layer
         return params, self._context(row, position, is_layer=True)
 
-    # F: x -> y, residuals; on the last stage also the head, whose cotangent of y is what it sends.
-    def _forward(self, state: State, row: Row, chunk: int) -> tuple[State, PyTree]:
-        num_layers, num_stages = self.layout.num_layers, self.layout.num_stages
-        x = _either(
-            row["stage"] == 0,
-            num_stages == 1,
-            lambda: _microbatches.strong(
-                self.model.embed(self.ends, self._context(row, num_layers))
-            ),
-            lambda: registers.read(state.received, row["read"]),
-        )
+    def _embed(self, row: Row) -> PyTree:
+        x = self.model.embed(self.ends, self._context(row, self.layout.num_layers))
+        return _microbatches.strong(x)
 
+    # F: x -> y, residuals
+    def _forward(
+        self, state: State, x: PyTree, row: Row, chunk: int, is_on: Any
+    ) -> tuple[State, PyTree]:
         def layer(index: Any, carry: Any) -> Any:
             x, aux_sum, residual, weight_residual = carry
             params, ctx = self._layer(row, chunk, index)
@@ -153,25 +160,17 @@ class Rank:
             return x, aux_sum, residual, weight_residual
 
         carry = (x, state.aux, state.residual, state.weight_residual)
-        x, aux, residual, weight_residual = self.layout.loop(row["stage"], layer, carry)
-        state = state._replace(aux=aux, residual=residual, weight_residual=weight_residual)
-        sums = state.ends_grads, state.loss, state.metrics
-        out, sums = _either(
-            row["stage"] == num_stages - 1,
-            num_stages == 1,
-            lambda: self._head(x, sums, self._context(row, num_layers + 1)),
-            lambda: (x, sums),
-        )
-        return state._replace(ends_grads=sums[0], loss=sums[1], metrics=sums[2]), out
+        x, aux, residual, weight_residual = self.layout.loop(row["stage"], is_on, layer, carry)
+        return state._replace(aux=aux, residual=residual, weight_residual=weight_residual), x
 
-    def _head(self, x: PyTree, sums: tuple, ctx: Context) -> tuple[PyTree, tuple]:
-        ends_grads, loss_sum, metrics_sum = sums
+    # The head follows the last stage's F: its value and gradient at once, so that its residuals
+    # (the logits) never get a slot; what is kept is the cotangent of x.
+    def _head(self, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
+        ctx = self._context(row, self.layout.num_layers + 1)
 
         def head(ends_leaves: list, x_leaves: list) -> tuple[jax.Array, PyTree]:
-            outputs = self.model.head(
-                _with_leaves(self.ends, ends_leaves), _with_leaves(x, x_leaves), ctx
-            )
-            return _microbatches.head_outputs(self.model, outputs)
+            ends, y = _with_leaves(self.ends, ends_leaves), _with_leaves(x, x_leaves)
+            return _microbatches.head_outputs(self.model, self.model.head(ends, y, ctx))
 
         args = _leaves(self.ends), _leaves(x)
         if self.split is None:
@@ -179,79 +178,75 @@ class Rank:
         else:
             loss, pull, metrics = jax.vjp(head, *args, has_aux=True)
             dends, dx = pull(self.loss_seed.astype(loss.dtype))
-            ends_grads = _microbatches.add(ends_grads, dends)
+            state = state._replace(ends_grads=_microbatches.add(state.ends_grads, dends))
             x = _with_leaves(x, dx)
-        loss_sum, metrics_sum = _microbatches.add((loss_sum, metrics_sum), (loss, metrics))
-        return x, (ends_grads, loss_sum, metrics_sum)
+        sums = _microbatches.add((state.loss, state.metrics), (loss, metrics))
+        return state._replace(loss=sums[0], metrics=sums[1]), x
 
-    # I: cotangent of y -> cotangent of x, stash; on the first stage also the embedding's gradient.
-    def _input_grad(self, state: State, row: Row, chunk: int) -> tuple[State, PyTree]:
+    # I: cotangent of y -> cotangent of x, stash
+    def _input_grad(
+        self, state: State, out: PyTree, row: Row, chunk: int, is_on: Any
+    ) -> tuple[State, PyTree]:
         assert self.split is not None
         split = self.split
-        dy = _leaves(registers.read(state.received, row["read"]))
 
         def layer(index: Any, carry: Any) -> Any:
-            dy, stash = carry
+            dy, stash, residual, weight_residual = carry
             params, ctx = self._layer(row, chunk, index)
             dx, values = split.input_grad(
                 params,
                 ctx,
-                registers.read(state.residual, row["residual"], index),
-                registers.read(state.weight_residual, row["weight_residual"], index),
+                registers.read(residual, row["residual"], index),
+                registers.read(weight_residual, row["weight_residual"], index),
                 dy,
                 self.aux_seed,
             )
-            return dx, registers.write(stash, values, row["stash"], index)
+            stash = registers.write(stash, values, row["stash"], index)
+            return dx, stash, *registers.pass_on((residual, weight_residual))
 
-        dx, stash = self.layout.loop(row["stage"], layer, (dy, state.stash), reverse=True)
-        ends_grads = _either(
-            row["stage"] == 0,
-            self.layout.num_stages == 1,
-            lambda: self._embed_grad(state.ends_grads, dx, row),
-            lambda: state.ends_grads,
-        )
-        state = state._replace(stash=stash, ends_grads=ends_grads)
-        if self.poison:
-            state = state._replace(residual=registers.poison(state.residual, row["residual"]))
-        return state, _with_leaves(self._nothing(), dx)
+        carry = (_leaves(out), state.stash, state.residual, state.weight_residual)
+        carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
+        dx, stash, residual, weight_residual = carry
+        state = state._replace(stash=stash, residual=residual, weight_residual=weight_residual)
+        return state, _with_leaves(out, dx)
 
-    def _embed_grad(self, grads: list[jax.Array], dx: list[jax.Array], row: Row) -> list[jax.Array]:
-        ctx = self._context(row, self.layout.num_layers)
-
+    # The embedding's gradient follows the first stage's I. Its forward runs again rather than
+    # keeping its residuals in a slot; of a table look-up nothing is left of it.
+    def _embed_grad(self, state: State, dx: PyTree, row: Row) -> State:
         def embed(leaves: list) -> list[jax.Array]:
-            return _leaves(_microbatches.strong(
-                self.model.embed(_with_leaves(self.ends, leaves), ctx)
-            ))
+            ends = _with_leaves(self.ends, leaves)
+            ctx = self._context(row, self.layout.num_layers)
+            return _leaves(_microbatches.strong(self.model.embed(ends, ctx)))
 
-        # The embedding's forward runs again rather than keeping its residuals in a slot; of a
-        # table look-up nothing is left of it.
-        return _microbatches.add(grads, jax.vjp(embed, _leaves(self.ends))[1](dx)[0])
+        (dends,) = jax.vjp(embed, _leaves(self.ends))[1](_leaves(dx))
+        return state._replace(ends_grads=_microbatches.add(state.ends_grads, dends))
 
-    # W: stash, residuals -> gradients of the layers, added up in place.
-    def _weight_grad(self, state: State, row: Row, chunk: int) -> tuple[State, PyTree]:
+    # W: stash, residuals -> gradients of the layers, added up in place
+    def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any) -> State:
         assert self.split is not None
         split = self.split
         offset = self.layout.offset_of(row["stage"])
 
-        def layer(index: Any, grads: Any) -> Any:
+        def layer(index: Any, carry: Any) -> Any:
+            grads, weight_residual, stash = carry
             params, ctx = self._layer(row, chunk, index)
             dparams = split.weight_grad(
                 params,
                 ctx,
-                registers.read(state.weight_residual, row["weight_residual"], index),
-                registers.read(state.stash, row["stash"], index),
+                registers.read(weight_residual, row["weight_residual"], index),
+                registers.read(stash, row["stash"], index),
             )
-            return registers.accumulate(grads, dparams, index + offset)
+            grads = registers.accumulate(grads, dparams, index + offset)
+            return grads, *registers.pass_on((weight_residual, stash))
 
-        grads = self.layout.loop(row["stage"], layer, state.block_grads[chunk], reverse=True)
-        block_grads = [grads if c == chunk else g for c, g in enumerate(state.block_grads)]
-        state = state._replace(block_grads=block_grads)
-        if self.poison:
-            state = state._replace(
-                weight_residual=registers.poison(state.weight_residual, row["weight_residual"]),
-                stash=registers.poison(state.stash, row["stash"]),
-            )
-        return state, self._nothing()
+        carry = state.block_grads[chunk], state.weight_residual, state.stash
+        carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
+        grads, weight_residual, stash = carry
+        return state._replace(
+            block_grads=[grads if c == chunk else g for c, g in enumerate(state.block_grads)],
+            weight_residual=weight_residual,
+            stash=stash,
+        )
 
 
 def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Row], State]:
@@ -259,25 +254,20 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
     axis = rank.layout.axis
     right = [(r, (r + 1) % num_ranks) for r in range(num_ranks if wraps else num_ranks - 1)]
     left = [(target, source) for source, target in right]
-    actions = rank.actions()
 
     def tick(state: State, row: Row) -> State:
         # A slot of -1, none, becomes the last one, which nobody reads.
         last = jax.tree.leaves(state.received)[0].shape[0] - 1
-        from_left, from_right, keep, read = (
-            jnp.where(row[name] < 0, last, row[name])
+        slot = {
+            name: jnp.where(row[name] < 0, last, row[name])
             for name in ("from_left", "from_right", "keep", "read")
-        )
-        row = {**row, "read": read}
-        received = registers.write(state.received, state.from_left, from_left)
-        received = registers.write(received, state.from_right, from_right)
-        state = state._replace(received=received)
-        branch = rank.branch_of(row["opcode"], row["chunk"])
-        state, out = lax.switch(branch, actions, state, row)
-        received = state.received
+        }
+        received = registers.write(state.received, state.from_left, slot["from_left"])
+        received = registers.write(received, state.from_right, slot["from_right"])
+        state, out = rank.act(state._replace(received=received), {**row, **slot})
         if rank.poison:
-            received = registers.poison(received, read)
-        state = state._replace(received=registers.write(received, out, keep))
+            state, out = _poison_dead(state, out, {**row, **slot})
+        state = state._replace(received=registers.write(state.received, out, slot["keep"]))
         if num_ranks == 1:
             return state
         return state._replace(
@@ -287,9 +277,23 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
     return tick
 
 
-def _either(predicate: Any, is_always: bool, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """As `lax.cond`, without the branch that is never taken."""
-    return yes() if is_always else lax.cond(predicate, yes, no)
+def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
+    """Overwrites every slot whose last read was in this tick, and what nobody should send."""
+    opcode = row["opcode"]
+    by_input_grad, by_weight_grad = opcode == INPUT_GRAD, opcode == WEIGHT_GRAD
+
+    def overwrite(buffers: PyTree, slot: Any, is_dead: Any) -> PyTree:
+        return when(is_dead, lambda buffers: registers.poison(buffers, slot), buffers)
+
+    state = state._replace(
+        received=registers.poison(state.received, row["read"]),
+        residual=overwrite(state.residual, row["residual"], by_input_grad),
+        weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
+        stash=overwrite(state.stash, row["stash"], by_weight_grad),
+    )
+    sends = (opcode == FORWARD) | by_input_grad
+    nothing = registers.allocate(out, poison=True)
+    return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)
 
 
 def _leaves(tree: PyTree) -> list[jax.Array]:

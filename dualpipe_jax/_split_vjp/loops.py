@@ -5,10 +5,9 @@ gradient needs runs in the first loop, which also writes down, per iteration, th
 second loop needs; the second loop makes the weight gradients from them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax import lax
 
 from dualpipe_jax._split_vjp.graph import Graph, Node, When, evaluate, needed, read

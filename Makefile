@@ -1,0 +1,53 @@
+# What a contributor runs, what the hook runs and what CI runs: the same commands.
+# Every target sets up .venv by itself and sets it up again when what it depends on changes.
+
+# The Python that makes .venv: the first one found that is 3.11 or newer, or PYTHON=/path/to/python3.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+
+# The newest releases in an environment of their own:
+#   make test VENV=.venv-newest PYTHON=python3.13 CONSTRAINTS=
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Passed on: make train ARGS="--steps 10"; make test PYTEST_ARGS="tests/test_cli.py -x"
+ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format clean
+
+help:  ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(READY)  ## train a small language model with DualPipe (options: ARGS="--steps 10")
+	@$(BIN)/python experiments/train_lm/train_lm.py $(ARGS)
+
+test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## style, types and layers
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/pyrefly check
+	@$(BIN)/lint-imports --no-logo
+
+format: $(READY)  ## rewrite the sources in the house's format
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format .
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "dualpipe-jax needs Python 3.11 or newer with its venv module;" \
+		"none was found. Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; } >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "dualpipe-jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is not."; exit 1; } >&2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
+		$(addprefix -c ,$(CONSTRAINTS))
+	@touch $@

@@ -1,0 +1,52 @@
+"""Compile a pipeline-parallel training step, DualPipe first of all, into one jitted program.
+
+The public names are imported when they are first used (PEP 562), so that `import dualpipe_jax`,
+and with it the command line, starts without JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dualpipe_jax import schedules as schedules
+    from dualpipe_jax._api import evaluate as evaluate
+    from dualpipe_jax._api import sequential as sequential
+    from dualpipe_jax._api import value_and_grad as value_and_grad
+    from dualpipe_jax._plot import plot_timeline as plot_timeline
+    from dualpipe_jax._types import Context as Context
+    from dualpipe_jax._types import Model as Model
+    from dualpipe_jax.schedules import Schedule as Schedule
+    from dualpipe_jax.schedules import Timeline as Timeline
+
+__version__ = "0.1.0"
+
+# Where each public name lives; None: the name is a module of its own.
+_HOME = {
+    "Context": "_types",
+    "Model": "_types",
+    "Schedule": "schedules",
+    "Timeline": "schedules",
+    "evaluate": "_api",
+    "plot_timeline": "_plot",
+    "schedules": None,
+    "sequential": "_api",
+    "value_and_grad": "_api",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME[name]
+    if home is None:
+        value: object = import_module(f"{__name__}.{name}")
+    else:
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value  # the next access is a plain one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

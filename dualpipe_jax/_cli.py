@@ -1,0 +1,198 @@
+"""The command line: `dualpipe-jax timeline` shows a schedule as text, data or a picture.
+
+Starts without JAX; Rich and Matplotlib are imported by the outputs that need them.
+"""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from dualpipe_jax import __version__, schedules
+from dualpipe_jax._plot import FACES, INKS, pair_spans, plot_timeline, save, summarize
+
+_FORMATS = ("text", "csv", "json", "svg", "png")
+# A piece of a line of text and its Rich style, "" for none.
+Piece = tuple[str, str]
+
+
+class _Refusal(click.ClickException):
+    """Ends the command with one line on stderr and exit code 2."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dualpipe-jax")
+def main() -> None:
+    """Pipeline-parallel training steps as one jitted JAX program."""
+
+
+@main.command()
+@click.option(
+    "--schedule",
+    default="dualpipe",
+    show_default=True,
+    help=f"One of {', '.join(schedules.names())}.",
+)
+@click.option("--ranks", type=int, default=8, show_default=True, help="Devices of the pipeline.")
+@click.option("--microbatches", type=int, default=20, show_default=True, help="Of one step.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(_FORMATS),
+    help="By default the suffix of --output, else text.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write; standard output if left out.",
+)
+def timeline(
+    schedule: str, ranks: int, microbatches: int, output_format: str | None, output: Path | None
+) -> None:
+    """Show which rank does what in which tick.
+
+    A forward (F), an input grad (I) and a weight grad (W) of one stage take a tick each. csv is
+    PyTorch's pipelining grammar, the order of each rank without the ticks.
+    """
+    try:
+        made = schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
+        made_timeline = made.timeline()
+    except ValueError as error:
+        raise _Refusal(" ".join(str(error).split())) from error
+    suffix = output.suffix.removeprefix(".") if output else ""
+    output_format = output_format or (suffix if suffix in _FORMATS else "text")
+    match output_format:
+        case "text" if output is None and sys.stdout.isatty():
+            _print_in_color(made_timeline)
+            return
+        case "text":
+            content = "".join(
+                "".join(text for text, _ in line).rstrip() + "\n"
+                for line in _text_lines(made_timeline, width=None)
+            ).encode()
+        case "csv":
+            content = made.to_csv().encode()
+        case "json":
+            content = _to_json(made_timeline).encode()
+        case _:
+            if output_format == "png" and output is None and sys.stdout.isatty():
+                raise _Refusal("a png is not for a terminal: name a file with --output")
+            content = _to_picture(made_timeline, output_format)
+    if output is None:
+        click.echo(content, nl=False)
+        return
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise _Refusal(f"--output {output}: {error.strerror}") from error
+
+
+def _to_picture(timeline: schedules.Timeline, image_format: str) -> bytes:
+    file = io.BytesIO()
+    try:
+        save(plot_timeline(timeline), file, image_format=image_format)
+    except ModuleNotFoundError as error:
+        raise _Refusal(str(error)) from error
+    return file.getvalue()
+
+
+def _to_json(timeline: schedules.Timeline) -> str:
+    """Writes an object with a line a tick."""
+    program = timeline.program
+    head = {
+        "schedule": program.name,
+        "ranks": timeline.num_ranks,
+        "microbatches": program.num_microbatches,
+        "num_ticks": timeline.num_ticks,
+        "num_slots": timeline.num_slots,
+    }
+    ticks = ",\n".join("    " + json.dumps(row) for row in timeline.actions)
+    return json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "actions": [\n{ticks}\n  ]\n}}\n'
+
+
+def _print_in_color(timeline: schedules.Timeline) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for line in _text_lines(timeline, width=shutil.get_terminal_size().columns):
+        console.print(Text.assemble(*line), soft_wrap=True)
+
+
+def _text_lines(timeline: schedules.Timeline, *, width: int | None) -> Iterator[list[Piece]]:
+    """Yields the lines of the text form: a row a rank, a cell a tick, then what they mean.
+
+    A timetable wider than `width` columns is folded into blocks, each under its own ticks.
+    """
+    num_ticks, num_ranks = timeline.num_ticks, timeline.num_ranks
+    cells = _text_cells(timeline)
+    cell_width = max(len(text) for row in cells for text, _ in row) + 1
+    labels = [f"rank {rank} " for rank in range(num_ranks)]
+    label_width = len(labels[-1])
+    block = num_ticks
+    if width is not None:
+        block = min(num_ticks, max(1, (width - label_width) // cell_width))
+    ruler_step = 5 if block >= 10 else 1
+    joins = [[" "] * num_ticks for _ in range(num_ranks)]
+    for rank, first, last in pair_spans(timeline):
+        joins[rank][first + 1 : last + 1] = "+" * (last - first)
+    for start in range(0, num_ticks, block):
+        ticks = range(start, min(start + block, num_ticks))
+        marks = [str(tick) if tick % ruler_step == 0 else "" for tick in ticks]
+        yield [("tick".ljust(label_width), "dim")] + [
+            (" " + mark.ljust(cell_width - 1), "dim") for mark in marks
+        ]
+        for rank, label in enumerate(labels):
+            line = [(label.ljust(label_width), "")]
+            for tick in ticks:
+                text, style = cells[rank][tick]
+                line += [(joins[rank][tick], ""), (text.ljust(cell_width - 1), style)]
+            yield line
+        yield [("", "")]
+    yield from _text_legend(timeline)
+
+
+def _text_cells(timeline: schedules.Timeline) -> list[list[Piece]]:
+    """Gives each rank's cells: F3 in direction 0, f3 in direction 1, a dot for an idle tick."""
+    pieces = [(".", "dim")] * 2
+    for kind, faces in FACES.items():
+        pieces += [
+            (letter, f"{ink} on {face}")
+            for letter, ink, face in zip((kind, kind.lower()), INKS, faces, strict=True)
+        ]
+    look = (timeline.opcode * 2 + timeline.direction.clip(0) % 2).T.tolist()
+    cells = []
+    for looks, numbers in zip(look, timeline.microbatch.T.tolist(), strict=True):
+        row = []
+        for index, number in zip(looks, numbers, strict=True):
+            letter, style = pieces[index]
+            row.append((letter if number < 0 else f"{letter}{number}", style))
+        cells.append(row)
+    return cells
+
+
+def _text_legend(timeline: schedules.Timeline) -> Iterator[list[Piece]]:
+    legend: list[Piece] = []
+    words = {"F": "forward", "I": "input grad", "W": "weight grad"}
+    for kind, word in words.items():
+        legend += [(kind, f"{INKS[0]} on {FACES[kind][0]}"), (f" {word}   ", "")]
+    legend += [(".", "dim"), (" idle", "")]
+    if (timeline.pair >= 0).any():
+        legend.append(("   + joins a pair", ""))
+    yield legend
+    if len(timeline.program.routes) > 1:
+        first, second = (route[0] for route in timeline.program.routes[:2])
+        example: list[Piece] = [(k.lower(), f"{INKS[1]} on {FACES[k][1]}") for k in words]
+        yield [
+            (f"upper case: direction 0, enters at rank {first}   ", ""),
+            *example,
+            (f" lower case: direction 1, enters at rank {second}", ""),
+        ]
+    slots = ", ".join(f"{number} {buffer}" for buffer, number in timeline.num_slots.items())
+    yield [(f"{summarize(timeline)}; slots: {slots}", "")]

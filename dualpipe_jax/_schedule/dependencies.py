@@ -1,0 +1,108 @@
+"""What each action needs, who produces it, and how long the values in between live.
+
+Between two ranks with one microbatch there are two transfers, and every other value stays home:
+
+>>> from dualpipe_jax._schedule.generators import GENERATORS
+>>> program = GENERATORS["1f1b"](num_ranks=2, num_microbatches=1)
+>>> needs = find_dependencies(program)
+>>> name = program.units.name
+>>> for action, (payload, own) in enumerate(zip(needs.payload, needs.own, strict=True)):
+...     print(name(action), [name(i) for i in (payload, own) if i >= 0])
+0F0 []
+0I0 ['1I0', '0F0']
+0W0 ['0I0']
+1F0 ['0F0']
+1I0 ['1F0', '1F0']
+1W0 ['1I0']
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualpipe_jax._schedule.ir import (
+    FORWARD,
+    INPUT_GRAD,
+    WEIGHT_GRAD,
+    LiveRanges,
+    Program,
+    Timeline,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Dependencies:
+    """Names the producers of what each action reads: int64[num_actions] into `program.units`.
+
+    `payload` makes its x or its cotangent, maybe on a neighbour; `own` is the F that an I follows
+    and the I that a W follows, on the same rank. -1 is none.
+    """
+
+    payload: np.ndarray
+    own: np.ndarray
+
+
+def find_dependencies(program: Program) -> Dependencies:
+    """Finds the producers of what each action of a legal program reads."""
+    units = program.units
+    last = program.num_stages - 1
+    index = np.full((4, program.num_stages, program.num_microbatches), -1)
+    index[units.opcode, units.stage, units.microbatch] = np.arange(len(units))
+
+    opcode, stage, microbatch = units.opcode, units.stage, units.microbatch
+    is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
+    payload = np.select(
+        [is_f & (stage > 0), is_i & (stage == last), is_i],
+        [
+            index[FORWARD, stage - 1, microbatch],
+            index[FORWARD, last, microbatch],  # the head makes the first cotangent
+            index[INPUT_GRAD, np.minimum(stage + 1, last), microbatch],
+        ],
+        -1,
+    )
+    own = np.select(
+        [is_i, is_w], [index[FORWARD, stage, microbatch], index[INPUT_GRAD, stage, microbatch]], -1
+    )
+    return Dependencies(payload, own)
+
+
+def find_live_ranges(program: Program, tick_of: np.ndarray) -> dict[str, LiveRanges]:
+    """Finds when the values of a timeline live, for each of `BUFFERS`.
+
+    A payload lives from the tick after its producer, whether it travelled or was kept; a residual
+    from its F to its I, a weight residual from its F to its W, a stash from its I to its W.
+    """
+    units, needs = program.units, find_dependencies(program)
+
+    def ranges(producer: np.ndarray, consumer: np.ndarray, delay: int = 0) -> LiveRanges:
+        start, end = tick_of[producer] + delay, tick_of[consumer]
+        return LiveRanges(units.rank[consumer], start, end, producer, consumer)
+
+    reads, of_i, of_w = (
+        np.flatnonzero(mask)
+        for mask in (needs.payload >= 0, units.opcode == INPUT_GRAD, units.opcode == WEIGHT_GRAD)
+    )
+    return {
+        "received": ranges(needs.payload[reads], reads, delay=1),
+        "residual": ranges(needs.own[of_i], of_i),
+        "weight_residual": ranges(needs.own[needs.own[of_w]], of_w),
+        "stash": ranges(needs.own[of_w], of_w),
+    }
+
+
+def count_live(live: LiveRanges, *, num_ticks: int, num_ranks: int) -> np.ndarray:
+    """Counts the values alive: int64[num_ticks, num_ranks]."""
+    change = np.zeros((num_ticks + 1, num_ranks), np.int64)
+    np.add.at(change, (live.start, live.rank), 1)
+    np.add.at(change, (live.end + 1, live.rank), -1)
+    return change.cumsum(axis=0)[:-1]
+
+
+def build_timeline(program: Program, tick_of: np.ndarray) -> Timeline:
+    """Joins a program and its ticks to a timeline, counting the slots that it takes."""
+    num_ticks = int(tick_of.max()) + 1
+    num_slots = {
+        buffer: int(count_live(live, num_ticks=num_ticks, num_ranks=program.num_ranks).max())
+        for buffer, live in find_live_ranges(program, tick_of).items()
+    }
+    return Timeline(program, tick_of, num_slots)

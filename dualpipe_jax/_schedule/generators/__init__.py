@@ -1,0 +1,16 @@
+"""One module a schedule: each makes a `Program` of any number of ranks and microbatches."""
+
+from collections.abc import Callable
+
+from dualpipe_jax._schedule.generators.dualpipe import dualpipe
+from dualpipe_jax._schedule.generators.forward_only import forward_only as forward_only
+from dualpipe_jax._schedule.generators.gpipe import gpipe
+from dualpipe_jax._schedule.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax._schedule.ir import Program
+
+# The schedules of a training step by their public names.
+GENERATORS: dict[str, Callable[..., Program]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "dualpipe": dualpipe,
+}

@@ -1,0 +1,100 @@
+"""DualPipe (DeepSeek-V3, arXiv:2412.19437; github.com/deepseek-ai/DualPipe, `step()`).
+
+Microbatches enter at both ends, so that nearly always a rank has a forward of one direction and a
+backward of the other at hand, and runs them as a pair.
+"""
+
+from dualpipe_jax._schedule.generators.list_schedule import list_schedule
+from dualpipe_jax._schedule.generators.row_builder import RowBuilder
+from dualpipe_jax._schedule.generators.sizes import check_sizes, split_microbatches
+from dualpipe_jax._schedule.ir import Program, Row
+
+
+def dualpipe(*, num_ranks: int, num_microbatches: int) -> Program:
+    """Generates DualPipe, in the published order where there is one.
+
+    That is for an even number of ranks and an even number of microbatches, at least twice as
+    many. Other sizes are list-scheduled.
+
+    >>> for row in dualpipe(num_ranks=2, num_microbatches=4).rows:
+    ...     print(*row)
+    0F0 1F2 0F1 1B2 (1F3;0B0)OVERLAP_F_B 1B3 0I1 0W1
+    0F2 1F0 0F3 1B0 (1F1;0B2)OVERLAP_F_B 1B1 0I3 0W3
+
+    Raises:
+        ValueError: if a size is not a positive integer.
+    """
+    sizes = check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    num_ranks, num_microbatches = sizes
+    if num_ranks % 2 == num_microbatches % 2 == 0 and num_microbatches >= 2 * num_ranks:
+        rows = tuple(_published_row(r, num_ranks, num_microbatches) for r in range(num_ranks))
+    else:
+        rows = _unpublished_rows(num_ranks, num_microbatches)
+    return Program("dualpipe", num_ranks, num_ranks, num_microbatches, rows)
+
+
+def _unpublished_rows(num_ranks: int, num_microbatches: int) -> tuple[Row, ...]:
+    if num_ranks == 1:  # both ends are one
+        routes, microbatches = [range(1)], [range(num_microbatches)]
+    else:
+        routes = [range(num_ranks), range(num_ranks)[::-1]]
+        microbatches = split_microbatches(num_microbatches)
+    return list_schedule(
+        num_ranks=num_ranks,
+        routes=routes,
+        microbatches=microbatches,
+        # Together at most P + 1 on a rank, and half as many weight grads, as in the published one.
+        limits=[range(num_ranks, 0, -1)] * len(routes),
+        max_deferred=(num_ranks + 1) // 2,
+    )
+
+
+def _published_row(rank: int, num_ranks: int, num_microbatches: int) -> Row:
+    """Follows the phases of `step()`, under its names for them: 0 is near, 1 is far."""
+    half = num_ranks // 2
+    h = min(rank, num_ranks - 1 - rank)
+    is_middle = h == half - 1
+    directions = list(
+        zip((rank, num_ranks - 1 - rank), split_microbatches(num_microbatches), strict=True)
+    )
+    near, far = 0, 1
+    build = RowBuilder(directions if rank < half else directions[::-1])
+
+    # 1: nF0
+    for _ in range(2 * (half - h - 1)):
+        build.forward(near)
+    # 2: nF0F1
+    for _ in range(h + 1):
+        build.forward(near)
+        build.forward(far)
+    # 3: nB1W1F1
+    for _ in range(half - h - 1):
+        build.input_grad(far)
+        build.weight_grad()
+        build.forward(far)
+    # 4, the steady state: nF0B1F1B0
+    for i in range(num_microbatches // 2 - num_ranks + h + 1):
+        if i == 0 and is_middle:
+            # Apart: the forward is awaited on the other middle rank.
+            build.forward(near)
+            build.backward(far)
+        else:
+            build.pair(near, far)
+        build.pair(far, near)
+    # 5: nB1F1B0
+    for _ in range(half - h - 1):
+        build.backward(far)
+        build.pair(far, near)
+    # 6: nB1B0, from the middle on with deferred weight grads
+    for i in range(h + 1):
+        middle = (h + 1) // 2
+        build.backward(far, defer=i > middle or (i == middle and h % 2 == 1))
+        build.backward(near, defer=i >= middle)
+    # 7: nWB0
+    for _ in range(half - h - 1):
+        build.weight_grad()
+        build.input_grad(near)
+    # 8: nW
+    for _ in range(h + 1):
+        build.weight_grad()
+    return build.row

@@ -1,0 +1,27 @@
+"""What every generator does with its sizes."""
+
+import operator
+
+
+def check_sizes(**sizes: int) -> tuple[int, ...]:
+    """Returns the sizes as ints.
+
+    Raises:
+        ValueError: if one is not a positive integer, naming all such.
+    """
+    wrong = []
+    for name, size in sizes.items():
+        try:
+            if isinstance(size, bool) or operator.index(size) < 1:
+                wrong.append(f"{name}={size!r}")
+        except TypeError:
+            wrong.append(f"{name}={size!r}")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: must be an integer of at least 1")
+    return tuple(map(operator.index, sizes.values()))
+
+
+def split_microbatches(num_microbatches: int) -> tuple[range, range]:
+    """Gives direction 0 the first half of the microbatches, and the odd one; 1 the rest."""
+    middle = -(-num_microbatches // 2)
+    return range(middle), range(middle, num_microbatches)

@@ -1,0 +1,324 @@
+"""What the passes hand to each other: Program -> Timeline -> Allocation -> Tables.
+
+A `Program` says in which order each rank acts, a `Timeline` in which tick, an `Allocation` in
+which slots its values lie; `Tables` are all three as integers, for an executor to run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+# What a rank does in one tick; the opcodes of `Tables` and `UnitActions`.
+IDLE, FORWARD, INPUT_GRAD, WEIGHT_GRAD = range(4)
+OPCODE_LETTERS = ".FIW"
+# The buffers of an executor, by the name under which `num_slots` counts their slots.
+BUFFERS = ("received", "residual", "weight_residual", "stash")
+
+
+class Action(NamedTuple):
+    """Names one F, I, W or B (an I, then its W) of one (stage, microbatch)."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+    def unit_actions(self) -> Iterator["Action"]:
+        """Yields the actions of one tick each that this one stands for."""
+        for kind in "IW" if self.kind == "B" else self.kind:
+            yield Action(kind, self.stage, self.microbatch)
+
+
+class Pair(NamedTuple):
+    """Fuses an F with a B (or an I) of another microbatch: F, I, W in consecutive ticks."""
+
+    forward: Action
+    backward: Action
+
+    def __str__(self) -> str:
+        return f"({self.forward};{self.backward})OVERLAP_F_B"
+
+    def unit_actions(self) -> Iterator[Action]:
+        """Yields the actions of one tick each that this pair stands for."""
+        yield self.forward
+        yield from self.backward.unit_actions()
+
+
+Cell = Action | Pair
+Row = tuple[Cell, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitActions:
+    """Lists all actions of one tick of a program, rank after rank, in program order.
+
+    Every array is int64[num_actions] but `row_start`, int64[num_ranks + 1]: the actions of rank
+    r are those from `row_start[r]` up to `row_start[r + 1]`. `pair` numbers the pairs; -1 is none.
+    """
+
+    opcode: np.ndarray
+    stage: np.ndarray
+    microbatch: np.ndarray
+    rank: np.ndarray
+    pair: np.ndarray
+    row_start: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.opcode)
+
+    def name(self, index: int) -> str:
+        """Writes one action as a cell of the CSV."""
+        letter = OPCODE_LETTERS[self.opcode[index]]
+        return f"{self.stage[index]}{letter}{self.microbatch[index]}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """Gives each rank its actions in order; what a generator makes.
+
+    Stages count along each direction's own model order. Which rank holds which stage is not
+    stated but read off the rows in which the actions stand.
+
+    >>> program = Program(
+    ...     "two",
+    ...     2,
+    ...     2,
+    ...     1,
+    ...     rows=((Action("F", 0, 0), Action("B", 0, 0)), (Action("F", 1, 0), Action("B", 1, 0))),
+    ... )
+    >>> program.routes, program.stage_of.tolist()
+    (((0, 1),), [[0, 1]])
+    >>> print(program.to_csv(), end="")
+    0F0,0B0
+    1F0,1B0
+    """
+
+    name: str
+    num_ranks: int
+    num_stages: int
+    num_microbatches: int
+    # Not hashed: hashing a hundred thousand actions takes longer than looking the program up.
+    rows: tuple[Row, ...] = field(repr=False, hash=False)
+    forward_only: bool = False
+
+    def to_csv(self) -> str:
+        """Writes one line a rank in PyTorch's pipelining grammar."""
+        return "".join(",".join(map(str, row)) + "\n" for row in self.rows)
+
+    @cached_property
+    def units(self) -> UnitActions:
+        """The rows, taken apart into actions of one tick."""
+        opcode, stage, microbatch, pair, row_start = [], [], [], [], [0]
+        num_pairs = 0
+        for row in self.rows:
+            for cell in row:
+                in_pair = isinstance(cell, Pair)
+                for kind, s, m in cell.unit_actions():
+                    opcode.append(OPCODE_LETTERS.index(kind))
+                    stage.append(s)
+                    microbatch.append(m)
+                    pair.append(num_pairs if in_pair else -1)
+                num_pairs += in_pair
+            row_start.append(len(opcode))
+        rank = np.repeat(np.arange(self.num_ranks), np.diff(row_start))
+        arrays = (np.array(a, np.int64) for a in (opcode, stage, microbatch, rank, pair, row_start))
+        return UnitActions(*arrays)
+
+    @cached_property
+    def rank_of(self) -> np.ndarray:
+        """int64[num_stages, num_microbatches], the rank that runs each."""
+        units = self.units
+        rank_of = np.full((self.num_stages, self.num_microbatches), -1)
+        rank_of[units.stage, units.microbatch] = units.rank
+        return rank_of
+
+    @cached_property
+    def _routes(self) -> tuple[tuple[tuple[int, ...], ...], np.ndarray]:
+        index: dict[tuple[int, ...], int] = {}
+        direction_of = [index.setdefault(tuple(r), len(index)) for r in self.rank_of.T.tolist()]
+        return tuple(index), np.array(direction_of, np.int64)
+
+    @property
+    def routes(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks over the stages, for each direction."""
+        return self._routes[0]
+
+    @property
+    def direction_of(self) -> np.ndarray:
+        """int64[num_microbatches], the index in `routes` of each microbatch's way."""
+        return self._routes[1]
+
+    @cached_property
+    def chunk_of(self) -> np.ndarray:
+        """int64[num_directions, num_stages], the chunk as which its rank holds each stage.
+
+        The chunks of a rank are its (direction, stage)s in order.
+        """
+        num_held = [0] * self.num_ranks
+        chunk_of = np.empty((len(self.routes), self.num_stages), np.int64)
+        for direction, route in enumerate(self.routes):
+            for stage, rank in enumerate(route):
+                chunk_of[direction, stage] = num_held[rank]
+                num_held[rank] += 1
+        return chunk_of
+
+    @cached_property
+    def stage_of(self) -> np.ndarray:
+        """int32[num_chunks, num_ranks], -1 where a rank has fewer chunks."""
+        stage_of = np.full((self.chunk_of.max() + 1, self.num_ranks), -1, np.int32)
+        for direction, route in enumerate(self.routes):
+            stage_of[self.chunk_of[direction], route] = range(self.num_stages)
+        return stage_of
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """Gives each action of a program its tick, all ranks alike: what `place` makes.
+
+    `tick_of` is int64[num_actions], in the order of `program.units`. `num_slots` counts, for each
+    of `BUFFERS`, the values alive at once on the fullest rank.
+    """
+
+    program: Program
+    tick_of: np.ndarray
+    num_slots: dict[str, int]
+
+    @property
+    def num_ranks(self) -> int:
+        """The number of ranks of the program."""
+        return self.program.num_ranks
+
+    @cached_property
+    def num_ticks(self) -> int:
+        """The number of ticks up to the last action of any rank."""
+        return int(self.tick_of.max()) + 1
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """int64[num_ticks, num_ranks] into `program.units`, -1 where a rank idles."""
+        index = np.full((self.num_ticks, self.num_ranks), -1)
+        index[self.tick_of, self.program.units.rank] = np.arange(len(self.tick_of))
+        return index
+
+    def grid(self, of_action: np.ndarray, *, idle: int = -1) -> np.ndarray:
+        """Spreads an array over actions to int64[num_ticks, num_ranks]."""
+        return np.where(self.index < 0, idle, of_action[self.index])
+
+    @cached_property
+    def opcode(self) -> np.ndarray:
+        """int64[num_ticks, num_ranks]: 0 idle, 1 F, 2 I, 3 W."""
+        return self.grid(self.program.units.opcode, idle=IDLE)
+
+    @cached_property
+    def stage(self) -> np.ndarray:
+        """int64[num_ticks, num_ranks], -1 where a rank idles."""
+        return self.grid(self.program.units.stage)
+
+    @cached_property
+    def microbatch(self) -> np.ndarray:
+        """int64[num_ticks, num_ranks], -1 where a rank idles."""
+        return self.grid(self.program.units.microbatch)
+
+    @cached_property
+    def direction(self) -> np.ndarray:
+        """int64[num_ticks, num_ranks], -1 where a rank idles."""
+        return self.grid(self.program.direction_of[self.program.units.microbatch])
+
+    @cached_property
+    def pair(self) -> np.ndarray:
+        """int64[num_ticks, num_ranks], a number for each pair, -1 outside of pairs."""
+        return self.grid(self.program.units.pair)
+
+    @cached_property
+    def actions(self) -> tuple[tuple[str | None, ...], ...]:
+        """`actions[tick][rank]`: the CSV cell of the action, `"0F7"`, or None."""
+        name = self.program.units.name
+        return tuple(tuple(None if i < 0 else name(i) for i in row) for row in self.index.tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class LiveRanges:
+    """Lists the values that pass through one buffer, each int64[num_values].
+
+    A value lies on `rank` from the start of tick `start` to the end of tick `end`; the action
+    `producer` makes it and `consumer` is the last to use it.
+    """
+
+    rank: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    producer: np.ndarray
+    consumer: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """Gives each value of a timeline its slot, for each of `BUFFERS`: what `allocate` makes.
+
+    `slot_of[buffer]` is int64[num_values], in the order of `live_ranges[buffer]`.
+    """
+
+    live_ranges: dict[str, LiveRanges]
+    slot_of: dict[str, np.ndarray]
+    num_slots: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Tells an executor what each rank does in each tick.
+
+    Arrays are int32[num_ticks, num_ranks], -1 for none. In each tick a rank
+    (1) stores what its neighbours sent in the tick before into the received slots `from_left`
+    (from rank - 1) and `from_right` (from rank + 1, both modulo the number of ranks),
+    (2) runs its action, and
+    (3) stores the output in the received slot `keep` and sends it both ways; who wants it, stores
+    it.
+
+    ====  =======================================  ============================================
+    F     reads `read`, its x (stage 0: none)      writes `residual`, `weight_residual`
+    I     reads `read`, its cotangent,             writes `stash`
+          `residual` and `weight_residual`
+    W     reads `weight_residual` and `stash`      adds to the gradient
+    ====  =======================================  ============================================
+
+    The output of F is x, of the last stage's F the cotangent that the head's gradient gives, of I
+    the cotangent of its x. A slot is free after the last read: of `read` its action, of `residual`
+    the I, of `weight_residual` and `stash` the W. A forward-only program has neither residuals
+    nor cotangents.
+    """
+
+    opcode: np.ndarray
+    chunk: np.ndarray
+    stage: np.ndarray
+    microbatch: np.ndarray
+    from_left: np.ndarray
+    from_right: np.ndarray
+    read: np.ndarray
+    keep: np.ndarray
+    residual: np.ndarray
+    weight_residual: np.ndarray
+    stash: np.ndarray
+
+    num_ranks: int
+    num_stages: int
+    num_microbatches: int
+    num_chunks: int
+    stage_of: np.ndarray  # int32[num_chunks, num_ranks]
+    num_slots: dict[str, int]  # for each of BUFFERS
+    forward_only: bool
+    wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
+
+    @property
+    def num_ticks(self) -> int:
+        """The number of rows of every table."""
+        return len(self.opcode)
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Names the tables that have a row a tick."""
+        return tuple(f.name for f in fields(cls))[:11]

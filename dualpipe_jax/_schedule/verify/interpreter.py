@@ -1,0 +1,139 @@
+"""Executes Tables with tokens in place of arrays.
+
+It knows nothing of the timeline or of the allocator: only what `Tables` says an executor does. A
+token is a number for one value, such as "the x that enters stage 3 with microbatch 7".
+"""
+
+import numpy as np
+
+from dualpipe_jax._schedule.ir import BUFFERS, FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Tables
+from dualpipe_jax._schedule.verify.excerpt import fail_at
+
+# Which buffer a column of slots belongs to.
+BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "received"}
+BUFFER_OF |= {"keep": "received"} | {name: name for name in BUFFERS[1:]}
+# What a payload is; of a value that stays on its rank, the token counts the chunk instead.
+_X, _COTANGENT = range(2)
+
+
+def run_with_tokens(tables: Tables) -> None:
+    """Runs tables whose entries are known to be in range.
+
+    Raises:
+        ScheduleError: if a read does not find its value, a live value is overwritten, or a slot
+            does not end free.
+    """
+    _Interpreter(tables).run()
+
+
+class _Interpreter:
+    """Runs tables on all ranks at once, a token in every slot; -1 is a free one."""
+
+    def __init__(self, tables: Tables):
+        self.tables = tables
+        self.slots = {
+            buffer: np.full((tables.num_ranks, tables.num_slots[buffer]), -1) for buffer in BUFFERS
+        }
+        opcode, stage, microbatch = tables.opcode, tables.stage, tables.microbatch
+        is_f, is_i = opcode == FORWARD, opcode == INPUT_GRAD
+        is_last = stage == tables.num_stages - 1
+        self.local = self._token(tables.chunk, stage, microbatch)
+        self.expected = self._token(np.where(is_f, _X, _COTANGENT), stage, microbatch)
+        # F sends x to the next stage, I the cotangent of its x to the stage before; the last
+        # stage's F makes its own cotangent, of the loss.
+        ends = (is_f & is_last & tables.forward_only) | (is_i & (stage == 0))
+        self.output = np.select(
+            [ends, is_f & is_last, is_f, is_i],
+            [
+                -1,
+                self._token(_COTANGENT, stage, microbatch),
+                self._token(_X, stage + 1, microbatch),
+                self._token(_COTANGENT, stage - 1, microbatch),
+            ],
+            -1,
+        )
+
+    def _token(self, kind: np.ndarray | int, stage: np.ndarray, microbatch: np.ndarray):
+        tables = self.tables
+        return (kind * tables.num_stages + stage) * np.int64(tables.num_microbatches) + microbatch
+
+    def run(self) -> None:
+        """Executes every tick."""
+        tables = self.tables
+        sent = np.full(tables.num_ranks, -1)
+        for tick in range(tables.num_ticks):
+            self._store(tick, "from_left", np.roll(sent, 1))
+            self._store(tick, "from_right", np.roll(sent, -1))
+
+            opcode, local = tables.opcode[tick], self.local[tick]
+            is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
+            self._load(tick, "read", self.expected[tick], free=opcode != IDLE)
+            self._load(tick, "residual", local, of=is_i, free=is_i)
+            self._load(tick, "weight_residual", local, of=is_i | is_w, free=is_w)
+            self._load(tick, "stash", local, of=is_w, free=is_w)
+            self._store(tick, "residual", local, of=is_f)
+            self._store(tick, "weight_residual", local, of=is_f)
+            self._store(tick, "stash", local, of=is_i)
+
+            sent = self.output[tick]
+            self._store(tick, "keep", sent)
+        for buffer, slots in self.slots.items():
+            for rank, slot in np.argwhere(slots >= 0).tolist():
+                what = (
+                    f"{buffer} slot {slot} still holds {self._describe(buffer, slots[rank, slot])}"
+                )
+                fail_at(tables, tables.num_ticks - 1, rank, f"{what} after the last tick")
+
+    def _store(
+        self, tick: int, column: str, tokens: np.ndarray, *, of: np.ndarray | bool = True
+    ) -> None:
+        """Stores tokens in free slots, on the ranks `of` that name one in `column`."""
+        slot = getattr(self.tables, column)[tick]
+        ranks = np.flatnonzero((slot >= 0) & of)
+        if not ranks.size:
+            return
+        slots, at = self.slots[BUFFER_OF[column]], (ranks, slot[ranks])
+        if (slots[at] >= 0).any() or (tokens[ranks] < 0).any():
+            for rank in ranks.tolist():
+                what = f"{column} stores in {BUFFER_OF[column]} slot {slot[rank]}"
+                if tokens[rank] < 0:
+                    fail_at(self.tables, tick, rank, f"{what}, but nothing was sent")
+                if slots[rank, slot[rank]] >= 0:
+                    still = self._describe(BUFFER_OF[column], slots[rank, slot[rank]])
+                    fail_at(self.tables, tick, rank, f"{what}, where {still} is still to be read")
+        slots[at] = tokens[ranks]
+
+    def _load(
+        self,
+        tick: int,
+        column: str,
+        tokens: np.ndarray,
+        *,
+        of: np.ndarray | bool = True,
+        free: np.ndarray,
+    ) -> None:
+        """Expects tokens in the slots of the ranks `of`; on the ranks `free` for the last time."""
+        slot = getattr(self.tables, column)[tick]
+        ranks = np.flatnonzero((slot >= 0) & of)
+        if not ranks.size:
+            return
+        slots, at = self.slots[BUFFER_OF[column]], (ranks, slot[ranks])
+        if (slots[at] != tokens[ranks]).any():
+            rank = int(ranks[slots[at] != tokens[ranks]][0])
+            buffer = BUFFER_OF[column]
+            found = self._describe(buffer, slots[rank, slot[rank]])
+            wanted = self._describe(buffer, tokens[rank])
+            where = f"{buffer} slot {slot[rank]}"
+            fail_at(self.tables, tick, rank, f"expects {wanted} in {where} and finds {found}")
+        freed = ranks[free[ranks]]
+        slots[freed, slot[freed]] = -1
+
+    def _describe(self, buffer: str, token: int) -> str:
+        if token < 0:
+            return "nothing"
+        rest, microbatch = divmod(token, self.tables.num_microbatches)
+        kind, stage = divmod(rest, self.tables.num_stages)
+        if buffer == "received":
+            what = "the x of" if kind == _X else "the cotangent for"
+            return f"{what} {stage}{'F' if kind == _X else 'I'}{microbatch}"
+        return f"what chunk {kind} saved for stage {stage}, microbatch {microbatch}"

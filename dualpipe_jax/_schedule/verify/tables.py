@@ -1,0 +1,113 @@
+"""Verifies Tables, the last pass's outcome, knowing nothing of the passes before."""
+
+import numpy as np
+
+from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.ir import (
+    FORWARD,
+    IDLE,
+    INPUT_GRAD,
+    OPCODE_LETTERS,
+    WEIGHT_GRAD,
+    Tables,
+)
+from dualpipe_jax._schedule.verify.excerpt import fail_at
+from dualpipe_jax._schedule.verify.interpreter import BUFFER_OF, run_with_tokens
+
+
+def verify_tables(tables: Tables) -> None:
+    """Checks that an executor that runs the tables computes the whole step, and nothing else.
+
+    - All tables are int32[num_ticks, num_ranks]; every slot exists in its buffer.
+    - Each (stage, microbatch) has exactly one F, one I and one W (forward-only: one F), each
+      on a rank and a chunk that `stage_of` gives that stage.
+    - An action names exactly the slots that it uses, an idle rank none.
+    - What is stored on arrival was sent by that neighbour in the tick before.
+    - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
+      other's on the same rank and chunk.
+    - Nothing is stored in a slot whose value is still to be read, and all slots end free.
+
+    Raises:
+        ScheduleError: naming action, rank and tick, and showing the ticks around.
+    """
+    _check_shapes(tables)
+    _check_actions(tables)
+    _check_columns(tables)
+    run_with_tokens(tables)
+
+
+def _check_shapes(tables: Tables) -> None:
+    shape = tables.num_ticks, tables.num_ranks
+    for column in Tables.columns():
+        table = getattr(tables, column)
+        if table.shape != shape or table.dtype != np.int32:
+            raise ScheduleError(f"table {column} is {table.dtype}{table.shape}, not int32{shape}")
+    if tables.stage_of.shape != (tables.num_chunks, tables.num_ranks):
+        raise ScheduleError(f"stage_of is {tables.stage_of.shape}, not [num_chunks, num_ranks]")
+    for column, buffer in BUFFER_OF.items():
+        table, num_slots = getattr(tables, column), tables.num_slots[buffer]
+        _fail_where(
+            tables,
+            (table < -1) | (table >= num_slots),
+            f"{column} must be one of the {num_slots} {buffer} slots",
+        )
+
+
+def _check_actions(tables: Tables) -> None:
+    acts = tables.opcode != IDLE
+    limits = {
+        "opcode": len(OPCODE_LETTERS),
+        "chunk": tables.num_chunks,
+        "stage": tables.num_stages,
+        "microbatch": tables.num_microbatches,
+    }
+    for column, limit in limits.items():
+        table = getattr(tables, column)
+        outside = acts & ((table < 0) | (table >= limit))
+        _fail_where(tables, outside, f"{column} must be in 0..{limit - 1}")
+        if column != "opcode":
+            _fail_where(tables, ~acts & (table != -1), f"an idle rank must have no {column}")
+    held = tables.stage_of[tables.chunk, np.arange(tables.num_ranks)]
+    _fail_where(tables, acts & (held != tables.stage), "must be a stage that the rank's chunk is")
+
+    count = np.zeros((4, tables.num_stages, tables.num_microbatches), np.int64)
+    np.add.at(count, (tables.opcode[acts], tables.stage[acts], tables.microbatch[acts]), 1)
+    for opcode in (FORWARD, INPUT_GRAD, WEIGHT_GRAD):
+        wanted = 0 if tables.forward_only and opcode != FORWARD else 1
+        for stage, microbatch in np.argwhere(count[opcode] != wanted).tolist():
+            action = f"{stage}{OPCODE_LETTERS[opcode]}{microbatch}"
+            same = tables.opcode == opcode
+            same &= (tables.stage == stage) & (tables.microbatch == microbatch)
+            _fail_where(tables, same, f"{action} must run exactly once")
+            raise ScheduleError(f"{action} must run exactly once, but runs on no rank in no tick")
+
+
+def _check_columns(tables: Tables) -> None:
+    is_f, is_i, is_w = (tables.opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
+    saves = is_f & (not tables.forward_only)
+    last_f = saves & (tables.stage == tables.num_stages - 1)
+    used = {
+        "read": (is_f & (tables.stage > 0)) | is_i,
+        "residual": saves | is_i,
+        "weight_residual": saves | is_i | is_w,
+        "stash": is_i | is_w,
+    }
+    for column, mask in used.items():
+        named = getattr(tables, column) >= 0
+        _fail_where(tables, mask & ~named, f"needs a slot in {column}")
+        _fail_where(tables, named & ~mask, f"must have no slot in {column}")
+    keeps = tables.keep >= 0
+    _fail_where(tables, last_f & ~keeps, "must keep the cotangent that the head gives")
+    sends = (is_f & ~last_f & (tables.stage < tables.num_stages - 1)) | (is_i & (tables.stage > 0))
+    _fail_where(tables, keeps & ~(sends | last_f), "has no output to keep")
+    if not tables.wraps:
+        wrapped = np.zeros(tables.opcode.shape, bool)
+        wrapped[:, 0] |= tables.from_left[:, 0] >= 0
+        wrapped[:, -1] |= tables.from_right[:, -1] >= 0
+        _fail_where(tables, wrapped, "receives around the ring, but the tables do not wrap")
+
+
+def _fail_where(tables: Tables, mask: np.ndarray, fault: str) -> None:
+    if mask.any():
+        tick, rank = np.argwhere(mask)[0].tolist()
+        fail_at(tables, tick, rank, fault)

@@ -1,0 +1,45 @@
+"""Verifies a Timeline after it is placed."""
+
+import numpy as np
+
+from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.dependencies import find_dependencies
+from dualpipe_jax._schedule.ir import Timeline
+from dualpipe_jax._schedule.verify.excerpt import show_timeline
+
+
+def verify_timeline(timeline: Timeline) -> None:
+    """Checks that a timeline can run.
+
+    - A rank runs its actions in program order, one a tick, from tick 0 on.
+    - Every action runs after the tick of each action that it needs: its I or F on the same rank,
+      the producer of its x or its cotangent.
+
+    Raises:
+        ScheduleError: naming action, rank and tick, and showing the ticks around.
+    """
+    units, tick_of = timeline.program.units, timeline.tick_of
+    if early := np.flatnonzero(tick_of < 0).tolist():
+        i = early[0]
+        raise ScheduleError(f"{units.name(i)} on rank {units.rank[i]} has tick {tick_of[i]} < 0")
+
+    same_rank = units.rank[1:] == units.rank[:-1]
+    for i in np.flatnonzero(same_rank & (tick_of[1:] <= tick_of[:-1])).tolist():
+        _fail(timeline, i + 1, f"must run after {units.name(i)}, which precedes it in the program")
+
+    needs = find_dependencies(timeline.program)
+    for producer in (needs.payload, needs.own):
+        late = (producer >= 0) & (tick_of[producer] >= tick_of)
+        for i in np.flatnonzero(late).tolist():
+            p = producer[i]
+            where = f"rank {units.rank[p]} only in tick {tick_of[p]}"
+            _fail(timeline, i, f"needs {units.name(p)}, which runs on {where}")
+
+
+def _fail(timeline: Timeline, action: int, fault: str) -> None:
+    units = timeline.program.units
+    rank, tick = int(units.rank[action]), int(timeline.tick_of[action])
+    raise ScheduleError(
+        f"schedule {timeline.program.name!r}: {units.name(action)} on rank {rank} in tick {tick} "
+        f"{fault}{show_timeline(timeline, tick=tick, rank=rank)}"
+    )

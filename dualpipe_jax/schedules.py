@@ -1,0 +1,126 @@
+"""The schedules by name: `dualpipe(num_ranks=8, num_microbatches=20)`, or `make("dualpipe", ...)`.
+
+Every schedule takes any number of ranks and of microbatches, from 1.
+"""
+
+from dataclasses import dataclass
+
+from dualpipe_jax._schedule.compile import Compiled, compile_program
+from dualpipe_jax._schedule.generators import GENERATORS
+from dualpipe_jax._schedule.grammar import parse_program
+from dualpipe_jax._schedule.ir import Program
+from dualpipe_jax._schedule.ir import Timeline as Timeline
+
+__all__ = ["Schedule", "Timeline", "dualpipe", "gpipe", "make", "names", "one_f_one_b"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Says in which order each rank runs which part of which microbatch.
+
+    >>> schedule = one_f_one_b(num_ranks=2, num_microbatches=2)
+    >>> print(schedule.to_csv(), end="")
+    0F0,0F1,0B0,0B1
+    1F0,1B0,1F1,1B1
+    >>> Schedule.from_csv(schedule.to_csv()).timeline().num_ticks
+    8
+    """
+
+    program: Program
+
+    @property
+    def name(self) -> str:
+        """The name under which `make` knows it, or that given to `from_csv`."""
+        return self.program.name
+
+    @property
+    def num_ranks(self) -> int:
+        """The number of ranks, which the mesh axis must have."""
+        return self.program.num_ranks
+
+    @property
+    def num_microbatches(self) -> int:
+        """The number of microbatches of a step, over all directions."""
+        return self.program.num_microbatches
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages into which the model is cut."""
+        return self.program.num_stages
+
+    def to_csv(self) -> str:
+        """Writes one line a rank in PyTorch's pipelining grammar, in program order."""
+        return self.program.to_csv()
+
+    @classmethod
+    def from_csv(cls, text: str, name: str = "csv") -> "Schedule":
+        """Reads what `to_csv` writes; stages and ranks are inferred.
+
+        Raises:
+            ValueError: if a cell does not follow the grammar. That the schedule can run is
+                checked when it is compiled.
+        """
+        return cls(parse_program(text, name=name))
+
+    def timeline(self) -> Timeline:
+        """Gives every action its tick, if forwards, input grads and weight grads take one each.
+
+        Raises:
+            ValueError: if the schedule cannot run.
+        """
+        return self.compiled().timeline
+
+    def compiled(self) -> Compiled:
+        """Compiles it to the tables that the executor runs, once.
+
+        Raises:
+            ValueError: if the schedule cannot run.
+        """
+        return compile_program(self.program)
+
+
+def gpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes GPipe (arXiv:1811.06965): all forwards, then all backwards.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1.
+    """
+    return make("gpipe", num_ranks=num_ranks, num_microbatches=num_microbatches)
+
+
+def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes 1F1B (arXiv:2104.04473): a forward and a backward in turn.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1.
+    """
+    return make("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches)
+
+
+def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes DualPipe (arXiv:2412.19437): microbatches enter at both ends.
+
+    The published order where there is one, that is for even sizes and `num_microbatches` at least
+    `2 * num_ranks`; elsewhere an order made by the same rules.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1.
+    """
+    return make("dualpipe", num_ranks=num_ranks, num_microbatches=num_microbatches)
+
+
+def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes the schedule of a name, one of `names()`.
+
+    Raises:
+        ValueError: if there is none of that name, or a size is not an integer of at least 1.
+    """
+    if name not in GENERATORS:
+        known = ", ".join(map(repr, GENERATORS))
+        raise ValueError(f"schedule={name!r}: must be one of {known}, or a dualpipe_jax.Schedule")
+    return Schedule(GENERATORS[name](num_ranks=num_ranks, num_microbatches=num_microbatches))
+
+
+def names() -> tuple[str, ...]:
+    """Lists the names that `make` knows."""
+    return tuple(GENERATORS)

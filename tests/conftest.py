@@ -1,0 +1,21 @@
+"""What every test stands on: eight fake CPU devices, float64, a compilation cache on disk.
+
+The devices and the cache go through the environment, so that a test's subprocess inherits them;
+float64 does not, a subprocess runs as a user's would.
+"""
+
+import os
+from pathlib import Path
+
+# JAX reads these when it is imported, which chex does.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # errors only, none of XLA's chatter
+
+import chex
+import jax
+
+chex.set_n_cpu_devices(8)  # before a backend starts
+# Most numeric tests compare in float64; one about 32-bit behaviour names its dtypes.
+jax.config.update("jax_enable_x64", True)

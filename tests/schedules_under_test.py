@@ -1,0 +1,25 @@
+"""The one list of schedules and sizes over which every contract test runs."""
+
+from functools import cache
+
+from dualpipe_jax import schedules
+from dualpipe_jax._schedule.compile import Compiled, compile_program
+from dualpipe_jax._schedule.generators import GENERATORS, forward_only
+
+NAMES = schedules.names()
+
+# Odd and even, fewer microbatches than ranks, as many, twice as many, more.
+WIDE_SIZES = tuple((P, N) for P in range(1, 10) for N in range(1, 3 * P + 3))
+LARGER_SIZES = ((12, 5), (12, 31), (13, 26), (16, 33), (16, 40), (24, 49))
+
+# (name, num_ranks, num_microbatches) of everything the compiler can be asked for by name.
+WIDE_GRID = tuple((name, P, N) for name in NAMES for P, N in WIDE_SIZES + LARGER_SIZES)
+# What evaluation runs is not public: it has no gradients.
+FORWARD_ONLY_GRID = tuple(("forward-only", P, N) for P, N in WIDE_SIZES)
+
+
+@cache
+def compiled(name: str, num_ranks: int, num_microbatches: int) -> Compiled:
+    """Compiles one of them, once for all tests."""
+    generate = forward_only if name == "forward-only" else GENERATORS[name]
+    return compile_program(generate(num_ranks=num_ranks, num_microbatches=num_microbatches))

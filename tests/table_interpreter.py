@@ -1,0 +1,95 @@
+"""A slow, plain executor of `Tables` in NumPy, and the model it runs: sin(weight @ x) a stage.
+
+The model needs every buffer: I needs what only it needs (the residual, weight @ x), W needs x (the
+weight residual) and the cotangent of weight @ x, which I computes for it (the stash). A slot that
+holds nothing holds NaN, which would spread to loss or gradient.
+"""
+
+import numpy as np
+
+from dualpipe_jax._schedule.ir import FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Tables
+
+WIDTH = 2
+
+
+def random_model(num_stages: int, num_microbatches: int) -> tuple[np.ndarray, np.ndarray]:
+    """Makes weights [num_stages, WIDTH, WIDTH] and inputs [num_microbatches, WIDTH]."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(num_stages, WIDTH, WIDTH)), rng.normal(size=(num_microbatches, WIDTH))
+
+
+def loss_and_grads(weights: np.ndarray, inputs: np.ndarray) -> tuple[float, np.ndarray]:
+    """Computes the summed loss, |x|^2 / 2 after the last stage, and its gradients, directly."""
+    saved, x = [], inputs
+    for weight in weights:
+        saved.append((x, x @ weight.T))
+        x = np.sin(x @ weight.T)
+    cotangent, grads = x, np.zeros_like(weights)
+    for stage in reversed(range(len(weights))):
+        stage_x, product = saved[stage]
+        product_cotangent = cotangent * np.cos(product)
+        grads[stage] = product_cotangent.T @ stage_x
+        cotangent = product_cotangent @ weights[stage]
+    return float((x * x).sum() / 2), grads
+
+
+def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float, np.ndarray]:
+    """Computes the same by executing the tables; gradients are zero if they are forward-only."""
+    num_ranks, last = tables.num_ranks, tables.num_stages - 1
+    buffers = {
+        name: np.full((num_ranks, num_slots, WIDTH), np.nan)
+        for name, num_slots in tables.num_slots.items()
+    }
+    loss, grads = 0.0, np.zeros((tables.num_chunks, *weights[tables.stage_of[0]].shape))
+    sent = np.full((num_ranks, WIDTH), np.nan)
+
+    def take(name: str, rank: int, slot: int, *, last_read: bool = True) -> np.ndarray:
+        value = buffers[name][rank, slot].copy()
+        assert np.isfinite(value).all(), (name, rank, slot)
+        if last_read:
+            buffers[name][rank, slot] = np.nan
+        return value
+
+    def put(name: str, rank: int, slot: int, value: np.ndarray) -> None:
+        assert np.isnan(buffers[name][rank, slot]).all(), (name, rank, slot)
+        buffers[name][rank, slot] = value
+
+    for tick in range(tables.num_ticks):
+        row = {column: getattr(tables, column)[tick] for column in Tables.columns()}
+        output = np.full((num_ranks, WIDTH), np.nan)
+        for rank in range(num_ranks):
+            cell = {column: int(values[rank]) for column, values in row.items()}
+            opcode, stage, microbatch = cell["opcode"], cell["stage"], cell["microbatch"]
+            for column, sender in (("from_left", rank - 1), ("from_right", rank + 1)):
+                if cell[column] >= 0:
+                    put("received", rank, cell[column], sent[sender % num_ranks])
+            if opcode == IDLE:
+                continue
+            weight = weights[tables.stage_of[cell["chunk"], rank]]
+            if opcode == FORWARD:
+                x = take("received", rank, cell["read"]) if stage else inputs[microbatch]
+                product = weight @ x
+                if not tables.forward_only:
+                    put("residual", rank, cell["residual"], product)
+                    put("weight_residual", rank, cell["weight_residual"], x)
+                output[rank] = np.sin(product)
+                if stage == last:  # the head: its loss's cotangent is x itself
+                    loss += output[rank] @ output[rank] / 2
+            elif opcode == INPUT_GRAD:
+                cotangent = take("received", rank, cell["read"])
+                product = take("residual", rank, cell["residual"])
+                take("weight_residual", rank, cell["weight_residual"], last_read=False)
+                put("stash", rank, cell["stash"], cotangent * np.cos(product))
+                output[rank] = weight.T @ (cotangent * np.cos(product))
+            elif opcode == WEIGHT_GRAD:
+                x = take("weight_residual", rank, cell["weight_residual"])
+                grads[cell["chunk"], rank] += np.outer(take("stash", rank, cell["stash"]), x)
+            if cell["keep"] >= 0:
+                put("received", rank, cell["keep"], output[rank])
+        sent = output
+
+    assert all(np.isnan(buffer).all() for buffer in buffers.values())
+    total = np.zeros_like(weights)
+    held = tables.stage_of >= 0
+    np.add.at(total, tables.stage_of[held], grads[held])
+    return loss, total

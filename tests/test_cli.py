@@ -1,0 +1,183 @@
+"""The command line: each format, where it goes, and what a mistake says."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dualpipe_jax import __version__, _cli, schedules
+
+SIZES = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "10"]
+MADE = schedules.make("dualpipe", num_ranks=4, num_microbatches=10)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(_cli.main, ["timeline", *arguments], catch_exceptions=False)
+
+
+def in_terminal(*arguments: str, columns: int) -> tuple[str, int]:
+    """Runs the command with a terminal for its output; returns that and the exit code."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    command = [sys.executable, "-m", "dualpipe_jax", "timeline", *arguments]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    output = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            output += chunk
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    os.close(ours)
+    return output.decode().replace("\r\n", "\n"), process.wait(timeout=30)
+
+
+def cells_of(text: str, num_ranks: int) -> list[str]:
+    """Puts each rank's line together from the blocks of the text form."""
+    rows = [""] * num_ranks
+    for rank, cells in re.findall(r"^rank (\d+) (.*)$", text, flags=re.MULTILINE):
+        rows[int(rank)] += " " + cells
+    return [" ".join(row.replace("+", " ").split()) for row in rows]
+
+
+def test_text_in_one_direction() -> None:
+    result = run("--schedule", "1f1b", "--ranks", "2", "--microbatches", "2")
+    assert result.output.splitlines() == [
+        "tick    0  1  2  3  4  5  6  7",
+        "rank 0  F0 F1 .  I0 W0 .  I1 W1",
+        "rank 1  .  F0 I0 W0 F1 I1 W1 .",
+        "",
+        "F forward   I input grad   W weight grad   . idle",
+        (
+            "1f1b: 2 ranks, 2 microbatches, 8 ticks, 25.0% idle; "
+            "slots: 2 received, 2 residual, 2 weight_residual, 1 stash"
+        ),
+    ]
+
+
+def test_text_tells_directions_and_pairs_without_color() -> None:
+    output = run("--schedule", "dualpipe", "--ranks", "2", "--microbatches", "6").output
+    assert "\x1b" not in output
+    assert "rank 0  F0 f3 F1 i3 w3 f4+I0+W0 F2+i4+w4 f5+I1+W1 i5 w5 I2 W2\n" in output
+    assert "lower case: direction 1, enters at rank 1" in output
+
+
+def test_text_has_every_action_of_the_timeline() -> None:
+    actions = MADE.timeline().actions
+    expected = []
+    for row in zip(*actions, strict=True):
+        cells = [re.fullmatch(r"\d+([FIW])(\d+)", action) if action else None for action in row]
+        expected.append(
+            " ".join(
+                "."
+                if cell is None
+                else (cell[1] if int(cell[2]) < 5 else cell[1].lower()) + cell[2]
+                for cell in cells
+            )
+        )
+    assert cells_of(run(*SIZES).output, 4) == expected
+
+
+def test_terminal_gets_color_and_blocks_of_its_width() -> None:
+    colored, code = in_terminal(*SIZES, columns=60)
+    assert code == 0
+    assert "\x1b[" in colored
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    timetable = [line for line in plain.splitlines() if line.startswith(("tick", "rank"))]
+    assert max(len(line) for line in timetable) <= 60
+    assert len(timetable) > 5  # more than one block
+    assert cells_of(plain, 4) == cells_of(run(*SIZES).output, 4)
+
+
+def test_csv_is_the_schedules() -> None:
+    assert run(*SIZES, "--format", "csv").output == MADE.to_csv()
+
+
+def test_json_has_the_timeline() -> None:
+    timeline = MADE.timeline()
+    assert json.loads(run(*SIZES, "--format", "json").output) == {
+        "schedule": "dualpipe",
+        "ranks": 4,
+        "microbatches": 10,
+        "num_ticks": timeline.num_ticks,
+        "num_slots": timeline.num_slots,
+        "actions": [list(row) for row in timeline.actions],
+    }
+
+
+@pytest.mark.parametrize(("image_format", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_pictures_go_to_a_pipe(image_format: str, start: bytes) -> None:
+    result = run(*SIZES, "--format", image_format)
+    assert result.exit_code == 0
+    assert result.stdout_bytes.startswith(start)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.svg", "a.png"])
+def test_suffix_of_output_names_the_format(tmp_path: Path, name: str) -> None:
+    image_format = {"a.txt": "text"}.get(name, name[2:])
+    result = run(*SIZES, "--output", str(tmp_path / name))
+    assert (result.exit_code, result.output) == (0, "")
+    assert (tmp_path / name).read_bytes() == run(*SIZES, "--format", image_format).stdout_bytes
+
+
+def test_format_is_stronger_than_the_suffix(tmp_path: Path) -> None:
+    run(*SIZES, "--format", "csv", "--output", str(tmp_path / "a.txt"))
+    assert (tmp_path / "a.txt").read_text() == MADE.to_csv()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--schedule", "nope"], ["'nope'", *map(repr, schedules.names())]),
+        (["--ranks", "0", "--microbatches", "-1"], ["num_ranks=0", "num_microbatches=-1"]),
+        (["--output", "/nowhere/a.svg"], ["/nowhere/a.svg", "No such file or directory"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_png_is_refused_by_a_terminal() -> None:
+    output, code = in_terminal(*SIZES, "--format", "png", columns=80)
+    assert (output, code) == (
+        "Error: a png is not for a terminal: name a file with --output\n",
+        2,
+    )
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run(*SIZES, "--format", "svg")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'dualpipe-jax[plot]'" in result.stderr
+
+
+def test_version() -> None:
+    assert __version__ in CliRunner().invoke(_cli.main, ["--version"]).output
+
+
+def test_text_answers_in_under_a_second() -> None:
+    # The best of three: other work on the machine slows one run down, hardly all of them.
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "dualpipe_jax", "timeline"]
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0

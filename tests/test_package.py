@@ -1,0 +1,53 @@
+"""The package's door: what `import dualpipe_jax` gives, and what it leaves alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+import dualpipe_jax
+
+
+def modules_after(code: str) -> set[str]:
+    """Names the top-level packages that a fresh interpreter has imported after `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; sys.stderr.write(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in done.stderr.split()}
+
+
+@pytest.mark.parametrize("name", dualpipe_jax.__all__)
+def test_public_name_is_there(name: str) -> None:
+    assert getattr(dualpipe_jax, name) is not None
+    assert name in dir(dualpipe_jax)
+
+
+def test_names_are_the_objects_of_their_modules() -> None:
+    from dualpipe_jax import schedules
+
+    assert dualpipe_jax.schedules is schedules
+    assert dualpipe_jax.Schedule is schedules.Schedule
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'dualpipe_jax' has no attribute 'bogus'"):
+        _ = dualpipe_jax.bogus
+
+
+def test_import_is_lazy() -> None:
+    assert not modules_after("import dualpipe_jax") & {"jax", "numpy", "click", "matplotlib"}
+    assert "jax" not in modules_after("import dualpipe_jax; dualpipe_jax.schedules.names()")
+    assert "jax" in modules_after("import dualpipe_jax; dualpipe_jax.Model")
+
+
+@pytest.mark.parametrize("image_format", ["text", "csv", "json"])
+def test_command_line_imports_no_jax(image_format: str) -> None:
+    arguments = ["timeline", "--ranks", "2", "--microbatches", "4", "--format", image_format]
+    imported = modules_after(
+        f"from dualpipe_jax.__main__ import main; main({arguments}, standalone_mode=False)"
+    )
+    assert not imported & {"jax", "jaxlib", "flax", "matplotlib"}
+    assert "click" in imported
