@@ -90,7 +90,11 @@ def evaluate(
     """Makes the pipelined loss of a model, without gradients: forwards from both ends.
 
     Args:
-      model: As `value_and_grad`; so are `mesh`, `num_microbatches`, `axis` and `batch_axes`.
+      model: The model, as pure functions.
+      mesh: The devices.
+      num_microbatches: Microbatches of the batch (on each shard of it), over both directions.
+      axis: The mesh axis over which the layers are spread.
+      batch_axes: Mesh axes over which the leading dim of the batch is sharded.
 
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`; equal to
@@ -126,9 +130,14 @@ class _Builder:
         tables: Tables,
     ):
         self._tables = tables
-        self._fixed = dict(
-            model=model, mesh=mesh, axis=axis, batch_axes=batch_axes, block=block, tables=tables
-        )
+        self._fixed: dict[str, Any] = {
+            "model": model,
+            "mesh": mesh,
+            "axis": axis,
+            "batch_axes": batch_axes,
+            "block": block,
+            "tables": tables,
+        }
         self._num_shards = int(np.prod([mesh.shape[name] for name in batch_axes], dtype=int))
         self._shards = ", ".join(map(repr, batch_axes))
         self._steps: dict[int, Callable[..., Any]] = {}  # by number of layers

@@ -147,6 +147,8 @@ def outputs(
         ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard)
         layer_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
         x = _microbatches.strong(model.embed(ends, ends_ctx))
+        if not jax.tree.leaves(x):
+            raise ValueError(f"model.embed: must return at least one array, got {x!r}")
         block = model.block(layer, x, layer_ctx)
         if model.block_has_aux and not _is_pair(block):
             raise TypeError(

@@ -209,9 +209,10 @@ class Step:
     def _finish(self, rank: Rank, state: State, weight: Any) -> tuple[Any, PyTree]:
         """Sums over ranks and shards, and brings the layers' gradients back to their places."""
         everywhere = (self.axis, *self.batch_axes)
-        sums = lax.psum((state.loss, state.aux, state.metrics), everywhere)
+        sums = state.loss, state.aux, state.metrics
+        loss, aux, metrics = lax.psum(sums, everywhere)
         count = self.tables.num_microbatches * self.num_shards
-        result = _microbatches.result(self.model, *sums, weight, count)
+        result = _microbatches.result(self.model, loss, aux, metrics, weight, count)
         if rank.split is None:
             return result, None
         ends_grads = lax.psum(state.ends_grads, everywhere)

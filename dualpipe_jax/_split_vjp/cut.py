@@ -16,10 +16,14 @@ from dualpipe_jax._split_vjp.graph import Node
 # Cheap enough to run twice: no reduction, no contraction, nothing transcendental. XLA fuses these
 # into whatever reads them.
 CHEAP = frozenset(
-    ["abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "copy", "div", "eq", "expand_dims", "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "real", "reshape", "rev", "round", "rsqrt", "select_n", "sign", "slice", "sqrt", "square", "squeeze", "stop_gradient", "sub", "transpose", "xor"]
+    """
+    abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy div eq expand_dims
+    floor ge gt integer_pow iota is_finite le lt max min mul ne neg not or real reshape rev round
+    rsqrt select_n sign slice sqrt square squeeze stop_gradient sub transpose xor
+    """.split()  # noqa: SIM905
 )
 # What a weight gradient's tail may do early, so that its small result is kept instead of its input.
-REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"])
+REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"})
 
 _LARGEST = 2**20  # scipy's flow counts in int32: sizes are scaled so that their sum stays below
 

@@ -23,9 +23,9 @@ def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
     num_consts, num_carry = params["num_consts"], params["num_carry"]
     body = Graph()
     jaxpr = params["jaxpr"]
-    body_inputs = [body.new_value(v.aval, When.ALWAYS) for v in jaxpr.jaxpr.invars]
+    body_inputs: list[int] = [body.new_value(v.aval, When.ALWAYS) for v in jaxpr.jaxpr.invars]
     body_outputs = body.add(jaxpr.jaxpr, jaxpr.consts, body_inputs)
-    carry_in = body_inputs[num_consts : num_consts + num_carry]
+    carry_in = body_inputs[num_consts : num_consts + num_carry]  # numbers of values
 
     # Which outputs the first loop makes: those wanted, and every carry that they depend on.
     first = {i for i, value in enumerate(node.outputs) if value in wanted}
@@ -45,11 +45,11 @@ def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
     second_nodes = needed(
         [n for n in body.nodes if id(n) not in in_first], [body_outputs[i] for i in second]
     )
-    made = {v for n in first_nodes for v in n.outputs}
+    made: set[int] = {v for n in first_nodes for v in n.outputs}
     made |= {carry_in[i] for i in range(num_carry) if i in first}
     reads = {v for n in second_nodes for v in n.reads}
     reads |= {body_outputs[i] for i in second if isinstance(body_outputs[i], int)}
-    passed = sorted(reads & made)
+    passed = sorted(made.intersection(reads))
 
     length = params["length"]
     passed_values = [

@@ -56,13 +56,17 @@ def is_differentiable(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def split_vjp(block: Callable[..., tuple[PyTree, Any]], params: PyTree, x: PyTree, ctx: PyTree):
+def split_vjp(
+    block: Callable[..., tuple[PyTree, Any]], params: PyTree, x: PyTree, ctx: PyTree
+) -> SplitVjp:
     """Traces `block` once and splits its vjp.
 
     Args:
       block: `(params, x, ctx) -> (y, aux)`; y has the structure, shapes and dtypes of x; aux is a
         scalar, or None.
-      params: Arrays or avals; so are `x` and `ctx`.
+      params: The block's parameters, arrays or avals.
+      x: The activation, arrays or avals.
+      ctx: The context, arrays or avals; it has no cotangent.
 
     Returns:
       A SplitVjp.
@@ -73,7 +77,7 @@ def split_vjp(block: Callable[..., tuple[PyTree, Any]], params: PyTree, x: PyTre
     backward = [n for n in nodes if n.when is When.BACKWARD]
     # A gradient that does not depend on the cotangents is zero: the vjp is linear in them.
     has_grad = tuple(isinstance(v, int) and graph.when[v] is When.BACKWARD for v in trace.dparams)
-    dparams = [v for v, has in zip(trace.dparams, has_grad, strict=True) if has]
+    dparams = [v for v, h in zip(trace.dparams, has_grad, strict=True) if h and isinstance(v, int)]
 
     for_dx = needed(backward, trace.dx)
     ids = {id(n) for n in for_dx}
@@ -165,9 +169,9 @@ def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) ->
     times = [when for count, when in groups for _ in range(count)]
     inputs = [graph.new_value(v.aval, t) for v, t in zip(jaxpr.jaxpr.invars, times, strict=True)]
     outputs = graph.add(jaxpr.jaxpr, jaxpr.consts, inputs)
-    bounds = np.cumsum([len(param_leaves), len(x_leaves), len(jax.tree.leaves(ctx)), len(dy)])
-    params_in, x_in, ctx_in, dy_in, daux_in = _cut_at(inputs, bounds)
-    y, aux, dx, picked = _cut_at(outputs, np.cumsum([len(leaves) for leaves in out[:3]]))
+    params_in, x_in, ctx_in, rest = _divide(inputs, param_leaves, x_leaves, jax.tree.leaves(ctx))
+    dy_in, daux_in = _divide(rest, dy)
+    y, aux, dx, picked = _divide(outputs, *out[:3])
     # One entry a leaf of params: integer leaves have no gradient.
     gradients = iter(picked)
     dparams = [next(gradients) if is_differentiable(p) else Constant(0) for p in param_leaves]
@@ -290,9 +294,10 @@ def _merge(picked: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
     return [next(rest) if is_differentiable(leaf) else leaf for leaf in leaves]
 
 
-def _cut_at(values: list[Any], bounds: Sequence[int]) -> list[list[Any]]:
-    edges = [0, *bounds, len(values)]
-    return [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+def _divide(values: Sequence[Any], *like: Sequence[Any]) -> list[list[Any]]:
+    """Divides `values` into lists as long as each of `like`, and the rest."""
+    rest = iter(values)
+    return [*([next(rest) for _ in group] for group in like), list(rest)]
 
 
 def _num_bytes(aval: Any) -> int:

@@ -1,0 +1,262 @@
+"""Loss and gradients of the compiled pipeline equal those of the sequential model, in float64.
+
+A covering set: every schedule, P in {1, 2, 3, 4, 8}, N odd, < P, = P, 2P, 4P, and every feature
+with every schedule. That the tables are right at every size is the business of tests/schedule.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dualpipe_jax as dpj
+from tests.models import assert_close, make_batch, make_model, make_params
+
+
+class Case(NamedTuple):
+    schedule: str
+    num_ranks: int
+    num_microbatches: int
+    num_layers: int
+    features: str = ""
+    remat: Any = "none"
+
+    def __str__(self) -> str:
+        name = f"{self.schedule}-P{self.num_ranks}-N{self.num_microbatches}-L{self.num_layers}"
+        return "-".join(
+            [name, *self.features.split(), *([] if self.remat == "none" else ["remat"])]
+        )
+
+
+ALL = "dropout weight block_has_aux has_aux pytree"
+DOTS = jax.checkpoint_policies.dots_saveable
+CASES = [
+    Case("dualpipe", 1, 1, 1),
+    Case("dualpipe", 1, 4, 3, "dropout weight"),
+    Case("dualpipe", 2, 4, 4, ALL),
+    Case("dualpipe", 2, 5, 3, "pytree block_has_aux", "block"),
+    Case("dualpipe", 2, 8, 12, "weight has_aux"),  # six layers a stage: in a loop
+    Case("dualpipe", 3, 2, 3, "has_aux"),
+    Case("dualpipe", 3, 6, 7, ALL),
+    Case("dualpipe", 3, 12, 3, "weight", DOTS),
+    Case("dualpipe", 4, 3, 6, "dropout"),
+    Case("dualpipe", 4, 4, 4, "block_has_aux"),
+    Case("dualpipe", 4, 8, 8, ALL, "block"),
+    Case("dualpipe", 4, 9, 4, "pytree"),
+    Case("dualpipe", 4, 16, 9, "weight block_has_aux"),
+    Case("dualpipe", 8, 5, 8, "dropout has_aux"),
+    Case("dualpipe", 8, 8, 11, "pytree weight"),
+    Case("dualpipe", 8, 16, 8, ALL),
+    Case("1f1b", 1, 2, 2, "has_aux pytree"),
+    Case("1f1b", 2, 4, 5, ALL, "block"),
+    Case("1f1b", 3, 5, 3, "weight"),
+    Case("1f1b", 4, 4, 8, "dropout block_has_aux"),
+    Case("1f1b", 4, 16, 4, ALL),
+    Case("1f1b", 8, 3, 8, "pytree"),
+    Case("gpipe", 1, 3, 2, "weight"),
+    Case("gpipe", 2, 1, 4, ALL),
+    Case("gpipe", 3, 6, 5, "block_has_aux dropout", "block"),
+    Case("gpipe", 4, 8, 4, "pytree has_aux"),
+    Case("gpipe", 8, 8, 9, ALL),
+]
+
+
+def make_mesh(num_ranks: int, **more: int) -> jax.sharding.Mesh:
+    shape = (num_ranks, *more.values())
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, ("pipe", *more), devices=devices)
+
+
+def sequential_value_and_grad(model: dpj.Model, num_microbatches: int) -> Any:
+    loss_fn = dpj.sequential(model, num_microbatches=num_microbatches)
+    return jax.jit(jax.value_and_grad(loss_fn, has_aux=model.has_aux, allow_int=True))
+
+
+def test_covering_set_covers() -> None:
+    """At most 30 compiled cases, and every feature with every schedule, many layers or few."""
+    assert len(CASES) <= 30
+    assert {case.num_ranks for case in CASES} == {1, 2, 3, 4, 8}
+    for name in dpj.schedules.names():
+        mine = [case for case in CASES if case.schedule == name]
+        assert {feature for case in mine for feature in case.features.split()} == set(ALL.split())
+        assert any(case.remat == "block" for case in mine)
+        assert any(case.num_layers % case.num_ranks for case in mine)
+        assert any(case.num_microbatches % 2 for case in mine)
+        assert any(case.num_microbatches < case.num_ranks for case in mine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_sequential(case: Case) -> None:
+    model = make_model(frozenset(case.features.split()))
+    params, batch = make_params(case.num_layers), make_batch(case.num_microbatches)
+    rng = jax.random.key(7) if "dropout" in case.features else None
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(case.num_ranks),
+        num_microbatches=case.num_microbatches,
+        schedule=case.schedule,
+        remat=case.remat,
+    )
+    result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
+    want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(
+        params, batch, rng=rng
+    )
+    assert_close(result, want)
+    assert_close(grads, want_grads)
+    # A gradient that the model does not have is zero, not small.
+    assert not np.asarray(grads["blocks"]["unused"]).any()
+    assert not np.asarray(grads["ends"]["unused"]).any()
+    assert np.abs(grads["blocks"]["up"]).min(axis=(1, 2)).min() > 0  # no layer was dropped
+    is_even = case.num_layers % case.num_ranks == 0
+    assert grads["blocks"]["up"].sharding.is_fully_replicated == (
+        not is_even or case.num_ranks == 1
+    )
+
+
+@pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 2), (3, 4), (4, 7), (4, 8)])
+def test_evaluate_equals_sequential(num_ranks: int, num_microbatches: int) -> None:
+    model = make_model(frozenset(ALL.split()))
+    params, batch, rng = make_params(7), make_batch(num_microbatches), jax.random.key(3)
+    mesh = make_mesh(num_ranks)
+    evaluate = dpj.evaluate(model, mesh=mesh, num_microbatches=num_microbatches)
+    want = jax.jit(dpj.sequential(model, num_microbatches=num_microbatches))
+    assert_close(jax.jit(evaluate)(params, batch, rng=rng), want(params, batch, rng=rng))
+
+
+def test_sequential_is_the_plain_meaning() -> None:
+    """Against a Python loop that spells out section by section what the contract says."""
+    num_layers, num_microbatches = 3, 2
+    features = frozenset(ALL.split())
+    model, params, batch = make_model(features), make_params(num_layers), make_batch(2)
+    rng = jax.random.key(11)
+    total = weight = aux_total = 0.0
+    metrics = {"hits": 0, "loss": 0.0}
+    for m in range(num_microbatches):
+        rows = slice(2 * m, 2 * m + 2)
+        microbatch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
+        k = jax.random.fold_in(rng, m)
+
+        def ctx(position: int, layer: Any = None, k: Any = k, microbatch: Any = microbatch) -> Any:
+            return dpj.Context(
+                microbatch=microbatch, layer=layer, rng=jax.random.fold_in(k, position)
+            )
+
+        x = model.embed(params["ends"], ctx(num_layers))
+        for layer in range(num_layers):
+            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+            x, aux = model.block(block, x, ctx(layer, jnp.int32(layer)))
+            aux_total += aux
+        loss, more = model.head(params["ends"], x, ctx(num_layers + 1))
+        total += loss
+        weight += (microbatch["tokens"] > 0).sum()
+        metrics = jax.tree.map(lambda a, b: a + b, metrics, more)
+    loss, got = dpj.sequential(model, num_microbatches=num_microbatches)(params, batch, rng=rng)
+    np.testing.assert_allclose(loss, total / weight + aux_total / num_microbatches, rtol=1e-13)
+    np.testing.assert_allclose(got["loss"], metrics["loss"], rtol=1e-13)
+    assert got["hits"] == metrics["hits"]
+
+
+def test_same_gradients_without_jit_from_any_sharding_and_mesh_type() -> None:
+    model = make_model(frozenset(["pytree"]))
+    params, batch = make_params(4), make_batch(4)
+    mesh = make_mesh(2)
+    auto = jax.make_mesh(
+        (2,), ("pipe",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
+    want = sequential_value_and_grad(model, 4)(params, batch)
+    over_pipe = jax.sharding.PartitionSpec("pipe")
+    for each in (mesh, auto):
+        grad_fn = dpj.value_and_grad(model, mesh=each, num_microbatches=4)
+        assert_close(grad_fn(params, batch), want)
+        sharding = jax.sharding.NamedSharding(each, over_pipe)
+        sharded = {**params, "blocks": jax.device_put(params["blocks"], sharding)}
+        assert_close(grad_fn(sharded, jax.device_put(batch, sharding)), want)
+
+
+def test_batch_axes() -> None:
+    """Data parallel beside the pipeline; every shard has keys of its own."""
+    num_microbatches, num_shards = 4, 2
+    features = frozenset(["weight", "block_has_aux", "has_aux"])
+    model, params = make_model(features), make_params(4)
+    batch = make_batch(num_microbatches * num_shards)
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(2, data=num_shards),
+        num_microbatches=num_microbatches,
+        batch_axes="data",
+    )
+    # Without dropout, shards of N microbatches are the same as one batch of more microbatches.
+    want = sequential_value_and_grad(model, num_microbatches * num_shards)(params, batch)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
+
+    noisy = make_model(frozenset(["dropout"]))
+    grad_fn = dpj.value_and_grad(
+        noisy, mesh=make_mesh(2, data=num_shards), num_microbatches=1, batch_axes=("data",)
+    )
+    one = make_batch(1)
+    twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), one)
+    loss, _ = jax.jit(grad_fn)(params, twice, rng=jax.random.key(0))
+    alone = [_loss_of_shard(noisy, params, one, jax.random.key(0), shard) for shard in range(2)]
+    assert alone[0] != alone[1]
+    np.testing.assert_allclose(loss, np.mean(alone), rtol=1e-12)
+
+
+def _loss_of_shard(model: dpj.Model, params: Any, batch: Any, rng: Any, shard: int) -> Any:
+    """The loss of one microbatch of one shard: the shard's index is folded into each key last."""
+    num_layers = len(params["blocks"]["up"])
+    k = jax.random.fold_in(rng, 0)
+
+    def ctx(position: int, layer: Any = None) -> dpj.Context:
+        key = jax.random.fold_in(jax.random.fold_in(k, position), shard)
+        return dpj.Context(microbatch=batch, layer=layer, rng=key)
+
+    x = model.embed(params["ends"], ctx(num_layers))
+    for layer in range(num_layers):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+        x = model.block(block, x, ctx(layer, jnp.int32(layer)))
+    return model.head(params["ends"], x, ctx(num_layers + 1))
+
+
+def test_other_axes_are_left_to_the_partitioner() -> None:
+    model, params, batch = make_model(), make_params(4), make_batch(4)
+    mesh = jax.make_mesh(
+        (2, 2),
+        ("pipe", "model"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:4],
+    )
+    want = sequential_value_and_grad(model, 4)(params, batch)
+    spec = jax.sharding.PartitionSpec("pipe", "model", None)
+    down = params["blocks"]["down"][:, :4]
+    model_params = {**params, "blocks": {**params["blocks"]}}
+    del down
+    model_params["blocks"]["up"] = jax.device_put(
+        params["blocks"]["up"], jax.sharding.NamedSharding(mesh, spec)
+    )
+    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4)
+    assert_close(jax.jit(grad_fn)(model_params, batch), want)
+
+
+def test_grad_dtype_and_accumulation_in_float32() -> None:
+    """bfloat16 parameters: gradients are summed in float32 and cast once, at the end."""
+    model, batch = make_model(), make_batch(8)
+    params = make_params(2, dtype=jnp.bfloat16)
+    batch = {**batch, "side": batch["side"].astype(jnp.bfloat16)}
+    mesh = make_mesh(2)
+    exact_fn = jax.jit(
+        dpj.value_and_grad(model, mesh=mesh, num_microbatches=8, grad_dtype=jnp.float32)
+    )
+    loss, exact = exact_fn(params, batch)
+    assert loss.dtype == jnp.float32
+    assert exact["blocks"]["up"].dtype == jnp.float32
+    _, cast = jax.jit(dpj.value_and_grad(model, mesh=mesh, num_microbatches=8))(params, batch)
+    assert cast["blocks"]["up"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cast["blocks"]["up"], exact["blocks"]["up"].astype(jnp.bfloat16))
+    # A sum of eight gradients that was not rounded on the way has more bits than bfloat16.
+    assert (
+        np.asarray(exact["blocks"]["up"].astype(jnp.bfloat16), np.float32)
+        != np.asarray(exact["blocks"]["up"])
+    ).mean() > 0.5

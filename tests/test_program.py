@@ -1,0 +1,158 @@
+"""What the compiled step is: one program, the same size for any N, in place, nothing stray."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dualpipe_jax as dpj
+from dualpipe_jax import _api
+from dualpipe_jax._executor import Step
+from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
+from tests.test_exact import make_mesh
+
+NUM_RANKS, NUM_LAYERS = 4, 12
+
+
+def compile_train_step(schedule: str, num_microbatches: int) -> Any:
+    """Compiles loss, gradients and an AdamW update as one program."""
+    model, params = make_model(), make_params(NUM_LAYERS)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    batch = make_batch(num_microbatches)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(NUM_RANKS), num_microbatches=num_microbatches, schedule=schedule
+    )
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        loss, grads = grad_fn(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return jax.jit(step).lower(params, optimizer.init(params), batch).compile()
+
+
+@pytest.fixture(scope="module", params=dpj.schedules.names())
+def compiled(request: pytest.FixtureRequest) -> Any:
+    return {n: compile_train_step(request.param, n) for n in (8, 24)} | {"name": request.param}
+
+
+@pytest.mark.slow
+def test_one_executable_with_permutes_both_ways(compiled: Any) -> None:
+    executable = compiled[8].runtime_executable()
+    assert len(executable.hlo_modules()) == 1
+    text = compiled[8].as_text()
+    pairs = set(re.findall(r"collective-permute\(.*source_target_pairs=(\{\{.*?\}\})", text))
+    assert "{{0,1},{1,2},{2,3}}" in pairs
+    assert "{{1,0},{2,1},{3,2}}" in pairs
+    mirror = "{{3,0},{2,1},{1,2},{0,3}}"
+    assert (mirror in pairs) == (compiled["name"] == "dualpipe")
+    # Blocks stay where they are: nobody gathers them, and no gradient is reduced in the loop.
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    loops = _loop_computations(text)
+    assert not any("all-reduce" in line for lines in loops.values() for line in lines)
+
+
+@pytest.mark.slow
+def test_program_size_does_not_grow_with_microbatches(compiled: Any) -> None:
+    few, many = (len(_instructions(compiled[n].as_text())) for n in (8, 24))
+    assert few == many
+
+
+@pytest.mark.slow
+def test_buffers_are_updated_in_place(compiled: Any) -> None:
+    """No loop copies a slot buffer, an accumulator or a stage's weights."""
+    text = compiled[8].as_text()
+    tables = (
+        dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=8)
+        .compiled()
+        .tables
+    )
+    layers = NUM_LAYERS // NUM_RANKS
+    slots = {tables.num_slots[name] for name in ("residual", "weight_residual", "stash")}
+    buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in slots]
+    weights = [f"f64[{layers},{WIDTH},{WIDTH + 1}]", f"f64[{layers},{WIDTH + 1},{WIDTH}]"]
+    lines = [line for lines in _loop_computations(text).values() for line in lines]
+    for shape in (*buffers, *weights):
+        mine = [line for line in lines if f"= {shape}" in line]
+        assert mine  # the shape looked for does exist in loops
+        assert not [line for line in mine if " copy(" in line]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_microbatches() -> None:
+    """Beyond the batch and the tables; GPipe's does, so the measure can tell."""
+    grown = {}
+    for name in dpj.schedules.names():
+        sizes = [compile_train_step(name, n).memory_analysis().temp_size_in_bytes for n in (8, 24)]
+        grown[name] = sizes[1] - sizes[0]
+    table_bytes = 16 * 3 * NUM_RANKS * 11 * 4  # 16 microbatches more, all ranks' rows
+    batch_bytes = 16 * 2 * (3 + 2) * 8
+    allowed = 3 * (table_bytes + batch_bytes)
+    assert grown["dualpipe"] <= allowed
+    assert grown["1f1b"] <= allowed
+    assert grown["gpipe"] > grown["dualpipe"] + 16 * 3 * 200  # 16 more slots of 3 layers
+
+
+def make_step(schedule: dpj.Schedule, *, tables: Any = None, **options: Any) -> Step:
+    model = make_model(frozenset(["pytree", "block_has_aux"]))
+    return Step(
+        model=model,
+        tables=tables or schedule.compiled().tables,
+        mesh=make_mesh(schedule.num_ranks),
+        axis="pipe",
+        batch_axes=(),
+        block=_api._block(model, "none"),
+        num_layers=NUM_LAYERS - 1,
+        **options,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dpj.schedules.names())
+@pytest.mark.parametrize("num_microbatches", [3, 8])
+def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
+    """NaNs in every slot and message that should not be read change nothing, bit for bit."""
+    schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
+    params, batch = make_params(NUM_LAYERS - 1), make_batch(num_microbatches)
+    clean, poisoned = (
+        jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
+    )
+    assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+def test_poison_is_found_when_a_dead_value_is_read() -> None:
+    """The test above can fail: one wrong slot in the tables, and the loss is NaN."""
+    schedule = dpj.schedules.make("dualpipe", num_ranks=4, num_microbatches=8)
+    tables = schedule.compiled().tables
+    read = tables.read.copy()
+    reads_a_slot = np.argwhere((tables.opcode == 1) & (read >= 0))
+    tick, rank = reads_a_slot[len(reads_a_slot) // 2]
+    read[tick, rank] = (read[tick, rank] + 1) % tables.num_slots["received"]
+    wrong = dataclasses.replace(tables, read=read)
+    step = make_step(schedule, tables=wrong, poison=True)
+    loss, _ = jax.jit(step)(make_params(NUM_LAYERS - 1), make_batch(8), None)
+    assert np.isnan(loss)
+
+
+def _instructions(text: str) -> list[str]:
+    return [line for line in text.splitlines() if re.match(r"\s+(ROOT )?%", line)]
+
+
+def _loop_computations(text: str) -> dict[str, list[str]]:
+    """The lines of every computation but the entry, by the computation's name."""
+    computations: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if line and not line.startswith(" "):
+            name = line.split()[0]
+        elif name != "ENTRY":
+            computations.setdefault(name, []).append(line)
+    return computations
