@@ -68,7 +68,9 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
             return (sums[0], aux_sum, sums[1]), None
 
         zeros = _microbatches.zeros_for_sum((outs.loss, outs.aux, outs.metrics))
-        (loss, aux, metrics), _ = lax.scan(step, zeros, jnp.arange(num_microbatches, dtype=jnp.int32))
+        (loss, aux, metrics), _ = lax.scan(
+            step, zeros, jnp.arange(num_microbatches, dtype=jnp.int32)
+        )
         return _microbatches.result(model, loss, aux, metrics, total_weight, num_microbatches)
 
     return loss_fn

@@ -111,7 +111,9 @@ class Rank:
                 )
                 state = self._weight_grad(state, row, chunk, is_mine & (opcode == WEIGHT_GRAD))
         state, out = when(
-            (opcode == FORWARD) & is_last, lambda carry: self._head(carry[0], carry[1], row), (state, out)
+            (opcode == FORWARD) & is_last,
+            lambda carry: self._head(carry[0], carry[1], row),
+            (state, out),
         )
         if self.split is not None:
             state = when(

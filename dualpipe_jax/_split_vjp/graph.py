@@ -31,6 +31,22 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Scan:
+    """A `lax.scan` equation: its body `jaxpr` takes and its `inputs` are consts, carries, xs.
+
+    It returns carries and ys, `num_carry` and the rest.
+    """
+
+    jaxpr: Any
+    inputs: tuple[int | Constant, ...]
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+@dataclass(frozen=True)
 class Node:
     """A piece of program: one equation, or a loop made of several.
 
@@ -41,7 +57,7 @@ class Node:
       outputs: Numbers of values.
       when: The latest of its inputs, or later where a `jax.checkpoint` asks for recomputation.
       has_effect: Whether it must run even if nobody reads its outputs.
-      loop: The equation, if it is a scan, which the partition may open.
+      loop: What is needed to open it, if it is a scan.
     """
 
     name: str
@@ -50,7 +66,7 @@ class Node:
     outputs: tuple[int, ...]
     when: When
     has_effect: bool = False
-    loop: Any = None
+    loop: "Scan | None" = None
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -149,8 +165,31 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         outputs=tuple(outs),
         when=when,
         has_effect=bool(eqn.effects),
-        loop=eqn if eqn.primitive is primitives.scan_p else None,
+        loop=_scan(eqn, env) if eqn.primitive is primitives.scan_p else None,
     )
+
+
+def _scan(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan:
+    params, body = eqn.params, eqn.params["jaxpr"].jaxpr
+    # How an equation says which inputs are which differs between releases of JAX; that xs and ys
+    # have one dim more outside than inside does not.
+    num_xs = _count_stacked(eqn.invars, body.invars)
+    num_carry = len(eqn.outvars) - _count_stacked(eqn.outvars, body.outvars)
+    return Scan(
+        jaxpr=params["jaxpr"],
+        inputs=tuple(
+            Constant(v.val) if isinstance(v, jcore.Literal) else env[v] for v in eqn.invars
+        ),
+        num_consts=len(eqn.invars) - num_xs - num_carry,
+        num_carry=num_carry,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+
+
+def _count_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outside, inside, strict=True))
 
 
 def _called_jaxpr(eqn: Any) -> Any:

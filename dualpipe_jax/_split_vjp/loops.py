@@ -10,7 +10,7 @@ from typing import Any
 
 from jax import lax
 
-from dualpipe_jax._split_vjp.graph import Graph, Node, When, evaluate, needed, read
+from dualpipe_jax._split_vjp.graph import Graph, Node, Scan, When, evaluate, needed, read
 
 
 def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
@@ -19,10 +19,10 @@ def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
     Returns:
       The two nodes, or `[node]` if the first loop would need every output.
     """
-    params = node.loop.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    assert node.loop is not None
+    num_consts, num_carry = node.loop.num_consts, node.loop.num_carry
     body = Graph()
-    jaxpr = params["jaxpr"]
+    jaxpr = node.loop.jaxpr
     body_inputs: list[int] = [body.new_value(v.aval, When.ALWAYS) for v in jaxpr.jaxpr.invars]
     body_outputs = body.add(jaxpr.jaxpr, jaxpr.consts, body_inputs)
     carry_in = body_inputs[num_consts : num_consts + num_carry]  # numbers of values
@@ -51,12 +51,12 @@ def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
     reads |= {body_outputs[i] for i in second if isinstance(body_outputs[i], int)}
     passed = sorted(made.intersection(reads))
 
-    length = params["length"]
+    length = node.loop.length
     passed_values = [
         graph.new_value(body.avals[v].update(shape=(length, *body.avals[v].shape)), node.when)
         for v in passed
     ]
-    loop = _Loop(node, body.nodes, body_inputs, body_outputs)
+    loop = _Loop(node, node.loop, body_inputs, body_outputs)
     return [
         loop.node(first_nodes, sorted(first), writes=passed, extra_outputs=passed_values),
         loop.node(second_nodes, sorted(second), reads=passed, extra_inputs=passed_values),
@@ -66,9 +66,8 @@ def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
 class _Loop:
     """Builds scans that run a part of the body of one scan."""
 
-    def __init__(self, node: Node, nodes: Sequence[Node], inputs: list[int], outputs: list[Any]):
-        self.original = node
-        self.params = node.loop.params
+    def __init__(self, node: Node, loop: Scan, inputs: list[int], outputs: list[Any]):
+        self.original, self.loop = node, loop
         self.body_inputs, self.body_outputs = inputs, outputs
 
     def node(
@@ -82,7 +81,7 @@ class _Loop:
         extra_inputs: Sequence[int] = (),
     ) -> Node:
         """Makes the node that runs `nodes` and returns `outputs`, numbers of the scan's outputs."""
-        num_consts, num_carry = self.params["num_consts"], self.params["num_carry"]
+        num_consts, num_carry = self.loop.num_consts, self.loop.num_carry
         carries = [i for i in outputs if i < num_carry]
         stacked = [i for i in outputs if i >= num_carry]
         used = {v for n in nodes for v in n.reads} | set(writes)
@@ -110,9 +109,9 @@ class _Loop:
                 body,
                 tuple(carry_values),
                 tuple(xs_values),
-                length=self.params["length"],
-                reverse=self.params["reverse"],
-                unroll=self.params["unroll"],
+                length=self.loop.length,
+                reverse=self.loop.reverse,
+                unroll=self.loop.unroll,
             )
             return [*carry, *ys]
 
@@ -120,7 +119,7 @@ class _Loop:
         return Node(
             name="scan",
             run=run,
-            inputs=(*(original.inputs[i] for i in taken), *extra_inputs),
+            inputs=(*(self.loop.inputs[i] for i in taken), *extra_inputs),
             outputs=(*(original.outputs[i] for i in [*carries, *stacked]), *extra_outputs),
             when=original.when,
             has_effect=original.has_effect,
