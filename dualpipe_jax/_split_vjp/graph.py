@@ -5,13 +5,18 @@ nodes are small programs over numbered values, in an order in which they can run
 """
 
 import enum
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core as jcore
 from jax.extend.core import primitives
+
+# What JAX makes the zero gradient of an unused input of.
+_KEEP_ZERO = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "transpose", "copy"})
 
 
 class When(enum.IntEnum):
@@ -76,17 +81,36 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes in an order in which they can run, and the abstract value and time of each value."""
+    """Nodes in an order in which they can run, and the abstract value and time of each value.
+
+    `zeros` are the values known to be zero: the gradients of what the output does not depend on.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     avals: list[Any] = field(default_factory=list)
     when: list[When] = field(default_factory=list)
+    zeros: set[int] = field(default_factory=set)
 
     def new_value(self, aval: Any, when: When) -> int:
         """Numbers a new value."""
         self.avals.append(aval)
         self.when.append(when)
         return len(self.avals) - 1
+
+    def num_bytes(self, value: int) -> int:
+        """Counts the bytes of a value."""
+        aval = self.avals[value]
+        return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)
+
+    def is_zero(self, value: int | Constant) -> bool:
+        """Whether a value is known to be zero everywhere."""
+        if isinstance(value, Constant):
+            return (
+                np.ndim(value.value) == 0
+                and not isinstance(value.value, jax.core.Tracer)
+                and (bool(value.value == 0))
+            )
+        return value in self.zeros
 
     def add(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], *, late: bool = False):
         """Appends the equations of `jaxpr`, opening calls, and returns its outputs' values.
@@ -119,6 +143,8 @@ class Graph:
                     when = When.BACKWARD
                 outs = [self.new_value(var.aval, when) for var in eqn.outvars]
                 self.nodes.append(_node(jaxpr, eqn, env, outs, when))
+                if eqn.primitive.name in _KEEP_ZERO and self.is_zero(ins[0]):
+                    self.zeros.update(outs)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 

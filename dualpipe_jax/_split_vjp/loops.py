@@ -5,35 +5,68 @@ gradient needs runs in the first loop, which also writes down, per iteration, th
 second loop needs; the second loop makes the weight gradients from them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax import lax
 
+from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
 from dualpipe_jax._split_vjp.graph import Graph, Node, Scan, When, evaluate, needed, read
 
 
-def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
+def split_loops(graph: Graph, wanted: Iterable[Any], *, only: When | None = None) -> list[Node]:
+    """Splits every scan of the graph that makes more than `wanted` needs.
+
+    Args:
+      graph: A graph; values that pass between the halves of a loop are added to it.
+      wanted: The outputs that the first halves are for.
+      only: Which scans to open; None for all.
+
+    Returns:
+      The nodes of the graph, in an order in which they can run.
+    """
+    live = {v for v in wanted if isinstance(v, int)}
+    nodes: list[Node] = []
+    for node in reversed(graph.nodes):
+        mine = live.intersection(node.outputs)
+        parts = [node]
+        if mine and node.loop is not None and only in (None, node.when):
+            parts = _split_scan(graph, node, node.loop, mine)
+        if mine:
+            live.update(parts[0].reads)
+        nodes.extend(reversed(parts))
+    return nodes[::-1]
+
+
+def _split_scan(graph: Graph, node: Node, scan: Scan, wanted: set[int]) -> list[Node]:
     """Splits `node` into the loop that makes the outputs in `wanted` and the loop for the rest.
 
     Returns:
       The two nodes, or `[node]` if the first loop would need every output.
     """
-    assert node.loop is not None
-    num_consts, num_carry = node.loop.num_consts, node.loop.num_carry
-    body = Graph()
-    jaxpr = node.loop.jaxpr
-    body_inputs: list[int] = [body.new_value(v.aval, When.ALWAYS) for v in jaxpr.jaxpr.invars]
-    body_outputs = body.add(jaxpr.jaxpr, jaxpr.consts, body_inputs)
-    carry_in = body_inputs[num_consts : num_consts + num_carry]  # numbers of values
+    num_consts, num_carry = scan.num_consts, scan.num_carry
+    body, jaxpr = Graph(), scan.jaxpr
+    # Both loops are given consts and xs; only what hangs on a carry belongs to one of them.
+    times = [
+        When.BACKWARD
+        if num_consts <= i < num_consts + num_carry
+        else min(graph.when[v], When.FORWARD)
+        if isinstance(v, int)
+        else When.ALWAYS
+        for i, v in enumerate(scan.inputs)
+    ]
+    inputs = [body.new_value(v.aval, t) for v, t in zip(jaxpr.jaxpr.invars, times, strict=True)]
+    outputs = body.add(jaxpr.jaxpr, jaxpr.consts, inputs)
+    carry_in = inputs[num_consts : num_consts + num_carry]
 
     # Which outputs the first loop makes: those wanted, and every carry that they depend on.
     first = {i for i, value in enumerate(node.outputs) if value in wanted}
     while True:
-        first_nodes = needed(body.nodes, [body_outputs[i] for i in first])
-        read_values = {v for n in first_nodes for v in n.reads}
-        read_values |= {body_outputs[i] for i in first if isinstance(body_outputs[i], int)}
-        grown = first | {i for i, v in enumerate(carry_in) if v in read_values}
+        first_outputs = [outputs[i] for i in first]
+        nodes = split_loops(body, first_outputs)
+        first_nodes = needed(nodes, first_outputs)
+        reads = {v for n in first_nodes for v in n.reads}.union(first_outputs)
+        grown = first | {i for i, v in enumerate(carry_in) if v in reads}
         if grown == first:
             break
         first = grown
@@ -42,21 +75,25 @@ def split_scan(graph: Graph, node: Node, wanted: set[int]) -> list[Node]:
         return [node]
 
     in_first = {id(n) for n in first_nodes}
-    second_nodes = needed(
-        [n for n in body.nodes if id(n) not in in_first], [body_outputs[i] for i in second]
+    shared = {v for v in inputs if v not in {carry_in[i] for i in first if i < num_carry}}
+    wanted_later = [v for i in sorted(second) if isinstance(v := outputs[i], int)]
+    passed = sorted(
+        minimum_cut(
+            nodes,
+            wanted=wanted_later,
+            can_keep=lambda n: id(n) in in_first,
+            can_redo=lambda n: id(n) not in in_first or n.name in CHEAP,
+            size=body.num_bytes,
+            is_free=lambda v: v in shared or body.when[v] is When.ALWAYS,
+            prefer_late=False,
+        )
     )
-    made: set[int] = {v for n in first_nodes for v in n.outputs}
-    made |= {carry_in[i] for i in range(num_carry) if i in first}
-    reads = {v for n in second_nodes for v in n.reads}
-    reads |= {body_outputs[i] for i in second if isinstance(body_outputs[i], int)}
-    passed = sorted(made.intersection(reads))
-
-    length = node.loop.length
+    second_nodes = needed(nodes, wanted_later, known=passed)
     passed_values = [
-        graph.new_value(body.avals[v].update(shape=(length, *body.avals[v].shape)), node.when)
+        graph.new_value(body.avals[v].update(shape=(scan.length, *body.avals[v].shape)), node.when)
         for v in passed
     ]
-    loop = _Loop(node, node.loop, body_inputs, body_outputs)
+    loop = _Loop(node, scan, inputs, outputs)
     return [
         loop.node(first_nodes, sorted(first), writes=passed, extra_outputs=passed_values),
         loop.node(second_nodes, sorted(second), reads=passed, extra_inputs=passed_values),
@@ -85,6 +122,7 @@ class _Loop:
         carries = [i for i in outputs if i < num_carry]
         stacked = [i for i in outputs if i >= num_carry]
         used = {v for n in nodes for v in n.reads} | set(writes)
+        used -= set(reads)
         used |= {v for i in outputs if isinstance(v := self.body_outputs[i], int)}
         inputs = self.body_inputs
         consts = [i for i in range(num_consts) if inputs[i] in used]

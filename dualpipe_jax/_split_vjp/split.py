@@ -15,11 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
-from dualpipe_jax._split_vjp.loops import split_scan
+from dualpipe_jax._split_vjp.loops import split_loops
 
 PyTree = Any
 Arrays = tuple[jax.Array, ...]
@@ -73,10 +72,10 @@ def split_vjp(
     """
     trace = _trace(block, params, x, ctx)
     graph = trace.graph
-    nodes = _split_loops(graph, trace.dx)
+    nodes = split_loops(graph, trace.dx, only=When.BACKWARD)
     backward = [n for n in nodes if n.when is When.BACKWARD]
-    # A gradient that does not depend on the cotangents is zero: the vjp is linear in them.
-    has_grad = tuple(isinstance(v, int) and graph.when[v] is When.BACKWARD for v in trace.dparams)
+    # Not every gradient depends on the cotangents: a custom_vjp may make its own.
+    has_grad = tuple(isinstance(v, int) and v not in graph.zeros for v in trace.dparams)
     dparams = [v for v, h in zip(trace.dparams, has_grad, strict=True) if h and isinstance(v, int)]
 
     for_dx = needed(backward, trace.dx)
@@ -86,7 +85,7 @@ def split_vjp(
         wanted=dparams,
         can_keep=lambda n: id(n) in ids or n.name in CHEAP | REDUCTIONS,
         can_redo=lambda n: id(n) not in ids,
-        size=lambda v: _num_bytes(graph.avals[v]),
+        size=graph.num_bytes,
         is_free=lambda v: graph.when[v] is not When.BACKWARD,
         prefer_late=False,
     )
@@ -96,13 +95,13 @@ def split_vjp(
     # Of the forward, the backward reads these; cheap steps from what is kept are run again.
     forward = [n for n in nodes if n.when is When.FORWARD]
     reads = {v for n in (*input_nodes, *weight_nodes) for v in n.reads}
-    reads |= {v for v in trace.dx if isinstance(v, int)}
+    reads |= {v for v in (*trace.dx, *dparams) if isinstance(v, int)}
     kept = minimum_cut(
         forward,
         wanted=[v for v in reads if graph.when[v] is When.FORWARD],
         can_keep=lambda _: True,
         can_redo=lambda n: n.name in CHEAP and not n.has_effect,
-        size=lambda v: _num_bytes(graph.avals[v]),
+        size=graph.num_bytes,
         is_free=lambda v: graph.when[v] is not When.FORWARD,
         prefer_late=True,
     )
@@ -260,21 +259,6 @@ def _assemble(
     )
 
 
-def _split_loops(graph: Graph, dx: Sequence[Any]) -> list[Node]:
-    """Splits every scan of the backward that makes more than dx needs."""
-    live = {v for v in dx if isinstance(v, int)}
-    nodes: list[Node] = []
-    for node in reversed(graph.nodes):
-        wanted = live.intersection(node.outputs)
-        parts = [node]
-        if wanted and node.loop is not None and node.when is When.BACKWARD:
-            parts = split_scan(graph, node, wanted)
-        if wanted:
-            live.update(parts[0].reads)
-        nodes.extend(reversed(parts))
-    return nodes[::-1]
-
-
 def _with_effects(nodes: Sequence[Node], selected: list[Node]) -> list[Node]:
     """Adds the forward's nodes that have an effect (a debug print), with what they need."""
     ids = {id(n) for n in selected}
@@ -298,7 +282,3 @@ def _divide(values: Sequence[Any], *like: Sequence[Any]) -> list[list[Any]]:
     """Divides `values` into lists as long as each of `like`, and the rest."""
     rest = iter(values)
     return [*([next(rest) for _ in group] for group in like), list(rest)]
-
-
-def _num_bytes(aval: Any) -> int:
-    return int(np.prod(aval.shape, dtype=np.int64)) * getattr(aval.dtype, "itemsize", 4)

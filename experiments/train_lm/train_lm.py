@@ -1,0 +1,250 @@
+"""Trains a small language model on real text with a pipeline schedule, a jitted program a step.
+
+In: flags. Out, in a folder: log.csv, loss.png, timetable.png, sample.txt. See README.md beside it.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+import dualpipe_jax as dpj
+from experiments.train_lm import data, training
+from experiments.train_lm.log import Log
+from experiments.train_lm.model import LanguageModel
+from experiments.train_lm.sample import continue_text
+
+AXIS = "pipe"
+DEFAULT_RANKS = 4
+SAMPLE_BYTES = 500
+
+_positive = click.IntRange(min=1)
+
+
+class Refusal(click.ClickException):
+    """Ends the command with one line on stderr and exit code 2."""
+
+    exit_code = 2
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--schedule", default="dualpipe", help=f"One of {', '.join(dpj.schedules.names())}.")
+@click.option(
+    "--ranks",
+    type=_positive,
+    show_default=f"{DEFAULT_RANKS}, or all accelerators where there are fewer",
+    help="Devices of the pipeline; fake CPU devices where there is no accelerator.",
+)
+@click.option("--microbatches", type=_positive, default=8, help="Of one step.")
+@click.option("--steps", type=_positive, default=500, help="Updates of the parameters.")
+@click.option("--batch-size", type=_positive, default=16, help="Windows of text a step.")
+@click.option("--context", type=_positive, default=128, help="Bytes that a prediction looks at.")
+@click.option("--layers", type=_positive, default=8, help="Over all stages.")
+@click.option("--width", type=_positive, default=96, help="Of the residual stream.")
+@click.option("--heads", type=_positive, default=4, help="Of the attention in each layer.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3e-3,
+    help="At its peak, after warm-up.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
+@click.option(
+    "--data",
+    "data_path",
+    type=click.Path(exists=True, path_type=Path),
+    show_default="the sources of Python's standard library",
+    help="A text file, or a folder of them.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/train_lm"),
+    help="The folder for the log, the pictures and the sample.",
+)
+@click.option("--eval-every", type=_positive, default=50, help="Steps between held-out losses.")
+@click.option("--eval-batches", type=_positive, default=8, help="Batches for a held-out loss.")
+@click.option("--prompt", default="def ", help="What the sample at the end continues.")
+def command(
+    *,
+    schedule: str,
+    ranks: int | None,
+    microbatches: int,
+    steps: int,
+    batch_size: int,
+    context: int,
+    layers: int,
+    width: int,
+    heads: int,
+    learning_rate: float,
+    seed: int,
+    data_path: Path | None,
+    output: Path,
+    eval_every: int,
+    eval_batches: int,
+    prompt: str,
+) -> None:
+    """Train a byte-level language model on real text with a pipeline schedule.
+
+    Every step (loss, gradients, update) is one jitted program over all ranks.
+    """
+    _require_flags_fit(
+        schedule=schedule,
+        microbatches=microbatches,
+        batch_size=batch_size,
+        width=width,
+        heads=heads,
+        prompt=prompt,
+    )
+    try:
+        text = data.read(data_path, min_length=context + 1)
+        output.mkdir(parents=True, exist_ok=True)
+        log = Log(output / "log.csv")
+    except (OSError, ValueError) as error:
+        raise Refusal(str(error)) from error
+    devices = _devices(ranks)
+    plan = dpj.schedules.make(schedule, num_ranks=len(devices), num_microbatches=microbatches)
+    if layers < plan.num_stages:
+        raise Refusal(
+            f"--layers {layers}: fewer than the {plan.num_stages} stages of {schedule} over "
+            f"{len(devices)} ranks; every stage needs a layer, so add layers or lower --ranks"
+        )
+
+    console = Console(highlight=False, soft_wrap=True)
+    timeline = plan.timeline()
+    dpj.plot_timeline(timeline, path=output / "timetable.png")
+    console.print(
+        f"text      {text.summary}\n"
+        f"pipeline  {schedule}, {len(devices)} x {devices[0].platform}, {microbatches} "
+        f"microbatches of {batch_size // microbatches} x {context} bytes, {timeline.num_ticks} "
+        "ticks"
+    )
+
+    model = LanguageModel(layers=layers, width=width, heads=heads)
+    mesh = jax.make_mesh((len(devices),), (AXIS,), devices=devices)
+    pipeline = {"mesh": mesh, "num_microbatches": microbatches, "axis": AXIS}
+    optimizer, learning_rate_at = training.make_optimizer(learning_rate=learning_rate, steps=steps)
+    sizes = {"batch_size": batch_size, "context": context}
+    batches = data.batches(text.train, seed=seed, **sizes)
+    held_out = data.spread(text.held_out, num_batches=eval_batches, **sizes)
+    learning_rates = np.asarray(learning_rate_at(np.arange(steps))).tolist()
+    params = jax.jit(model.init)(jax.random.key(seed))
+
+    with jax.set_mesh(mesh):
+        params = _place(params, mesh)
+        state = (params, jax.jit(optimizer.init)(params))
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        console.print(f"model     {num_params:,} parameters, {layers} layers of width {width}")
+        with console.status("compiling"):
+            start = time.perf_counter()
+            step = training.compile_step(
+                dpj.value_and_grad(model.for_pipeline(), schedule=plan, **pipeline),
+                optimizer,
+                state,
+                held_out[0],
+            )
+            evaluate = jax.jit(dpj.evaluate(model.for_pipeline(), **pipeline))
+            evaluate = evaluate.lower(params, held_out[0]).compile()
+        console.print(f"compiled  in {time.perf_counter() - start:.0f} s")
+        try:
+            params = training.fit(
+                state,
+                step=step,
+                batches=batches,
+                held_out_loss=lambda params: _mean(evaluate(params, batch) for batch in held_out),
+                learning_rates=learning_rates,
+                eval_every=eval_every,
+                log=log,
+                console=console,
+            )
+        except FloatingPointError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            console.print(f"stopped; what was learnt until then is in {output}")
+            sys.exit(130)  # what a shell makes of Ctrl-C
+        finally:
+            title = f"{num_params:,} parameters, {schedule} over {len(devices)} ranks"
+            log.plot(output / "loss.png", title=title)
+
+    sample = continue_text(
+        model,
+        jax.device_get(params),
+        prompt.encode(),
+        num_bytes=SAMPLE_BYTES,
+        context=context,
+        seed=seed,
+    )
+    (output / "sample.txt").write_text(sample, encoding="utf-8")
+    console.rule("a sample")
+    console.print(_printable(sample), markup=False)
+    console.rule()
+    console.print(f"written   {output}: log.csv, loss.png, timetable.png, sample.txt")
+
+
+def _require_flags_fit(
+    *, schedule: str, microbatches: int, batch_size: int, width: int, heads: int, prompt: str
+) -> None:
+    """Refuses flags that do not fit each other, all in one line."""
+    known = dpj.schedules.names()
+    problems = {
+        f"--schedule {schedule}: must be one of {', '.join(known)}": schedule not in known,
+        f"--batch-size {batch_size}: must be divisible by --microbatches {microbatches}": (
+            batch_size % microbatches
+        ),
+        f"--width {width}: must be divisible by --heads {heads}": width % heads,
+        "--prompt: must not be empty": not prompt,
+    }
+    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
+    if wrong:
+        raise Refusal("; ".join(wrong))
+
+
+def _devices(ranks: int | None) -> list[jax.Device]:
+    """Gives as many devices as there are ranks: accelerators, or fake devices on the CPU."""
+    # Read when the CPU's backend starts; accelerators are what they are.
+    jax.config.update("jax_num_cpu_devices", ranks or DEFAULT_RANKS)
+    found = jax.devices()
+    if ranks is not None and ranks > len(found):
+        raise Refusal(
+            f"--ranks {ranks}: more than the devices here ({len(found)} x {found[0].platform}); "
+            "lower --ranks, or set JAX_PLATFORMS=cpu for fake devices on the CPU"
+        )
+    return found[: ranks or DEFAULT_RANKS]
+
+
+def _place(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Spreads the blocks over the ranks if they divide, and copies the ends to all of them."""
+    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+    spread = PartitionSpec(AXIS) if layers % mesh.shape[AXIS] == 0 else PartitionSpec()
+    specs = {"ends": PartitionSpec(), "blocks": spread}
+    return jax.device_put(params, {part: NamedSharding(mesh, spec) for part, spec in specs.items()})
+
+
+def _printable(text: str) -> str:
+    """Replaces what a terminal might obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _mean(losses: Any) -> float:
+    return float(np.mean([float(loss) for loss in losses]))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; a mistake in the flags is one line and exit code 2."""
+    try:
+        command.main(args, prog_name="train_lm", standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"train_lm: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

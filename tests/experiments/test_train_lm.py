@@ -1,0 +1,217 @@
+"""The main job, small: it learns, it repeats itself, it leaves its files, it refuses bad flags."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments.train_lm import data
+from experiments.train_lm.train_lm import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "experiments" / "train_lm" / "train_lm.py"
+TINY = (
+    "--ranks 2 --layers 2 --width 16 --heads 2 --context 16 --batch-size 8 --microbatches 4 "
+    "--steps 40 --eval-every 20 --eval-batches 2 --learning-rate 0.01"
+)
+
+
+def start(flags: str) -> subprocess.Popen[str]:
+    """Starts the script as `make train` does: its fake devices come before JAX's backends."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *TINY.split(), *flags.split()],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def rows_of(output: Path) -> list[dict[str, str]]:
+    with (output / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses_of(output: Path, column: str) -> np.ndarray:
+    return np.array([float(row[column]) for row in rows_of(output) if row[column]])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs the script twice; what the first run compiled the second finds in conftest's cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    outputs = {name: folder / name for name in ("first", "again")}
+    for output in outputs.values():
+        process = start(f"--output {output}")
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed
+    return outputs
+
+
+@pytest.mark.slow
+def test_the_loss_falls_and_is_logged(runs: dict[str, Path]) -> None:
+    rows = rows_of(runs["first"])
+    assert list(rows[0]) == [
+        "step",
+        "train_loss",
+        "held_out_loss",
+        "learning_rate",
+        "tokens_per_second",
+        "seconds",
+    ]
+    assert [int(row["step"]) for row in rows] == list(range(41))
+    held_out = losses_of(runs["first"], "held_out_loss")
+    assert len(held_out) == 3  # at steps 0, 20 and 40
+    # An untrained model knows nothing: ln 256 = 5.545. 40 steps reach about 3.2.
+    assert held_out[0] == pytest.approx(np.log(256), abs=0.2)
+    assert held_out[-1] < 3.8
+    assert losses_of(runs["first"], "train_loss")[-5:].mean() < 3.8
+    rates = losses_of(runs["first"], "learning_rate")
+    assert rates.max() == pytest.approx(0.01)
+    assert rates.argmax() == 4  # after 40 / 10 steps of warm-up
+    assert rates[-1] < 0.0011
+
+
+@pytest.mark.slow
+def test_the_pictures_and_the_sample_are_written(runs: dict[str, Path]) -> None:
+    for name in ("loss.png", "timetable.png"):
+        picture = matplotlib.image.imread(runs["first"] / name)
+        assert picture[..., :3].std() > 0.05, name  # not blank
+    sample = (runs["first"] / "sample.txt").read_text(encoding="utf-8")
+    assert sample.startswith("def ")
+    assert len(sample.encode(errors="replace")) > 400
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run(runs: dict[str, Path]) -> None:
+    for column in ("train_loss", "held_out_loss"):
+        again = losses_of(runs["again"], column)
+        np.testing.assert_array_equal(losses_of(runs["first"], column), again)
+    samples = [(runs[name] / "sample.txt").read_bytes() for name in ("first", "again")]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_log_and_the_pictures(tmp_path: Path) -> None:
+    process = start(f"--steps 100000 --schedule 1f1b --output {tmp_path}")
+    deadline = time.monotonic() + 120
+    log = tmp_path / "log.csv"
+    while not (log.exists() and len(log.read_text().splitlines()) > 5):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "stopped" in printed
+    assert len(rows_of(tmp_path)) >= 5
+    assert {path.name for path in tmp_path.iterdir()} >= {"loss.png", "timetable.png"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--microbatches 3", "--batch-size 16: must be divisible by --microbatches 3"),
+        ("--heads 5", "--width 96: must be divisible by --heads 5"),
+        ("--schedule zigzag", "--schedule zigzag: must be one of"),
+        ("--data /no/such/path", "Path '/no/such/path' does not exist"),
+        ("--ranks 0", "Invalid value for '--ranks': 0 is not in the range x>=1"),
+        ("--layers 3 --ranks 4", "--layers 3: fewer than the 4 stages of dualpipe over 4 ranks"),
+        ("--ranks 99", "--ranks 99: more than the devices here (8 x cpu); lower --ranks"),
+        ("--learning-rate 0", "Invalid value for '--learning-rate'"),
+        ("--data SHORT", "too little text: 90 bytes to train on and 10 held out"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # JAX's backends have started here, so the fake devices are conftest's eight.
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    short = tmp_path / "short.txt"
+    short.write_bytes(b"0123456789" * 10)
+    args = flags.replace("SHORT", str(short)).split()
+    with pytest.raises(SystemExit) as exit_info:
+        main([*args, "--output", str(tmp_path / "out")])
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.startswith("train_lm: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_several_bad_flags_are_all_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--microbatches", "3", "--heads", "5"])
+    printed = capsys.readouterr().err
+    assert "--microbatches 3" in printed
+    assert "--heads 5" in printed
+
+
+def test_fewer_accelerators_than_ranks_are_all_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    three = jax.devices()[:3]
+    monkeypatch.setattr(jax, "devices", lambda: three)
+    # That it is told of three ranks shows how many were taken; nothing is compiled.
+    with pytest.raises(SystemExit):
+        main(["--layers", "1", "--output", str(tmp_path)])
+    assert "over 3 ranks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--ranks", "4", "--output", str(tmp_path)])
+    assert "--ranks 4: more than the devices here (3 x cpu)" in capsys.readouterr().err
+
+
+def test_the_standard_library_is_split_by_whole_files() -> None:
+    files = data.standard_library()
+    train, held_out = data.split(files)
+    assert sorted(train + held_out) == sorted(files)
+    assert not {name for name, _ in train} & {name for name, _ in held_out}
+    # A tenth; a hash of some hundred names stays well within a factor of two.
+    assert 0.05 < len(held_out) / len(files) < 0.2
+    skipped = {"site-packages", "test", "tests"}
+    assert not any(skipped & set(Path(name).parts) for name, _ in files)
+    text = data.read(None, min_length=1000)
+    assert len(text.train) + len(text.held_out) >= sum(path.stat().st_size for _, path in files)
+
+
+def test_a_files_side_depends_on_its_name_alone() -> None:
+    files = [(f"{index}.py", Path(f"{index}.py")) for index in range(200)]
+    _, held_out = data.split(files)
+    _, of_fewer = data.split(files[50:][::-1])
+    assert set(of_fewer) == set(held_out) & set(files[50:])
+
+
+def test_a_folder_is_read_by_its_text_files(tmp_path: Path) -> None:
+    contents = {"a.txt": b"a" * 50, "b/c.md": b"b" * 60, "x.bin": b"\0" * 9, ".hidden": b"h" * 9}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    text = data.read(tmp_path, min_length=10)
+    assert {bytes(text.train), bytes(text.held_out)} == {b"a" * 50, b"b" * 60}
+
+
+def test_batches_are_windows_and_repeat_with_the_seed() -> None:
+    text = np.arange(200, dtype=np.uint8)
+    first, again, other = (
+        next(data.batches(text, batch_size=4, context=8, seed=seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert first.shape == (4, 9)
+    np.testing.assert_array_equal(first, first[:, :1] + np.arange(9))
+    spread = data.spread(text, batch_size=2, context=8, num_batches=3)
+    assert spread[0][0, 0] == 0
+    assert spread[-1][-1, -1] == 199

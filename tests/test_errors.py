@@ -1,0 +1,452 @@
+"""What a user is told: each mistake names argument, value, requirement and fix, when traced.
+
+Nothing here compiles: `jax.eval_shape` traces the step, as `jax.jit` would.
+"""
+
+import re
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dualpipe_jax as dpj
+
+D = 4
+MESH = jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2])
+PARAMS = {
+    "ends": {"table": jnp.ones((D, D)), "out": jnp.ones(D)},
+    "blocks": {"w": jnp.ones((2, D, D)), "b": jnp.ones((2, D))},
+}
+BATCH = {"x": jnp.ones((4, D)), "y": jnp.ones(4)}
+MODEL = dpj.Model(
+    embed=lambda ends, ctx: ctx.microbatch["x"] @ ends["table"],
+    block=lambda params, x, ctx: x + jnp.tanh(x @ params["w"] + params["b"]),
+    head=lambda ends, x, ctx: jnp.mean(x @ ends["out"] - ctx.microbatch["y"]),
+)
+
+
+def trace(
+    model: Any = MODEL, params: Any = PARAMS, batch: Any = BATCH, rng: Any = None, **options: Any
+) -> Any:
+    """Traces the step; arrays become avals, everything else is handed over as it is."""
+    options = {"mesh": MESH, "num_microbatches": 2, **options}
+    grad_fn = dpj.value_and_grad(model, **options)
+    leaves, structure = jax.tree.flatten((params, batch))
+    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+    def run(arrays: list, rng: Any) -> Any:
+        merged = list(leaves)
+        for i, array in zip(traced, arrays, strict=True):
+            merged[i] = array
+        return grad_fn(*jax.tree.unflatten(structure, merged), rng=rng)
+
+    return jax.eval_shape(run, [leaves[i] for i in traced], rng)
+
+
+def model(**fields: Any) -> dpj.Model:
+    return replace(MODEL, **fields)
+
+
+def with_(part: str, **leaves: Any) -> Any:
+    return {**PARAMS, part: {**PARAMS[part], **leaves}}
+
+
+def constant(value: Any) -> Any:
+    """Makes a model's function that returns `value`."""
+    return lambda *args: value
+
+
+def test_the_model_itself_is_fine():
+    loss, grads = trace()
+    assert loss.shape == ()
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, PARAMS)
+
+
+# Each: keyword arguments of `trace`; the exception; texts that the message must hold.
+MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
+    # the arguments of value_and_grad
+    "unknown axis": (
+        {"axis": "stage"},
+        ValueError,
+        ["axis='stage'", "not an axis of the mesh", "'pipe' (2 devices)", "name one of those"],
+    ),
+    "axis not a name": ({"axis": ["pipe"]}, TypeError, ["axis=['pipe']"]),
+    "no mesh": ({"mesh": None}, TypeError, ["mesh: must be a jax.sharding.Mesh", "None"]),
+    "devices for a mesh": (
+        {"mesh": [1, 2]},
+        TypeError,
+        ["mesh: must be a jax.sharding.Mesh", "list [1, 2]"],
+    ),
+    "unknown batch axis": (
+        {"batch_axes": ("data",)},
+        ValueError,
+        ["batch_axes='data'", "not an axis of the mesh", "'pipe' (2 devices)"],
+    ),
+    "batch axis is the pipeline axis": (
+        {"batch_axes": "pipe"},
+        ValueError,
+        ["batch_axes=('pipe',)", "other than axis='pipe'"],
+    ),
+    "batch axes not names": ({"batch_axes": 3}, TypeError, ["batch_axes=3", "must be"]),
+    "batch axes None": ({"batch_axes": None}, TypeError, ["batch_axes=None", "must be"]),
+    "no microbatches": (
+        {"num_microbatches": 0},
+        ValueError,
+        ["num_microbatches=0", "an integer of at least 1"],
+    ),
+    "negative microbatches": ({"num_microbatches": -2}, ValueError, ["num_microbatches=-2"]),
+    "microbatches a float": (
+        {"num_microbatches": 2.0},
+        TypeError,
+        ["num_microbatches=2.0", "integer", "float"],
+    ),
+    "microbatches a bool": ({"num_microbatches": True}, ValueError, ["num_microbatches=True"]),
+    "microbatches None": ({"num_microbatches": None}, TypeError, ["num_microbatches=None"]),
+    "unknown schedule": (
+        {"schedule": "dualpip"},
+        ValueError,
+        ["schedule='dualpip'", *map(repr, dpj.schedules.names()), "dualpipe_jax.Schedule"],
+    ),
+    "schedule not a schedule": (
+        {"schedule": 3},
+        TypeError,
+        ["schedule=3", *map(repr, dpj.schedules.names()), "a Schedule"],
+    ),
+    "schedule for more ranks": (
+        {"schedule": dpj.schedules.gpipe(num_ranks=4, num_microbatches=2)},
+        ValueError,
+        ["schedule='gpipe'", "made for 4 ranks and 2", "has 2 devices", "pass its name"],
+    ),
+    "schedule for more microbatches": (
+        {"schedule": dpj.schedules.one_f_one_b(num_ranks=2, num_microbatches=6)},
+        ValueError,
+        ["schedule='1f1b'", "2 ranks and 6 microbatches", "num_microbatches=2", "pass its name"],
+    ),
+    "unknown remat": (
+        {"remat": "full"},
+        ValueError,
+        ["remat='full'", '"none", "block"', "jax.checkpoint_policies"],
+    ),
+    "remat a bool": ({"remat": True}, ValueError, ["remat=True", '"none", "block"']),
+    "integer grad_dtype": (
+        {"grad_dtype": jnp.int32},
+        ValueError,
+        ["grad_dtype=", "int32", "floating-point", "None"],
+    ),
+    "unknown grad_dtype": (
+        {"grad_dtype": "float33"},
+        (ValueError, TypeError),
+        ["grad_dtype='float33'", "floating-point"],
+    ),
+    "model not a Model": (
+        {"model": (MODEL.embed, MODEL.block, MODEL.head)},
+        TypeError,
+        ["model", "Model", "tuple"],
+    ),
+    # params
+    "params not a dict": (
+        {"params": [jnp.ones(3)]},
+        ValueError,
+        ["params", '"ends"', '"blocks"', "got list"],
+    ),
+    "params with a wrong key": (
+        {"params": {"ends": PARAMS["ends"], "layers": PARAMS["blocks"]}},
+        ValueError,
+        ["params", '"ends"', '"blocks"', "['ends', 'layers']"],
+    ),
+    "params with a key too many": (
+        {"params": {**PARAMS, "step": jnp.ones(())}},
+        ValueError,
+        ["'step'", '"ends"', '"blocks"'],
+    ),
+    "no blocks": (
+        {"params": {**PARAMS, "blocks": {}}},
+        ValueError,
+        ['params["blocks"]', "has no leaves"],
+    ),
+    "too few layers": (
+        {"params": {**PARAMS, "blocks": {"w": jnp.ones((1, D, D)), "b": jnp.ones((1, D))}}},
+        ValueError,
+        ['params["blocks"]', "1 layers", "2 stages", "fewer devices", "deeper model"],
+    ),
+    "leading dims differ": (
+        {"params": with_("blocks", c=jnp.ones((3, 2)), d=jnp.ones(()), e={"f": jnp.ones((4,))})},
+        ValueError,
+        [
+            'params["blocks"]',
+            "2 in most leaves",
+            "['c'] of shape (3, 2)",
+            "['d'] of shape ()",
+            "['e']['f'] of shape (4,)",
+            "stack the parameters",
+        ],
+    ),
+    "params not arrays": (
+        {"params": with_("ends", name="abc", size=object())},
+        TypeError,
+        ["every leaf must be an array", "['ends']['name'] is str 'abc'", "['ends']['size'] is obj"],
+    ),
+    # batch
+    "batch indivisible": (
+        {"num_microbatches": 3},
+        ValueError,
+        ["batch", "4, is not divisible by num_microbatches=3", "pad or cut", "3 or 6 rows"],
+    ),
+    "batch smaller than its microbatches": (
+        {"num_microbatches": 8},
+        ValueError,
+        ["batch", "4,", "num_microbatches=8", "to 8 rows"],
+    ),
+    "batch of no rows": (
+        {"batch": {"x": jnp.ones((0, D)), "y": jnp.ones(0)}},
+        ValueError,
+        ["batch", "0,", "2 rows"],
+    ),
+    "batch sizes differ": (
+        {"batch": {**BATCH, "z": jnp.ones((3, 1))}},
+        ValueError,
+        ["batch", "share their leading dim", "['z'] of shape (3, 1)", "['x'] of shape (4, 4)"],
+    ),
+    "batch with scalars": (
+        {"batch": {**BATCH, "s": jnp.ones(()), "t": 3.0}},
+        ValueError,
+        ["batch", "leading dim", "['s'] is a scalar", "['t'] is a scalar"],
+    ),
+    "batch empty": ({"batch": {}}, ValueError, ["batch: has no leaves", "at least one array"]),
+    "batch not arrays": (
+        {"batch": {**BATCH, "n": "abc"}},
+        TypeError,
+        ["batch: every leaf must be an array", "['n'] is str 'abc'"],
+    ),
+    # block
+    "block changes the structure": (
+        {"model": model(block=lambda p, x, c: {"x": x})},
+        ValueError,
+        ["model.block", "structure of x", "PyTreeDef(*)", "{'x': *}", "return x as it came"],
+    ),
+    "block returns nothing": (
+        {"model": model(block=constant(None))},
+        ValueError,
+        ["model.block", "structure", "None"],
+    ),
+    "block changes shapes and dtypes": (
+        {
+            "model": dpj.Model(
+                embed=lambda e, c: {"a": c.microbatch["x"], "b": c.microbatch["y"], "ok": 1.0},
+                block=lambda p, x, c: {**x, "a": x["a"][:1], "b": x["b"].astype(jnp.bfloat16)},
+                head=lambda e, x, c: x["ok"],
+            )
+        },
+        ValueError,
+        [
+            "model.block",
+            "x['a'] comes as float64[2,4] and leaves as float64[1,4]",
+            "x['b'] comes as float64[2] and leaves as bfloat16[2]",
+            "cast or reshape",
+        ],
+    ),
+    "block returns no array": (
+        {"model": model(block=constant("x"))},
+        TypeError,
+        ["model.block", "array", "'x'"],
+    ),
+    "aux loss without block_has_aux": (
+        {"model": model(block=lambda p, x, c: (x, jnp.float64(0)))},
+        (ValueError, TypeError),
+        ["model.block", "block_has_aux=True"],
+    ),
+    "block_has_aux without aux loss": (
+        {"model": model(block_has_aux=True)},
+        TypeError,
+        ["model.block", "block_has_aux=True", "(x, aux_loss)", "float64[2,4]"],
+    ),
+    "aux loss not a scalar": (
+        {"model": model(block_has_aux=True, block=lambda p, x, c: (x, x))},
+        ValueError,
+        ["model.block", "aux loss", "scalar", "float64[2,4]", "reduce"],
+    ),
+    # head
+    "loss a vector": (
+        {"model": model(head=lambda e, x, c: x[:, 0])},
+        ValueError,
+        ["model.head", "floating-point scalar", "float64[2]", "mean"],
+    ),
+    "loss an integer": (
+        {"model": model(head=constant(1))},
+        ValueError,
+        ["model.head", "floating-point scalar", "int64[]"],
+    ),
+    "no loss": ({"model": model(head=constant(None))}, TypeError, ["model.head", "scalar", "None"]),
+    "loss in a dict": (
+        {"model": model(head=lambda e, x, c: {"loss": x.sum()})},
+        (ValueError, TypeError),
+        ["model.head", "scalar", "dict"],
+    ),
+    "metrics without has_aux": (
+        {"model": model(head=lambda e, x, c: (x.sum(), {"hits": x.sum()}))},
+        TypeError,
+        ["model.head", "scalar loss", "has_aux=True"],
+    ),
+    "empty metrics without has_aux": (
+        {"model": model(head=lambda e, x, c: (x.sum(), {}))},
+        TypeError,
+        ["model.head", "scalar loss", "has_aux=True"],
+    ),
+    "has_aux without metrics": (
+        {"model": model(has_aux=True)},
+        TypeError,
+        ["model.head", "has_aux=True", "(loss, metrics)", "float64[]"],
+    ),
+    "has_aux with three results": (
+        {"model": model(has_aux=True, head=lambda e, x, c: (x.sum(), 1, 2))},
+        TypeError,
+        ["model.head", "has_aux=True", "(loss, metrics)"],
+    ),
+    "metrics no array": (
+        {"model": model(has_aux=True, head=lambda e, x, c: (x.sum(), {"name": "abc"}))},
+        TypeError,
+        ["model.head", "metrics", "['name']", "'abc'"],
+    ),
+    # embed and weight
+    "embed returns nothing": (
+        {"model": model(embed=constant(()))},
+        ValueError,
+        ["model.embed", "array", "()"],
+    ),
+    "weight not a scalar": (
+        {"model": model(weight=lambda m: m["y"])},
+        ValueError,
+        ["model.weight", "scalar", "float64[2]", "sum it"],
+    ),
+    "no weight": (
+        {"model": model(weight=constant(None))},
+        (ValueError, TypeError),
+        ["model.weight", "scalar", "None"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_explained(mistake):
+    arguments, error, texts = MISTAKES[mistake]
+    with pytest.raises(error, match=re.escape(texts[0])) as raised:
+        trace(**arguments)
+    message = str(raised.value)
+    missing = [text for text in texts if text not in message]
+    assert not missing, f"the message is:\n{message}"
+
+
+# The same checks stand before the two other entry points.
+SHARED = [
+    "batch indivisible",
+    "batch sizes differ",
+    "leading dims differ",
+    "params with a wrong key",
+    "params not arrays",
+    "block changes the structure",
+    "block_has_aux without aux loss",
+    "loss a vector",
+    "has_aux without metrics",
+    "weight not a scalar",
+]
+
+
+@pytest.mark.parametrize("mistake", SHARED)
+@pytest.mark.parametrize("entry", ["evaluate", "sequential"])
+def test_mistake_is_explained_by_every_entry_point(entry, mistake):
+    arguments, error, texts = MISTAKES[mistake]
+    num_microbatches = arguments.get("num_microbatches", 2)
+    options = {"mesh": MESH} if entry == "evaluate" else {}
+    make = getattr(dpj, entry)
+    loss_fn = make(arguments.get("model", MODEL), num_microbatches=num_microbatches, **options)
+    params, batch = arguments.get("params", PARAMS), arguments.get("batch", BATCH)
+    with pytest.raises(error) as raised:
+        jax.eval_shape(lambda: loss_fn(params, batch))
+    missing = [text for text in texts if text not in str(raised.value)]
+    assert not missing, f"the message is:\n{raised.value}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_microbatches": 0}, {"num_microbatches": 2.0}, {"num_microbatches": "4"}],
+    ids=str,
+)
+def test_every_entry_point_checks_its_own_arguments(arguments):
+    entries: list[tuple[Any, dict[str, Any]]] = [
+        (dpj.evaluate, {"mesh": MESH}),
+        (dpj.sequential, {}),
+    ]
+    for make, options in entries:
+        with pytest.raises((ValueError, TypeError), match="num_microbatches="):
+            make(MODEL, **options, **arguments)
+    with pytest.raises(ValueError, match="axis='stage'"):
+        dpj.evaluate(MODEL, mesh=MESH, num_microbatches=2, axis="stage")
+
+
+def test_arguments_are_checked_before_anything_is_traced():
+    def never(*args):
+        raise AssertionError("called")
+
+    model = dpj.Model(embed=never, block=never, head=never, weight=never)
+    for arguments in ({"schedule": "none"}, {"axis": "x"}, {"remat": "full"}, {"grad_dtype": int}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            trace(model, **arguments)
+    grad_fn = dpj.value_and_grad(model, mesh=MESH, num_microbatches=3)
+    with pytest.raises(ValueError, match="divisible"):
+        grad_fn(PARAMS, BATCH)
+
+
+def test_indivisible_batch_over_shards():
+    mesh = jax.make_mesh((2, 2), ("pipe", "data"), devices=jax.devices()[:4])
+    # 6 rows would do for 2 microbatches or for 2 shards, not for both.
+    batch = jax.tree.map(lambda a: jnp.ones((6, *a.shape[1:])), BATCH)
+    with pytest.raises(ValueError, match=r"6.*num_microbatches=2 x 2 shards over 'data'") as raised:
+        trace(batch=batch, mesh=mesh, batch_axes="data")
+    assert "4 or 8 rows" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "scalar", [2.0, 2, True, np.float32(2), np.int8(2)], ids=lambda s: type(s).__name__
+)
+def test_scalars_are_arrays(scalar):
+    """`params` may hold Python and NumPy scalars, for every entry point."""
+    scaled = model(head=lambda e, x, c: x.sum() * e["scale"])
+    params = with_("ends", scale=scalar)
+    _, grads = trace(scaled, params)
+    is_float = isinstance(scalar, float | np.floating)
+    assert (grads["ends"]["scale"].dtype == jax.dtypes.float0) == (not is_float)
+    loss_fn = dpj.sequential(scaled, num_microbatches=2)
+    assert jax.eval_shape(lambda: loss_fn(params, BATCH)).shape == ()
+
+
+def test_types_near_what_is_asked_are_taken():
+    trace(num_microbatches=np.int64(2))
+    trace(batch_axes=[])
+    for dtype in ("bfloat16", np.float32, jnp.dtype("float32"), float):
+        grads = trace(grad_dtype=dtype)[1]
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
+    trace(remat=jax.checkpoint_policies.dots_saveable)
+    trace(remat=jax.checkpoint_policies.save_only_these_names("x"))
+    for rng in (jax.random.key(0), jax.random.PRNGKey(0)):
+        trace(rng=rng)
+
+
+@pytest.mark.parametrize("mesh_types", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_errors_do_not_depend_on_the_mesh(mesh_types):
+    mesh = jax.make_mesh((2,), ("pipe",), axis_types=(mesh_types,), devices=jax.devices()[:2])
+    arguments, error, texts = MISTAKES["block changes shapes and dtypes"]
+    with pytest.raises(error) as raised:
+        trace(**arguments, mesh=mesh)
+    assert all(text in str(raised.value) for text in texts)
+
+
+def test_gradients_have_the_structure_of_any_params():
+    """A dict of another type comes back as that type, as from `jax.grad`."""
+    for make in (OrderedDict, flax.core.freeze):
+        params = make(PARAMS)
+        assert jax.tree.structure(trace(params=params)[1]) == jax.tree.structure(params)
