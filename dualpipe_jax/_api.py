@@ -48,7 +48,7 @@ def value_and_grad(
 
     Returns:
       `grad_fn(params, batch, *, rng=None) -> (loss, grads)`; with `model.has_aux`,
-      `((loss, metrics), grads)`.
+      `((loss, metrics), grads)`. It is not itself differentiable by `jax.grad`; `sequential` is.
 
       params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
         model order, sharded in any way. batch: a pytree of arrays `[B, ...]`; microbatch m is rows
@@ -62,6 +62,7 @@ def value_and_grad(
         the model's functions do not fit.
       TypeError: If an argument, or what a function of the model returns, has a wrong type.
     """
+    _validate.is_model(model)
     batch_axes = _axes(batch_axes)
     num_ranks = _check(mesh, num_microbatches, axis, batch_axes)
     schedule = _schedule_for(schedule, num_ranks, num_microbatches)
@@ -70,11 +71,11 @@ def value_and_grad(
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
 
     def grad_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
-        params, batch = _as_arrays(params), _as_arrays(batch)
-        result, grads = build(params, batch, rng)(params, batch, rng)
-        return result, {
-            part: _gradients(params[part], grads[part], dtype) for part in ("ends", "blocks")
-        }
+        params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
+        step = build(params, batch, rng)
+        _validate.grad_dtype(dtype, params)
+        result, grads = step(params, batch, rng)
+        return result, _gradients(params, grads, dtype)
 
     return grad_fn
 
@@ -104,6 +105,7 @@ def evaluate(
       ValueError: As `value_and_grad`.
       TypeError: As `value_and_grad`.
     """
+    _validate.is_model(model)
     batch_axes = _axes(batch_axes)
     num_ranks = _check(mesh, num_microbatches, axis, batch_axes)
     program = forward_only(num_ranks=num_ranks, num_microbatches=num_microbatches)
@@ -111,7 +113,7 @@ def evaluate(
     build = _Builder(model, mesh, axis, batch_axes, block, compile_program(program).tables)
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
-        params, batch = _as_arrays(params), _as_arrays(batch)
+        params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         return build(params, batch, rng)(params, batch, rng)[0]
 
     return loss_fn
@@ -147,6 +149,7 @@ class _Builder:
         where = f" of the schedule over {tables.num_ranks} ranks"
         num_layers = _validate.num_layers(params, num_stages=tables.num_stages, where=where)
         num_microbatches = tables.num_microbatches
+        _validate.key(rng)
         _validate.batch(
             batch,
             num_microbatches=num_microbatches,
@@ -173,7 +176,11 @@ def _check(
 
 
 def _axes(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+    if isinstance(axes, str):
+        return (axes,)
+    if not isinstance(axes, tuple | list):
+        raise TypeError(f"batch_axes={axes!r}: must be the name of a mesh axis, or a tuple of them")
+    return tuple(axes)
 
 
 def _schedule_for(
@@ -208,33 +215,40 @@ def _block(model: Model, remat: str | Callable[..., Any]) -> Callable[..., Any]:
     if remat == "block":
         return jax.checkpoint(block)
     if callable(remat):
-        return jax.checkpoint(block, policy=remat)
+        policy = remat
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return policy(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(
+                    f"remat={policy!r}: cannot be called as a policy of jax.checkpoint_policies; "
+                    "if it makes a policy of its arguments, call it first"
+                ) from error
+
+        return jax.checkpoint(block, policy=checked)
     raise ValueError(
         f'remat={remat!r}: must be "none", "block", or a policy of jax.checkpoint_policies'
     )
 
 
-def _as_arrays(tree: PyTree) -> PyTree:
-    """Makes arrays of Python scalars, and leaves what is not one for the checks to name."""
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf,
-        tree,
-    )
-
-
 def _float_dtype(name: str, dtype: Any) -> Any:
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(f"{name}={dtype!r}: must be a floating-point dtype, or None")
-    return jnp.dtype(dtype)
+    return known
 
 
-def _gradients(params: PyTree, grads: list[jax.Array], dtype: Any) -> PyTree:
+def _gradients(params: PyTree, grads: dict[str, list[jax.Array]], dtype: Any) -> PyTree:
     """Gives the gradients the structure of `params`, and float0 zeros to its integer leaves."""
-    rest = iter(grads)
+    rest = {part: iter(leaves) for part, leaves in grads.items()}
 
-    def one(leaf: Any) -> Any:
+    def one(path: Any, leaf: Any) -> Any:
         if not is_differentiable(leaf):
             return np.zeros(leaf.shape, jax.dtypes.float0)
-        return next(rest).astype(dtype or leaf.dtype)
+        return next(rest[path[0].key]).astype(dtype or leaf.dtype)
 
-    return jax.tree.map(one, params)
+    return jax.tree_util.tree_map_with_path(one, params)

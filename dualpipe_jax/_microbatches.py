@@ -12,6 +12,14 @@ from jax import lax
 from dualpipe_jax._types import Context, Model, PyTree
 
 
+def as_arrays(tree: PyTree) -> PyTree:
+    """Makes arrays of Python scalars, and leaves what is not one for the checks to name."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf,
+        tree,
+    )
+
+
 def split(batch: PyTree, num_microbatches: int) -> PyTree:
     """Reshapes every leaf `[B, ...]` to `[num_microbatches, B / num_microbatches, ...]`."""
     return jax.tree.map(

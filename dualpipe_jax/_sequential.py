@@ -28,10 +28,13 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
     Raises:
       ValueError: when called, if an argument does not fit the contract (see `value_and_grad`).
     """
+    _validate.is_model(model)
     _validate.positive_int("num_microbatches", num_microbatches)
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
+        params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         num_layers = _validate.num_layers(params)
+        _validate.key(rng)
         _validate.batch(batch, num_microbatches=num_microbatches)
         batches = _microbatches.split(batch, num_microbatches)
         layer, microbatch = jax.eval_shape(

@@ -5,7 +5,7 @@ offenders.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,45 @@ def positive_int(name: str, value: Any) -> int:
     return number
 
 
+def is_model(model: Any) -> None:
+    """Requires a Model."""
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"model: must be a dualpipe_jax.Model(embed=, block=, head=), got {_kind(model)}"
+        )
+
+
+def key(rng: Any) -> None:
+    """Requires one random key, or None."""
+    if rng is None:
+        return
+    dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    is_legacy = dtype == jnp.uint32 and shape is not None and len(shape) == 1
+    if not is_key and not is_legacy:
+        raise TypeError(f"rng: must be one key, as of jax.random.key(0), or None; got {_kind(rng)}")
+
+
+def grad_dtype(dtype: Any, params: PyTree) -> None:
+    """Requires that gradients of `params` fit into `dtype`, if it is not None."""
+    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+        return
+    _raise_all(
+        f"grad_dtype={dtype}: must be complex for complex parameters, or None",
+        (
+            f"params{keystr(path)} is {_short(leaf)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        ),
+    )
+
+
 def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
     """Requires `axis` to be an axis of the mesh, and returns its size."""
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+    if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh: must be a jax.sharding.Mesh, got {_kind(mesh)}")
+    if not isinstance(axis, str):
+        raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {_kind(axis)}")
     if axis not in mesh.shape:
         known = ", ".join(f"{name!r} ({size} devices)" for name, size in mesh.shape.items())
         raise ValueError(
@@ -55,10 +90,10 @@ def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
 
 def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
     """Requires `{"ends": ..., "blocks": ...}` with one leading dim, and returns that dim."""
-    if not isinstance(params, dict) or set(params) != {"ends", "blocks"}:
+    if not isinstance(params, Mapping) or set(params) != {"ends", "blocks"}:
         got = (
             f"a dict with the keys {sorted(map(str, params))}"
-            if isinstance(params, dict)
+            if isinstance(params, Mapping)
             else (_kind(params))
         )
         raise ValueError(
@@ -98,7 +133,7 @@ def arrays(tree: PyTree, name: str) -> None:
         (
             f"{name}{keystr(path)} is {_kind(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype")
+            if not _is_array(leaf)
         ),
         error=TypeError,
     )
@@ -146,49 +181,31 @@ def outputs(
         key = _microbatches.microbatch_key(rng, jnp.int32(0))
         ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard)
         layer_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
-        x = _microbatches.strong(model.embed(ends, ends_ctx))
+        x = _returned("model.embed", "x", model.embed(ends, ends_ctx))
         if not jax.tree.leaves(x):
             raise ValueError(f"model.embed: must return at least one array, got {x!r}")
-        block = model.block(layer, x, layer_ctx)
-        if model.block_has_aux and not _is_pair(block):
-            raise TypeError(
-                "model.block: with block_has_aux=True it must return (x, aux_loss), got "
-                f"{_kind(block)}"
-            )
-        y, aux = _microbatches.block_outputs(model, block)
-        same_x(x, y)
-        head = model.head(ends, x, ends_ctx)
-        if model.has_aux and not _is_pair(head):
-            raise TypeError(
-                f"model.head: with has_aux=True it must return (loss, metrics), got {_kind(head)}"
-            )
-        if not model.has_aux and len(jax.tree.leaves(head)) != 1:
-            raise TypeError(
-                f"model.head: must return a scalar loss, got {_kind(head)}; to return metrics "
-                "beside the loss, make the model with has_aux=True"
-            )
-        loss, metrics = _microbatches.head_outputs(model, head)
-        _scalar("model.head", "a loss", loss)
-        if aux is not None:
-            _scalar("model.block", "an aux loss", aux)
+        x = _microbatches.strong(x)
+        aux = _block_aux(model, x, model.block(layer, x, layer_ctx))
+        loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
         if model.weight is not None:
-            weight = jnp.asarray(model.weight(microbatch))
-            if weight.shape:
-                raise ValueError(
-                    f"model.weight: must return a scalar, got {_short(weight)}; sum it over the "
-                    "microbatch"
-                )
+            weight = model.weight(microbatch)
+            fix = "sum it over the microbatch, or leave weight=None for the mean of head"
+            _scalar(
+                "model.weight", "a real scalar", weight, fix=fix, of=(jnp.floating, jnp.integer)
+            )
         return Outputs(x=x, ctx=layer_ctx, loss=loss, metrics=metrics, aux=aux)
 
     return jax.eval_shape(run, ends, layer, microbatch, rng)
 
 
-def same_x(x: PyTree, y: PyTree) -> None:
+def same_x(x: PyTree, y: PyTree, *, hint: str = "") -> None:
     """Requires a block to return the structure, shapes and dtypes of the x that it was given."""
     before, after = jax.tree.structure(x), jax.tree.structure(y)
     fix = "a block must return x as it came, so that blocks can follow one another on any device"
     if before != after:
-        raise ValueError(f"model.block: changes the structure of x from {before} to {after}; {fix}")
+        raise ValueError(
+            f"model.block: changes the structure of x from {before} to {after}; {fix}{hint}"
+        )
     _raise_all(
         f"model.block: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
         (
@@ -201,12 +218,73 @@ def same_x(x: PyTree, y: PyTree) -> None:
     )
 
 
-def _scalar(name: str, what: str, value: Any) -> None:
-    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(
-            f"{name}: must return {what} that is a floating-point scalar, got {_short(value)}; "
-            "reduce it over the microbatch (mean, or sum together with weight=)"
+def _block_aux(model: Model, x: PyTree, out: Any) -> Any:
+    """Requires block's outputs to fit the model, and returns its aux loss, or None."""
+    if model.block_has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[1]])):
+        raise TypeError(
+            f"model.block: with block_has_aux=True it must return (x, aux_loss), got {_kind(out)}"
         )
+    y, aux = _microbatches.block_outputs(model, _returned("model.block", "x", out))
+    hint = (
+        ""
+        if model.block_has_aux or not _is_pair(out)
+        else ("; to return an aux loss beside x, make the model with block_has_aux=True")
+    )
+    same_x(x, y, hint=hint)
+    if aux is not None:
+        _scalar("model.block", "an aux loss that is a floating-point scalar", aux)
+    return aux
+
+
+def _loss_and_metrics(model: Model, out: Any) -> tuple[jax.Array, PyTree]:
+    """Requires head's outputs to fit the model."""
+    if model.has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[0]])):
+        raise TypeError(
+            f"model.head: with has_aux=True it must return (loss, metrics), got {_kind(out)}"
+        )
+    if not model.has_aux and not jax.tree_util.all_leaves([out]):
+        raise TypeError(
+            f"model.head: must return a scalar loss, got {_kind(out)}; to return metrics beside "
+            "the loss, make the model with has_aux=True"
+        )
+    loss, metrics = out if model.has_aux else (out, None)
+    metrics = _returned("model.head", "metrics", metrics)
+    _scalar("model.head", "a loss that is a floating-point scalar", loss)
+    return _microbatches.head_outputs(model, (loss, metrics) if model.has_aux else loss)
+
+
+def _returned(name: str, what: str, value: Any) -> Any:
+    """Requires arrays, or Python scalars, of what a function of the model returned."""
+    value = _microbatches.as_arrays(value)
+    _raise_all(
+        f"{name}: must return arrays",
+        (
+            f"{what}{keystr(path)} is {_kind(leaf)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(value)
+            if not _is_array(leaf)
+        ),
+        error=TypeError,
+    )
+    return value
+
+
+def _scalar(
+    name: str,
+    what: str,
+    value: Any,
+    *,
+    fix: str = "reduce it over the microbatch (mean, or sum together with weight=)",
+    of: tuple[Any, ...] = (jnp.floating,),
+) -> None:
+    value = _microbatches.as_arrays(value)
+    if not _is_array(value):
+        raise TypeError(f"{name}: must return {what}, got {_kind(value)}; {fix}")
+    if value.shape or not any(jnp.issubdtype(value.dtype, kind) for kind in of):
+        raise ValueError(f"{name}: must return {what}, got {_short(value)}; {fix}")
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _is_pair(value: Any) -> bool:
@@ -224,6 +302,6 @@ def _short(aval: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if _is_array(value):
         return f"an array {_short(value)}"
     return f"{type(value).__name__} {value!r}"[:80]

@@ -37,6 +37,7 @@ def make_model(features: frozenset[str] = frozenset()) -> dpj.Model:
             assert ctx.rng is not None
             inner *= jax.random.bernoulli(ctx.rng, 0.7, inner.shape)
         # The layer's index and the microbatch's own data both matter.
+        assert ctx.layer is not None
         inner = inner * (1 + 0.01 * ctx.layer) + 0.01 * ctx.microbatch["side"].mean()
         # The kind of weight that is used twice.
         out = hidden + inner @ params["down"] + jnp.sin(inner @ params["down"]) * 0.1

@@ -220,24 +220,46 @@ def _loss_of_shard(model: dpj.Model, params: Any, batch: Any, rng: Any, shard: i
     return model.head(params["ends"], x, ctx(num_layers + 1))
 
 
-def test_other_axes_are_left_to_the_partitioner() -> None:
+@pytest.mark.parametrize(
+    "types", ["Auto Auto", "Explicit Explicit", "Auto Explicit", "Explicit Auto"]
+)
+def test_other_axes_are_left_to_the_partitioner(types: str) -> None:
+    """Parameters over one more axis, the batch over another or the same; gradients lie alike."""
     model, params, batch = make_model(), make_params(4), make_batch(4)
     mesh = jax.make_mesh(
         (2, 2),
         ("pipe", "model"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        axis_types=tuple(getattr(jax.sharding.AxisType, name) for name in types.split()),
         devices=jax.devices()[:4],
     )
     want = sequential_value_and_grad(model, 4)(params, batch)
-    spec = jax.sharding.PartitionSpec("pipe", "model", None)
-    down = params["blocks"]["down"][:, :4]
-    model_params = {**params, "blocks": {**params["blocks"]}}
-    del down
-    model_params["blocks"]["up"] = jax.device_put(
-        params["blocks"]["up"], jax.sharding.NamedSharding(mesh, spec)
-    )
+
+    def put(leaf: jax.Array, *spec: str | None) -> jax.Array:
+        return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    blocks = {**params["blocks"], "down": put(params["blocks"]["down"], "pipe", None, "model")}
+    ends = {**params["ends"], "table": put(params["ends"]["table"], None, "model")}
+    batch = {**batch, "side": put(batch["side"], "model")}
     grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4)
-    assert_close(jax.jit(grad_fn)(model_params, batch), want)
+    got = jax.jit(grad_fn)({"ends": ends, "blocks": blocks}, batch)
+    assert_close(got, want)
+    if types == "Explicit Explicit":
+        assert jax.typeof(got[1]["blocks"]["down"]).sharding.spec == jax.P("pipe", None, "model")
+        assert jax.typeof(got[1]["ends"]["table"]).sharding.spec == jax.P(None, "model")
+
+
+@pytest.mark.parametrize("types", ["Auto Explicit", "Explicit Auto"])
+def test_batch_axes_on_a_mesh_of_mixed_types(types: str) -> None:
+    model, params, batch = make_model(), make_params(2), make_batch(4)
+    mesh = jax.make_mesh(
+        (2, 2),
+        ("pipe", "data"),
+        axis_types=tuple(getattr(jax.sharding.AxisType, name) for name in types.split()),
+        devices=jax.devices()[:4],
+    )
+    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=2, batch_axes="data")
+    want = sequential_value_and_grad(model, 4)(params, batch)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
 
 
 def test_grad_dtype_and_accumulation_in_float32() -> None:

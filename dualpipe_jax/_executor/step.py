@@ -29,7 +29,7 @@ from dualpipe_jax._types import Model, PyTree
 _COLUMNS = tuple(name for name in Tables.columns())
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Step:
     """Builds the step of one model, schedule and mesh.
 
@@ -76,53 +76,68 @@ class Step:
           list of leaves for the differentiable leaves of each of `ends` and `blocks`; None for a
           forward-only program.
         """
+        explicit = tuple(
+            name
+            for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+            if kind is AxisType.Explicit
+        )
+        run: Any = self._shard_mapped
+        if explicit:
+            # shard_map takes an argument on Explicit axes only in the sharding that it asks for, so
+            # inside the step they are left to the partitioner, and outside they get their names.
+            run = jax.sharding.auto_axes(
+                run, axes=explicit, out_sharding=self._out_shardings(params, explicit)
+            )
+        return run(params["ends"], params["blocks"], batch, rng)
+
+    def _shard_mapped(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> Any:
+        # As auto_axes sees it, but with the devices, which tell jit where to run.
+        types = (AxisType.Auto,) * len(self.mesh.axis_names)
+        mesh = jax.sharding.Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=types)
         blocks_spec = PartitionSpec(self.axis) if self.layout.is_sharded else PartitionSpec()
-        batch_spec = PartitionSpec(self.batch_axes or None)
         replicated = PartitionSpec()
-        ends = self._place(params["ends"], ())
-        blocks = self._place(params["blocks"], (self.axis,) if self.layout.is_sharded else ())
-        batch = self._place(batch, self.batch_axes)
-        rng = self._place(rng, ())
-        run = jax.shard_map(
+        grads_spec = {"ends": replicated, "blocks": blocks_spec}
+        return jax.shard_map(
             self._run,
-            mesh=self.mesh,
-            in_specs=(replicated, blocks_spec, batch_spec, replicated),
-            out_specs=(
-                replicated,
-                replicated
-                if self.tables.forward_only
-                else {"ends": replicated, "blocks": blocks_spec},
-            ),
+            mesh=mesh,
+            in_specs=(replicated, blocks_spec, PartitionSpec(self.batch_axes or None), replicated),
+            out_specs=(replicated, None if self.tables.forward_only else grads_spec),
             axis_names={self.axis, *self.batch_axes},
             check_vma=False,
-        )
-        return run(ends, blocks, batch, rng)
+        )(ends, blocks, batch, rng)
 
-    def _place(self, tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-        """Lays the leading dim over `axes`, the way shard_map demands it of Explicit meshes."""
+    def _out_shardings(self, params: PyTree, explicit: tuple[str, ...]) -> Any:
+        """Shardings of the results over Explicit axes: gradients lie as their parameters do."""
         mine = {self.axis, *self.batch_axes}
-        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-        if all(types[name] is not AxisType.Explicit for name in mine):
-            return tree
+        over_axis = self.layout.is_sharded and self.axis in explicit
 
-        def one(leaf: Any) -> Any:
+        def one(leaf: Any, lead: tuple[str, ...] = ()) -> NamedSharding:
             spec = jax.typeof(leaf).sharding.spec
             dims = [_as_names(dim) for dim in (*spec, *(None,) * (np.ndim(leaf) - len(spec)))]
-            dims = [tuple(name for name in dim if name not in mine) for dim in dims]
-            if axes:
-                dims[0] = (*axes, *dims[0])
-            spec = PartitionSpec(*(dim or None for dim in dims))
-            return jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec))
+            dims = [tuple(n for n in dim if n in explicit and n not in mine) for dim in dims]
+            if lead:
+                dims[0] = (*lead, *dims[0])
+            return NamedSharding(self.mesh, PartitionSpec(*(dim or None for dim in dims)))
 
-        return jax.tree.map(one, tree)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        if self.tables.forward_only:
+            return replicated, None
+        lead = (self.axis,) if over_axis else ()
+        return replicated, {
+            "ends": [
+                one(leaf) for leaf in jax.tree.leaves(params["ends"]) if is_differentiable(leaf)
+            ],
+            "blocks": [
+                one(leaf, lead)
+                for leaf in jax.tree.leaves(params["blocks"])
+                if is_differentiable(leaf)
+            ],
+        }
 
     def _run(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> tuple[Any, PyTree]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
-        weight = _microbatches.total_weight(self.model, batches)
-        if weight is not None and self.batch_axes:
-            weight = lax.psum(weight, self.batch_axes)
-        rank, state = self._start(ends, blocks, batches, rng, weight)
+        rank, state, weight = self._start(ends, blocks, batches, rng)
         num_ranks = self.tables.num_ranks
         table = np.stack([getattr(self.tables, name) for name in _COLUMNS], axis=-1)
         rows = lax.dynamic_index_in_dim(
@@ -137,8 +152,8 @@ class Step:
         return self._finish(rank, state, weight)
 
     def _start(
-        self, ends: PyTree, blocks: PyTree, batches: PyTree, rng: Any, weight: Any
-    ) -> tuple[Rank, State]:
+        self, ends: PyTree, blocks: PyTree, batches: PyTree, rng: Any
+    ) -> tuple[Rank, State, Any]:
         """Brings the parameters to their ranks, splits the block, and makes empty buffers."""
         model, tables, layout = self.model, self.tables, self.layout
         chunks = layout.fetch(blocks)
@@ -149,6 +164,9 @@ class Step:
         )
         outs = _validate.outputs(model, ends, layer, microbatch, rng, shard)
         split = None if tables.forward_only else split_vjp(self.block, layer, outs.x, outs.ctx)
+        weight = _microbatches.total_weight(model, batches)
+        if weight is not None and self.batch_axes:
+            weight = lax.psum(weight, self.batch_axes)
         count = tables.num_microbatches * self.num_shards
         seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
         # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
@@ -204,7 +222,7 @@ class Step:
             from_left=nothing,
             from_right=nothing,
         )
-        return rank, state
+        return rank, state, weight
 
     def _finish(self, rank: Rank, state: State, weight: Any) -> tuple[Any, PyTree]:
         """Sums over ranks and shards, and brings the layers' gradients back to their places."""

@@ -204,9 +204,6 @@ WRAPS = {
             jax.checkpoint(lambda h, _: (block(params, h, ctx), None)), x, None, length=2
         )[0]
     ),
-    "cond": lambda block: (
-        lambda params, x, ctx: lax.cond(ctx["scale"] > 0, lambda: block(params, x, ctx), lambda: x)
-    ),
 }
 
 
