@@ -68,6 +68,12 @@ class Step:
         """Shards of the batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
+    @property
+    def explicit_axes(self) -> tuple[str, ...]:
+        """The axes of the mesh whose sharding is part of an array's type."""
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return tuple(name for name, kind in types if kind is AxisType.Explicit)
+
     def __call__(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> tuple[Any, PyTree]:
         """Runs the step.
 
@@ -76,39 +82,32 @@ class Step:
           list of leaves for the differentiable leaves of each of `ends` and `blocks`; None for a
           forward-only program.
         """
-        explicit = tuple(
-            name
-            for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-            if kind is AxisType.Explicit
-        )
         run: Any = self._shard_mapped
-        if explicit:
+        if self.explicit_axes:
             # shard_map takes an argument on Explicit axes only in the sharding that it asks for, so
             # inside the step they are left to the partitioner, and outside they get their names.
-            run = jax.sharding.auto_axes(
-                run, axes=explicit, out_sharding=self._out_shardings(params, explicit)
-            )
+            out_shardings = self._out_shardings(params)
+            run = jax.sharding.auto_axes(run, axes=self.explicit_axes, out_sharding=out_shardings)
+            # Says on which devices, and as which mesh: inside there is only an abstract one.
+            run = jax.jit(run, out_shardings=(out_shardings[0], None))
         return run(params["ends"], params["blocks"], batch, rng)
 
     def _shard_mapped(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> Any:
-        # As auto_axes sees it, but with the devices, which tell jit where to run.
-        types = (AxisType.Auto,) * len(self.mesh.axis_names)
-        mesh = jax.sharding.Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=types)
         blocks_spec = PartitionSpec(self.axis) if self.layout.is_sharded else PartitionSpec()
         replicated = PartitionSpec()
         grads_spec = {"ends": replicated, "blocks": blocks_spec}
         return jax.shard_map(
             self._run,
-            mesh=mesh,
+            mesh=None if self.explicit_axes else self.mesh,  # None: as auto_axes left it
             in_specs=(replicated, blocks_spec, PartitionSpec(self.batch_axes or None), replicated),
             out_specs=(replicated, None if self.tables.forward_only else grads_spec),
             axis_names={self.axis, *self.batch_axes},
             check_vma=False,
         )(ends, blocks, batch, rng)
 
-    def _out_shardings(self, params: PyTree, explicit: tuple[str, ...]) -> Any:
+    def _out_shardings(self, params: PyTree) -> Any:
         """Shardings of the results over Explicit axes: gradients lie as their parameters do."""
-        mine = {self.axis, *self.batch_axes}
+        mine, explicit = {self.axis, *self.batch_axes}, self.explicit_axes
         over_axis = self.layout.is_sharded and self.axis in explicit
 
         def one(leaf: Any, lead: tuple[str, ...] = ()) -> NamedSharding:
