@@ -19,7 +19,7 @@ def example() -> str:
 def test_example_stands_near_the_top() -> None:
     lines = README.read_text().splitlines()
     assert lines.index("```python") < 40
-    assert example().count("\n") <= 45
+    assert example().count("\n") <= 30
 
 
 @pytest.mark.slow
