@@ -3,7 +3,7 @@
 `blocks` and its gradient are stacks in model order, whatever the schedule. Here a rank gets the
 layers of each of its chunks (a stage that it holds for one direction), and gives their gradients
 back. The second copy that a bidirectional schedule needs exists only inside the step: it comes by
-one permute, and its gradient leaves by one permute and is added, so the copies cannot drift.
+a permute, and its gradient leaves by a permute and is added, so the copies cannot drift.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from jax import lax
 
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor.travel import Travel, plan_travel
 
 PyTree = Any
 
@@ -57,19 +58,23 @@ class Layout:
         """Whether all stages have the same number of layers."""
         return self.num_layers % self.num_stages == 0
 
-    @cached_property
+    @property
     def is_sharded(self) -> bool:
-        """Whether `blocks` lies over the axis as it is: a stage a rank, in order.
+        """Whether `blocks` lies over the axis, as many layers a rank, to travel by permutes.
 
         Else every rank is given the whole stack and takes its layers out of it (JAX has no uneven
         shards).
         """
-        num_ranks = self.stage_of.shape[1]
-        ranks = np.arange(num_ranks)
-        return (
-            self.is_even
-            and self.num_stages == num_ranks
-            and all(np.array_equal(np.sort(chunk), ranks) for chunk in self.stage_of)
+        return self.num_layers % self.stage_of.shape[1] == 0
+
+    @cached_property
+    def _travel(self) -> Travel:
+        stages = np.arange(self.num_stages + 1)
+        fewest, rest = divmod(self.num_layers, self.num_stages)
+        return plan_travel(
+            stage_of=self.stage_of,
+            first_layers=stages * fewest + np.minimum(stages, rest),
+            shard_layers=self.num_layers // self.stage_of.shape[1],
         )
 
     @property
@@ -93,26 +98,56 @@ class Layout:
 
     def offset_of(self, stage: Any) -> Any:
         """Finds where in its slab `[max_layers, ...]` a stage's first layer lies: 0 or 1."""
-        return 0 if self.is_even else self.first_layer_of(stage) - self._slab_start(stage)
+        if self.is_even or self.is_sharded:
+            return 0
+        return self.first_layer_of(stage) - self._slab_start(stage)
 
     def fetch(self, blocks: PyTree) -> list[PyTree]:
         """Brings each chunk's layers `[max_layers, ...]` to this rank.
 
         `blocks` is this rank's shard `[num_layers / num_ranks, ...]` if `is_sharded`, else all.
         """
-        return [
-            jax.tree.map(lambda leaf, c=c: self._fetch(leaf, c), blocks)
-            for c in range(self.num_chunks)
-        ]
+        leaves, structure = jax.tree.flatten(blocks)
+        fetch = self._fetch if self.is_sharded else self._take
+        chunks = zip(*map(fetch, leaves), strict=True)
+        return [jax.tree.unflatten(structure, chunk) for chunk in chunks]
 
-    def _fetch(self, leaf: jax.Array, chunk: int) -> jax.Array:
-        stages = self.stage_of[chunk]
-        if not self.is_sharded:
-            start = self._slab_start(self._my_stage(chunk))
-            return lax.dynamic_slice_in_dim(leaf, start, self.max_layers)
-        if np.array_equal(stages, np.arange(len(stages))):
-            return leaf
-        return lax.ppermute(leaf, self.axis, [(int(s), r) for r, s in enumerate(stages)])
+    def _take(self, leaf: jax.Array) -> list[jax.Array]:
+        starts = (self._slab_start(self._my_stage(c)) for c in range(self.num_chunks))
+        return [lax.dynamic_slice_in_dim(leaf, start, self.max_layers) for start in starts]
+
+    def _fetch(self, shard: jax.Array) -> list[jax.Array]:
+        travel = self._travel
+        size = travel.piece_layers
+        num_places = self.num_chunks * travel.chunk_pieces
+        places: list[Any] = [None] * num_places
+        moving = []
+        for way in travel.rounds:
+            piece = _slice(shard, self._mine(way.piece), size)
+            if not way.stays:
+                piece = lax.ppermute(piece, self.axis, way.pairs)
+            if len(set(way.place)) == 1:
+                places[way.place[0]] = piece
+            else:
+                moving.append((way.place, piece))
+        if moving:
+            # Which place a piece goes to depends on the rank; a last place takes what has none.
+            stack = jnp.zeros(((num_places + 1) * size, *shard.shape[1:]), shard.dtype)
+            for place, piece in moving:
+                place = self._mine(np.where(place < 0, num_places, place))
+                stack = lax.dynamic_update_slice_in_dim(stack, piece, place * size, 0)
+            places = [
+                lax.slice_in_dim(stack, i * size, (i + 1) * size) if piece is None else piece
+                for i, piece in enumerate(places)
+            ]
+        count = travel.chunk_pieces
+        return [_join(places[c * count : (c + 1) * count]) for c in range(self.num_chunks)]
+
+    def _mine(self, values: np.ndarray) -> Any:
+        """This rank's entry of `values` `[num_ranks]`; an int if all are alike."""
+        if len(set(values)) == 1:
+            return int(values[0])
+        return jnp.asarray(values, jnp.int32)[lax.axis_index(self.axis)]
 
     def zero_grads(self, avals: list[Any]) -> list[Any]:
         """Makes the accumulators of a chunk whose leaves have `avals` `[max_layers, ...]`.
@@ -138,21 +173,45 @@ class Layout:
         return [self._collect(list(leaves)) for leaves in zip(*stacked, strict=True)]
 
     def _collect(self, chunks: list[jax.Array]) -> jax.Array:
-        total = None
         if self.is_sharded:
-            for stages, leaf in zip(self.stage_of, chunks, strict=True):
-                if not np.array_equal(stages, np.arange(len(stages))):
-                    perm = [(r, int(s)) for r, s in enumerate(stages)]
-                    leaf = lax.ppermute(leaf, self.axis, perm)
-                total = leaf if total is None else total + leaf
-            assert total is not None
-            return total
+            return self._return(chunks)
         total = jnp.zeros((self.num_layers, *chunks[0].shape[1:]), chunks[0].dtype)
         for chunk, leaf in enumerate(chunks):
             start = self._slab_start(self._my_stage(chunk))
             mine = lax.dynamic_slice_in_dim(total, start, self.max_layers) + leaf
             total = lax.dynamic_update_slice_in_dim(total, mine, start, 0)
         return lax.psum(total, self.axis)
+
+    def _return(self, chunks: list[jax.Array]) -> jax.Array:
+        """Takes the ways of `_fetch` back, adding what comes to what is there."""
+        travel = self._travel
+        size, num_places = travel.piece_layers, self.num_chunks * travel.chunk_pieces
+        # Behind the last place lie zeros, for ranks that got nothing and so send nothing.
+        empty = jnp.zeros((size, *chunks[0].shape[1:]), chunks[0].dtype)
+        is_full = all((way.place >= 0).all() for way in travel.rounds)
+        stack = None if is_full and travel.chunk_pieces == 1 else _join([*chunks, empty])
+        shard_layers = self.num_layers // self.stage_of.shape[1]
+        total = None
+        for way in travel.rounds:
+            place = self._mine(np.where(way.place < 0, num_places, way.place))
+            if stack is None and isinstance(place, int):
+                piece = chunks[place]
+            else:
+                stack = _join([*chunks, empty]) if stack is None else stack
+                piece = _slice(stack, place, size)
+            if not way.stays:
+                piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in way.pairs])
+            if size == shard_layers:
+                total = piece if total is None else total + piece
+                continue
+            if total is None:
+                total = jnp.zeros((shard_layers, *piece.shape[1:]), piece.dtype)
+            # A rank that sent nothing gets zeros back.
+            start = self._mine(way.piece)
+            mine = _slice(total, start, size) + piece
+            total = lax.dynamic_update_slice_in_dim(total, mine, start * size, 0)
+        assert total is not None
+        return total
 
     def _my_stage(self, chunk: int) -> jax.Array:
         # A rank without this chunk never runs it: any stage will do.
@@ -184,3 +243,14 @@ class Layout:
             lambda i, carry: body(count - 1 - i if reverse else i, carry),
             carry,
         )
+
+
+def _slice(stack: jax.Array, index: Any, size: int) -> jax.Array:
+    """Takes entries `[index * size, (index + 1) * size)`, or all if there are no more."""
+    if stack.shape[0] == size:
+        return stack
+    return lax.dynamic_slice_in_dim(stack, index * size, size)
+
+
+def _join(pieces: list[jax.Array]) -> jax.Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
