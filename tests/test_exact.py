@@ -116,6 +116,35 @@ def test_equals_sequential(case: Case) -> None:
     )
 
 
+# Written by hand: two half-size stages a rank, there and back, and round the ring.
+ROWS = {
+    "there and back": """
+        0F0, 0F1, 3F0, 3F1, 3B0, 3B1, 0B0, 0B1
+        1F0, 1F1, 2F0, 2F1, 2I0, 2I1, 2W0, 1I0, 2W1, 1I1, 1W0, 1W1""",
+    "round the ring": """
+        0F0, 0F1, 2F0, 2F1, 2B0, 2B1, 0B0, 0B1
+        1F0, 1F1, 3F0, 3F1, 3B0, 3B1, 1B0, 1B1""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "num_layers"), [("there and back", 6), ("round the ring", 4)])
+def test_schedule_of_the_users_own(rows: str, num_layers: int) -> None:
+    """More stages than ranks: layers travel by permutes, and no rank is given the whole stack."""
+    schedule = dpj.Schedule.from_csv(ROWS[rows].strip())
+    model, params = make_model(frozenset(ALL.split())), make_params(num_layers)
+    batch, rng = make_batch(2), jax.random.key(5)
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(2), num_microbatches=2, schedule=schedule, remat="block"
+    )
+    blocks = jax.device_put(params["blocks"], jax.NamedSharding(make_mesh(2), jax.P("pipe")))
+    params = {**params, "blocks": blocks}
+    program = jax.jit(grad_fn).lower(params, batch, rng=rng).compile()
+    want = sequential_value_and_grad(model, 2)(make_params(num_layers), batch, rng=rng)
+    assert_close(program(params, batch, rng=rng), want)
+    assert "all-gather" not in str(program.as_text())
+
+
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 2), (3, 4), (4, 7), (4, 8)])
 def test_evaluate_equals_sequential(num_ranks: int, num_microbatches: int) -> None:
     model = make_model(frozenset(ALL.split()))

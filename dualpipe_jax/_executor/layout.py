@@ -67,6 +67,11 @@ class Layout:
         """
         return self.num_layers % self.stage_of.shape[1] == 0
 
+    @property
+    def shard_layers(self) -> int:
+        """Layers of what a rank is given of `blocks`, and gives back of its gradient."""
+        return self.num_layers // (self.stage_of.shape[1] if self.is_sharded else 1)
+
     @cached_property
     def _travel(self) -> Travel:
         stages = np.arange(self.num_stages + 1)
@@ -74,7 +79,7 @@ class Layout:
         return plan_travel(
             stage_of=self.stage_of,
             first_layers=stages * fewest + np.minimum(stages, rest),
-            shard_layers=self.num_layers // self.stage_of.shape[1],
+            shard_layers=self.shard_layers,
         )
 
     @property
@@ -190,7 +195,6 @@ class Layout:
         empty = jnp.zeros((size, *chunks[0].shape[1:]), chunks[0].dtype)
         is_full = all((way.place >= 0).all() for way in travel.rounds)
         stack = None if is_full and travel.chunk_pieces == 1 else _join([*chunks, empty])
-        shard_layers = self.num_layers // self.stage_of.shape[1]
         total = None
         for way in travel.rounds:
             place = self._mine(np.where(way.place < 0, num_places, way.place))
@@ -201,11 +205,11 @@ class Layout:
                 piece = _slice(stack, place, size)
             if not way.stays:
                 piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in way.pairs])
-            if size == shard_layers:
+            if size == self.shard_layers:
                 total = piece if total is None else total + piece
                 continue
             if total is None:
-                total = jnp.zeros((shard_layers, *piece.shape[1:]), piece.dtype)
+                total = jnp.zeros((self.shard_layers, *piece.shape[1:]), piece.dtype)
             # A rank that sent nothing gets zeros back.
             start = self._mine(way.piece)
             mine = _slice(total, start, size) + piece

@@ -239,7 +239,7 @@ class Step:
         # Leaves without a gradient of their own get zeros.
         grads = iter(block_grads)
         leaves = jax.tree.leaves(rank.chunks[0])
-        size = leaves[0].shape[0] if self.layout.is_sharded else self.num_layers
+        size = self.layout.shard_layers
         blocks = [
             next(grads) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
             for leaf, has in zip(leaves, rank.split.has_grad, strict=True)
