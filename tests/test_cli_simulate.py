@@ -75,7 +75,9 @@ def test_terminal_gets_the_same_table() -> None:
     assert "\x1b[" in colored
     plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
     words = [line.split() for line in plain.splitlines()]
-    for line in run().output.splitlines():
+    head, *rows = run().output.splitlines()
+    assert set(head.split()) == {*words[0], *words[1]}  # on two lines here
+    for line in rows:
         assert line.split() in words
 
 

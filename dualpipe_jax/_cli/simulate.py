@@ -153,8 +153,11 @@ def _print_table(simulations: Sequence[Simulation], caption: str) -> None:
         from rich.table import Table
 
         table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-        for column, title in enumerate(_HEAD):
-            table.add_column(title, justify="right" if column else "left", overflow="fold")
+        table.add_column(_HEAD[0], no_wrap=True)
+        for title in _HEAD[1:]:
+            # A line less wide, the longest names fit 80 columns.
+            title = title.replace(" waits", "\nwaits")
+            table.add_column(title, justify="right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         console = Console(highlight=False)
