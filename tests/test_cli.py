@@ -22,13 +22,13 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(_cli.main, ["timeline", *arguments], catch_exceptions=False)
 
 
-def in_terminal(*arguments: str, columns: int) -> tuple[str, int]:
+def in_terminal(*arguments: str, columns: int, command: str = "timeline") -> tuple[str, int]:
     """Runs the command with a terminal for its output; returns that and the exit code."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color"}
     environment.pop("NO_COLOR", None)
-    command = [sys.executable, "-m", "dualpipe_jax", "timeline", *arguments]
-    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    line = [sys.executable, "-m", "dualpipe_jax", command, *arguments]
+    process = subprocess.Popen(line, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     output = b""
     try:
@@ -138,6 +138,8 @@ def test_format_is_stronger_than_the_suffix(tmp_path: Path) -> None:
     [
         (["--schedule", "nope"], ["'nope'", *map(repr, schedules.names())]),
         (["--ranks", "0", "--microbatches", "-1"], ["num_ranks=0", "num_microbatches=-1"]),
+        (["--ranks", "two"], ["--ranks", "'two'"]),
+        (["--bogus"], ["--bogus"]),
         (["--output", "/nowhere/a.svg"], ["/nowhere/a.svg", "No such file or directory"]),
     ],
 )

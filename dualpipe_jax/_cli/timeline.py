@@ -1,6 +1,6 @@
-"""The command line: `dualpipe-jax timeline` shows a schedule as text, data or a picture.
+"""`dualpipe-jax timeline`: shows a schedule as text, data or a picture.
 
-Starts without JAX; Rich and Matplotlib are imported by the outputs that need them.
+Rich and Matplotlib are imported by the outputs that need them.
 """
 
 import io
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from dualpipe_jax import __version__, schedules
+from dualpipe_jax import schedules
+from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._plot import FACES, INKS, pair_spans, plot_timeline, save, summarize
 
 _FORMATS = ("text", "csv", "json", "svg", "png")
@@ -20,19 +21,7 @@ _FORMATS = ("text", "csv", "json", "svg", "png")
 Piece = tuple[str, str]
 
 
-class _Refusal(click.ClickException):
-    """Ends the command with one line on stderr and exit code 2."""
-
-    exit_code = 2
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="dualpipe-jax")
-def main() -> None:
-    """Pipeline-parallel training steps as one jitted JAX program."""
-
-
-@main.command()
+@click.command(cls=Command)
 @click.option(
     "--schedule",
     default="dualpipe",
@@ -64,7 +53,7 @@ def timeline(
         made = schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
         made_timeline = made.timeline()
     except ValueError as error:
-        raise _Refusal(" ".join(str(error).split())) from error
+        raise Refusal(" ".join(str(error).split())) from error
     suffix = output.suffix.removeprefix(".") if output else ""
     output_format = output_format or (suffix if suffix in _FORMATS else "text")
     match output_format:
@@ -82,7 +71,7 @@ def timeline(
             content = _to_json(made_timeline).encode()
         case _:
             if output_format == "png" and output is None and sys.stdout.isatty():
-                raise _Refusal("a png is not for a terminal: name a file with --output")
+                raise Refusal("a png is not for a terminal: name a file with --output")
             content = _to_picture(made_timeline, output_format)
     if output is None:
         click.echo(content, nl=False)
@@ -90,7 +79,7 @@ def timeline(
     try:
         output.write_bytes(content)
     except OSError as error:
-        raise _Refusal(f"--output {output}: {error.strerror}") from error
+        raise Refusal(f"--output {output}: {error.strerror}") from error
 
 
 def _to_picture(timeline: schedules.Timeline, image_format: str) -> bytes:
@@ -98,7 +87,7 @@ def _to_picture(timeline: schedules.Timeline, image_format: str) -> bytes:
     try:
         save(plot_timeline(timeline), file, image_format=image_format)
     except ModuleNotFoundError as error:
-        raise _Refusal(str(error)) from error
+        raise Refusal(str(error)) from error
     return file.getvalue()
 
 

@@ -1,0 +1,17 @@
+"""The commands -> `dualpipe-jax`."""
+
+import click
+
+from dualpipe_jax import __version__
+from dualpipe_jax._cli.simulate import simulate
+from dualpipe_jax._cli.timeline import timeline
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dualpipe-jax")
+def main() -> None:
+    """Pipeline-parallel training steps as one jitted JAX program."""
+
+
+main.add_command(timeline)
+main.add_command(simulate)

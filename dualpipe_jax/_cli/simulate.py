@@ -1,0 +1,190 @@
+"""`dualpipe-jax simulate`: how long schedules take with given costs, as a table or JSON.
+
+Rich is imported for a terminal only.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+
+import click
+
+from dualpipe_jax import schedules
+from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._simulate import Costs, Simulation
+from dualpipe_jax._simulate import simulate as run_simulation
+
+_HEAD = (
+    "schedule",
+    "makespan",
+    "no false waits",
+    "idle",
+    "bubble",
+    "paper",
+    "peak live",
+    "copies",
+    "transfers",
+)
+_NOTES = (
+    "no false waits: the makespan if ranks waited for what they need only",
+    "bubble: a rank's mean idle time; paper: what the schedule's paper says of it",
+    "peak live: activations of a rank between F and I, in stages (x their part of its layers)",
+    "copies: of the parameters; transfers: values stored from a neighbour",
+)
+
+
+@click.command(cls=Command)
+@click.option(
+    "--schedule",
+    default="all",
+    show_default=True,
+    help=f"all, or one of {', '.join(schedules.names())}.",
+)
+@click.option("--ranks", type=int, default=8, show_default=True, help="Devices of the pipeline.")
+@click.option("--microbatches", type=int, default=20, show_default=True, help="Of one step.")
+@click.option(
+    "--costs",
+    default="F=1,I=1,W=1",
+    show_default=True,
+    help="Of a rank's whole share of the layers; those left out are 1.",
+)
+@click.option(
+    "--transfer", type=float, default=0.0, show_default=True, help="Of a value to a neighbour."
+)
+@click.option(
+    "--embed", type=float, default=0.0, show_default=True, help="Of the embedding's forward."
+)
+@click.option("--head", type=float, default=0.0, show_default=True, help="Of the head's forward.")
+@click.option(
+    "--layers",
+    type=int,
+    help="Of the model; the first stages get one more. By default all stages are equal.",
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+)
+def simulate(
+    schedule: str,
+    ranks: int,
+    microbatches: int,
+    costs: str,
+    transfer: float,
+    embed: float,
+    head: float,
+    layers: int | None,
+    output_format: str,
+) -> None:
+    """Replay schedules with the costs of your model.
+
+    Each rank waits for its neighbours in every tick, as the compiled program does; "no false
+    waits" is the makespan if it waited for what it needs only. Costs are in any one unit of time.
+    The gradients of embedding and head are counted in proportion.
+    """
+    simulations, left_out = [], []
+    try:
+        all_costs = Costs(**_parse_costs(costs), embed=embed, head=head)
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+    for name in schedules.names() if schedule == "all" else [schedule]:
+        try:
+            made = schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
+            simulations.append(
+                run_simulation(made, costs=all_costs, transfer=transfer, num_layers=layers)
+            )
+        except ValueError as error:
+            left_out.append((name, " ".join(str(error).split())))
+    if not simulations:
+        raise Refusal(left_out[0][1])
+    if output_format == "json":
+        content = ",\n".join("  " + json.dumps(_to_object(s)) for s in simulations)
+        click.echo(f"[\n{content}\n]")
+    else:
+        caption = (
+            f"ranks {ranks}, microbatches {microbatches}; a rank's layers cost "
+            f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, W={all_costs.weight_grad:g}; "
+            f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
+        )
+        _print_table(simulations, caption)
+    for name, reason in left_out:
+        click.echo(f"left out: {name}: {reason}", err=True)
+
+
+def _parse_costs(text: str) -> dict[str, float]:
+    fields = {"F": "forward", "I": "input_grad", "W": "weight_grad"}
+    costs: dict[str, float] = {}
+    wrong = []
+    for item in text.split(","):
+        kind, _, number = (part.strip() for part in item.partition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if value is None or kind not in fields or fields[kind] in costs:
+            wrong.append(repr(item))
+        else:
+            costs[fields[kind]] = value
+    if wrong:
+        raise Refusal(
+            f"--costs {text!r}: {', '.join(wrong)} must be F, I or W, each once, with a number: "
+            "F=1,I=1,W=1"
+        )
+    return costs
+
+
+def _to_object(simulation: Simulation) -> dict[str, object]:
+    """Names the sizes as the options do."""
+    fields = asdict(simulation)
+    sizes = {name: fields.pop(f"num_{name}") for name in ("ranks", "microbatches")}
+    return {"schedule": fields.pop("schedule"), **sizes, **fields}
+
+
+def _print_table(simulations: Sequence[Simulation], caption: str) -> None:
+    """Prints a row a schedule: a Rich table on a terminal, else columns of plain text."""
+    rows = [_row(simulation) for simulation in simulations]
+    if sys.stdout.isatty():
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+        table.add_column(_HEAD[0], no_wrap=True)
+        for title in _HEAD[1:]:
+            # A line less wide, the longest names fit 80 columns.
+            title = title.replace(" waits", "\nwaits")
+            table.add_column(title, justify="right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console = Console(highlight=False)
+        console.print(table)
+        for note in ("", caption, *_NOTES):
+            console.print(note, style="dim", markup=False)
+        return
+    lines = [_HEAD, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        click.echo("  ".join([first.ljust(widths[0]), *cells]))
+    for note in ("", caption, *_NOTES):
+        click.echo(note)
+
+
+def _row(simulation: Simulation) -> tuple[str, ...]:
+    share = Fraction(simulation.stage_share).limit_denominator(10_000)
+    published = simulation.published_bubble
+    return (
+        simulation.schedule,
+        f"{simulation.makespan:g}",
+        f"{simulation.dependency_makespan:g}",
+        f"{simulation.idle_share:.1%}",
+        f"{simulation.bubble:g}",
+        "-" if published is None else f"{published:g}",
+        f"{simulation.peak_activations}" + (f" x {share}" if share != 1 else ""),
+        f"{simulation.parameter_copies:g}x",
+        f"{simulation.num_transfers}",
+    )

@@ -1,0 +1,152 @@
+"""`dualpipe-jax simulate`: both formats, the terminal, and what a mistake says."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dualpipe_jax import _cli, schedules
+from dualpipe_jax._simulate import Costs, simulate
+from tests.test_cli import in_terminal
+from tests.test_package import modules_after
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(_cli.main, ["simulate", *arguments], catch_exceptions=False)
+
+
+def test_table_has_a_row_a_schedule() -> None:
+    result = run("--schedule", "1f1b", "--ranks", "2", "--microbatches", "2", "--costs", "W=3")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.output.splitlines()[:4] == [
+        "schedule  makespan  no false waits   idle  bubble  paper  peak live  copies  transfers",
+        "1f1b            16              12  37.5%       6      5          2      1x          4",
+        "",
+        (
+            "ranks 2, microbatches 2; a rank's layers cost F=1, I=1, W=3; "
+            "transfer 0, embed 0, head 0"
+        ),
+    ]
+
+
+def test_all_is_the_default_and_goes_over_every_schedule() -> None:
+    lines = run().output.splitlines()
+    assert [line.split()[0] for line in lines[1 : lines.index("")]] == list(schedules.names())
+    assert run("--schedule", "all").output == run().output
+
+
+def test_json_has_the_simulations() -> None:
+    objects = json.loads(run("--format", "json").output)
+    assert [made["schedule"] for made in objects] == list(schedules.names())
+    for made in objects:
+        schedule = schedules.make(made["schedule"], num_ranks=8, num_microbatches=20)
+        expected = simulate(schedule)
+        assert (made["ranks"], made["microbatches"]) == (8, 20)
+        for name in ("makespan", "idle_share", "peak_activations", "published_bubble"):
+            assert made[name] == getattr(expected, name)
+        assert made["work"] == list(expected.work)
+
+
+def test_options_reach_the_simulation() -> None:
+    sizes = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "10"]
+    options = ["--costs", "F=1.5,I=2,W=0.5", "--transfer", "0.25", "--layers", "6"]
+    options += ["--embed", "0.5", "--head", "2"]
+    (made,) = json.loads(run(*sizes, *options, "--format", "json").output)
+    expected = simulate(
+        schedules.make("dualpipe", num_ranks=4, num_microbatches=10),
+        costs=Costs(forward=1.5, input_grad=2, weight_grad=0.5, embed=0.5, head=2),
+        transfer=0.25,
+        num_layers=6,
+    )
+    assert made["makespan"] == expected.makespan
+    assert made["dependency_makespan"] == expected.dependency_makespan
+    assert made["published_bubble"] is None
+    table = run(*sizes, *options).output
+    assert re.search(rf"^dualpipe +{expected.makespan:g} ", table, flags=re.MULTILINE)
+
+
+def test_terminal_gets_the_same_table() -> None:
+    colored, code = in_terminal(command="simulate", columns=120)
+    assert code == 0
+    assert "\x1b[" in colored
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    words = [line.split() for line in plain.splitlines()]
+    head, *rows = run().output.splitlines()
+    assert set(head.split()) == {*words[0], *words[1]}  # on two lines here
+    for line in rows:
+        assert line.split() in words
+
+
+def test_narrow_terminal_loses_nothing() -> None:
+    colored, _ = in_terminal(command="simulate", columns=80)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    assert max(map(len, plain.splitlines())) <= 80
+    assert "…" not in plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--schedule", "nope"], ["'nope'", *map(repr, schedules.names())]),
+        (["--ranks", "0", "--microbatches", "-1"], ["num_ranks=0", "num_microbatches=-1"]),
+        (["--ranks", "two"], ["--ranks", "'two'"]),
+        (["--costs", "F=1,Q=2,F=3,I"], ["'Q=2'", "'F=3'", "'I'", "F=1,I=1,W=1"]),
+        (["--costs", ""], ["--costs ''"]),
+        (["--costs", "I=-1,W=nan"], ["input_grad=-1.0", "weight_grad=nan"]),
+        (["--costs", "F=0"], ["forward=0.0"]),
+        (["--transfer", "-1"], ["transfer=-1.0"]),
+        (["--transfer", "fast"], ["--transfer", "'fast'"]),
+        (["--head", "inf"], ["head=inf"]),
+        (["--layers", "3"], ["num_layers=3", "at least the 8 stages"]),
+        (["--format", "csv"], ["'csv'", "'table'", "'json'"]),
+        (["--bogus"], ["--bogus"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_all_leaves_out_what_cannot_be_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = schedules.make
+
+    def refuse_gpipe(name: str, **sizes: int) -> schedules.Schedule:
+        if name == "gpipe":
+            raise ValueError("not\n  today")
+        return make(name, **sizes)
+
+    monkeypatch.setattr(schedules, "make", refuse_gpipe)
+    result = run("--format", "json")
+    assert result.exit_code == 0
+    names = [made["schedule"] for made in json.loads(result.stdout)]
+    assert names == [name for name in schedules.names() if name != "gpipe"]
+    assert result.stderr == "left out: gpipe: not today\n"
+
+
+@pytest.mark.parametrize("output_format", ["table", "json"])
+def test_imports_no_jax(output_format: str) -> None:
+    arguments = ["simulate", "--ranks", "2", "--microbatches", "4", "--format", output_format]
+    imported = modules_after(
+        f"from dualpipe_jax.__main__ import main; main({arguments}, standalone_mode=False)"
+    )
+    assert not imported & {"jax", "jaxlib", "flax", "matplotlib", "rich"}
+
+
+def test_answers_in_under_a_second() -> None:
+    # The best of three: other work on the machine slows one run down, hardly all of them.
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "dualpipe_jax", "simulate"]
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0

@@ -1,0 +1,362 @@
+"""The replay: small cases by hand, the timetable's own figures, and slow references."""
+
+import heapq
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualpipe_jax import schedules
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.ir import Program, Tables
+from dualpipe_jax._simulate import Costs, Simulation, replay, replay_dependencies, simulate
+from dualpipe_jax.schedules import Schedule
+from tests.schedule.test_random_programs import programs
+from tests.schedules_under_test import NAMES, WIDE_SIZES
+
+# Twice as many stages as ranks, down and up again: a V, and a ring that wraps.
+V_SHAPED = Schedule.from_csv("0F0,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", name="v")
+LOOPED = Schedule.from_csv(
+    "0F0,3F0,3B0,0B0\n1F0,4F0,4B0,1B0\n2F0,5F0,5B0,2B0",
+    name="looped",
+)
+
+
+def make(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes a schedule, or skips the test where there is none of that size."""
+    try:
+        return schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def run(name: str, num_ranks: int, num_microbatches: int, **options) -> Simulation:
+    return simulate(make(name, num_ranks, num_microbatches), **options)
+
+
+def work_of(tables: Tables, cost: np.ndarray) -> np.ndarray:
+    return cost[tables.opcode, tables.stage]
+
+
+def pass_messages(tables: Tables, work: np.ndarray, transfer: float) -> float:
+    """Runs ranks that send a message to each neighbour after every tick, and await as many."""
+    P, num_ticks = tables.num_ranks, tables.num_ticks
+    neighbours: list[set[int]] = [set() for _ in range(P)]
+    links = [(r, r + 1) for r in range(P - 1)] + ([(P - 1, 0)] if tables.wraps else [])
+    for a, b in links:
+        neighbours[a].add(b)
+        neighbours[b].add(a)
+    missing = {(r, t): len(neighbours[r]) + 1 for r in range(P) for t in range(1, num_ticks + 1)}
+    events = [(float(work[0, r]), r, 1) for r in range(P)]  # something that tick 1 awaits came
+    for r in range(P):
+        events += [(float(work[0, n]) + transfer, r, 1) for n in neighbours[r]]
+    heapq.heapify(events)
+    last = 0.0
+    while events:
+        now, rank, tick = heapq.heappop(events)
+        missing[rank, tick] -= 1
+        if tick == num_ticks or missing[rank, tick]:
+            continue
+        end = now + float(work[tick, rank])
+        last = max(last, end)
+        heapq.heappush(events, (end, rank, tick + 1))
+        for neighbour in neighbours[rank]:
+            heapq.heappush(events, (end + transfer, neighbour, tick + 1))
+    return max(last, float(work[0].max()))
+
+
+def follow_dependencies(program: Program, cost: np.ndarray, transfer: float) -> float:
+    """Runs each rank's actions as soon as their producers' values are there; knows no tables."""
+    rank_of = program.rank_of
+    rows = [[a for cell in row for a in cell.unit_actions()] for row in program.rows]
+    end: dict[tuple[str, int, int], float] = {}
+    position, free = [0] * program.num_ranks, [0.0] * program.num_ranks
+    while any(p < len(row) for p, row in zip(position, rows, strict=True)):
+        for rank, row in enumerate(rows):
+            if position[rank] == len(row):
+                continue
+            kind, stage, microbatch = row[position[rank]]
+            needs = {
+                "F": [("F", stage - 1)] if stage else [],
+                "I": [("I", stage + 1) if stage < program.num_stages - 1 else ("F", stage)],
+                "W": [("I", stage)],
+            }[kind]
+            keys = [(k, s, microbatch) for k, s in needs]
+            if any(key not in end for key in keys):
+                continue
+            came = [end[key] + transfer * (rank_of[key[1], microbatch] != rank) for key in keys]
+            free[rank] = max([free[rank], *came]) + cost["FIW".index(kind) + 1, stage]
+            end[kind, stage, microbatch] = free[rank]
+            position[rank] += 1
+    return max(free)
+
+
+# ---- by hand
+
+
+def test_1f1b_by_hand() -> None:
+    # rank 0  F0 F1 .  I0 W0 .  I1 W1
+    # rank 1  .  F0 I0 W0 F1 I1 W1 .
+    assert run("1f1b", 2, 2) == Simulation(
+        schedule="1f1b",
+        num_ranks=2,
+        num_microbatches=2,
+        makespan=8.0,
+        dependency_makespan=8.0,
+        work=(6.0, 6.0),
+        idle_share=0.25,
+        bubble=2.0,
+        published_bubble=3.0,
+        peak_activations=2,
+        peak_weight_activations=2,
+        stage_share=1.0,
+        parameter_copies=1.0,
+        num_transfers=4,
+    )
+
+
+def test_gpipe_by_hand() -> None:
+    # rank 0  F0 F1 .  .  I0 W0 I1 W1      F = 2: rank 1 begins at 2, its I0 at 6, and rank 0's
+    # rank 1  .  F0 F1 I0 W0 I1 W1 .       I0 at 7; each later tick of both takes 1
+    made = run("gpipe", 2, 2, costs=Costs(forward=2))
+    assert (made.makespan, made.dependency_makespan, made.work) == (11.0, 11.0, (8.0, 8.0))
+    assert (made.published_bubble, made.peak_activations, made.num_transfers) == (4.0, 2, 4)
+
+
+def test_false_waits_by_hand() -> None:
+    # W = 3, worked out in the module's docstring.
+    made = run("1f1b", 2, 2, costs=Costs(weight_grad=3))
+    assert (made.makespan, made.dependency_makespan) == (16.0, 12.0)
+
+
+def test_transfer_by_hand() -> None:
+    # F0 0-1, F1 2-3, I1 3-4, I0 5-6; then W0 at once, or after what rank 1's W sends at 6.
+    made = run("1f1b", 2, 1, transfer=1.0)
+    assert (made.makespan, made.dependency_makespan) == (8.0, 7.0)
+
+
+def test_head_and_embedding_by_hand() -> None:
+    # Last stage: F = 1 + 1 + (1 + 2) of the head's gradient. First stage: F = 1 + 1, I = 1 + 2.
+    made = run("1f1b", 2, 1, costs=Costs(weight_grad=2, embed=1, head=1))
+    assert made.work == (2 + 3 + 2, 5 + 1 + 2)
+    assert made.makespan == made.dependency_makespan == 2 + 5 + 1 + 3 + 2
+
+
+def test_uneven_layers_by_hand() -> None:
+    # Two layers and one, of two thirds of a rank's share each.
+    made = run("1f1b", 2, 1, num_layers=3)
+    np.testing.assert_allclose(made.work, [4.0, 2.0], rtol=1e-12)
+    np.testing.assert_allclose(made.makespan, (2 + 1 + 1 + 2 + 2) * 2 / 3, rtol=1e-12)
+    assert made.published_bubble is None
+
+
+def test_smaller_stages_by_hand() -> None:
+    made = simulate(V_SHAPED)
+    # Stages of half a rank's share, one after the other: 0F 1F 2F 3F 3I 2I 2W 1I 0I 0W.
+    assert made.makespan == made.dependency_makespan == 10 / 2
+    assert made.work == (3.0, 3.0)
+    assert (made.stage_share, made.parameter_copies) == (0.5, 1.0)
+    assert (made.peak_activations, made.num_transfers) == (2, 4)
+
+
+def test_forward_only_has_no_gradient_of_the_head() -> None:
+    made = simulate(Schedule.from_csv("0F0\n1F0"), costs=Costs(head=3, embed=1))
+    assert made.work == (2.0, 4.0)
+    assert (made.makespan, made.peak_activations, made.published_bubble) == (6.0, 0, None)
+
+
+# ---- what the schedules promise
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", WIDE_SIZES[::7])
+def test_unit_costs_agree_with_the_timetable(name: str, size: tuple[int, int]) -> None:
+    made = run(name, *size)
+    schedule = make(name, *size)
+    # A tick of F = I = W = 1 lasts as long as a stage.
+    num_ticks = schedule.timeline().num_ticks * made.stage_share
+    assert max(made.work) - 1e-9 <= made.dependency_makespan <= made.makespan <= num_ticks + 1e-9
+    # 1e-12: sums of a few hundred halves or thirds.
+    np.testing.assert_allclose(made.work, 3 * size[1], rtol=1e-12)
+    np.testing.assert_allclose(made.bubble, made.idle_share * made.makespan, atol=1e-12)
+
+
+def run_all(costs: Costs, num_layers: int | None = None) -> dict[str, Simulation]:
+    """Runs every schedule that there is for 8 ranks and 20 microbatches."""
+    made = {}
+    for name in NAMES:
+        try:
+            schedule = schedules.make(name, num_ranks=8, num_microbatches=20)
+        except ValueError:
+            continue
+        made[name] = simulate(schedule, costs=costs, num_layers=num_layers)
+    return made
+
+
+@pytest.mark.parametrize("num_layers", [None, 32, 37])
+def test_schedules_share_the_same_work(num_layers: int | None) -> None:
+    costs = Costs(forward=1.5, input_grad=2, weight_grad=0.5, embed=0.7, head=0.3)
+    total = [sum(made.work) for made in run_all(costs, num_layers).values()]
+    layers = 8 * 20 * (1.5 + 2 + 0.5)
+    ends = 20 * (0.7 * (1 + 0.5 / 1.5) + 0.3 * (1 + 2.5 / 1.5))
+    np.testing.assert_allclose(total, layers + ends, rtol=1e-12)
+
+
+def test_published_figures() -> None:
+    made = run_all(Costs())
+    figures = {name: (s.bubble, s.published_bubble) for name, s in made.items()}
+    # An input grad leaves before its weight grad here, so that we idle less than published.
+    assert figures["gpipe"] == figures["1f1b"] == (14.0, 21.0)
+    assert figures["dualpipe"] == (3.0, 6.0)
+    assert {name: made[name].parameter_copies for name in ("gpipe", "1f1b", "dualpipe")} == {
+        "gpipe": 1.0,
+        "1f1b": 1.0,
+        "dualpipe": 2.0,
+    }
+    assert made["dualpipe"].peak_activations == 9
+    assert made["1f1b"].peak_activations == 8
+    assert made["gpipe"].peak_activations == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("interleaved-1f1b", (8, 24), 7 * 6 / 2),
+        ("interleaved-1f1b", (8, 20), None),
+        ("zb-h1", (8, 20), 7 * (2 + 4 - 2)),
+        ("zb-h1", (8, 6), None),
+        ("dualpipe", (8, 20), 3 * (2 + 2 * 4 - 3)),
+        ("dualpipe", (7, 20), None),
+        ("dualpipe", (8, 14), None),
+        ("dualpipev", (4, 20), 3 * (2 + 2 * 4 - 3) / 2),
+        ("dualpipev", (4, 7), None),
+    ],
+)
+def test_formula_where_the_paper_has_one(
+    name: str, size: tuple[int, int], expected: float | None
+) -> None:
+    if name not in NAMES:
+        pytest.skip(f"{name} is not there yet")
+    # F = 2, B = 4, W = 1
+    costs = Costs(forward=2, input_grad=3, weight_grad=1)
+    assert run(name, *size, costs=costs).published_bubble == expected
+    assert run(name, *size, costs=Costs(head=1)).published_bubble is None
+
+
+def test_chimera_has_a_formula_for_equal_forward_and_backward() -> None:
+    if "chimera" not in NAMES:
+        pytest.skip("chimera is not there yet")
+    equal = Costs(forward=1, input_grad=0.5, weight_grad=0.5)
+    assert run("chimera", 8, 8, costs=equal).published_bubble == 6.0
+    assert run("chimera", 8, 8).published_bubble is None
+    assert run("chimera", 8, 12, costs=equal).published_bubble is None
+
+
+def test_head_imbalance_shows() -> None:
+    plain, headed = run("1f1b", 4, 16), run("1f1b", 4, 16, costs=Costs(head=1))
+    assert headed.work[:3] == plain.work[:3]
+    assert headed.work[3] == plain.work[3] + 16 * 3
+    assert headed.makespan >= headed.work[3]
+    assert headed.idle_share > plain.idle_share + 0.1
+
+
+# ---- against the references
+
+costs_strategy = st.floats(0, 8) | st.integers(0, 4).map(float)
+all_costs = st.builds(
+    Costs,
+    forward=st.floats(0.1, 8),
+    input_grad=costs_strategy,
+    weight_grad=costs_strategy,
+    embed=costs_strategy,
+    head=costs_strategy,
+)
+
+
+@given(programs(), all_costs, costs_strategy, st.integers(0, 7))
+@settings(max_examples=200, deadline=None)
+def test_replays_agree_with_the_references(
+    program: Program, costs: Costs, transfer: float, more_layers: int
+) -> None:
+    tables = compile_program(program).tables
+    num_layers = program.num_stages + more_layers
+    layers = np.bincount(np.arange(num_layers) % program.num_stages)  # the first get one more
+    cost = costs.of_stages(
+        num_ranks=program.num_ranks, layers_of_stage=layers, forward_only=program.forward_only
+    )
+    made = simulate(Schedule(program), costs=costs, transfer=transfer, num_layers=num_layers)
+    work = work_of(tables, cost)
+    assert math.isclose(made.makespan, pass_messages(tables, work, transfer), rel_tol=1e-12)
+    expected = follow_dependencies(program, cost, transfer)
+    assert math.isclose(made.dependency_makespan, expected, rel_tol=1e-12)
+    assert made.dependency_makespan <= made.makespan * (1 + 1e-12)
+    assert max(made.work) <= made.dependency_makespan * (1 + 1e-12)
+
+
+def test_a_ring_waits_all_round() -> None:
+    tables = LOOPED.compiled().tables
+    assert tables.wraps
+    # Rank 2 awaits rank 0 in the second tick, which is its neighbour on the ring alone.
+    work = np.zeros(tables.opcode.shape)
+    work[:3] = [[4, 0, 0], [0, 4, 0], [4, 0, 0]]
+    ends = replay(tables, work, transfer=0)
+    assert ends[:3].tolist() == [[4, 0, 0], [4, 8, 4], [12, 8, 8]]
+    assert ends.max() == pass_messages(tables, work, 0) == 12
+
+
+@given(programs(), st.randoms(use_true_random=False), costs_strategy, costs_strategy)
+@settings(max_examples=100, deadline=None)
+def test_replays_grow_with_costs(program: Program, random, transfer: float, more: float) -> None:
+    tables = compile_program(program).tables
+    work = np.array([[random.random() for _ in row] for row in tables.opcode])
+    work[tables.opcode == 0] = 0
+    longer = work.copy()
+    longer[random.randrange(tables.num_ticks), random.randrange(tables.num_ranks)] += more
+    for run_replay, (w, t) in itertools.product(
+        (replay, replay_dependencies), ((longer, transfer), (work, transfer + more))
+    ):
+        before = run_replay(tables, work, transfer=transfer)
+        assert (run_replay(tables, w, transfer=t) >= before - 1e-12).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(sizes=st.tuples(st.integers(1, 6), st.integers(1, 14)), costs=all_costs, more=costs_strategy)
+@settings(max_examples=20, deadline=None)
+def test_makespan_grows_with_every_cost(
+    name: str, sizes: tuple[int, int], costs: Costs, more: float
+) -> None:
+    try:
+        schedule = schedules.make(name, num_ranks=sizes[0], num_microbatches=sizes[1])
+    except ValueError:
+        return
+    before = simulate(schedule, costs=costs)
+    # Not `forward`: embedding and head go by the ratio of its backward to it.
+    for field in ("input_grad", "weight_grad", "embed", "head"):
+        raised = Costs(**{**vars(costs), field: getattr(costs, field) + more})
+        after = simulate(schedule, costs=raised)
+        assert after.makespan >= before.makespan * (1 - 1e-12)
+        assert after.dependency_makespan >= before.dependency_makespan * (1 - 1e-12)
+
+
+# ---- mistakes
+
+
+def test_wrong_costs_are_all_named() -> None:
+    with pytest.raises(ValueError, match=r"forward=-1, head=nan: a cost must be a finite number"):
+        Costs(forward=-1, head=math.nan)
+    with pytest.raises(ValueError, match="forward=0: a forward must cost more than 0"):
+        Costs(forward=0)
+
+
+@pytest.mark.parametrize("transfer", [-1.0, math.inf, math.nan])
+def test_wrong_transfer_is_refused(transfer: float) -> None:
+    with pytest.raises(ValueError, match=f"transfer={transfer}: a cost must be a finite number"):
+        simulate(V_SHAPED, transfer=transfer)
+
+
+def test_too_few_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_layers=3: must be at least the 4 stages of .*'v'"):
+        simulate(V_SHAPED, num_layers=3)
