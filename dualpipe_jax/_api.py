@@ -37,7 +37,8 @@ def value_and_grad(
 
     Args:
       model: The model, as pure functions.
-      mesh: The devices. Axes other than `axis` and `batch_axes` are left to XLA's partitioner.
+      mesh: The devices. Axes other than `axis` and `batch_axes` are left to XLA's partitioner;
+        inside the model's functions they are Auto axes, whatever they are outside.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
       schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches.
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
@@ -55,7 +56,8 @@ def value_and_grad(
         `[m B/N, (m+1) B/N)`. rng: a key, or None. loss: a scalar of at least float32. grads: as
         params in structure, shapes and dtypes, accumulated in float32 or wider; float0 zeros for
         integer leaves, as with `allow_int=True`. Gradients of blocks leave sharded over `axis` if
-        num_layers divides by its size, else replicated.
+        num_layers divides by its size, else replicated: lay blocks so from the start (leading dim
+        `PartitionSpec(axis)`), and no update has to move them.
 
     Raises:
       ValueError: If an argument has a bad value; from grad_fn, when traced, if params, batch or
@@ -99,7 +101,8 @@ def evaluate(
 
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`; equal to
-      `sequential(model, num_microbatches=...)`. It keeps no activations for a backward.
+      `sequential(model, num_microbatches=...)`. It keeps no activations for a backward, so that
+      `jax.grad` cannot go through it; `value_and_grad` is for that.
 
     Raises:
       ValueError: As `value_and_grad`.
@@ -120,7 +123,11 @@ def evaluate(
 
 
 class _Builder:
-    """Checks the arguments of a call and gives the jitted step for them."""
+    """Checks the arguments of a call and gives the step for them.
+
+    Called outside of any jit the step is jitted, once for each number of layers: as with `jax.jit`,
+    what the model's functions read besides their arguments is read at the first call.
+    """
 
     def __init__(
         self,
@@ -142,7 +149,7 @@ class _Builder:
         }
         self._num_shards = int(np.prod([mesh.shape[name] for name in batch_axes], dtype=int))
         self._shards = ", ".join(map(repr, batch_axes))
-        self._steps: dict[int, Callable[..., Any]] = {}  # by number of layers
+        self._steps: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
         tables = self._tables
@@ -156,6 +163,9 @@ class _Builder:
             num_shards=self._num_shards,
             shards=self._shards,
         )
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
+            # Inside the user's jit: traced as part of it, as often as it is.
+            return Step(num_layers=num_layers, **self._fixed)
         if num_layers not in self._steps:
             self._steps[num_layers] = jax.jit(Step(num_layers=num_layers, **self._fixed))
         return self._steps[num_layers]
@@ -191,6 +201,11 @@ def _schedule_for(
     if not isinstance(schedule, _schedules.Schedule):
         raise TypeError(
             f"schedule={schedule!r}: must be one of {_schedules.names()}, or a Schedule"
+        )
+    if schedule.program.forward_only:
+        raise ValueError(
+            f"schedule={schedule.name!r}: has no backward; give every stage and microbatch its B, "
+            "or its I and W (dualpipe_jax.evaluate is for forwards alone)"
         )
     made_for = schedule.num_ranks, schedule.num_microbatches
     if made_for != (num_ranks, num_microbatches):

@@ -32,6 +32,17 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
     _validate.positive_int("num_microbatches", num_microbatches)
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
+        # Arrays may come from a pipeline, laid over Explicit axes, over which a scan cannot step.
+        leaves = jax.tree.leaves((params, batch))
+        types = [jax.typeof(leaf) for leaf in leaves if isinstance(leaf, jax.Array)]
+        mesh = next((t.sharding.mesh for t in types if t.sharding.mesh.explicit_axes), None)
+        run: Any = loss_of
+        if mesh is not None:
+            replicated = jax.NamedSharding(mesh, jax.P())
+            run = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=replicated)
+        return run(params, batch, rng)
+
+    def loss_of(params: PyTree, batch: PyTree, rng: jax.Array | None) -> Any:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         num_layers = _validate.num_layers(params)
         _validate.key(rng)

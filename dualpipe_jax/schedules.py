@@ -115,7 +115,7 @@ def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
     Raises:
         ValueError: if there is none of that name, or a size is not an integer of at least 1.
     """
-    if name not in GENERATORS:
+    if not isinstance(name, str) or name not in GENERATORS:
         known = ", ".join(map(repr, GENERATORS))
         raise ValueError(f"schedule={name!r}: must be one of {known}, or a dualpipe_jax.Schedule")
     return Schedule(GENERATORS[name](num_ranks=num_ranks, num_microbatches=num_microbatches))

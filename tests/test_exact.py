@@ -205,6 +205,53 @@ def test_same_gradients_without_jit_from_any_sharding_and_mesh_type() -> None:
         assert_close(grad_fn(sharded, jax.device_put(batch, sharding)), want)
 
 
+def test_model_is_traced_as_often_as_the_users_jit() -> None:
+    """What a model's function reads besides its arguments is not frozen by an earlier jit."""
+    scale = [1.0]
+    plain = make_model()
+    model = dpj.Model(
+        embed=plain.embed,
+        block=lambda params, x, ctx: plain.block(params, x, ctx) * scale[0],
+        head=plain.head,
+    )
+    params, batch = make_params(2), make_batch(2)
+    grad_fn = dpj.value_and_grad(model, mesh=make_mesh(2), num_microbatches=2)
+    losses = []
+    for scale[0] in (1.0, 2.0):
+        loss = jax.jit(lambda params, batch: grad_fn(params, batch)[0])(params, batch)
+        want = dpj.sequential(model, num_microbatches=2)(params, batch)
+        np.testing.assert_allclose(loss, want, rtol=1e-12)
+        losses.append(float(loss))
+    assert losses[0] != losses[1]
+
+
+def test_sequential_takes_what_a_step_hands_back() -> None:
+    model, params, batch, mesh = make_model(), make_params(4), make_batch(4), make_mesh(2)
+    want = sequential_value_and_grad(model, 4)(params, batch)
+    over_pipe = jax.NamedSharding(mesh, jax.P("pipe"))
+    params = {**params, "blocks": jax.device_put(params["blocks"], over_pipe)}
+    assert_close(
+        sequential_value_and_grad(model, 4)(params, jax.device_put(batch, over_pipe)), want
+    )
+
+
+def test_closing_over_an_array_on_the_mesh_is_explained() -> None:
+    mesh, plain = make_mesh(2), make_model()
+    table = jax.device_put(jnp.ones(4), jax.NamedSharding(mesh, jax.P()))
+
+    def with_table(table: Any) -> Any:
+        def block(params: Any, x: Any, ctx: dpj.Context) -> Any:
+            return plain.block(params, x, ctx) * table
+
+        model = dpj.Model(embed=plain.embed, block=block, head=plain.head)
+        grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=2)
+        return jax.eval_shape(grad_fn, make_params(2), make_batch(2))
+
+    with pytest.raises(ValueError, match=r"closes over an array .* params or batch, .* NumPy"):
+        with_table(table)
+    with_table(np.asarray(table))
+
+
 def test_batch_axes() -> None:
     """Data parallel beside the pipeline; every shard has keys of its own."""
     num_microbatches, num_shards = 4, 2
@@ -220,6 +267,10 @@ def test_batch_axes() -> None:
     # Without dropout, shards of N microbatches are the same as one batch of more microbatches.
     want = sequential_value_and_grad(model, num_microbatches * num_shards)(params, batch)
     assert_close(jax.jit(grad_fn)(params, batch), want)
+    evaluate = dpj.evaluate(
+        model, mesh=make_mesh(2, data=num_shards), num_microbatches=4, batch_axes="data"
+    )
+    assert_close(jax.jit(evaluate)(params, batch), want[0])
 
     noisy = make_model(frozenset(["dropout"]))
     grad_fn = dpj.value_and_grad(

@@ -54,8 +54,7 @@ def timeline(
         made_timeline = made.timeline()
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
-    suffix = output.suffix.removeprefix(".") if output else ""
-    output_format = output_format or (suffix if suffix in _FORMATS else "text")
+    output_format = output_format or _format_of(output)
     match output_format:
         case "text" if output is None and sys.stdout.isatty():
             _print_in_color(made_timeline)
@@ -73,13 +72,23 @@ def timeline(
             if output_format == "png" and output is None and sys.stdout.isatty():
                 raise Refusal("a png is not for a terminal: name a file with --output")
             content = _to_picture(made_timeline, output_format)
-    if output is None:
-        click.echo(content, nl=False)
-        return
     try:
-        output.write_bytes(content)
+        if output is None:
+            click.echo(content, nl=False)
+        else:
+            output.write_bytes(content)
     except OSError as error:
-        raise Refusal(f"--output {output}: {error.strerror}") from error
+        where = "standard output" if output is None else f"--output {output}"
+        raise Refusal(f"{where}: {error.strerror}") from error
+
+
+def _format_of(output: Path | None) -> str:
+    """Reads the format off the suffix of a file; a file without one, and the terminal, get text."""
+    suffix = output.suffix.removeprefix(".").lower() if output else ""
+    if suffix and suffix not in (*_FORMATS, "txt"):
+        known = ", ".join(f".{name}" for name in _FORMATS[1:])
+        raise Refusal(f"--output {output}: no format has that suffix; use {known}, or --format")
+    return suffix if suffix in _FORMATS else "text"
 
 
 def _to_picture(timeline: schedules.Timeline, image_format: str) -> bytes:

@@ -90,7 +90,16 @@ class Step:
             run = jax.sharding.auto_axes(run, axes=self.explicit_axes, out_sharding=out_shardings)
             # Says on which devices, and as which mesh: inside there is only an abstract one.
             run = jax.jit(run, out_shardings=(out_shardings[0], None))
-        return run(params["ends"], params["blocks"], batch, rng)
+        try:
+            return run(params["ends"], params["blocks"], batch, rng)
+        except NotImplementedError as error:
+            if "Closing over" not in str(error):
+                raise
+            raise ValueError(
+                "model: one of its functions closes over an array that lies on a mesh with "
+                "Explicit axes, which JAX cannot bring inside; pass it with params or batch, or "
+                "close over a NumPy array (numpy.asarray(array))"
+            ) from error
 
     def _shard_mapped(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> Any:
         blocks_spec = PartitionSpec(self.axis) if self.layout.is_sharded else PartitionSpec()
