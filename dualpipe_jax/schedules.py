@@ -70,10 +70,13 @@ class Schedule:
         """Reads what `to_csv` writes; stages and ranks are inferred.
 
         Raises:
-            ValueError: if a cell does not follow the grammar. That the schedule can run is
-                checked when it is compiled.
+            ValueError: if a cell does not follow the grammar, or if the schedule cannot run:
+                naming the action, the rank and the tick that break it, and showing the ticks
+                around.
         """
-        return cls(parse_program(text, name=name))
+        schedule = cls(parse_program(text, name=name))
+        schedule.compiled()  # or raises
+        return schedule
 
     def timeline(self) -> Timeline:
         """Gives every action its tick, if forwards, input grads and weight grads take one each.

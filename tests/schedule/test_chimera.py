@@ -1,7 +1,7 @@
 import pytest
 
 from dualpipe_jax._schedule.generators.chimera import chimera
-from dualpipe_jax._schedule.ir import Program
+from dualpipe_jax._schedule.ir import Action, Program
 from tests.schedules_under_test import WIDE_SIZES, compiled
 
 # By hand from the paper's figure of the basic unit, P = N = 4: 2 and 3 go up.
@@ -24,7 +24,9 @@ def count_ticks_of_whole_backwards(program: Program) -> int:
         for rank, row in enumerate(program.rows):
             if position[rank] == len(row):
                 continue
-            kind, stage, m = row[position[rank]]
+            cell = row[position[rank]]
+            assert isinstance(cell, Action)
+            kind, stage, m = cell
             assert kind in "FB"
             if kind == "F":
                 ready = stage == 0 or done.get(("F", stage - 1, m), tick) < tick
