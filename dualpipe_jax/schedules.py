@@ -7,11 +7,24 @@ from dataclasses import dataclass
 
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.generators import GENERATORS
+from dualpipe_jax._schedule.generators import interleaved_one_f_one_b as _interleaved
 from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.ir import Timeline as Timeline
 
-__all__ = ["Schedule", "Timeline", "dualpipe", "gpipe", "make", "names", "one_f_one_b"]
+__all__ = [
+    "Schedule",
+    "Timeline",
+    "chimera",
+    "dualpipe",
+    "dualpipev",
+    "gpipe",
+    "interleaved_one_f_one_b",
+    "make",
+    "names",
+    "one_f_one_b",
+    "zb_h1",
+]
 
 
 @dataclass(frozen=True)
@@ -57,10 +70,13 @@ class Schedule:
         """Reads what `to_csv` writes; stages and ranks are inferred.
 
         Raises:
-            ValueError: if a cell does not follow the grammar. That the schedule can run is
-                checked when it is compiled.
+            ValueError: if a cell does not follow the grammar, or if the schedule cannot run:
+                naming the action, the rank and the tick that break it, and showing the ticks
+                around.
         """
-        return cls(parse_program(text, name=name))
+        schedule = cls(parse_program(text, name=name))
+        schedule.compiled()  # or raises
+        return schedule
 
     def timeline(self) -> Timeline:
         """Gives every action its tick, if forwards, input grads and weight grads take one each.
@@ -97,6 +113,44 @@ def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
     return make("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches)
 
 
+def interleaved_one_f_one_b(
+    *, num_ranks: int, num_microbatches: int, num_stages_per_rank: int = 2
+) -> Schedule:
+    """Makes interleaved 1F1B (arXiv:2104.04473): microbatches go round the ranks several times.
+
+    1F1B's idle time divided by `num_stages_per_rank`, for as many times the transfers and for
+    more live activations. `make("interleaved-1f1b", ...)` is the one with 2.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1.
+    """
+    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+    return Schedule(_interleaved(**sizes, num_stages_per_rank=num_stages_per_rank))
+
+
+def zb_h1(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes ZB-H1 (arXiv:2401.10241): 1F1B whose weight grads are put off to fill its bubbles.
+
+    As many live activations as 1F1B, the same number on every rank.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1.
+    """
+    return make("zb-h1", num_ranks=num_ranks, num_microbatches=num_microbatches)
+
+
+def chimera(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes Chimera (arXiv:2107.06925): two 1F1B pipelines in opposite directions.
+
+    The published order where there is one, that is for an even `num_ranks` and a multiple of it of
+    microbatches; elsewhere one made by simulation.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1.
+    """
+    return make("chimera", num_ranks=num_ranks, num_microbatches=num_microbatches)
+
+
 def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
     """Makes DualPipe (arXiv:2412.19437): microbatches enter at both ends.
 
@@ -107,6 +161,17 @@ def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
         ValueError: if a size is not an integer of at least 1.
     """
     return make("dualpipe", num_ranks=num_ranks, num_microbatches=num_microbatches)
+
+
+def dualpipev(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes DualPipeV (github.com/deepseek-ai/DualPipe): down the ranks and up again.
+
+    The published order from `2 * num_ranks` microbatches on; fewer are ordered by the same rules.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1.
+    """
+    return make("dualpipev", num_ranks=num_ranks, num_microbatches=num_microbatches)
 
 
 def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:

@@ -29,6 +29,9 @@ from dualpipe_jax._schedule.ir import (
     Timeline,
 )
 
+# The tick of an action that is never run.
+NEVER = int(np.iinfo(np.int64).max)
+
 
 @dataclass(frozen=True, eq=False)
 class Dependencies:
@@ -43,11 +46,16 @@ class Dependencies:
 
 
 def find_dependencies(program: Program) -> Dependencies:
-    """Finds the producers of what each action of a legal program reads."""
+    """Finds the producers of what each action of a program reads.
+
+    Of a program that is not legal a producer may be missing, as if nothing were needed, or be
+    there twice; then the first is meant.
+    """
     units = program.units
     last = program.num_stages - 1
-    index = np.full((4, program.num_stages, program.num_microbatches), -1)
-    index[units.opcode, units.stage, units.microbatch] = np.arange(len(units))
+    first = np.full((4, program.num_stages, program.num_microbatches), len(units))
+    np.minimum.at(first, (units.opcode, units.stage, units.microbatch), np.arange(len(units)))
+    index = np.where(first < len(units), first, -1)
 
     opcode, stage, microbatch = units.opcode, units.stage, units.microbatch
     is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
@@ -64,6 +72,29 @@ def find_dependencies(program: Program) -> Dependencies:
         [is_i, is_w], [index[FORWARD, stage, microbatch], index[INPUT_GRAD, stage, microbatch]], -1
     )
     return Dependencies(payload, own)
+
+
+def run_in_order(program: Program, needs: Dependencies) -> np.ndarray:
+    """Runs a program as far as it goes, every action as soon as it can, in program order.
+
+    Returns:
+        int64[num_actions], the tick of each action; `NEVER` where ranks wait for each other.
+    """
+    units = program.units
+    # One entry more, for "needs nothing": index -1, done before the first tick.
+    tick_of = np.full(len(units) + 1, NEVER)
+    tick_of[-1] = -1
+    upcoming, stop = units.row_start[:-1].copy(), units.row_start[1:]
+    tick = 0
+    while (waiting := np.flatnonzero(upcoming < stop)).size:
+        action = upcoming[waiting]
+        ready = np.maximum(tick_of[needs.payload[action]], tick_of[needs.own[action]]) < tick
+        if not ready.any():
+            break
+        tick_of[action[ready]] = tick
+        upcoming[waiting[ready]] += 1
+        tick += 1
+    return tick_of[:-1]
 
 
 def find_live_ranges(program: Program, tick_of: np.ndarray) -> dict[str, LiveRanges]:

@@ -9,7 +9,8 @@ import re
 
 from dualpipe_jax._schedule.ir import Action, Cell, Pair, Program
 
-_ACTION = r"(\d+)([{kinds}])(\d+)"
+# No number is so large that it does not fit an int64; the verifier says which are too large.
+_ACTION = r"(\d{{1,12}})([{kinds}])(\d{{1,12}})"
 _SINGLE = re.compile(_ACTION.format(kinds="FIWB"))
 _PAIR = re.compile(rf"\({_ACTION.format(kinds='F')};{_ACTION.format(kinds='IB')}\)OVERLAP_F_B")
 
@@ -40,7 +41,8 @@ def parse_program(text: str, *, name: str) -> Program:
     if faults:
         raise ValueError(
             f"schedule {name!r} has cells that are neither <stage><F|I|W|B><microbatch> nor "
-            f"(<F>;<B or I>)OVERLAP_F_B (rows and columns count from 0):{''.join(faults)}"
+            f"(<F>;<B or I>)OVERLAP_F_B, numbers of at most 12 digits (rows and columns count from "
+            f"0):{''.join(faults)}"
         )
     actions = [action for row in rows for cell in row for action in cell.unit_actions()]
     if not actions:

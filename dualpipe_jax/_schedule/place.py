@@ -20,45 +20,64 @@ Two ranks, two microbatches. Rank 1 waits a tick for its first x, rank 0 for its
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
-from dualpipe_jax._schedule.dependencies import Dependencies, build_timeline, find_dependencies
+from dualpipe_jax._schedule.dependencies import (
+    NEVER,
+    Dependencies,
+    build_timeline,
+    find_dependencies,
+    run_in_order,
+)
+from dualpipe_jax._schedule.excerpt import show_action
 from dualpipe_jax._schedule.ir import Program, Timeline
+
+_MOST_NAMED = 8
 
 
 def place_shortest(program: Program) -> Timeline:
     """Places every action as soon as possible, in program order.
 
     Raises:
-        ScheduleError: if ranks wait for each other for ever.
+        ScheduleError: if ranks wait for each other for ever, naming action, rank and tick, and
+            showing the ticks around.
     """
-    units, needs = program.units, find_dependencies(program)
-    num_actions = len(units)
-    # One entry more, for "needs nothing": index -1, done before the first tick.
-    tick_of = np.full(num_actions + 1, np.iinfo(np.int64).max)
-    tick_of[-1] = -1
-    upcoming, stop = units.row_start[:-1].copy(), units.row_start[1:]
-    tick = 0
-    while (waiting := np.flatnonzero(upcoming < stop)).size:
-        action = upcoming[waiting]
-        ready = np.maximum(tick_of[needs.payload[action]], tick_of[needs.own[action]]) < tick
-        if not ready.any():
-            raise ScheduleError(_describe_deadlock(program, needs, tick_of, action, tick))
-        tick_of[action[ready]] = tick
-        upcoming[waiting[ready]] += 1
-        tick += 1
-    return build_timeline(program, tick_of[:-1])
+    needs = find_dependencies(program)
+    tick_of = run_in_order(program, needs)
+    if (tick_of == NEVER).any():
+        raise ScheduleError(_describe_deadlock(program, needs, tick_of))
+    return build_timeline(program, tick_of)
 
 
-def _describe_deadlock(
-    program: Program, needs: Dependencies, tick_of: np.ndarray, stuck: np.ndarray, tick: int
-) -> str:
-    """Says for each stuck rank what it would do next and for what it waits."""
+def _describe_deadlock(program: Program, needs: Dependencies, tick_of: np.ndarray) -> str:
+    """Finds a circle of ranks, and says what each would do next and for what it waits."""
     name, rank_of = program.units.name, program.units.rank
+    # The first action that each rank does not come to, and one for which it waits.
+    stuck, awaited = {}, {}
+    for action in np.flatnonzero(tick_of == NEVER).tolist():
+        rank = int(rank_of[action])
+        if rank not in stuck:
+            stuck[rank] = action
+            wanted = [i for i in (needs.payload[action], needs.own[action]) if i >= 0]
+            awaited[rank] = next(int(i) for i in wanted if tick_of[i] == NEVER)
+    # From rank to rank that is waited for, one comes back to a rank where one has been.
+    way = [min(stuck)]
+    while (rank := int(rank_of[awaited[way[-1]]])) not in way:
+        way.append(rank)
+    circle = way[way.index(rank) :]
+    circle = circle[circle.index(min(circle)) :] + circle[: circle.index(min(circle))]
+
     lines = []
-    for action in stuck.tolist():
-        missing = {i for i in (needs.payload[action], needs.own[action]) if tick_of[i] >= tick}
-        waits = " and ".join(f"{name(i)} of rank {rank_of[i]}" for i in sorted(missing))
-        lines.append(f"\n  rank {rank_of[action]}: {name(action)} waits for {waits}")
+    for rank in circle[:_MOST_NAMED]:
+        producer = awaited[rank]
+        behind = stuck[int(rank_of[producer])]
+        later = f", which comes after {name(behind)}" if producer != behind else ""
+        lines.append(
+            f"\n  rank {rank}: {name(stuck[rank])} waits for {name(producer)} of rank "
+            f"{rank_of[producer]}{later}"
+        )
+    if len(circle) > _MOST_NAMED:
+        lines.append(f"\n  and {len(circle) - _MOST_NAMED} ranks more")
+    where, excerpt = show_action(program, tick_of, stuck[circle[0]])
     return (
-        f"schedule {program.name!r} deadlocks at tick {tick}: each rank's next action waits for "
-        f"one that comes later; reorder the rows:" + "".join(lines)
+        f"schedule {program.name!r} deadlocks at {where}: these ranks wait in a circle; reorder "
+        f"their rows:{''.join(lines)}{excerpt}"
     )

@@ -27,7 +27,17 @@ def test_forwards_alone_are_forward_only():
 
 
 @pytest.mark.parametrize(
-    "cell", ["0G0", "F0", "0F", "-1F0", "0F0;1B0", "(0B0;1F0)OVERLAP_F_B", "(0F0;1W0)OVERLAP_F_B"]
+    "cell",
+    [
+        "0G0",
+        "F0",
+        "0F",
+        "-1F0",
+        "0F0;1B0",
+        "(0B0;1F0)OVERLAP_F_B",
+        "(0F0;1W0)OVERLAP_F_B",
+        "0F" + "9" * 20,
+    ],
 )
 def test_a_wrong_cell_is_named(cell):
     with pytest.raises(ValueError, match="'mine' has cells that are neither") as error:

@@ -4,8 +4,8 @@ Microbatches enter at both ends, so that nearly always a rank has a forward of o
 backward of the other at hand, and runs them as a pair.
 """
 
+from dualpipe_jax._schedule.generators.dualpipe_phases import published_row
 from dualpipe_jax._schedule.generators.list_schedule import list_schedule
-from dualpipe_jax._schedule.generators.row_builder import RowBuilder
 from dualpipe_jax._schedule.generators.sizes import check_sizes, split_microbatches
 from dualpipe_jax._schedule.ir import Program, Row
 
@@ -50,51 +50,11 @@ def _unpublished_rows(num_ranks: int, num_microbatches: int) -> tuple[Row, ...]:
 
 
 def _published_row(rank: int, num_ranks: int, num_microbatches: int) -> Row:
-    """Follows the phases of `step()`, under its names for them: 0 is near, 1 is far."""
-    half = num_ranks // 2
-    h = min(rank, num_ranks - 1 - rank)
-    is_middle = h == half - 1
-    directions = list(
-        zip((rank, num_ranks - 1 - rank), split_microbatches(num_microbatches), strict=True)
+    mirror = num_ranks - 1 - rank
+    directions = list(zip((rank, mirror), split_microbatches(num_microbatches), strict=True))
+    return published_row(
+        directions if rank < mirror else directions[::-1],
+        h=min(rank, mirror),
+        half=num_ranks // 2,
+        num_microbatches=num_microbatches // 2,
     )
-    near, far = 0, 1
-    build = RowBuilder(directions if rank < half else directions[::-1])
-
-    # 1: nF0
-    for _ in range(2 * (half - h - 1)):
-        build.forward(near)
-    # 2: nF0F1
-    for _ in range(h + 1):
-        build.forward(near)
-        build.forward(far)
-    # 3: nB1W1F1
-    for _ in range(half - h - 1):
-        build.input_grad(far)
-        build.weight_grad()
-        build.forward(far)
-    # 4, the steady state: nF0B1F1B0
-    for i in range(num_microbatches // 2 - num_ranks + h + 1):
-        if i == 0 and is_middle:
-            # Apart: the forward is awaited on the other middle rank.
-            build.forward(near)
-            build.backward(far)
-        else:
-            build.pair(near, far)
-        build.pair(far, near)
-    # 5: nB1F1B0
-    for _ in range(half - h - 1):
-        build.backward(far)
-        build.pair(far, near)
-    # 6: nB1B0, from the middle on with deferred weight grads
-    for i in range(h + 1):
-        middle = (h + 1) // 2
-        build.backward(far, defer=i > middle or (i == middle and h % 2 == 1))
-        build.backward(near, defer=i >= middle)
-    # 7: nWB0
-    for _ in range(half - h - 1):
-        build.weight_grad()
-        build.input_grad(near)
-    # 8: nW
-    for _ in range(h + 1):
-        build.weight_grad()
-    return build.row

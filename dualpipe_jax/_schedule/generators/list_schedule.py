@@ -106,6 +106,7 @@ def list_schedule(
     microbatches: Sequence[Sequence[int]],
     limits: Sequence[Sequence[int]],
     max_deferred: int,
+    pairs: bool = True,
 ) -> tuple[Row, ...]:
     """Orders F, I and W of every stage and microbatch, and joins them to pairs and Bs.
 
@@ -128,6 +129,7 @@ def list_schedule(
         limits: for each direction and stage, how many activations may live from F to I. One less
             a stage, from the number of stages down to 1, keeps every stage busy.
         max_deferred: how many weight grads a rank may hold back, at least 1.
+        pairs: whether to join the F of one stage and the B of another (or of the other direction).
     """
     ranks = [_Rank(max_deferred) for _ in range(num_ranks)]
     for route, entering, limits_along in zip(routes, microbatches, limits, strict=True):
@@ -147,26 +149,35 @@ def list_schedule(
             rank.run(kind, lane)
         num_left -= len(chosen)
     direction_of = {m: d for d, entering in enumerate(microbatches) for m in entering}
-    return tuple(_join(rank.row, direction_of) for rank in ranks)
+    rows = tuple(_join_backwards(rank.row) for rank in ranks)
+    return tuple(_join_pairs(row, direction_of) for row in rows) if pairs else rows
 
 
-def _join(row: list[Action], direction_of: dict[int, int]) -> Row:
-    """Joins I and W to B, then F and B of different directions to a pair."""
-    cells: list[Cell] = []
+def _join_backwards(row: list[Action]) -> Row:
+    """Joins an I and the W of it that follows to a B."""
+    cells: list[Action] = []
     for action in row:
-        before = cells[-1] if cells else None
-        if before != action._replace(kind="I") or action.kind != "W":
-            cells.append(action)
-            continue
-        backward = action._replace(kind="B")
-        cells.pop()
-        forward = cells[-1] if cells else None
-        if (
-            isinstance(forward, Action)
-            and forward.kind == "F"
-            and direction_of[forward.microbatch] != direction_of[backward.microbatch]
-        ):
-            cells[-1] = Pair(forward, backward)
+        if action.kind == "W" and cells and cells[-1] == action._replace(kind="I"):
+            cells[-1] = action._replace(kind="B")
         else:
-            cells.append(backward)
+            cells.append(action)
+    return tuple(cells)
+
+
+def _join_pairs(row: Row, direction_of: dict[int, int]) -> Row:
+    """Joins an F and the B that follows to a pair, if they are of different chunks."""
+    cells: list[Cell] = []
+    for cell in row:
+        before = cells[-1] if cells else None
+        if (
+            isinstance(cell, Action)
+            and cell.kind == "B"
+            and isinstance(before, Action)
+            and before.kind == "F"
+            and (before.stage, direction_of[before.microbatch])
+            != (cell.stage, direction_of[cell.microbatch])
+        ):
+            cells[-1] = Pair(before, cell)
+        else:
+            cells.append(cell)
     return tuple(cells)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.excerpt import show_timeline
 from dualpipe_jax._schedule.ir import BUFFERS, Allocation, LiveRanges, Timeline
-from dualpipe_jax._schedule.verify.excerpt import show_timeline
 
 
 def verify_allocation(timeline: Timeline, allocation: Allocation) -> None:

@@ -6,8 +6,8 @@ token is a number for one value, such as "the x that enters stage 3 with microba
 
 import numpy as np
 
+from dualpipe_jax._schedule.excerpt import fail_at
 from dualpipe_jax._schedule.ir import BUFFERS, FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Tables
-from dualpipe_jax._schedule.verify.excerpt import fail_at
 
 # Which buffer a column of slots belongs to.
 BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "received"}

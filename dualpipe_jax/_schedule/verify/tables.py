@@ -3,6 +3,7 @@
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.excerpt import fail_at
 from dualpipe_jax._schedule.ir import (
     FORWARD,
     IDLE,
@@ -11,7 +12,6 @@ from dualpipe_jax._schedule.ir import (
     WEIGHT_GRAD,
     Tables,
 )
-from dualpipe_jax._schedule.verify.excerpt import fail_at
 from dualpipe_jax._schedule.verify.interpreter import BUFFER_OF, run_with_tokens
 
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.dependencies import find_dependencies
+from dualpipe_jax._schedule.excerpt import show_timeline
 from dualpipe_jax._schedule.ir import Timeline
-from dualpipe_jax._schedule.verify.excerpt import show_timeline
 
 
 def verify_timeline(timeline: Timeline) -> None:

@@ -3,8 +3,14 @@
 from collections.abc import Callable
 from typing import NoReturn
 
+import numpy as np
+
 from dualpipe_jax._errors import ScheduleError
-from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS, Tables, Timeline
+from dualpipe_jax._schedule.dependencies import NEVER
+from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS, Program, Tables, Timeline
+
+# How many ticks are drawn before and after the one at fault.
+_MARGIN = 4
 
 
 def show_ticks(
@@ -20,7 +26,7 @@ def show_ticks(
       rank 1   .  [1F0]  .
       rank 2   .    .   2F0
     """
-    ticks = range(max(0, tick - 4), min(num_ticks, tick + 5))
+    ticks = range(max(0, tick - _MARGIN), min(num_ticks, tick + _MARGIN + 1))
     ranks = sorted({(rank + step) % num_ranks for step in (-1, 0, 1)})
     texts = [[cell(t, r) or "." for t in ticks] for r in ranks]
     texts[ranks.index(rank)] = [
@@ -47,6 +53,43 @@ def show_timeline(timeline: Timeline, *, tick: int, rank: int) -> str:
         num_ticks=timeline.num_ticks,
         num_ranks=timeline.num_ranks,
     )
+
+
+def show_action(program: Program, tick_of: np.ndarray, action: int) -> tuple[str, str]:
+    """Says where an action of a program is that may stop early, and draws the ticks around it.
+
+    An action that its rank does not come to is where the rank stops.
+
+    Args:
+        program: any program, legal or not.
+        tick_of: int64[num_actions], how far it came; `NEVER` is not run.
+        action: index into `program.units`.
+    """
+    units = program.units
+    rank = int(units.rank[action])
+    start, stop = units.row_start[rank : rank + 2]
+    row = tick_of[start:stop]
+    num_run = int((row != NEVER).sum())
+    if tick_of[action] != NEVER:
+        tick, shown = int(tick_of[action]), action
+        where = f"{units.name(action)} on rank {rank} in tick {tick}"
+    else:
+        tick, shown = int(row[num_run - 1]) + 1 if num_run else 0, int(start) + num_run
+        where = f"{units.name(shown)} on rank {rank} in tick {tick}"
+        if shown != action:
+            where = f"{units.name(action)}, to which rank {rank} does not come past {where}"
+    near = np.flatnonzero(np.abs(tick_of - tick) <= _MARGIN)
+    cells = {(int(tick_of[i]), int(units.rank[i])): units.name(i) for i in near.tolist()}
+    cells[tick, rank] = units.name(shown)
+    num_ticks = max(tick, int(tick_of[tick_of != NEVER].max(initial=0))) + 1
+    excerpt = show_ticks(
+        lambda t, r: cells.get((t, r)),
+        tick=tick,
+        rank=rank,
+        num_ticks=num_ticks,
+        num_ranks=program.num_ranks,
+    )
+    return where, excerpt
 
 
 def fail_at(tables: Tables, tick: int, rank: int, fault: str) -> NoReturn:

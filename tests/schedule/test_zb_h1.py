@@ -1,0 +1,41 @@
+import pytest
+
+from dualpipe_jax._schedule.generators.zb_h1 import zb_h1
+from tests.schedules_under_test import WIDE_SIZES, compiled
+
+# By hand: 1F1B's F and I, and W of rank r put off by r microbatches.
+BY_HAND = """
+0F0 0F1 0F2 | 0F3 0B0 0F4 0B1 0F5 0B2 | 0B3 0B4 0B5 |
+1F0 1F1 | 1F2 1I0 1F3 1I1 1W0 1F4 1I2 1W1 1F5 1I3 1W2 | 1I4 1W3 1I5 1W4 | 1W5
+2F0 | 2F1 2I0 2F2 2I1 2F3 2I2 2W0 2F4 2I3 2W1 2F5 2I4 2W2 | 2I5 2W3 | 2W4 2W5
+| 3F0 3I0 3F1 3I1 3F2 3I2 3F3 3I3 3W0 3F4 3I4 3W1 3F5 3I5 3W2 | | 3W3 3W4 3W5
+"""
+
+
+def test_order_of_4_ranks():
+    rows = zb_h1(num_ranks=4, num_microbatches=6).rows
+    expected = [line.replace("|", " ").split() for line in BY_HAND.strip().split("\n")]
+    assert [[str(cell) for cell in row] for row in rows] == expected
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 10))
+def test_idles_a_third_of_1f1b_in_its_memory(num_ranks):
+    for P, N in WIDE_SIZES:
+        if num_ranks != P:
+            continue
+        timeline, plain = (compiled(name, P, N).timeline for name in ("zb-h1", "1f1b"))
+        if N >= P:
+            # (P - 1)(F + B - 2W), the published bubble; less than 1F1B's from two ranks on.
+            assert timeline.num_ticks == 3 * N + P - 1, N
+        assert timeline.num_ticks <= plain.num_ticks, N
+        for buffer in ("residual", "weight_residual"):
+            assert timeline.num_slots[buffer] <= plain.num_slots[buffer] <= P, N
+        # The last rank puts off P - 1 weight grads, and has one more between its I and its W.
+        assert timeline.num_slots["stash"] == min(P, N), N
+
+
+def test_every_rank_holds_as_many_activations():
+    compiled_4 = compiled("zb-h1", 4, 12)
+    live = compiled_4.allocation.live_ranges["weight_residual"]
+    slot_of = compiled_4.allocation.slot_of["weight_residual"]
+    assert [int(slot_of[live.rank == rank].max()) + 1 for rank in range(4)] == [4, 4, 4, 4]
