@@ -60,6 +60,19 @@ CASES = [
     Case("gpipe", 3, 6, 5, "block_has_aux dropout", "block"),
     Case("gpipe", 4, 8, 4, "pytree has_aux"),
     Case("gpipe", 8, 8, 9, ALL),
+    Case("dualpipev", 1, 3, 4, "weight pytree"),  # two stages on one rank
+    Case("dualpipev", 2, 4, 8, ALL),
+    Case("dualpipev", 3, 2, 6, "has_aux", "block"),
+    Case("dualpipev", 4, 8, 12, "dropout block_has_aux"),  # stages of two layers and of one
+    Case("interleaved-1f1b", 2, 3, 5, ALL),
+    Case("interleaved-1f1b", 3, 2, 6, "weight"),
+    Case("interleaved-1f1b", 4, 8, 8, "pytree has_aux", "block"),
+    Case("zb-h1", 2, 5, 4, "weight block_has_aux"),
+    Case("zb-h1", 3, 2, 4, "pytree"),
+    Case("zb-h1", 4, 8, 4, ALL, "block"),
+    Case("chimera", 2, 1, 3, "has_aux weight"),
+    Case("chimera", 3, 6, 3, ALL),
+    Case("chimera", 4, 4, 8, "dropout pytree", "block"),
 ]
 
 
@@ -75,14 +88,15 @@ def sequential_value_and_grad(model: dpj.Model, num_microbatches: int) -> Any:
 
 
 def test_covering_set_covers() -> None:
-    """At most 30 compiled cases, and every feature with every schedule, many layers or few."""
-    assert len(CASES) <= 30
+    """At most 45 compiled cases; every schedule at odd, small and uneven sizes, all features."""
+    assert len(CASES) <= 45
     assert {case.num_ranks for case in CASES} == {1, 2, 3, 4, 8}
     for name in dpj.schedules.names():
         mine = [case for case in CASES if case.schedule == name]
         assert {feature for case in mine for feature in case.features.split()} == set(ALL.split())
         assert any(case.remat == "block" for case in mine)
-        assert any(case.num_layers % case.num_ranks for case in mine)
+        stages = {"dualpipev": 2, "interleaved-1f1b": 2}.get(name, 1)
+        assert any(case.num_layers % (case.num_ranks * stages) for case in mine)
         assert any(case.num_microbatches % 2 for case in mine)
         assert any(case.num_microbatches < case.num_ranks for case in mine)
 

@@ -13,15 +13,17 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax import _api
 from dualpipe_jax._executor import Step
+from dualpipe_jax._schedule.ir import Tables
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 
-NUM_RANKS, NUM_LAYERS = 4, 12
+NUM_RANKS, STAGE_LAYERS = 4, 3
 
 
 def compile_train_step(schedule: str, num_microbatches: int) -> Any:
     """Compiles loss, gradients and an AdamW update as one program."""
-    model, params = make_model(), make_params(NUM_LAYERS)
+    made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=num_microbatches)
+    model, params = make_model(), make_params(STAGE_LAYERS * made.num_stages)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
     batch = make_batch(num_microbatches)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -48,10 +50,10 @@ def test_one_executable_with_permutes_both_ways(compiled: Any) -> None:
     assert len(executable.hlo_modules()) == 1
     text = compiled[8].as_text()
     pairs = set(re.findall(r"collective-permute\(.*source_target_pairs=(\{\{.*?\}\})", text))
-    assert "{{0,1},{1,2},{2,3}}" in pairs
-    assert "{{1,0},{2,1},{3,2}}" in pairs
+    assert any("{0,1},{1,2},{2,3}" in pair for pair in pairs)
+    assert any("{1,0},{2,1},{3,2}" in pair for pair in pairs)
     mirror = "{{0,3},{1,2},{2,1},{3,0}}"
-    assert (mirror in pairs) == (compiled["name"] == "dualpipe")
+    assert (mirror in pairs) == (compiled["name"] in ("dualpipe", "chimera"))
     # Blocks stay where they are: nobody gathers them, and no gradient is reduced in the loop.
     assert "all-gather" not in text
     assert "all-to-all" not in text
@@ -74,7 +76,7 @@ def test_buffers_are_updated_in_place(compiled: Any) -> None:
         .compiled()
         .tables
     )
-    layers = NUM_LAYERS // NUM_RANKS
+    layers = STAGE_LAYERS
     slots = {tables.num_slots[name] for name in ("residual", "weight_residual", "stash")}
     buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in slots]
     weights = [f"f64[{layers},{WIDTH},{WIDTH + 1}]", f"f64[{layers},{WIDTH + 1},{WIDTH}]"]
@@ -86,18 +88,18 @@ def test_buffers_are_updated_in_place(compiled: Any) -> None:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_microbatches() -> None:
+def test_memory_does_not_grow_with_microbatches(compiled: Any) -> None:
     """Beyond the batch and the tables; GPipe's does, so the measure can tell."""
-    grown = {}
-    for name in dpj.schedules.names():
-        sizes = [compile_train_step(name, n).memory_analysis().temp_size_in_bytes for n in (8, 24)]
-        grown[name] = sizes[1] - sizes[0]
-    table_bytes = 16 * 3 * NUM_RANKS * 11 * 4  # 16 microbatches more, all ranks' rows
-    batch_bytes = 16 * 2 * (3 + 2) * 8
-    allowed = 3 * (table_bytes + batch_bytes)
-    assert grown["dualpipe"] <= allowed
-    assert grown["1f1b"] <= allowed
-    assert grown["gpipe"] > grown["dualpipe"] + 16 * 3 * 200  # 16 more slots of 3 layers
+    few, many = (compiled[n].memory_analysis().temp_size_in_bytes for n in (8, 24))
+    made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=24)
+    num_ticks = made.timeline().num_ticks
+    table_bytes = num_ticks * NUM_RANKS * len(Tables.columns()) * 4
+    batch_bytes = 16 * ROWS * (LENGTH + 2) * 8
+    slot_bytes = STAGE_LAYERS * ROWS * LENGTH * WIDTH * 8  # of one of a layer's several residuals
+    if compiled["name"] == "gpipe":
+        assert many - few > 16 * slot_bytes
+    else:
+        assert many - few <= table_bytes + 2 * batch_bytes
 
 
 def make_step(schedule: dpj.Schedule, *, tables: Any = None, **options: Any) -> Step:
@@ -109,18 +111,19 @@ def make_step(schedule: dpj.Schedule, *, tables: Any = None, **options: Any) -> 
         axis="pipe",
         batch_axes=(),
         block=_api._block(model, "none"),
-        num_layers=NUM_LAYERS - 1,
+        num_layers=11,
         **options,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", dpj.schedules.names())
-@pytest.mark.parametrize("num_microbatches", [3, 8])
+@pytest.mark.parametrize(
+    ("name", "num_microbatches"), [(name, 5) for name in dpj.schedules.names()] + [("dualpipe", 8)]
+)
 def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
     """NaNs in every slot and message that should not be read change nothing, bit for bit."""
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
-    params, batch = make_params(NUM_LAYERS - 1), make_batch(num_microbatches)
+    params, batch = make_params(11), make_batch(num_microbatches)
     clean, poisoned = (
         jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
     )
@@ -138,7 +141,7 @@ def test_poison_is_found_when_a_dead_value_is_read() -> None:
     read[tick, rank] = (read[tick, rank] + 1) % tables.num_slots["received"]
     wrong = dataclasses.replace(tables, read=read)
     step = make_step(schedule, tables=wrong, poison=True)
-    loss, _ = jax.jit(step)(make_params(NUM_LAYERS - 1), make_batch(8), None)
+    loss, _ = jax.jit(step)(make_params(11), make_batch(8), None)
     assert np.isnan(loss)
 
 
