@@ -32,7 +32,7 @@ test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/pyrefly check
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	@$(BIN)/lint-imports --no-logo
 
 format: $(READY)  ## rewrite the sources in the house's format

@@ -6,7 +6,7 @@ state will be a second segment beside that scan.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dualpipe_jax import _microbatches, _validate
 from dualpipe_jax._executor import registers
+from dualpipe_jax._executor.explicit import explicit_axes, run_as_auto, sharding_like
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.tick import Rank, State, make_tick
 from dualpipe_jax._schedule.ir import Tables
@@ -68,12 +69,6 @@ class Step:
         """Shards of the batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
-    @property
-    def explicit_axes(self) -> tuple[str, ...]:
-        """The axes of the mesh whose sharding is part of an array's type."""
-        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-        return tuple(name for name, kind in types if kind is AxisType.Explicit)
-
     def __call__(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> tuple[Any, PyTree]:
         """Runs the step.
 
@@ -82,32 +77,28 @@ class Step:
           list of leaves for the differentiable leaves of each of `ends` and `blocks`; None for a
           forward-only program.
         """
-        run: Any = self._shard_mapped
-        if self.explicit_axes:
-            # shard_map takes an argument on Explicit axes only in the sharding that it asks for, so
-            # inside the step they are left to the partitioner, and outside they get their names.
-            out_shardings = self._out_shardings(params)
-            run = jax.sharding.auto_axes(run, axes=self.explicit_axes, out_sharding=out_shardings)
-            # Says on which devices, and as which mesh: inside there is only an abstract one.
-            run = jax.jit(run, out_shardings=(out_shardings[0], None))
-        try:
-            return run(params["ends"], params["blocks"], batch, rng)
-        except NotImplementedError as error:
-            if "Closing over" not in str(error):
-                raise
-            raise ValueError(
-                "model: one of its functions closes over an array that lies on a mesh with "
-                "Explicit axes, which JAX cannot bring inside; pass it with params or batch, or "
-                "close over a NumPy array (numpy.asarray(array))"
-            ) from error
+        args = params["ends"], params["blocks"], batch, rng
+        if not explicit_axes(self.mesh):
+            return self._shard_mapped(*args, mesh=self.mesh)
+        out_shardings = self._out_shardings(params)
+        return run_as_auto(self._shard_mapped, *args, mesh=self.mesh, out_shardings=out_shardings)
 
-    def _shard_mapped(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> Any:
+    def _shard_mapped(
+        self,
+        ends: PyTree,
+        blocks: PyTree,
+        batch: PyTree,
+        rng: Any,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> Any:
+        """Runs the step on a mesh of Auto axes, or on that of the context."""
         blocks_spec = PartitionSpec(self.axis) if self.layout.is_sharded else PartitionSpec()
         replicated = PartitionSpec()
         grads_spec = {"ends": replicated, "blocks": blocks_spec}
         return jax.shard_map(
             self._run,
-            mesh=None if self.explicit_axes else self.mesh,  # None: as auto_axes left it
+            mesh=mesh,
             in_specs=(replicated, blocks_spec, PartitionSpec(self.batch_axes or None), replicated),
             out_specs=(replicated, None if self.tables.forward_only else grads_spec),
             axis_names={self.axis, *self.batch_axes},
@@ -116,30 +107,18 @@ class Step:
 
     def _out_shardings(self, params: PyTree) -> Any:
         """Shardings of the results over Explicit axes: gradients lie as their parameters do."""
-        mine, explicit = {self.axis, *self.batch_axes}, self.explicit_axes
-        over_axis = self.layout.is_sharded and self.axis in explicit
-
-        def one(leaf: Any, lead: tuple[str, ...] = ()) -> NamedSharding:
-            spec = jax.typeof(leaf).sharding.spec
-            dims = [_as_names(dim) for dim in (*spec, *(None,) * (np.ndim(leaf) - len(spec)))]
-            dims = [tuple(n for n in dim if n in explicit and n not in mine) for dim in dims]
-            if lead:
-                dims[0] = (*lead, *dims[0])
-            return NamedSharding(self.mesh, PartitionSpec(*(dim or None for dim in dims)))
-
         replicated = NamedSharding(self.mesh, PartitionSpec())
         if self.tables.forward_only:
             return replicated, None
-        lead = (self.axis,) if over_axis else ()
+        leads = {"ends": None, "blocks": self.axis if self.layout.is_sharded else None}
+        mine = (self.axis, *self.batch_axes)
         return replicated, {
-            "ends": [
-                one(leaf) for leaf in jax.tree.leaves(params["ends"]) if is_differentiable(leaf)
-            ],
-            "blocks": [
-                one(leaf, lead)
-                for leaf in jax.tree.leaves(params["blocks"])
+            part: [
+                sharding_like(leaf, mesh=self.mesh, without=mine, lead=lead)
+                for leaf in jax.tree.leaves(params[part])
                 if is_differentiable(leaf)
-            ],
+            ]
+            for part, lead in leads.items()
         }
 
     def _run(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> tuple[Any, PyTree]:
@@ -255,9 +234,3 @@ class Step:
             if is_differentiable(leaf)
         ]
         return result, {"ends": ends_grads, "blocks": blocks}
-
-
-def _as_names(dim: Any) -> Sequence[str]:
-    if dim is None or dim is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return dim if isinstance(dim, tuple) else (dim,)

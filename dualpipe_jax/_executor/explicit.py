@@ -1,0 +1,64 @@
+"""Runs a program on a mesh with Explicit axes, those where sharding is part of an array's type.
+
+`jax.shard_map` takes an argument on Explicit axes only in the very sharding that it asks for, and
+leaves the other Explicit axes to the user's code. So inside the step all axes are Auto, left to the
+partitioner; outside, what the step returns has the user's mesh in its type again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def explicit_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Lists the axes of the mesh that are Explicit, as those of `jax.make_mesh` are."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in types if kind is AxisType.Explicit)
+
+
+def run_as_auto(
+    run: Callable[..., tuple[Any, Any]], *args: Any, mesh: Mesh, out_shardings: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """Calls `run` with all axes Auto, and gives its two results the shardings asked for.
+
+    Raises:
+      ValueError: If a function of the model closes over an array on the mesh.
+    """
+    as_auto = jax.sharding.auto_axes(run, axes=explicit_axes(mesh), out_sharding=out_shardings)
+    # Says on which devices, and as which mesh: inside auto_axes there is only an abstract one.
+    placed = jax.jit(as_auto, out_shardings=(out_shardings[0], None))
+    try:
+        return placed(*args)
+    except NotImplementedError as error:
+        if "Closing over" not in str(error):
+            raise
+        raise ValueError(
+            "model: one of its functions closes over an array that lies on a mesh with Explicit "
+            "axes, which JAX cannot bring inside; pass it with params or batch, or close over a "
+            "NumPy array (numpy.asarray(array))"
+        ) from error
+
+
+def sharding_like(
+    leaf: Any, *, mesh: Mesh, without: tuple[str, ...], lead: str | None = None
+) -> NamedSharding:
+    """Makes a sharding over the Explicit axes on which `leaf` lies.
+
+    Args:
+      leaf: An array.
+      mesh: The mesh.
+      without: Axes to leave out.
+      lead: An axis over which the leading dim is to lie, if it is Explicit.
+    """
+    explicit = explicit_axes(mesh)
+    spec = jax.typeof(leaf).sharding.spec
+    dims = []
+    for dim in (*spec, *(None,) * (np.ndim(leaf) - len(spec))):
+        names = dim if isinstance(dim, tuple) else (dim,)
+        dims.append([name for name in names if name in explicit and name not in without])
+    if lead in explicit:
+        dims[0].insert(0, lead)
+    return NamedSharding(mesh, PartitionSpec(*(tuple(dim) or None for dim in dims)))
