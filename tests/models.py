@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,12 +106,11 @@ def make_batch(num_microbatches: int, *, seed: int = 1) -> Any:
 
 def assert_close(got: Any, want: Any, *, tolerance: float = 1e-12) -> None:
     """Asserts equality to `tolerance`, relative to the largest entry of each leaf."""
+    chex.assert_trees_all_equal_structs(got, want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     paths = jax.tree_util.tree_leaves_with_path(want)
-    assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, w), g in zip(paths, jax.tree.leaves(got), strict=True):
         name = jax.tree_util.keystr(path)
-        assert g.shape == w.shape, name
-        assert g.dtype == w.dtype, name
         if w.dtype == jax.dtypes.float0 or not w.size:
             continue
         g, w = np.asarray(g), np.asarray(w)

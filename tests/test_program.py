@@ -13,6 +13,7 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax import _api
 from dualpipe_jax._executor import Step
+from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import Tables
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
@@ -124,6 +125,16 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
     """NaNs in every slot and message that should not be read change nothing, bit for bit."""
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
     params, batch = make_params(11), make_batch(num_microbatches)
+    clean, poisoned = (
+        jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
+    )
+    assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+def test_evaluation_never_reads_dead_values() -> None:
+    schedule = dpj.Schedule(forward_only(num_ranks=4, num_microbatches=5))
+    params, batch = make_params(11), make_batch(5)
     clean, poisoned = (
         jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
     )
