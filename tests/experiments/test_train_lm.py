@@ -23,10 +23,19 @@ TINY = (
 )
 
 
+# Whoever starts the tests in the background has SIGINT ignored in all their children.
+HEED_CTRL_C = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def start(flags: str) -> subprocess.Popen[str]:
     """Starts the script as `make train` does: its fake devices come before JAX's backends."""
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *TINY.split(), *flags.split()],
+        [sys.executable, "-c", HEED_CTRL_C, SCRIPT, *TINY.split(), *flags.split()],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -108,7 +117,10 @@ def test_ctrl_c_leaves_the_log_and_the_pictures(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    try:
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, printed
     assert "stopped" in printed
     assert len(rows_of(tmp_path)) >= 5
