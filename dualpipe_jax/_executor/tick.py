@@ -97,9 +97,16 @@ class Rank:
     poison: bool = False
 
     def act(self, state: State, row: Row) -> tuple[State, PyTree]:
-        """Runs this tick's action, and returns what it sends: an x, or a cotangent of one."""
+        """Runs this tick's action, and returns what it sends: an x, or a cotangent of one.
+
+        Of two ranks with a stage each, while microbatch 1 is in its forward and 0 in its backward:
+        rank 0 runs `0F1`: read the received slot or embed -> layers -> send x to rank 1.
+        rank 1 runs `1I0`: read the kept cotangent -> layers, backwards -> send dx to rank 0.
+        All other pieces stand in the program too, and are passed over.
+        """
         opcode, stage = row["opcode"], row["stage"]
         is_first, is_last = stage == 0, stage == self.layout.num_stages - 1
+        # One value goes through: what the action reads, then what its layers make of it.
         out = registers.read(state.received, row["read"])
         out = lax.cond((opcode == FORWARD) & is_first, lambda: self._embed(row), lambda: out)
         for chunk in range(len(self.chunks)):
