@@ -27,7 +27,7 @@ from dualpipe_jax._split_vjp import is_differentiable, split_vjp
 from dualpipe_jax._types import Model, PyTree
 
 # What a tick needs of the tables.
-_COLUMNS = tuple(name for name in Tables.columns())
+_COLUMNS = Tables.columns()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

@@ -6,7 +6,11 @@ bubbles at the end of the one before (section 3.5, direct concatenation, no forw
 """
 
 from dualpipe_jax._schedule.generators.list_schedule import list_schedule
-from dualpipe_jax._schedule.generators.sizes import check_sizes, split_microbatches
+from dualpipe_jax._schedule.generators.sizes import (
+    both_directions,
+    check_sizes,
+    split_microbatches,
+)
 from dualpipe_jax._schedule.ir import Action, Program, Row
 
 
@@ -47,11 +51,7 @@ def _published_row(rank: int, num_ranks: int, num_microbatches: int) -> Row:
 
 
 def _unpublished_rows(num_ranks: int, num_microbatches: int) -> tuple[Row, ...]:
-    if num_ranks == 1:  # both ends are one
-        routes, microbatches = [range(1)], [range(num_microbatches)]
-    else:
-        routes = [range(num_ranks), range(num_ranks)[::-1]]
-        microbatches = split_microbatches(num_microbatches)
+    routes, microbatches = both_directions(num_ranks, num_microbatches)
     return list_schedule(
         num_ranks=num_ranks,
         routes=routes,

@@ -6,7 +6,11 @@ backward of the other at hand, and runs them as a pair.
 
 from dualpipe_jax._schedule.generators.dualpipe_phases import published_row
 from dualpipe_jax._schedule.generators.list_schedule import list_schedule
-from dualpipe_jax._schedule.generators.sizes import check_sizes, split_microbatches
+from dualpipe_jax._schedule.generators.sizes import (
+    both_directions,
+    check_sizes,
+    split_microbatches,
+)
 from dualpipe_jax._schedule.ir import Program, Row
 
 
@@ -34,11 +38,7 @@ def dualpipe(*, num_ranks: int, num_microbatches: int) -> Program:
 
 
 def _unpublished_rows(num_ranks: int, num_microbatches: int) -> tuple[Row, ...]:
-    if num_ranks == 1:  # both ends are one
-        routes, microbatches = [range(1)], [range(num_microbatches)]
-    else:
-        routes = [range(num_ranks), range(num_ranks)[::-1]]
-        microbatches = split_microbatches(num_microbatches)
+    routes, microbatches = both_directions(num_ranks, num_microbatches)
     return list_schedule(
         num_ranks=num_ranks,
         routes=routes,

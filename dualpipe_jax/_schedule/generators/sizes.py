@@ -1,6 +1,7 @@
 """What every generator does with its sizes."""
 
 import operator
+from collections.abc import Sequence
 
 
 def check_sizes(**sizes: int) -> tuple[int, ...]:
@@ -25,3 +26,12 @@ def split_microbatches(num_microbatches: int) -> tuple[range, range]:
     """Gives direction 0 the first half of the microbatches, and the odd one; 1 the rest."""
     middle = -(-num_microbatches // 2)
     return range(middle), range(middle, num_microbatches)
+
+
+def both_directions(
+    num_ranks: int, num_microbatches: int
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Gives each direction's route over the ranks and its microbatches; one rank has one only."""
+    if num_ranks == 1:  # both ends are one
+        return [range(1)], [range(num_microbatches)]
+    return [range(num_ranks), range(num_ranks)[::-1]], [*split_microbatches(num_microbatches)]
