@@ -1,13 +1,15 @@
 """The public functions: validate, compile the schedule, build the step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _microbatches, _validate
+from dualpipe_jax import _microbatches, _parameters, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._executor import Step
 from dualpipe_jax._schedule.compile import compile_program
@@ -28,6 +30,9 @@ def value_and_grad(
     remat: str | Callable[..., Any] = "none",
     grad_dtype: Any = None,
     batch_axes: str | tuple[str, ...] = (),
+    manual_axes: str | tuple[str, ...] = (),
+    param_specs: PyTree = None,
+    trainable: PyTree | Callable[[PyTree], PyTree] = True,
 ) -> Callable[..., Any]:
     """Makes the pipelined `jax.value_and_grad` of a model's loss.
 
@@ -37,8 +42,8 @@ def value_and_grad(
 
     Args:
       model: The model, as pure functions.
-      mesh: The devices. Axes other than `axis` and `batch_axes` are left to XLA's partitioner;
-        inside the model's functions they are Auto axes, whatever they are outside.
+      mesh: The devices. Axes not named here are left to XLA's partitioner; inside the model's
+        functions they are Auto axes, whatever they are outside.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
       schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches.
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
@@ -46,18 +51,31 @@ def value_and_grad(
         keeps its input only, a `jax.checkpoint` policy says itself.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
+      manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
+        or sequence parallel): they are given a device's part of the parameters and, where the axis
+        is one of batch_axes too, of the batch. JAX's check of varying values holds for them, as in
+        `jax.shard_map` (`jax.lax.pcast` is the fix for most of its errors). Over an axis that is
+        not one of batch_axes all devices must come to the same loss.
+      param_specs: How params lie over the manual axes: a tree of PartitionSpecs whose leaves stand
+        for whole branches of params; None for what is the same on all of their devices. The first
+        entry for a leaf of blocks is that of the layers' dim.
+      trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
+        branches of params, or a function from params to one (as the masks of optax). For the
+        others nothing is computed or kept, and their gradient is zeros, which cost nothing inside
+        a jit that does not return them.
 
     Returns:
       `grad_fn(params, batch, *, rng=None) -> (loss, grads)`; with `model.has_aux`,
       `((loss, metrics), grads)`. It is not itself differentiable by `jax.grad`; `sequential` is.
 
       params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
-        model order, sharded in any way. batch: a pytree of arrays `[B, ...]`; microbatch m is rows
-        `[m B/N, (m+1) B/N)`. rng: a key, or None. loss: a scalar of at least float32. grads: as
-        params in structure, shapes and dtypes, accumulated in float32 or wider; float0 zeros for
-        integer leaves, as with `allow_int=True`. Gradients of blocks leave sharded over `axis` if
-        num_layers divides by its size, else replicated: lay blocks so from the start (leading dim
-        `PartitionSpec(axis)`), and no update has to move them.
+        model order, sharded in any way; and, if there are parameters that all blocks use,
+        `"shared": pytree`, which they see as `ctx.shared`. batch: a pytree of arrays `[B, ...]`;
+        microbatch m is rows `[m B/N, (m+1) B/N)`. rng: a key, or None. loss: a scalar of at least
+        float32. grads: as params in structure, shapes and dtypes, accumulated in float32 or wider;
+        float0 zeros for integer leaves, as with `allow_int=True`. Gradients of blocks leave sharded
+        over `axis` if num_layers divides by its size, else replicated: lay blocks so from the start
+        (leading dim `PartitionSpec(axis)`), and no update has to move them.
 
     Raises:
       ValueError: If an argument has a bad value; from grad_fn, when traced, if params, batch or
@@ -65,19 +83,26 @@ def value_and_grad(
       TypeError: If an argument, or what a function of the model returns, has a wrong type.
     """
     _validate.is_model(model)
-    batch_axes = _axes(batch_axes)
-    num_ranks = _check(mesh, num_microbatches, axis, batch_axes)
-    schedule = _schedule_for(schedule, num_ranks, num_microbatches)
-    block = _block(model, remat)
-    build = _Builder(model, mesh, axis, batch_axes, block, schedule.compiled().tables)
+    axes = _Axes.checked(mesh, axis, batch_axes, manual_axes)
+    _validate.positive_int("num_microbatches", num_microbatches)
+    schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
+    build = _Builder(
+        axes=axes,
+        tables=schedule.compiled().tables,
+        model=model,
+        block=_block(model, remat),
+        param_specs=param_specs,
+        trainable=trainable,
+    )
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
 
     def grad_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         step = build(params, batch, rng)
         _validate.grad_dtype(dtype, params)
+        wanted = _parameters.wanted(params, trainable)
         result, grads = step(params, batch, rng)
-        return result, _gradients(params, grads, dtype)
+        return result, _gradients(params, wanted, grads, dtype)
 
     return grad_fn
 
@@ -89,6 +114,8 @@ def evaluate(
     num_microbatches: int,
     axis: str = "pipe",
     batch_axes: str | tuple[str, ...] = (),
+    manual_axes: str | tuple[str, ...] = (),
+    param_specs: PyTree = None,
 ) -> Callable[..., Any]:
     """Makes the pipelined loss of a model, without gradients: forwards from both ends.
 
@@ -98,6 +125,8 @@ def evaluate(
       num_microbatches: Microbatches of the batch (on each shard of it), over both directions.
       axis: The mesh axis over which the layers are spread.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded.
+      manual_axes: Mesh axes of which the model's functions use collectives by name.
+      param_specs: How params lie over the manual axes.
 
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`; equal to
@@ -109,17 +138,43 @@ def evaluate(
       TypeError: As `value_and_grad`.
     """
     _validate.is_model(model)
-    batch_axes = _axes(batch_axes)
-    num_ranks = _check(mesh, num_microbatches, axis, batch_axes)
-    program = forward_only(num_ranks=num_ranks, num_microbatches=num_microbatches)
-    block = _block(model, "none")
-    build = _Builder(model, mesh, axis, batch_axes, block, compile_program(program).tables)
+    axes = _Axes.checked(mesh, axis, batch_axes, manual_axes)
+    _validate.positive_int("num_microbatches", num_microbatches)
+    program = forward_only(num_ranks=mesh.shape[axis], num_microbatches=num_microbatches)
+    build = _Builder(
+        axes=axes,
+        tables=compile_program(program).tables,
+        model=model,
+        block=_block(model, "none"),
+        param_specs=param_specs,
+    )
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         return build(params, batch, rng)(params, batch, rng)[0]
 
     return loss_fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axes:
+    """What the axes of the mesh are for."""
+
+    mesh: jax.sharding.Mesh
+    axis: str
+    batch_axes: tuple[str, ...]
+    manual_axes: tuple[str, ...]
+
+    @classmethod
+    def checked(cls, mesh: Any, axis: Any, batch_axes: Any, manual_axes: Any) -> "_Axes":
+        """Makes it of what the user named."""
+        _validate.mesh_axis(mesh, axis)
+        return cls(
+            mesh=mesh,
+            axis=axis,
+            batch_axes=_validate.other_axes(mesh, axis, "batch_axes", batch_axes),
+            manual_axes=_validate.other_axes(mesh, axis, "manual_axes", manual_axes),
+        )
 
 
 class _Builder:
@@ -129,26 +184,21 @@ class _Builder:
     what the model's functions read besides their arguments is read at the first call.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        mesh: jax.sharding.Mesh,
-        axis: str,
-        batch_axes: tuple[str, ...],
-        block: Callable[..., Any],
-        tables: Tables,
-    ):
+    def __init__(self, *, axes: _Axes, tables: Tables, **options: Any):
         self._tables = tables
-        self._fixed: dict[str, Any] = {
-            "model": model,
-            "mesh": mesh,
-            "axis": axis,
-            "batch_axes": batch_axes,
-            "block": block,
-            "tables": tables,
-        }
-        self._num_shards = int(np.prod([mesh.shape[name] for name in batch_axes], dtype=int))
-        self._shards = ", ".join(map(repr, batch_axes))
+        self._step = partial(
+            Step,
+            mesh=axes.mesh,
+            axis=axes.axis,
+            batch_axes=axes.batch_axes,
+            manual_axes=axes.manual_axes,
+            tables=tables,
+            **options,
+        )
+        self._num_shards = int(
+            np.prod([axes.mesh.shape[name] for name in axes.batch_axes], dtype=int)
+        )
+        self._shards = ", ".join(map(repr, axes.batch_axes))
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
@@ -165,32 +215,10 @@ class _Builder:
         )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
             # Inside the user's jit: traced as part of it, as often as it is.
-            return Step(num_layers=num_layers, **self._fixed)
+            return self._step(num_layers=num_layers)
         if num_layers not in self._steps:
-            self._steps[num_layers] = jax.jit(Step(num_layers=num_layers, **self._fixed))
+            self._steps[num_layers] = jax.jit(self._step(num_layers=num_layers))
         return self._steps[num_layers]
-
-
-def _check(
-    mesh: jax.sharding.Mesh, num_microbatches: int, axis: str, batch_axes: tuple[str, ...]
-) -> int:
-    num_ranks = _validate.mesh_axis(mesh, axis)
-    for name in batch_axes:
-        _validate.mesh_axis(mesh, name, argument="batch_axes")
-    if axis in batch_axes or len(set(batch_axes)) < len(batch_axes):
-        raise ValueError(
-            f"batch_axes={batch_axes!r}: must be mesh axes other than axis={axis!r}, each once"
-        )
-    _validate.positive_int("num_microbatches", num_microbatches)
-    return num_ranks
-
-
-def _axes(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(axes, str):
-        return (axes,)
-    if not isinstance(axes, tuple | list):
-        raise TypeError(f"batch_axes={axes!r}: must be the name of a mesh axis, or a tuple of them")
-    return tuple(axes)
 
 
 def _schedule_for(
@@ -257,13 +285,19 @@ def _float_dtype(name: str, dtype: Any) -> Any:
     return known
 
 
-def _gradients(params: PyTree, grads: dict[str, list[jax.Array]], dtype: Any) -> PyTree:
-    """Gives the gradients the structure of `params`, and float0 zeros to its integer leaves."""
-    rest = {part: iter(leaves) for part, leaves in grads.items()}
+def _gradients(
+    params: PyTree, wanted: dict[str, list[bool]], grads: dict[str, list[jax.Array]], dtype: Any
+) -> PyTree:
+    """Gives the gradients the structure of `params`: zeros to frozen leaves, float0 to integers."""
+    found = {part: iter(leaves) for part, leaves in grads.items()}
+    flags = {part: iter(leaves) for part, leaves in wanted.items()}
 
     def one(path: Any, leaf: Any) -> Any:
+        part = path[0].key
+        if next(flags[part]):
+            return next(found[part]).astype(dtype or leaf.dtype)
         if not is_differentiable(leaf):
             return np.zeros(leaf.shape, jax.dtypes.float0)
-        return next(rest[path[0].key]).astype(dtype or leaf.dtype)
+        return jnp.zeros_like(leaf, dtype=dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -49,6 +49,7 @@ def context(
     *,
     is_layer: bool = False,
     shard: jax.Array | None = None,
+    shared: PyTree = None,
 ) -> Context:
     """Builds the context of a function at `position`: a layer, or past the layers for the ends.
 
@@ -59,7 +60,7 @@ def context(
         key = jax.random.fold_in(key, position)
         key = key if shard is None else jax.random.fold_in(key, shard)
     layer = jnp.asarray(position, jnp.int32) if is_layer else None
-    return Context(microbatch=microbatch, layer=layer, rng=key)
+    return Context(microbatch=microbatch, layer=layer, rng=key, shared=shared)
 
 
 def accumulator_dtype(dtype: Any) -> Any:

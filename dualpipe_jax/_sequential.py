@@ -51,13 +51,15 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
         layer, microbatch = jax.eval_shape(
             lambda *trees: _microbatches.take(trees, 0), params["blocks"], batches
         )
-        outs = _validate.outputs(model, params["ends"], layer, microbatch, rng)
+        outside = {part: tree for part, tree in params.items() if part != "blocks"}
+        outs = _validate.outputs(model, outside, layer, microbatch, rng)
+        shared = params.get("shared")
         total_weight = _microbatches.total_weight(model, batches)
 
         def run_layer(carry: tuple, layer: tuple, *, microbatch: PyTree, key: Any) -> Any:
             x, aux_sum = carry
             block_params, index = layer
-            ctx = _microbatches.context(microbatch, key, index, is_layer=True)
+            ctx = _microbatches.context(microbatch, key, index, is_layer=True, shared=shared)
             outputs = model.block(block_params, x, ctx)
             x, aux = _microbatches.block_outputs(model, outputs)
             if aux is not None:
@@ -69,14 +71,16 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
             microbatch = _microbatches.take(batches, index)
             key = _microbatches.microbatch_key(rng, index)
             ends = params["ends"]
-            x = model.embed(ends, _microbatches.context(microbatch, key, num_layers))
+            ctx = _microbatches.context(microbatch, key, num_layers, shared=shared)
+            x = model.embed(ends, ctx)
             layers = params["blocks"], jnp.arange(num_layers, dtype=jnp.int32)
             (x, aux_sum), _ = lax.scan(
                 lambda carry, layer: run_layer(carry, layer, microbatch=microbatch, key=key),
                 (_microbatches.strong(x), aux_sum),
                 layers,
             )
-            out = model.head(ends, x, _microbatches.context(microbatch, key, num_layers + 1))
+            ctx = _microbatches.context(microbatch, key, num_layers + 1, shared=shared)
+            out = model.head(ends, x, ctx)
             loss, metrics = _microbatches.head_outputs(model, out)
             sums = _microbatches.add((loss_sum, metrics_sum), (loss, metrics))
             return (sums[0], aux_sum, sums[1]), None

@@ -21,11 +21,14 @@ class Context:
       rng: A key for this microbatch and layer, the same in every schedule; None without `rng=`.
         With `k = jax.random.fold_in(rng, m)`, block `l` gets `fold_in(k, l)`, embed
         `fold_in(k, num_layers)` and head `fold_in(k, num_layers + 1)`.
+      shared: `params["shared"]`, parameters that all blocks (and embed and head) may use; None
+        without. Their gradient is the sum over all uses.
     """
 
     microbatch: PyTree
     layer: jax.Array | None = None
     rng: jax.Array | None = None
+    shared: PyTree = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,21 +4,21 @@ Every message names the argument, its value, what was required and the fix, and 
 offenders.
 """
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from dualpipe_jax import _microbatches
+from dualpipe_jax import _microbatches, _varying
 from dualpipe_jax._types import Context, Model, PyTree
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
     """Avals of what a model's functions return, and of the context that a block is given."""
 
@@ -34,7 +34,7 @@ def positive_int(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r}: must be an integer, got {_kind(value)}") from None
+        raise TypeError(f"{name}={value!r}: must be an integer, got {kind(value)}") from None
     if isinstance(value, bool) or number < 1:
         raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
     return number
@@ -44,7 +44,7 @@ def is_model(model: Any) -> None:
     """Requires a Model."""
     if not isinstance(model, Model):
         raise TypeError(
-            f"model: must be a dualpipe_jax.Model(embed=, block=, head=), got {_kind(model)}"
+            f"model: must be a dualpipe_jax.Model(embed=, block=, head=), got {kind(model)}"
         )
 
 
@@ -56,14 +56,14 @@ def key(rng: Any) -> None:
     is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     is_legacy = dtype == jnp.uint32 and shape is not None and len(shape) == 1
     if not is_key and not is_legacy:
-        raise TypeError(f"rng: must be one key, as of jax.random.key(0), or None; got {_kind(rng)}")
+        raise TypeError(f"rng: must be one key, as of jax.random.key(0), or None; got {kind(rng)}")
 
 
 def grad_dtype(dtype: Any, params: PyTree) -> None:
     """Requires that gradients of `params` fit into `dtype`, if it is not None."""
     if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
         return
-    _raise_all(
+    raise_all(
         f"grad_dtype={dtype}: must be complex for complex parameters, or None",
         (
             f"params{keystr(path)} is {_short(leaf)}"
@@ -76,9 +76,9 @@ def grad_dtype(dtype: Any, params: PyTree) -> None:
 def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
     """Requires `axis` to be an axis of the mesh, and returns its size."""
     if not isinstance(mesh, jax.sharding.Mesh):
-        raise TypeError(f"mesh: must be a jax.sharding.Mesh, got {_kind(mesh)}")
+        raise TypeError(f"mesh: must be a jax.sharding.Mesh, got {kind(mesh)}")
     if not isinstance(axis, str):
-        raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {_kind(axis)}")
+        raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {kind(axis)}")
     if axis not in mesh.shape:
         known = ", ".join(f"{name!r} ({size} devices)" for name, size in mesh.shape.items())
         raise ValueError(
@@ -88,17 +88,32 @@ def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
     return mesh.shape[axis]
 
 
+def other_axes(mesh: Any, axis: str, argument: str, axes: Any) -> tuple[str, ...]:
+    """Requires one axis of the mesh beside `axis`, or several; returns a tuple."""
+    names = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(names, tuple | list):
+        raise TypeError(f"{argument}={axes!r}: must be the name of a mesh axis, or a tuple of them")
+    for name in names:
+        mesh_axis(mesh, name, argument=argument)
+    if axis in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{argument}={axes!r}: must be mesh axes other than axis={axis!r}, each once"
+        )
+    return tuple(names)
+
+
 def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
     """Requires `{"ends": ..., "blocks": ...}` with one leading dim, and returns that dim."""
-    if not isinstance(params, Mapping) or set(params) != {"ends", "blocks"}:
+    if not isinstance(params, Mapping) or set(params) - {"shared"} != {"ends", "blocks"}:
         got = (
             f"a dict with the keys {sorted(map(str, params))}"
             if isinstance(params, Mapping)
-            else (_kind(params))
+            else (kind(params))
         )
         raise ValueError(
             'params: must be {"ends": the parameters outside the layer stack, "blocks": those of '
-            f"the layers, stacked}}, got {got}"
+            'the layers, stacked}, and "shared": those that all blocks use, if there are any; got '
+            f"{got}"
         )
     arrays(params, "params")
     leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
@@ -108,7 +123,7 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
     counted = [size for size in sizes if size is not None]
     # The size that most leaves have is taken for the number of layers.
     size = max(counted, key=counted.count) if counted else None
-    _raise_all(
+    raise_all(
         'params["blocks"]: every leaf must have the layers as its leading dim, the same number '
         f"({size} in most leaves here); stack the parameters of all layers on a new leading dim",
         (
@@ -128,10 +143,10 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
 
 def arrays(tree: PyTree, name: str) -> None:
     """Requires every leaf to be an array, or a Python or NumPy scalar."""
-    _raise_all(
+    raise_all(
         f"{name}: every leaf must be an array",
         (
-            f"{name}{keystr(path)} is {_kind(leaf)}"
+            f"{name}{keystr(path)} is {kind(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
             if not _is_array(leaf)
         ),
@@ -145,12 +160,12 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
         raise ValueError("batch: has no leaves; it must hold at least one array [B, ...]")
-    _raise_all(
+    raise_all(
         "batch: every leaf needs a leading dim, the batch size",
         (f"batch{keystr(path)} is a scalar" for path, leaf in leaves if not leaf.ndim),
     )
     sizes = {leaf.shape[0] for _, leaf in leaves}
-    _raise_all(
+    raise_all(
         "batch: all leaves must share their leading dim, the batch size",
         (f"batch{keystr(path)} of shape {leaf.shape}" for path, leaf in leaves)
         if len(sizes) > 1
@@ -170,17 +185,28 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
 
 
 def outputs(
-    model: Model, ends: PyTree, layer: PyTree, microbatch: PyTree, rng: Any, shard: Any = None
+    model: Model,
+    outside: PyTree,
+    layer: PyTree,
+    microbatch: PyTree,
+    rng: Any,
+    shard: Any = None,
+    *,
+    hidden_axes: Iterable[str] = (),
 ) -> Outputs:
     """Requires the model's functions to fit each other, and returns avals of what they return.
 
-    `layer` holds the parameters of one layer; all arguments may be avals.
+    `outside` holds `ends`, and `shared` if there is one, and `layer` the parameters of one layer;
+    all arguments may be avals. The context in what is returned has no shared parameters. No
+    function may name one of the mesh axes `hidden_axes`.
     """
 
-    def run(ends: PyTree, layer: PyTree, microbatch: PyTree, rng: Any) -> Any:
+    def run(outside: PyTree, layer: PyTree, microbatch: PyTree, rng: Any, shard: Any) -> Any:
+        ends, shared = outside["ends"], outside.get("shared")
         key = _microbatches.microbatch_key(rng, jnp.int32(0))
-        ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard)
-        layer_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
+        ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard, shared=shared)
+        bare_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
+        layer_ctx = dataclasses.replace(bare_ctx, shared=shared)
         x = _returned("model.embed", "x", model.embed(ends, ends_ctx))
         if not jax.tree.leaves(x):
             raise ValueError(f"model.embed: must return at least one array, got {x!r}")
@@ -193,9 +219,34 @@ def outputs(
             _scalar(
                 "model.weight", "a real scalar", weight, fix=fix, of=(jnp.floating, jnp.integer)
             )
-        return Outputs(x=x, ctx=layer_ctx, loss=loss, metrics=metrics, aux=aux)
+        return Outputs(x=x, ctx=bare_ctx, loss=loss, metrics=metrics, aux=aux)
 
-    return jax.eval_shape(run, ends, layer, microbatch, rng)
+    jaxpr, outs = jax.make_jaxpr(run, return_shape=True)(outside, layer, microbatch, rng, shard)
+    used = _varying.named_axes(jaxpr.jaxpr) & set(hidden_axes)
+    if used:
+        raise ValueError(
+            f"model: its functions name the mesh axes {sorted(used)}, but may name manual_axes "
+            "only; name them there too (the pipeline axis is the library's own)"
+        )
+    return outs
+
+
+def reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:
+    """Requires what is added up over microbatches to be alike where these do not differ."""
+    allowed = set(loss_axes)
+    values = {"model.head: its loss": outs.loss, "model.head: metrics": outs.metrics}
+    values["model.block: its aux loss"] = outs.aux
+    raise_all(
+        "manual_axes: over an axis that is not one of batch_axes, all devices must come to one "
+        "loss and the same metrics; reduce them (jax.lax.psum or pmean), or name the axis in "
+        "batch_axes if the rows of the batch are spread over it",
+        (
+            f"{name}{keystr(path)} varies over {', '.join(map(repr, sorted(axes)))}"
+            for name, value in values.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(value)
+            if (axes := _varying.varies_over(leaf) - allowed)
+        ),
+    )
 
 
 def same_x(x: PyTree, y: PyTree, *, hint: str = "") -> None:
@@ -206,7 +257,7 @@ def same_x(x: PyTree, y: PyTree, *, hint: str = "") -> None:
         raise ValueError(
             f"model.block: changes the structure of x from {before} to {after}; {fix}{hint}"
         )
-    _raise_all(
+    raise_all(
         f"model.block: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
         (
             f"x{keystr(path)} comes as {_short(a)} and leaves as {_short(b)}"
@@ -222,7 +273,7 @@ def _block_aux(model: Model, x: PyTree, out: Any) -> Any:
     """Requires block's outputs to fit the model, and returns its aux loss, or None."""
     if model.block_has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[1]])):
         raise TypeError(
-            f"model.block: with block_has_aux=True it must return (x, aux_loss), got {_kind(out)}"
+            f"model.block: with block_has_aux=True it must return (x, aux_loss), got {kind(out)}"
         )
     y, aux = _microbatches.block_outputs(model, _returned("model.block", "x", out))
     hint = (
@@ -240,11 +291,11 @@ def _loss_and_metrics(model: Model, out: Any) -> tuple[jax.Array, PyTree]:
     """Requires head's outputs to fit the model."""
     if model.has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[0]])):
         raise TypeError(
-            f"model.head: with has_aux=True it must return (loss, metrics), got {_kind(out)}"
+            f"model.head: with has_aux=True it must return (loss, metrics), got {kind(out)}"
         )
     if not model.has_aux and not jax.tree_util.all_leaves([out]):
         raise TypeError(
-            f"model.head: must return a scalar loss, got {_kind(out)}; to return metrics beside "
+            f"model.head: must return a scalar loss, got {kind(out)}; to return metrics beside "
             "the loss, make the model with has_aux=True"
         )
     loss, metrics = out if model.has_aux else (out, None)
@@ -256,10 +307,10 @@ def _loss_and_metrics(model: Model, out: Any) -> tuple[jax.Array, PyTree]:
 def _returned(name: str, what: str, value: Any) -> Any:
     """Requires arrays, or Python scalars, of what a function of the model returned."""
     value = _microbatches.as_arrays(value)
-    _raise_all(
+    raise_all(
         f"{name}: must return arrays",
         (
-            f"{what}{keystr(path)} is {_kind(leaf)}"
+            f"{what}{keystr(path)} is {kind(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(value)
             if not _is_array(leaf)
         ),
@@ -278,7 +329,7 @@ def _scalar(
 ) -> None:
     value = _microbatches.as_arrays(value)
     if not _is_array(value):
-        raise TypeError(f"{name}: must return {what}, got {_kind(value)}; {fix}")
+        raise TypeError(f"{name}: must return {what}, got {kind(value)}; {fix}")
     if value.shape or not any(jnp.issubdtype(value.dtype, kind) for kind in of):
         raise ValueError(f"{name}: must return {what}, got {_short(value)}; {fix}")
 
@@ -291,7 +342,8 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2
 
 
-def _raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:
+def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:
+    """Raises `message` with the list of offenders, if there are any."""
     lines = [f"  * {line}" for line in offenders]
     if lines:
         raise error("\n".join([f"{message}; but:", *lines]))
@@ -301,7 +353,8 @@ def _short(aval: Any) -> str:
     return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """Says in a few words what a value is."""
     if _is_array(value):
         return f"an array {_short(value)}"
     return f"{type(value).__name__} {value!r}"[:80]

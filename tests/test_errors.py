@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import P
 
 import dualpipe_jax as dpj
 
 D = 4
 MESH = jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2])
+WIDE_MESH = jax.make_mesh((2, 2), ("pipe", "model"), devices=jax.devices()[:4])
 PARAMS = {
     "ends": {"table": jnp.ones((D, D)), "out": jnp.ones(D)},
     "blocks": {"w": jnp.ones((2, D, D)), "b": jnp.ones((2, D))},
@@ -90,7 +92,113 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "batch axis is the pipeline axis": (
         {"batch_axes": "pipe"},
         ValueError,
-        ["batch_axes=('pipe',)", "other than axis='pipe'"],
+        ["batch_axes='pipe'", "other than axis='pipe'"],
+    ),
+    "unknown manual axis": (
+        {"manual_axes": "expert"},
+        ValueError,
+        ["manual_axes='expert'", "not an axis of the mesh", "'pipe' (2 devices)"],
+    ),
+    "manual axis is the pipeline axis": (
+        {"manual_axes": ["pipe"]},
+        ValueError,
+        ["manual_axes=['pipe']", "other than axis='pipe'"],
+    ),
+    "manual axes not names": ({"manual_axes": {"a": 1}}, TypeError, ["manual_axes={'a': 1}"]),
+    "specs of other parts": (
+        {"param_specs": {"blocks": P()}},
+        ValueError,
+        ["param_specs: has the keys ['blocks']", "['blocks', 'ends']"],
+    ),
+    "specs of other leaves": (
+        {"param_specs": {"ends": {"table": P()}, "blocks": P()}},
+        ValueError,
+        ["param_specs: its tree must be that of params", "ends", "out"],
+    ),
+    "specs not specs": (
+        {"param_specs": {"ends": P(), "blocks": {"w": "model", "b": 3}}},
+        TypeError,
+        ["param_specs['blocks']['w'] is str 'model'", "param_specs['blocks']['b'] is int 3"],
+    ),
+    "specs name other axes": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": "model",
+            "param_specs": {
+                "ends": {"table": P("data"), "out": P("model", None)},
+                "blocks": {"w": P("model"), "b": P(None, ("model", "model"))},
+            },
+        },
+        ValueError,
+        [
+            "manual_axes=('model',)",
+            "params['ends']['table'] of shape (4, 4), spec P('data',): 'data' is none of them",
+            "params['ends']['out'] of shape (4,), spec P('model', None): has 2 entries for 1 dims",
+            "params['blocks']['w']",
+            "the layers' dim lies over 'pipe' alone",
+            "params['blocks']['b']",
+            "'model' stands twice",
+        ],
+    ),
+    "specs do not divide": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": ("model",),
+            "params": with_("ends", table=jnp.ones((D, D)), odd=jnp.ones((3, 4))),
+            "param_specs": {"ends": P("model"), "blocks": P()},
+        },
+        ValueError,
+        ["params['ends']['odd'] of shape (3, 4)", "dim 0 is not divisible by 2 devices"],
+    ),
+    "loss differs over a manual axis": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": "model",
+            "model": model(head=lambda ends, x, ctx: x.mean() * jax.lax.axis_index("model")),
+        },
+        ValueError,
+        ["model.head: its loss varies over 'model'", "jax.lax.psum", "batch_axes"],
+    ),
+    "aux loss differs over a manual axis": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": "model",
+            "model": model(
+                block=lambda params, x, ctx: (x, x.mean() * jax.lax.axis_index("model")),
+                block_has_aux=True,
+            ),
+        },
+        ValueError,
+        ["model.block: its aux loss varies over 'model'"],
+    ),
+    "collective over a batch axis": (
+        {
+            "mesh": WIDE_MESH,
+            "batch_axes": "model",
+            "model": model(block=lambda params, x, ctx: jax.lax.pmean(x, "model")),
+        },
+        ValueError,
+        ["name the mesh axes ['model']", "manual_axes"],
+    ),
+    "collective over the pipeline axis": (
+        {"model": model(block=lambda params, x, ctx: jax.lax.psum(x, "pipe"))},
+        ValueError,
+        ["name the mesh axes ['pipe']", "the pipeline axis is the library's own"],
+    ),
+    "mask of other parts": (
+        {"trainable": {"ends": True}},
+        ValueError,
+        ["trainable: has the keys ['ends']", "['blocks', 'ends']"],
+    ),
+    "mask of other leaves": (
+        {"trainable": {"ends": True, "blocks": {"w": True}}},
+        ValueError,
+        ["trainable: its tree must be that of params", "b"],
+    ),
+    "mask not of bools": (
+        {"trainable": lambda params: {"ends": None, "blocks": {"w": 1, "b": True}}},
+        TypeError,
+        ["trainable['ends']['table'] is NoneType None", "trainable['blocks']['w'] is int 1"],
     ),
     "batch axes not names": ({"batch_axes": 3}, TypeError, ["batch_axes=3", "must be"]),
     "batch axes None": ({"batch_axes": None}, TypeError, ["batch_axes=None", "must be"]),

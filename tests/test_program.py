@@ -15,6 +15,7 @@ from dualpipe_jax import _api
 from dualpipe_jax._executor import Step
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import Tables
+from tests.hlo import instructions, loop_lines
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 
@@ -58,13 +59,12 @@ def test_one_executable_with_permutes_both_ways(compiled: Any) -> None:
     # Blocks stay where they are: nobody gathers them, and no gradient is reduced in the loop.
     assert "all-gather" not in text
     assert "all-to-all" not in text
-    loops = _loop_computations(text)
-    assert not any("all-reduce" in line for lines in loops.values() for line in lines)
+    assert not any("all-reduce" in line for line in loop_lines(text))
 
 
 @pytest.mark.slow
 def test_program_size_does_not_grow_with_microbatches(compiled: Any) -> None:
-    few, many = (len(_instructions(compiled[n].as_text())) for n in (8, 24))
+    few, many = (len(instructions(compiled[n].as_text())) for n in (8, 24))
     assert few == many
 
 
@@ -81,7 +81,7 @@ def test_buffers_are_updated_in_place(compiled: Any) -> None:
     slots = {tables.num_slots[name] for name in ("residual", "weight_residual", "stash")}
     buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in slots]
     weights = [f"f64[{layers},{WIDTH},{WIDTH + 1}]", f"f64[{layers},{WIDTH + 1},{WIDTH}]"]
-    lines = [line for lines in _loop_computations(text).values() for line in lines]
+    lines = loop_lines(text)
     for shape in (*buffers, *weights):
         mine = [line for line in lines if f"= {shape}" in line]
         assert mine  # the shape looked for does exist in loops
@@ -110,7 +110,6 @@ def make_step(schedule: dpj.Schedule, *, tables: Any = None, **options: Any) -> 
         tables=tables or schedule.compiled().tables,
         mesh=make_mesh(schedule.num_ranks),
         axis="pipe",
-        batch_axes=(),
         block=_api._block(model, "none"),
         num_layers=11,
         **options,
@@ -154,19 +153,3 @@ def test_poison_is_found_when_a_dead_value_is_read() -> None:
     step = make_step(schedule, tables=wrong, poison=True)
     loss, _ = jax.jit(step)(make_params(11), make_batch(8), None)
     assert np.isnan(loss)
-
-
-def _instructions(text: str) -> list[str]:
-    return [line for line in text.splitlines() if re.match(r"\s+(ROOT )?%", line)]
-
-
-def _loop_computations(text: str) -> dict[str, list[str]]:
-    """The lines of every computation but the entry, by the computation's name."""
-    computations: dict[str, list[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        if line and not line.startswith(" "):
-            name = line.split()[0]
-        elif name != "ENTRY":
-            computations.setdefault(name, []).append(line)
-    return computations

@@ -21,11 +21,12 @@ from jax import lax
 
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
+from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, WEIGHT_GRAD
-from dualpipe_jax._split_vjp import SplitVjp, is_differentiable
-from dualpipe_jax._types import Context, Model
+from dualpipe_jax._types import Context
 
 PyTree = Any
 
@@ -41,7 +42,7 @@ class State(NamedTuple):
       stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
-      ends_grads: The gradients of the differentiable leaves of `ends`.
+      outside_grads: The gradients of the leaves outside the stack that get one.
       loss, aux, metrics: Sums over microbatches.
       from_left, from_right: What the neighbours sent in the tick before: an x.
     """
@@ -51,7 +52,7 @@ class State(NamedTuple):
     weight_residual: Any
     stash: Any
     block_grads: list[list[Any]]
-    ends_grads: list[jax.Array]
+    outside_grads: list[jax.Array]
     loss: jax.Array
     aux: jax.Array | None
     metrics: PyTree
@@ -67,33 +68,27 @@ class Rank:
     """Runs the actions of one rank.
 
     Attributes:
-      model: The model.
+      functions: The model's functions.
       layout: Which layers are whose.
-      split: The block's split backward; None in forward-only programs.
-      block: `(params, x, ctx) -> (y, aux)`.
       chunks: The layers' parameters `[max_layers, ...]` of each chunk.
-      ends: The parameters outside the layer stack.
+      outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside the stack.
       microbatches: The batch, `[num_microbatches, ...]`.
       rng: The step's key, or None.
       shard: The index of this shard of the batch, or None if there is one only.
       loss_seed: The cotangent of each microbatch's loss, a scalar.
       aux_seed: The cotangent of each layer's aux loss, a scalar; None without.
-      x: Avals of x.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
-    model: Model
+    functions: Functions
     layout: Layout
-    split: SplitVjp | None
-    block: Callable[..., tuple[PyTree, Any]]
     chunks: list[PyTree]
-    ends: PyTree
+    outside: dict[str, PyTree]
     microbatches: PyTree
     rng: jax.Array | None
     shard: jax.Array | None
     loss_seed: jax.Array
     aux_seed: jax.Array | None
-    x: PyTree
     poison: bool = False
 
     def act(self, state: State, row: Row) -> tuple[State, PyTree]:
@@ -104,6 +99,7 @@ class Rank:
         rank 1 runs `1I0`: read the kept cotangent -> layers, backwards -> send dx to rank 0.
         All other pieces stand in the program too, and are passed over.
         """
+        gradients = self.functions.gradients
         opcode, stage = row["opcode"], row["stage"]
         is_first, is_last = stage == 0, stage == self.layout.num_stages - 1
         # One value goes through: what the action reads, then what its layers make of it.
@@ -112,7 +108,7 @@ class Rank:
         for chunk in range(len(self.chunks)):
             is_mine = row["chunk"] == chunk
             state, out = self._forward(state, out, row, chunk, is_mine & (opcode == FORWARD))
-            if self.split is not None:
+            if gradients is not None:
                 state, out = self._input_grad(
                     state, out, row, chunk, is_mine & (opcode == INPUT_GRAD)
                 )
@@ -122,7 +118,7 @@ class Rank:
             lambda carry: self._head(carry[0], carry[1], row),
             (state, out),
         )
-        if self.split is not None:
+        if gradients is not None:
             state = when(
                 (opcode == INPUT_GRAD) & is_first,
                 lambda state: self._embed_grad(state, out, row),
@@ -140,14 +136,14 @@ class Rank:
         )
 
     def _layer(self, row: Row, chunk: int, layer: Any) -> tuple[PyTree, Context]:
-        """Reads a layer's parameters and makes its context."""
+        """Reads a layer's parameters, with the shared ones, and makes its context."""
         params = registers.read(self.chunks[chunk], layer + self.layout.offset_of(row["stage"]))
         position = self.layout.first_layer_of(row["stage"]) + layer
+        params = params, self.outside.get("shared")
         return params, self._context(row, position, is_layer=True)
 
     def _embed(self, row: Row) -> PyTree:
-        x = self.model.embed(self.ends, self._context(row, self.layout.num_layers))
-        return _microbatches.strong(x)
+        return self.functions.embed(self.outside, self._context(row, self.layout.num_layers))
 
     # F: x -> y, residuals
     def _forward(
@@ -156,10 +152,12 @@ class Rank:
         def layer(index: Any, carry: Any) -> Any:
             x, aux_sum, residual, weight_residual = carry
             params, ctx = self._layer(row, chunk, index)
-            if self.split is None:
-                x, aux = self.block(params, x, ctx)
+            if self.functions.gradients is None:
+                assert self.functions.block is not None
+                x, aux = self.functions.block(params, x, ctx)
             else:
-                x, aux, kept, kept_longer = self.split.forward(params, x, ctx)
+                split = self.functions.gradients.block
+                x, aux, kept, kept_longer = split.forward(params, x, ctx)
                 residual = registers.write(residual, kept, row["residual"], index)
                 weight_residual = registers.write(
                     weight_residual, kept_longer, row["weight_residual"], index
@@ -176,19 +174,15 @@ class Rank:
     # (the logits) never get a slot; what is kept is the cotangent of x.
     def _head(self, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
         ctx = self._context(row, self.layout.num_layers + 1)
-
-        def head(ends_leaves: list, x_leaves: list) -> tuple[jax.Array, PyTree]:
-            ends, y = _with_leaves(self.ends, ends_leaves), _with_leaves(x, x_leaves)
-            return _microbatches.head_outputs(self.model, self.model.head(ends, y, ctx))
-
-        args = _leaves(self.ends), _leaves(x)
-        if self.split is None:
-            loss, metrics = head(*args)
+        gradients = self.functions.gradients
+        if gradients is None:
+            assert self.functions.head is not None
+            loss, metrics = self.functions.head(self.outside, x, ctx)
         else:
-            loss, pull, metrics = jax.vjp(head, *args, has_aux=True)
-            dends, dx = pull(self.loss_seed.astype(loss.dtype))
-            state = state._replace(ends_grads=_microbatches.add(state.ends_grads, dends))
-            x = _with_leaves(x, dx)
+            results, doutside = gradients.head(self.outside, x, ctx, self.loss_seed)
+            loss, metrics, dx = results
+            state = state._replace(outside_grads=_microbatches.add(state.outside_grads, doutside))
+            x = place(x, dx)
         sums = _microbatches.add((state.loss, state.metrics), (loss, metrics))
         return state._replace(loss=sums[0], metrics=sums[1]), x
 
@@ -196,8 +190,8 @@ class Rank:
     def _input_grad(
         self, state: State, out: PyTree, row: Row, chunk: int, is_on: Any
     ) -> tuple[State, PyTree]:
-        assert self.split is not None
-        split = self.split
+        assert self.functions.gradients is not None
+        split = self.functions.gradients.block
 
         def layer(index: Any, carry: Any) -> Any:
             dy, stash, residual, weight_residual = carry
@@ -213,31 +207,29 @@ class Rank:
             stash = registers.write(stash, values, row["stash"], index)
             return dx, stash, *registers.pass_on((residual, weight_residual))
 
-        carry = (_leaves(out), state.stash, state.residual, state.weight_residual)
+        carry = (pick(out), state.stash, state.residual, state.weight_residual)
         carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
         dx, stash, residual, weight_residual = carry
         state = state._replace(stash=stash, residual=residual, weight_residual=weight_residual)
-        return state, _with_leaves(out, dx)
+        return state, place(out, dx)
 
     # The embedding's gradient follows the first stage's I. Its forward runs again rather than
     # keeping its residuals in a slot; of a table look-up nothing is left of it.
     def _embed_grad(self, state: State, dx: PyTree, row: Row) -> State:
-        def embed(leaves: list) -> list[jax.Array]:
-            ends = _with_leaves(self.ends, leaves)
-            ctx = self._context(row, self.layout.num_layers)
-            return _leaves(_microbatches.strong(self.model.embed(ends, ctx)))
+        assert self.functions.gradients is not None
+        ctx = self._context(row, self.layout.num_layers)
+        _, doutside = self.functions.gradients.embed(self.outside, ctx, pick(dx))
+        return state._replace(outside_grads=_microbatches.add(state.outside_grads, doutside))
 
-        (dends,) = jax.vjp(embed, _leaves(self.ends))[1](_leaves(dx))
-        return state._replace(ends_grads=_microbatches.add(state.ends_grads, dends))
-
-    # W: stash, residuals -> gradients of the layers, added up in place
+    # W: stash, residuals -> gradients of the layers and of what they share, added up in place
     def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any) -> State:
-        assert self.split is not None
-        split = self.split
+        gradients = self.functions.gradients
+        assert gradients is not None
+        split, num_of_layer = gradients.block, gradients.num_of_layer
         offset = self.layout.offset_of(row["stage"])
 
         def layer(index: Any, carry: Any) -> Any:
-            grads, weight_residual, stash = carry
+            grads, shared, weight_residual, stash = carry
             params, ctx = self._layer(row, chunk, index)
             dparams = split.weight_grad(
                 params,
@@ -245,14 +237,20 @@ class Rank:
                 registers.read(weight_residual, row["weight_residual"], index),
                 registers.read(stash, row["stash"], index),
             )
-            grads = registers.accumulate(grads, dparams, index + offset)
-            return grads, *registers.pass_on((weight_residual, stash))
+            grads = registers.accumulate(grads, dparams[:num_of_layer], index + offset)
+            shared = _microbatches.add(shared, dparams[num_of_layer:])
+            return grads, shared, *registers.pass_on((weight_residual, stash))
 
-        carry = state.block_grads[chunk], state.weight_residual, state.stash
+        shared = [state.outside_grads[index] for index in gradients.shared_places]
+        carry = state.block_grads[chunk], shared, state.weight_residual, state.stash
         carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        grads, weight_residual, stash = carry
+        grads, shared, weight_residual, stash = carry
+        outside_grads = list(state.outside_grads)
+        for index, grad in zip(gradients.shared_places, shared, strict=True):
+            outside_grads[index] = grad
         return state._replace(
             block_grads=[grads if c == chunk else g for c, g in enumerate(state.block_grads)],
+            outside_grads=outside_grads,
             weight_residual=weight_residual,
             stash=stash,
         )
@@ -303,14 +301,3 @@ def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
     sends = (opcode == FORWARD) | by_input_grad
     nothing = registers.allocate(out, poison=True)
     return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)
-
-
-def _leaves(tree: PyTree) -> list[jax.Array]:
-    """Lists the leaves that have a cotangent."""
-    return [leaf for leaf in jax.tree.leaves(tree) if is_differentiable(leaf)]
-
-
-def _with_leaves(tree: PyTree, leaves: list[jax.Array]) -> PyTree:
-    """Puts `leaves` in the places of those leaves of `tree` that have a cotangent."""
-    rest = iter(leaves)
-    return jax.tree.map(lambda old: next(rest) if is_differentiable(old) else old, tree)

@@ -63,6 +63,7 @@ class Node:
       when: The latest of its inputs, or later where a `jax.checkpoint` asks for recomputation.
       has_effect: Whether it must run even if nobody reads its outputs.
       loop: What is needed to open it, if it is a scan.
+      reduces: The mesh axes over which it sums its input, if that is what it does.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Node:
     when: When
     has_effect: bool = False
     loop: "Scan | None" = None
+    reduces: tuple[str, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -192,7 +194,16 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         when=when,
         has_effect=bool(eqn.effects),
         loop=_scan(eqn, env) if eqn.primitive is primitives.scan_p else None,
+        reduces=_reduced_axes(eqn),
     )
+
+
+def _reduced_axes(eqn: Any) -> tuple[str, ...]:
+    if eqn.primitive is not primitives.psum_p or len(eqn.outvars) != 1:
+        return ()
+    axes = eqn.params["axes"]
+    is_named = all(isinstance(axis, str) for axis in axes)
+    return tuple(axes) if is_named and eqn.params["axis_index_groups"] is None else ()
 
 
 def _scan(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan:

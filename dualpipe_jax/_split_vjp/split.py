@@ -16,9 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dualpipe_jax._split_vjp.capture import with_effects
 from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.loops import split_loops
+from dualpipe_jax._split_vjp.reductions import without_reductions
+from dualpipe_jax._varying import without_types
 
 PyTree = Any
 Arrays = tuple[jax.Array, ...]
@@ -38,7 +41,8 @@ class SplitVjp:
       weight_grad: `(params, ctx, weight_residual, stash) -> dparams`, a list of arrays for the
         leaves of params in which `has_grad` is True.
       residual: Avals of `residual`; so are `weight_residual` and `stash` of theirs.
-      has_grad: For every leaf of params, whether its gradient can be other than zero.
+      has_grad: For every leaf of params, whether it has a gradient that can be other than zero.
+      reduce_axes: For each of dparams, the mesh axes over which it is still to be summed.
     """
 
     forward: Callable[..., tuple[PyTree, Any, Arrays, Arrays]]
@@ -48,6 +52,7 @@ class SplitVjp:
     weight_residual: tuple[Any, ...]
     stash: tuple[Any, ...]
     has_grad: tuple[bool, ...]
+    reduce_axes: tuple[tuple[str, ...], ...]
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -56,7 +61,12 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 def split_vjp(
-    block: Callable[..., tuple[PyTree, Any]], params: PyTree, x: PyTree, ctx: PyTree
+    block: Callable[..., tuple[PyTree, Any]],
+    params: PyTree,
+    x: PyTree,
+    ctx: PyTree,
+    *,
+    wanted: Sequence[bool] | None = None,
 ) -> SplitVjp:
     """Traces `block` once and splits its vjp.
 
@@ -66,17 +76,21 @@ def split_vjp(
       params: The block's parameters, arrays or avals.
       x: The activation, arrays or avals.
       ctx: The context, arrays or avals; it has no cotangent.
+      wanted: For every leaf of params whether it gets a gradient; None for all floating-point ones.
 
     Returns:
       A SplitVjp.
     """
-    trace = _trace(block, params, x, ctx)
+    if wanted is None:
+        wanted = [is_differentiable(leaf) for leaf in jax.tree.leaves(params)]
+    trace = _trace(block, params, x, ctx, wanted)
     graph = trace.graph
     nodes = split_loops(graph, trace.dx, only=When.BACKWARD)
     backward = [n for n in nodes if n.when is When.BACKWARD]
     # Not every gradient depends on the cotangents: a custom_vjp may make its own.
     has_grad = tuple(isinstance(v, int) and v not in graph.zeros for v in trace.dparams)
     dparams = [v for v, h in zip(trace.dparams, has_grad, strict=True) if h and isinstance(v, int)]
+    reduce_axes = [a for a, h in zip(trace.reduce_axes, has_grad, strict=True) if h]
 
     for_dx = needed(backward, trace.dx)
     ids = {id(n) for n in for_dx}
@@ -111,7 +125,8 @@ def split_vjp(
         kept=kept,
         stash=tuple(sorted(stash)),
         has_grad=has_grad,
-        forward_nodes=_with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])),
+        reduce_axes=tuple(reduce_axes),
+        forward_nodes=with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])),
         input_nodes=needed([*known, *input_nodes], [*trace.dx, *stash], known=kept),
         weight_nodes=needed([*known, *weight_nodes], dparams, known={*kept, *stash}),
         dparams=dparams,
@@ -133,9 +148,12 @@ class _Trace:
     aux: list[int | Constant]
     dx: list[int | Constant]
     dparams: list[int | Constant]
+    reduce_axes: list[tuple[str, ...]]
 
 
-def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) -> _Trace:
+def _trace(
+    block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree, wanted: Sequence[bool]
+) -> _Trace:
     param_leaves, param_structure = jax.tree.flatten(params)
     x_leaves, x_structure = jax.tree.flatten(x)
     has_aux = jax.eval_shape(block, params, x, ctx)[1] is not None
@@ -143,14 +161,14 @@ def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) ->
     def joint(param_leaves: list, x_leaves: list, ctx: PyTree, dy: list, daux: list) -> Any:
         def differentiable(params: list, xs: list) -> Any:
             y, aux = block(
-                jax.tree.unflatten(param_structure, _merge(params, param_leaves)),
+                jax.tree.unflatten(param_structure, _place(params, param_leaves, wanted)),
                 jax.tree.unflatten(x_structure, _merge(xs, x_leaves)),
                 ctx,
             )
             y = jax.tree.leaves(y)
             return (_pick(y), [aux] if has_aux else []), y
 
-        args = _pick(param_leaves), _pick(x_leaves)
+        args = [p for p, is_on in zip(param_leaves, wanted, strict=True) if is_on], _pick(x_leaves)
         (_, aux), pull, y = jax.vjp(differentiable, *args, has_aux=True)
         dparams, dx = pull((dy, daux))
         return y, aux, dx, dparams
@@ -158,6 +176,7 @@ def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) ->
     dy = _pick(x_leaves)
     daux = [jax.eval_shape(block, params, x, ctx)[1]] if has_aux else []
     jaxpr, out = jax.make_jaxpr(joint, return_shape=True)(param_leaves, x_leaves, ctx, dy, daux)
+    jaxpr = without_types(jaxpr)
     graph = Graph()
     groups = [
         (len(param_leaves), When.ALWAYS),
@@ -171,9 +190,11 @@ def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) ->
     params_in, x_in, ctx_in, rest = _divide(inputs, param_leaves, x_leaves, jax.tree.leaves(ctx))
     dy_in, daux_in = _divide(rest, dy)
     y, aux, dx, picked = _divide(outputs, *out[:3])
-    # One entry a leaf of params: integer leaves have no gradient.
-    gradients = iter(picked)
-    dparams = [next(gradients) if is_differentiable(p) else Constant(0) for p in param_leaves]
+    # One entry a leaf of params: integer and frozen leaves have no gradient.
+    none = [Constant(0)] * len(param_leaves)
+    picked, axes = without_reductions(graph, picked)
+    dparams = _place(picked, none, wanted)
+    reduce_axes = _place(axes, [()] * len(param_leaves), wanted)
     return _Trace(
         graph=graph,
         y_structure=x_structure,
@@ -186,6 +207,7 @@ def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) ->
         aux=aux,
         dx=dx,
         dparams=dparams,
+        reduce_axes=reduce_axes,
     )
 
 
@@ -195,6 +217,7 @@ def _assemble(
     kept: set[int],
     stash: tuple[int, ...],
     has_grad: tuple[bool, ...],
+    reduce_axes: tuple[tuple[str, ...], ...],
     forward_nodes: list[Node],
     input_nodes: list[Node],
     weight_nodes: list[Node],
@@ -256,16 +279,8 @@ def _assemble(
         weight_residual=tuple(avals[v] for v in weight_residual),
         stash=tuple(avals[v] for v in stash),
         has_grad=has_grad,
+        reduce_axes=reduce_axes,
     )
-
-
-def _with_effects(nodes: Sequence[Node], selected: list[Node]) -> list[Node]:
-    """Adds the forward's nodes that have an effect (a debug print), with what they need."""
-    ids = {id(n) for n in selected}
-    effects = [n for n in nodes if n.has_effect and n.when is not When.BACKWARD]
-    wanted = {v for n in effects for v in n.reads}
-    ids |= {id(n) for n in (*effects, *needed(nodes, wanted))}
-    return [n for n in nodes if id(n) in ids]
 
 
 def _pick(leaves: Sequence[Any]) -> list[Any]:
@@ -274,8 +289,13 @@ def _pick(leaves: Sequence[Any]) -> list[Any]:
 
 def _merge(picked: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
     """Puts `picked` back in the places of the differentiable leaves."""
+    return _place(picked, leaves, [is_differentiable(leaf) for leaf in leaves])
+
+
+def _place(picked: Sequence[Any], leaves: Sequence[Any], where: Sequence[bool]) -> list[Any]:
+    """Puts `picked` in the places of `leaves` that `where` says."""
     rest = iter(picked)
-    return [next(rest) if is_differentiable(leaf) else leaf for leaf in leaves]
+    return [next(rest) if here else leaf for leaf, here in zip(leaves, where, strict=True)]
 
 
 def _divide(values: Sequence[Any], *like: Sequence[Any]) -> list[list[Any]]:

@@ -1,0 +1,28 @@
+"""The leaves of a tree that have a cotangent, taken out and put back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dualpipe_jax._split_vjp import is_differentiable
+
+PyTree = Any
+
+
+def pick(tree: PyTree, wanted: Sequence[bool] | None = None) -> list[Any]:
+    """Lists the wanted leaves: if not said, those that have a cotangent."""
+    leaves = jax.tree.leaves(tree)
+    wanted = [is_differentiable(leaf) for leaf in leaves] if wanted is None else wanted
+    return [leaf for leaf, is_wanted in zip(leaves, wanted, strict=True) if is_wanted]
+
+
+def place(tree: PyTree, picked: Sequence[Any], wanted: Sequence[bool] | None = None) -> PyTree:
+    """Puts `picked` in the places of the wanted leaves of `tree`."""
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = [is_differentiable(leaf) for leaf in leaves] if wanted is None else wanted
+    rest = iter(picked)
+    return jax.tree.unflatten(
+        structure,
+        [next(rest) if here else leaf for leaf, here in zip(leaves, wanted, strict=True)],
+    )

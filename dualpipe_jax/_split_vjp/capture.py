@@ -1,0 +1,60 @@
+"""A function traced once, to be run where JAX's types of varying values are not kept."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from dualpipe_jax._split_vjp.graph import Graph, Node, When, evaluate, needed, read
+from dualpipe_jax._split_vjp.reductions import without_reductions
+from dualpipe_jax._varying import without_types
+
+
+def capture(
+    function: Callable[..., tuple[Any, list[Any]]], *avals: Any
+) -> tuple[Callable[..., tuple[Any, list[Any]]], list[tuple[str, ...] | None]]:
+    """Traces `function`, which returns any results and a list of gradients.
+
+    Args:
+      function: The function.
+      *avals: Pytrees of avals of its arguments.
+
+    Returns:
+      A function that does the same, but leaves out reductions of gradients over mesh axes at their
+      end; and for each gradient the axes over which it is still to be summed, None if it is zero.
+    """
+    jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*avals)
+    jaxpr = without_types(jaxpr)
+    graph = Graph()
+    inputs = [graph.new_value(var.aval, When.FORWARD) for var in jaxpr.jaxpr.invars]
+    outputs = graph.add(jaxpr.jaxpr, jaxpr.consts, inputs)
+    first = len(outputs) - len(out[1])
+    is_zero = [graph.is_zero(value) for value in outputs[first:]]
+    gradients, found = without_reductions(graph, outputs[first:])
+    axes = [None if zero else each for zero, each in zip(is_zero, found, strict=True)]
+    outputs = [*outputs[:first], *gradients]
+    nodes = with_effects(graph.nodes, needed(graph.nodes, outputs))
+
+    def run(*args: Any) -> tuple[Any, list[Any]]:
+        env = dict(zip(inputs, jax.tree.leaves(args), strict=True))
+        evaluate(nodes, env)
+        return jax.tree.unflatten(jax.tree.structure(out), [read(env, v) for v in outputs])
+
+    # Under jit it is traced once, however many branches call it.
+    return jax.jit(run), axes
+
+
+def with_effects(
+    nodes: Sequence[Node], selected: Iterable[Node], *, until: When = When.FORWARD
+) -> list[Node]:
+    """Adds to the `selected` nodes those that have an effect (a debug print), with what they need.
+
+    Args:
+      nodes: All nodes, in order.
+      selected: Some of them.
+      until: Effects of later times are left alone.
+    """
+    ids = {id(n) for n in selected}
+    effects = [n for n in nodes if n.has_effect and n.when <= until]
+    ids |= {id(n) for n in (*effects, *needed(nodes, {v for n in effects for v in n.reads}))}
+    return [n for n in nodes if id(n) in ids]

@@ -1,0 +1,158 @@
+"""Over which manual mesh axes a value differs from device to device, and JAX's types that say so.
+
+JAX derives collectives correctly only where the type of a value says over which axes it varies
+(`check_vma=True` of `jax.shard_map`): the sum of what varies does not, and its transpose is a cast.
+So the model's functions are traced, with their derivatives, where JAX keeps these types. The step
+itself runs without them: over the pipeline axis everything varies, and code that knows nothing of
+that axis would not pass the check.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core as jcore
+from jax.extend.core import primitives
+from jax.sharding import Mesh
+
+PyTree = Any
+
+# What only exists between types, and the collectives of which a type picks a kind of its own.
+_CASTS = frozenset({"pvary", "pcast"})
+
+
+def inside(
+    build: Callable[[], Any], *, mesh: Mesh | None, outer: Iterable[str], manual: tuple[str, ...]
+) -> Any:
+    """Returns `build()`, called where the model's functions are traced for one device.
+
+    There the axes `outer` are manual without types, and the axes `manual` with them. What is built
+    may hold jaxprs, but no arrays that were made there.
+    """
+    built = []
+
+    def here() -> tuple[()]:
+        built.append(build())
+        return ()
+
+    def there() -> tuple[()]:
+        if not manual:
+            return here()
+        return jax.shard_map(here, in_specs=(), out_specs=(), axis_names=set(manual))()
+
+    run = jax.shard_map(
+        there, mesh=mesh, in_specs=(), out_specs=(), axis_names=set(outer), check_vma=False
+    )
+    jax.eval_shape(run)
+    return built[0]
+
+
+def varies_over(value: Any) -> frozenset[str]:
+    """Returns the axes over which an array, or an aval of `jax.eval_shape`, varies."""
+    value = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
+    kind = getattr(value, "manual_axis_type", None)
+    return frozenset() if kind is None else kind.varying
+
+
+def cast(value: Any, axes: Iterable[str]) -> Any:
+    """Gives an array the type of one that varies over `axes` too."""
+    missing = tuple(sorted(set(axes) - varies_over(value)))
+    return lax.pcast(value, missing, to="varying") if missing else value
+
+
+def aval(value: Any, axes: Iterable[str] = ()) -> jax.ShapeDtypeStruct:
+    """Makes the aval of an array that varies over `axes`."""
+    plain = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    axes = tuple(axes)
+    return jax.eval_shape(lambda array: cast(array, axes), plain) if axes else plain
+
+
+def named_axes(jaxpr: Any) -> set[str]:
+    """Collects the mesh axes that the collectives of a jaxpr name."""
+    names: set[str] = set()
+    for eqn in jaxpr.eqns:
+        for key in ("axes", "axis_name"):
+            value = eqn.params.get(key, ())
+            entries = value if isinstance(value, tuple | list) else (value,)
+            names.update(entry for entry in entries if isinstance(entry, str))
+        for inner in jcore.jaxprs_in_params(eqn.params):
+            names |= named_axes(inner)
+    return names
+
+
+def without_types(closed: Any) -> Any:
+    """Rewrites a jaxpr so that it runs where no types are kept, to the same values."""
+    if not any(varies_over(var.aval) for var in _variables(closed.jaxpr)):
+        return closed
+    return jcore.ClosedJaxpr(_plain(closed.jaxpr), closed.consts)
+
+
+def _variables(jaxpr: Any) -> Iterable[Any]:
+    yield from (*jaxpr.constvars, *jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        yield from eqn.outvars
+
+
+def _plain(jaxpr: Any) -> Any:
+    env: dict[Any, Any] = {}
+
+    def new(var: Any) -> Any:
+        known = var.aval
+        if not varies_over(known):
+            env[var] = var
+        else:
+            env[var] = jcore.Var(
+                jax.core.ShapedArray(
+                    known.shape,
+                    known.dtype,
+                    weak_type=known.weak_type,
+                    sharding=known.sharding,
+                )
+            )
+        return env[var]
+
+    def read(atom: Any) -> Any:
+        return atom if isinstance(atom, jcore.Literal) else env[atom]
+
+    constvars, invars = [[new(var) for var in group] for group in (jaxpr.constvars, jaxpr.invars)]
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _CASTS:
+            env.update(zip(eqn.outvars, map(read, eqn.invars), strict=True))
+            continue
+        primitive, params = _without_kind(eqn)
+        eqns.append(
+            eqn.replace(
+                primitive=primitive,
+                params={name: _plain_param(value) for name, value in params.items()},
+                invars=[read(atom) for atom in eqn.invars],
+                outvars=[new(var) for var in eqn.outvars],
+            )
+        )
+    return jaxpr.replace(
+        constvars=constvars,
+        invars=invars,
+        eqns=eqns,
+        outvars=[read(atom) for atom in jaxpr.outvars],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+
+
+def _without_kind(eqn: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns the primitive of the collective, whatever its result is for the types."""
+    plain = {"psum_invariant": primitives.psum_p, "all_gather_invariant": primitives.all_gather_p}
+    primitive = plain.get(eqn.primitive.name)
+    if primitive is None:
+        return eqn.primitive, eqn.params
+    return primitive, {"axis_index_groups": None, **eqn.params}
+
+
+def _plain_param(value: Any) -> Any:
+    if isinstance(value, jcore.ClosedJaxpr):
+        return jcore.ClosedJaxpr(_plain(value.jaxpr), value.consts)
+    if isinstance(value, jcore.Jaxpr):
+        return _plain(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain_param, value)) if type(value) in (tuple, list) else value
+    return value
