@@ -232,15 +232,15 @@ def _schedule_for(
         )
     if schedule.program.forward_only:
         raise ValueError(
-            f"schedule={schedule.name!r}: has no backward; give every stage and microbatch its B, "
-            "or its I and W (dualpipe_jax.evaluate is for forwards alone)"
+            f"schedule={schedule.name!r}: must have backwards; give every stage and microbatch its "
+            "B, or its I and W (dualpipe_jax.evaluate is for forwards alone)"
         )
     made_for = schedule.num_ranks, schedule.num_microbatches
     if made_for != (num_ranks, num_microbatches):
         raise ValueError(
-            f"schedule={schedule.name!r}: made for {made_for[0]} ranks and {made_for[1]} "
-            f"microbatches, but the mesh axis has {num_ranks} devices and num_microbatches="
-            f"{num_microbatches}; make it for those, or pass its name"
+            f"schedule={schedule.name!r}: must be made for the {num_ranks} devices of the mesh "
+            f"axis and num_microbatches={num_microbatches}, but is for {made_for[0]} ranks and "
+            f"{made_for[1]} microbatches; make it for those, or pass its name"
         )
     return schedule
 

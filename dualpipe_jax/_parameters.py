@@ -152,8 +152,8 @@ def _spread(
     if isinstance(prefix, Mapping):
         if set(prefix) != set(params):
             raise ValueError(
-                f"{name}: has the keys {sorted(map(str, prefix))}, and params {sorted(params)}; "
-                "give one leaf for each branch of params"
+                f"{name}: must have the keys of params, {sorted(params)}, got "
+                f"{sorted(map(str, prefix))}; one leaf may stand for a whole branch"
             )
         prefix = {part: prefix[part] for part in params}  # whatever kind of mapping it is
     plain = {part: params[part] for part in params}

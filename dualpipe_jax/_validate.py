@@ -76,30 +76,36 @@ def grad_dtype(dtype: Any, params: PyTree) -> None:
 def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
     """Requires `axis` to be an axis of the mesh, and returns its size."""
     if not isinstance(mesh, jax.sharding.Mesh):
-        raise TypeError(f"mesh: must be a jax.sharding.Mesh, got {kind(mesh)}")
+        raise TypeError(f"mesh: must be a jax.sharding.Mesh, as of jax.make_mesh, got {kind(mesh)}")
     if not isinstance(axis, str):
         raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {kind(axis)}")
-    if axis not in mesh.shape:
-        known = ", ".join(f"{name!r} ({size} devices)" for name, size in mesh.shape.items())
-        raise ValueError(
-            f"{argument}={axis!r}: not an axis of the mesh, whose axes are {known}; name one "
-            "of those, or make the mesh with it"
-        )
+    _known_axes(mesh, argument, axis, [axis])
     return mesh.shape[axis]
 
 
 def other_axes(mesh: Any, axis: str, argument: str, axes: Any) -> tuple[str, ...]:
     """Requires one axis of the mesh beside `axis`, or several; returns a tuple."""
     names = (axes,) if isinstance(axes, str) else axes
-    if not isinstance(names, tuple | list):
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument}={axes!r}: must be the name of a mesh axis, or a tuple of them")
-    for name in names:
-        mesh_axis(mesh, name, argument=argument)
+    _known_axes(mesh, argument, axes, names)
     if axis in names or len(set(names)) < len(names):
         raise ValueError(
-            f"{argument}={axes!r}: must be mesh axes other than axis={axis!r}, each once"
+            f"{argument}={axes!r}: must be mesh axes other than axis={axis!r}, each once; leave "
+            "out the others"
         )
     return tuple(names)
+
+
+def _known_axes(mesh: jax.sharding.Mesh, argument: str, value: Any, names: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in mesh.shape]
+    if unknown:
+        known = ", ".join(f"{name!r} ({size} devices)" for name, size in mesh.shape.items())
+        are = "is not an axis" if len(unknown) == 1 else "are not axes"
+        raise ValueError(
+            f"{argument}={value!r}: {', '.join(map(repr, unknown))} {are} of the mesh, which has "
+            f"{known}; name one of its axes, or make it with these"
+        )
 
 
 def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
@@ -118,7 +124,9 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
     arrays(params, "params")
     leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
     if not leaves:
-        raise ValueError('params["blocks"]: has no leaves; a pipeline needs layers to spread')
+        raise ValueError(
+            'params["blocks"]: must have leaves, the parameters of the layers; got none'
+        )
     sizes = [leaf.shape[0] if leaf.ndim else None for _, leaf in leaves]
     counted = [size for size in sizes if size is not None]
     # The size that most leaves have is taken for the number of layers.
@@ -144,7 +152,7 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
 def arrays(tree: PyTree, name: str) -> None:
     """Requires every leaf to be an array, or a Python or NumPy scalar."""
     raise_all(
-        f"{name}: every leaf must be an array",
+        f"{name}: every leaf must be an array or a number; convert it, or leave it out",
         (
             f"{name}{keystr(path)} is {kind(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -159,14 +167,15 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
     arrays(batch, "batch")
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
-        raise ValueError("batch: has no leaves; it must hold at least one array [B, ...]")
+        raise ValueError("batch: must hold at least one array [B, ...]; got none")
     raise_all(
-        "batch: every leaf needs a leading dim, the batch size",
+        "batch: every leaf must have a leading dim, the batch size; repeat what is alike for "
+        "all rows, or have the model's functions close over it",
         (f"batch{keystr(path)} is a scalar" for path, leaf in leaves if not leaf.ndim),
     )
     sizes = {leaf.shape[0] for _, leaf in leaves}
     raise_all(
-        "batch: all leaves must share their leading dim, the batch size",
+        "batch: all leaves must share their leading dim, the batch size; pad or cut them",
         (f"batch{keystr(path)} of shape {leaf.shape}" for path, leaf in leaves)
         if len(sizes) > 1
         else (),
@@ -209,7 +218,9 @@ def outputs(
         layer_ctx = dataclasses.replace(bare_ctx, shared=shared)
         x = _returned("model.embed", "x", model.embed(ends, ends_ctx))
         if not jax.tree.leaves(x):
-            raise ValueError(f"model.embed: must return at least one array, got {x!r}")
+            raise ValueError(
+                f"model.embed: must return at least one array, x, for the blocks; got {x!r}"
+            )
         x = _microbatches.strong(x)
         aux = _block_aux(model, x, model.block(layer, x, layer_ctx))
         loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))

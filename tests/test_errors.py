@@ -3,9 +3,10 @@
 Nothing here compiles: `jax.eval_shape` traces the step, as `jax.jit` would.
 """
 
+import inspect
 import re
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import flax
@@ -69,13 +70,20 @@ def test_the_model_itself_is_fine():
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, PARAMS)
 
 
+# What a message may begin with.
+NAMES = [
+    *inspect.signature(dpj.value_and_grad).parameters,
+    *("params", "batch", "rng", "schedule '.*'"),
+    *(f"model.{field.name}" for field in fields(dpj.Model)),
+]
+
 # Each: keyword arguments of `trace`; the exception; texts that the message must hold.
 MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     # the arguments of value_and_grad
     "unknown axis": (
         {"axis": "stage"},
         ValueError,
-        ["axis='stage'", "not an axis of the mesh", "'pipe' (2 devices)", "name one of those"],
+        ["axis='stage'", "not an axis of the mesh", "'pipe' (2 devices)", "name one of its axes"],
     ),
     "axis not a name": ({"axis": ["pipe"]}, TypeError, ["axis=['pipe']"]),
     "no mesh": ({"mesh": None}, TypeError, ["mesh: must be a jax.sharding.Mesh", "None"]),
@@ -87,7 +95,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "unknown batch axis": (
         {"batch_axes": ("data",)},
         ValueError,
-        ["batch_axes='data'", "not an axis of the mesh", "'pipe' (2 devices)"],
+        ["batch_axes=('data',)", "'data' is not an axis of the mesh", "'pipe' (2 devices)"],
     ),
     "batch axis is the pipeline axis": (
         {"batch_axes": "pipe"},
@@ -108,7 +116,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "specs of other parts": (
         {"param_specs": {"blocks": P()}},
         ValueError,
-        ["param_specs: has the keys ['blocks']", "['blocks', 'ends']"],
+        ["param_specs: must have the keys of params, ['blocks', 'ends'], got ['blocks']"],
     ),
     "specs of other leaves": (
         {"param_specs": {"ends": {"table": P()}, "blocks": P()}},
@@ -188,7 +196,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "mask of other parts": (
         {"trainable": {"ends": True}},
         ValueError,
-        ["trainable: has the keys ['ends']", "['blocks', 'ends']"],
+        ["trainable: must have the keys of params, ['blocks', 'ends'], got ['ends']"],
     ),
     "mask of other leaves": (
         {"trainable": {"ends": True, "blocks": {"w": True}}},
@@ -228,7 +236,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "schedule for more ranks": (
         {"schedule": dpj.schedules.gpipe(num_ranks=4, num_microbatches=2)},
         ValueError,
-        ["schedule='gpipe'", "made for 4 ranks and 2", "has 2 devices", "pass its name"],
+        ["schedule='gpipe'", "is for 4 ranks and 2", "the 2 devices", "pass its name"],
     ),
     "schedule for more microbatches": (
         {"schedule": dpj.schedules.one_f_one_b(num_ranks=2, num_microbatches=6)},
@@ -275,7 +283,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "no blocks": (
         {"params": {**PARAMS, "blocks": {}}},
         ValueError,
-        ['params["blocks"]', "has no leaves"],
+        ['params["blocks"]', "must have leaves"],
     ),
     "too few layers": (
         {"params": {**PARAMS, "blocks": {"w": jnp.ones((1, D, D)), "b": jnp.ones((1, D))}}},
@@ -325,7 +333,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         ValueError,
         ["batch", "leading dim", "['s'] is a scalar", "['t'] is a scalar"],
     ),
-    "batch empty": ({"batch": {}}, ValueError, ["batch: has no leaves", "at least one array"]),
+    "batch empty": (
+        {"batch": {}},
+        ValueError,
+        ["batch: must hold at least one array", "at least one array"],
+    ),
     "batch not arrays": (
         {"batch": {**BATCH, "n": "abc"}},
         TypeError,
@@ -447,6 +459,14 @@ def test_mistake_is_explained(mistake):
     message = str(raised.value)
     missing = [text for text in texts if text not in message]
     assert not missing, f"the message is:\n{message}"
+    # All in one form: the argument, its value where that is short, what must be; what to do.
+    assert re.match(rf"({'|'.join(NAMES)})(\[[^]]*\])*(=|: )", message), message
+    assert re.search(r"\b(must|may|not|fewer|changes|closes)\b", message), message
+
+
+def test_all_unknown_axes_are_named():
+    with pytest.raises(ValueError, match=r"batch_axes=\('a', 'pipe', 'b'\): 'a', 'b' are not axes"):
+        trace(batch_axes=("a", "pipe", "b"))
 
 
 # The same checks stand before the two other entry points.
