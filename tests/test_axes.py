@@ -70,6 +70,25 @@ def model_of(
     return dpj.Model(embed=embed, block=block, head=head, **more)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_data_parallel(kind: AxisType) -> None:
+    params = make_params(up=(WIDTH, HIDDEN), down=(HIDDEN, WIDTH), scale=(WIDTH,), gain=())
+    batch, model = make_batch(8), model_of(tensor_sequential)
+    mesh = make_mesh(kind, pipe=4, data=2)
+    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4, batch_axes="data")
+    want = sequential_value_and_grad(model, 8)(params, batch)
+    blocks = jax.device_put(params["blocks"], jax.NamedSharding(mesh, P("pipe")))
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, P("data")))
+    params = {**params, "blocks": blocks}
+    program = jax.jit(grad_fn).lower(params, batch).compile()
+    assert_close(program(params, batch), want)
+    text = str(program.as_text())
+    assert " all-reduce(" in text
+    assert not [line for line in loop_lines(text) if " all-reduce(" in line]
+    assert "all-gather" not in text
+
+
 # --- experts: token t of a row goes to expert t, and comes back ------------------------------
 
 

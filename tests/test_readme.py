@@ -1,4 +1,4 @@
-"""The README's example, run as it stands there."""
+"""The examples of the README and of the docs, run as they stand there."""
 
 import os
 import re
@@ -8,12 +8,27 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 
 
-def example() -> str:
-    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.M | re.S)
+def example(path: Path = README) -> str:
+    (code,) = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
     return code
+
+
+def run(code: str) -> str:
+    """Runs it as for a user: it makes its own devices, and computes in float32."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_example_stands_near_the_top() -> None:
@@ -24,16 +39,13 @@ def test_example_stands_near_the_top() -> None:
 
 @pytest.mark.slow
 def test_example_runs_and_its_loss_falls() -> None:
-    # As for a user: the example makes its own four devices, and computes in float32.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example()],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [float(line) for line in done.stdout.split()]
+    losses = [float(line) for line in run(example()).split()]
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_example_of_mesh_axes_runs() -> None:
+    code = example(ROOT / "docs" / "mesh_axes.md")
+    shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params))"
+    assert run(f"{code}\n{shapes}").split() == ["True"]
