@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _microbatches, _validate
+from dualpipe_jax import _kinds, _microbatches, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._executor import Step
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import Tables
@@ -52,12 +53,14 @@ def value_and_grad(
       `((loss, metrics), grads)`. It is not itself differentiable by `jax.grad`; `sequential` is.
 
       params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
-        model order, sharded in any way. batch: a pytree of arrays `[B, ...]`; microbatch m is rows
-        `[m B/N, (m+1) B/N)`. rng: a key, or None. loss: a scalar of at least float32. grads: as
-        params in structure, shapes and dtypes, accumulated in float32 or wider; float0 zeros for
-        integer leaves, as with `allow_int=True`. Gradients of blocks leave sharded over `axis` if
-        num_layers divides by its size, else replicated: lay blocks so from the start (leading dim
-        `PartitionSpec(axis)`), and no update has to move them.
+        model order, sharded in any way; with `model.layout`, blocks is a dict of such stacks, one
+        for each kind of layer, and num_layers counts the layers of that kind. batch: a pytree of
+        arrays `[B, ...]`; microbatch m is rows `[m B/N, (m+1) B/N)`. rng: a key, or None. loss: a
+        scalar of at least float32. grads: as params in structure, shapes and dtypes, accumulated
+        in float32 or wider; float0 zeros for integer leaves, as with `allow_int=True`. Gradients
+        of blocks leave sharded over `axis` if num_layers divides by its size, else replicated: lay
+        blocks so from the start (leading dim `PartitionSpec(axis)`), and no update has to move
+        them.
 
     Raises:
       ValueError: If an argument has a bad value; from grad_fn, when traced, if params, batch or
@@ -135,7 +138,7 @@ class _Builder:
         mesh: jax.sharding.Mesh,
         axis: str,
         batch_axes: tuple[str, ...],
-        block: Callable[..., Any],
+        block: dict[Kind, Callable[..., Any]],
         tables: Tables,
     ):
         self._tables = tables
@@ -154,7 +157,8 @@ class _Builder:
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
         tables = self._tables
         where = f" of the schedule over {tables.num_ranks} ranks"
-        num_layers = _validate.num_layers(params, num_stages=tables.num_stages, where=where)
+        layout = self._fixed["model"].layout
+        num_layers = _validate.num_layers(params, layout, num_stages=tables.num_stages, where=where)
         num_microbatches = tables.num_microbatches
         _validate.key(rng)
         _validate.batch(
@@ -217,14 +221,27 @@ def _schedule_for(
     return schedule
 
 
-def _block(model: Model, remat: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Gives block one form, `(params, x, ctx) -> (x, aux or None)`, rematerialised as asked."""
+def _block(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable[..., Any]]:
+    """Gives each kind's block one form, `(params, x, ctx) -> (x, aux or None)`."""
+    return {
+        kind: _rematerialised(_of_one_form(model, kind), remat) for kind in _kinds.blocks_of(model)
+    }
+
+
+def _of_one_form(model: Model, kind: Kind) -> Callable[..., Any]:
+    users_block = _kinds.blocks_of(model)[kind]
 
     def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
-        y, aux = _microbatches.block_outputs(model, model.block(params, x, ctx))
-        _validate.same_x(x, y)
+        y, aux = _microbatches.block_outputs(model, users_block(params, x, ctx))
+        _validate.same_x(x, y, name=_validate.block_name(kind))
         return _microbatches.strong(y), aux
 
+    return block
+
+
+def _rematerialised(
+    block: Callable[..., Any], remat: str | Callable[..., Any]
+) -> Callable[..., Any]:
     if remat == "none":
         return block
     if remat == "block":

@@ -4,8 +4,9 @@ Every message names the argument, its value, what was required and the fix, and 
 offenders.
 """
 
+import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +14,25 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from dualpipe_jax import _microbatches
+from dualpipe_jax import _kinds, _microbatches
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._types import Context, Model, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Avals of what a model's functions return, and of the context that a block is given."""
+    """Avals of what a model's functions return, and of the context that a block is given.
+
+    `aux` has an entry for each kind of layer, and `aux_sum` holds any of them; None without.
+    """
 
     x: PyTree
     ctx: Context
     loss: Any
     metrics: PyTree
-    aux: Any
+    aux: dict[Kind, Any]
+    aux_sum: Any
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -46,6 +52,40 @@ def is_model(model: Any) -> None:
         raise TypeError(
             f"model: must be a dualpipe_jax.Model(embed=, block=, head=), got {_kind(model)}"
         )
+    if model.layout is not None or isinstance(model.block, Mapping):
+        _kinds_fit(model.block, model.layout)
+
+
+def _kinds_fit(block: Any, layout: Any) -> None:
+    """Requires a block for every kind in the layout, and a kind for every block."""
+    what = "the names of the kinds of all layers, in model order, as keys of the dict block"
+    if not isinstance(block, Mapping):
+        raise ValueError(
+            f"model.layout={layout!r}: must be {what}, but block is {_kind(block)}; make it a dict "
+            "with a block for each kind, or leave layout out"
+        )
+    if layout is None:
+        raise ValueError(
+            f"model.layout=None: must be {what}, which has {_names(block)}; give it, or make block "
+            "one function for all layers"
+        )
+    if not isinstance(layout, tuple) or not all(isinstance(kind, str) for kind in layout):
+        raise TypeError(f"model.layout={layout!r}: must be a sequence of strings, {what}")
+    if not layout:
+        raise ValueError("model.layout=(): must name at least one layer")
+    layers = {kind: [i for i, k in enumerate(layout) if k == kind] for kind in layout}
+    _raise_all(
+        "model.layout: must name the keys of the dict block, each at least once; add what is "
+        "missing, or leave out what is too much",
+        [
+            *(
+                f"layout names {kind!r} (layers {_ellipsis(found)}), but block has {_names(block)}"
+                for kind, found in layers.items()
+                if kind not in block
+            ),
+            *(f"block has {kind!r}, but no layer is of it" for kind in block if kind not in layers),
+        ],
+    )
 
 
 def key(rng: Any) -> None:
@@ -88,8 +128,10 @@ def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
     return mesh.shape[axis]
 
 
-def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
-    """Requires `{"ends": ..., "blocks": ...}` with one leading dim, and returns that dim."""
+def num_layers(
+    params: Any, layout: Sequence[str] | None, *, num_stages: int = 1, where: str = ""
+) -> int:
+    """Requires `{"ends": ..., "blocks": ...}`, the blocks stacked, and returns their number."""
     if not isinstance(params, Mapping) or set(params) != {"ends", "blocks"}:
         got = (
             f"a dict with the keys {sorted(map(str, params))}"
@@ -101,7 +143,20 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
             f"the layers, stacked}}, got {got}"
         )
     arrays(params, "params")
-    leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
+    size = _stack_size(params["blocks"]) if layout is None else len(layout)
+    if layout is not None:
+        _stacks_fit(params["blocks"], layout)
+    if size < num_stages:
+        raise ValueError(
+            f'params["blocks"]: has {size} layers, fewer than the {num_stages} stages{where}; use '
+            "a mesh with fewer devices along the axis, or a deeper model"
+        )
+    return size
+
+
+def _stack_size(blocks: PyTree) -> int:
+    """Requires one leading dim of all leaves, and returns it."""
+    leaves = jax.tree_util.tree_leaves_with_path(blocks)
     if not leaves:
         raise ValueError('params["blocks"]: has no leaves; a pipeline needs layers to spread')
     sizes = [leaf.shape[0] if leaf.ndim else None for _, leaf in leaves]
@@ -118,12 +173,35 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
         ),
     )
     assert size is not None
-    if size < num_stages:
-        raise ValueError(
-            f'params["blocks"]: has {size} layers, fewer than the {num_stages} stages{where}; use '
-            "a mesh with fewer devices along the axis, or a deeper model"
-        )
     return size
+
+
+def _stacks_fit(blocks: Any, layout: Sequence[str]) -> None:
+    """Requires a stack for each kind, with as many layers as the layout has of it."""
+    counts = {kind: layout.count(kind) for kind in layout}
+    must = (
+        'params["blocks"]: with a layout it must be a dict with a stack for each kind, whose '
+        "leaves have the layers of that kind as their leading dim"
+    )
+    if not isinstance(blocks, Mapping):
+        raise ValueError(f"{must}; got {_kind(blocks)} for the kinds {_names(counts)}")
+    offenders = [
+        f"nothing for {kind!r}, of which layout has {count} layers"
+        for kind, count in counts.items()
+        if kind not in blocks
+    ]
+    for kind in blocks:
+        name = f'params["blocks"][{kind!r}]'
+        if kind not in counts:
+            offenders.append(f"{name} is of no kind in layout, which has {_names(counts)}")
+            continue
+        offenders += [
+            f"{name}{keystr(path)} of shape {leaf.shape}, but layout has {counts[kind]} layers of "
+            f"{kind!r}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(blocks[kind])
+            if leaf.shape[:1] != (counts[kind],)
+        ]
+    _raise_all(f"{must}; stack those, or change layout", offenders)
 
 
 def arrays(tree: PyTree, name: str) -> None:
@@ -170,14 +248,19 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
 
 
 def outputs(
-    model: Model, ends: PyTree, layer: PyTree, microbatch: PyTree, rng: Any, shard: Any = None
+    model: Model,
+    ends: PyTree,
+    layers: dict[Kind, PyTree],
+    microbatch: PyTree,
+    rng: Any,
+    shard: Any = None,
 ) -> Outputs:
     """Requires the model's functions to fit each other, and returns avals of what they return.
 
-    `layer` holds the parameters of one layer; all arguments may be avals.
+    `layers` holds the parameters of one layer of each kind; all arguments may be avals.
     """
 
-    def run(ends: PyTree, layer: PyTree, microbatch: PyTree, rng: Any) -> Any:
+    def run(ends: PyTree, layers: dict[Kind, PyTree], microbatch: PyTree, rng: Any) -> Any:
         key = _microbatches.microbatch_key(rng, jnp.int32(0))
         ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard)
         layer_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
@@ -185,7 +268,11 @@ def outputs(
         if not jax.tree.leaves(x):
             raise ValueError(f"model.embed: must return at least one array, got {x!r}")
         x = _microbatches.strong(x)
-        aux = _block_aux(model, x, model.block(layer, x, layer_ctx))
+        aux = {
+            kind: _block_aux(model, x, block(layers[kind], x, layer_ctx), name=block_name(kind))
+            for kind, block in _kinds.blocks_of(model).items()
+        }
+        aux_sum = functools.reduce(operator.add, aux.values()) if model.block_has_aux else None
         loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
         if model.weight is not None:
             weight = model.weight(microbatch)
@@ -193,21 +280,26 @@ def outputs(
             _scalar(
                 "model.weight", "a real scalar", weight, fix=fix, of=(jnp.floating, jnp.integer)
             )
-        return Outputs(x=x, ctx=layer_ctx, loss=loss, metrics=metrics, aux=aux)
+        return Outputs(x=x, ctx=layer_ctx, loss=loss, metrics=metrics, aux=aux, aux_sum=aux_sum)
 
-    return jax.eval_shape(run, ends, layer, microbatch, rng)
+    return jax.eval_shape(run, ends, layers, microbatch, rng)
 
 
-def same_x(x: PyTree, y: PyTree, *, hint: str = "") -> None:
+def block_name(kind: Kind) -> str:
+    """Names the block of a kind, in messages."""
+    return "model.block" if kind is None else f"model.block[{kind!r}]"
+
+
+def same_x(x: PyTree, y: PyTree, *, name: str, hint: str = "") -> None:
     """Requires a block to return the structure, shapes and dtypes of the x that it was given."""
     before, after = jax.tree.structure(x), jax.tree.structure(y)
     fix = "a block must return x as it came, so that blocks can follow one another on any device"
     if before != after:
         raise ValueError(
-            f"model.block: changes the structure of x from {before} to {after}; {fix}{hint}"
+            f"{name}: changes the structure of x from {before} to {after}; {fix}{hint}"
         )
     _raise_all(
-        f"model.block: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
+        f"{name}: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
         (
             f"x{keystr(path)} comes as {_short(a)} and leaves as {_short(b)}"
             for (path, a), b in zip(
@@ -218,21 +310,21 @@ def same_x(x: PyTree, y: PyTree, *, hint: str = "") -> None:
     )
 
 
-def _block_aux(model: Model, x: PyTree, out: Any) -> Any:
+def _block_aux(model: Model, x: PyTree, out: Any, *, name: str) -> Any:
     """Requires block's outputs to fit the model, and returns its aux loss, or None."""
     if model.block_has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[1]])):
         raise TypeError(
-            f"model.block: with block_has_aux=True it must return (x, aux_loss), got {_kind(out)}"
+            f"{name}: with block_has_aux=True it must return (x, aux_loss), got {_kind(out)}"
         )
-    y, aux = _microbatches.block_outputs(model, _returned("model.block", "x", out))
+    y, aux = _microbatches.block_outputs(model, _returned(name, "x", out))
     hint = (
         ""
         if model.block_has_aux or not _is_pair(out)
         else ("; to return an aux loss beside x, make the model with block_has_aux=True")
     )
-    same_x(x, y, hint=hint)
+    same_x(x, y, name=name, hint=hint)
     if aux is not None:
-        _scalar("model.block", "an aux loss that is a floating-point scalar", aux)
+        _scalar(name, "an aux loss that is a floating-point scalar", aux)
     return aux
 
 
@@ -295,6 +387,15 @@ def _raise_all(message: str, offenders: Iterable[str], error: type[Exception] = 
     lines = [f"  * {line}" for line in offenders]
     if lines:
         raise error("\n".join([f"{message}; but:", *lines]))
+
+
+def _names(kinds: Iterable[Any]) -> str:
+    return ", ".join(map(repr, kinds)) or "no kinds"
+
+
+def _ellipsis(numbers: list[int]) -> str:
+    """Lists the first few of the numbers."""
+    return ", ".join(map(str, numbers[:8])) + (", .." if len(numbers) > 8 else "")
 
 
 def _short(aval: Any) -> str:

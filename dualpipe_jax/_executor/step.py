@@ -17,11 +17,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dualpipe_jax import _microbatches, _validate
+from dualpipe_jax import _kinds, _microbatches, _validate
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.explicit import explicit_axes, run_as_auto, sharding_like
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.tick import Rank, State, make_tick
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._split_vjp import is_differentiable, split_vjp
 from dualpipe_jax._types import Model, PyTree
@@ -40,7 +41,7 @@ class Step:
       mesh: The device mesh; axes not named here are left to XLA's partitioner.
       axis: The pipeline axis.
       batch_axes: The axes over which the batch's leading dim is sharded.
-      block: `(params, x, ctx) -> (x, aux)`, rematerialisation included.
+      block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
@@ -50,7 +51,7 @@ class Step:
     mesh: jax.sharding.Mesh
     axis: str
     batch_axes: tuple[str, ...]
-    block: Callable[..., tuple[PyTree, Any]]
+    block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
     num_layers: int
     poison: bool = False
 
@@ -59,7 +60,7 @@ class Step:
         """Where the layers lie."""
         return Layout(
             axis=self.axis,
-            num_layers=self.num_layers,
+            kinds=_kinds.kinds_of(self.model, self.num_layers),
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
         )
@@ -77,54 +78,66 @@ class Step:
           list of leaves for the differentiable leaves of each of `ends` and `blocks`; None for a
           forward-only program.
         """
-        args = params["ends"], params["blocks"], batch, rng
-        if not explicit_axes(self.mesh):
-            return self._shard_mapped(*args, mesh=self.mesh)
-        out_shardings = self._out_shardings(params)
-        return run_as_auto(self._shard_mapped, *args, mesh=self.mesh, out_shardings=out_shardings)
+        ends, stacks = params["ends"], _kinds.stacks_of(self.model, params["blocks"])
+        args = ends, stacks, batch, rng
+        if explicit_axes(self.mesh):
+            shardings = self._out_shardings(ends, stacks)
+            out = run_as_auto(self._shard_mapped, *args, mesh=self.mesh, out_shardings=shardings)
+        else:
+            out = self._shard_mapped(*args, mesh=self.mesh)
+        result, grads = out
+        if grads is None:
+            return out
+        blocks = _kinds.in_order_of(self.model, params["blocks"], grads["blocks"])
+        return result, {**grads, "blocks": blocks}
 
     def _shard_mapped(
         self,
         ends: PyTree,
-        blocks: PyTree,
+        stacks: dict[Kind, PyTree],
         batch: PyTree,
         rng: Any,
         *,
         mesh: jax.sharding.Mesh | None = None,
     ) -> Any:
         """Runs the step on a mesh of Auto axes, or on that of the context."""
-        blocks_spec = PartitionSpec(self.axis) if self.layout.is_sharded else PartitionSpec()
-        replicated = PartitionSpec()
-        grads_spec = {"ends": replicated, "blocks": blocks_spec}
+        specs, replicated = self.layout.specs, PartitionSpec()
+        grads_spec = {"ends": replicated, "blocks": specs}
         return jax.shard_map(
             self._run,
             mesh=mesh,
-            in_specs=(replicated, blocks_spec, PartitionSpec(self.batch_axes or None), replicated),
+            in_specs=(replicated, specs, PartitionSpec(self.batch_axes or None), replicated),
             out_specs=(replicated, None if self.tables.forward_only else grads_spec),
             axis_names={self.axis, *self.batch_axes},
             check_vma=False,
-        )(ends, blocks, batch, rng)
+        )(ends, stacks, batch, rng)
 
-    def _out_shardings(self, params: PyTree) -> Any:
+    def _out_shardings(self, ends: PyTree, stacks: dict[Kind, PyTree]) -> Any:
         """Shardings of the results over Explicit axes: gradients lie as their parameters do."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         if self.tables.forward_only:
             return replicated, None
-        leads = {"ends": None, "blocks": self.axis if self.layout.is_sharded else None}
         mine = (self.axis, *self.batch_axes)
-        return replicated, {
-            part: [
+
+        def like(tree: PyTree, lead: str | None) -> list[NamedSharding]:
+            return [
                 sharding_like(leaf, mesh=self.mesh, without=mine, lead=lead)
-                for leaf in jax.tree.leaves(params[part])
+                for leaf in jax.tree.leaves(tree)
                 if is_differentiable(leaf)
             ]
-            for part, lead in leads.items()
-        }
 
-    def _run(self, ends: PyTree, blocks: PyTree, batch: PyTree, rng: Any) -> tuple[Any, PyTree]:
+        blocks = {
+            kind: like(stacks[kind], self.axis if stack.is_sharded else None)
+            for kind, stack in self.layout.stacks.items()
+        }
+        return replicated, {"ends": like(ends, None), "blocks": blocks}
+
+    def _run(
+        self, ends: PyTree, stacks: dict[Kind, PyTree], batch: PyTree, rng: Any
+    ) -> tuple[Any, PyTree]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
-        rank, state, weight = self._start(ends, blocks, batches, rng)
+        rank, state, weight = self._start(ends, stacks, batches, rng)
         num_ranks = self.tables.num_ranks
         table = np.stack([getattr(self.tables, name) for name in _COLUMNS], axis=-1)
         rows = lax.dynamic_index_in_dim(
@@ -139,18 +152,23 @@ class Step:
         return self._finish(rank, state, weight)
 
     def _start(
-        self, ends: PyTree, blocks: PyTree, batches: PyTree, rng: Any
+        self, ends: PyTree, stacks: dict[Kind, PyTree], batches: PyTree, rng: Any
     ) -> tuple[Rank, State, Any]:
-        """Brings the parameters to their ranks, splits the block, and makes empty buffers."""
+        """Brings the parameters to their ranks, splits the blocks, and makes empty buffers."""
         model, tables, layout = self.model, self.tables, self.layout
-        chunks = layout.fetch(blocks)
+        chunks = layout.fetch(stacks)
         shard = lax.axis_index(self.batch_axes) if self.num_shards > 1 else None
 
-        layer, microbatch = jax.eval_shape(
+        layers, microbatch = jax.eval_shape(
             lambda *trees: registers.read(trees, 0), chunks[0], batches
         )
-        outs = _validate.outputs(model, ends, layer, microbatch, rng, shard)
-        split = None if tables.forward_only else split_vjp(self.block, layer, outs.x, outs.ctx)
+        outs = _validate.outputs(model, ends, layers, microbatch, rng, shard)
+        split = None
+        if not tables.forward_only:
+            split = {
+                kind: split_vjp(self.block[kind], layer, outs.x, outs.ctx)
+                for kind, layer in layers.items()
+            }
         weight = _microbatches.total_weight(model, batches)
         if weight is not None and self.batch_axes:
             weight = lax.psum(weight, self.batch_axes)
@@ -169,16 +187,26 @@ class Step:
             rng=rng,
             shard=shard,
             loss_seed=loss_seed,
-            aux_seed=None if outs.aux is None else jnp.asarray(1 / count, outs.aux.dtype),
+            aux_seed={
+                kind: None if aux is None else jnp.asarray(1 / count, aux.dtype)
+                for kind, aux in outs.aux.items()
+            },
             x=outs.x,
             poison=self.poison,
         )
-        loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux, outs.metrics))
-        slots, layers = tables.num_slots, layout.max_layers
+        loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
+        slots = tables.num_slots
 
-        def buffers(name: str) -> PyTree:
-            avals = () if split is None else getattr(split, name)
-            return registers.allocate(avals, slots[name], layers, poison=self.poison)
+        def buffers(name: str) -> dict[Kind, PyTree]:
+            return {
+                kind: registers.allocate(
+                    () if split is None else getattr(split[kind], name),
+                    slots[name],
+                    stack.max_layers,
+                    poison=self.poison,
+                )
+                for kind, stack in layout.stacks.items()
+            }
 
         nothing = registers.allocate(outs.x, poison=self.poison)
         state = State(
@@ -189,13 +217,18 @@ class Step:
             block_grads=[]
             if split is None
             else [
-                layout.zero_grads(
-                    [
-                        leaf
-                        for leaf, has in zip(jax.tree.leaves(chunk), split.has_grad, strict=True)
-                        if has
-                    ]
-                )
+                {
+                    kind: layout.zero_grads(
+                        [
+                            leaf
+                            for leaf, has in zip(
+                                jax.tree.leaves(mine), split[kind].has_grad, strict=True
+                            )
+                            if has
+                        ]
+                    )
+                    for kind, mine in chunk.items()
+                }
                 for chunk in chunks
             ],
             ends_grads=[]
@@ -224,13 +257,25 @@ class Step:
         block_grads = self.layout.collect(state.block_grads)
         if self.batch_axes:
             block_grads = lax.psum(block_grads, self.batch_axes)
-        # Leaves without a gradient of their own get zeros.
-        grads = iter(block_grads)
-        leaves = jax.tree.leaves(rank.chunks[0])
-        size = self.layout.shard_layers
-        blocks = [
-            next(grads) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
-            for leaf, has in zip(leaves, rank.split.has_grad, strict=True)
-            if is_differentiable(leaf)
-        ]
+        blocks = {
+            kind: _with_zeros(
+                block_grads[kind],
+                rank.split[kind].has_grad,
+                jax.tree.leaves(rank.chunks[0][kind]),
+                stack.shard_layers,
+            )
+            for kind, stack in self.layout.stacks.items()
+        }
         return result, {"ends": ends_grads, "blocks": blocks}
+
+
+def _with_zeros(
+    grads: list[jax.Array], has_grad: tuple[bool, ...], leaves: list[jax.Array], num_layers: int
+) -> list[jax.Array]:
+    """Gives the differentiable leaves without a gradient of their own zeros."""
+    rest = iter(grads)
+    return [
+        next(rest) if has else jnp.zeros((num_layers, *leaf.shape[1:]), leaf.dtype)
+        for leaf, has in zip(leaves, has_grad, strict=True)
+        if is_differentiable(leaf)
+    ]

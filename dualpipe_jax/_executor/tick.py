@@ -21,8 +21,9 @@ from jax import lax
 
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
-from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.registers import when
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, WEIGHT_GRAD
 from dualpipe_jax._split_vjp import SplitVjp, is_differentiable
 from dualpipe_jax._types import Context, Model
@@ -32,6 +33,8 @@ PyTree = Any
 
 class State(NamedTuple):
     """What a rank carries from tick to tick.
+
+    What belongs to layers has an entry for each kind of layer, `layer` counting those of the kind.
 
     Attributes:
       received: Activations and cotangents that wait for their action, `[slot, ...]` for each leaf
@@ -47,10 +50,10 @@ class State(NamedTuple):
     """
 
     received: PyTree
-    residual: Any
-    weight_residual: Any
-    stash: Any
-    block_grads: list[list[Any]]
+    residual: dict[Kind, Any]
+    weight_residual: dict[Kind, Any]
+    stash: dict[Kind, Any]
+    block_grads: list[dict[Kind, list[Any]]]
     ends_grads: list[jax.Array]
     loss: jax.Array
     aux: jax.Array | None
@@ -69,30 +72,30 @@ class Rank:
     Attributes:
       model: The model.
       layout: Which layers are whose.
-      split: The block's split backward; None in forward-only programs.
-      block: `(params, x, ctx) -> (y, aux)`.
-      chunks: The layers' parameters `[max_layers, ...]` of each chunk.
+      split: The split backward of each kind's block; None in forward-only programs.
+      block: For each kind `(params, x, ctx) -> (y, aux)`.
+      chunks: The layers' parameters of each chunk, for each kind `[max_layers, ...]`.
       ends: The parameters outside the layer stack.
       microbatches: The batch, `[num_microbatches, ...]`.
       rng: The step's key, or None.
       shard: The index of this shard of the batch, or None if there is one only.
       loss_seed: The cotangent of each microbatch's loss, a scalar.
-      aux_seed: The cotangent of each layer's aux loss, a scalar; None without.
+      aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
       x: Avals of x.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
     model: Model
     layout: Layout
-    split: SplitVjp | None
-    block: Callable[..., tuple[PyTree, Any]]
-    chunks: list[PyTree]
+    split: dict[Kind, SplitVjp] | None
+    block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
+    chunks: list[dict[Kind, PyTree]]
     ends: PyTree
     microbatches: PyTree
     rng: jax.Array | None
     shard: jax.Array | None
     loss_seed: jax.Array
-    aux_seed: jax.Array | None
+    aux_seed: dict[Kind, jax.Array | None]
     x: PyTree
     poison: bool = False
 
@@ -139,11 +142,10 @@ class Rank:
             shard=self.shard,
         )
 
-    def _layer(self, row: Row, chunk: int, layer: Any) -> tuple[PyTree, Context]:
+    def _layer(self, row: Row, chunk: int, layer: Layer) -> tuple[PyTree, Context]:
         """Reads a layer's parameters and makes its context."""
-        params = registers.read(self.chunks[chunk], layer + self.layout.offset_of(row["stage"]))
-        position = self.layout.first_layer_of(row["stage"]) + layer
-        return params, self._context(row, position, is_layer=True)
+        params = registers.read(self.chunks[chunk][layer.kind], layer.place)
+        return params, self._context(row, layer.position, is_layer=True)
 
     def _embed(self, row: Row) -> PyTree:
         x = self.model.embed(self.ends, self._context(row, self.layout.num_layers))
@@ -153,23 +155,25 @@ class Rank:
     def _forward(
         self, state: State, x: PyTree, row: Row, chunk: int, is_on: Any
     ) -> tuple[State, PyTree]:
-        def layer(index: Any, carry: Any) -> Any:
-            x, aux_sum, residual, weight_residual = carry
-            params, ctx = self._layer(row, chunk, index)
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            x, aux_sum = carry
+            residual, weight_residual = buffers
+            params, ctx = self._layer(row, chunk, layer)
             if self.split is None:
-                x, aux = self.block(params, x, ctx)
+                x, aux = self.block[layer.kind](params, x, ctx)
             else:
-                x, aux, kept, kept_longer = self.split.forward(params, x, ctx)
-                residual = registers.write(residual, kept, row["residual"], index)
+                x, aux, kept, kept_longer = self.split[layer.kind].forward(params, x, ctx)
+                residual = registers.write(residual, kept, row["residual"], layer.index)
                 weight_residual = registers.write(
-                    weight_residual, kept_longer, row["weight_residual"], index
+                    weight_residual, kept_longer, row["weight_residual"], layer.index
                 )
             if aux is not None:
                 aux_sum = _microbatches.add(aux_sum, aux)
-            return x, aux_sum, residual, weight_residual
+            return (x, aux_sum), (residual, weight_residual)
 
-        carry = (x, state.aux, state.residual, state.weight_residual)
-        x, aux, residual, weight_residual = self.layout.loop(row["stage"], is_on, layer, carry)
+        buffers = state.residual, state.weight_residual
+        out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers)
+        (x, aux), (residual, weight_residual) = out
         return state._replace(aux=aux, residual=residual, weight_residual=weight_residual), x
 
     # The head follows the last stage's F: its value and gradient at once, so that its residuals
@@ -199,23 +203,25 @@ class Rank:
         assert self.split is not None
         split = self.split
 
-        def layer(index: Any, carry: Any) -> Any:
-            dy, stash, residual, weight_residual = carry
-            params, ctx = self._layer(row, chunk, index)
-            dx, values = split.input_grad(
+        def run(layer: Layer, dy: Any, buffers: Any) -> Any:
+            stash, residual, weight_residual = buffers
+            params, ctx = self._layer(row, chunk, layer)
+            dx, values = split[layer.kind].input_grad(
                 params,
                 ctx,
-                registers.read(residual, row["residual"], index),
-                registers.read(weight_residual, row["weight_residual"], index),
+                registers.read(residual, row["residual"], layer.index),
+                registers.read(weight_residual, row["weight_residual"], layer.index),
                 dy,
-                self.aux_seed,
+                self.aux_seed[layer.kind],
             )
-            stash = registers.write(stash, values, row["stash"], index)
-            return dx, stash, *registers.pass_on((residual, weight_residual))
+            stash = registers.write(stash, values, row["stash"], layer.index)
+            return dx, (stash, *registers.pass_on((residual, weight_residual)))
 
-        carry = (_leaves(out), state.stash, state.residual, state.weight_residual)
-        carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        dx, stash, residual, weight_residual = carry
+        buffers = state.stash, state.residual, state.weight_residual
+        dx, buffers = self.layout.loop(
+            row["stage"], is_on, run, _leaves(out), buffers, reverse=True
+        )
+        stash, residual, weight_residual = buffers
         state = state._replace(stash=stash, residual=residual, weight_residual=weight_residual)
         return state, _with_leaves(out, dx)
 
@@ -234,23 +240,22 @@ class Rank:
     def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any) -> State:
         assert self.split is not None
         split = self.split
-        offset = self.layout.offset_of(row["stage"])
 
-        def layer(index: Any, carry: Any) -> Any:
-            grads, weight_residual, stash = carry
-            params, ctx = self._layer(row, chunk, index)
-            dparams = split.weight_grad(
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            grads, weight_residual, stash = buffers
+            params, ctx = self._layer(row, chunk, layer)
+            dparams = split[layer.kind].weight_grad(
                 params,
                 ctx,
-                registers.read(weight_residual, row["weight_residual"], index),
-                registers.read(stash, row["stash"], index),
+                registers.read(weight_residual, row["weight_residual"], layer.index),
+                registers.read(stash, row["stash"], layer.index),
             )
-            grads = registers.accumulate(grads, dparams, index + offset)
-            return grads, *registers.pass_on((weight_residual, stash))
+            grads = registers.accumulate(grads, dparams, layer.place)
+            return carry, (grads, *registers.pass_on((weight_residual, stash)))
 
-        carry = state.block_grads[chunk], state.weight_residual, state.stash
-        carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        grads, weight_residual, stash = carry
+        buffers = state.block_grads[chunk], state.weight_residual, state.stash
+        _, buffers = self.layout.loop(row["stage"], is_on, run, (), buffers, reverse=True)
+        grads, weight_residual, stash = buffers
         return state._replace(
             block_grads=[grads if c == chunk else g for c, g in enumerate(state.block_grads)],
             weight_residual=weight_residual,

@@ -7,15 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.spread import spread
+from dualpipe_jax._executor.stack import Stack
 from dualpipe_jax._executor.travel import plan_travel
-
-
-def first_layers(num_layers: int, num_stages: int) -> np.ndarray:
-    stages = np.arange(num_stages + 1)
-    fewest, rest = divmod(num_layers, num_stages)
-    return stages * fewest + np.minimum(stages, rest)
-
 
 PLACEMENTS = {
     "one stage a rank": [[0, 1, 2, 3]],
@@ -48,7 +42,7 @@ def test_every_layer_arrives_in_as_few_rounds_as_can_be(drawn: tuple[np.ndarray,
     stage_of, num_layers = drawn
     num_chunks, num_ranks = stage_of.shape
     num_stages = int(stage_of.max()) + 1
-    firsts = first_layers(num_layers, num_stages)
+    firsts = spread(num_layers, num_stages)
     shard = num_layers // num_ranks
     travel = plan_travel(stage_of=stage_of, first_layers=firsts, shard_layers=shard)
     size, per_chunk = travel.piece_layers, travel.chunk_pieces
@@ -78,9 +72,9 @@ def test_fetch_and_collect(name: str, layers_a_rank: int) -> None:
     stage_of = np.array(PLACEMENTS[name])
     num_ranks, num_stages = stage_of.shape[1], int(stage_of.max()) + 1
     num_layers = max(num_ranks * layers_a_rank, -(-num_stages // num_ranks) * num_ranks)
-    layout = Layout(axis="pipe", num_layers=num_layers, num_stages=num_stages, stage_of=stage_of)
-    assert layout.is_sharded
-    firsts = first_layers(num_layers, num_stages)
+    firsts = spread(num_layers, num_stages)
+    stack = Stack(axis="pipe", first_layers=firsts, stage_of=stage_of)
+    assert stack.is_sharded
     mesh = jax.make_mesh(
         (num_ranks,),
         ("pipe",),
@@ -89,13 +83,13 @@ def test_fetch_and_collect(name: str, layers_a_rank: int) -> None:
     )
 
     def run(blocks: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        chunks = layout.fetch(blocks)
+        chunks = stack.fetch(blocks)
         # What a stage does not fill of its chunk never gets a gradient.
         mine = jnp.asarray(np.where(stage_of < 0, 0, np.diff(firsts)[stage_of]))
         counts = mine[:, jax.lax.axis_index("pipe")]
-        inside = [jnp.arange(layout.max_layers) < count for count in counts]
+        inside = [jnp.arange(stack.max_layers) < count for count in counts]
         grads = [[jnp.where(m[:, None], c, 0)] for m, c in zip(inside, chunks, strict=True)]
-        return [chunk[None] for chunk in chunks], layout.collect(grads)
+        return [chunk[None] for chunk in chunks], stack.collect(grads)
 
     program = jax.jit(
         jax.shard_map(
