@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax._executor.spread import Spread
-from dualpipe_jax._executor.travel import Travel, plan_travel
+from dualpipe_jax._executor.travel import Round, plan_travel
 
 PyTree = Any
 
@@ -53,7 +53,7 @@ class Stack(Spread):
         return self.num_layers // (self.stage_of.shape[1] if self.is_sharded else 1)
 
     @cached_property
-    def _travel(self) -> Travel:
+    def _rounds(self) -> list[Round]:
         return plan_travel(
             stage_of=self.stage_of, first_layers=self.first_layers, shard_layers=self.shard_layers
         )
@@ -83,32 +83,25 @@ class Stack(Spread):
         return [lax.dynamic_slice_in_dim(leaf, start, self.max_layers) for start in starts]
 
     def _fetch(self, shard: jax.Array) -> list[jax.Array]:
-        travel = self._travel
-        size = travel.piece_layers
-        num_places = self.num_chunks * travel.chunk_pieces
-        places: list[Any] = [None] * num_places
-        moving = []
-        for way in travel.rounds:
-            piece = _slice(shard, self._mine(way.piece), size)
+        size, num_places = self.max_layers, self.num_chunks * self.max_layers
+        # Which place a piece goes to may depend on the rank. Behind the last place is room for what
+        # has none; a place gets nothing if no stage that is held as this chunk fills it.
+        spare = max(way.count for way in self._rounds)
+        stack = jnp.zeros((num_places + spare, *shard.shape[1:]), shard.dtype)
+        whole: dict[int, jax.Array] = {}  # chunks that are one piece on every rank
+        for way in self._rounds:
+            piece = _slice(shard, self._mine(way.first), way.count)
             if not way.stays:
                 piece = lax.ppermute(piece, self.axis, way.pairs)
-            if len(set(way.place)) == 1:
-                places[way.place[0]] = piece
+            place = self._mine(np.where(way.place < 0, num_places, way.place))
+            if way.count == size and isinstance(place, int):
+                whole[place // size] = piece
             else:
-                moving.append((way.place, piece))
-        if any(piece is None for piece in places):
-            # Which place a piece goes to depends on the rank; a last place takes what has none.
-            # (A place may be left without: no stage that is held as this chunk fills it.)
-            stack = jnp.zeros(((num_places + 1) * size, *shard.shape[1:]), shard.dtype)
-            for place, piece in moving:
-                place = self._mine(np.where(place < 0, num_places, place))
-                stack = lax.dynamic_update_slice_in_dim(stack, piece, place * size, 0)
-            places = [
-                lax.slice_in_dim(stack, i * size, (i + 1) * size) if piece is None else piece
-                for i, piece in enumerate(places)
-            ]
-        count = travel.chunk_pieces
-        return [_join(places[c * count : (c + 1) * count]) for c in range(self.num_chunks)]
+                stack = lax.dynamic_update_slice_in_dim(stack, piece, place, 0)
+        return [
+            whole[c] if c in whole else lax.slice_in_dim(stack, c * size, (c + 1) * size)
+            for c in range(self.num_chunks)
+        ]
 
     def _mine(self, values: np.ndarray) -> Any:
         """This rank's entry of `values` `[num_ranks]`; an int if all are alike."""
@@ -136,31 +129,28 @@ class Stack(Spread):
 
     def _return(self, chunks: list[jax.Array]) -> jax.Array:
         """Takes the ways of `_fetch` back, adding what comes to what is there."""
-        travel = self._travel
-        size, num_places = travel.piece_layers, self.num_chunks * travel.chunk_pieces
+        size, num_places = self.max_layers, self.num_chunks * self.max_layers
         # Behind the last place lie zeros, for ranks that got nothing and so send nothing.
-        empty = jnp.zeros((size, *chunks[0].shape[1:]), chunks[0].dtype)
-        is_full = all((way.place >= 0).all() for way in travel.rounds)
-        stack = None if is_full and travel.chunk_pieces == 1 else _join([*chunks, empty])
+        spare = max(way.count for way in self._rounds)
+        stack = _join([*chunks, jnp.zeros((spare, *chunks[0].shape[1:]), chunks[0].dtype)])
         total = None
-        for way in travel.rounds:
+        for way in self._rounds:
             place = self._mine(np.where(way.place < 0, num_places, way.place))
-            if stack is None and isinstance(place, int):
-                piece = chunks[place]
+            if way.count == size and isinstance(place, int):
+                piece = chunks[place // size]
             else:
-                stack = _join([*chunks, empty]) if stack is None else stack
-                piece = _slice(stack, place, size)
+                piece = _slice(stack, place, way.count)
             if not way.stays:
                 piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in way.pairs])
-            if size == self.shard_layers:
+            if way.count == self.shard_layers:
                 total = piece if total is None else total + piece
                 continue
             if total is None:
                 total = jnp.zeros((self.shard_layers, *piece.shape[1:]), piece.dtype)
             # A rank that sent nothing gets zeros back.
-            start = self._mine(way.piece)
-            mine = _slice(total, start, size) + piece
-            total = lax.dynamic_update_slice_in_dim(total, mine, start * size, 0)
+            first = self._mine(way.first)
+            mine = _slice(total, first, way.count) + piece
+            total = lax.dynamic_update_slice_in_dim(total, mine, first, 0)
         assert total is not None
         return total
 
@@ -170,11 +160,9 @@ class Stack(Spread):
         return jnp.asarray(stages)[lax.axis_index(self.axis)]
 
 
-def _slice(stack: jax.Array, index: Any, size: int) -> jax.Array:
-    """Takes entries `[index * size, (index + 1) * size)`, or all if there are no more."""
-    if stack.shape[0] == size:
-        return stack
-    return lax.dynamic_slice_in_dim(stack, index * size, size)
+def _slice(stack: jax.Array, first: Any, count: int) -> jax.Array:
+    """Takes entries `[first, first + count)`, or all if there are no more."""
+    return stack if stack.shape[0] == count else lax.dynamic_slice_in_dim(stack, first, count)
 
 
 def _join(pieces: list[jax.Array]) -> jax.Array:

@@ -23,8 +23,11 @@ PLACEMENTS = {
 
 
 @st.composite
-def placements(draw: st.DrawFn) -> tuple[np.ndarray, int]:
-    """Any placement of stages on ranks, some twice, some ranks with fewer."""
+def placements(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Any placement of stages on ranks, some twice, some ranks with fewer; layers of any number.
+
+    A stage may have none of a kind's layers.
+    """
     num_ranks = draw(st.integers(1, 5))
     num_stages = draw(st.integers(1, 8))
     held: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -33,36 +36,46 @@ def placements(draw: st.DrawFn) -> tuple[np.ndarray, int]:
             held[rank].append(stage)
     num_chunks = max(map(len, held))
     table = [row + [-1] * (num_chunks - len(row)) for row in held]
-    least = -(-num_stages // num_ranks)
-    return np.array(table).T, num_ranks * draw(st.integers(least, least + 3))
+    if draw(st.booleans()):
+        least = -(-num_stages // num_ranks)
+        num_layers = num_ranks * draw(st.integers(least, least + 3))
+        return np.array(table).T, spread(num_layers, num_stages)
+    counts = draw(st.lists(st.integers(0, 4), min_size=num_stages, max_size=num_stages))
+    stage = draw(st.integers(0, num_stages - 1))
+    counts[stage] += -sum(counts) % num_ranks or (0 if any(counts) else num_ranks)
+    return np.array(table).T, np.cumsum([0, *counts])
 
 
 @given(placements())
-def test_every_layer_arrives_in_as_few_rounds_as_can_be(drawn: tuple[np.ndarray, int]) -> None:
-    stage_of, num_layers = drawn
+def test_every_layer_arrives_in_as_few_rounds_as_can_be(
+    drawn: tuple[np.ndarray, np.ndarray],
+) -> None:
+    stage_of, firsts = drawn
     num_chunks, num_ranks = stage_of.shape
-    num_stages = int(stage_of.max()) + 1
-    firsts = spread(num_layers, num_stages)
-    shard = num_layers // num_ranks
-    travel = plan_travel(stage_of=stage_of, first_layers=firsts, shard_layers=shard)
-    size, per_chunk = travel.piece_layers, travel.chunk_pieces
-    got = np.full((num_ranks, num_chunks * per_chunk * size), -1)
-    pieces_of = np.zeros((2, num_ranks), int)
-    for way in travel.rounds:
+    shard = int(firsts[-1]) // num_ranks
+    rounds = plan_travel(stage_of=stage_of, first_layers=firsts, shard_layers=shard)
+    per_chunk = int(np.diff(firsts).max())
+    got = np.full((num_ranks, num_chunks * per_chunk), -1)
+    layers_of = np.zeros((2, num_ranks), int)
+    for way in rounds:
         targets = [target for _, target in way.pairs]
         assert len(set(targets)) == len(targets)
         for source, target in way.pairs:
-            pieces_of[0, source] += 1
-            pieces_of[1, target] += 1
-            start = source * shard + way.piece[source] * size
-            place = way.place[target] * size
-            assert (got[target, place : place + size] == -1).all()
-            got[target, place : place + size] = range(start, start + size)
-    assert len(travel.rounds) == pieces_of.max()
+            layers_of[0, source] += way.count
+            layers_of[1, target] += way.count
+            start = source * shard + way.first[source]
+            place = way.place[target]
+            assert way.first[source] + way.count <= shard
+            assert place // per_chunk == (place + way.count - 1) // per_chunk
+            assert (got[target, place : place + way.count] == -1).all()
+            got[target, place : place + way.count] = range(start, start + way.count)
+    assert sum(way.count for way in rounds) == layers_of.max()
+    # Deeper models have larger pieces, not more of them.
+    deeper = plan_travel(stage_of=stage_of, first_layers=7 * firsts, shard_layers=7 * shard)
+    assert len(deeper) == len(rounds)
     for (chunk, rank), stage in np.ndenumerate(stage_of):
         layers = list(range(*firsts[stage : stage + 2])) if stage >= 0 else []
-        start = chunk * per_chunk * size
-        mine = got[rank, start : start + per_chunk * size]
+        mine = got[rank, chunk * per_chunk : (chunk + 1) * per_chunk]
         assert mine.tolist() == layers + [-1] * (len(mine) - len(layers))
 
 
