@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _microbatches, _parameters, _validate
+from dualpipe_jax import _kinds, _microbatches, _parameters, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._executor import Step
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import Tables
@@ -69,13 +70,15 @@ def value_and_grad(
       `((loss, metrics), grads)`. It is not itself differentiable by `jax.grad`; `sequential` is.
 
       params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
-        model order, sharded in any way; and, if there are parameters that all blocks use,
-        `"shared": pytree`, which they see as `ctx.shared`. batch: a pytree of arrays `[B, ...]`;
-        microbatch m is rows `[m B/N, (m+1) B/N)`. rng: a key, or None. loss: a scalar of at least
-        float32. grads: as params in structure, shapes and dtypes, accumulated in float32 or wider;
-        float0 zeros for integer leaves, as with `allow_int=True`. Gradients of blocks leave sharded
-        over `axis` if num_layers divides by its size, else replicated: lay blocks so from the start
-        (leading dim `PartitionSpec(axis)`), and no update has to move them.
+        model order, sharded in any way; with `model.layout`, blocks is a dict of such stacks, one
+        for each kind of layer, and num_layers counts the layers of that kind. Parameters that all
+        blocks use are `"shared": pytree`, and they see them as `ctx.shared`. batch: a pytree of
+        arrays `[B, ...]`; microbatch m is rows `[m B/N, (m+1) B/N)`. rng: a key, or None. loss: a
+        scalar of at least float32. grads: as params in structure, shapes and dtypes, accumulated
+        in float32 or wider; float0 zeros for integer leaves, as with `allow_int=True`. Gradients
+        of blocks leave sharded over `axis` if num_layers divides by its size, else replicated: lay
+        blocks so from the start (leading dim `PartitionSpec(axis)`), and no update has to move
+        them.
 
     Raises:
       ValueError: If an argument has a bad value; from grad_fn, when traced, if params, batch or
@@ -186,6 +189,7 @@ class _Builder:
 
     def __init__(self, *, axes: _Axes, tables: Tables, **options: Any):
         self._tables = tables
+        self._layout = options["model"].layout
         self._step = partial(
             Step,
             mesh=axes.mesh,
@@ -204,7 +208,9 @@ class _Builder:
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
         tables = self._tables
         where = f" of the schedule over {tables.num_ranks} ranks"
-        num_layers = _validate.num_layers(params, num_stages=tables.num_stages, where=where)
+        num_layers = _validate.num_layers(
+            params, self._layout, num_stages=tables.num_stages, where=where
+        )
         num_microbatches = tables.num_microbatches
         _validate.key(rng)
         _validate.batch(
@@ -245,14 +251,27 @@ def _schedule_for(
     return schedule
 
 
-def _block(model: Model, remat: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Gives block one form, `(params, x, ctx) -> (x, aux or None)`, rematerialised as asked."""
+def _block(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable[..., Any]]:
+    """Gives each kind's block one form, `(params, x, ctx) -> (x, aux or None)`."""
+    return {
+        kind: _rematerialised(_of_one_form(model, kind), remat) for kind in _kinds.blocks_of(model)
+    }
+
+
+def _of_one_form(model: Model, kind: Kind) -> Callable[..., Any]:
+    users_block = _kinds.blocks_of(model)[kind]
 
     def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
-        y, aux = _microbatches.block_outputs(model, model.block(params, x, ctx))
-        _validate.same_x(x, y)
+        y, aux = _microbatches.block_outputs(model, users_block(params, x, ctx))
+        _validate.same_x(x, y, name=_validate.block_name(kind))
         return _microbatches.strong(y), aux
 
+    return block
+
+
+def _rematerialised(
+    block: Callable[..., Any], remat: str | Callable[..., Any]
+) -> Callable[..., Any]:
     if remat == "none":
         return block
     if remat == "block":

@@ -36,7 +36,7 @@ def wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> di
     _validate.raise_all(
         "trainable: must hold True for what is trained, and False for what is frozen",
         (
-            f"trainable{keystr(path)} is {_validate.kind(flag)}"
+            f"trainable{keystr(path)} is {_validate.show(flag)}"
             for path, _, flag in full
             if not isinstance(flag, bool | np.bool_)
         ),
@@ -76,7 +76,7 @@ def specs(
     _validate.raise_all(
         "param_specs: must hold a jax.sharding.PartitionSpec for each leaf or branch of params",
         (
-            f"param_specs{keystr(path)} is {_validate.kind(spec)}"
+            f"param_specs{keystr(path)} is {_validate.show(spec)}"
             for path, _, spec in full
             if not _is_spec(spec)
         ),

@@ -3,15 +3,21 @@
 What every schedule must reproduce, differentiable by `jax.grad`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from dualpipe_jax import _microbatches, _validate
+from dualpipe_jax import _kinds, _microbatches, _validate
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._types import Model, PyTree
+
+# Layers run in a loop for each run of one kind; where kinds change more often, in one for all.
+_MAX_RUNS = 8
 
 
 def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
@@ -44,27 +50,30 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
 
     def loss_of(params: PyTree, batch: PyTree, rng: jax.Array | None) -> Any:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
-        num_layers = _validate.num_layers(params)
+        num_layers = _validate.num_layers(params, model.layout)
         _validate.key(rng)
         _validate.batch(batch, num_microbatches=num_microbatches)
         batches = _microbatches.split(batch, num_microbatches)
-        layer, microbatch = jax.eval_shape(
-            lambda *trees: _microbatches.take(trees, 0), params["blocks"], batches
+        stacks = _kinds.stacks_of(model, params["blocks"])
+        layers, microbatch = jax.eval_shape(
+            lambda *trees: _microbatches.take(trees, 0), stacks, batches
         )
         outside = {part: tree for part, tree in params.items() if part != "blocks"}
-        outs = _validate.outputs(model, outside, layer, microbatch, rng)
+        outs = _validate.outputs(model, outside, layers, microbatch, rng)
         shared = params.get("shared")
         total_weight = _microbatches.total_weight(model, batches)
 
-        def run_layer(carry: tuple, layer: tuple, *, microbatch: PyTree, key: Any) -> Any:
+        blocks, kinds = _kinds.blocks_of(model), _kinds.kinds_of(model, num_layers)
+
+        def run_layer(
+            kind: Kind, layer: PyTree, index: Any, carry: Any, *, microbatch: PyTree, key: Any
+        ) -> Any:
             x, aux_sum = carry
-            block_params, index = layer
             ctx = _microbatches.context(microbatch, key, index, is_layer=True, shared=shared)
-            outputs = model.block(block_params, x, ctx)
-            x, aux = _microbatches.block_outputs(model, outputs)
+            x, aux = _microbatches.block_outputs(model, blocks[kind](layer, x, ctx))
             if aux is not None:
                 aux_sum = _microbatches.add(aux_sum, aux)
-            return (_microbatches.strong(x), aux_sum), None
+            return _microbatches.strong(x), aux_sum
 
         def step(sums: tuple, index: jax.Array) -> tuple[tuple, None]:
             loss_sum, aux_sum, metrics_sum = sums
@@ -73,22 +82,60 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
             ends = params["ends"]
             ctx = _microbatches.context(microbatch, key, num_layers, shared=shared)
             x = model.embed(ends, ctx)
-            layers = params["blocks"], jnp.arange(num_layers, dtype=jnp.int32)
-            (x, aux_sum), _ = lax.scan(
-                lambda carry, layer: run_layer(carry, layer, microbatch=microbatch, key=key),
-                (_microbatches.strong(x), aux_sum),
-                layers,
-            )
+            run = functools.partial(run_layer, microbatch=microbatch, key=key)
+            x, aux_sum = _fold(run, kinds, stacks, (_microbatches.strong(x), aux_sum))
             ctx = _microbatches.context(microbatch, key, num_layers + 1, shared=shared)
             out = model.head(ends, x, ctx)
             loss, metrics = _microbatches.head_outputs(model, out)
             sums = _microbatches.add((loss_sum, metrics_sum), (loss, metrics))
             return (sums[0], aux_sum, sums[1]), None
 
-        zeros = _microbatches.zeros_for_sum((outs.loss, outs.aux, outs.metrics))
+        zeros = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
         (loss, aux, metrics), _ = lax.scan(
             step, zeros, jnp.arange(num_microbatches, dtype=jnp.int32)
         )
         return _microbatches.result(model, loss, aux, metrics, total_weight, num_microbatches)
 
     return loss_fn
+
+
+def _fold(
+    run: Callable[..., Any], kinds: tuple[Kind, ...], stacks: dict[Kind, PyTree], carry: Any
+) -> Any:
+    """Runs `run(kind, layer's parameters, its index, carry) -> carry` for all layers, in order."""
+    places, runs = _kinds.places_of(kinds), _kinds.runs_of(kinds)
+    if len(runs) > _MAX_RUNS:
+        return _fold_by_switch(run, kinds, stacks, carry)
+
+    def fold_run(kind: Kind, first: int, count: int, carry: Any) -> Any:
+        start = places[first]
+        layers = jax.tree.map(lambda leaf: leaf[start : start + count], stacks[kind])
+        indices = jnp.arange(first, first + count, dtype=jnp.int32)
+        return lax.scan(
+            lambda carry, layer: (run(kind, *layer, carry), None), carry, (layers, indices)
+        )[0]
+
+    first = 0
+    for kind, count in runs:
+        carry = fold_run(kind, first, count, carry)
+        first += count
+    return carry
+
+
+def _fold_by_switch(
+    run: Callable[..., Any], kinds: tuple[Kind, ...], stacks: dict[Kind, PyTree], carry: Any
+) -> Any:
+    """As `_fold`, but each kind stands in the program once, however often kinds change."""
+
+    def step(carry: Any, row: jax.Array) -> tuple[Any, None]:
+        number, place, index = row
+
+        def branch(kind: Kind) -> Callable[[Any], Any]:
+            return lambda carry: run(kind, _microbatches.take(stacks[kind], place), index, carry)
+
+        return lax.switch(number, [branch(kind) for kind in stacks], carry), None
+
+    numbers = {kind: number for number, kind in enumerate(stacks)}
+    order = [numbers[kind] for kind in kinds]
+    rows = np.stack([order, _kinds.places_of(kinds), range(len(kinds))], axis=1)
+    return lax.scan(step, carry, jnp.asarray(rows, jnp.int32))[0]

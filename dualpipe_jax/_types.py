@@ -1,7 +1,7 @@
 """What a user hands over (`Model`) and what their functions are given (`Context`)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -38,18 +38,66 @@ class Model:
     Attributes:
       embed: `(ends, ctx) -> x`, the first thing, on the first stage. `x` is any pytree of arrays.
       block: `(block_params, x, ctx) -> x`, one layer; its parameters come without the layer dim,
-        and `x` leaves with the structure, shapes and dtypes with which it came.
+        and `x` leaves with the structure, shapes and dtypes with which it came. A dict of such
+        functions, by name, for layers of different kinds.
       head: `(ends, x, ctx) -> loss`, the last thing, on the last stage: a floating-point scalar.
       weight: `(microbatch) -> scalar`, or None. With it the loss is sum(head) / sum(weight) over
         the microbatches, and head returns a sum; without it the loss is the mean of head.
       has_aux: Whether head returns `(loss, metrics)`; metrics are summed over microbatches.
       block_has_aux: Whether block returns `(x, aux_loss)`; the aux losses are summed over layers,
-        averaged over microbatches, never weighted, and added to the loss.
+        averaged over microbatches, never weighted, and added to the loss. It holds for all kinds.
+      layout: The name of the kind of every layer, in model order, where block is a dict; else None.
+
+    Layers of different kinds, such as dense layers before expert layers, are a block for each kind
+    and a layout. `params["blocks"]` is then a dict with a stack for each kind, `[number of layers
+    of the kind, ...]`, in model order: no kind's parameters are padded to another's. `ctx.layer`
+    counts the layers of all kinds. (One block can also choose by `ctx.layer`, with `jax.lax.cond`,
+    but every layer then holds the parameters of all.)
+
+    >>> import jax, jax.numpy as jnp, dualpipe_jax as dpj
+    >>> def dense(params, x, ctx):
+    ...     return x + jnp.tanh(x @ params["up"]) @ params["down"]
+    >>> def experts(params, x, ctx):
+    ...     weights = jax.nn.softmax(x @ params["router"])  # [rows, experts]
+    ...     return x + jnp.einsum("re,rd,edf->rf", weights, x, params["experts"])
+    >>> model = dpj.Model(
+    ...     embed=lambda ends, ctx: ctx.microbatch @ ends["table"],
+    ...     block={"dense": dense, "experts": experts},
+    ...     layout=("dense", "experts", "experts"),
+    ...     head=lambda ends, x, ctx: jnp.square(x).mean(),
+    ... )
+    >>> params = {
+    ...     "ends": {"table": jnp.ones((3, 4))},
+    ...     "blocks": {
+    ...         "dense": {"up": jnp.ones((1, 4, 8)), "down": jnp.ones((1, 8, 4))},
+    ...         "experts": {"router": jnp.ones((2, 4, 5)), "experts": jnp.ones((2, 5, 4, 4))},
+    ...     },
+    ... }
+    >>> grad_fn = dpj.value_and_grad(
+    ...     model,
+    ...     mesh=jax.make_mesh((1,), ("pipe",), devices=jax.devices()[:1]),
+    ...     num_microbatches=2,
+    ... )
+    >>> loss, grads = grad_fn(params, jnp.ones((4, 3)))
+    >>> jax.tree.map(jnp.shape, grads["blocks"]) == jax.tree.map(jnp.shape, params["blocks"])
+    True
     """
 
     embed: Callable[..., PyTree]
-    block: Callable[..., PyTree]
+    block: Callable[..., PyTree] | Mapping[str, Callable[..., PyTree]]
     head: Callable[..., PyTree]
     weight: Callable[[PyTree], Any] | None = None
     has_aux: bool = False
     block_has_aux: bool = False
+    layout: Sequence[str] | None = None
+
+    def __post_init__(self):
+        # What is no sequence of names is left as it is, for the checks to name.
+        if isinstance(self.layout, Sequence) and not isinstance(self.layout, str):
+            object.__setattr__(self, "layout", tuple(self.layout))
+        if isinstance(self.block, Mapping):
+            object.__setattr__(self, "block", dict(self.block))
+
+    def __hash__(self) -> int:
+        values = (getattr(self, field.name) for field in fields(self))
+        return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values))

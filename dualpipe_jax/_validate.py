@@ -5,28 +5,34 @@ offenders.
 """
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from dualpipe_jax import _microbatches, _varying
+from dualpipe_jax import _kinds, _microbatches, _varying
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._types import Context, Model, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Avals of what a model's functions return, and of the context that a block is given."""
+    """Avals of what a model's functions return, and of the context that a block is given.
+
+    `aux` has an entry for each kind of layer, and `aux_sum` holds any of them; None without.
+    """
 
     x: PyTree
     ctx: Context
     loss: Any
     metrics: PyTree
-    aux: Any
+    aux: dict[Kind, Any]
+    aux_sum: Any
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -34,7 +40,7 @@ def positive_int(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r}: must be an integer, got {kind(value)}") from None
+        raise TypeError(f"{name}={value!r}: must be an integer, got {show(value)}") from None
     if isinstance(value, bool) or number < 1:
         raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
     return number
@@ -44,8 +50,42 @@ def is_model(model: Any) -> None:
     """Requires a Model."""
     if not isinstance(model, Model):
         raise TypeError(
-            f"model: must be a dualpipe_jax.Model(embed=, block=, head=), got {kind(model)}"
+            f"model: must be a dualpipe_jax.Model(embed=, block=, head=), got {show(model)}"
         )
+    if model.layout is not None or isinstance(model.block, Mapping):
+        _kinds_fit(model.block, model.layout)
+
+
+def _kinds_fit(block: Any, layout: Any) -> None:
+    """Requires a block for every kind in the layout, and a kind for every block."""
+    what = "the names of the kinds of all layers, in model order, as keys of the dict block"
+    if not isinstance(block, Mapping):
+        raise ValueError(
+            f"model.layout={layout!r}: must be {what}, but block is {show(block)}; make it a dict "
+            "with a block for each kind, or leave layout out"
+        )
+    if layout is None:
+        raise ValueError(
+            f"model.layout=None: must be {what}, which has {_names(block)}; give it, or make block "
+            "one function for all layers"
+        )
+    if not isinstance(layout, tuple) or not all(isinstance(kind, str) for kind in layout):
+        raise TypeError(f"model.layout={layout!r}: must be a sequence of strings, {what}")
+    if not layout:
+        raise ValueError("model.layout=(): must name at least one layer")
+    layers = {kind: [i for i, k in enumerate(layout) if k == kind] for kind in layout}
+    raise_all(
+        "model.layout: must name the keys of the dict block, each at least once; add what is "
+        "missing, or leave out what is too much",
+        [
+            *(
+                f"layout names {kind!r} (layers {_ellipsis(found)}), but block has {_names(block)}"
+                for kind, found in layers.items()
+                if kind not in block
+            ),
+            *(f"block has {kind!r}, but no layer is of it" for kind in block if kind not in layers),
+        ],
+    )
 
 
 def key(rng: Any) -> None:
@@ -56,7 +96,7 @@ def key(rng: Any) -> None:
     is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     is_legacy = dtype == jnp.uint32 and shape is not None and len(shape) == 1
     if not is_key and not is_legacy:
-        raise TypeError(f"rng: must be one key, as of jax.random.key(0), or None; got {kind(rng)}")
+        raise TypeError(f"rng: must be one key, as of jax.random.key(0), or None; got {show(rng)}")
 
 
 def grad_dtype(dtype: Any, params: PyTree) -> None:
@@ -76,9 +116,9 @@ def grad_dtype(dtype: Any, params: PyTree) -> None:
 def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
     """Requires `axis` to be an axis of the mesh, and returns its size."""
     if not isinstance(mesh, jax.sharding.Mesh):
-        raise TypeError(f"mesh: must be a jax.sharding.Mesh, as of jax.make_mesh, got {kind(mesh)}")
+        raise TypeError(f"mesh: must be a jax.sharding.Mesh, as of jax.make_mesh, got {show(mesh)}")
     if not isinstance(axis, str):
-        raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {kind(axis)}")
+        raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {show(axis)}")
     _known_axes(mesh, argument, axis, [axis])
     return mesh.shape[axis]
 
@@ -108,13 +148,15 @@ def _known_axes(mesh: jax.sharding.Mesh, argument: str, value: Any, names: Itera
         )
 
 
-def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
-    """Requires `{"ends": ..., "blocks": ...}` with one leading dim, and returns that dim."""
+def num_layers(
+    params: Any, layout: Sequence[str] | None, *, num_stages: int = 1, where: str = ""
+) -> int:
+    """Requires `{"ends": ..., "blocks": ...}`, the blocks stacked, and returns their number."""
     if not isinstance(params, Mapping) or set(params) - {"shared"} != {"ends", "blocks"}:
         got = (
             f"a dict with the keys {sorted(map(str, params))}"
             if isinstance(params, Mapping)
-            else (kind(params))
+            else (show(params))
         )
         raise ValueError(
             'params: must be {"ends": the parameters outside the layer stack, "blocks": those of '
@@ -122,7 +164,20 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
             f"{got}"
         )
     arrays(params, "params")
-    leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
+    size = _stack_size(params["blocks"]) if layout is None else len(layout)
+    if layout is not None:
+        _stacks_fit(params["blocks"], layout)
+    if size < num_stages:
+        raise ValueError(
+            f'params["blocks"]: has {size} layers, fewer than the {num_stages} stages{where}; use '
+            "a mesh with fewer devices along the axis, or a deeper model"
+        )
+    return size
+
+
+def _stack_size(blocks: PyTree) -> int:
+    """Requires one leading dim of all leaves, and returns it."""
+    leaves = jax.tree_util.tree_leaves_with_path(blocks)
     if not leaves:
         raise ValueError(
             'params["blocks"]: must have leaves, the parameters of the layers; got none'
@@ -141,12 +196,35 @@ def num_layers(params: Any, *, num_stages: int = 1, where: str = "") -> int:
         ),
     )
     assert size is not None
-    if size < num_stages:
-        raise ValueError(
-            f'params["blocks"]: has {size} layers, fewer than the {num_stages} stages{where}; use '
-            "a mesh with fewer devices along the axis, or a deeper model"
-        )
     return size
+
+
+def _stacks_fit(blocks: Any, layout: Sequence[str]) -> None:
+    """Requires a stack for each kind, with as many layers as the layout has of it."""
+    counts = {kind: layout.count(kind) for kind in layout}
+    must = (
+        'params["blocks"]: with a layout it must be a dict with a stack for each kind, whose '
+        "leaves have the layers of that kind as their leading dim"
+    )
+    if not isinstance(blocks, Mapping):
+        raise ValueError(f"{must}; got {show(blocks)} for the kinds {_names(counts)}")
+    offenders = [
+        f"nothing for {kind!r}, of which layout has {count} layers"
+        for kind, count in counts.items()
+        if kind not in blocks
+    ]
+    for kind in blocks:
+        name = f'params["blocks"][{kind!r}]'
+        if kind not in counts:
+            offenders.append(f"{name} is of no kind in layout, which has {_names(counts)}")
+            continue
+        offenders += [
+            f"{name}{keystr(path)} of shape {leaf.shape}, but layout has {counts[kind]} layers of "
+            f"{kind!r}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(blocks[kind])
+            if leaf.shape[:1] != (counts[kind],)
+        ]
+    raise_all(f"{must}; stack those, or change layout", offenders)
 
 
 def arrays(tree: PyTree, name: str) -> None:
@@ -154,7 +232,7 @@ def arrays(tree: PyTree, name: str) -> None:
     raise_all(
         f"{name}: every leaf must be an array or a number; convert it, or leave it out",
         (
-            f"{name}{keystr(path)} is {kind(leaf)}"
+            f"{name}{keystr(path)} is {show(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
             if not _is_array(leaf)
         ),
@@ -196,7 +274,7 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
 def outputs(
     model: Model,
     outside: PyTree,
-    layer: PyTree,
+    layers: dict[Kind, PyTree],
     microbatch: PyTree,
     rng: Any,
     shard: Any = None,
@@ -205,12 +283,14 @@ def outputs(
 ) -> Outputs:
     """Requires the model's functions to fit each other, and returns avals of what they return.
 
-    `outside` holds `ends`, and `shared` if there is one, and `layer` the parameters of one layer;
-    all arguments may be avals. The context in what is returned has no shared parameters. No
-    function may name one of the mesh axes `hidden_axes`.
+    `outside` holds `ends`, and `shared` if there is one, and `layers` the parameters of one layer
+    of each kind; all arguments may be avals. The context in what is returned has no shared
+    parameters. No function may name one of the mesh axes `hidden_axes`.
     """
 
-    def run(outside: PyTree, layer: PyTree, microbatch: PyTree, rng: Any, shard: Any) -> Any:
+    def run(
+        outside: PyTree, layers: dict[Kind, PyTree], microbatch: PyTree, rng: Any, shard: Any
+    ) -> Any:
         ends, shared = outside["ends"], outside.get("shared")
         key = _microbatches.microbatch_key(rng, jnp.int32(0))
         ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard, shared=shared)
@@ -222,7 +302,11 @@ def outputs(
                 f"model.embed: must return at least one array, x, for the blocks; got {x!r}"
             )
         x = _microbatches.strong(x)
-        aux = _block_aux(model, x, model.block(layer, x, layer_ctx))
+        aux = {
+            kind: _block_aux(model, x, block(layers[kind], x, layer_ctx), name=block_name(kind))
+            for kind, block in _kinds.blocks_of(model).items()
+        }
+        aux_sum = functools.reduce(operator.add, aux.values()) if model.block_has_aux else None
         loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
         if model.weight is not None:
             weight = model.weight(microbatch)
@@ -230,9 +314,9 @@ def outputs(
             _scalar(
                 "model.weight", "a real scalar", weight, fix=fix, of=(jnp.floating, jnp.integer)
             )
-        return Outputs(x=x, ctx=bare_ctx, loss=loss, metrics=metrics, aux=aux)
+        return Outputs(x=x, ctx=bare_ctx, loss=loss, metrics=metrics, aux=aux, aux_sum=aux_sum)
 
-    jaxpr, outs = jax.make_jaxpr(run, return_shape=True)(outside, layer, microbatch, rng, shard)
+    jaxpr, outs = jax.make_jaxpr(run, return_shape=True)(outside, layers, microbatch, rng, shard)
     used = _varying.named_axes(jaxpr.jaxpr) & set(hidden_axes)
     if used:
         raise ValueError(
@@ -246,7 +330,7 @@ def reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:
     """Requires what is added up over microbatches to be alike where these do not differ."""
     allowed = set(loss_axes)
     values = {"model.head: its loss": outs.loss, "model.head: metrics": outs.metrics}
-    values["model.block: its aux loss"] = outs.aux
+    values |= {f"{block_name(kind)}: its aux loss": aux for kind, aux in outs.aux.items()}
     raise_all(
         "manual_axes: over an axis that is not one of batch_axes, all devices must come to one "
         "loss and the same metrics; reduce them (jax.lax.psum or pmean), or name the axis in "
@@ -260,16 +344,21 @@ def reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:
     )
 
 
-def same_x(x: PyTree, y: PyTree, *, hint: str = "") -> None:
+def block_name(kind: Kind) -> str:
+    """Names the block of a kind, in messages."""
+    return "model.block" if kind is None else f"model.block[{kind!r}]"
+
+
+def same_x(x: PyTree, y: PyTree, *, name: str, hint: str = "") -> None:
     """Requires a block to return the structure, shapes and dtypes of the x that it was given."""
     before, after = jax.tree.structure(x), jax.tree.structure(y)
     fix = "a block must return x as it came, so that blocks can follow one another on any device"
     if before != after:
         raise ValueError(
-            f"model.block: changes the structure of x from {before} to {after}; {fix}{hint}"
+            f"{name}: changes the structure of x from {before} to {after}; {fix}{hint}"
         )
     raise_all(
-        f"model.block: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
+        f"{name}: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
         (
             f"x{keystr(path)} comes as {_short(a)} and leaves as {_short(b)}"
             for (path, a), b in zip(
@@ -280,21 +369,21 @@ def same_x(x: PyTree, y: PyTree, *, hint: str = "") -> None:
     )
 
 
-def _block_aux(model: Model, x: PyTree, out: Any) -> Any:
+def _block_aux(model: Model, x: PyTree, out: Any, *, name: str) -> Any:
     """Requires block's outputs to fit the model, and returns its aux loss, or None."""
     if model.block_has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[1]])):
         raise TypeError(
-            f"model.block: with block_has_aux=True it must return (x, aux_loss), got {kind(out)}"
+            f"{name}: with block_has_aux=True it must return (x, aux_loss), got {show(out)}"
         )
-    y, aux = _microbatches.block_outputs(model, _returned("model.block", "x", out))
+    y, aux = _microbatches.block_outputs(model, _returned(name, "x", out))
     hint = (
         ""
         if model.block_has_aux or not _is_pair(out)
         else ("; to return an aux loss beside x, make the model with block_has_aux=True")
     )
-    same_x(x, y, hint=hint)
+    same_x(x, y, name=name, hint=hint)
     if aux is not None:
-        _scalar("model.block", "an aux loss that is a floating-point scalar", aux)
+        _scalar(name, "an aux loss that is a floating-point scalar", aux)
     return aux
 
 
@@ -302,11 +391,11 @@ def _loss_and_metrics(model: Model, out: Any) -> tuple[jax.Array, PyTree]:
     """Requires head's outputs to fit the model."""
     if model.has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[0]])):
         raise TypeError(
-            f"model.head: with has_aux=True it must return (loss, metrics), got {kind(out)}"
+            f"model.head: with has_aux=True it must return (loss, metrics), got {show(out)}"
         )
     if not model.has_aux and not jax.tree_util.all_leaves([out]):
         raise TypeError(
-            f"model.head: must return a scalar loss, got {kind(out)}; to return metrics beside "
+            f"model.head: must return a scalar loss, got {show(out)}; to return metrics beside "
             "the loss, make the model with has_aux=True"
         )
     loss, metrics = out if model.has_aux else (out, None)
@@ -321,7 +410,7 @@ def _returned(name: str, what: str, value: Any) -> Any:
     raise_all(
         f"{name}: must return arrays",
         (
-            f"{what}{keystr(path)} is {kind(leaf)}"
+            f"{what}{keystr(path)} is {show(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(value)
             if not _is_array(leaf)
         ),
@@ -340,7 +429,7 @@ def _scalar(
 ) -> None:
     value = _microbatches.as_arrays(value)
     if not _is_array(value):
-        raise TypeError(f"{name}: must return {what}, got {kind(value)}; {fix}")
+        raise TypeError(f"{name}: must return {what}, got {show(value)}; {fix}")
     if value.shape or not any(jnp.issubdtype(value.dtype, kind) for kind in of):
         raise ValueError(f"{name}: must return {what}, got {_short(value)}; {fix}")
 
@@ -360,11 +449,20 @@ def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = V
         raise error("\n".join([f"{message}; but:", *lines]))
 
 
+def _names(kinds: Iterable[Any]) -> str:
+    return ", ".join(map(repr, kinds)) or "no kinds"
+
+
+def _ellipsis(numbers: list[int]) -> str:
+    """Lists the first few of the numbers."""
+    return ", ".join(map(str, numbers[:8])) + (", .." if len(numbers) > 8 else "")
+
+
 def _short(aval: Any) -> str:
     return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
 
 
-def kind(value: Any) -> str:
+def show(value: Any) -> str:
     """Says in a few words what a value is."""
     if _is_array(value):
         return f"an array {_short(value)}"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
+from dualpipe_jax._kinds import blocks_of
 from tests.models import assert_close, make_batch, make_model, make_params
 
 
@@ -190,7 +191,7 @@ def test_sequential_is_the_plain_meaning() -> None:
         x = model.embed(params["ends"], ctx(num_layers))
         for layer in range(num_layers):
             block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-            x, aux = model.block(block, x, ctx(layer, jnp.int32(layer)))
+            x, aux = blocks_of(model)[None](block, x, ctx(layer, jnp.int32(layer)))
             aux_total += aux
         loss, more = model.head(params["ends"], x, ctx(num_layers + 1))
         total += loss
@@ -225,7 +226,7 @@ def test_model_is_traced_as_often_as_the_users_jit() -> None:
     plain = make_model()
     model = dpj.Model(
         embed=plain.embed,
-        block=lambda params, x, ctx: plain.block(params, x, ctx) * scale[0],
+        block=lambda params, x, ctx: blocks_of(plain)[None](params, x, ctx) * scale[0],
         head=plain.head,
     )
     params, batch = make_params(2), make_batch(2)
@@ -255,7 +256,7 @@ def test_closing_over_an_array_on_the_mesh_is_explained() -> None:
 
     def with_table(table: Any) -> Any:
         def block(params: Any, x: Any, ctx: dpj.Context) -> Any:
-            return plain.block(params, x, ctx) * table
+            return blocks_of(plain)[None](params, x, ctx) * table
 
         model = dpj.Model(embed=plain.embed, block=block, head=plain.head)
         grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=2)
@@ -310,7 +311,7 @@ def _loss_of_shard(model: dpj.Model, params: Any, batch: Any, rng: Any, shard: i
     x = model.embed(params["ends"], ctx(num_layers))
     for layer in range(num_layers):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-        x = model.block(block, x, ctx(layer, jnp.int32(layer)))
+        x = blocks_of(model)[None](block, x, ctx(layer, jnp.int32(layer)))
     return model.head(params["ends"], x, ctx(num_layers + 1))
 
 

@@ -5,7 +5,7 @@ part of everything, and may be called in any loop of the step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax import lax
 
 from dualpipe_jax import _microbatches, _validate, _varying
 from dualpipe_jax._executor.leaves import pick, place
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._split_vjp import SplitVjp, capture, split_vjp
 from dualpipe_jax._types import Context, Model
 
@@ -25,20 +26,22 @@ class Arguments:
 
     Attributes:
       outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside the stack.
-      layer: The parameters of one layer.
+      layers: The parameters of one layer of each kind.
       microbatch: One microbatch.
       rng: The step's key, or None.
       shard: The index of the shard of the batch, or None.
-      wanted: For every leaf of `"ends"`, `"shared"` and `"layer"` whether it gets a gradient.
+      wanted: For every leaf of ends and shared whether it gets a gradient.
+      wanted_of_layers: The same for the leaves of a layer of each kind.
       loss_axes: The manual axes over which microbatches, and so losses, differ.
     """
 
     outside: dict[str, PyTree]
-    layer: PyTree
+    layers: dict[Kind, PyTree]
     microbatch: PyTree
     rng: Any
     shard: Any
     wanted: dict[str, list[bool]]
+    wanted_of_layers: dict[Kind, list[bool]]
     loss_axes: tuple[str, ...]
 
 
@@ -50,14 +53,14 @@ class Functions:
       outputs: Avals of x, the loss, metrics and aux loss.
       embed: `(outside, ctx) -> x`.
       head: `(outside, x, ctx) -> (loss, metrics)`.
-      block: `((layer, shared), x, ctx) -> (y, aux)`.
+      block: For each kind of layer `((layer, shared), x, ctx) -> (y, aux)`.
       gradients: The derivatives; None in forward-only programs.
     """
 
     outputs: _validate.Outputs
     embed: Callable[..., PyTree]
     head: Callable[..., tuple[jax.Array, PyTree]] | None = None
-    block: Callable[..., tuple[PyTree, Any]] | None = None
+    block: dict[Kind, Callable[..., tuple[PyTree, Any]]] = field(default_factory=dict)
     gradients: "Gradients | None" = None
 
 
@@ -69,25 +72,33 @@ class Gradients:
       embed: `(outside, ctx, dx) -> (None, doutside)`; dx has the leaves of x that have a cotangent,
         doutside those of outside that are wanted.
       head: `(outside, x, ctx, seed) -> ((loss, metrics, dx), doutside)`.
-      block: The block's forward and the halves of its backward; its gradients are those of the
-        wanted leaves of layer, then of shared.
-      num_of_layer: How many of the gradients of block are of the layer; the rest are of shared.
-      shared_places: For each of those the place in doutside.
+      block: For each kind of layer its block's forward and the halves of its backward; its
+        gradients are those of the wanted leaves of the layer, then of shared.
+      shared_places: For each kind which of the wanted leaves of shared these last ones are.
       reduce_axes: For each of doutside, the manual axes over which what all uses add up to is still
         to be summed.
     """
 
     embed: Callable[..., tuple[None, list[jax.Array]]]
     head: Callable[..., tuple[Any, list[jax.Array]]]
-    block: SplitVjp
-    num_of_layer: int
-    shared_places: list[int]
+    block: dict[Kind, SplitVjp]
+    shared_places: dict[Kind, list[int]]
     reduce_axes: list[tuple[str, ...]]
+
+    def num_of_layer(self, kind: Kind) -> int:
+        """Counts the gradients of a kind's block that are of the layer."""
+        return len(self.block[kind].reduce_axes) - len(self.shared_places[kind])
+
+    def divide(self, kind: Kind, gradients: list[Any]) -> tuple[list[Any], list[tuple[int, Any]]]:
+        """Divides a block's gradients: of the layer; and of shared, with the place of each."""
+        count = self.num_of_layer(kind)
+        shared = zip(self.shared_places[kind], gradients[count:], strict=True)
+        return gradients[:count], list(shared)
 
 
 def trace(
     model: Model,
-    block: Callable[..., tuple[PyTree, Any]],
+    blocks: dict[Kind, Callable[..., tuple[PyTree, Any]]],
     args: Arguments,
     *,
     forward_only: bool,
@@ -97,7 +108,7 @@ def trace(
 
     Args:
       model: The model.
-      block: `(layer, x, ctx) -> (y, aux)`, rematerialised as asked.
+      blocks: For each kind of layer `(layer, x, ctx) -> (y, aux)`, rematerialised as asked.
       args: What the functions are given.
       forward_only: Whether there are no gradients.
       hidden_axes: Mesh axes that no function may name.
@@ -109,7 +120,7 @@ def trace(
     outs = _validate.outputs(
         model,
         args.outside,
-        args.layer,
+        args.layers,
         args.microbatch,
         args.rng,
         args.shard,
@@ -118,12 +129,16 @@ def trace(
     shared = args.outside.get("shared")
     layer_ctx, ends_ctx = outs.ctx, replace(outs.ctx, layer=None)
 
-    def plain_block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
-        layer, shared = params
-        return block(layer, x, replace(ctx, shared=shared))
+    def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
+        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
+            layer, shared = params
+            return block(layer, x, replace(ctx, shared=shared))
 
-    params = args.layer, shared
-    x = _varying_x(plain_block, params, outs.x, layer_ctx)
+        return run
+
+    plain = {kind: with_shared(block) for kind, block in blocks.items()}
+    params = {kind: (layer, shared) for kind, layer in args.layers.items()}
+    x = _varying_x(plain, params, outs.x, layer_ctx)
     loss_axes = args.loss_axes
     outs = replace(outs, x=x)
     _validate.reduced(outs, loss_axes)
@@ -131,9 +146,12 @@ def trace(
     def as_x(values: PyTree) -> PyTree:
         return jax.tree.map(lambda a, like: _varying.cast(a, _varying.varies_over(like)), values, x)
 
-    def typed_block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
-        y, aux = plain_block(params, x, ctx)
-        return as_x(y), None if aux is None else _varying.cast(aux, loss_axes)
+    def typed(block: Callable[..., Any]) -> Callable[..., Any]:
+        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
+            y, aux = block(params, x, ctx)
+            return as_x(y), None if aux is None else _varying.cast(aux, loss_axes)
+
+        return run
 
     def embed(outside: PyTree, ctx: Context) -> PyTree:
         ctx = replace(ctx, shared=outside.get("shared"))
@@ -168,18 +186,26 @@ def trace(
             outputs=outs,
             embed=run_embed,
             head=_captured(head, outside, x, ends_ctx),
-            block=_captured(typed_block, params, x, layer_ctx),
+            block={
+                kind: _captured(typed(block), params[kind], x, layer_ctx)
+                for kind, block in plain.items()
+            },
         )
     seed = _varying.aval(outs.loss, loss_axes)
     by_head = capture(head_grad, outside, x, ends_ctx, seed)
     by_embed = capture(embed_grad, outside, ends_ctx, pick(x))
-    by_block = split_vjp(
-        typed_block, params, x, layer_ctx, wanted=[*args.wanted["layer"], *args.wanted["shared"]]
-    )
+    by_block = {
+        kind: split_vjp(
+            typed(block),
+            params[kind],
+            x,
+            layer_ctx,
+            wanted=[*args.wanted_of_layers[kind], *args.wanted["shared"]],
+        )
+        for kind, block in plain.items()
+    }
     return Functions(
-        outputs=outs,
-        embed=run_embed,
-        gradients=_gradients(by_head, by_embed, by_block, args.wanted),
+        outputs=outs, embed=run_embed, gradients=_gradients(by_head, by_embed, by_block, args)
     )
 
 
@@ -188,13 +214,18 @@ def _captured(function: Callable[..., Any], *avals: Any) -> Callable[..., Any]:
     return lambda *args: run(*args)[0]
 
 
-def _varying_x(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: Context) -> PyTree:
+def _varying_x(
+    blocks: dict[Kind, Callable[..., Any]], params: dict[Kind, PyTree], x: PyTree, ctx: Context
+) -> PyTree:
     """Finds over which manual axes x varies: those of what embed returns, and what blocks add."""
     while True:
-        y, _ = jax.eval_shape(block, params, x, ctx)
-        before, after = ([_varying.varies_over(a) for a in jax.tree.leaves(t)] for t in (x, y))
-        grown = [a | b for a, b in zip(before, after, strict=True)]
         leaves, structure = jax.tree.flatten(x)
+        before = [_varying.varies_over(a) for a in leaves]
+        grown = before
+        for kind, block in blocks.items():
+            y, _ = jax.eval_shape(block, params[kind], x, ctx)
+            after = map(_varying.varies_over, jax.tree.leaves(y))
+            grown = [a | b for a, b in zip(grown, after, strict=True)]
         x = jax.tree.unflatten(structure, map(_varying.aval, leaves, grown))
         if grown == before:
             return x
@@ -203,41 +234,43 @@ def _varying_x(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: Contex
 def _gradients(
     by_head: tuple[Callable[..., Any], list],
     by_embed: tuple[Callable[..., Any], list],
-    block: SplitVjp,
-    wanted: dict[str, list[bool]],
+    blocks: dict[Kind, SplitVjp],
+    args: Arguments,
 ) -> Gradients:
     """Has all uses of a parameter outside the stack leave the same reductions to the end."""
     (head, head_axes), (embed, embed_axes) = by_head, by_embed
-    num_layer_leaves, num_ends = len(wanted["layer"]), sum(wanted["ends"])
-    num_of_layer = sum(block.has_grad[:num_layer_leaves])
-    used = [
-        has
-        for has, is_on in zip(block.has_grad[num_layer_leaves:], wanted["shared"], strict=True)
-        if is_on
-    ]
-    shared_places = [num_ends + i for i, has in enumerate(used) if has]
-    block_axes: list[Any] = [None] * len(head_axes)
-    for index, axes in zip(shared_places, block.reduce_axes[num_of_layer:], strict=True):
-        block_axes[index] = axes
+    num_ends, num_shared = sum(args.wanted["ends"]), sum(args.wanted["shared"])
 
     # None stands for a gradient that is zero, whatever it is summed over.
-    uses = list(zip(head_axes, embed_axes, block_axes, strict=True))
-    kinds = [{axes for axes in use if axes is not None} for use in uses]
-    last = [kind.pop() if len(kind) == 1 else () for kind in kinds]
+    uses: list[set[Any]] = [
+        {head_use, embed_use} for head_use, embed_use in zip(head_axes, embed_axes, strict=True)
+    ]
+    shared_places, block_axes = {}, {}
+    for kind, block in blocks.items():
+        has_grad = block.has_grad[len(args.wanted_of_layers[kind]) :]
+        used = [has for has, on in zip(has_grad, args.wanted["shared"], strict=True) if on]
+        shared_places[kind] = [i for i in range(num_shared) if used[i]]
+        count = len(block.reduce_axes) - len(shared_places[kind])
+        block_axes[kind] = block.reduce_axes[count:]
+        for i, axes in zip(shared_places[kind], block_axes[kind], strict=True):
+            uses[num_ends + i].add(axes)
+    kinds = [use - {None} for use in uses]
+    last = [use.pop() if len(use) == 1 else () for use in kinds]
 
-    def now(axes: list[Any], places: Sequence[int]) -> list[Any]:
-        return [None if a == last[i] else a for i, a in zip(places, axes, strict=True)]
+    def now(axes: Sequence[Any], last: Sequence[Any]) -> list[Any]:
+        return [None if each == final else each for each, final in zip(axes, last, strict=True)]
 
-    everywhere = range(len(last))
-    first = [()] * num_of_layer
-    of_shared = now([block_axes[i] for i in shared_places], shared_places)
+    def block_of(kind: Kind) -> SplitVjp:
+        block, places = blocks[kind], shared_places[kind]
+        of_layer = [None] * (len(block.reduce_axes) - len(places))
+        of_shared = now(block_axes[kind], [last[num_ends + i] for i in places])
+        summed = _summed_gradients(block.weight_grad, [*of_layer, *of_shared])
+        return replace(block, weight_grad=summed)
+
     return Gradients(
-        head=_summed(head, now(head_axes, everywhere)),
-        embed=_summed(embed, now(embed_axes, everywhere)),
-        block=replace(
-            block, weight_grad=_summed_gradients(block.weight_grad, [*first, *of_shared])
-        ),
-        num_of_layer=num_of_layer,
+        head=_summed(head, now(head_axes, last)),
+        embed=_summed(embed, now(embed_axes, last)),
+        block={kind: block_of(kind) for kind in blocks},
         shared_places=shared_places,
         reduce_axes=last,
     )

@@ -1,24 +1,29 @@
-"""Where the layers of each stage lie: from the canonical stack to the ranks, and gradients back.
+"""Where the layers of each stage lie, of whatever kinds, and the loop over them.
 
-`blocks` and its gradient are stacks in model order, whatever the schedule. Here a rank gets the
-layers of each of its chunks (a stage that it holds for one direction), and gives their gradients
-back. The second copy that a bidirectional schedule needs exists only inside the step: it comes by
-a permute, and its gradient leaves by a permute and is added, so the copies cannot drift.
+The layers of a model are spread over stages in model order, and so are those of each kind, whose
+parameters are a stack of their own (stack.py): a stage's layers of a kind are neighbours in it. A
+rank has room for as many layers of each kind as the stage that has the most of it; none of it ever
+has the shapes of another kind.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from dualpipe_jax import _microbatches
+from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.registers import when
-from dualpipe_jax._executor.travel import Travel, plan_travel
+from dualpipe_jax._executor.spread import Spread, spread
+from dualpipe_jax._executor.stack import Stack
+from dualpipe_jax._kinds import Kind, places_of
 
 PyTree = Any
 
@@ -27,135 +32,96 @@ PyTree = Any
 _MAX_UNROLLED = 4
 
 
+class Layer(NamedTuple):
+    """One layer of a stage, as the loop over its layers hands it to its body.
+
+    Attributes:
+      kind: The layer's kind.
+      index: Which of the stage's layers of this kind it is: its entry in the slot buffers.
+      place: Its entry in the chunk's parameters and gradients of this kind.
+      position: Its global index, in the model.
+    """
+
+    kind: Kind
+    index: Any
+    place: Any
+    position: Any
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layout:
-    """Spreads `num_layers` layers over stages, and stages over ranks.
+    """Spreads layers over stages, and stages over ranks.
 
     Attributes:
       axis: The name of the pipeline axis.
-      num_layers: Layers of the model. Where they do not divide, the first stages get one more.
+      kinds: The kind of every layer, in model order.
       num_stages: Stages of the schedule.
       stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
     """
 
     axis: str
-    num_layers: int
+    kinds: tuple[Kind, ...]
     num_stages: int
     stage_of: np.ndarray
 
     @property
-    def num_chunks(self) -> int:
-        """Stages that a rank holds, over both directions."""
-        return self.stage_of.shape[0]
-
-    @property
-    def max_layers(self) -> int:
-        """Layers of the first stage, which has the most."""
-        return -(-self.num_layers // self.num_stages)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all stages have the same number of layers."""
-        return self.num_layers % self.num_stages == 0
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether `blocks` lies over the axis, as many layers a rank, to travel by permutes.
-
-        Else every rank is given the whole stack and takes its layers out of it (JAX has no uneven
-        shards).
-        """
-        return self.num_layers % self.stage_of.shape[1] == 0
-
-    @property
-    def shard_layers(self) -> int:
-        """Layers of what a rank is given of `blocks`, and gives back of its gradient."""
-        return self.num_layers // (self.stage_of.shape[1] if self.is_sharded else 1)
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.kinds)
 
     @cached_property
-    def _travel(self) -> Travel:
-        stages = np.arange(self.num_stages + 1)
-        fewest, rest = divmod(self.num_layers, self.num_stages)
-        return plan_travel(
-            stage_of=self.stage_of,
-            first_layers=stages * fewest + np.minimum(stages, rest),
-            shard_layers=self.shard_layers,
-        )
+    def _layers(self) -> Spread:
+        return Spread(first_layers=spread(self.num_layers, self.num_stages))
+
+    @cached_property
+    def stacks(self) -> dict[Kind, Stack]:
+        """The stack of every kind."""
+        firsts = self._layers.first_layers
+        return {
+            kind: Stack(
+                axis=self.axis,
+                stage_of=self.stage_of,
+                # as many as are of this kind before each stage's first layer
+                first_layers=np.cumsum([0, *(k == kind for k in self.kinds)])[firsts],
+            )
+            for kind in dict.fromkeys(self.kinds)
+        }
 
     @property
+    def specs(self) -> dict[Kind, PartitionSpec]:
+        """How each kind's stack lies over the axis, and its gradient."""
+        return {
+            kind: PartitionSpec(self.axis) if stack.is_sharded else PartitionSpec()
+            for kind, stack in self.stacks.items()
+        }
+
+    @cached_property
+    def _kinds_of_stages(self) -> list[tuple[Kind, ...]]:
+        firsts = self._layers.first_layers.tolist()
+        return [self.kinds[a:b] for a, b in pairwise(firsts)]
+
+    @cached_property
     def is_unrolled(self) -> bool:
         """Whether a stage's layers stand in the program one after the other, not in a loop."""
-        return self.is_even and self.max_layers <= _MAX_UNROLLED
+        return len(set(self._kinds_of_stages)) == 1 and self._layers.max_layers <= _MAX_UNROLLED
 
-    def num_layers_of(self, stage: Any) -> Any:
-        """Counts the layers of a stage: an int where all have as many, else an int32 scalar."""
-        fewest, rest = divmod(self.num_layers, self.num_stages)
-        return fewest if self.is_even else fewest + (stage < rest).astype(jnp.int32)
+    def fetch(self, stacks: dict[Kind, PyTree]) -> list[dict[Kind, PyTree]]:
+        """Brings each chunk's layers of each kind to this rank, `[max layers of a stage, ...]`."""
+        fetched = {kind: stack.fetch(stacks[kind]) for kind, stack in self.stacks.items()}
+        return [
+            {kind: chunks[chunk] for kind, chunks in fetched.items()}
+            for chunk in range(len(self.stage_of))
+        ]
 
-    def first_layer_of(self, stage: Any) -> Any:
-        """Finds the global index of a stage's first layer, an int32 scalar."""
-        fewest, rest = divmod(self.num_layers, self.num_stages)
-        return stage * fewest + jnp.minimum(stage, rest)
-
-    def _slab_start(self, stage: Any) -> Any:
-        # A slab of max_layers must not reach beyond the stack: the last stage's starts early.
-        return jnp.minimum(self.first_layer_of(stage), self.num_layers - self.max_layers)
-
-    def offset_of(self, stage: Any) -> Any:
-        """Finds where in its slab `[max_layers, ...]` a stage's first layer lies: 0 or 1."""
-        if self.is_even or self.is_sharded:
-            return 0
-        return self.first_layer_of(stage) - self._slab_start(stage)
-
-    def fetch(self, blocks: PyTree) -> list[PyTree]:
-        """Brings each chunk's layers `[max_layers, ...]` to this rank.
-
-        `blocks` is this rank's shard `[num_layers / num_ranks, ...]` if `is_sharded`, else all.
-        """
-        leaves, structure = jax.tree.flatten(blocks)
-        fetch = self._fetch if self.is_sharded else self._take
-        chunks = zip(*map(fetch, leaves), strict=True)
-        return [jax.tree.unflatten(structure, chunk) for chunk in chunks]
-
-    def _take(self, leaf: jax.Array) -> list[jax.Array]:
-        starts = (self._slab_start(self._my_stage(c)) for c in range(self.num_chunks))
-        return [lax.dynamic_slice_in_dim(leaf, start, self.max_layers) for start in starts]
-
-    def _fetch(self, shard: jax.Array) -> list[jax.Array]:
-        travel = self._travel
-        size = travel.piece_layers
-        num_places = self.num_chunks * travel.chunk_pieces
-        places: list[Any] = [None] * num_places
-        moving = []
-        for way in travel.rounds:
-            piece = _slice(shard, self._mine(way.piece), size)
-            if not way.stays:
-                piece = lax.ppermute(piece, self.axis, way.pairs)
-            if len(set(way.place)) == 1:
-                places[way.place[0]] = piece
-            else:
-                moving.append((way.place, piece))
-        if moving:
-            # Which place a piece goes to depends on the rank; a last place takes what has none.
-            stack = jnp.zeros(((num_places + 1) * size, *shard.shape[1:]), shard.dtype)
-            for place, piece in moving:
-                place = self._mine(np.where(place < 0, num_places, place))
-                stack = lax.dynamic_update_slice_in_dim(stack, piece, place * size, 0)
-            places = [
-                lax.slice_in_dim(stack, i * size, (i + 1) * size) if piece is None else piece
-                for i, piece in enumerate(places)
-            ]
-        count = travel.chunk_pieces
-        return [_join(places[c * count : (c + 1) * count]) for c in range(self.num_chunks)]
-
-    def _mine(self, values: np.ndarray) -> Any:
-        """This rank's entry of `values` `[num_ranks]`; an int if all are alike."""
-        if len(set(values)) == 1:
-            return int(values[0])
-        return jnp.asarray(values, jnp.int32)[lax.axis_index(self.axis)]
+    def collect(self, grads: list[dict[Kind, list[Any]]]) -> dict[Kind, list[Any]]:
+        """Adds up the chunks' gradients where the layers of each kind lie."""
+        return {
+            kind: stack.collect([chunk[kind] for chunk in grads])
+            for kind, stack in self.stacks.items()
+        }
 
     def zero_grads(self, avals: list[Any]) -> list[Any]:
-        """Makes the accumulators of a chunk whose leaves have `avals` `[max_layers, ...]`.
+        """Makes the accumulators of a chunk whose leaves of a kind have `avals` `[layer, ...]`.
 
         Each is an array, or with unrolled layers a list of arrays without the layer dim.
         """
@@ -164,97 +130,86 @@ class Layout:
         return [
             [
                 jnp.zeros(aval.shape[1:], _microbatches.accumulator_dtype(aval.dtype))
-                for _ in range(self.max_layers)
+                for _ in range(aval.shape[0])
             ]
             for aval in avals
         ]
-
-    def collect(self, grads: list[list[Any]]) -> list[jax.Array]:
-        """Adds up the chunks' gradients where the layers lie, as `blocks`."""
-        stacked = [
-            [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in chunk]
-            for chunk in grads
-        ]
-        return [self._collect(list(leaves)) for leaves in zip(*stacked, strict=True)]
-
-    def _collect(self, chunks: list[jax.Array]) -> jax.Array:
-        if self.is_sharded:
-            return self._return(chunks)
-        total = jnp.zeros((self.num_layers, *chunks[0].shape[1:]), chunks[0].dtype)
-        for chunk, leaf in enumerate(chunks):
-            start = self._slab_start(self._my_stage(chunk))
-            mine = lax.dynamic_slice_in_dim(total, start, self.max_layers) + leaf
-            total = lax.dynamic_update_slice_in_dim(total, mine, start, 0)
-        return lax.psum(total, self.axis)
-
-    def _return(self, chunks: list[jax.Array]) -> jax.Array:
-        """Takes the ways of `_fetch` back, adding what comes to what is there."""
-        travel = self._travel
-        size, num_places = travel.piece_layers, self.num_chunks * travel.chunk_pieces
-        # Behind the last place lie zeros, for ranks that got nothing and so send nothing.
-        empty = jnp.zeros((size, *chunks[0].shape[1:]), chunks[0].dtype)
-        is_full = all((way.place >= 0).all() for way in travel.rounds)
-        stack = None if is_full and travel.chunk_pieces == 1 else _join([*chunks, empty])
-        total = None
-        for way in travel.rounds:
-            place = self._mine(np.where(way.place < 0, num_places, way.place))
-            if stack is None and isinstance(place, int):
-                piece = chunks[place]
-            else:
-                stack = _join([*chunks, empty]) if stack is None else stack
-                piece = _slice(stack, place, size)
-            if not way.stays:
-                piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in way.pairs])
-            if size == self.shard_layers:
-                total = piece if total is None else total + piece
-                continue
-            if total is None:
-                total = jnp.zeros((self.shard_layers, *piece.shape[1:]), piece.dtype)
-            # A rank that sent nothing gets zeros back.
-            start = self._mine(way.piece)
-            mine = _slice(total, start, size) + piece
-            total = lax.dynamic_update_slice_in_dim(total, mine, start * size, 0)
-        assert total is not None
-        return total
-
-    def _my_stage(self, chunk: int) -> jax.Array:
-        # A rank without this chunk never runs it: any stage will do.
-        stages = np.maximum(self.stage_of[chunk], 0).astype(np.int32)
-        return jnp.asarray(stages)[lax.axis_index(self.axis)]
 
     def loop(
         self,
         stage: Any,
         is_on: Any,
-        body: Callable[[Any, Any], Any],
+        body: Callable[[Layer, Any, Any], tuple[Any, Any]],
         carry: Any,
+        buffers: tuple[dict[Kind, Any], ...],
         *,
         reverse: bool = False,
-    ) -> Any:
-        """Runs `body(layer, carry) -> carry` for a stage's layers, from 0, if `is_on` holds."""
-        count = self.num_layers_of(stage)
+    ) -> tuple[Any, tuple[dict[Kind, Any], ...]]:
+        """Runs `body` for each of a stage's layers, in order or in reverse, if `is_on` holds.
+
+        Args:
+          stage: The stage, an int32 scalar.
+          is_on: Whether to run at all, a bool scalar.
+          body: `(layer, carry, mine) -> (carry, mine)`; `mine` is what `buffers` have for the
+            layer's kind, an entry for each.
+          carry: What goes from layer to layer.
+          buffers: Dicts with an entry for each kind.
+          reverse: Whether to begin with the last layer.
+
+        Returns:
+          carry and buffers, after the last layer.
+        """
+
+        def run(layer: Layer, predicate: Any, carry: Any, buffers: tuple) -> Any:
+            def one(loop: Any) -> Any:
+                return body(layer, *loop)
+
+            loop = carry, tuple(each[layer.kind] for each in buffers)
+            carry, mine = one(loop) if predicate is None else when(predicate, one, loop)
+            both = zip(buffers, mine, strict=True)
+            return carry, tuple({**each, layer.kind: new} for each, new in both)
+
         if self.is_unrolled:
 
-            def unrolled(carry: Any) -> Any:
-                for layer in reversed(range(count)) if reverse else range(count):
-                    carry = body(layer, carry)
-                return carry
+            def unrolled(loop: Any) -> Any:
+                kinds = self._kinds_of_stages[0]
+                layers = [*enumerate(zip(kinds, places_of(kinds), strict=True))]
+                for index, (kind, place) in reversed(layers) if reverse else layers:
+                    loop = run(self._layer(stage, kind, index, place), None, *loop)
+                return loop
 
-            return when(is_on, unrolled, carry)
-        return lax.fori_loop(
-            0,
-            jnp.where(is_on, count, 0),
-            lambda i, carry: body(count - 1 - i if reverse else i, carry),
-            carry,
+            return when(is_on, unrolled, (carry, buffers))
+
+        count = self._layers.num_layers_of(stage)
+
+        def step(i: Any, loop: Any) -> Any:
+            index = count - 1 - i if reverse else i
+            if len(self.stacks) == 1:
+                return run(self._layer(stage, self.kinds[0], index, index), None, *loop)
+            # Each kind's body stands in the program once, run or passed over.
+            number, place = registers.read(self._tables, stage, index)
+            for n, kind in enumerate(self.stacks):
+                loop = run(self._layer(stage, kind, index, place), number == n, *loop)
+            return loop
+
+        return lax.fori_loop(0, jnp.where(is_on, count, 0), step, (carry, buffers))
+
+    def _layer(self, stage: Any, kind: Kind, index: Any, index_in_kind: Any) -> Layer:
+        """Describes the layer of a stage that has this index in it."""
+        return Layer(
+            kind=kind,
+            index=index_in_kind,
+            place=index_in_kind + self.stacks[kind].offset_of(stage),
+            position=self._layers.first_layer_of(stage) + index,
         )
 
-
-def _slice(stack: jax.Array, index: Any, size: int) -> jax.Array:
-    """Takes entries `[index * size, (index + 1) * size)`, or all if there are no more."""
-    if stack.shape[0] == size:
-        return stack
-    return lax.dynamic_slice_in_dim(stack, index * size, size)
-
-
-def _join(pieces: list[jax.Array]) -> jax.Array:
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+    @property
+    def _tables(self) -> tuple[jax.Array, jax.Array]:
+        """For each stage's layers the number of the kind and the index in it, `[stage, layer]`."""
+        numbers = {kind: number for number, kind in enumerate(self.stacks)}
+        shape = self.num_stages, self._layers.max_layers
+        number, index = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for stage, kinds in enumerate(self._kinds_of_stages):
+            number[stage, : len(kinds)] = [numbers[kind] for kind in kinds]
+            index[stage, : len(kinds)] = places_of(kinds)
+        return jnp.asarray(number), jnp.asarray(index)

@@ -6,7 +6,7 @@ state will be a second segment beside that scan.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -17,13 +17,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dualpipe_jax import _microbatches, _parameters, _varying
+from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
 from dualpipe_jax._executor import functions, registers
-from dualpipe_jax._executor.explicit import explicit_axes, run_as_auto, sharding_like
+from dualpipe_jax._executor.explicit import explicit_axes, run_as_auto
 from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
+from dualpipe_jax._executor.plan import Plan, by_kind
 from dualpipe_jax._executor.tick import Rank, State, make_tick
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._types import Model, PyTree
 
@@ -44,7 +46,7 @@ class Step:
       manual_axes: The axes of which the model's functions use collectives by name.
       param_specs: How parameters lie over the manual axes: a tree as `_parameters.specs` takes it.
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
-      block: `(params, x, ctx) -> (x, aux)`, rematerialisation included.
+      block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
@@ -53,7 +55,7 @@ class Step:
     tables: Tables
     mesh: jax.sharding.Mesh
     axis: str
-    block: Callable[..., tuple[PyTree, Any]]
+    block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
     num_layers: int
     batch_axes: tuple[str, ...] = ()
     manual_axes: tuple[str, ...] = ()
@@ -66,7 +68,7 @@ class Step:
         """Where the layers lie."""
         return Layout(
             axis=self.axis,
-            num_layers=self.num_layers,
+            kinds=_kinds.kinds_of(self.model, self.num_layers),
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
         )
@@ -84,30 +86,46 @@ class Step:
           each part of `params` a list with those of the leaves that get one. None for a
           forward-only program.
         """
-        plan = self._plan(params)
-        params = {part: params[part] for part in params}
-        if not explicit_axes(self.mesh):
-            return self._shard_mapped(params, batch, rng, plan=plan, mesh=self.mesh)
-        return run_as_auto(
-            partial(self._shard_mapped, plan=plan),
-            params,
-            batch,
-            rng,
-            mesh=self.mesh,
-            out_shardings=self._out_shardings(params, plan),
-        )
-
-    def _plan(self, params: PyTree) -> "_Plan":
-        return _Plan(
-            wanted=_parameters.wanted(params, self.trainable),
-            specs=_parameters.specs(
+        plan, blocks = self._plan(params), params["blocks"]
+        # From here on the blocks of all models are stacks by kind.
+        params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
+        if explicit_axes(self.mesh):
+            result, grads = run_as_auto(
+                partial(self._shard_mapped, plan=plan),
                 params,
-                self.param_specs,
+                batch,
+                rng,
                 mesh=self.mesh,
-                axis=self.axis,
-                manual_axes=self.manual_axes,
-            ),
-            lead=self.axis if self.layout.is_sharded else None,
+                out_shardings=self._out_shardings(params, plan),
+            )
+        else:
+            result, grads = self._shard_mapped(params, batch, rng, plan=plan, mesh=self.mesh)
+        if grads is None:
+            return result, None
+        in_order = _kinds.in_order_of(self.model, blocks, grads["blocks"])
+        return result, {**grads, "blocks": in_order}
+
+    def _plan(self, params: PyTree) -> Plan:
+        wanted = _parameters.wanted(params, self.trainable)
+        specs = _parameters.specs(
+            params,
+            self.param_specs,
+            mesh=self.mesh,
+            axis=self.axis,
+            manual_axes=self.manual_axes,
+        )
+        kinds = partial(by_kind, self.model, params["blocks"])
+        return Plan(
+            mesh=self.mesh,
+            axis=self.axis,
+            batch_axes=self.batch_axes,
+            manual_axes=self.manual_axes,
+            wanted={**wanted, "blocks": kinds(wanted["blocks"])},
+            specs={**specs, "blocks": kinds(specs["blocks"])},
+            leads={
+                kind: self.axis if stack.is_sharded else None
+                for kind, stack in self.layout.stacks.items()
+            },
         )
 
     def _shard_mapped(
@@ -116,7 +134,7 @@ class Step:
         batch: PyTree,
         rng: Any,
         *,
-        plan: "_Plan",
+        plan: Plan,
         mesh: jax.sharding.Mesh | None = None,
     ) -> Any:
         """Runs the step on a mesh of Auto axes, or on that of the context."""
@@ -134,11 +152,9 @@ class Step:
             manual=self.manual_axes,
         )
         replicated = PartitionSpec()
-        in_specs = {
-            part: jax.tree.unflatten(jax.tree.structure(params[part]), plan.over_mesh(part))
-            for part in params
-        }
-        grads_specs = {part: pick(plan.over_mesh(part), plan.wanted[part]) for part in params}
+        specs = jax.tree.leaves(plan.over_mesh, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        in_specs = jax.tree.unflatten(jax.tree.structure(params), specs)
+        grads_specs = plan.of_wanted(plan.over_mesh)
         return jax.shard_map(
             partial(self._run, traced, plan),
             mesh=mesh,
@@ -148,22 +164,9 @@ class Step:
             check_vma=False,
         )(params, batch, rng)
 
-    def _arguments(self, params: PyTree, batch: PyTree, rng: Any, plan: "_Plan") -> Arguments:
+    def _arguments(self, params: PyTree, batch: PyTree, rng: Any, plan: Plan) -> Arguments:
         """Says what the model's functions are given on one device."""
-        loss_axes = tuple(name for name in self.batch_axes if name in self.manual_axes)
-
-        def local(part: str) -> PyTree:
-            leaves, structure = jax.tree.flatten(params[part])
-            skip = int(part == "blocks")  # one layer, without the layers' dim
-            avals = []
-            for leaf, spec in zip(leaves, plan.specs[part], strict=True):
-                shape = _parameters.local_shape(leaf.shape, spec, self.mesh)
-                plain = jax.ShapeDtypeStruct(shape[skip:], leaf.dtype)
-                # Where microbatches differ, a parameter's gradient does: it is summed once, last.
-                avals.append(_varying.aval(plain, {*_parameters.axes_of(spec), *loss_axes}))
-            return jax.tree.unflatten(structure, avals)
-
-        rows = self.tables.num_microbatches * self.num_shards
+        loss_axes, rows = plan.loss_axes, self.tables.num_microbatches * self.num_shards
 
         def microbatch(leaf: Any) -> Any:
             plain = jax.ShapeDtypeStruct((leaf.shape[0] // rows, *leaf.shape[1:]), leaf.dtype)
@@ -172,44 +175,29 @@ class Step:
         shard = None
         if self.num_shards > 1:
             shard = _varying.aval(jax.ShapeDtypeStruct((), np.int32), loss_axes)
+        outside = [part for part in params if part != "blocks"]
         return Arguments(
-            outside={part: local(part) for part in params if part != "blocks"},
-            layer=local("blocks"),
+            outside={part: plan.local_avals(params[part], plan.specs[part]) for part in outside},
+            # One layer, without the layers' dim.
+            layers={
+                kind: plan.local_avals(stack, plan.specs["blocks"][kind], skip=1)
+                for kind, stack in params["blocks"].items()
+            },
             microbatch=jax.tree.map(microbatch, batch),
             rng=None if rng is None else _varying.aval(rng),
             shard=shard,
-            wanted={
-                "layer": plan.wanted["blocks"],
-                "ends": plan.wanted["ends"],
-                "shared": plan.wanted.get("shared", []),
-            },
+            wanted={"shared": [], **{part: plan.wanted[part] for part in outside}},
+            wanted_of_layers=plan.wanted["blocks"],
             loss_axes=loss_axes,
         )
 
-    def _out_shardings(self, params: PyTree, plan: "_Plan") -> Any:
-        """Shardings of the results over Explicit axes: gradients lie as their parameters do."""
+    def _out_shardings(self, params: PyTree, plan: Plan) -> Any:
+        """Shardings of the results over Explicit axes."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        if self.tables.forward_only:
-            return replicated, None
-
-        def sharding(part: str, leaf: Any, spec: PartitionSpec) -> NamedSharding:
-            lead = plan.lead if part == "blocks" else None
-            mine = {self.axis, *self.batch_axes} - set(_parameters.axes_of(spec))
-            return sharding_like(leaf, mesh=self.mesh, without=tuple(mine), lead=lead)
-
-        return replicated, {
-            part: [
-                sharding(part, leaf, spec)
-                for leaf, spec, is_wanted in zip(
-                    jax.tree.leaves(tree), plan.specs[part], plan.wanted[part], strict=True
-                )
-                if is_wanted
-            ]
-            for part, tree in params.items()
-        }
+        return replicated, None if self.tables.forward_only else plan.grad_shardings(params)
 
     def _run(
-        self, traced: Functions, plan: "_Plan", params: PyTree, batch: PyTree, rng: Any
+        self, traced: Functions, plan: Plan, params: PyTree, batch: PyTree, rng: Any
     ) -> tuple[Any, PyTree]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
@@ -228,12 +216,11 @@ class Step:
         return self._finish(rank, plan, state, weight)
 
     def _start(
-        self, traced: Functions, plan: "_Plan", params: PyTree, batches: PyTree, rng: Any
+        self, traced: Functions, plan: Plan, params: PyTree, batches: PyTree, rng: Any
     ) -> tuple[Rank, State, Any]:
         """Brings the parameters to their ranks, and makes empty buffers."""
         model, tables, layout = self.model, self.tables, self.layout
         outs, gradients = traced.outputs, traced.gradients
-        split = None if gradients is None else gradients.block
         chunks = layout.fetch(params["blocks"])
         weight = _microbatches.total_weight(model, batches)
         if weight is not None and self.batch_axes:
@@ -251,15 +238,35 @@ class Step:
             rng=rng,
             shard=lax.axis_index(self.batch_axes) if self.num_shards > 1 else None,
             loss_seed=loss_seed.astype(outs.loss.dtype),
-            aux_seed=None if outs.aux is None else jnp.asarray(1 / count, outs.aux.dtype),
+            aux_seed={
+                kind: None if aux is None else jnp.asarray(1 / count, aux.dtype)
+                for kind, aux in outs.aux.items()
+            },
             poison=self.poison,
         )
-        loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux, outs.metrics))
-        slots, layers = tables.num_slots, layout.max_layers
+        loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
+        slots = tables.num_slots
 
-        def buffers(name: str) -> PyTree:
-            avals = () if split is None else getattr(split, name)
-            return registers.allocate(avals, slots[name], layers, poison=self.poison)
+        def buffers(name: str) -> dict[Kind, PyTree]:
+            return {
+                kind: registers.allocate(
+                    () if gradients is None else getattr(gradients.block[kind], name),
+                    slots[name],
+                    stack.max_layers,
+                    poison=self.poison,
+                )
+                for kind, stack in layout.stacks.items()
+            }
+
+        def outside_grads(part: str) -> list[jax.Array]:
+            if gradients is None or part not in params:
+                return []
+            return _microbatches.zeros_for_sum(pick(params[part], plan.wanted[part]))
+
+        def zero_grads(kind: Kind, chunk: PyTree) -> list[Any]:
+            leaves = jax.tree.leaves(chunk)
+            assert gradients is not None
+            return layout.zero_grads(pick(leaves, gradients.block[kind].has_grad[: len(leaves)]))
 
         nothing = registers.allocate(outs.x, poison=self.poison)
         state = State(
@@ -268,14 +275,10 @@ class Step:
             weight_residual=buffers("weight_residual"),
             stash=buffers("stash"),
             block_grads=[]
-            if split is None
-            else [
-                layout.zero_grads(pick(chunk, split.has_grad[: len(jax.tree.leaves(chunk))]))
-                for chunk in chunks
-            ],
-            outside_grads=[]
-            if split is None
-            else _microbatches.zeros_for_sum(pick(rank.outside, plan.wanted_outside)),
+            if gradients is None
+            else [{kind: zero_grads(kind, mine) for kind, mine in c.items()} for c in chunks],
+            ends_grads=outside_grads("ends"),
+            shared_grads=outside_grads("shared"),
             loss=loss,
             aux=aux,
             metrics=metrics,
@@ -284,7 +287,7 @@ class Step:
         )
         return rank, state, weight
 
-    def _finish(self, rank: Rank, plan: "_Plan", state: State, weight: Any) -> tuple[Any, PyTree]:
+    def _finish(self, rank: Rank, plan: Plan, state: State, weight: Any) -> tuple[Any, PyTree]:
         """Sums over ranks and shards, and brings the layers' gradients back to their places."""
         sums = state.loss, state.aux, state.metrics
         loss, aux, metrics = lax.psum(sums, (self.axis, *self.batch_axes))
@@ -295,68 +298,40 @@ class Step:
         if gradients is None:
             return result, None
 
-        def axes(specs: Iterable[PartitionSpec], more: Iterable[tuple[str, ...]]) -> list[Any]:
-            """The axes over which each gradient is summed: where its parameter is the same."""
-            return [
-                (*(name for name in self.batch_axes if name not in _parameters.axes_of(spec)), *own)
-                for spec, own in zip(specs, more, strict=True)
+        specs = plan.of_wanted(plan.specs)
+        over = plan.summed_over([*specs["ends"], *specs.get("shared", [])])
+        summed = _sums(
+            [*state.ends_grads, *state.shared_grads],
+            [(self.axis, *o, *m) for o, m in zip(over, gradients.reduce_axes, strict=True)],
+        )
+        num_ends = len(state.ends_grads)
+        grads: dict[str, Any] = {"ends": summed[:num_ends], "blocks": {}}
+        if "shared" in specs:
+            grads["shared"] = summed[num_ends:]
+        for kind, mine in self.layout.collect(state.block_grads).items():
+            leaves = jax.tree.leaves(rank.chunks[0][kind])
+            has_grad = gradients.block[kind].has_grad[: len(leaves)]
+            over = plan.summed_over(pick(plan.specs["blocks"][kind], has_grad))
+            more = gradients.block[kind].reduce_axes[: len(over)]
+            rest = iter(_sums(mine, [(*o, *m) for o, m in zip(over, more, strict=True)]))
+            size = self.layout.stacks[kind].shard_layers
+            # Leaves without a gradient of their own get zeros.
+            grads["blocks"][kind] = [
+                next(rest) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
+                for leaf, has, is_wanted in zip(
+                    leaves, has_grad, plan.wanted["blocks"][kind], strict=True
+                )
+                if is_wanted
             ]
-
-        outside_axes = axes(pick(plan.specs_outside, plan.wanted_outside), gradients.reduce_axes)
-        outside = _sums(state.outside_grads, [(self.axis, *each) for each in outside_axes])
-        num_ends = sum(plan.wanted["ends"])
-        # Leaves without a gradient of their own get zeros.
-        leaves, specs = jax.tree.leaves(rank.chunks[0]), plan.specs["blocks"]
-        has_grad = gradients.block.has_grad[: len(leaves)]
-        own = gradients.block.reduce_axes[: gradients.num_of_layer]
-        summed = _sums(self.layout.collect(state.block_grads), axes(pick(specs, has_grad), own))
-        rest = iter(summed)
-        size = self.layout.shard_layers
-        blocks = [
-            next(rest) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
-            for leaf, has, is_wanted in zip(leaves, has_grad, plan.wanted["blocks"], strict=True)
-            if is_wanted
-        ]
-        parts = {"ends": outside[:num_ends], "blocks": blocks, "shared": outside[num_ends:]}
-        return result, {part: parts[part] for part in plan.wanted}
+        return result, grads
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """How each leaf of each part of `params` is treated.
-
-    Attributes:
-      wanted: Whether it gets a gradient.
-      specs: How it lies over the manual axes.
-      lead: The axis over which the layers' dim of blocks lies, if it does.
-    """
-
-    wanted: dict[str, list[bool]]
-    specs: dict[str, list[PartitionSpec]]
-    lead: str | None
-
-    def over_mesh(self, part: str) -> list[PartitionSpec]:
-        """Lists the specs over all axes that the step names."""
-        if part != "blocks":
-            return self.specs[part]
-        return [PartitionSpec(self.lead, *spec[1:]) for spec in self.specs[part]]
-
-    @property
-    def wanted_outside(self) -> list[bool]:
-        """As `wanted`, of ends and shared together."""
-        return [*self.wanted["ends"], *self.wanted.get("shared", [])]
-
-    @property
-    def specs_outside(self) -> list[PartitionSpec]:
-        """As `specs`, of ends and shared together."""
-        return [*self.specs["ends"], *self.specs.get("shared", [])]
-
-
-def _sums(values: list[jax.Array], axes: list[tuple[str, ...]]) -> list[jax.Array]:
+def _sums(values: list[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.Array]:
     """Sums each value over its axes, those with the same axes in one collective."""
     out = list(values)
-    for over in set(axes) - {()}:
-        places = [i for i, each in enumerate(axes) if each == over]
-        for i, total in zip(places, lax.psum([values[i] for i in places], over), strict=True):
-            out[i] = total
+    for over in dict.fromkeys(axes):
+        if over:
+            places = [i for i, each in enumerate(axes) if each == over]
+            for i, total in zip(places, lax.psum([values[i] for i in places], over), strict=True):
+                out[i] = total
     return out

@@ -22,9 +22,10 @@ from jax import lax
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.functions import Functions
-from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.registers import when
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, WEIGHT_GRAD
 from dualpipe_jax._types import Context
 
@@ -34,6 +35,8 @@ PyTree = Any
 class State(NamedTuple):
     """What a rank carries from tick to tick.
 
+    What belongs to layers has an entry for each kind of layer, `layer` counting those of the kind.
+
     Attributes:
       received: Activations and cotangents that wait for their action, `[slot, ...]` for each leaf
         of x; the last slot takes what nobody wants.
@@ -42,22 +45,29 @@ class State(NamedTuple):
       stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
-      outside_grads: The gradients of the leaves outside the stack that get one.
+      ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
       loss, aux, metrics: Sums over microbatches.
       from_left, from_right: What the neighbours sent in the tick before: an x.
     """
 
     received: PyTree
-    residual: Any
-    weight_residual: Any
-    stash: Any
-    block_grads: list[list[Any]]
-    outside_grads: list[jax.Array]
+    residual: dict[Kind, Any]
+    weight_residual: dict[Kind, Any]
+    stash: dict[Kind, Any]
+    block_grads: list[dict[Kind, list[Any]]]
+    ends_grads: list[jax.Array]
+    shared_grads: list[jax.Array]
     loss: jax.Array
     aux: jax.Array | None
     metrics: PyTree
     from_left: PyTree
     from_right: PyTree
+
+    def add_outside(self, gradients: list[jax.Array]) -> "State":
+        """Adds gradients of ends, then of shared."""
+        num_ends = len(self.ends_grads)
+        sums = _microbatches.add([*self.ends_grads, *self.shared_grads], gradients)
+        return self._replace(ends_grads=sums[:num_ends], shared_grads=sums[num_ends:])
 
 
 Row = dict[str, jax.Array]  # this rank's row of the tables, int32 scalars
@@ -70,25 +80,25 @@ class Rank:
     Attributes:
       functions: The model's functions.
       layout: Which layers are whose.
-      chunks: The layers' parameters `[max_layers, ...]` of each chunk.
+      chunks: The layers' parameters of each chunk, for each kind `[max_layers, ...]`.
       outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside the stack.
       microbatches: The batch, `[num_microbatches, ...]`.
       rng: The step's key, or None.
       shard: The index of this shard of the batch, or None if there is one only.
       loss_seed: The cotangent of each microbatch's loss, a scalar.
-      aux_seed: The cotangent of each layer's aux loss, a scalar; None without.
+      aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
     functions: Functions
     layout: Layout
-    chunks: list[PyTree]
+    chunks: list[dict[Kind, PyTree]]
     outside: dict[str, PyTree]
     microbatches: PyTree
     rng: jax.Array | None
     shard: jax.Array | None
     loss_seed: jax.Array
-    aux_seed: jax.Array | None
+    aux_seed: dict[Kind, jax.Array | None]
     poison: bool = False
 
     def act(self, state: State, row: Row) -> tuple[State, PyTree]:
@@ -135,12 +145,11 @@ class Rank:
             shard=self.shard,
         )
 
-    def _layer(self, row: Row, chunk: int, layer: Any) -> tuple[PyTree, Context]:
+    def _layer(self, row: Row, chunk: int, layer: Layer) -> tuple[PyTree, Context]:
         """Reads a layer's parameters, with the shared ones, and makes its context."""
-        params = registers.read(self.chunks[chunk], layer + self.layout.offset_of(row["stage"]))
-        position = self.layout.first_layer_of(row["stage"]) + layer
+        params = registers.read(self.chunks[chunk][layer.kind], layer.place)
         params = params, self.outside.get("shared")
-        return params, self._context(row, position, is_layer=True)
+        return params, self._context(row, layer.position, is_layer=True)
 
     def _embed(self, row: Row) -> PyTree:
         return self.functions.embed(self.outside, self._context(row, self.layout.num_layers))
@@ -149,25 +158,26 @@ class Rank:
     def _forward(
         self, state: State, x: PyTree, row: Row, chunk: int, is_on: Any
     ) -> tuple[State, PyTree]:
-        def layer(index: Any, carry: Any) -> Any:
-            x, aux_sum, residual, weight_residual = carry
-            params, ctx = self._layer(row, chunk, index)
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            x, aux_sum = carry
+            residual, weight_residual = buffers
+            params, ctx = self._layer(row, chunk, layer)
             if self.functions.gradients is None:
-                assert self.functions.block is not None
-                x, aux = self.functions.block(params, x, ctx)
+                x, aux = self.functions.block[layer.kind](params, x, ctx)
             else:
-                split = self.functions.gradients.block
+                split = self.functions.gradients.block[layer.kind]
                 x, aux, kept, kept_longer = split.forward(params, x, ctx)
-                residual = registers.write(residual, kept, row["residual"], index)
+                residual = registers.write(residual, kept, row["residual"], layer.index)
                 weight_residual = registers.write(
-                    weight_residual, kept_longer, row["weight_residual"], index
+                    weight_residual, kept_longer, row["weight_residual"], layer.index
                 )
             if aux is not None:
                 aux_sum = _microbatches.add(aux_sum, aux)
-            return x, aux_sum, residual, weight_residual
+            return (x, aux_sum), (residual, weight_residual)
 
-        carry = (x, state.aux, state.residual, state.weight_residual)
-        x, aux, residual, weight_residual = self.layout.loop(row["stage"], is_on, layer, carry)
+        buffers = state.residual, state.weight_residual
+        out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers)
+        (x, aux), (residual, weight_residual) = out
         return state._replace(aux=aux, residual=residual, weight_residual=weight_residual), x
 
     # The head follows the last stage's F: its value and gradient at once, so that its residuals
@@ -179,10 +189,8 @@ class Rank:
             assert self.functions.head is not None
             loss, metrics = self.functions.head(self.outside, x, ctx)
         else:
-            results, doutside = gradients.head(self.outside, x, ctx, self.loss_seed)
-            loss, metrics, dx = results
-            state = state._replace(outside_grads=_microbatches.add(state.outside_grads, doutside))
-            x = place(x, dx)
+            (loss, metrics, dx), doutside = gradients.head(self.outside, x, ctx, self.loss_seed)
+            state, x = state.add_outside(doutside), place(x, dx)
         sums = _microbatches.add((state.loss, state.metrics), (loss, metrics))
         return state._replace(loss=sums[0], metrics=sums[1]), x
 
@@ -193,23 +201,23 @@ class Rank:
         assert self.functions.gradients is not None
         split = self.functions.gradients.block
 
-        def layer(index: Any, carry: Any) -> Any:
-            dy, stash, residual, weight_residual = carry
-            params, ctx = self._layer(row, chunk, index)
-            dx, values = split.input_grad(
+        def run(layer: Layer, dy: Any, buffers: Any) -> Any:
+            stash, residual, weight_residual = buffers
+            params, ctx = self._layer(row, chunk, layer)
+            dx, values = split[layer.kind].input_grad(
                 params,
                 ctx,
-                registers.read(residual, row["residual"], index),
-                registers.read(weight_residual, row["weight_residual"], index),
+                registers.read(residual, row["residual"], layer.index),
+                registers.read(weight_residual, row["weight_residual"], layer.index),
                 dy,
-                self.aux_seed,
+                self.aux_seed[layer.kind],
             )
-            stash = registers.write(stash, values, row["stash"], index)
-            return dx, stash, *registers.pass_on((residual, weight_residual))
+            stash = registers.write(stash, values, row["stash"], layer.index)
+            return dx, (stash, *registers.pass_on((residual, weight_residual)))
 
-        carry = (pick(out), state.stash, state.residual, state.weight_residual)
-        carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        dx, stash, residual, weight_residual = carry
+        buffers = state.stash, state.residual, state.weight_residual
+        dx, buffers = self.layout.loop(row["stage"], is_on, run, pick(out), buffers, reverse=True)
+        stash, residual, weight_residual = buffers
         state = state._replace(stash=stash, residual=residual, weight_residual=weight_residual)
         return state, place(out, dx)
 
@@ -219,38 +227,37 @@ class Rank:
         assert self.functions.gradients is not None
         ctx = self._context(row, self.layout.num_layers)
         _, doutside = self.functions.gradients.embed(self.outside, ctx, pick(dx))
-        return state._replace(outside_grads=_microbatches.add(state.outside_grads, doutside))
+        return state.add_outside(doutside)
 
     # W: stash, residuals -> gradients of the layers and of what they share, added up in place
     def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any) -> State:
         gradients = self.functions.gradients
         assert gradients is not None
-        split, num_of_layer = gradients.block, gradients.num_of_layer
-        offset = self.layout.offset_of(row["stage"])
 
-        def layer(index: Any, carry: Any) -> Any:
-            grads, shared, weight_residual, stash = carry
-            params, ctx = self._layer(row, chunk, index)
-            dparams = split.weight_grad(
+        def run(layer: Layer, shared: list[jax.Array], buffers: Any) -> Any:
+            grads, weight_residual, stash = buffers
+            params, ctx = self._layer(row, chunk, layer)
+            dparams = gradients.block[layer.kind].weight_grad(
                 params,
                 ctx,
-                registers.read(weight_residual, row["weight_residual"], index),
-                registers.read(stash, row["stash"], index),
+                registers.read(weight_residual, row["weight_residual"], layer.index),
+                registers.read(stash, row["stash"], layer.index),
             )
-            grads = registers.accumulate(grads, dparams[:num_of_layer], index + offset)
-            shared = _microbatches.add(shared, dparams[num_of_layer:])
-            return grads, shared, *registers.pass_on((weight_residual, stash))
+            of_layer, of_shared = gradients.divide(layer.kind, dparams)
+            grads = registers.accumulate(grads, of_layer, layer.place)
+            shared = list(shared)
+            for i, grad in of_shared:
+                shared[i] = _microbatches.add(shared[i], grad)
+            return shared, (grads, *registers.pass_on((weight_residual, stash)))
 
-        shared = [state.outside_grads[index] for index in gradients.shared_places]
-        carry = state.block_grads[chunk], shared, state.weight_residual, state.stash
-        carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        grads, shared, weight_residual, stash = carry
-        outside_grads = list(state.outside_grads)
-        for index, grad in zip(gradients.shared_places, shared, strict=True):
-            outside_grads[index] = grad
+        buffers = state.block_grads[chunk], state.weight_residual, state.stash
+        shared, buffers = self.layout.loop(
+            row["stage"], is_on, run, state.shared_grads, buffers, reverse=True
+        )
+        grads, weight_residual, stash = buffers
         return state._replace(
             block_grads=[grads if c == chunk else g for c, g in enumerate(state.block_grads)],
-            outside_grads=outside_grads,
+            shared_grads=shared,
             weight_residual=weight_residual,
             stash=stash,
         )

@@ -1,11 +1,14 @@
 """How layers travel from the canonical stack to the ranks that run them: by permutes alone.
 
 In: which layers each rank holds as each of its chunks. Out: rounds, in each of which every rank
-sends at most one piece of its shard and gets at most one, so that a round is one permute. The
-pieces are edges from rank to rank; to colour the edges of this bipartite graph, in as many colours
-as the fullest rank has pieces (König 1916), is to find the rounds. Gradients take the way back.
+sends at most one piece of its shard and gets at most one, so that a round is one permute. A piece
+is a run of layers, as many for all ranks. The layers are edges from rank to rank; to colour the
+edges of this bipartite graph, in as many colours as the fullest rank has layers (König 1916), is
+to find the rounds; colours that are alike for as long as runs last are one round. Gradients take
+the way back.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +22,16 @@ class Round:
 
     Attributes:
       target: int[num_ranks], the rank to which each rank sends; -1 for none.
-      piece: int[num_ranks], which piece of its shard each rank sends.
-      place: int[num_ranks], where each rank puts what it gets, counted in pieces over its chunks
+      first: int[num_ranks], the first layer that each rank sends, in its shard.
+      place: int[num_ranks], where each rank puts what it gets, counted in layers over its chunks
         one after the other; -1 where it gets nothing.
+      count: The layers that a piece has.
     """
 
     target: np.ndarray
-    piece: np.ndarray
+    first: np.ndarray
     place: np.ndarray
+    count: int
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -39,66 +44,78 @@ class Round:
         return all(source == target for source, target in self.pairs)
 
 
-@dataclass(frozen=True, eq=False)
-class Travel:
-    """The rounds, and how many layers a piece has and pieces a chunk."""
-
-    piece_layers: int
-    chunk_pieces: int
-    rounds: tuple[Round, ...]
-
-
-def plan_travel(*, stage_of: np.ndarray, first_layers: np.ndarray, shard_layers: int) -> Travel:
+def plan_travel(
+    *, stage_of: np.ndarray, first_layers: np.ndarray, shard_layers: int
+) -> list[Round]:
     """Finds the rounds.
 
     Two ranks, four stages of one layer, placed as DualPipeV does: rank 0 holds stages 0 and 3. Its
     shard is layers 0 and 1; layer 0 stays, layer 1 goes to rank 1.
 
-    >>> travel = plan_travel(
+    >>> rounds = plan_travel(
     ...     stage_of=np.array([[0, 1], [3, 2]]), first_layers=np.arange(5), shard_layers=2
     ... )
-    >>> for way in travel.rounds:
-    ...     print(way.pairs, way.piece, way.place)
-    [(0, 0), (1, 1)] [0 0] [0 1]
-    [(0, 1), (1, 0)] [1 1] [1 0]
+    >>> for way in rounds:
+    ...     print(way.pairs, way.first, way.place, way.count)
+    [(0, 0), (1, 1)] [0 0] [0 1] 1
+    [(0, 1), (1, 0)] [1 1] [1 0] 1
 
     Args:
       stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
       first_layers: int[num_stages + 1], each stage's first layer, and the number of layers.
       shard_layers: Layers of each rank's shard of the canonical stack.
     """
-    num_chunks, num_ranks = stage_of.shape
-    size = int(np.gcd.reduce([shard_layers, *first_layers]))
-    chunk_pieces = int(np.diff(first_layers).max()) // size
-    shard_pieces = shard_layers // size
-
-    # edges[source, target]: the (piece, place)s that have this way to go
-    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for chunk in range(num_chunks):
-        for rank, stage in enumerate(stage_of[chunk]):
-            if stage < 0:
-                continue
-            first, end = first_layers[stage : stage + 2] // size
-            for position, piece in enumerate(range(first, end)):
-                way = (piece // shard_pieces, rank)
-                place = chunk * chunk_pieces + position
-                edges.setdefault(way, []).append((piece % shard_pieces, place))
+    num_ranks = stage_of.shape[1]
+    runs = _runs(stage_of, first_layers, shard_layers)
+    counts = np.zeros((num_ranks, num_ranks), int)
+    for way, found in runs.items():
+        counts[way] = sum(count for _, _, count in found)
 
     rounds = []
-    for matching in _matchings({way: len(found) for way, found in edges.items()}, num_ranks):
-        target, piece, place = (np.full(num_ranks, -1) for _ in range(3))
-        for source, rank in matching:
-            target[source] = rank
-            piece[source], place[rank] = edges[source, rank].pop(0)
-        rounds.append(Round(target, np.maximum(piece, 0), place))
-    return Travel(size, chunk_pieces, tuple(rounds))
+    for matching, times in _matchings(counts):
+        # As many layers as `times` go this way; a round has as many as all runs last.
+        while times:
+            count = min([times, *(runs[way][0][2] for way in matching)])
+            target, first, place = (np.full(num_ranks, -1) for _ in range(3))
+            for source, rank in matching:
+                target[source] = rank
+                start, put, length = runs[source, rank].pop(0)
+                first[source], place[rank] = start, put
+                if length > count:
+                    runs[source, rank].insert(0, (start + count, put + count, length - count))
+            rounds.append(Round(target, np.maximum(first, 0), place, count))
+            times -= count
+    return rounds
 
 
-def _matchings(counts: dict[tuple[int, int], int], size: int) -> list[list[tuple[int, int]]]:
-    """Divides the edges of a bipartite multigraph into as few matchings as can be."""
-    real = np.zeros((size, size), int)
-    for way, count in counts.items():
-        real[way] = count
+# (source, target): the runs of layers that have this way to go, as (first, place, count)
+Runs = dict[tuple[int, int], list[tuple[int, int, int]]]
+
+
+def _runs(stage_of: np.ndarray, first_layers: np.ndarray, shard_layers: int) -> Runs:
+    """Finds the runs of layers that go from one rank's shard to one rank's chunk."""
+    chunk_layers = int(np.diff(first_layers).max())
+    runs: Runs = {}
+    for (chunk, rank), stage in np.ndenumerate(stage_of):
+        if stage < 0:
+            continue
+        begin, end = first_layers[stage : stage + 2].tolist()
+        layer = begin
+        while layer < end:
+            source, first = divmod(layer, shard_layers)
+            count = min(end - layer, shard_layers - first)
+            place = chunk * chunk_layers + layer - begin
+            runs.setdefault((source, rank), []).append((first, place, count))
+            layer += count
+    return runs
+
+
+def _matchings(real: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """Divides the edges of a bipartite multigraph into as few matchings as can be.
+
+    Yields each matching and how often it comes in a row.
+    """
+    size = len(real)
     degree = int(max(real.sum(0).max(), real.sum(1).max()))
     # Filled up to the same degree everywhere the graph has a perfect matching, and still has one
     # without it.
@@ -109,16 +126,14 @@ def _matchings(counts: dict[tuple[int, int], int], size: int) -> list[list[tuple
             missing = degree - max(total[source].sum(), total[:, target].sum())
             filler[source, target] += max(missing, 0)
 
-    matchings = []
-    for _ in range(degree):
+    while degree:
         # What stays where it is goes first and together: such a round needs no permute.
         cost = np.where(real > 0, 2 - np.eye(size), np.where(filler > 0, 3, 0))
         sources, targets = min_weight_full_bipartite_matching(csr_array(cost))
-        matching = []
-        for way in zip(sources.tolist(), targets.tolist(), strict=True):
-            used = real if real[way] else filler
-            used[way] -= 1
-            if used is real:
-                matching.append(way)
-        matchings.append(matching)
-    return matchings
+        ways = list(zip(sources.tolist(), targets.tolist(), strict=True))
+        matching = [way for way in ways if real[way]]
+        times = min(int(real[way] or filler[way]) for way in ways)
+        for way in ways:
+            (real if real[way] else filler)[way] -= times
+        degree -= times
+        yield matching, times

@@ -1,119 +1,86 @@
-"""Layers come to the ranks that run them, and gradients back, by permutes alone."""
+"""The loop over a stage's layers: each layer once, in model order, whatever the kinds."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dualpipe_jax._executor.layout import Layout
-from dualpipe_jax._executor.travel import plan_travel
+from dualpipe_jax._executor.layout import Layer, Layout
+from dualpipe_jax._executor.registers import write
 
-
-def first_layers(num_layers: int, num_stages: int) -> np.ndarray:
-    stages = np.arange(num_stages + 1)
-    fewest, rest = divmod(num_layers, num_stages)
-    return stages * fewest + np.minimum(stages, rest)
-
-
-PLACEMENTS = {
-    "one stage a rank": [[0, 1, 2, 3]],
-    "both directions": [[0, 1, 2, 3], [3, 2, 1, 0]],
-    "both directions of odd P": [[0, 1, 2], [2, 1, 0]],
-    "there and back": [[0, 1, 2, 3], [7, 6, 5, 4]],
-    "round and round": [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]],
-    "a rank with less": [[0, 1, 2], [3, -1, -1]],
-    "all on one": [[0, -1], [1, -1], [2, -1], [3, -1]],
+# A letter is a layer, its name its kind.
+LAYOUTS = {
+    "one kind, unrolled": ("aaaaaa", 3),
+    "one kind, uneven": ("aaaaaaa", 3),
+    "one kind, many layers": ("a" * 10, 2),
+    "alike in every stage": ("abbabbabb", 3),
+    "alike in every stage, many layers": ("abbabb" * 2, 2),
+    "one kind before the other": ("aabbbbb", 3),
+    "a kind in one stage only": ("abbbcbb", 4),
+    "uneven and mixed": ("abcbacbbacaab", 4),
 }
 
 
-@st.composite
-def placements(draw: st.DrawFn) -> tuple[np.ndarray, int]:
-    """Any placement of stages on ranks, some twice, some ranks with fewer."""
-    num_ranks = draw(st.integers(1, 5))
-    num_stages = draw(st.integers(1, 8))
-    held: list[list[int]] = [[] for _ in range(num_ranks)]
+def make_layout(name: str) -> Layout:
+    letters, num_stages = LAYOUTS[name]
+    stage_of = np.arange(num_stages)[None]
+    return Layout(axis="pipe", kinds=tuple(letters), num_stages=num_stages, stage_of=stage_of)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layer_runs_once_in_order(name: str, reverse: bool) -> None:
+    layout = make_layout(name)
+    kinds, num_stages = layout.kinds, layout.num_stages
+    numbers = {kind: number for number, kind in enumerate(layout.stacks)}
+
+    def body(layer: Layer, carry: Any, mine: Any) -> Any:
+        seen, count = carry
+        entry = jnp.array([numbers[layer.kind], layer.index, layer.place, layer.position])
+        # Only what the layer's own kind has is handed over.
+        own = tuple(each.at[layer.index].add(layer.position + 1) for each in mine)
+        return (write(seen, entry, count), count + 1), own
+
+    @jax.jit
+    def run(stage: jax.Array, is_on: jax.Array) -> Any:
+        carry = jnp.full((len(kinds), 4), -1), jnp.int32(0)
+        buffers = ({kind: jnp.zeros(s.max_layers, int) for kind, s in layout.stacks.items()},)
+        return layout.loop(stage, is_on, body, carry, buffers, reverse=reverse)
+
+    position = 0
     for stage in range(num_stages):
-        for rank in draw(st.lists(st.integers(0, num_ranks - 1), min_size=1, max_size=2)):
-            held[rank].append(stage)
-    num_chunks = max(map(len, held))
-    table = [row + [-1] * (num_chunks - len(row)) for row in held]
-    least = -(-num_stages // num_ranks)
-    return np.array(table).T, num_ranks * draw(st.integers(least, least + 3))
+        (seen, count), (buffers,) = run(jnp.int32(stage), jnp.bool_(True))
+        mine = kinds[position:][: int(count)]
+        want = []
+        for i, kind in enumerate(mine):
+            stack = layout.stacks[kind]
+            place = kinds[: position + i].count(kind)  # in the stack
+            slab = place - int(stack.first_layers[stage]) + int(stack.offset_of(stage))
+            want.append([numbers[kind], mine[:i].count(kind), slab, position + i])
+            assert slab < stack.max_layers
+        np.testing.assert_array_equal(seen[:count], want[::-1] if reverse else want)
+        for kind, buffer in buffers.items():
+            entries = [position + i + 1 for i, k in enumerate(mine) if k == kind]
+            np.testing.assert_array_equal(buffer, entries + [0] * (len(buffer) - len(entries)))
+        position += int(count)
+    assert position == len(kinds)
+    (_, count), (buffers,) = run(jnp.int32(0), jnp.bool_(False))
+    assert count == 0
+    assert not any(np.asarray(buffer).any() for buffer in buffers.values())
 
 
-@given(placements())
-def test_every_layer_arrives_in_as_few_rounds_as_can_be(drawn: tuple[np.ndarray, int]) -> None:
-    stage_of, num_layers = drawn
-    num_chunks, num_ranks = stage_of.shape
-    num_stages = int(stage_of.max()) + 1
-    firsts = first_layers(num_layers, num_stages)
-    shard = num_layers // num_ranks
-    travel = plan_travel(stage_of=stage_of, first_layers=firsts, shard_layers=shard)
-    size, per_chunk = travel.piece_layers, travel.chunk_pieces
-    got = np.full((num_ranks, num_chunks * per_chunk * size), -1)
-    pieces_of = np.zeros((2, num_ranks), int)
-    for way in travel.rounds:
-        targets = [target for _, target in way.pairs]
-        assert len(set(targets)) == len(targets)
-        for source, target in way.pairs:
-            pieces_of[0, source] += 1
-            pieces_of[1, target] += 1
-            start = source * shard + way.piece[source] * size
-            place = way.place[target] * size
-            assert (got[target, place : place + size] == -1).all()
-            got[target, place : place + size] = range(start, start + size)
-    assert len(travel.rounds) == pieces_of.max()
-    for (chunk, rank), stage in np.ndenumerate(stage_of):
-        layers = list(range(*firsts[stage : stage + 2])) if stage >= 0 else []
-        start = chunk * per_chunk * size
-        mine = got[rank, start : start + per_chunk * size]
-        assert mine.tolist() == layers + [-1] * (len(mine) - len(layers))
-
-
-@pytest.mark.parametrize("layers_a_rank", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", PLACEMENTS)
-def test_fetch_and_collect(name: str, layers_a_rank: int) -> None:
-    stage_of = np.array(PLACEMENTS[name])
-    num_ranks, num_stages = stage_of.shape[1], int(stage_of.max()) + 1
-    num_layers = max(num_ranks * layers_a_rank, -(-num_stages // num_ranks) * num_ranks)
-    layout = Layout(axis="pipe", num_layers=num_layers, num_stages=num_stages, stage_of=stage_of)
-    assert layout.is_sharded
-    firsts = first_layers(num_layers, num_stages)
-    mesh = jax.make_mesh(
-        (num_ranks,),
-        ("pipe",),
-        devices=jax.devices()[:num_ranks],
-        axis_types=(jax.sharding.AxisType.Auto,),
-    )
-
-    def run(blocks: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        chunks = layout.fetch(blocks)
-        # What a stage does not fill of its chunk never gets a gradient.
-        mine = jnp.asarray(np.where(stage_of < 0, 0, np.diff(firsts)[stage_of]))
-        counts = mine[:, jax.lax.axis_index("pipe")]
-        inside = [jnp.arange(layout.max_layers) < count for count in counts]
-        grads = [[jnp.where(m[:, None], c, 0)] for m, c in zip(inside, chunks, strict=True)]
-        return [chunk[None] for chunk in chunks], layout.collect(grads)
-
-    program = jax.jit(
-        jax.shard_map(
-            run, mesh=mesh, in_specs=jax.P("pipe"), out_specs=jax.P("pipe"), check_vma=False
-        )
-    )
-    blocks = np.stack([np.arange(1.0, num_layers + 1), np.arange(num_layers) ** 2], axis=1)
-    chunks, (total,) = program(blocks)
-    copies = np.zeros(num_layers)
-    for (chunk, rank), stage in np.ndenumerate(stage_of):
-        if stage < 0:
-            continue
-        layers = slice(*firsts[stage : stage + 2])
-        want = blocks[layers]
-        np.testing.assert_array_equal(chunks[chunk][rank, : len(want)], want)
-        copies[layers] += 1
-    np.testing.assert_array_equal(total, blocks * copies[:, None])
-    text = program.lower(blocks).compile().as_text()
-    assert text is not None
-    assert "all-gather" not in text
-    assert "all-reduce" not in text
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_chunks_hold_what_stages_need(name: str) -> None:
+    """No more of a kind than the stage that has the most of it; sharded where it divides."""
+    layout = make_layout(name)
+    kinds, num_stages = layout.kinds, layout.num_stages
+    stages = [
+        kinds[part[0] : part[-1] + 1] for part in np.array_split(range(len(kinds)), num_stages)
+    ]
+    for kind, stack in layout.stacks.items():
+        assert stack.max_layers == max(stage.count(kind) for stage in stages)
+        assert stack.num_layers == kinds.count(kind)
+        divides = kinds.count(kind) % num_stages == 0
+        assert layout.specs[kind] == (jax.P("pipe") if divides else jax.P())

@@ -1,0 +1,169 @@
+"""Where the layers of one stack lie: from the canonical stack to the ranks, and gradients back.
+
+A stack and its gradient are in model order, whatever the schedule. Here a rank gets the layers of
+each of its chunks (a stage that it holds for one direction), and gives their gradients back. The
+second copy that a bidirectional schedule needs exists only inside the step: it comes by a permute,
+and its gradient leaves by a permute and is added, so the copies cannot drift.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dualpipe_jax._executor.spread import Spread
+from dualpipe_jax._executor.travel import Round, plan_travel
+
+PyTree = Any
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stack(Spread):
+    """The layers of one kind, spread over stages, and the stages over ranks.
+
+    Attributes:
+      axis: The name of the pipeline axis.
+      stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
+    """
+
+    axis: str
+    stage_of: np.ndarray
+
+    @property
+    def num_chunks(self) -> int:
+        """Stages that a rank holds, over both directions."""
+        return self.stage_of.shape[0]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the stack lies over the axis, as many layers a rank, to travel by permutes.
+
+        Else every rank is given the whole stack and takes its layers out of it (JAX has no uneven
+        shards).
+        """
+        return self.num_layers % self.stage_of.shape[1] == 0
+
+    @property
+    def shard_layers(self) -> int:
+        """Layers of what a rank is given of the stack, and gives back of its gradient."""
+        return self.num_layers // (self.stage_of.shape[1] if self.is_sharded else 1)
+
+    @cached_property
+    def _rounds(self) -> list[Round]:
+        return plan_travel(
+            stage_of=self.stage_of, first_layers=self.first_layers, shard_layers=self.shard_layers
+        )
+
+    def _slab_start(self, stage: Any) -> Any:
+        # A slab of max_layers must not reach beyond the stack: the last stage's starts early.
+        return jnp.minimum(self.first_layer_of(stage), self.num_layers - self.max_layers)
+
+    def offset_of(self, stage: Any) -> Any:
+        """Finds where in its slab `[max_layers, ...]` a stage's first layer lies."""
+        if self.is_even or self.is_sharded:
+            return 0
+        return self.first_layer_of(stage) - self._slab_start(stage)
+
+    def fetch(self, stack: PyTree) -> list[PyTree]:
+        """Brings each chunk's layers `[max_layers, ...]` to this rank.
+
+        `stack` is this rank's shard `[num_layers / num_ranks, ...]` if `is_sharded`, else all.
+        """
+        leaves, structure = jax.tree.flatten(stack)
+        fetched = [self._fetch(leaf) if self.is_sharded else self._take(leaf) for leaf in leaves]
+        chunks = ([leaf[chunk] for leaf in fetched] for chunk in range(self.num_chunks))
+        return [jax.tree.unflatten(structure, chunk) for chunk in chunks]
+
+    def _take(self, leaf: jax.Array) -> list[jax.Array]:
+        starts = (self._slab_start(self._my_stage(c)) for c in range(self.num_chunks))
+        return [lax.dynamic_slice_in_dim(leaf, start, self.max_layers) for start in starts]
+
+    def _fetch(self, shard: jax.Array) -> list[jax.Array]:
+        size, num_places = self.max_layers, self.num_chunks * self.max_layers
+        # Which place a piece goes to may depend on the rank. Behind the last place is room for what
+        # has none; a place gets nothing if no stage that is held as this chunk fills it.
+        spare = max(way.count for way in self._rounds)
+        stack = jnp.zeros((num_places + spare, *shard.shape[1:]), shard.dtype)
+        whole: dict[int, jax.Array] = {}  # chunks that are one piece on every rank
+        for way in self._rounds:
+            piece = _slice(shard, self._mine(way.first), way.count)
+            if not way.stays:
+                piece = lax.ppermute(piece, self.axis, way.pairs)
+            place = self._mine(np.where(way.place < 0, num_places, way.place))
+            if way.count == size and isinstance(place, int):
+                whole[place // size] = piece
+            else:
+                stack = lax.dynamic_update_slice_in_dim(stack, piece, place, 0)
+        return [
+            whole[c] if c in whole else lax.slice_in_dim(stack, c * size, (c + 1) * size)
+            for c in range(self.num_chunks)
+        ]
+
+    def _mine(self, values: np.ndarray) -> Any:
+        """This rank's entry of `values` `[num_ranks]`; an int if all are alike."""
+        if len(set(values)) == 1:
+            return int(values[0])
+        return jnp.asarray(values, jnp.int32)[lax.axis_index(self.axis)]
+
+    def collect(self, grads: list[list[Any]]) -> list[jax.Array]:
+        """Adds up the chunks' gradients where the layers lie, as the stack."""
+        stacked = [
+            [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in chunk]
+            for chunk in grads
+        ]
+        return [self._collect(list(leaves)) for leaves in zip(*stacked, strict=True)]
+
+    def _collect(self, chunks: list[jax.Array]) -> jax.Array:
+        if self.is_sharded:
+            return self._return(chunks)
+        total = jnp.zeros((self.num_layers, *chunks[0].shape[1:]), chunks[0].dtype)
+        for chunk, leaf in enumerate(chunks):
+            start = self._slab_start(self._my_stage(chunk))
+            mine = lax.dynamic_slice_in_dim(total, start, self.max_layers) + leaf
+            total = lax.dynamic_update_slice_in_dim(total, mine, start, 0)
+        return lax.psum(total, self.axis)
+
+    def _return(self, chunks: list[jax.Array]) -> jax.Array:
+        """Takes the ways of `_fetch` back, adding what comes to what is there."""
+        size, num_places = self.max_layers, self.num_chunks * self.max_layers
+        # Behind the last place lie zeros, for ranks that got nothing and so send nothing.
+        spare = max(way.count for way in self._rounds)
+        stack = _join([*chunks, jnp.zeros((spare, *chunks[0].shape[1:]), chunks[0].dtype)])
+        total = None
+        for way in self._rounds:
+            place = self._mine(np.where(way.place < 0, num_places, way.place))
+            if way.count == size and isinstance(place, int):
+                piece = chunks[place // size]
+            else:
+                piece = _slice(stack, place, way.count)
+            if not way.stays:
+                piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in way.pairs])
+            if way.count == self.shard_layers:
+                total = piece if total is None else total + piece
+                continue
+            if total is None:
+                total = jnp.zeros((self.shard_layers, *piece.shape[1:]), piece.dtype)
+            # A rank that sent nothing gets zeros back.
+            first = self._mine(way.first)
+            mine = _slice(total, first, way.count) + piece
+            total = lax.dynamic_update_slice_in_dim(total, mine, first, 0)
+        assert total is not None
+        return total
+
+    def _my_stage(self, chunk: int) -> jax.Array:
+        # A rank without this chunk never runs it: any stage will do.
+        stages = np.maximum(self.stage_of[chunk], 0).astype(np.int32)
+        return jnp.asarray(stages)[lax.axis_index(self.axis)]
+
+
+def _slice(stack: jax.Array, first: Any, count: int) -> jax.Array:
+    """Takes entries `[first, first + count)`, or all if there are no more."""
+    return stack if stack.shape[0] == count else lax.dynamic_slice_in_dim(stack, first, count)
+
+
+def _join(pieces: list[jax.Array]) -> jax.Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)

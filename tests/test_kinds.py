@@ -1,0 +1,435 @@
+"""Layers of different kinds in one model: each kind has its own block, stack and buffers.
+
+The two kinds here differ in the shapes, the structure and the number of their parameters.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dualpipe_jax as dpj
+from dualpipe_jax import _api, _sequential
+from dualpipe_jax._executor import Step
+from dualpipe_jax._kinds import blocks_of
+from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model
+from tests.models import make_params as make_params_of_one_kind
+from tests.test_exact import make_mesh, sequential_value_and_grad
+
+NUM_EXPERTS, HIDDEN = 3, 6
+
+
+def dense(params: Any, x: Any, ctx: dpj.Context) -> Any:
+    assert ctx.layer is not None
+    inner = jnp.tanh(x @ params["up"]) * (1 + 0.01 * ctx.layer)
+    if ctx.rng is not None:
+        inner *= jax.random.bernoulli(ctx.rng, 0.7, inner.shape)
+    # Of another dtype than the other kind's.
+    return x + inner @ params["down"], jnp.square(inner).mean().astype(jnp.float32)
+
+
+def moe(params: Any, x: Any, ctx: dpj.Context) -> Any:
+    assert ctx.layer is not None
+    router, (experts, _) = params["router"], params["experts"]
+    gates = jax.nn.softmax(x @ router)
+    if ctx.rng is not None:
+        gates *= jax.random.bernoulli(ctx.rng, 0.8, gates.shape)
+    out = jnp.einsum("blg,blw,gwv->blv", gates, jnp.sin(x), experts)
+    out += 0.01 * ctx.microbatch["side"].mean() * ctx.layer
+    return x + 0.3 * out, jnp.square(gates).mean()
+
+
+def scale(params: Any, x: Any, ctx: dpj.Context) -> Any:
+    """A kind without any parameters."""
+    return 0.9 * x + 0.02 * jnp.cos(x), jnp.sin(x).mean()
+
+
+BLOCKS = {"dense": dense, "moe": moe, "scale": scale}
+NAMES = {"D": "dense", "M": "moe", "S": "scale"}
+
+
+def layout_of(letters: str) -> tuple[str, ...]:
+    """Spells `"DMM"` out."""
+    return tuple(NAMES[letter] for letter in letters)
+
+
+def without_aux(block: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: block(*args)[0]
+
+
+def make_kinds(letters: str, features: frozenset[str] = frozenset()) -> dpj.Model:
+    layout = layout_of(letters)
+    has_aux = "block_has_aux" in features
+    return replace(
+        make_model(features),
+        block={
+            kind: block if has_aux else without_aux(block)
+            for kind, block in BLOCKS.items()
+            if kind in layout
+        },
+        layout=layout,
+    )
+
+
+def make_params(letters: str, *, seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) * 0.5)
+
+    D, M = letters.count("D"), letters.count("M")
+    stacks = {
+        "dense": {
+            "up": normal(D, WIDTH, HIDDEN),
+            "down": normal(D, HIDDEN, WIDTH),
+            "unused": normal(D, 2),
+        },
+        "moe": {
+            "router": normal(M, WIDTH, NUM_EXPERTS),
+            "experts": (normal(M, NUM_EXPERTS, WIDTH, WIDTH), jnp.arange(M)),
+        },
+        "scale": {},
+    }
+    kinds = layout_of(letters)
+    ends = make_params_of_one_kind(1)["ends"]
+    return {"ends": ends, "blocks": {kind: stacks[kind] for kind in stacks if kind in kinds}}
+
+
+class Case(NamedTuple):
+    schedule: str
+    num_ranks: int
+    num_microbatches: int
+    letters: str  # a layer each
+    features: str = ""
+    remat: Any = "none"
+
+    def __str__(self) -> str:
+        return "-".join(
+            [self.schedule, f"P{self.num_ranks}-N{self.num_microbatches}", self.letters]
+            + self.features.split()
+            + ([] if self.remat == "none" else ["remat"])
+        )
+
+
+ALL = "dropout weight block_has_aux has_aux"
+CASES = [
+    Case("dualpipe", 2, 4, "DMMDM", ALL),  # both kinds in both stages, odd counts
+    Case("dualpipe", 3, 5, "DDMMMMM", "block_has_aux", "block"),  # DDM MM MM
+    Case("1f1b", 3, 4, "DDDDMMMM", "dropout"),  # DDD DMM MM
+    Case("dualpipe", 4, 8, "DMDMDMDM", "block_has_aux dropout"),  # every stage the same, unrolled
+    Case("gpipe", 4, 3, "DDDDMMMMMMMM", "weight"),  # DDD DMM MMM MMM, both stacks sharded
+    Case("dualpipev", 2, 4, "DDMMMMMM", "block_has_aux"),  # a chunk without one of the kinds
+    Case("dualpipev", 2, 3, "MDMDSMSMD", ALL),  # three kinds, one without parameters
+    Case("1f1b", 2, 4, "DMMDMMDMMDMM", "dropout"),  # every stage the same, in a loop
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_sequential(case: Case) -> None:
+    model = make_kinds(case.letters, frozenset(case.features.split()))
+    params, batch = make_params(case.letters), make_batch(case.num_microbatches)
+    rng = jax.random.key(7) if "dropout" in case.features else None
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(case.num_ranks),
+        num_microbatches=case.num_microbatches,
+        schedule=case.schedule,
+        remat=case.remat,
+    )
+    result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
+    want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(
+        params, batch, rng=rng
+    )
+    assert_close(result, want)
+    assert_close(grads, want_grads)
+    blocks = grads["blocks"]
+    assert not np.asarray(blocks["dense"]["unused"]).any()
+    # No layer was dropped, and each stack lies over the ranks if its own layers divide.
+    for letter, leaf in (("D", blocks["dense"]["up"]), ("M", blocks["moe"]["experts"][0])):
+        assert np.abs(leaf).reshape(len(leaf), -1).max(axis=1).min() > 0
+        divides = case.letters.count(letter) % case.num_ranks == 0
+        assert leaf.sharding.is_fully_replicated != divides
+
+
+# Few runs of one kind, and more than the sequential model spells out.
+@pytest.mark.parametrize("letters", ["DDM", "DMDMDMDSM"])
+def test_sequential_is_the_plain_meaning(letters: str) -> None:
+    """Against a Python loop over the layers."""
+    model = make_kinds(letters, frozenset(["dropout", "block_has_aux"]))
+    params, batch, rng = make_params(letters), make_batch(2), jax.random.key(3)
+    losses = []
+    for m in range(2):
+        microbatch = jax.tree.map(lambda leaf, m=m: leaf[ROWS * m : ROWS * (m + 1)], batch)
+        k = jax.random.fold_in(rng, m)
+
+        def ctx(i: int, layer: Any = None, k: Any = k, rows: Any = microbatch) -> Any:
+            return dpj.Context(microbatch=rows, layer=layer, rng=jax.random.fold_in(k, i))
+
+        x = model.embed(params["ends"], ctx(len(letters)))
+        seen = dict.fromkeys(BLOCKS, 0)
+        for i, kind in enumerate(layout_of(letters)):
+            own = jax.tree.map(lambda leaf, j=seen[kind]: leaf[j], params["blocks"][kind])
+            x, aux = BLOCKS[kind](own, x, ctx(i, jnp.int32(i)))
+            seen[kind] += 1
+            losses.append(aux.astype(jnp.float64))
+        losses.append(model.head(params["ends"], x, ctx(len(letters) + 1)))
+    loss = dpj.sequential(model, num_microbatches=2)(params, batch, rng=rng)
+    np.testing.assert_allclose(loss, sum(losses) / 2, rtol=1e-13)
+
+
+def test_both_ways_of_the_sequential_model_have_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, params, batch = make_kinds("DMM"), make_params("DMM"), make_batch(2)
+    by_runs = sequential_value_and_grad(model, 2)(params, batch)
+    monkeypatch.setattr(_sequential, "_MAX_RUNS", 0)
+    by_switch = sequential_value_and_grad(model, 2)
+    assert "case" in by_switch.lower(params, batch).as_text()
+    assert_close(by_switch(params, batch), by_runs)
+
+
+def test_evaluate_equals_sequential() -> None:
+    letters = "DMMDM"
+    model = make_kinds(letters, frozenset(ALL.split()))
+    params, batch, rng = make_params(letters), make_batch(4), jax.random.key(3)
+    evaluate = dpj.evaluate(model, mesh=make_mesh(2), num_microbatches=4)
+    want = jax.jit(dpj.sequential(model, num_microbatches=4))
+    assert_close(jax.jit(evaluate)(params, batch, rng=rng), want(params, batch, rng=rng))
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_without_jit_and_with_any_dict(types: str) -> None:
+    """Stacks as they lie after a step, in dicts that order their keys as they like."""
+    mesh = jax.make_mesh(
+        (2,),
+        ("pipe",),
+        axis_types=(getattr(jax.sharding.AxisType, types),),
+        devices=jax.devices()[:2],
+    )
+    letters = "DDMMMM"
+    model, params, batch = make_kinds(letters), make_params(letters), make_batch(2)
+    _, want = sequential_value_and_grad(model, 2)(params, batch)
+    over_pipe = jax.device_put(params["blocks"], jax.NamedSharding(mesh, jax.P("pipe")))
+    backwards = OrderedDict((kind, over_pipe[kind]) for kind in ("moe", "dense"))
+    blocks = backwards if types == "Auto" else flax.core.freeze(over_pipe)
+    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=2)
+    _, grads = grad_fn({**params, "blocks": blocks}, batch)
+    assert jax.tree.structure(grads["blocks"]) == jax.tree.structure(blocks)
+    for kind, stack in want["blocks"].items():
+        assert_close(jax.tree.leaves(grads["blocks"][kind]), jax.tree.leaves(stack))
+    assert grads["blocks"]["moe"]["router"].sharding.spec[0] == "pipe"
+
+
+def test_one_block_may_choose_by_layer() -> None:
+    """The other way to have two kinds: every layer holds the parameters of both."""
+    letters = "DMM"
+    model, params, batch = make_kinds(letters), make_params(letters), make_batch(2)
+
+    def either(params: Any, x: Any, ctx: dpj.Context) -> Any:
+        assert ctx.layer is not None
+        return jax.lax.cond(
+            ctx.layer < 1,
+            lambda: dense(params["dense"], x, ctx)[0],
+            lambda: moe(params["moe"], x, ctx)[0],
+        )
+
+    grad_fn = dpj.value_and_grad(
+        replace(model, block=either, layout=None), mesh=make_mesh(2), num_microbatches=2
+    )
+    pads = {"dense": (0, 2), "moe": (1, 0)}
+    blocks = {
+        kind: jax.tree.map(
+            lambda a, kind=kind: jnp.pad(a, [pads[kind]] + [(0, 0)] * (a.ndim - 1)), stack
+        )
+        for kind, stack in params["blocks"].items()
+    }
+    loss, grads = jax.jit(grad_fn)({**params, "blocks": blocks}, batch)
+    want, want_grads = sequential_value_and_grad(model, 2)(params, batch)
+    assert_close(loss, want)
+    got = {"dense": grads["blocks"]["dense"]["up"][:1], "moe": grads["blocks"]["moe"]["router"][1:]}
+    mine = want_grads["blocks"]
+    assert_close(got, {"dense": mine["dense"]["up"], "moe": mine["moe"]["router"]})
+
+
+def lowered(letters: str, num_ranks: int, schedule: str = "dualpipe") -> Any:
+    model, params, batch = make_kinds(letters), make_params(letters), make_batch(4)
+    mesh = make_mesh(num_ranks)
+    sharding = jax.NamedSharding(mesh, jax.P("pipe"))
+    params = {**params, "blocks": jax.device_put(params["blocks"], sharding)}
+    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4, schedule=schedule)
+    return jax.jit(grad_fn).lower(params, batch)
+
+
+@pytest.mark.slow
+def test_stacks_stay_where_they_are_and_buffers_in_place() -> None:
+    """Nothing is gathered, no kind is padded to another, no buffer is copied in a loop."""
+    text = lowered("DDMMMMMM", 2).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    # The stage that holds both has two of each; the fullest has two of one and four of the other.
+    assert f"f64[2,{WIDTH},{HIDDEN}]" in text
+    assert f"f64[4,{NUM_EXPERTS},{WIDTH},{WIDTH}]" in text
+    assert f"f64[4,{WIDTH},{HIDDEN}]" not in text
+    in_loops = text[: text.index("\nENTRY")].splitlines()
+    weights = rf"f64\[2,{WIDTH},{HIDDEN}\]", rf"f64\[4,{NUM_EXPERTS},{WIDTH},{WIDTH}\]"
+    for shape in (*weights, rf"f64\[\d,2,{ROWS},{LENGTH},", rf"f64\[\d,4,{ROWS},{LENGTH},"):
+        mine = [line for line in in_loops if re.search(f"= {shape}", line)]
+        assert mine
+        assert not [line for line in mine if " copy(" in line]
+
+
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [("DD" + "M" * 8, "DD" + "M" * 18), ("DM" * 6, "DM" * 10)],
+    ids=["one after the other", "by turns"],
+)
+def test_program_size_does_not_grow_with_layers(few: str, many: str) -> None:
+    assert lowered(few, 2).as_text().count("\n") == lowered(many, 2).as_text().count("\n")
+
+
+@pytest.mark.slow
+def test_dead_values_are_never_read() -> None:
+    letters, num_microbatches = "DDMMDMM", 5
+    model = make_kinds(letters, frozenset(["block_has_aux"]))
+    schedule = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=num_microbatches)
+    step = Step(
+        model=model,
+        tables=schedule.compiled().tables,
+        mesh=make_mesh(2),
+        axis="pipe",
+        batch_axes=(),
+        block=_api._block(model, "none"),
+        num_layers=len(letters),
+        poison=True,
+    )
+    params, batch = make_params(letters), make_batch(num_microbatches)
+    loss, grads = jax.jit(step)(params, batch, None)
+    want, want_grads = sequential_value_and_grad(model, num_microbatches)(params, batch)
+    assert_close(loss, want)
+    differentiable = [
+        leaf for leaf in jax.tree.leaves(want_grads["blocks"]) if leaf.dtype == np.float64
+    ]
+    assert_close(grads["blocks"], differentiable)
+
+
+def test_models_are_equal_and_hash_alike() -> None:
+    model = make_kinds("DMM")
+    assert isinstance(model.block, dict)
+    again = replace(model, block={**model.block}, layout=["dense", "moe", "moe"])
+    assert again == model
+    assert hash(again) == hash(model)
+    assert again.layout == ("dense", "moe", "moe")
+    assert replace(model, layout=("moe", "dense", "moe")) != model
+
+
+MODEL, PARAMS = make_kinds("DMM"), make_params("DMM")
+EXTRA = {"norm": {"g": jnp.ones((3, 2))}}
+# Each: fields of the model; blocks; the exception; texts that the message must hold.
+MISTAKES: dict[str, tuple[dict[str, Any], Any, Any, list[str]]] = {
+    "no layout": (
+        {"layout": None},
+        PARAMS["blocks"],
+        ValueError,
+        ["model.layout=None", "'dense', 'moe'", "one function for all layers"],
+    ),
+    "no dict of blocks": (
+        {"block": dense},
+        PARAMS["blocks"],
+        ValueError,
+        ["model.layout=('dense', 'moe', 'moe')", "function", "leave layout out"],
+    ),
+    "layout a string": (
+        {"layout": "DMM"},
+        PARAMS["blocks"],
+        TypeError,
+        ["model.layout='DMM'", "a sequence of strings"],
+    ),
+    "layout of numbers": (
+        {"layout": (0, 1)},
+        PARAMS["blocks"],
+        TypeError,
+        ["model.layout=(0, 1)", "a sequence of strings"],
+    ),
+    "no layers": (
+        {"layout": ()},
+        PARAMS["blocks"],
+        ValueError,
+        ["model.layout=()", "at least one"],
+    ),
+    "kinds that do not fit": (
+        {"layout": ("norm", "moe", "nrom", "norm")},
+        PARAMS["blocks"],
+        ValueError,
+        [
+            "model.layout",
+            "names 'norm' (layers 0, 3), but block has 'dense', 'moe'",
+            "names 'nrom' (layers 2)",
+            "block has 'dense', but no layer is of it",
+        ],
+    ),
+    "one stack": (
+        {},
+        [jnp.ones((3, 2))],
+        ValueError,
+        ['params["blocks"]', "a dict with a stack for each kind", "got list", "'dense', 'moe'"],
+    ),
+    "stacks that do not fit": (
+        {},
+        {
+            **EXTRA,
+            "moe": {"a": jnp.ones((3, 2)), "b": jnp.ones(()), "c": jnp.ones((2, 5))},
+        },
+        ValueError,
+        [
+            'params["blocks"]',
+            "nothing for 'dense', of which layout has 1 layers",
+            "['norm'] is of no kind in layout, which has 'dense', 'moe'",
+            "['moe']['a'] of shape (3, 2), but layout has 2 layers of 'moe'",
+            "['moe']['b'] of shape ()",
+        ],
+    ),
+    "fewer layers than stages": (
+        {"layout": ("dense",), "block": {"dense": blocks_of(MODEL)["dense"]}},
+        {"dense": PARAMS["blocks"]["dense"]},
+        ValueError,
+        ["1 layers", "2 stages"],
+    ),
+    "a kind that changes x": (
+        {"block": {**blocks_of(MODEL), "moe": lambda params, x, ctx: x[:1]}},
+        PARAMS["blocks"],
+        ValueError,
+        ["model.block['moe']: changes the shape", "return x as it came"],
+    ),
+}
+
+
+@pytest.mark.parametrize("entry", ["value_and_grad", "evaluate", "sequential"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_explained(mistake: str, entry: str) -> None:
+    fields, blocks, error, texts = MISTAKES[mistake]
+    if mistake == "fewer layers than stages" and entry == "sequential":
+        texts = []  # it has no stages
+    options = {} if entry == "sequential" else {"mesh": make_mesh(2)}
+
+    def run() -> Any:
+        make = getattr(dpj, entry)
+        function = make(replace(MODEL, **fields), num_microbatches=2, **options)
+        return jax.eval_shape(
+            lambda: function({"ends": PARAMS["ends"], "blocks": blocks}, make_batch(2))
+        )
+
+    if not texts:
+        assert run().shape == ()
+        return
+    with pytest.raises(error) as raised:
+        run()
+    missing = [text for text in texts if text not in str(raised.value)]
+    assert not missing, f"the message is:\n{raised.value}"
