@@ -141,7 +141,7 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
 
 def to_rich(rows: Sequence[Row]) -> Table:
     """Makes the table of a terminal, of those that ran in turns."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title=f"{rows[0].ranks} ranks")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, title=f"{rows[0].ranks} ranks")
     for title in SHORT:
         table.add_column(title, justify="left" if title == "schedule" else "right", no_wrap=True)
     for row in rows:
@@ -158,7 +158,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     piped = [row for row in rows if row.schedule != SEQUENTIAL]
     names = list(dict.fromkeys(row.schedule for row in piped))
     all_ranks = sorted({row.ranks for row in piped})
-    figure = Figure(figsize=(11, 0.42 * len(names) + 1.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 0.45 * len(names) + 1.5), dpi=150, layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
     for panel, (title, name, scale) in zip(
         panels,
@@ -174,13 +174,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             of_ranks = {row.schedule: row for row in piped if row.ranks == ranks}
             panel.scatter(
                 [getattr(of_ranks[schedule], name) * scale for schedule in names],
-                range(len(names)),
-                s=42,
+                np.arange(len(names)) + 0.2 * (index - (len(all_ranks) - 1) / 2),
+                s=36,
                 color=_COLORS[index % len(_COLORS)],
                 marker=_MARKERS[index % len(_MARKERS)],
                 edgecolor="white",
                 linewidth=0.6,
                 label=f"{ranks} ranks",
+                clip_on=False,
                 zorder=3,
             )
         _frame(panel, title)
@@ -195,7 +196,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def _frame(panel: Axes, title: str) -> None:
     panel.set_title(title, loc="left", fontsize=10)
-    panel.set_xlim(0, max(1.0, panel.get_xlim()[1]))
+    panel.set_xlim(0, max(1.1, panel.get_xlim()[1]))
     panel.set_axisbelow(True)
     panel.grid(color="#e4e4e4", linewidth=0.6)
     panel.tick_params(length=0)
