@@ -163,7 +163,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for panel, (title, name, scale) in zip(
         panels,
         (
-            ("idle share of the timetable, %", "idle_share", 100),
+            ("idle ticks, %", "idle_share", 100),
             ("temporaries a device, MiB", "temporary_bytes", 1 / 2**20),
             ("wall time a step,\nwithout a pipeline = 1", "wall_ratio", 1),
             ("CPU time a step,\nwithout a pipeline = 1", "cpu_ratio", 1),
