@@ -19,9 +19,8 @@ from experiments.train_lm import data, training
 from experiments.train_lm.model import LanguageModel
 from experiments.train_lm.train_lm import Refusal
 
-# Float32 sums in another order differ by about 1e-7, and 20 steps on CPUs kept within 2e-7. There is
-# room for accelerators that multiply in less than float32; a wrong gradient shows in the first
-# digits.
+# Float32 sums in another order differ by about 1e-7; 20 steps on CPUs kept within 2e-7. The room is
+# for accelerators that multiply in less than float32; a wrong gradient shows in the first digits.
 LOSS_TOLERANCE = 1e-4
 
 _positive = click.IntRange(min=1)
