@@ -20,7 +20,8 @@ from experiments.train_lm.model import LanguageModel
 from experiments.train_lm.train_lm import Refusal
 
 # Float32 sums in another order differ by about 1e-7; 20 steps on CPUs kept within 2e-7. The room is
-# for accelerators that multiply in less than float32; a wrong gradient shows in the first digits.
+# for accelerators that multiply in less than float32. One layer of four without its gradient made
+# 9e-4 in three steps.
 LOSS_TOLERANCE = 1e-4
 
 _positive = click.IntRange(min=1)
