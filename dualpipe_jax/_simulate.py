@@ -103,6 +103,7 @@ class Simulation:
       schedule: The schedule's name.
       num_ranks: The ranks.
       num_microbatches: The microbatches of a step.
+      timetable: The timetable that was replayed.
       makespan: From the first action's start to the last one's end, as the program waits.
       dependency_makespan: The same if ranks waited for stored values only: without false waits.
       work: For each rank the time in which it acts.
@@ -119,6 +120,7 @@ class Simulation:
     schedule: str
     num_ranks: int
     num_microbatches: int
+    timetable: str
     makespan: float
     dependency_makespan: float
     work: tuple[float, ...]
@@ -138,6 +140,7 @@ def simulate(
     costs: Costs | None = None,
     transfer: float = 0.0,
     num_layers: int | None = None,
+    timetable: str = "shortest",
 ) -> Simulation:
     """Replays the tables of a schedule.
 
@@ -153,10 +156,11 @@ def simulate(
       transfer: How long a value travels to a neighbour, whatever the size of a stage.
       num_layers: The layers of the model, of which the first stages get one more if they do not
         divide; by default all stages are equal.
+      timetable: As `Schedule.timeline`.
 
     Raises:
-      ValueError: if the schedule cannot run, `transfer` is negative or not finite, or there are
-        fewer layers than stages.
+      ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
+        is negative or not finite, or there are fewer layers than stages.
     """
     costs = costs or Costs()
     if not 0 <= transfer < math.inf:
@@ -168,7 +172,7 @@ def simulate(
             f"num_layers={num_layers}: must be at least the {num_stages} stages of schedule "
             f"{schedule.name!r} on {num_ranks} ranks"
         )
-    tables = schedule.compiled().tables
+    tables = schedule.compiled(timetable=timetable).tables
     fewest, rest = divmod(num_layers, num_stages)
     cost = costs.of_stages(
         num_ranks=num_ranks,
@@ -184,6 +188,7 @@ def simulate(
         schedule=schedule.name,
         num_ranks=num_ranks,
         num_microbatches=schedule.num_microbatches,
+        timetable=timetable,
         makespan=makespan,
         dependency_makespan=float(replay_dependencies(tables, work, transfer=transfer).max()),
         work=tuple(work.sum(axis=0).tolist()),

@@ -9,7 +9,7 @@ from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.generators import interleaved_one_f_one_b as _interleaved
 from dualpipe_jax._schedule.grammar import parse_program
-from dualpipe_jax._schedule.ir import Program
+from dualpipe_jax._schedule.ir import TIMETABLES, Program
 from dualpipe_jax._schedule.ir import Timeline as Timeline
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "make",
     "names",
     "one_f_one_b",
+    "timetables",
     "zb_h1",
 ]
 
@@ -78,21 +79,33 @@ class Schedule:
         schedule.compiled()  # or raises
         return schedule
 
-    def timeline(self) -> Timeline:
+    def timeline(self, *, timetable: str = "shortest") -> Timeline:
         """Gives every action its tick, if forwards, input grads and weight grads take one each.
 
-        Raises:
-            ValueError: if the schedule cannot run.
-        """
-        return self.compiled().timeline
+        >>> schedule = dualpipe(num_ranks=4, num_microbatches=16)
+        >>> schedule.timeline().num_ticks
+        49
+        >>> aligned = schedule.timeline(timetable="aligned")
+        >>> aligned.num_ticks, len(aligned.beats)
+        (50, 10)
 
-    def compiled(self) -> Compiled:
-        """Compiles it to the tables that the executor runs, once.
+        Args:
+            timetable: `"shortest"`, every action as soon as it can; or `"aligned"`, a pair in
+                three adjacent ticks and all pairs at the same tick modulo 3, so that there are
+                beats, in which every rank runs a pair. Without pairs the two are the same.
 
         Raises:
-            ValueError: if the schedule cannot run.
+            ValueError: if the schedule cannot run or be aligned, or there is no such timetable.
         """
-        return compile_program(self.program)
+        return self.compiled(timetable=timetable).timeline
+
+    def compiled(self, *, timetable: str = "shortest") -> Compiled:
+        """Compiles it to the tables that the executor runs, once for each timetable.
+
+        Raises:
+            ValueError: if the schedule cannot run or be aligned, or there is no such timetable.
+        """
+        return compile_program(self.program, timetable=timetable)
 
 
 def gpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -189,3 +202,8 @@ def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
 def names() -> tuple[str, ...]:
     """Lists the names that `make` knows."""
     return tuple(GENERATORS)
+
+
+def timetables() -> tuple[str, ...]:
+    """Lists the timetables that `Schedule.timeline` knows."""
+    return TIMETABLES

@@ -107,10 +107,23 @@ def test_json_has_the_timeline() -> None:
         "schedule": "dualpipe",
         "ranks": 4,
         "microbatches": 10,
+        "timetable": "shortest",
         "num_ticks": timeline.num_ticks,
         "num_slots": timeline.num_slots,
         "actions": [list(row) for row in timeline.actions],
     }
+
+
+def test_aligned_is_another_timetable_of_the_same_order() -> None:
+    aligned = [*SIZES, "--timetable", "aligned"]
+    timeline = MADE.timeline(timetable="aligned")
+    made = json.loads(run(*aligned, "--format", "json").output)
+    assert (made["timetable"], made["num_ticks"]) == ("aligned", 3 * 10 + 4 - 2)
+    assert made["actions"] == [list(row) for row in timeline.actions]
+    output = run(*aligned).output
+    assert f"32 ticks, 6.2% idle, aligned: {len(timeline.beats)} beats; slots" in output
+    assert output != run(*SIZES).output
+    assert run(*aligned, "--format", "csv").output == MADE.to_csv()
 
 
 @pytest.mark.parametrize(("image_format", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
@@ -139,6 +152,7 @@ def test_format_is_stronger_than_the_suffix(tmp_path: Path) -> None:
         (["--schedule", "nope"], ["'nope'", *map(repr, schedules.names())]),
         (["--ranks", "0", "--microbatches", "-1"], ["num_ranks=0", "num_microbatches=-1"]),
         (["--ranks", "two"], ["--ranks", "'two'"]),
+        (["--timetable", "longest"], ["'longest'", "'shortest'", "'aligned'"]),
         (["--bogus"], ["--bogus"]),
         (["--output", "/nowhere/a.svg"], ["/nowhere/a.svg", "No such file or directory"]),
     ],

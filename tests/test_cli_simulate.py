@@ -27,7 +27,7 @@ def test_table_has_a_row_a_schedule() -> None:
         "1f1b            16              12  37.5%       6      5          2      1x          4",
         "",
         (
-            "ranks 2, microbatches 2; a rank's layers cost F=1, I=1, W=3; "
+            "ranks 2, microbatches 2, shortest timetable; a rank's layers cost F=1, I=1, W=3; "
             "transfer 0, embed 0, head 0"
         ),
     ]
@@ -53,6 +53,7 @@ def test_json_has_the_simulations() -> None:
 
 def test_options_reach_the_simulation() -> None:
     sizes = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "10"]
+    sizes += ["--timetable", "aligned"]
     options = ["--costs", "F=1.5,I=2,W=0.5", "--transfer", "0.25", "--layers", "6"]
     options += ["--embed", "0.5", "--head", "2"]
     (made,) = json.loads(run(*sizes, *options, "--format", "json").output)
@@ -61,7 +62,9 @@ def test_options_reach_the_simulation() -> None:
         costs=Costs(forward=1.5, input_grad=2, weight_grad=0.5, embed=0.5, head=2),
         transfer=0.25,
         num_layers=6,
+        timetable="aligned",
     )
+    assert made["timetable"] == "aligned"
     assert made["makespan"] == expected.makespan
     assert made["dependency_makespan"] == expected.dependency_makespan
     assert made["published_bubble"] is None
@@ -102,6 +105,7 @@ def test_narrow_terminal_loses_nothing() -> None:
         (["--transfer", "fast"], ["--transfer", "'fast'"]),
         (["--head", "inf"], ["head=inf"]),
         (["--layers", "3"], ["num_layers=3", "at least the 8 stages"]),
+        (["--timetable", "longest"], ["'longest'", "'shortest'", "'aligned'"]),
         (["--format", "csv"], ["'csv'", "'table'", "'json'"]),
         (["--bogus"], ["--bogus"]),
     ],

@@ -104,6 +104,7 @@ def test_1f1b_by_hand() -> None:
         schedule="1f1b",
         num_ranks=2,
         num_microbatches=2,
+        timetable="shortest",
         makespan=8.0,
         dependency_makespan=8.0,
         work=(6.0, 6.0),
@@ -253,6 +254,14 @@ def test_chimera_has_a_formula_for_equal_forward_and_backward() -> None:
     assert run("chimera", 8, 8, costs=equal).published_bubble == 6.0
     assert run("chimera", 8, 8).published_bubble is None
     assert run("chimera", 8, 12, costs=equal).published_bubble is None
+
+
+@pytest.mark.parametrize("size", [(4, 16), (8, 20), (16, 32)])
+def test_aligned_dualpipe_idles_as_published(size: tuple[int, int]) -> None:
+    made = run("dualpipe", *size, timetable="aligned")
+    assert made.makespan == 3 * size[1] + size[0] - 2
+    assert made.bubble == made.published_bubble == size[0] - 2
+    assert made.bubble == 2 * run("dualpipe", *size).bubble
 
 
 def test_head_imbalance_shows() -> None:

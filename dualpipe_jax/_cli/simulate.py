@@ -45,6 +45,13 @@ _NOTES = (
 @click.option("--ranks", type=int, default=8, show_default=True, help="Devices of the pipeline.")
 @click.option("--microbatches", type=int, default=20, show_default=True, help="Of one step.")
 @click.option(
+    "--timetable",
+    type=click.Choice(schedules.timetables()),
+    default="shortest",
+    show_default=True,
+    help="aligned: all ranks start their pairs at the same tick modulo 3.",
+)
+@click.option(
     "--costs",
     default="F=1,I=1,W=1",
     show_default=True,
@@ -73,6 +80,7 @@ def simulate(
     schedule: str,
     ranks: int,
     microbatches: int,
+    timetable: str,
     costs: str,
     transfer: float,
     embed: float,
@@ -95,7 +103,13 @@ def simulate(
         try:
             made = schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
             simulations.append(
-                run_simulation(made, costs=all_costs, transfer=transfer, num_layers=layers)
+                run_simulation(
+                    made,
+                    costs=all_costs,
+                    transfer=transfer,
+                    num_layers=layers,
+                    timetable=timetable,
+                )
             )
         except ValueError as error:
             left_out.append((name, " ".join(str(error).split())))
@@ -106,8 +120,9 @@ def simulate(
         click.echo(f"[\n{content}\n]")
     else:
         caption = (
-            f"ranks {ranks}, microbatches {microbatches}; a rank's layers cost "
-            f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, W={all_costs.weight_grad:g}; "
+            f"ranks {ranks}, microbatches {microbatches}, {timetable} timetable; a rank's layers "
+            f"cost F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
+            f"W={all_costs.weight_grad:g}; "
             f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
         )
         _print_table(simulations, caption)

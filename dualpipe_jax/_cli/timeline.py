@@ -31,6 +31,13 @@ Piece = tuple[str, str]
 @click.option("--ranks", type=int, default=8, show_default=True, help="Devices of the pipeline.")
 @click.option("--microbatches", type=int, default=20, show_default=True, help="Of one step.")
 @click.option(
+    "--timetable",
+    type=click.Choice(schedules.timetables()),
+    default="shortest",
+    show_default=True,
+    help="aligned: all ranks start their pairs at the same tick modulo 3.",
+)
+@click.option(
     "--format",
     "output_format",
     type=click.Choice(_FORMATS),
@@ -42,7 +49,12 @@ Piece = tuple[str, str]
     help="The file to write; standard output if left out.",
 )
 def timeline(
-    schedule: str, ranks: int, microbatches: int, output_format: str | None, output: Path | None
+    schedule: str,
+    ranks: int,
+    microbatches: int,
+    timetable: str,
+    output_format: str | None,
+    output: Path | None,
 ) -> None:
     """Show which rank does what in which tick.
 
@@ -51,7 +63,7 @@ def timeline(
     """
     try:
         made = schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
-        made_timeline = made.timeline()
+        made_timeline = made.timeline(timetable=timetable)
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
     output_format = output_format or _format_of(output)
@@ -107,6 +119,7 @@ def _to_json(timeline: schedules.Timeline) -> str:
         "schedule": program.name,
         "ranks": timeline.num_ranks,
         "microbatches": program.num_microbatches,
+        "timetable": timeline.timetable,
         "num_ticks": timeline.num_ticks,
         "num_slots": timeline.num_slots,
     }

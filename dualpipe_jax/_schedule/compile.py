@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.emit import emit
-from dualpipe_jax._schedule.ir import Allocation, Program, Tables, Timeline
+from dualpipe_jax._schedule.ir import TIMETABLES, Allocation, Program, Tables, Timeline
 from dualpipe_jax._schedule.place import place_shortest
 from dualpipe_jax._schedule.verify import (
     verify_allocation,
@@ -25,16 +26,27 @@ class Compiled:
     tables: Tables
 
 
-@lru_cache(maxsize=64)
-def compile_program(program: Program) -> Compiled:
-    """Compiles a program to tables, verifying the outcome of every pass.
+def compile_program(program: Program, *, timetable: str = "shortest") -> Compiled:
+    """Compiles a program to tables, verifying the outcome of every pass; once for each timetable.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
+        ValueError: if there is no timetable of that name.
     """
+    if timetable not in TIMETABLES:
+        known = ", ".join(map(repr, TIMETABLES))
+        raise ValueError(f"timetable={timetable!r}: must be one of {known}")
+    return _compile(program, timetable)
+
+
+@lru_cache(maxsize=64)
+def _compile(program: Program, timetable: str) -> Compiled:
     verify_program(program)
     timeline = place_shortest(program)
     verify_timeline(timeline)
+    if timetable == "aligned":
+        timeline = align(timeline)
+        verify_timeline(timeline)
     allocation = allocate(timeline)
     verify_allocation(timeline, allocation)
     tables = emit(timeline, allocation)

@@ -129,11 +129,13 @@ def count_live(live: LiveRanges, *, num_ticks: int, num_ranks: int) -> np.ndarra
     return change.cumsum(axis=0)[:-1]
 
 
-def build_timeline(program: Program, tick_of: np.ndarray) -> Timeline:
+def build_timeline(
+    program: Program, tick_of: np.ndarray, *, timetable: str = "shortest"
+) -> Timeline:
     """Joins a program and its ticks to a timeline, counting the slots that it takes."""
     num_ticks = int(tick_of.max()) + 1
     num_slots = {
         buffer: int(count_live(live, num_ticks=num_ticks, num_ranks=program.num_ranks).max())
         for buffer, live in find_live_ranges(program, tick_of).items()
     }
-    return Timeline(program, tick_of, num_slots)
+    return Timeline(program, tick_of, num_slots, timetable)

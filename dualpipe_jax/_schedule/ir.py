@@ -14,6 +14,9 @@ import numpy as np
 # What a rank does in one tick; the opcodes of `Tables` and `UnitActions`.
 IDLE, FORWARD, INPUT_GRAD, WEIGHT_GRAD = range(4)
 OPCODE_LETTERS = ".FIW"
+# When actions run: as soon as they can, or with every rank's pairs at the same tick modulo 3.
+TIMETABLES = ("shortest", "aligned")
+TICKS_PER_BEAT = 3
 # The buffers of an executor, by the name under which `num_slots` counts their slots.
 BUFFERS = ("received", "residual", "weight_residual", "stash")
 
@@ -181,12 +184,13 @@ class Timeline:
     """Gives each action of a program its tick, all ranks alike: what `place` makes.
 
     `tick_of` is int64[num_actions], in the order of `program.units`. `num_slots` counts, for each
-    of `BUFFERS`, the values alive at once on the fullest rank.
+    of `BUFFERS`, the values alive at once on the fullest rank. `timetable` is one of `TIMETABLES`.
     """
 
     program: Program
     tick_of: np.ndarray
     num_slots: dict[str, int]
+    timetable: str = "shortest"
 
     @property
     def num_ranks(self) -> int:
@@ -233,6 +237,17 @@ class Timeline:
     def pair(self) -> np.ndarray:
         """int64[num_ticks, num_ranks], a number for each pair, -1 outside of pairs."""
         return self.grid(self.program.units.pair)
+
+    @cached_property
+    def beats(self) -> np.ndarray:
+        """int64[num_beats], the first tick of each beat: F, I, W of a pair on every rank."""
+        last = max(self.num_ticks - TICKS_PER_BEAT + 1, 0)
+        is_beat = (self.pair[:last] >= 0).all(axis=1)
+        for after, opcode in enumerate((FORWARD, INPUT_GRAD, WEIGHT_GRAD)):
+            here = slice(after, last + after)
+            is_beat &= (self.opcode[here] == opcode).all(axis=1)
+            is_beat &= (self.pair[here] == self.pair[:last]).all(axis=1)
+        return np.flatnonzero(is_beat)
 
     @cached_property
     def actions(self) -> tuple[tuple[str | None, ...], ...]:

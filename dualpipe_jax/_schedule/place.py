@@ -2,7 +2,7 @@
 
 What a rank produces in tick t, itself or a neighbour may use in tick t + 1. Here is the shortest
 timetable: every action as soon as its rank is free and its inputs are there, in program order. The
-aligned one (all ranks start their pairs at the same tick modulo 3) will be a second function.
+pass `align` makes the other one, in which all ranks start their pairs at the same tick modulo 3.
 
 Two ranks, two microbatches. Rank 1 waits a tick for its first x, rank 0 for its first cotangent:
 

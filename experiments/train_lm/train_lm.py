@@ -11,7 +11,6 @@ from typing import Any
 import click
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import dualpipe_jax as dpj
@@ -137,7 +136,7 @@ def command(
     params = jax.jit(model.init)(jax.random.key(seed))
 
     with jax.set_mesh(mesh):
-        params = _place(params, mesh)
+        params = training.place(params, mesh, axis=AXIS)
         state = (params, jax.jit(optimizer.init)(params))
         num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         console.print(f"model     {num_params:,} parameters, {layers} layers of width {width}")
@@ -216,14 +215,6 @@ def _devices(ranks: int | None) -> list[jax.Device]:
             "lower --ranks, or set JAX_PLATFORMS=cpu for fake devices on the CPU"
         )
     return found[: ranks or DEFAULT_RANKS]
-
-
-def _place(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Spreads the blocks over the ranks if they divide, and copies the ends to all of them."""
-    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    spread = PartitionSpec(AXIS) if layers % mesh.shape[AXIS] == 0 else PartitionSpec()
-    specs = {"ends": PartitionSpec(), "blocks": spread}
-    return jax.device_put(params, {part: NamedSharding(mesh, spec) for part, spec in specs.items()})
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The optimizer, the step as one jitted program, and the loop that runs it and says how it goes."""
+"""Parameters over the ranks, the optimizer, the step as one jitted program, and its loop."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,6 +22,14 @@ from experiments.train_lm.log import Log, Row
 
 # Parameters, then the optimizer's state.
 State = tuple[Any, optax.OptState]
+
+
+def place(params: dict[str, Any], mesh: Mesh, *, axis: str) -> dict[str, Any]:
+    """Spreads the blocks over the ranks if they divide, and copies the ends to all of them."""
+    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+    spread = PartitionSpec(axis) if layers % mesh.shape[axis] == 0 else PartitionSpec()
+    specs = {"ends": PartitionSpec(), "blocks": spread}
+    return jax.device_put(params, {part: NamedSharding(mesh, spec) for part, spec in specs.items()})
 
 
 def make_optimizer(
@@ -53,7 +62,7 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     state: State,
     batch: np.ndarray,
-) -> Callable[[State, np.ndarray], tuple[State, jax.Array]]:
+) -> jax.stages.Compiled:
     """Compiles loss, gradients and update to one program, `(state, batch) -> (state, loss)`."""
 
     def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:

@@ -5,7 +5,7 @@ import numpy as np
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.dependencies import find_dependencies
 from dualpipe_jax._schedule.excerpt import show_timeline
-from dualpipe_jax._schedule.ir import Timeline
+from dualpipe_jax._schedule.ir import FORWARD, TICKS_PER_BEAT, Timeline
 
 
 def verify_timeline(timeline: Timeline) -> None:
@@ -14,6 +14,8 @@ def verify_timeline(timeline: Timeline) -> None:
     - A rank runs its actions in program order, one a tick, from tick 0 on.
     - Every action runs after the tick of each action that it needs: its I or F on the same rank,
       the producer of its x or its cotangent.
+    - In an aligned one, nothing comes between the actions of a pair, and all pairs start at the
+      same tick modulo 3.
 
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
@@ -34,6 +36,20 @@ def verify_timeline(timeline: Timeline) -> None:
             p = producer[i]
             where = f"rank {units.rank[p]} only in tick {tick_of[p]}"
             _fail(timeline, i, f"needs {units.name(p)}, which runs on {where}")
+    if timeline.timetable == "aligned":
+        _verify_pairs(timeline)
+
+
+def _verify_pairs(timeline: Timeline) -> None:
+    units, tick_of = timeline.program.units, timeline.tick_of
+    same_pair = (units.pair[1:] >= 0) & (units.pair[1:] == units.pair[:-1])
+    for i in np.flatnonzero(same_pair & (np.diff(tick_of) != 1)).tolist():
+        _fail(timeline, i + 1, f"must run right after {units.name(i)}, the two being of one pair")
+    starts = np.flatnonzero((units.pair >= 0) & (units.opcode == FORWARD))
+    phase = tick_of[starts] % TICKS_PER_BEAT
+    for i in starts[phase != phase[:1]].tolist():
+        first = f"{units.name(starts[0])} in tick {tick_of[starts[0]]}"
+        _fail(timeline, i, f"must start its pair at the same tick modulo 3 as {first}")
 
 
 def _fail(timeline: Timeline, action: int, fault: str) -> None:

@@ -1,0 +1,226 @@
+"""Trains one small language model with every schedule, in turns, and compares what each takes.
+
+In: flags. Out, in a folder: schedules.csv, steps.csv, table.md, compare.png. See README.md beside
+it.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import dualpipe_jax as dpj
+from experiments.compare_schedules import measuring, report
+from experiments.train_lm import data, training
+from experiments.train_lm.model import LanguageModel
+from experiments.train_lm.train_lm import Refusal
+
+# Float32 sums in another order differ by about 1e-7; 20 steps on CPUs kept within 2e-7. The room is
+# for accelerators that multiply in less than float32. One layer of four without its gradient made
+# 9e-4 in three steps.
+LOSS_TOLERANCE = 1e-4
+
+_positive = click.IntRange(min=1)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option(
+    "--ranks",
+    type=_positive,
+    multiple=True,
+    default=(2, 4, 8),
+    help="Devices of the pipeline; once for each number to compare.",
+)
+@click.option(
+    "--schedule",
+    "names",
+    multiple=True,
+    show_default="all",
+    help=f"One of {', '.join(dpj.schedules.names())}; once for each to compare.",
+)
+@click.option("--microbatches", type=_positive, default=16, help="Of one step.")
+@click.option(
+    "--steps", type=click.IntRange(min=2), default=20, help="Of each; the first is not timed."
+)
+@click.option("--batch-size", type=_positive, default=16, help="Windows of text a step.")
+@click.option("--context", type=_positive, default=64, help="Bytes that a prediction looks at.")
+@click.option("--layers", type=_positive, default=16, help="Over all stages.")
+@click.option("--width", type=_positive, default=64, help="Of the residual stream.")
+@click.option("--heads", type=_positive, default=4, help="Of the attention in each layer.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3e-3,
+    help="At its peak, after warm-up.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/compare_schedules"),
+    help="The folder for the figures, the table and the picture.",
+)
+def command(
+    *,
+    ranks: tuple[int, ...],
+    names: tuple[str, ...],
+    microbatches: int,
+    steps: int,
+    batch_size: int,
+    context: int,
+    layers: int,
+    width: int,
+    heads: int,
+    learning_rate: float,
+    seed: int,
+    output: Path,
+) -> None:
+    """Train one language model with every schedule, and compare what each takes.
+
+    All begin with the same parameters and see the same batches; their steps are taken in turns.
+    """
+    ranks = tuple(sorted(set(ranks)))
+    names = tuple(dict.fromkeys(names)) or dpj.schedules.names()
+    _require_flags_fit(
+        names=names,
+        num_ranks=max(ranks),
+        microbatches=microbatches,
+        batch_size=batch_size,
+        layers=layers,
+        width=width,
+        heads=heads,
+    )
+    _require_devices(max(ranks))
+    try:
+        text = data.read(None, min_length=context + 1)
+        output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise Refusal(str(error)) from error
+    # A program found in a cache would have no compile time.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    console = Console(highlight=False)
+    model = LanguageModel(layers=layers, width=width, heads=heads)
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
+    optimizer, _ = training.make_optimizer(learning_rate=learning_rate, steps=steps)
+    sizes = {"batch_size": batch_size, "context": context, "seed": seed}
+    names = (measuring.SEQUENTIAL, *names)
+    contenders: list[measuring.Contender] = []
+    rows: list[report.Row] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(ranks) * len(names) * (1 + steps), what="")
+        for num_ranks in ranks:
+            racing = []
+            for name in names:
+                progress.update(task, what=f"{num_ranks} ranks: compiling {name}")
+                racing.append(
+                    measuring.compile_contender(
+                        name,
+                        num_ranks=num_ranks,
+                        num_microbatches=microbatches,
+                        model=model,
+                        params=params,
+                        optimizer=optimizer,
+                        batch=next(data.batches(text.train, **sizes)),
+                    )
+                )
+                progress.advance(task)
+            progress.update(task, what=f"{num_ranks} ranks: training")
+            batches = data.batches(text.train, **sizes)
+            for _ in measuring.race(racing, batches, num_steps=steps):
+                progress.advance(task)
+            contenders += racing
+            rows += report.summarize(racing, num_layers=layers)
+            console.print(report.to_rich(rows[-len(racing) :]))
+
+    report.write_csv(rows, output / "schedules.csv")
+    report.write_steps(contenders, output / "steps.csv")
+    report.write_markdown(rows, output / "table.md")
+    report.plot(rows, output / "compare.png")
+    console.print(f"written   {output}: schedules.csv, steps.csv, table.md, compare.png")
+    require_same_losses(rows)
+
+
+def require_same_losses(rows: Sequence[report.Row]) -> None:
+    """Raises if a schedule does not learn what the model without a pipeline learns."""
+    wrong = [row for row in rows if not row.loss_difference <= LOSS_TOLERANCE]
+    if wrong:
+        listed = ", ".join(
+            f"{row.schedule} on {row.ranks} ranks by {row.loss_difference:.0e}" for row in wrong
+        )
+        raise click.ClickException(
+            f"losses differ from those without a pipeline by more than {LOSS_TOLERANCE:g}: {listed}"
+        )
+
+
+def _require_flags_fit(
+    *,
+    names: tuple[str, ...],
+    num_ranks: int,
+    microbatches: int,
+    batch_size: int,
+    layers: int,
+    width: int,
+    heads: int,
+) -> None:
+    """Refuses flags that do not fit each other, all in one line."""
+    known = dpj.schedules.names()
+    unknown = [name for name in names if name not in known]
+    most = max(
+        dpj.schedules.make(name, num_ranks=num_ranks, num_microbatches=microbatches).num_stages
+        for name in (known if unknown else names)
+    )
+    problems = {
+        f"--schedule {', '.join(unknown)}: must be one of {', '.join(known)}": unknown,
+        f"--batch-size {batch_size}: must be divisible by --microbatches {microbatches}": (
+            batch_size % microbatches
+        ),
+        f"--width {width}: must be divisible by --heads {heads}": width % heads,
+        f"--layers {layers}: fewer than the {most} stages that a schedule has over {num_ranks} "
+        "ranks; every stage needs a layer, so add layers or lower --ranks": layers < most,
+    }
+    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
+    if wrong:
+        raise Refusal("; ".join(wrong))
+
+
+def _require_devices(num_devices: int) -> None:
+    """Makes fake devices on the CPU where there is no accelerator; refuses too few."""
+    # Read when the CPU's backend starts; accelerators are what they are.
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    found = jax.devices()
+    if num_devices > len(found):
+        raise Refusal(
+            f"--ranks {num_devices}: more than the devices here ({len(found)} x "
+            f"{found[0].platform}); lower --ranks, or set JAX_PLATFORMS=cpu for fake devices on "
+            "the CPU"
+        )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+        console=console,
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; a mistake in the flags is one line and exit code 2."""
+    try:
+        command.main(args, prog_name="compare_schedules", standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"compare_schedules: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
