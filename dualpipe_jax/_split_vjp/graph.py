@@ -52,8 +52,24 @@ class Scan:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """A `lax.cond` or `lax.switch` equation.
+
+    Attributes:
+      bodies: For each branch what appends its equations to a graph, given values for `inputs`, and
+        returns its outputs.
+      index: Which branch is taken, an int32 scalar.
+      inputs: What every branch is given.
+    """
+
+    bodies: tuple[Callable[["Graph", Sequence[Any]], list[Any]], ...]
+    index: int | Constant
+    inputs: tuple[int | Constant, ...]
+
+
+@dataclass(frozen=True)
 class Node:
-    """A piece of program: one equation, or a loop made of several.
+    """A piece of program: one equation, or one made of several.
 
     Attributes:
       name: The primitive's name.
@@ -62,7 +78,7 @@ class Node:
       outputs: Numbers of values.
       when: The latest of its inputs, or later where a `jax.checkpoint` asks for recomputation.
       has_effect: Whether it must run even if nobody reads its outputs.
-      loop: What is needed to open it, if it is a scan.
+      inner: What is needed to open it, if it is a kind of equation that can be.
     """
 
     name: str
@@ -71,7 +87,7 @@ class Node:
     outputs: tuple[int, ...]
     when: When
     has_effect: bool = False
-    loop: "Scan | None" = None
+    inner: Scan | Branches | None = None
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -191,8 +207,29 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         outputs=tuple(outs),
         when=when,
         has_effect=bool(eqn.effects),
-        loop=_scan(eqn, env) if eqn.primitive is primitives.scan_p else None,
+        inner=_inner(eqn, env),
     )
+
+
+def _inner(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan | Branches | None:
+    if eqn.primitive is primitives.scan_p:
+        return _scan(eqn, env)
+    if eqn.primitive is primitives.cond_p:
+        index, *inputs = _inputs(eqn, env)
+        return Branches(
+            bodies=tuple(
+                # Whatever a branch holds runs when the equation does: nothing is moved out of it.
+                lambda graph, values, branch=branch: graph.add(branch.jaxpr, branch.consts, values)
+                for branch in eqn.params["branches"]
+            ),
+            index=index,
+            inputs=tuple(inputs),
+        )
+    return None
+
+
+def _inputs(eqn: Any, env: Mapping[Any, int | Constant]) -> tuple[int | Constant, ...]:
+    return tuple(Constant(v.val) if isinstance(v, jcore.Literal) else env[v] for v in eqn.invars)
 
 
 def _scan(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan:
@@ -203,9 +240,7 @@ def _scan(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan:
     num_carry = len(eqn.outvars) - _count_stacked(eqn.outvars, body.outvars)
     return Scan(
         jaxpr=params["jaxpr"],
-        inputs=tuple(
-            Constant(v.val) if isinstance(v, jcore.Literal) else env[v] for v in eqn.invars
-        ),
+        inputs=_inputs(eqn, env),
         num_consts=len(eqn.invars) - num_xs - num_carry,
         num_carry=num_carry,
         length=params["length"],

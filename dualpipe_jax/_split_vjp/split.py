@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
-from dualpipe_jax._split_vjp.loops import split_loops
+from dualpipe_jax._split_vjp.nested import split_nested
 
 PyTree = Any
 Arrays = tuple[jax.Array, ...]
@@ -72,7 +73,8 @@ def split_vjp(
     """
     trace = _trace(block, params, x, ctx)
     graph = trace.graph
-    nodes = split_loops(graph, trace.dx, only=When.BACKWARD)
+    inline_free(graph, [*trace.y, *trace.aux, *trace.dx, *trace.dparams])
+    nodes = split_nested(graph, trace.dx, only=When.BACKWARD)
     backward = [n for n in nodes if n.when is When.BACKWARD]
     # Not every gradient depends on the cotangents: a custom_vjp may make its own.
     has_grad = tuple(isinstance(v, int) and v not in graph.zeros for v in trace.dparams)
