@@ -33,7 +33,7 @@ from dualpipe_jax._split_vjp.graph import (
     evaluate,
     needed,
 )
-from dualpipe_jax._split_vjp.halves import SplitInner, halve, open_body
+from dualpipe_jax._split_vjp.halves import SplitInner, halve, open_body, varying
 
 _Body = tuple[Graph, list[int | Constant], list[int | Constant]]  # and its inputs, its outputs
 
@@ -240,7 +240,7 @@ class _Parts:
 
 
 def _kind(aval: Any) -> Any:
-    return aval.shape, aval.dtype, _varying(aval)
+    return aval.shape, aval.dtype, varying(aval)
 
 
 def _place(body: Graph, values: Sequence[int]) -> dict[Any, int]:
@@ -254,12 +254,7 @@ def _place(body: Graph, values: Sequence[int]) -> dict[Any, int]:
     return places
 
 
-def _varying(aval: Any) -> frozenset[str]:
-    """Names the manual axes over which an array is typed to vary."""
-    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
-
-
 def _full(aval: Any, value: Any) -> jax.Array:
     filled = lax.full(aval.shape, value, aval.dtype)
-    axes = tuple(sorted(_varying(aval)))
+    axes = tuple(sorted(varying(aval)))
     return lax.pcast(filled, axes, to="varying") if axes else filled

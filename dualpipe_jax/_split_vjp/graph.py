@@ -68,6 +68,28 @@ class Branches:
 
 
 @dataclass(frozen=True)
+class Mapped:
+    """A `jax.shard_map` equation.
+
+    Attributes:
+      body: What appends its equations to a graph, given values for `inputs`, and returns its
+        outputs.
+      inputs: The operands, whole.
+      avals: Of each operand, what a device sees.
+      mesh, in_specs, out_specs, axis_names, check_vma: As of `jax.shard_map`.
+    """
+
+    body: Callable[["Graph", Sequence[Any]], list[Any]]
+    inputs: tuple[int | Constant, ...]
+    avals: tuple[Any, ...]
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    axis_names: frozenset[str]
+    check_vma: bool
+
+
+@dataclass(frozen=True)
 class Node:
     """A piece of program: one equation, or one made of several.
 
@@ -87,7 +109,7 @@ class Node:
     outputs: tuple[int, ...]
     when: When
     has_effect: bool = False
-    inner: Scan | Branches | None = None
+    inner: Scan | Branches | Mapped | None = None
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -206,12 +228,13 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         inputs=tuple(env[v] for v in variables),
         outputs=tuple(outs),
         when=when,
-        has_effect=bool(eqn.effects),
+        # That it names a mesh axis counts as an effect with JAX, not here.
+        has_effect=any(type(e).__name__ != "NamedAxisEffect" for e in eqn.effects),
         inner=_inner(eqn, env),
     )
 
 
-def _inner(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan | Branches | None:
+def _inner(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan | Branches | Mapped | None:
     if eqn.primitive is primitives.scan_p:
         return _scan(eqn, env)
     if eqn.primitive is primitives.cond_p:
@@ -224,6 +247,18 @@ def _inner(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan | Branches | Non
             ),
             index=index,
             inputs=tuple(inputs),
+        )
+    if eqn.primitive.name == "shard_map":
+        params, jaxpr = eqn.params, eqn.params["jaxpr"]
+        return Mapped(
+            body=lambda graph, values: graph.add(jaxpr, (), values),
+            inputs=_inputs(eqn, env),
+            avals=tuple(v.aval for v in jaxpr.invars),
+            mesh=params["mesh"],
+            in_specs=params["in_specs"],
+            out_specs=params["out_specs"],
+            axis_names=frozenset(params["newly_manual_axes"]),
+            check_vma=params["check_vma"],
         )
     return None
 

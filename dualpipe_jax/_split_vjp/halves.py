@@ -1,7 +1,7 @@
 """Divides the body of an equation: what its first half runs, what its second, what passes between.
 
 In: the body as a graph and the outputs that the first half is for. Out: `Halves`, from which
-`branches.py` builds two conditionals.
+`branches.py` builds two conditionals and `mapped.py` two `shard_map`s.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,3 +76,8 @@ def open_body(
         for v in values
     ]
     return body, inputs, add(body, inputs)
+
+
+def varying(aval: Any) -> frozenset[str]:
+    """Names the manual axes over which an array is typed to vary."""
+    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())

@@ -1,15 +1,19 @@
-"""Splits every equation of a graph that holds a program of its own: scans and conditionals."""
+"""Splits every equation of a graph that holds a program of its own.
+
+Scans, conditionals and `shard_map`s. Other calls are opened when the graph is made, or left whole.
+"""
 
 from collections.abc import Iterable
 from typing import Any
 
 from dualpipe_jax._split_vjp.branches import split_branches
-from dualpipe_jax._split_vjp.graph import Branches, Graph, Node, Scan, When
+from dualpipe_jax._split_vjp.graph import Branches, Graph, Mapped, Node, Scan, When
 from dualpipe_jax._split_vjp.loops import split_scan
+from dualpipe_jax._split_vjp.mapped import split_mapped
 
 
 def split_nested(graph: Graph, wanted: Iterable[Any], *, only: When | None = None) -> list[Node]:
-    """Splits every scan and conditional of the graph that makes more than `wanted` needs.
+    """Splits what holds a program of its own, and makes more than `wanted` needs.
 
     Args:
       graph: A graph; values that pass between the halves are added to it.
@@ -29,6 +33,8 @@ def split_nested(graph: Graph, wanted: Iterable[Any], *, only: When | None = Non
                 parts = split_scan(graph, node, node.inner, mine, split_nested)
             elif isinstance(node.inner, Branches):
                 parts = split_branches(graph, node, node.inner, mine, split_nested)
+            elif isinstance(node.inner, Mapped):
+                parts = split_mapped(graph, node, node.inner, mine, split_nested)
         if mine:
             live.update(parts[0].reads)
         nodes.extend(reversed(parts))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
+from dualpipe_jax._split_vjp.mapped import hoist_free
 from dualpipe_jax._split_vjp.nested import split_nested
 
 PyTree = Any
@@ -74,6 +75,7 @@ def split_vjp(
     trace = _trace(block, params, x, ctx)
     graph = trace.graph
     inline_free(graph, [*trace.y, *trace.aux, *trace.dx, *trace.dparams])
+    hoist_free(graph)
     nodes = split_nested(graph, trace.dx, only=When.BACKWARD)
     backward = [n for n in nodes if n.when is When.BACKWARD]
     # Not every gradient depends on the cotangents: a custom_vjp may make its own.
