@@ -79,6 +79,6 @@ def test_experts_over_an_axis_left_to_the_partitioner(check_vma: bool) -> None:
     assert_close(program(params, batch), sequential_value_and_grad(model, 4)(params, batch))
     # For each of two directions: rows to the experts and back, and so their cotangents; nothing is
     # sent for the weight gradients, and what is kept between the parts lies where it was made.
-    text = program.as_text()
+    text = str(program.as_text())
     assert text.count(" all-to-all(") == 2 * 4
     assert " all-gather(" not in text
