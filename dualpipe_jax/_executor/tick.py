@@ -11,7 +11,7 @@ updates what passes through a loop in place. (On CPU, a transformer of width 256
 switch copied every buffer twice a tick; so nothing is copied.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -198,11 +198,12 @@ class Rank:
     ) -> tuple[State, PyTree]:
         assert self.split is not None
         split = self.split
+        offset = self.layout.offset_of(row["stage"])
 
         def layer(index: Any, carry: Any) -> Any:
-            dy, stash, residual, weight_residual = carry
+            dy, stash, residual, weight_residual, grads = carry
             params, ctx = self._layer(row, chunk, index)
-            dx, values = split.input_grad(
+            dx, values, early = split.input_grad(
                 params,
                 ctx,
                 registers.read(residual, row["residual"], index),
@@ -211,12 +212,20 @@ class Rank:
                 self.aux_seed,
             )
             stash = registers.write(stash, values, row["stash"], index)
-            return dx, stash, *registers.pass_on((residual, weight_residual))
+            grads = registers.accumulate(grads, early, index + offset)
+            return dx, stash, *registers.pass_on((residual, weight_residual)), grads
 
-        carry = (_leaves(out), state.stash, state.residual, state.weight_residual)
+        # Gradients that are made with dx; commonly none.
+        grads = _select(state.block_grads[chunk], split.has_grad, split.is_early)
+        carry = (_leaves(out), state.stash, state.residual, state.weight_residual, grads)
         carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        dx, stash, residual, weight_residual = carry
-        state = state._replace(stash=stash, residual=residual, weight_residual=weight_residual)
+        dx, stash, residual, weight_residual, grads = carry
+        state = state._replace(
+            stash=stash,
+            residual=residual,
+            weight_residual=weight_residual,
+            block_grads=self._with_grads(state, chunk, grads, split.is_early),
+        )
         return state, _with_leaves(out, dx)
 
     # The embedding's gradient follows the first stage's I. Its forward runs again rather than
@@ -239,23 +248,34 @@ class Rank:
         def layer(index: Any, carry: Any) -> Any:
             grads, weight_residual, stash = carry
             params, ctx = self._layer(row, chunk, index)
-            dparams = split.weight_grad(
+            late = split.weight_grad(
                 params,
                 ctx,
                 registers.read(weight_residual, row["weight_residual"], index),
                 registers.read(stash, row["stash"], index),
             )
-            grads = registers.accumulate(grads, dparams, index + offset)
+            grads = registers.accumulate(grads, late, index + offset)
             return grads, *registers.pass_on((weight_residual, stash))
 
-        carry = state.block_grads[chunk], state.weight_residual, state.stash
+        grads = _select(state.block_grads[chunk], split.has_grad, split.is_late)
+        carry = grads, state.weight_residual, state.stash
         carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
         grads, weight_residual, stash = carry
         return state._replace(
-            block_grads=[grads if c == chunk else g for c, g in enumerate(state.block_grads)],
+            block_grads=self._with_grads(state, chunk, grads, split.is_late),
             weight_residual=weight_residual,
             stash=stash,
         )
+
+    def _with_grads(
+        self, state: State, chunk: int, grads: list[Any], is_new: Sequence[bool]
+    ) -> list[list[Any]]:
+        """Puts `grads` in the places of the chunk's leaves that `is_new` flags."""
+        assert self.split is not None
+        new, old = iter(grads), state.block_grads
+        flags = [flag for flag, has in zip(is_new, self.split.has_grad, strict=True) if has]
+        mine = [next(new) if flag else grad for grad, flag in zip(old[chunk], flags, strict=True)]
+        return [mine if c == chunk else other for c, other in enumerate(old)]
 
 
 def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Row], State]:
@@ -303,6 +323,12 @@ def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
     sends = (opcode == FORWARD) | by_input_grad
     nothing = registers.allocate(out, poison=True)
     return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)
+
+
+def _select(grads: list[Any], has_grad: Sequence[bool], flags: Sequence[bool]) -> list[Any]:
+    """Selects of the gradients, one for each leaf that has one, those that `flags` flags."""
+    mine = [flag for flag, has in zip(flags, has_grad, strict=True) if has]
+    return [grad for grad, flag in zip(grads, mine, strict=True) if flag]
 
 
 def _leaves(tree: PyTree) -> list[jax.Array]:

@@ -33,7 +33,7 @@ from dualpipe_jax._split_vjp.graph import (
     evaluate,
     needed,
 )
-from dualpipe_jax._split_vjp.halves import SplitInner, halve, open_body, varying
+from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early, open_body, varying
 
 _Body = tuple[Graph, list[int | Constant], list[int | Constant]]  # and its inputs, its outputs
 
@@ -47,10 +47,22 @@ def split_branches(
       The two nodes, or `[node]` if the first would need every output, or has an effect.
     """
     first = [i for i, v in enumerate(node.outputs) if v in wanted]
-    second = [i for i, v in enumerate(node.outputs) if v not in wanted]
-    if not second or node.has_effect:
+    if len(first) == len(node.outputs) or node.has_effect:
         return [node]
     bodies = [open_body(graph, add, branches.inputs) for add in branches.bodies]
+    # Made with what is wanted in one branch at least, and for nothing in the others.
+    early = [made_early(body, outs, set(first), split_inner) for body, _, outs in bodies]
+    first += [
+        i
+        for i in sorted(set().union(*early))
+        if all(
+            i in mine or _is_free(body, outs[i])
+            for mine, (body, _, outs) in zip(early, bodies, strict=True)
+        )
+    ]
+    second = [i for i in range(len(node.outputs)) if i not in first]
+    if not second:
+        return [node]
     halves = [halve(*body, set(first), split_inner) for body in bodies]
 
     # places: one for each kind of array, as often as the branch with most of that kind needs it.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
+from dualpipe_jax._split_vjp.early import is_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, needed
 
 # Splits the nodes of a graph, given the outputs that the first halves are for.
@@ -58,6 +59,20 @@ def halve(
     )
     given = {v for v in inputs if isinstance(v, int)}
     return Halves(first, needed(nodes, wanted_later, known=kept), sorted(kept - given))
+
+
+def made_early(
+    body: Graph,
+    outputs: Sequence[int | Constant],
+    wanted: set[int],
+    split_inner: SplitInner,
+) -> set[int]:
+    """Lists the outputs that the first half makes for `wanted` anyway, or nearly so."""
+    wanted_first = [v for i, v in enumerate(outputs) if i in wanted]
+    nodes = split_inner(body, wanted_first)
+    first = needed(nodes, wanted_first)
+    rest = [i for i in range(len(outputs)) if i not in wanted]
+    return {i for i in rest if is_early(body, nodes, first, outputs[i])}
 
 
 def open_body(

@@ -11,6 +11,7 @@ from typing import Any
 from jax import lax
 
 from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
+from dualpipe_jax._split_vjp.early import is_early
 from dualpipe_jax._split_vjp.graph import Graph, Node, Scan, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.halves import SplitInner
 
@@ -40,7 +41,8 @@ def split_scan(
     outputs = body.add(jaxpr.jaxpr, jaxpr.consts, inputs)
     carry_in = inputs[num_consts : num_consts + num_carry]
 
-    # Which outputs the first loop makes: those wanted, and every carry that they depend on.
+    # Which outputs the first loop makes: those wanted, those made with them anyway, and every carry
+    # that they depend on.
     first = {i for i, value in enumerate(node.outputs) if value in wanted}
     while True:
         first_outputs = [outputs[i] for i in first]
@@ -48,6 +50,7 @@ def split_scan(
         first_nodes = needed(nodes, first_outputs)
         reads = {v for n in first_nodes for v in n.reads}.union(first_outputs)
         grown = first | {i for i, v in enumerate(carry_in) if v in reads}
+        grown |= {i for i, v in enumerate(outputs) if is_early(body, nodes, first_nodes, v)}
         if grown == first:
             break
         first = grown

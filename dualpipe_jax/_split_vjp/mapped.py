@@ -27,7 +27,7 @@ from dualpipe_jax._split_vjp.graph import (
     needed,
     read,
 )
-from dualpipe_jax._split_vjp.halves import SplitInner, halve, varying
+from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early, varying
 
 
 def split_mapped(
@@ -39,10 +39,13 @@ def split_mapped(
       The two nodes, or `[node]` if the first would need every output, or has an effect.
     """
     first = [i for i, v in enumerate(node.outputs) if v in wanted]
-    second = [i for i, v in enumerate(node.outputs) if v not in wanted]
-    if not second or node.has_effect:
+    if len(first) == len(node.outputs) or node.has_effect:
         return [node]
     parts = _Parts(graph, node, mapped)
+    first += sorted(made_early(parts.body, parts.outputs, set(first), split_inner))
+    second = [i for i in range(len(node.outputs)) if i not in first]
+    if not second:
+        return [node]
     halves = halve(parts.body, parts.inputs, parts.outputs, set(first), split_inner)
     passed = [graph.new_value(parts.stacked(parts.body.avals[v]), node.when) for v in halves.passed]
     return [

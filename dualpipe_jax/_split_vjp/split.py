@@ -9,6 +9,7 @@ on parameters, constants or the context alone are computed again wherever they a
 of what crosses from one part to the next is chosen by a minimum cut in bytes.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
+from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.mapped import hoist_free
 from dualpipe_jax._split_vjp.nested import split_nested
@@ -34,22 +36,31 @@ class SplitVjp:
       forward: `(params, x, ctx) -> (y, aux, residual, weight_residual)`. `residual` is what only
         the input gradient needs, `weight_residual` what the weight gradient needs (the input
         gradient may read both); tuples of arrays. `aux` is the aux loss, or None.
-      input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash)`; dy and dx
-        are lists with an array for every floating-point leaf of x, and `stash` is what the weight
-        gradient needs of the input gradient's work.
-      weight_grad: `(params, ctx, weight_residual, stash) -> dparams`, a list of arrays for the
-        leaves of params in which `has_grad` is True.
+      input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash, early)`; dy
+        and dx are lists with an array for every floating-point leaf of x, `stash` is what the
+        weight gradient needs of the input gradient's work, and `early` a list of gradients for the
+        leaves of params in which `is_early` is True.
+      weight_grad: `(params, ctx, weight_residual, stash) -> late`, a list of gradients for the
+        leaves of params in which `is_late` is True.
       residual: Avals of `residual`; so are `weight_residual` and `stash` of theirs.
-      has_grad: For every leaf of params, whether its gradient can be other than zero.
+      is_early: For every leaf of params, whether its gradient is made with the input gradient, by
+        an equation that makes both. Where `is_late` holds too, the gradient is the sum of the two.
+      is_late: For every leaf of params, whether its gradient waits for the weight grad's turn.
     """
 
     forward: Callable[..., tuple[PyTree, Any, Arrays, Arrays]]
-    input_grad: Callable[..., tuple[list[jax.Array], Arrays]]
+    input_grad: Callable[..., tuple[list[jax.Array], Arrays, list[jax.Array]]]
     weight_grad: Callable[..., list[jax.Array]]
     residual: tuple[Any, ...]
     weight_residual: tuple[Any, ...]
     stash: tuple[Any, ...]
-    has_grad: tuple[bool, ...]
+    is_early: tuple[bool, ...]
+    is_late: tuple[bool, ...]
+
+    @property
+    def has_grad(self) -> tuple[bool, ...]:
+        """For every leaf of params, whether its gradient can be other than zero."""
+        return tuple(map(operator.or_, self.is_early, self.is_late))
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -80,9 +91,14 @@ def split_vjp(
     backward = [n for n in nodes if n.when is When.BACKWARD]
     # Not every gradient depends on the cotangents: a custom_vjp may make its own.
     has_grad = tuple(isinstance(v, int) and v not in graph.zeros for v in trace.dparams)
-    dparams = [v for v, h in zip(trace.dparams, has_grad, strict=True) if h and isinstance(v, int)]
-
     for_dx = needed(backward, trace.dx)
+    parts = [
+        part_early(graph, backward, for_dx, v) if h and isinstance(v, int) else (None, None)
+        for v, h in zip(trace.dparams, has_grad, strict=True)
+    ]
+    early = [v for v, _ in parts if v is not None]
+    dparams = [v for _, v in parts if v is not None]
+    for_dx = needed(backward, [*trace.dx, *early])
     ids = {id(n) for n in for_dx}
     stash = minimum_cut(
         backward,
@@ -93,13 +109,13 @@ def split_vjp(
         is_free=lambda v: graph.when[v] is not When.BACKWARD,
         prefer_late=False,
     )
-    input_nodes = needed(backward, [*trace.dx, *stash])
+    input_nodes = needed(backward, [*trace.dx, *early, *stash])
     weight_nodes = needed(backward, dparams, known=stash)
 
     # Of the forward, the backward reads these; cheap steps from what is kept are run again.
     forward = [n for n in nodes if n.when is When.FORWARD]
     reads = {v for n in (*input_nodes, *weight_nodes) for v in n.reads}
-    reads |= {v for v in (*trace.dx, *dparams) if isinstance(v, int)}
+    reads |= {v for v in (*trace.dx, *early, *dparams) if isinstance(v, int)}
     kept = minimum_cut(
         forward,
         wanted=[v for v in reads if graph.when[v] is When.FORWARD],
@@ -114,11 +130,13 @@ def split_vjp(
         trace,
         kept=kept,
         stash=tuple(sorted(stash)),
-        has_grad=has_grad,
+        is_early=tuple(v is not None for v, _ in parts),
+        is_late=tuple(v is not None for _, v in parts),
         forward_nodes=_with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])),
-        input_nodes=needed([*known, *input_nodes], [*trace.dx, *stash], known=kept),
+        input_nodes=needed([*known, *input_nodes], [*trace.dx, *early, *stash], known=kept),
         weight_nodes=needed([*known, *weight_nodes], dparams, known={*kept, *stash}),
-        dparams=dparams,
+        early=early,
+        late=dparams,
     )
 
 
@@ -198,14 +216,16 @@ def _assemble(
     *,
     kept: set[int],
     stash: tuple[int, ...],
-    has_grad: tuple[bool, ...],
+    is_early: tuple[bool, ...],
+    is_late: tuple[bool, ...],
     forward_nodes: list[Node],
     input_nodes: list[Node],
     weight_nodes: list[Node],
-    dparams: list[int],
+    early: list[int],
+    late: list[int],
 ) -> SplitVjp:
     """Makes the three functions from their nodes."""
-    read_by_weight = {v for n in weight_nodes for v in n.reads} | set(dparams)
+    read_by_weight = {v for n in weight_nodes for v in n.reads} | set(late)
     weight_residual = tuple(sorted(kept & read_by_weight))
     residual = tuple(sorted(kept - read_by_weight))
     avals = trace.graph.avals
@@ -239,7 +259,8 @@ def _assemble(
             (trace.daux, [] if daux is None else [daux]),
         )
         evaluate(input_nodes, env)
-        return [read(env, v) for v in trace.dx], tuple(env[v] for v in stash)
+        dx = [read(env, v) for v in trace.dx]
+        return dx, tuple(env[v] for v in stash), [env[v] for v in early]
 
     def weight_grad(params: PyTree, ctx: PyTree, kept_longer: Arrays, stashed: Arrays) -> Any:
         env = environment(
@@ -249,7 +270,7 @@ def _assemble(
             (stash, stashed),
         )
         evaluate(weight_nodes, env)
-        return [read(env, v) for v in dparams]
+        return [env[v] for v in late]
 
     return SplitVjp(
         # Under jit each is traced once however many layers and branches call it.
@@ -259,7 +280,8 @@ def _assemble(
         residual=tuple(avals[v] for v in residual),
         weight_residual=tuple(avals[v] for v in weight_residual),
         stash=tuple(avals[v] for v in stash),
-        has_grad=has_grad,
+        is_early=is_early,
+        is_late=is_late,
     )
 
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from tests.models import WIDTH, assert_close, make_batch, make_model, make_params
+from tests.split_vjp.test_early import fused
 from tests.test_exact import sequential_value_and_grad
 
 
@@ -82,3 +83,23 @@ def test_experts_over_an_axis_left_to_the_partitioner(check_vma: bool) -> None:
     text = str(program.as_text())
     assert text.count(" all-to-all(") == 2 * 4
     assert " all-gather(" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 10])  # unrolled, and in a loop
+def test_gradients_made_with_that_of_x(num_layers: int) -> None:
+    """A kernel that makes both; a weight used by it and elsewhere; one that it does not touch."""
+    mesh = make_mesh(pipe=2)
+
+    def block(params: Any, x: Any, ctx: Any) -> Any:
+        rows = x.reshape(-1, WIDTH)
+        rows = jnp.tanh(fused(rows, params["kernel"])) @ params["late"]
+        rows = jnp.tanh(fused(rows, params["both"])) @ params["both"]
+        return x + rows.reshape(x.shape)
+
+    blocks = {name: normal(num_layers, WIDTH, WIDTH) for name in ("both", "kernel", "late")}
+    model, params = with_block(block, blocks)
+    batch = make_batch(4)
+    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4)
+    want = sequential_value_and_grad(model, 4)(params, batch)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
