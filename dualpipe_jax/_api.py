@@ -26,6 +26,7 @@ def value_and_grad(
     schedule: str | _schedules.Schedule = "dualpipe",
     axis: str = "pipe",
     remat: str | Callable[..., Any] = "none",
+    stash_deferred: bool = False,
     grad_dtype: Any = None,
     batch_axes: str | tuple[str, ...] = (),
 ) -> Callable[..., Any]:
@@ -44,6 +45,11 @@ def value_and_grad(
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
       remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
         keeps its input only, a `jax.checkpoint` policy says itself.
+      stash_deferred: Whether, under rematerialisation, a weight grad that a schedule puts off
+        keeps all it needs until its turn. By default it keeps the block's inputs and cotangents
+        only and recomputes the rest, lest zero-bubble schedules take the memory that `remat`
+        saves; one that follows its input grad at once recomputes nothing. Under `remat="none"`
+        nothing is recomputed, and this is without effect.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
 
@@ -69,7 +75,11 @@ def value_and_grad(
     num_ranks = _check(mesh, num_microbatches, axis, batch_axes)
     schedule = _schedule_for(schedule, num_ranks, num_microbatches)
     block = _block(model, remat)
-    build = _Builder(model, mesh, axis, batch_axes, block, schedule.compiled().tables)
+    compiled = compile_program(
+        schedule.program,
+        stash_deferred=_validate.flag("stash_deferred", stash_deferred) or remat == "none",
+    )
+    build = _Builder(model, mesh, axis, batch_axes, block, compiled.tables)
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
 
     def grad_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:

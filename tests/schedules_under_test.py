@@ -19,7 +19,10 @@ FORWARD_ONLY_GRID = tuple(("forward-only", P, N) for P, N in WIDE_SIZES)
 
 
 @cache
-def compiled(name: str, num_ranks: int, num_microbatches: int) -> Compiled:
+def compiled(
+    name: str, num_ranks: int, num_microbatches: int, *, stash_deferred: bool = True
+) -> Compiled:
     """Compiles one of them, once for all tests."""
     generate = forward_only if name == "forward-only" else GENERATORS[name]
-    return compile_program(generate(num_ranks=num_ranks, num_microbatches=num_microbatches))
+    program = generate(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    return compile_program(program, stash_deferred=stash_deferred)

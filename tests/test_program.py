@@ -13,8 +13,9 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax import _api
 from dualpipe_jax._executor import Step
+from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 
@@ -103,7 +104,9 @@ def test_memory_does_not_grow_with_microbatches(compiled: Any) -> None:
         assert many - few <= table_bytes + 2 * batch_bytes
 
 
-def make_step(schedule: dpj.Schedule, *, tables: Any = None, **options: Any) -> Step:
+def make_step(
+    schedule: dpj.Schedule, *, tables: Any = None, remat: str = "none", **options: Any
+) -> Step:
     model = make_model(frozenset(["pytree", "block_has_aux"]))
     return Step(
         model=model,
@@ -111,7 +114,7 @@ def make_step(schedule: dpj.Schedule, *, tables: Any = None, **options: Any) -> 
         mesh=make_mesh(schedule.num_ranks),
         axis="pipe",
         batch_axes=(),
-        block=_api._block(model, "none"),
+        block=_api._block(model, remat),
         num_layers=11,
         **options,
     )
@@ -129,6 +132,84 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
         jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
     )
     assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev", "zb-h1"])
+def test_dead_values_are_never_read_by_what_recomputes(name: str) -> None:
+    schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
+    tables = compile_program(schedule.program, stash_deferred=False).tables
+    assert tables.num_slots["deferred"]
+    params, batch = make_params(11), make_batch(5)
+    clean, poisoned = (
+        jax.jit(make_step(schedule, tables=tables, remat="block", poison=poison))(
+            params, batch, None
+        )
+        for poison in (False, True)
+    )
+    assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+def test_poison_is_found_when_a_dead_deferred_value_is_read() -> None:
+    schedule = dpj.schedules.make("zb-h1", num_ranks=4, num_microbatches=5)
+    tables = compile_program(schedule.program, stash_deferred=False).tables
+    deferred = tables.deferred.copy()
+    tick, rank = np.argwhere((tables.opcode == WEIGHT_GRAD) & (deferred >= 0))[-1]
+    deferred[tick, rank] = (deferred[tick, rank] + 1) % tables.num_slots["deferred"]
+    wrong = dataclasses.replace(tables, deferred=deferred)
+    step = make_step(schedule, tables=wrong, remat="block", poison=True)
+    _, grads = jax.jit(step)(make_params(11), make_batch(5), None)
+    assert any(np.isnan(leaf).any() for leaf in grads["blocks"])
+
+
+def wide_step(schedule: str, **options: Any) -> Any:
+    """Compiles loss and gradients of four ranks, a wide layer each."""
+    model = dpj.Model(
+        embed=lambda ends, ctx: ctx.microbatch * ends,
+        block=lambda params, x, ctx: x + jnp.tanh(x @ params["up"]) @ params["down"],
+        head=lambda ends, x, ctx: jnp.square(x).mean(),
+    )
+    width, rows = 16, 64
+    blocks = {"up": jnp.ones((4, width, 8 * width)), "down": jnp.ones((4, 8 * width, width))}
+    params, batch = {"ends": jnp.ones(()), "blocks": blocks}, jnp.ones((8 * rows, width))
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(4), num_microbatches=8, schedule=schedule, **options
+    )
+    return jax.jit(grad_fn).lower(params, batch).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["zb-h1", "dualpipe"])
+def test_what_is_put_off_takes_less_memory_under_remat(schedule: str) -> None:
+    """A layer's input and cotangent, [64, 16] each, in place of what makes its hidden units."""
+    sizes = {
+        stash: wide_step(schedule, remat="block", stash_deferred=stash)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for stash in (False, True)
+    }
+    made = dpj.schedules.make(schedule, num_ranks=4, num_microbatches=8)
+    num_stashes = made.timeline().num_slots["stash"]
+    # A stash is two arrays [64, 128] at least. One stays, for the weight grads that follow at once.
+    assert sizes[True] - sizes[False] > (num_stashes - 1) * 64 * 128 * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "remat", "is_same"),
+    [("zb-h1", "none", True), ("1f1b", "block", True), ("zb-h1", "block", False)],
+)
+def test_a_program_that_recomputes_nothing_is_as_it_was(
+    schedule: str, remat: str, is_same: bool
+) -> None:
+    """Without remat, or with nothing put off, there is no trace of it in the program."""
+    texts = [
+        wide_step(schedule, remat=remat, stash_deferred=stash).as_text() for stash in (False, True)
+    ]
+    # Metadata counts the lines of source that were run, the checks of arguments too.
+    few, many = ([re.sub("metadata=.*", "", i) for i in _instructions(text)] for text in texts)
+    assert (few == many) == is_same
 
 
 @pytest.mark.slow

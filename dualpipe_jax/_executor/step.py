@@ -22,12 +22,9 @@ from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.explicit import explicit_axes, run_as_auto, sharding_like
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.tick import Rank, State, make_tick
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.ir import DEFERRED, Tables
 from dualpipe_jax._split_vjp import is_differentiable, split_vjp
 from dualpipe_jax._types import Model, PyTree
-
-# What a tick needs of the tables.
-_COLUMNS = Tables.columns()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -63,6 +60,16 @@ class Step:
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
         )
+
+    @property
+    def num_deferred(self) -> int:
+        """Slots for what deferred weight gradients recompute from; 0 if none does."""
+        return self.tables.num_slots.get(DEFERRED, 0)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a tick needs of the tables."""
+        return tuple(c for c in Tables.columns() if c != DEFERRED or self.num_deferred)
 
     @property
     def num_shards(self) -> int:
@@ -126,14 +133,14 @@ class Step:
         batches = _microbatches.split(batch, self.tables.num_microbatches)
         rank, state, weight = self._start(ends, blocks, batches, rng)
         num_ranks = self.tables.num_ranks
-        table = np.stack([getattr(self.tables, name) for name in _COLUMNS], axis=-1)
+        table = np.stack([getattr(self.tables, name) for name in self.columns], axis=-1)
         rows = lax.dynamic_index_in_dim(
             jnp.asarray(table, jnp.int32), lax.axis_index(self.axis), axis=1, keepdims=False
         )
         tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
 
         def scan_body(state: State, row: jax.Array) -> tuple[State, None]:
-            return tick(state, dict(zip(_COLUMNS, row, strict=True))), None
+            return tick(state, dict(zip(self.columns, row, strict=True))), None
 
         state, _ = lax.scan(scan_body, state, rows)
         return self._finish(rank, state, weight)
@@ -150,7 +157,11 @@ class Step:
             lambda *trees: registers.read(trees, 0), chunks[0], batches
         )
         outs = _validate.outputs(model, ends, layer, microbatch, rng, shard)
-        split = None if tables.forward_only else split_vjp(self.block, layer, outs.x, outs.ctx)
+        split = (
+            None
+            if tables.forward_only
+            else split_vjp(self.block, layer, outs.x, outs.ctx, recomputes=self.num_deferred > 0)
+        )
         weight = _microbatches.total_weight(model, batches)
         if weight is not None and self.batch_axes:
             weight = lax.psum(weight, self.batch_axes)
@@ -171,6 +182,7 @@ class Step:
             loss_seed=loss_seed,
             aux_seed=None if outs.aux is None else jnp.asarray(1 / count, outs.aux.dtype),
             x=outs.x,
+            num_deferred=self.num_deferred,
             poison=self.poison,
         )
         loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux, outs.metrics))
@@ -178,7 +190,11 @@ class Step:
 
         def buffers(name: str) -> PyTree:
             avals = () if split is None else getattr(split, name)
-            return registers.allocate(avals, slots[name], layers, poison=self.poison)
+            count = slots[name]
+            if self.num_deferred:
+                # Every I writes a stash and what is deferred; one of them to where nobody reads.
+                count = {"stash": max(count, 1), DEFERRED: count + 1}.get(name, count)
+            return registers.allocate(avals, count, layers, poison=self.poison)
 
         nothing = registers.allocate(outs.x, poison=self.poison)
         state = State(
@@ -186,6 +202,7 @@ class Step:
             residual=buffers("residual"),
             weight_residual=buffers("weight_residual"),
             stash=buffers("stash"),
+            deferred=buffers(DEFERRED) if self.num_deferred else (),
             block_grads=[]
             if split is None
             else [

@@ -39,6 +39,8 @@ class State(NamedTuple):
       residual: What the forward keeps for the input gradient, `[slot, layer, ...]`.
       weight_residual: What the forward keeps for the weight gradient, `[slot, layer, ...]`.
       stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
+      deferred: What it keeps for a deferred one, which recomputes, `[slot, layer, ...]`; the last
+        slot takes what nobody wants. Empty where none recomputes.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads: The gradients of the differentiable leaves of `ends`.
@@ -50,6 +52,7 @@ class State(NamedTuple):
     residual: Any
     weight_residual: Any
     stash: Any
+    deferred: Any
     block_grads: list[list[Any]]
     ends_grads: list[jax.Array]
     loss: jax.Array
@@ -79,6 +82,7 @@ class Rank:
       loss_seed: The cotangent of each microbatch's loss, a scalar.
       aux_seed: The cotangent of each layer's aux loss, a scalar; None without.
       x: Avals of x.
+      num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
@@ -94,6 +98,7 @@ class Rank:
     loss_seed: jax.Array
     aux_seed: jax.Array | None
     x: PyTree
+    num_deferred: int = 0
     poison: bool = False
 
     def act(self, state: State, row: Row) -> tuple[State, PyTree]:
@@ -116,7 +121,12 @@ class Rank:
                 state, out = self._input_grad(
                     state, out, row, chunk, is_mine & (opcode == INPUT_GRAD)
                 )
-                state = self._weight_grad(state, row, chunk, is_mine & (opcode == WEIGHT_GRAD))
+                is_on = is_mine & (opcode == WEIGHT_GRAD)
+                if self.num_deferred:
+                    is_put_off = row["is_deferred"] > 0
+                    state = self._weight_grad(state, row, chunk, is_on & is_put_off, "deferred")
+                    is_on &= ~is_put_off
+                state = self._weight_grad(state, row, chunk, is_on, "stash")
         state, out = when(
             (opcode == FORWARD) & is_last,
             lambda carry: self._head(carry[0], carry[1], row),
@@ -201,9 +211,9 @@ class Rank:
         offset = self.layout.offset_of(row["stage"])
 
         def layer(index: Any, carry: Any) -> Any:
-            dy, stash, residual, weight_residual, grads = carry
+            dy, stash, deferred, residual, weight_residual, grads = carry
             params, ctx = self._layer(row, chunk, index)
-            dx, values, early = split.input_grad(
+            dx, values, put_off, early = split.input_grad(
                 params,
                 ctx,
                 registers.read(residual, row["residual"], index),
@@ -212,16 +222,20 @@ class Rank:
                 self.aux_seed,
             )
             stash = registers.write(stash, values, row["stash"], index)
+            if self.num_deferred:
+                deferred = registers.write(deferred, put_off, row["deferred"], index)
             grads = registers.accumulate(grads, early, index + offset)
-            return dx, stash, *registers.pass_on((residual, weight_residual)), grads
+            return dx, stash, deferred, *registers.pass_on((residual, weight_residual)), grads
 
         # Gradients that are made with dx; commonly none.
         grads = _select(state.block_grads[chunk], split.has_grad, split.is_early)
-        carry = (_leaves(out), state.stash, state.residual, state.weight_residual, grads)
+        buffers = state.stash, state.deferred, state.residual, state.weight_residual
+        carry = _leaves(out), *buffers, grads
         carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        dx, stash, residual, weight_residual, grads = carry
+        dx, stash, deferred, residual, weight_residual, grads = carry
         state = state._replace(
             stash=stash,
+            deferred=deferred,
             residual=residual,
             weight_residual=weight_residual,
             block_grads=self._with_grads(state, chunk, grads, split.is_early),
@@ -239,32 +253,33 @@ class Rank:
         (dends,) = jax.vjp(embed, _leaves(self.ends))[1](_leaves(dx))
         return state._replace(ends_grads=_microbatches.add(state.ends_grads, dends))
 
-    # W: stash, residuals -> gradients of the layers, added up in place
-    def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any) -> State:
+    # W: stash (or what is deferred), residuals -> gradients of the layers, added up in place
+    def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any, source: str) -> State:
         assert self.split is not None
         split = self.split
+        weight_grad = split.weight_grad if source == "stash" else split.recompute_weight_grad
         offset = self.layout.offset_of(row["stage"])
 
         def layer(index: Any, carry: Any) -> Any:
-            grads, weight_residual, stash = carry
+            grads, weight_residual, values = carry
             params, ctx = self._layer(row, chunk, index)
-            late = split.weight_grad(
+            late = weight_grad(
                 params,
                 ctx,
                 registers.read(weight_residual, row["weight_residual"], index),
-                registers.read(stash, row["stash"], index),
+                registers.read(values, row[source], index),
             )
             grads = registers.accumulate(grads, late, index + offset)
-            return grads, *registers.pass_on((weight_residual, stash))
+            return grads, *registers.pass_on((weight_residual, values))
 
         grads = _select(state.block_grads[chunk], split.has_grad, split.is_late)
-        carry = grads, state.weight_residual, state.stash
+        carry = grads, state.weight_residual, getattr(state, source)
         carry = self.layout.loop(row["stage"], is_on, layer, carry, reverse=True)
-        grads, weight_residual, stash = carry
+        grads, weight_residual, values = carry
         return state._replace(
             block_grads=self._with_grads(state, chunk, grads, split.is_late),
             weight_residual=weight_residual,
-            stash=stash,
+            **{source: values},
         )
 
     def _with_grads(
@@ -291,6 +306,8 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
             name: jnp.where(row[name] < 0, last, row[name])
             for name in ("from_left", "from_right", "keep", "read")
         }
+        if rank.num_deferred:
+            slot |= _deferred_slots(row, num_deferred=rank.num_deferred)
         received = registers.write(state.received, state.from_left, slot["from_left"])
         received = registers.write(received, state.from_right, slot["from_right"])
         state, out = rank.act(state._replace(received=received), {**row, **slot})
@@ -304,6 +321,19 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
         )
 
     return tick
+
+
+def _deferred_slots(row: Row, *, num_deferred: int) -> Row:
+    """Gives an I both kinds of slot: it writes both, where nobody reads it to no harm.
+
+    Of the stash it may be any: what directly follows an I leaves none in use at another.
+    """
+    is_deferred = row["deferred"] >= 0
+    return {
+        "is_deferred": is_deferred.astype(jnp.int32),
+        "deferred": jnp.where(is_deferred, row["deferred"], num_deferred),
+        "stash": jnp.maximum(row["stash"], 0),
+    }
 
 
 def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
@@ -320,6 +350,9 @@ def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
         weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
         stash=overwrite(state.stash, row["stash"], by_weight_grad),
     )
+    if "deferred" in row:
+        deferred = overwrite(state.deferred, row["deferred"], by_weight_grad)
+        state = state._replace(deferred=deferred)
     sends = (opcode == FORWARD) | by_input_grad
     nothing = registers.allocate(out, poison=True)
     return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)

@@ -26,8 +26,13 @@ class Compiled:
 
 
 @lru_cache(maxsize=64)
-def compile_program(program: Program) -> Compiled:
+def compile_program(program: Program, *, stash_deferred: bool = True) -> Compiled:
     """Compiles a program to tables, verifying the outcome of every pass.
+
+    Args:
+        program: The program.
+        stash_deferred: Whether every I stashes for its W; else an I whose W is deferred keeps in
+            slots of another kind what that W cannot recompute.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
@@ -35,7 +40,7 @@ def compile_program(program: Program) -> Compiled:
     verify_program(program)
     timeline = place_shortest(program)
     verify_timeline(timeline)
-    allocation = allocate(timeline)
+    allocation = allocate(timeline, stash_deferred=stash_deferred)
     verify_allocation(timeline, allocation)
     tables = emit(timeline, allocation)
     verify_tables(tables)

@@ -36,24 +36,28 @@ class SplitVjp:
       forward: `(params, x, ctx) -> (y, aux, residual, weight_residual)`. `residual` is what only
         the input gradient needs, `weight_residual` what the weight gradient needs (the input
         gradient may read both); tuples of arrays. `aux` is the aux loss, or None.
-      input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash, early)`; dy
-        and dx are lists with an array for every floating-point leaf of x, `stash` is what the
-        weight gradient needs of the input gradient's work, and `early` a list of gradients for the
-        leaves of params in which `is_early` is True.
+      input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash, deferred,
+        early)`; dy and dx are lists with an array for every floating-point leaf of x, `stash` is
+        what the weight gradient needs of the input gradient's work, `deferred` the same for one
+        that recomputes, and `early` a list of gradients for the leaves of params in which
+        `is_early` is True.
       weight_grad: `(params, ctx, weight_residual, stash) -> late`, a list of gradients for the
         leaves of params in which `is_late` is True.
-      residual: Avals of `residual`; so are `weight_residual` and `stash` of theirs.
+      recompute_weight_grad: `(params, ctx, weight_residual, deferred) -> late`, the same from less.
+      residual: Avals of `residual`; so are `weight_residual`, `stash` and `deferred` of theirs.
       is_early: For every leaf of params, whether its gradient is made with the input gradient, by
         an equation that makes both. Where `is_late` holds too, the gradient is the sum of the two.
       is_late: For every leaf of params, whether its gradient waits for the weight grad's turn.
     """
 
     forward: Callable[..., tuple[PyTree, Any, Arrays, Arrays]]
-    input_grad: Callable[..., tuple[list[jax.Array], Arrays, list[jax.Array]]]
+    input_grad: Callable[..., tuple[list[jax.Array], Arrays, Arrays, list[jax.Array]]]
     weight_grad: Callable[..., list[jax.Array]]
+    recompute_weight_grad: Callable[..., list[jax.Array]]
     residual: tuple[Any, ...]
     weight_residual: tuple[Any, ...]
     stash: tuple[Any, ...]
+    deferred: tuple[Any, ...]
     is_early: tuple[bool, ...]
     is_late: tuple[bool, ...]
 
@@ -69,7 +73,12 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 def split_vjp(
-    block: Callable[..., tuple[PyTree, Any]], params: PyTree, x: PyTree, ctx: PyTree
+    block: Callable[..., tuple[PyTree, Any]],
+    params: PyTree,
+    x: PyTree,
+    ctx: PyTree,
+    *,
+    recomputes: bool = False,
 ) -> SplitVjp:
     """Traces `block` once and splits its vjp.
 
@@ -79,6 +88,8 @@ def split_vjp(
       params: The block's parameters, arrays or avals.
       x: The activation, arrays or avals.
       ctx: The context, arrays or avals; it has no cotangent.
+      recomputes: Whether some weight gradients are to recompute; else `deferred` is empty, and
+        `recompute_weight_grad` not to be called.
 
     Returns:
       A SplitVjp.
@@ -126,15 +137,37 @@ def split_vjp(
         prefer_late=True,
     )
     known = [n for n in nodes if n.when is not When.BACKWARD]
+    input_nodes = needed([*known, *input_nodes], [*trace.dx, *early, *stash], known=kept)
+    weight_nodes = needed([*known, *weight_nodes], dparams, known={*kept, *stash})
+    weight_residual = kept & ({v for n in weight_nodes for v in n.reads} | set(dparams))
+
+    # A weight gradient that recomputes may run everything again, from what is kept for it anyway
+    # and the fewest bytes besides: the cotangents of the block's outputs, or less.
+    deferred: set[int] = set()
+    again = needed([*known, *backward], dparams, known=kept)
+    if recomputes:
+        in_input_grad = {id(n) for n in input_nodes}
+        deferred = minimum_cut(
+            again,
+            wanted=dparams,
+            can_keep=lambda n: id(n) in in_input_grad,
+            can_redo=lambda n: not n.has_effect,
+            size=graph.num_bytes,
+            is_free=lambda v: graph.when[v] is When.ALWAYS or v in weight_residual,
+            prefer_late=True,
+        )
     return _assemble(
         trace,
-        kept=kept,
+        residual=tuple(sorted(kept - weight_residual)),
+        weight_residual=tuple(sorted(weight_residual)),
         stash=tuple(sorted(stash)),
+        deferred=tuple(sorted(deferred)),
         is_early=tuple(v is not None for v, _ in parts),
         is_late=tuple(v is not None for _, v in parts),
         forward_nodes=_with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])),
-        input_nodes=needed([*known, *input_nodes], [*trace.dx, *early, *stash], known=kept),
-        weight_nodes=needed([*known, *weight_nodes], dparams, known={*kept, *stash}),
+        input_nodes=input_nodes,
+        weight_nodes=weight_nodes,
+        again_nodes=needed(again, dparams, known={*weight_residual, *deferred}),
         early=early,
         late=dparams,
     )
@@ -214,20 +247,20 @@ def _trace(block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree) ->
 def _assemble(
     trace: _Trace,
     *,
-    kept: set[int],
+    residual: tuple[int, ...],
+    weight_residual: tuple[int, ...],
     stash: tuple[int, ...],
+    deferred: tuple[int, ...],
     is_early: tuple[bool, ...],
     is_late: tuple[bool, ...],
     forward_nodes: list[Node],
     input_nodes: list[Node],
     weight_nodes: list[Node],
+    again_nodes: list[Node],
     early: list[int],
     late: list[int],
 ) -> SplitVjp:
-    """Makes the three functions from their nodes."""
-    read_by_weight = {v for n in weight_nodes for v in n.reads} | set(late)
-    weight_residual = tuple(sorted(kept & read_by_weight))
-    residual = tuple(sorted(kept - read_by_weight))
+    """Makes the functions from their nodes."""
     avals = trace.graph.avals
 
     def environment(*groups: tuple[Sequence[int], Any]) -> dict[int, Any]:
@@ -260,26 +293,32 @@ def _assemble(
         )
         evaluate(input_nodes, env)
         dx = [read(env, v) for v in trace.dx]
-        return dx, tuple(env[v] for v in stash), [env[v] for v in early]
+        stashed, put_off = (tuple(env[v] for v in values) for values in (stash, deferred))
+        return dx, stashed, put_off, [env[v] for v in early]
 
-    def weight_grad(params: PyTree, ctx: PyTree, kept_longer: Arrays, stashed: Arrays) -> Any:
-        env = environment(
-            (trace.params, jax.tree.leaves(params)),
-            (trace.ctx, jax.tree.leaves(ctx)),
-            (weight_residual, kept_longer),
-            (stash, stashed),
-        )
-        evaluate(weight_nodes, env)
-        return [env[v] for v in late]
+    def weight_grad_from(values: tuple[int, ...], nodes: list[Node]) -> Callable[..., Any]:
+        def weight_grad(params: PyTree, ctx: PyTree, kept_longer: Arrays, arrays: Arrays) -> Any:
+            env = environment(
+                (trace.params, jax.tree.leaves(params)),
+                (trace.ctx, jax.tree.leaves(ctx)),
+                (weight_residual, kept_longer),
+                (values, arrays),
+            )
+            evaluate(nodes, env)
+            return [env[v] for v in late]
+
+        return jax.jit(weight_grad)
 
     return SplitVjp(
         # Under jit each is traced once however many layers and branches call it.
         forward=jax.jit(forward),
         input_grad=jax.jit(input_grad),
-        weight_grad=jax.jit(weight_grad),
+        weight_grad=weight_grad_from(stash, weight_nodes),
+        recompute_weight_grad=weight_grad_from(deferred, again_nodes),
         residual=tuple(avals[v] for v in residual),
         weight_residual=tuple(avals[v] for v in weight_residual),
         stash=tuple(avals[v] for v in stash),
+        deferred=tuple(avals[v] for v in deferred),
         is_early=is_early,
         is_late=is_late,
     )

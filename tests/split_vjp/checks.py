@@ -67,7 +67,7 @@ def run(parts: SplitVjp, params: Any, x: Any, ctx: Any, *, has_aux: bool = False
     assert (aux is not None) == has_aux
     dy = _without_float0(jax.tree.map(cotangent, y))
     daux = cotangent(aux) if has_aux else None
-    dx, stash, early = parts.input_grad(params, ctx, residual, weight_residual, dy, daux)
+    dx, stash, _, early = parts.input_grad(params, ctx, residual, weight_residual, dy, daux)
     late = iter(parts.weight_grad(params, ctx, weight_residual, stash))
     early = iter(early)
     for name, values in zip(
