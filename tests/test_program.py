@@ -22,7 +22,7 @@ from tests.test_exact import make_mesh
 NUM_RANKS, STAGE_LAYERS = 4, 3
 
 
-def compile_train_step(schedule: str, num_microbatches: int) -> Any:
+def compile_train_step(schedule: str, num_microbatches: int, **options: Any) -> Any:
     """Compiles loss, gradients and an AdamW update as one program."""
     made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=num_microbatches)
     model, params = make_model(), make_params(STAGE_LAYERS * made.num_stages)
@@ -30,7 +30,11 @@ def compile_train_step(schedule: str, num_microbatches: int) -> Any:
     batch = make_batch(num_microbatches)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
     grad_fn = dpj.value_and_grad(
-        model, mesh=make_mesh(NUM_RANKS), num_microbatches=num_microbatches, schedule=schedule
+        model,
+        mesh=make_mesh(NUM_RANKS),
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        **options,
     )
 
     def step(params: Any, state: Any, batch: Any) -> Any:
@@ -72,15 +76,24 @@ def test_program_size_does_not_grow_with_microbatches(compiled: Any) -> None:
 @pytest.mark.slow
 def test_buffers_are_updated_in_place(compiled: Any) -> None:
     """No loop copies a slot buffer, an accumulator or a stage's weights."""
-    text = compiled[8].as_text()
-    tables = (
-        dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=8)
-        .compiled()
-        .tables
-    )
+    made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=8)
+    num_slots = made.compiled().tables.num_slots
+    slots = {num_slots[name] for name in ("residual", "weight_residual", "stash")}
+    _assert_in_place(compiled[8].as_text(), slots)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb-h1"])
+def test_what_is_put_off_is_updated_in_place(schedule: str) -> None:
+    made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=8)
+    num_slots = compile_program(made.program, stash_deferred=False).tables.num_slots
+    text = compile_train_step(schedule, 8, remat="block").as_text()
+    _assert_in_place(text, {num_slots["weight_residual"], num_slots["deferred"] + 1})
+
+
+def _assert_in_place(text: str, num_slots: set[int]) -> None:
     layers = STAGE_LAYERS
-    slots = {tables.num_slots[name] for name in ("residual", "weight_residual", "stash")}
-    buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in slots]
+    buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in num_slots]
     weights = [f"f64[{layers},{WIDTH},{WIDTH + 1}]", f"f64[{layers},{WIDTH + 1},{WIDTH}]"]
     lines = [line for lines in _loop_computations(text).values() for line in lines]
     for shape in (*buffers, *weights):
