@@ -12,6 +12,8 @@ from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, needed
 
 _SUMS = ("add", "add_any")
+# What may follow the equation: cheap steps, and the sum over devices of a weight that they share.
+_STEPS = CHEAP | {"psum", "psum_invariant", "reduce_scatter"}
 
 
 def is_early(
@@ -19,9 +21,9 @@ def is_early(
 ) -> bool:
     """Whether `value` should be made by the first half of `nodes`, though it does not need it.
 
-    It is if cheap steps make it from what a node of `first` that is not cheap has made, and if
-    nothing smaller could be kept for making it later. A bias's sum over rows is not: the sum, a
-    little work of the second half, stays there.
+    It is if cheap steps, and sums over devices, make it from what a node of `first` that is not
+    cheap has made, and if nothing smaller could be kept for making it later. A bias's sum over
+    rows is not: the sum, a little work of the second half, stays there.
     """
     if isinstance(value, Constant):
         return False
@@ -29,14 +31,14 @@ def is_early(
     made_first = {v: n for n in first for v in n.outputs}
     steps = needed(nodes, [value], known=made_first)
     sources = {value, *(v for n in steps for v in n.reads)}.intersection(made_first)
-    if not all(n.name in CHEAP for n in steps):
+    if not all(n.name in _STEPS for n in steps):
         return False
     if all(made_first[v].name in CHEAP for v in sources):
         return False
     kept = minimum_cut(
         nodes,
         wanted=[value],
-        can_keep=lambda n: id(n) in in_first or n.name in CHEAP,
+        can_keep=lambda n: id(n) in in_first or n.name in _STEPS,
         can_redo=lambda n: id(n) not in in_first,
         size=graph.num_bytes,
         is_free=lambda v: graph.when[v] is When.ALWAYS,

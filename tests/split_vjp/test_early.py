@@ -73,6 +73,23 @@ def in_cond(fn: Any) -> Any:
     return lambda p, x, c: lax.cond(x[0, 0] > 0, lambda: fn(x, p["w"]), lambda: jnp.sin(x))
 
 
+def in_shard_map(fn: Any) -> Any:
+    """Multiplies by the kernel's weight, then by one that waits, on two devices."""
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def block(p: Any, x: Any, c: Any) -> Any:
+        call = jax.shard_map(
+            lambda p, x: fn(jnp.tanh(x @ p["v"]), p["w"]),
+            mesh=mesh,
+            in_specs=(jax.P(), jax.P("rows")),
+            out_specs=jax.P("rows"),
+            check_vma=False,
+        )
+        return call(p, jnp.concatenate([x, -x]))[: len(x)]
+
+    return block
+
+
 KINDS = {"pallas_call": fused, "pure_callback": called_back, "jit with shardings": sharded}
 STACK = array(5, D, D)
 
@@ -92,8 +109,13 @@ def test_gradient_comes_with_that_of_x(kind):
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 @pytest.mark.parametrize(
     ("block", "params"),
-    [(layers(fused), STACK), (over_time(fused), W), (in_cond(fused), P)],
-    ids=["layers", "time", "cond"],
+    [
+        (layers(fused), STACK),
+        (over_time(fused), W),
+        (in_cond(fused), P),
+        (in_shard_map(fused), P),
+    ],
+    ids=["layers", "time", "cond", "shard_map"],
 )
 def test_inside_of_what_is_split(block, params, wrap):
     parts = checks.assert_equals_vjp(wrap(block), params, X)
