@@ -29,6 +29,7 @@ def value_and_grad(
     schedule: str | _schedules.Schedule = "dualpipe",
     axis: str = "pipe",
     remat: str | Callable[..., Any] = "none",
+    stash_deferred: bool = False,
     grad_dtype: Any = None,
     batch_axes: str | tuple[str, ...] = (),
     manual_axes: str | tuple[str, ...] = (),
@@ -50,6 +51,11 @@ def value_and_grad(
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
       remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
         keeps its input only, a `jax.checkpoint` policy says itself.
+      stash_deferred: Whether, under rematerialisation, a weight grad that a schedule puts off
+        keeps all it needs until its turn. By default it keeps the block's inputs and cotangents
+        only and recomputes the rest, lest zero-bubble schedules take the memory that `remat`
+        saves; one that follows its input grad at once recomputes nothing. Under `remat="none"`
+        nothing is recomputed, and this is without effect.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
@@ -89,9 +95,13 @@ def value_and_grad(
     axes = _Axes.checked(mesh, axis, batch_axes, manual_axes)
     _validate.positive_int("num_microbatches", num_microbatches)
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
+    compiled = compile_program(
+        schedule.program,
+        stash_deferred=_validate.flag("stash_deferred", stash_deferred) or remat == "none",
+    )
     build = _Builder(
         axes=axes,
-        tables=schedule.compiled().tables,
+        tables=compiled.tables,
         model=model,
         block=_block(model, remat),
         param_specs=param_specs,

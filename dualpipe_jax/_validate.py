@@ -46,6 +46,13 @@ def positive_int(name: str, value: Any) -> int:
     return number
 
 
+def flag(name: str, value: Any) -> bool:
+    """Requires True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False, got {show(value)}")
+    return value
+
+
 def is_model(model: Any) -> None:
     """Requires a Model."""
     if not isinstance(model, Model):

@@ -20,9 +20,14 @@ FORWARD_ONLY_GRID = tuple(("forward-only", P, N) for P, N in WIDE_SIZES)
 
 @cache
 def compiled(
-    name: str, num_ranks: int, num_microbatches: int, timetable: str = "shortest"
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    timetable: str = "shortest",
+    *,
+    stash_deferred: bool = True,
 ) -> Compiled:
     """Compiles one of them, once for all tests."""
     generate = forward_only if name == "forward-only" else GENERATORS[name]
     program = generate(num_ranks=num_ranks, num_microbatches=num_microbatches)
-    return compile_program(program, timetable=timetable)
+    return compile_program(program, timetable=timetable, stash_deferred=stash_deferred)

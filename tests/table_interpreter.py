@@ -79,11 +79,18 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
                 cotangent = take("received", rank, cell["read"])
                 product = take("residual", rank, cell["residual"])
                 take("weight_residual", rank, cell["weight_residual"], last_read=False)
-                put("stash", rank, cell["stash"], cotangent * np.cos(product))
+                if cell["deferred"] >= 0:
+                    put("deferred", rank, cell["deferred"], cotangent)
+                else:
+                    put("stash", rank, cell["stash"], cotangent * np.cos(product))
                 output[rank] = weight.T @ (cotangent * np.cos(product))
             elif opcode == WEIGHT_GRAD:
                 x = take("weight_residual", rank, cell["weight_residual"])
-                grads[cell["chunk"], rank] += np.outer(take("stash", rank, cell["stash"]), x)
+                if cell["deferred"] >= 0:  # what the stash would hold is made again
+                    stashed = take("deferred", rank, cell["deferred"]) * np.cos(weight @ x)
+                else:
+                    stashed = take("stash", rank, cell["stash"])
+                grads[cell["chunk"], rank] += np.outer(stashed, x)
             if cell["keep"] >= 0:
                 put("received", rank, cell["keep"], output[rank])
         sent = output

@@ -235,7 +235,7 @@ def test_tensor_parallel(axes: Any, schedule: str, kind: AxisType) -> None:
     num_shards = axes.get("data", 1)
     num_microbatches, batch = 4, make_batch(4 * num_shards)
     mesh = make_mesh(kind, **axes)
-    more = {"batch_axes": "data"} if num_shards > 1 else {}
+    more: Any = {"batch_axes": "data"} if num_shards > 1 else {}
     grad_fn = dpj.value_and_grad(
         model_of(tensor_parallel, head=vocabulary_parallel_head),
         mesh=mesh,
@@ -269,7 +269,7 @@ def test_tensor_parallel_by_annotations(axes: Any) -> None:
     batch, mesh = make_batch(4 * num_shards), make_mesh(**axes)
     want = sequential_value_and_grad(model_of(tensor_sequential), 4 * num_shards)(params, batch)
     params = put(params, mesh, up=P("pipe", None, "model"), down=P("pipe", "model"))
-    more = {"batch_axes": "data"} if num_shards > 1 else {}
+    more: Any = {"batch_axes": "data"} if num_shards > 1 else {}
     grad_fn = dpj.value_and_grad(model_of(tensor_annotated), mesh=mesh, num_microbatches=4, **more)
     program = jax.jit(grad_fn).lower(params, batch).compile()
     got = program(params, batch)

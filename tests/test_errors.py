@@ -248,6 +248,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         ValueError,
         ["remat='full'", '"none", "block"', "jax.checkpoint_policies"],
     ),
+    "stash_deferred not a bool": (
+        {"stash_deferred": 1},
+        TypeError,
+        ["stash_deferred=1", "must be True or False"],
+    ),
     "remat a bool": ({"remat": True}, ValueError, ["remat=True", '"none", "block"']),
     "integer grad_dtype": (
         {"grad_dtype": jnp.int32},

@@ -23,11 +23,13 @@ class Case(NamedTuple):
     num_layers: int
     features: str = ""
     remat: Any = "none"
+    stash_deferred: bool = False
 
     def __str__(self) -> str:
         name = f"{self.schedule}-P{self.num_ranks}-N{self.num_microbatches}-L{self.num_layers}"
+        options = {"remat": self.remat != "none", "stash_deferred": self.stash_deferred}
         return "-".join(
-            [name, *self.features.split(), *([] if self.remat == "none" else ["remat"])]
+            [name, *self.features.split(), *(o for o, is_on in options.items() if is_on)]
         )
 
 
@@ -41,7 +43,7 @@ CASES = [
     Case("dualpipe", 2, 8, 12, "weight has_aux"),  # six layers a stage: in a loop
     Case("dualpipe", 3, 2, 3, "has_aux"),
     Case("dualpipe", 3, 6, 7, ALL),
-    Case("dualpipe", 3, 12, 3, "weight", DOTS),
+    Case("dualpipe", 3, 12, 3, "weight", DOTS, stash_deferred=True),
     Case("dualpipe", 4, 3, 6, "dropout"),
     Case("dualpipe", 4, 4, 4, "block_has_aux"),
     Case("dualpipe", 4, 8, 8, ALL, "block"),
@@ -69,7 +71,7 @@ CASES = [
     Case("interleaved-1f1b", 3, 2, 6, "weight"),
     Case("interleaved-1f1b", 4, 8, 8, "pytree has_aux", "block"),
     Case("zb-h1", 2, 5, 4, "weight block_has_aux"),
-    Case("zb-h1", 3, 2, 4, "pytree"),
+    Case("zb-h1", 3, 2, 4, "pytree", "block", stash_deferred=True),
     Case("zb-h1", 4, 8, 4, ALL, "block"),
     Case("chimera", 2, 1, 3, "has_aux weight"),
     Case("chimera", 3, 6, 3, ALL),
@@ -96,6 +98,7 @@ def test_covering_set_covers() -> None:
         mine = [case for case in CASES if case.schedule == name]
         assert {feature for case in mine for feature in case.features.split()} == set(ALL.split())
         assert any(case.remat == "block" for case in mine)
+        assert not all(case.stash_deferred for case in mine if case.remat == "block")
         stages = {"dualpipev": 2, "interleaved-1f1b": 2}.get(name, 1)
         assert any(case.num_layers % (case.num_ranks * stages) for case in mine)
         assert any(case.num_microbatches % 2 for case in mine)
@@ -114,6 +117,7 @@ def test_equals_sequential(case: Case) -> None:
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         remat=case.remat,
+        stash_deferred=case.stash_deferred,
     )
     result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
     want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(

@@ -13,8 +13,9 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax import _api
 from dualpipe_jax._executor import Step
+from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
 from tests.hlo import instructions, loop_lines
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
@@ -22,7 +23,7 @@ from tests.test_exact import make_mesh
 NUM_RANKS, STAGE_LAYERS = 4, 3
 
 
-def compile_train_step(schedule: str, num_microbatches: int) -> Any:
+def compile_train_step(schedule: str, num_microbatches: int, **options: Any) -> Any:
     """Compiles loss, gradients and an AdamW update as one program."""
     made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=num_microbatches)
     model, params = make_model(), make_params(STAGE_LAYERS * made.num_stages)
@@ -30,7 +31,11 @@ def compile_train_step(schedule: str, num_microbatches: int) -> Any:
     batch = make_batch(num_microbatches)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
     grad_fn = dpj.value_and_grad(
-        model, mesh=make_mesh(NUM_RANKS), num_microbatches=num_microbatches, schedule=schedule
+        model,
+        mesh=make_mesh(NUM_RANKS),
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        **options,
     )
 
     def step(params: Any, state: Any, batch: Any) -> Any:
@@ -71,15 +76,24 @@ def test_program_size_does_not_grow_with_microbatches(compiled: Any) -> None:
 @pytest.mark.slow
 def test_buffers_are_updated_in_place(compiled: Any) -> None:
     """No loop copies a slot buffer, an accumulator or a stage's weights."""
-    text = compiled[8].as_text()
-    tables = (
-        dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=8)
-        .compiled()
-        .tables
-    )
+    made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=8)
+    num_slots = made.compiled().tables.num_slots
+    slots = {num_slots[name] for name in ("residual", "weight_residual", "stash")}
+    _assert_in_place(compiled[8].as_text(), slots)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb-h1"])
+def test_what_is_put_off_is_updated_in_place(schedule: str) -> None:
+    made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=8)
+    num_slots = compile_program(made.program, stash_deferred=False).tables.num_slots
+    text = compile_train_step(schedule, 8, remat="block").as_text()
+    _assert_in_place(text, {num_slots["weight_residual"], num_slots["deferred"] + 1})
+
+
+def _assert_in_place(text: str, num_slots: set[int]) -> None:
     layers = STAGE_LAYERS
-    slots = {tables.num_slots[name] for name in ("residual", "weight_residual", "stash")}
-    buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in slots]
+    buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in num_slots]
     weights = [f"f64[{layers},{WIDTH},{WIDTH + 1}]", f"f64[{layers},{WIDTH + 1},{WIDTH}]"]
     lines = loop_lines(text)
     for shape in (*buffers, *weights):
@@ -103,14 +117,16 @@ def test_memory_does_not_grow_with_microbatches(compiled: Any) -> None:
         assert many - few <= table_bytes + 2 * batch_bytes
 
 
-def make_step(schedule: dpj.Schedule, *, tables: Any = None, **options: Any) -> Step:
+def make_step(
+    schedule: dpj.Schedule, *, tables: Any = None, remat: str = "none", **options: Any
+) -> Step:
     model = make_model(frozenset(["pytree", "block_has_aux"]))
     return Step(
         model=model,
         tables=tables or schedule.compiled().tables,
         mesh=make_mesh(schedule.num_ranks),
         axis="pipe",
-        block=_api._block(model, "none"),
+        block=_api._block(model, remat),
         num_layers=11,
         **options,
     )
@@ -128,6 +144,84 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
         jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
     )
     assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev", "zb-h1"])
+def test_dead_values_are_never_read_by_what_recomputes(name: str) -> None:
+    schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
+    tables = compile_program(schedule.program, stash_deferred=False).tables
+    assert tables.num_slots["deferred"]
+    params, batch = make_params(11), make_batch(5)
+    clean, poisoned = (
+        jax.jit(make_step(schedule, tables=tables, remat="block", poison=poison))(
+            params, batch, None
+        )
+        for poison in (False, True)
+    )
+    assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+def test_poison_is_found_when_a_dead_deferred_value_is_read() -> None:
+    schedule = dpj.schedules.make("zb-h1", num_ranks=4, num_microbatches=5)
+    tables = compile_program(schedule.program, stash_deferred=False).tables
+    deferred = tables.deferred.copy()
+    tick, rank = np.argwhere((tables.opcode == WEIGHT_GRAD) & (deferred >= 0))[-1]
+    deferred[tick, rank] = (deferred[tick, rank] + 1) % tables.num_slots["deferred"]
+    wrong = dataclasses.replace(tables, deferred=deferred)
+    step = make_step(schedule, tables=wrong, remat="block", poison=True)
+    _, grads = jax.jit(step)(make_params(11), make_batch(5), None)
+    assert any(np.isnan(leaf).any() for leaf in grads["blocks"])
+
+
+def wide_step(schedule: str, **options: Any) -> Any:
+    """Compiles loss and gradients of four ranks, a wide layer each."""
+    model = dpj.Model(
+        embed=lambda ends, ctx: ctx.microbatch * ends,
+        block=lambda params, x, ctx: x + jnp.tanh(x @ params["up"]) @ params["down"],
+        head=lambda ends, x, ctx: jnp.square(x).mean(),
+    )
+    width, rows = 16, 64
+    blocks = {"up": jnp.ones((4, width, 8 * width)), "down": jnp.ones((4, 8 * width, width))}
+    params, batch = {"ends": jnp.ones(()), "blocks": blocks}, jnp.ones((8 * rows, width))
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(4), num_microbatches=8, schedule=schedule, **options
+    )
+    return jax.jit(grad_fn).lower(params, batch).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["zb-h1", "dualpipe"])
+def test_what_is_put_off_takes_less_memory_under_remat(schedule: str) -> None:
+    """A layer's input and cotangent, [64, 16] each, in place of what makes its hidden units."""
+    sizes = {
+        stash: wide_step(schedule, remat="block", stash_deferred=stash)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for stash in (False, True)
+    }
+    made = dpj.schedules.make(schedule, num_ranks=4, num_microbatches=8)
+    num_stashes = made.timeline().num_slots["stash"]
+    # A stash is two arrays [64, 128] at least. One stays, for the weight grads that follow at once.
+    assert sizes[True] - sizes[False] > (num_stashes - 1) * 64 * 128 * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "remat", "is_same"),
+    [("zb-h1", "none", True), ("1f1b", "block", True), ("zb-h1", "block", False)],
+)
+def test_a_program_that_recomputes_nothing_is_as_it_was(
+    schedule: str, remat: str, is_same: bool
+) -> None:
+    """Without remat, or with nothing put off, there is no trace of it in the program."""
+    texts = [
+        wide_step(schedule, remat=remat, stash_deferred=stash).as_text() for stash in (False, True)
+    ]
+    # Metadata counts the lines of source that were run, the checks of arguments too.
+    few, many = ([re.sub("metadata=.*", "", i) for i in instructions(text)] for text in texts)
+    assert (few == many) == is_same
 
 
 @pytest.mark.slow

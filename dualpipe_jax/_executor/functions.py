@@ -12,6 +12,7 @@ import jax
 from jax import lax
 
 from dualpipe_jax import _microbatches, _validate, _varying
+from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._split_vjp import SplitVjp, capture, split_vjp
@@ -74,7 +75,8 @@ class Gradients:
       head: `(outside, x, ctx, seed) -> ((loss, metrics, dx), doutside)`.
       block: For each kind of layer its block's forward and the halves of its backward; its
         gradients are those of the wanted leaves of the layer, then of shared.
-      shared_places: For each kind which of the wanted leaves of shared these last ones are.
+      early: For each kind where the gradients that come with the input gradient are added up.
+      late: The same of those that come with the weight gradient.
       reduce_axes: For each of doutside, the manual axes over which what all uses add up to is still
         to be summed.
     """
@@ -82,18 +84,9 @@ class Gradients:
     embed: Callable[..., tuple[None, list[jax.Array]]]
     head: Callable[..., tuple[Any, list[jax.Array]]]
     block: dict[Kind, SplitVjp]
-    shared_places: dict[Kind, list[int]]
+    early: dict[Kind, Places]
+    late: dict[Kind, Places]
     reduce_axes: list[tuple[str, ...]]
-
-    def num_of_layer(self, kind: Kind) -> int:
-        """Counts the gradients of a kind's block that are of the layer."""
-        return len(self.block[kind].reduce_axes) - len(self.shared_places[kind])
-
-    def divide(self, kind: Kind, gradients: list[Any]) -> tuple[list[Any], list[tuple[int, Any]]]:
-        """Divides a block's gradients: of the layer; and of shared, with the place of each."""
-        count = self.num_of_layer(kind)
-        shared = zip(self.shared_places[kind], gradients[count:], strict=True)
-        return gradients[:count], list(shared)
 
 
 def trace(
@@ -102,6 +95,7 @@ def trace(
     args: Arguments,
     *,
     forward_only: bool,
+    recomputes: bool,
     hidden_axes: Iterable[str],
 ) -> Functions:
     """Traces the model's functions; to be called where JAX keeps the types of varying values.
@@ -111,6 +105,7 @@ def trace(
       blocks: For each kind of layer `(layer, x, ctx) -> (y, aux)`, rematerialised as asked.
       args: What the functions are given.
       forward_only: Whether there are no gradients.
+      recomputes: Whether some weight gradients are to recompute what they need.
       hidden_axes: Mesh axes that no function may name.
 
     Raises:
@@ -201,6 +196,7 @@ def trace(
             x,
             layer_ctx,
             wanted=[*args.wanted_of_layers[kind], *args.wanted["shared"]],
+            recomputes=recomputes,
         )
         for kind, block in plain.items()
     }
@@ -239,20 +235,14 @@ def _gradients(
 ) -> Gradients:
     """Has all uses of a parameter outside the stack leave the same reductions to the end."""
     (head, head_axes), (embed, embed_axes) = by_head, by_embed
-    num_ends, num_shared = sum(args.wanted["ends"]), sum(args.wanted["shared"])
-
+    num_ends = sum(args.wanted["ends"])
     # None stands for a gradient that is zero, whatever it is summed over.
-    uses: list[set[Any]] = [
-        {head_use, embed_use} for head_use, embed_use in zip(head_axes, embed_axes, strict=True)
-    ]
-    shared_places, block_axes = {}, {}
+    uses: list[set[Any]] = [set(use) for use in zip(head_axes, embed_axes, strict=True)]
     for kind, block in blocks.items():
-        has_grad = block.has_grad[len(args.wanted_of_layers[kind]) :]
-        used = [has for has, on in zip(has_grad, args.wanted["shared"], strict=True) if on]
-        shared_places[kind] = [i for i in range(num_shared) if used[i]]
-        count = len(block.reduce_axes) - len(shared_places[kind])
-        block_axes[kind] = block.reduce_axes[count:]
-        for i, axes in zip(shared_places[kind], block_axes[kind], strict=True):
+        skip = len(args.wanted_of_layers[kind])
+        shared = zip(block.has_grad[skip:], block.reduce_axes[skip:], strict=True)
+        mine = [axes if has else None for has, axes in shared]
+        for i, axes in enumerate(_picked(mine, args.wanted["shared"])):
             uses[num_ends + i].add(axes)
     kinds = [use - {None} for use in uses]
     last = [use.pop() if len(use) == 1 else () for use in kinds]
@@ -261,36 +251,57 @@ def _gradients(
         return [None if each == final else each for each, final in zip(axes, last, strict=True)]
 
     def block_of(kind: Kind) -> SplitVjp:
-        block, places = blocks[kind], shared_places[kind]
-        of_layer = [None] * (len(block.reduce_axes) - len(places))
-        of_shared = now(block_axes[kind], [last[num_ends + i] for i in places])
-        summed = _summed_gradients(block.weight_grad, [*of_layer, *of_shared])
-        return replace(block, weight_grad=summed)
+        block, skip = blocks[kind], len(args.wanted_of_layers[kind])
+        rest = iter(last[num_ends:])
+        at_last = [next(rest) if on else () for on in args.wanted["shared"]]
+        axes = [*[None] * skip, *now(block.reduce_axes[skip:], at_last)]
+        early, late = _picked(axes, block.is_early), _picked(axes, block.is_late)
+        return replace(
+            block,
+            input_grad=_summed(block.input_grad, early),
+            weight_grad=_summed(block.weight_grad, late, is_all=True),
+            recompute_weight_grad=_summed(block.recompute_weight_grad, late, is_all=True),
+        )
 
     return Gradients(
         head=_summed(head, now(head_axes, last)),
         embed=_summed(embed, now(embed_axes, last)),
         block={kind: block_of(kind) for kind in blocks},
-        shared_places=shared_places,
+        early={kind: _places(block, block.is_early, args) for kind, block in blocks.items()},
+        late={kind: _places(block, block.is_late, args) for kind, block in blocks.items()},
         reduce_axes=last,
     )
 
 
-def _summed(function: Callable[..., Any], axes: list[Any]) -> Callable[..., Any]:
-    """Sums each of the gradients that `function` returns second over its axes, if it has any."""
+def _places(block: SplitVjp, flags: Sequence[bool], args: Arguments) -> Places:
+    """Finds the places of the gradients of the flagged leaves of a layer and of shared."""
+    skip = len(flags) - len(args.wanted["shared"])
+    of_layer = _picked(flags[:skip], block.has_grad[:skip])
+    of_shared = _picked(flags[skip:], args.wanted["shared"])
+    return Places(*(tuple(i for i, on in enumerate(f) if on) for f in (of_layer, of_shared)))
+
+
+def _picked(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    return [value for value, on in zip(values, flags, strict=True) if on]
+
+
+def _summed(
+    function: Callable[..., Any], axes: list[Any], *, is_all: bool = False
+) -> Callable[..., Any]:
+    """Sums each of the gradients over its axes, if it has any.
+
+    They are the last of what `function` returns, or all of it.
+    """
     if not any(axes):
         return function
 
     def run(*args: Any) -> Any:
-        results, gradients = function(*args)
-        return results, _sum(gradients, axes)
+        results, gradients = ((), function(*args)) if is_all else _last(function(*args))
+        summed = [lax.psum(g, over) if over else g for g, over in zip(gradients, axes, strict=True)]
+        return summed if is_all else (*results, summed)
 
     return run
 
 
-def _summed_gradients(function: Callable[..., Any], axes: list[Any]) -> Callable[..., Any]:
-    return (lambda *args: _sum(function(*args), axes)) if any(axes) else function
-
-
-def _sum(gradients: list[jax.Array], axes: list[Any]) -> list[jax.Array]:
-    return [lax.psum(g, over) if over else g for g, over in zip(gradients, axes, strict=True)]
+def _last(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
+    return values[:-1], values[-1]

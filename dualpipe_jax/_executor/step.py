@@ -26,11 +26,8 @@ from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.plan import Plan, by_kind
 from dualpipe_jax._executor.tick import Rank, State, make_tick
 from dualpipe_jax._kinds import Kind
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.ir import DEFERRED, Tables
 from dualpipe_jax._types import Model, PyTree
-
-# What a tick needs of the tables.
-_COLUMNS = Tables.columns()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -72,6 +69,16 @@ class Step:
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
         )
+
+    @property
+    def num_deferred(self) -> int:
+        """Slots for what deferred weight gradients recompute from; 0 if none does."""
+        return self.tables.num_slots.get(DEFERRED, 0)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a tick needs of the tables."""
+        return tuple(c for c in Tables.columns() if c != DEFERRED or self.num_deferred)
 
     @property
     def num_shards(self) -> int:
@@ -145,6 +152,7 @@ class Step:
                 self.block,
                 self._arguments(params, batch, rng, plan),
                 forward_only=self.tables.forward_only,
+                recomputes=self.num_deferred > 0,
                 hidden_axes=outer,
             ),
             mesh=mesh,
@@ -203,14 +211,14 @@ class Step:
         batches = _microbatches.split(batch, self.tables.num_microbatches)
         rank, state, weight = self._start(traced, plan, params, batches, rng)
         num_ranks = self.tables.num_ranks
-        table = np.stack([getattr(self.tables, name) for name in _COLUMNS], axis=-1)
+        table = np.stack([getattr(self.tables, name) for name in self.columns], axis=-1)
         rows = lax.dynamic_index_in_dim(
             jnp.asarray(table, jnp.int32), lax.axis_index(self.axis), axis=1, keepdims=False
         )
         tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
 
         def scan_body(state: State, row: jax.Array) -> tuple[State, None]:
-            return tick(state, dict(zip(_COLUMNS, row, strict=True))), None
+            return tick(state, dict(zip(self.columns, row, strict=True))), None
 
         state, _ = lax.scan(scan_body, state, rows)
         return self._finish(rank, plan, state, weight)
@@ -242,10 +250,14 @@ class Step:
                 kind: None if aux is None else jnp.asarray(1 / count, aux.dtype)
                 for kind, aux in outs.aux.items()
             },
+            num_deferred=self.num_deferred,
             poison=self.poison,
         )
         loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
-        slots = tables.num_slots
+        slots = dict(tables.num_slots)
+        if self.num_deferred:
+            # Every I writes a stash and what is deferred; one of them to where nobody reads.
+            slots |= {"stash": max(slots["stash"], 1), DEFERRED: slots[DEFERRED] + 1}
 
         def buffers(name: str) -> dict[Kind, PyTree]:
             return {
@@ -274,6 +286,7 @@ class Step:
             residual=buffers("residual"),
             weight_residual=buffers("weight_residual"),
             stash=buffers("stash"),
+            deferred=buffers(DEFERRED) if self.num_deferred else dict.fromkeys(layout.stacks, ()),
             block_grads=[]
             if gradients is None
             else [{kind: zero_grads(kind, mine) for kind, mine in c.items()} for c in chunks],
@@ -312,7 +325,8 @@ class Step:
             leaves = jax.tree.leaves(rank.chunks[0][kind])
             has_grad = gradients.block[kind].has_grad[: len(leaves)]
             over = plan.summed_over(pick(plan.specs["blocks"][kind], has_grad))
-            more = gradients.block[kind].reduce_axes[: len(over)]
+            manual = gradients.block[kind].reduce_axes
+            more = [axes for axes, has in zip(manual, has_grad, strict=False) if has]
             rest = iter(_sums(mine, [(*o, *m) for o, m in zip(over, more, strict=True)]))
             size = self.layout.stacks[kind].shard_layers
             # Leaves without a gradient of their own get zeros.

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax import _microbatches
-from dualpipe_jax._executor import registers
+from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor.accumulators import LayerGrads, Places
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import pick, place
@@ -43,6 +44,8 @@ class State(NamedTuple):
       residual: What the forward keeps for the input gradient, `[slot, layer, ...]`.
       weight_residual: What the forward keeps for the weight gradient, `[slot, layer, ...]`.
       stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
+      deferred: What it keeps for a deferred one, which recomputes, `[slot, layer, ...]`; the last
+        slot takes what nobody wants. Empty where none recomputes.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
@@ -54,7 +57,8 @@ class State(NamedTuple):
     residual: dict[Kind, Any]
     weight_residual: dict[Kind, Any]
     stash: dict[Kind, Any]
-    block_grads: list[dict[Kind, list[Any]]]
+    deferred: dict[Kind, Any]
+    block_grads: list[LayerGrads]
     ends_grads: list[jax.Array]
     shared_grads: list[jax.Array]
     loss: jax.Array
@@ -62,6 +66,16 @@ class State(NamedTuple):
     metrics: PyTree
     from_left: PyTree
     from_right: PyTree
+
+    def take_grads(self, chunk: int, places: dict[Kind, Places]) -> Any:
+        """Takes the accumulators of a chunk, and of shared, that stand at `places`."""
+        return accumulators.take(self.block_grads[chunk], self.shared_grads, places)
+
+    def put_grads(self, chunk: int, places: dict[Kind, Places], taken: Any) -> "State":
+        """Puts back what was taken."""
+        grads, shared = accumulators.put(self.block_grads[chunk], self.shared_grads, places, taken)
+        block_grads = [grads if c == chunk else old for c, old in enumerate(self.block_grads)]
+        return self._replace(block_grads=block_grads, shared_grads=shared)
 
     def add_outside(self, gradients: list[jax.Array]) -> "State":
         """Adds gradients of ends, then of shared."""
@@ -87,6 +101,7 @@ class Rank:
       shard: The index of this shard of the batch, or None if there is one only.
       loss_seed: The cotangent of each microbatch's loss, a scalar.
       aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
+      num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
@@ -99,6 +114,7 @@ class Rank:
     shard: jax.Array | None
     loss_seed: jax.Array
     aux_seed: dict[Kind, jax.Array | None]
+    num_deferred: int = 0
     poison: bool = False
 
     def act(self, state: State, row: Row) -> tuple[State, PyTree]:
@@ -122,7 +138,12 @@ class Rank:
                 state, out = self._input_grad(
                     state, out, row, chunk, is_mine & (opcode == INPUT_GRAD)
                 )
-                state = self._weight_grad(state, row, chunk, is_mine & (opcode == WEIGHT_GRAD))
+                is_on = is_mine & (opcode == WEIGHT_GRAD)
+                if self.num_deferred:
+                    is_put_off = row["is_deferred"] > 0
+                    state = self._weight_grad(state, row, chunk, is_on & is_put_off, "deferred")
+                    is_on &= ~is_put_off
+                state = self._weight_grad(state, row, chunk, is_on, "stash")
         state, out = when(
             (opcode == FORWARD) & is_last,
             lambda carry: self._head(carry[0], carry[1], row),
@@ -194,17 +215,17 @@ class Rank:
         sums = _microbatches.add((state.loss, state.metrics), (loss, metrics))
         return state._replace(loss=sums[0], metrics=sums[1]), x
 
-    # I: cotangent of y -> cotangent of x, stash
+    # I: cotangent of y -> cotangent of x, stash (and gradients that are made with it: mostly none)
     def _input_grad(
         self, state: State, out: PyTree, row: Row, chunk: int, is_on: Any
     ) -> tuple[State, PyTree]:
-        assert self.functions.gradients is not None
-        split = self.functions.gradients.block
+        gradients = self.functions.gradients
+        assert gradients is not None
 
-        def run(layer: Layer, dy: Any, buffers: Any) -> Any:
-            stash, residual, weight_residual = buffers
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            (dy, shared), (stash, deferred, residual, weight_residual, grads) = carry, buffers
             params, ctx = self._layer(row, chunk, layer)
-            dx, values = split[layer.kind].input_grad(
+            dx, values, put_off, early = gradients.block[layer.kind].input_grad(
                 params,
                 ctx,
                 registers.read(residual, row["residual"], layer.index),
@@ -213,13 +234,23 @@ class Rank:
                 self.aux_seed[layer.kind],
             )
             stash = registers.write(stash, values, row["stash"], layer.index)
-            return dx, (stash, *registers.pass_on((residual, weight_residual)))
+            if self.num_deferred:
+                deferred = registers.write(deferred, put_off, row["deferred"], layer.index)
+            kept = registers.pass_on((residual, weight_residual))
+            places = gradients.early[layer.kind]
+            grads, shared = accumulators.add(grads, shared, early, places=places, layer=layer.place)
+            return (dx, shared), (stash, deferred, *kept, grads)
 
-        buffers = state.stash, state.residual, state.weight_residual
-        dx, buffers = self.layout.loop(row["stage"], is_on, run, pick(out), buffers, reverse=True)
-        stash, residual, weight_residual = buffers
-        state = state._replace(stash=stash, residual=residual, weight_residual=weight_residual)
-        return state, place(out, dx)
+        grads, shared = state.take_grads(chunk, gradients.early)
+        buffers = state.stash, state.deferred, state.residual, state.weight_residual, grads
+        (dx, shared), buffers = self.layout.loop(
+            row["stage"], is_on, run, (pick(out), shared), buffers, reverse=True
+        )
+        stash, deferred, residual, weight_residual, grads = buffers
+        state = state._replace(
+            stash=stash, deferred=deferred, residual=residual, weight_residual=weight_residual
+        )
+        return state.put_grads(chunk, gradients.early, (grads, shared)), place(out, dx)
 
     # The embedding's gradient follows the first stage's I. Its forward runs again rather than
     # keeping its residuals in a slot; of a table look-up nothing is left of it.
@@ -229,38 +260,35 @@ class Rank:
         _, doutside = self.functions.gradients.embed(self.outside, ctx, pick(dx))
         return state.add_outside(doutside)
 
-    # W: stash, residuals -> gradients of the layers and of what they share, added up in place
-    def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any) -> State:
+    # W: stash (or what is deferred), residuals -> gradients of the layers and of what they share
+    def _weight_grad(self, state: State, row: Row, chunk: int, is_on: Any, source: str) -> State:
         gradients = self.functions.gradients
         assert gradients is not None
 
-        def run(layer: Layer, shared: list[jax.Array], buffers: Any) -> Any:
-            grads, weight_residual, stash = buffers
+        def run(layer: Layer, shared: Any, buffers: Any) -> Any:
+            grads, weight_residual, values = buffers
             params, ctx = self._layer(row, chunk, layer)
-            dparams = gradients.block[layer.kind].weight_grad(
+            block = gradients.block[layer.kind]
+            weight_grad = block.weight_grad if source == "stash" else block.recompute_weight_grad
+            late = weight_grad(
                 params,
                 ctx,
                 registers.read(weight_residual, row["weight_residual"], layer.index),
-                registers.read(stash, row["stash"], layer.index),
+                registers.read(values, row[source], layer.index),
             )
-            of_layer, of_shared = gradients.divide(layer.kind, dparams)
-            grads = registers.accumulate(grads, of_layer, layer.place)
-            shared = list(shared)
-            for i, grad in of_shared:
-                shared[i] = _microbatches.add(shared[i], grad)
-            return shared, (grads, *registers.pass_on((weight_residual, stash)))
+            places = gradients.late[layer.kind]
+            grads, shared = accumulators.add(grads, shared, late, places=places, layer=layer.place)
+            return shared, (grads, *registers.pass_on((weight_residual, values)))
 
-        buffers = state.block_grads[chunk], state.weight_residual, state.stash
-        shared, buffers = self.layout.loop(
-            row["stage"], is_on, run, state.shared_grads, buffers, reverse=True
+        grads, shared = state.take_grads(chunk, gradients.late)
+        buffers = grads, state.weight_residual, getattr(state, source)
+        shared, buffers = self.layout.loop(row["stage"], is_on, run, shared, buffers, reverse=True)
+        grads, weight_residual, values = buffers
+        state = state._replace(weight_residual=weight_residual)
+        state = (
+            state._replace(stash=values) if source == "stash" else state._replace(deferred=values)
         )
-        grads, weight_residual, stash = buffers
-        return state._replace(
-            block_grads=[grads if c == chunk else g for c, g in enumerate(state.block_grads)],
-            shared_grads=shared,
-            weight_residual=weight_residual,
-            stash=stash,
-        )
+        return state.put_grads(chunk, gradients.late, (grads, shared))
 
 
 def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Row], State]:
@@ -276,6 +304,8 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
             name: jnp.where(row[name] < 0, last, row[name])
             for name in ("from_left", "from_right", "keep", "read")
         }
+        if rank.num_deferred:
+            slot |= _deferred_slots(row, num_deferred=rank.num_deferred)
         received = registers.write(state.received, state.from_left, slot["from_left"])
         received = registers.write(received, state.from_right, slot["from_right"])
         state, out = rank.act(state._replace(received=received), {**row, **slot})
@@ -289,6 +319,19 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
         )
 
     return tick
+
+
+def _deferred_slots(row: Row, *, num_deferred: int) -> Row:
+    """Gives an I both kinds of slot: it writes both, where nobody reads it to no harm.
+
+    Of the stash it may be any: what directly follows an I leaves none in use at another.
+    """
+    is_deferred = row["deferred"] >= 0
+    return {
+        "is_deferred": is_deferred.astype(jnp.int32),
+        "deferred": jnp.where(is_deferred, row["deferred"], num_deferred),
+        "stash": jnp.maximum(row["stash"], 0),
+    }
 
 
 def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
@@ -305,6 +348,9 @@ def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
         weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
         stash=overwrite(state.stash, row["stash"], by_weight_grad),
     )
+    if "deferred" in row:
+        deferred = overwrite(state.deferred, row["deferred"], by_weight_grad)
+        state = state._replace(deferred=deferred)
     sends = (opcode == FORWARD) | by_input_grad
     nothing = registers.allocate(out, poison=True)
     return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)

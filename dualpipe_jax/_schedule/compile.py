@@ -26,8 +26,16 @@ class Compiled:
     tables: Tables
 
 
-def compile_program(program: Program, *, timetable: str = "shortest") -> Compiled:
-    """Compiles a program to tables, verifying the outcome of every pass; once for each timetable.
+def compile_program(
+    program: Program, *, timetable: str = "shortest", stash_deferred: bool = True
+) -> Compiled:
+    """Compiles a program to tables, verifying the outcome of every pass; once for each choice.
+
+    Args:
+        program: The program.
+        timetable: One of `TIMETABLES`.
+        stash_deferred: Whether every I stashes for its W; else an I whose W is deferred keeps in
+            slots of another kind what that W cannot recompute.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
@@ -36,18 +44,18 @@ def compile_program(program: Program, *, timetable: str = "shortest") -> Compile
     if timetable not in TIMETABLES:
         known = ", ".join(map(repr, TIMETABLES))
         raise ValueError(f"timetable={timetable!r}: must be one of {known}")
-    return _compile(program, timetable)
+    return _compile(program, timetable, stash_deferred)
 
 
 @lru_cache(maxsize=64)
-def _compile(program: Program, timetable: str) -> Compiled:
+def _compile(program: Program, timetable: str, stash_deferred: bool) -> Compiled:
     verify_program(program)
     timeline = place_shortest(program)
     verify_timeline(timeline)
     if timetable == "aligned":
         timeline = align(timeline)
         verify_timeline(timeline)
-    allocation = allocate(timeline)
+    allocation = allocate(timeline, stash_deferred=stash_deferred)
     verify_allocation(timeline, allocation)
     tables = emit(timeline, allocation)
     verify_tables(tables)

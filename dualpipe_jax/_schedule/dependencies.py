@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dualpipe_jax._schedule.ir import (
+    DEFERRED,
     FORWARD,
     INPUT_GRAD,
     WEIGHT_GRAD,
@@ -97,11 +98,14 @@ def run_in_order(program: Program, needs: Dependencies) -> np.ndarray:
     return tick_of[:-1]
 
 
-def find_live_ranges(program: Program, tick_of: np.ndarray) -> dict[str, LiveRanges]:
+def find_live_ranges(
+    program: Program, tick_of: np.ndarray, *, stash_deferred: bool = True
+) -> dict[str, LiveRanges]:
     """Finds when the values of a timeline live, for each of `BUFFERS`.
 
     A payload lives from the tick after its producer, whether it travelled or was kept; a residual
-    from its F to its I, a weight residual from its F to its W, a stash from its I to its W.
+    from its F to its I, a weight residual from its F to its W, a stash from its I to its W. Unless
+    `stash_deferred`, what a deferred W needs lies not in the stash but in `DEFERRED`.
     """
     units, needs = program.units, find_dependencies(program)
 
@@ -113,11 +117,20 @@ def find_live_ranges(program: Program, tick_of: np.ndarray) -> dict[str, LiveRan
         np.flatnonzero(mask)
         for mask in (needs.payload >= 0, units.opcode == INPUT_GRAD, units.opcode == WEIGHT_GRAD)
     )
-    return {
+    live = {
         "received": ranges(needs.payload[reads], reads, delay=1),
         "residual": ranges(needs.own[of_i], of_i),
         "weight_residual": ranges(needs.own[needs.own[of_w]], of_w),
-        "stash": ranges(needs.own[of_w], of_w),
+    }
+    # Actions of a rank are numbered in program order.
+    is_deferred = needs.own[of_w] != of_w - 1
+    if stash_deferred or not is_deferred.any():
+        return {**live, "stash": ranges(needs.own[of_w], of_w)}
+    now, later = of_w[~is_deferred], of_w[is_deferred]
+    return {
+        **live,
+        "stash": ranges(needs.own[now], now),
+        DEFERRED: ranges(needs.own[later], later),
     }
 
 

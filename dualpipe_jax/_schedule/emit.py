@@ -19,6 +19,7 @@ keep       [-1, -1, -1, -1, -1] [-1, 0, -1, -1, -1]
 
 import numpy as np
 
+from dualpipe_jax._schedule.dependencies import find_dependencies
 from dualpipe_jax._schedule.ir import Allocation, Tables, Timeline
 
 
@@ -48,14 +49,16 @@ def emit(timeline: Timeline, allocation: Allocation) -> Tables:
     for name, arrives in (("from_left", from_left), ("from_right", from_right)):
         columns[name][live.start[arrives], live.rank[arrives]] = slot[arrives]
 
-    for name in ("residual", "weight_residual", "stash"):
-        live, slot = allocation.live_ranges[name], allocation.slot_of[name]
+    for name, slot in allocation.slot_of.items():
+        if name == "received":
+            continue
+        live = allocation.live_ranges[name]
         columns[name][live.start, live.rank] = slot
         columns[name][live.end, live.rank] = slot
     # I reads what F saved for W too: a value that both need is stored only once.
-    weight_grads = allocation.live_ranges["stash"]
-    slot = allocation.slot_of["weight_residual"]
-    columns["weight_residual"][weight_grads.start, weight_grads.rank] = slot
+    live, slot = allocation.live_ranges["weight_residual"], allocation.slot_of["weight_residual"]
+    input_grads = find_dependencies(program).own[live.consumer]
+    columns["weight_residual"][tick_of[input_grads], live.rank] = slot
 
     return Tables(
         **columns,

@@ -19,6 +19,9 @@ TIMETABLES = ("shortest", "aligned")
 TICKS_PER_BEAT = 3
 # The buffers of an executor, by the name under which `num_slots` counts their slots.
 BUFFERS = ("received", "residual", "weight_residual", "stash")
+# One more, in tables whose deferred W's recompute: a W is deferred if its rank does anything else
+# between its I and it.
+DEFERRED = "deferred"
 
 
 class Action(NamedTuple):
@@ -273,7 +276,7 @@ class LiveRanges:
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """Gives each value of a timeline its slot, for each of `BUFFERS`: what `allocate` makes.
+    """Gives each value of a timeline its slot, for each buffer: what `allocate` makes.
 
     `slot_of[buffer]` is int64[num_values], in the order of `live_ranges[buffer]`.
     """
@@ -301,10 +304,13 @@ class Tables:
     W     reads `weight_residual` and `stash`      adds to the gradient
     ====  =======================================  ============================================
 
+    An I and its W name a slot in `deferred` and none in `stash` if that W is to recompute: then I
+    keeps the little that W cannot make again.
+
     The output of F is x, of the last stage's F the cotangent that the head's gradient gives, of I
     the cotangent of its x. A slot is free after the last read: of `read` its action, of `residual`
-    the I, of `weight_residual` and `stash` the W. A forward-only program has neither residuals
-    nor cotangents.
+    the I, of `weight_residual`, `stash` and `deferred` the W. A forward-only program has neither
+    residuals nor cotangents.
     """
 
     opcode: np.ndarray
@@ -318,13 +324,14 @@ class Tables:
     residual: np.ndarray
     weight_residual: np.ndarray
     stash: np.ndarray
+    deferred: np.ndarray
 
     num_ranks: int
     num_stages: int
     num_microbatches: int
     num_chunks: int
     stage_of: np.ndarray  # int32[num_chunks, num_ranks]
-    num_slots: dict[str, int]  # for each of BUFFERS
+    num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if some W recomputes
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
 
@@ -336,4 +343,4 @@ class Tables:
     @classmethod
     def columns(cls) -> tuple[str, ...]:
         """Names the tables that have a row a tick."""
-        return tuple(f.name for f in fields(cls))[:11]
+        return tuple(f.name for f in fields(cls))[:12]

@@ -52,8 +52,46 @@ class Scan:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """A `lax.cond` or `lax.switch` equation.
+
+    Attributes:
+      bodies: For each branch what appends its equations to a graph, given values for `inputs`, and
+        returns its outputs.
+      index: Which branch is taken, an int32 scalar.
+      inputs: What every branch is given.
+    """
+
+    bodies: tuple[Callable[["Graph", Sequence[Any]], list[Any]], ...]
+    index: int | Constant
+    inputs: tuple[int | Constant, ...]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A `jax.shard_map` equation.
+
+    Attributes:
+      body: What appends its equations to a graph, given values for `inputs`, and returns its
+        outputs.
+      inputs: The operands, whole.
+      avals: Of each operand, what a device sees.
+      mesh, in_specs, out_specs, axis_names, check_vma: As of `jax.shard_map`.
+    """
+
+    body: Callable[["Graph", Sequence[Any]], list[Any]]
+    inputs: tuple[int | Constant, ...]
+    avals: tuple[Any, ...]
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    axis_names: frozenset[str]
+    check_vma: bool
+
+
+@dataclass(frozen=True)
 class Node:
-    """A piece of program: one equation, or a loop made of several.
+    """A piece of program: one equation, or one made of several.
 
     Attributes:
       name: The primitive's name.
@@ -62,7 +100,7 @@ class Node:
       outputs: Numbers of values.
       when: The latest of its inputs, or later where a `jax.checkpoint` asks for recomputation.
       has_effect: Whether it must run even if nobody reads its outputs.
-      loop: What is needed to open it, if it is a scan.
+      inner: What is needed to open it, if it is a kind of equation that can be.
       reduces: The mesh axes over which it sums its input, if that is what it does.
     """
 
@@ -72,7 +110,7 @@ class Node:
     outputs: tuple[int, ...]
     when: When
     has_effect: bool = False
-    loop: "Scan | None" = None
+    inner: Scan | Branches | Mapped | None = None
     reduces: tuple[str, ...] = ()
 
     @property
@@ -192,10 +230,44 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         inputs=tuple(env[v] for v in variables),
         outputs=tuple(outs),
         when=when,
-        has_effect=bool(eqn.effects),
-        loop=_scan(eqn, env) if eqn.primitive is primitives.scan_p else None,
+        # That it names a mesh axis counts as an effect with JAX, not here.
+        has_effect=any(type(e).__name__ != "NamedAxisEffect" for e in eqn.effects),
+        inner=_inner(eqn, env),
         reduces=_reduced_axes(eqn),
     )
+
+
+def _inner(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan | Branches | Mapped | None:
+    if eqn.primitive is primitives.scan_p:
+        return _scan(eqn, env)
+    if eqn.primitive is primitives.cond_p:
+        index, *inputs = _inputs(eqn, env)
+        return Branches(
+            bodies=tuple(
+                # Whatever a branch holds runs when the equation does: nothing is moved out of it.
+                lambda graph, values, branch=branch: graph.add(branch.jaxpr, branch.consts, values)
+                for branch in eqn.params["branches"]
+            ),
+            index=index,
+            inputs=tuple(inputs),
+        )
+    if eqn.primitive.name == "shard_map":
+        params, jaxpr = eqn.params, eqn.params["jaxpr"]
+        return Mapped(
+            body=lambda graph, values: graph.add(jaxpr, (), values),
+            inputs=_inputs(eqn, env),
+            avals=tuple(v.aval for v in jaxpr.invars),
+            mesh=params["mesh"],
+            in_specs=params["in_specs"],
+            out_specs=params["out_specs"],
+            axis_names=frozenset(params["newly_manual_axes"]),
+            check_vma=params["check_vma"],
+        )
+    return None
+
+
+def _inputs(eqn: Any, env: Mapping[Any, int | Constant]) -> tuple[int | Constant, ...]:
+    return tuple(Constant(v.val) if isinstance(v, jcore.Literal) else env[v] for v in eqn.invars)
 
 
 def _reduced_axes(eqn: Any) -> tuple[str, ...]:
@@ -214,9 +286,7 @@ def _scan(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan:
     num_carry = len(eqn.outvars) - _count_stacked(eqn.outvars, body.outvars)
     return Scan(
         jaxpr=params["jaxpr"],
-        inputs=tuple(
-            Constant(v.val) if isinstance(v, jcore.Literal) else env[v] for v in eqn.invars
-        ),
+        inputs=_inputs(eqn, env),
         num_consts=len(eqn.invars) - num_xs - num_carry,
         num_carry=num_carry,
         length=params["length"],

@@ -5,41 +5,23 @@ gradient needs runs in the first loop, which also writes down, per iteration, th
 second loop needs; the second loop makes the weight gradients from them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
 
 from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
+from dualpipe_jax._split_vjp.early import is_early
 from dualpipe_jax._split_vjp.graph import Graph, Node, Scan, When, evaluate, needed, read
+from dualpipe_jax._split_vjp.halves import SplitInner
 
 
-def split_loops(graph: Graph, wanted: Iterable[Any], *, only: When | None = None) -> list[Node]:
-    """Splits every scan of the graph that makes more than `wanted` needs.
-
-    Args:
-      graph: A graph; values that pass between the halves of a loop are added to it.
-      wanted: The outputs that the first halves are for.
-      only: Which scans to open; None for all.
-
-    Returns:
-      The nodes of the graph, in an order in which they can run.
-    """
-    live = {v for v in wanted if isinstance(v, int)}
-    nodes: list[Node] = []
-    for node in reversed(graph.nodes):
-        mine = live.intersection(node.outputs)
-        parts = [node]
-        if mine and node.loop is not None and only in (None, node.when):
-            parts = _split_scan(graph, node, node.loop, mine)
-        if mine:
-            live.update(parts[0].reads)
-        nodes.extend(reversed(parts))
-    return nodes[::-1]
-
-
-def _split_scan(graph: Graph, node: Node, scan: Scan, wanted: set[int]) -> list[Node]:
+def split_scan(
+    graph: Graph, node: Node, scan: Scan, wanted: set[int], split_inner: SplitInner
+) -> list[Node]:
     """Splits `node` into the loop that makes the outputs in `wanted` and the loop for the rest.
+
+    `split_inner` is what splits the nodes of its body.
 
     Returns:
       The two nodes, or `[node]` if the first loop would need every output.
@@ -59,14 +41,16 @@ def _split_scan(graph: Graph, node: Node, scan: Scan, wanted: set[int]) -> list[
     outputs = body.add(jaxpr.jaxpr, jaxpr.consts, inputs)
     carry_in = inputs[num_consts : num_consts + num_carry]
 
-    # Which outputs the first loop makes: those wanted, and every carry that they depend on.
+    # Which outputs the first loop makes: those wanted, those made with them anyway, and every carry
+    # that they depend on.
     first = {i for i, value in enumerate(node.outputs) if value in wanted}
     while True:
         first_outputs = [outputs[i] for i in first]
-        nodes = split_loops(body, first_outputs)
+        nodes = split_inner(body, first_outputs)
         first_nodes = needed(nodes, first_outputs)
         reads = {v for n in first_nodes for v in n.reads}.union(first_outputs)
         grown = first | {i for i, v in enumerate(carry_in) if v in reads}
+        grown |= {i for i, v in enumerate(outputs) if is_early(body, nodes, first_nodes, v)}
         if grown == first:
             break
         first = grown

@@ -9,6 +9,7 @@ on parameters, constants or the context alone are computed again wherever they a
 of what crosses from one part to the next is chosen by a minimum cut in bytes.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
 from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
+from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
-from dualpipe_jax._split_vjp.loops import split_loops
+from dualpipe_jax._split_vjp.mapped import hoist_free
+from dualpipe_jax._split_vjp.nested import split_nested
 from dualpipe_jax._split_vjp.reductions import without_reductions
 from dualpipe_jax._varying import without_types
 
@@ -35,24 +39,38 @@ class SplitVjp:
       forward: `(params, x, ctx) -> (y, aux, residual, weight_residual)`. `residual` is what only
         the input gradient needs, `weight_residual` what the weight gradient needs (the input
         gradient may read both); tuples of arrays. `aux` is the aux loss, or None.
-      input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash)`; dy and dx
-        are lists with an array for every floating-point leaf of x, and `stash` is what the weight
-        gradient needs of the input gradient's work.
-      weight_grad: `(params, ctx, weight_residual, stash) -> dparams`, a list of arrays for the
-        leaves of params in which `has_grad` is True.
-      residual: Avals of `residual`; so are `weight_residual` and `stash` of theirs.
-      has_grad: For every leaf of params, whether it has a gradient that can be other than zero.
-      reduce_axes: For each of dparams, the mesh axes over which it is still to be summed.
+      input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash, deferred,
+        early)`; dy and dx are lists with an array for every floating-point leaf of x, `stash` is
+        what the weight gradient needs of the input gradient's work, `deferred` the same for one
+        that recomputes, and `early` a list of gradients for the leaves of params in which
+        `is_early` is True.
+      weight_grad: `(params, ctx, weight_residual, stash) -> late`, a list of gradients for the
+        leaves of params in which `is_late` is True.
+      recompute_weight_grad: `(params, ctx, weight_residual, deferred) -> late`, the same from less.
+      residual: Avals of `residual`; so are `weight_residual`, `stash` and `deferred` of theirs.
+      is_early: For every leaf of params, whether its gradient is made with the input gradient, by
+        an equation that makes both. Where `is_late` holds too, the gradient is the sum of the two.
+      is_late: For every leaf of params, whether its gradient waits for the weight grad's turn.
+      reduce_axes: For every leaf of params, the mesh axes over which its gradient is still to be
+        summed.
     """
 
     forward: Callable[..., tuple[PyTree, Any, Arrays, Arrays]]
-    input_grad: Callable[..., tuple[list[jax.Array], Arrays]]
+    input_grad: Callable[..., tuple[list[jax.Array], Arrays, Arrays, list[jax.Array]]]
     weight_grad: Callable[..., list[jax.Array]]
+    recompute_weight_grad: Callable[..., list[jax.Array]]
     residual: tuple[Any, ...]
     weight_residual: tuple[Any, ...]
     stash: tuple[Any, ...]
-    has_grad: tuple[bool, ...]
+    deferred: tuple[Any, ...]
+    is_early: tuple[bool, ...]
+    is_late: tuple[bool, ...]
     reduce_axes: tuple[tuple[str, ...], ...]
+
+    @property
+    def has_grad(self) -> tuple[bool, ...]:
+        """For every leaf of params, whether its gradient can be other than zero."""
+        return tuple(map(operator.or_, self.is_early, self.is_late))
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -67,6 +85,7 @@ def split_vjp(
     ctx: PyTree,
     *,
     wanted: Sequence[bool] | None = None,
+    recomputes: bool = False,
 ) -> SplitVjp:
     """Traces `block` once and splits its vjp.
 
@@ -77,6 +96,8 @@ def split_vjp(
       x: The activation, arrays or avals.
       ctx: The context, arrays or avals; it has no cotangent.
       wanted: For every leaf of params whether it gets a gradient; None for all floating-point ones.
+      recomputes: Whether some weight gradients are to recompute; else `deferred` is empty, and
+        `recompute_weight_grad` not to be called.
 
     Returns:
       A SplitVjp.
@@ -85,14 +106,20 @@ def split_vjp(
         wanted = [is_differentiable(leaf) for leaf in jax.tree.leaves(params)]
     trace = _trace(block, params, x, ctx, wanted)
     graph = trace.graph
-    nodes = split_loops(graph, trace.dx, only=When.BACKWARD)
+    inline_free(graph, [*trace.y, *trace.aux, *trace.dx, *trace.dparams])
+    hoist_free(graph)
+    nodes = split_nested(graph, trace.dx, only=When.BACKWARD)
     backward = [n for n in nodes if n.when is When.BACKWARD]
     # Not every gradient depends on the cotangents: a custom_vjp may make its own.
     has_grad = tuple(isinstance(v, int) and v not in graph.zeros for v in trace.dparams)
-    dparams = [v for v, h in zip(trace.dparams, has_grad, strict=True) if h and isinstance(v, int)]
-    reduce_axes = [a for a, h in zip(trace.reduce_axes, has_grad, strict=True) if h]
-
     for_dx = needed(backward, trace.dx)
+    parts = [
+        part_early(graph, backward, for_dx, v) if h and isinstance(v, int) else (None, None)
+        for v, h in zip(trace.dparams, has_grad, strict=True)
+    ]
+    early = [v for v, _ in parts if v is not None]
+    dparams = [v for _, v in parts if v is not None]
+    for_dx = needed(backward, [*trace.dx, *early])
     ids = {id(n) for n in for_dx}
     stash = minimum_cut(
         backward,
@@ -103,13 +130,13 @@ def split_vjp(
         is_free=lambda v: graph.when[v] is not When.BACKWARD,
         prefer_late=False,
     )
-    input_nodes = needed(backward, [*trace.dx, *stash])
+    input_nodes = needed(backward, [*trace.dx, *early, *stash])
     weight_nodes = needed(backward, dparams, known=stash)
 
     # Of the forward, the backward reads these; cheap steps from what is kept are run again.
     forward = [n for n in nodes if n.when is When.FORWARD]
     reads = {v for n in (*input_nodes, *weight_nodes) for v in n.reads}
-    reads |= {v for v in (*trace.dx, *dparams) if isinstance(v, int)}
+    reads |= {v for v in (*trace.dx, *early, *dparams) if isinstance(v, int)}
     kept = minimum_cut(
         forward,
         wanted=[v for v in reads if graph.when[v] is When.FORWARD],
@@ -120,16 +147,39 @@ def split_vjp(
         prefer_late=True,
     )
     known = [n for n in nodes if n.when is not When.BACKWARD]
+    input_nodes = needed([*known, *input_nodes], [*trace.dx, *early, *stash], known=kept)
+    weight_nodes = needed([*known, *weight_nodes], dparams, known={*kept, *stash})
+    weight_residual = kept & ({v for n in weight_nodes for v in n.reads} | set(dparams))
+
+    # A weight gradient that recomputes may run everything again, from what is kept for it anyway
+    # and the fewest bytes besides: the cotangents of the block's outputs, or less.
+    deferred: set[int] = set()
+    again = needed([*known, *backward], dparams, known=kept)
+    if recomputes:
+        in_input_grad = {id(n) for n in input_nodes}
+        deferred = minimum_cut(
+            again,
+            wanted=dparams,
+            can_keep=lambda n: id(n) in in_input_grad,
+            can_redo=lambda n: not n.has_effect,
+            size=graph.num_bytes,
+            is_free=lambda v: graph.when[v] is When.ALWAYS or v in weight_residual,
+            prefer_late=True,
+        )
     return _assemble(
         trace,
-        kept=kept,
+        residual=tuple(sorted(kept - weight_residual)),
+        weight_residual=tuple(sorted(weight_residual)),
         stash=tuple(sorted(stash)),
-        has_grad=has_grad,
-        reduce_axes=tuple(reduce_axes),
+        deferred=tuple(sorted(deferred)),
+        is_early=tuple(v is not None for v, _ in parts),
+        is_late=tuple(v is not None for _, v in parts),
         forward_nodes=with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])),
-        input_nodes=needed([*known, *input_nodes], [*trace.dx, *stash], known=kept),
-        weight_nodes=needed([*known, *weight_nodes], dparams, known={*kept, *stash}),
-        dparams=dparams,
+        input_nodes=input_nodes,
+        weight_nodes=weight_nodes,
+        again_nodes=needed(again, dparams, known={*weight_residual, *deferred}),
+        early=early,
+        late=dparams,
     )
 
 
@@ -214,19 +264,20 @@ def _trace(
 def _assemble(
     trace: _Trace,
     *,
-    kept: set[int],
+    residual: tuple[int, ...],
+    weight_residual: tuple[int, ...],
     stash: tuple[int, ...],
-    has_grad: tuple[bool, ...],
-    reduce_axes: tuple[tuple[str, ...], ...],
+    deferred: tuple[int, ...],
+    is_early: tuple[bool, ...],
+    is_late: tuple[bool, ...],
     forward_nodes: list[Node],
     input_nodes: list[Node],
     weight_nodes: list[Node],
-    dparams: list[int],
+    again_nodes: list[Node],
+    early: list[int],
+    late: list[int],
 ) -> SplitVjp:
-    """Makes the three functions from their nodes."""
-    read_by_weight = {v for n in weight_nodes for v in n.reads} | set(dparams)
-    weight_residual = tuple(sorted(kept & read_by_weight))
-    residual = tuple(sorted(kept - read_by_weight))
+    """Makes the functions from their nodes."""
     avals = trace.graph.avals
 
     def environment(*groups: tuple[Sequence[int], Any]) -> dict[int, Any]:
@@ -258,28 +309,36 @@ def _assemble(
             (trace.daux, [] if daux is None else [daux]),
         )
         evaluate(input_nodes, env)
-        return [read(env, v) for v in trace.dx], tuple(env[v] for v in stash)
+        dx = [read(env, v) for v in trace.dx]
+        stashed, put_off = (tuple(env[v] for v in values) for values in (stash, deferred))
+        return dx, stashed, put_off, [env[v] for v in early]
 
-    def weight_grad(params: PyTree, ctx: PyTree, kept_longer: Arrays, stashed: Arrays) -> Any:
-        env = environment(
-            (trace.params, jax.tree.leaves(params)),
-            (trace.ctx, jax.tree.leaves(ctx)),
-            (weight_residual, kept_longer),
-            (stash, stashed),
-        )
-        evaluate(weight_nodes, env)
-        return [read(env, v) for v in dparams]
+    def weight_grad_from(values: tuple[int, ...], nodes: list[Node]) -> Callable[..., Any]:
+        def weight_grad(params: PyTree, ctx: PyTree, kept_longer: Arrays, arrays: Arrays) -> Any:
+            env = environment(
+                (trace.params, jax.tree.leaves(params)),
+                (trace.ctx, jax.tree.leaves(ctx)),
+                (weight_residual, kept_longer),
+                (values, arrays),
+            )
+            evaluate(nodes, env)
+            return [env[v] for v in late]
+
+        return jax.jit(weight_grad)
 
     return SplitVjp(
         # Under jit each is traced once however many layers and branches call it.
         forward=jax.jit(forward),
         input_grad=jax.jit(input_grad),
-        weight_grad=jax.jit(weight_grad),
+        weight_grad=weight_grad_from(stash, weight_nodes),
+        recompute_weight_grad=weight_grad_from(deferred, again_nodes),
         residual=tuple(avals[v] for v in residual),
         weight_residual=tuple(avals[v] for v in weight_residual),
         stash=tuple(avals[v] for v in stash),
-        has_grad=has_grad,
-        reduce_axes=reduce_axes,
+        deferred=tuple(avals[v] for v in deferred),
+        is_early=is_early,
+        is_late=is_late,
+        reduce_axes=tuple(trace.reduce_axes),
     )
 
 

@@ -67,20 +67,24 @@ def run(parts: SplitVjp, params: Any, x: Any, ctx: Any, *, has_aux: bool = False
     assert (aux is not None) == has_aux
     dy = _without_float0(jax.tree.map(cotangent, y))
     daux = cotangent(aux) if has_aux else None
-    dx, stash = parts.input_grad(params, ctx, residual, weight_residual, dy, daux)
-    grads = iter(parts.weight_grad(params, ctx, weight_residual, stash))
+    dx, stash, _, early = parts.input_grad(params, ctx, residual, weight_residual, dy, daux)
+    late = iter(parts.weight_grad(params, ctx, weight_residual, stash))
+    early = iter(early)
     for name, values in zip(
         ("residual", "weight_residual", "stash"), (residual, weight_residual, stash), strict=True
     ):
         avals = getattr(parts, name)
         assert [(v.shape, v.dtype) for v in values] == [(a.shape, a.dtype) for a in avals], name
     dparams = []
-    for leaf, has_grad in zip(jax.tree.leaves(params), parts.has_grad, strict=True):
+    leaves = jax.tree.leaves(params)
+    for leaf, is_early, is_late in zip(leaves, parts.is_early, parts.is_late, strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            dparams.append(next(grads) if has_grad else jnp.zeros(leaf.shape, leaf.dtype))
+            grads = [next(g) for g, mine in ((early, is_early), (late, is_late)) if mine]
+            dparams.append(sum(grads) if grads else jnp.zeros(leaf.shape, leaf.dtype))
         else:
-            assert not has_grad
-    assert not list(grads)
+            assert not is_early
+            assert not is_late
+    assert not [*early, *late]
     return jax.tree.leaves((y, aux)), dx, dparams
 
 

@@ -301,14 +301,3 @@ def test_leaves_of_any_array_type_and_avals():
     expected = checks.reference(block, P, X, None)
     for want, got in zip(expected, checks.run(parts, params, np.asarray(X), None), strict=True):
         checks.assert_leaves_close("NumPy", want, got, 1e-12)
-
-
-@pytest.mark.parametrize("case", ["cond on x", "jit with shardings"])
-def test_what_cannot_be_split_stashes_no_weight_gradient_twice(case):
-    mesh = jax.make_mesh((1,), ("one",))
-    sharding = jax.NamedSharding(mesh, jax.P())
-    fn = jax.jit(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], in_shardings=sharding)
-    blocks = {"cond on x": CASES["cond on x"][0], "jit with shardings": lambda p, x, c: fn(p, x)}
-    parts = checks.assert_equals_vjp(blocks[case], P, X)
-    counted = sum(checks.count_parts("dot_general", parts, P, X))
-    assert counted <= checks.count_vjp("dot_general", blocks[case], P, X)

@@ -20,9 +20,9 @@ def draw_block(rng: np.random.Generator, num_steps: int, depth: int = 2) -> Any:
     """Draws a function `(weights, values [T, D]) -> [T, D]` that gives the same in every trace."""
     steps: list[Any] = []
     for _ in range(num_steps):
-        kind = rng.choice(["unary", "binary", "weight", "weight", "bias", "call", "scan"])
+        kind = rng.choice(["unary", "binary", "weight", "weight", "bias", "call", "scan", "cond"])
         inner: Any = None
-        if kind in ("call", "scan"):
+        if kind in ("call", "scan", "cond"):
             if not depth:
                 continue
             inner = WRAPS[rng.integers(len(WRAPS))](draw_block(rng, 3, depth - 1))
@@ -43,6 +43,8 @@ def draw_block(rng: np.random.Generator, num_steps: int, depth: int = 2) -> Any:
                 value = a + jnp.tanh(w)[k % D]
             elif kind == "call":
                 value = inner(weights, [a, b])
+            elif kind == "cond":
+                value = choose(inner, weights, a, b)
             else:
                 value = scan(inner, weights, a, b)
             values.append(value)
@@ -60,7 +62,19 @@ def scan(inner: Any, weights: list, start: Any, rows: Any) -> Any:
     return lax.scan(body, start, rows)[0]
 
 
-@pytest.mark.parametrize("seed", range(12))
+def choose(inner: Any, weights: list, a: Any, b: Any) -> Any:
+    """Runs `inner`, on one thing or the other."""
+    return lax.switch(
+        jnp.argmax(jnp.abs(a).sum(-1)) + 1,
+        [
+            lambda: inner(weights, [a, b]),
+            lambda: inner(weights[::-1], [b, jnp.sin(a)]),
+            lambda: a + jnp.tanh(weights[0])[1],
+        ],
+    )
+
+
+@pytest.mark.parametrize("seed", range(16))
 def test_equals_vjp(seed):
     fn = draw_block(np.random.default_rng(seed), 8)
     wrap = WRAPS[seed % len(WRAPS)]

@@ -4,7 +4,7 @@ import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.excerpt import show_timeline
-from dualpipe_jax._schedule.ir import BUFFERS, Allocation, LiveRanges, Timeline
+from dualpipe_jax._schedule.ir import Allocation, LiveRanges, Timeline
 
 
 def verify_allocation(timeline: Timeline, allocation: Allocation) -> None:
@@ -18,8 +18,8 @@ def verify_allocation(timeline: Timeline, allocation: Allocation) -> None:
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
     """
-    for buffer in BUFFERS:
-        live, slot_of = allocation.live_ranges[buffer], allocation.slot_of[buffer]
+    for buffer, live in allocation.live_ranges.items():
+        slot_of = allocation.slot_of[buffer]
         num_slots = allocation.num_slots[buffer]
         _check_overlaps(timeline, buffer, live, slot_of)
         peak = _count_peaks(live, timeline.num_ticks, timeline.num_ranks)

@@ -7,11 +7,19 @@ token is a number for one value, such as "the x that enters stage 3 with microba
 import numpy as np
 
 from dualpipe_jax._schedule.excerpt import fail_at
-from dualpipe_jax._schedule.ir import BUFFERS, FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Tables
+from dualpipe_jax._schedule.ir import (
+    BUFFERS,
+    DEFERRED,
+    FORWARD,
+    IDLE,
+    INPUT_GRAD,
+    WEIGHT_GRAD,
+    Tables,
+)
 
 # Which buffer a column of slots belongs to.
 BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "received"}
-BUFFER_OF |= {"keep": "received"} | {name: name for name in BUFFERS[1:]}
+BUFFER_OF |= {"keep": "received"} | {name: name for name in (*BUFFERS[1:], DEFERRED)}
 # What a payload is; of a value that stays on its rank, the token counts the chunk instead.
 _X, _COTANGENT = range(2)
 
@@ -32,7 +40,8 @@ class _Interpreter:
     def __init__(self, tables: Tables):
         self.tables = tables
         self.slots = {
-            buffer: np.full((tables.num_ranks, tables.num_slots[buffer]), -1) for buffer in BUFFERS
+            buffer: np.full((tables.num_ranks, tables.num_slots.get(buffer, 0)), -1)
+            for buffer in (*BUFFERS, DEFERRED)
         }
         opcode, stage, microbatch = tables.opcode, tables.stage, tables.microbatch
         is_f, is_i = opcode == FORWARD, opcode == INPUT_GRAD
@@ -71,9 +80,11 @@ class _Interpreter:
             self._load(tick, "residual", local, of=is_i, free=is_i)
             self._load(tick, "weight_residual", local, of=is_i | is_w, free=is_w)
             self._load(tick, "stash", local, of=is_w, free=is_w)
+            self._load(tick, DEFERRED, local, of=is_w, free=is_w)
             self._store(tick, "residual", local, of=is_f)
             self._store(tick, "weight_residual", local, of=is_f)
             self._store(tick, "stash", local, of=is_i)
+            self._store(tick, DEFERRED, local, of=is_i)
 
             sent = self.output[tick]
             self._store(tick, "keep", sent)

@@ -21,7 +21,8 @@ def verify_tables(tables: Tables) -> None:
     - All tables are int32[num_ticks, num_ranks]; every slot exists in its buffer.
     - Each (stage, microbatch) has exactly one F, one I and one W (forward-only: one F), each
       on a rank and a chunk that `stage_of` gives that stage.
-    - An action names exactly the slots that it uses, an idle rank none.
+    - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
+      the stash or the deferred kind.
     - What is stored on arrival was sent by that neighbour in the tick before.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
       other's on the same rank and chunk.
@@ -45,7 +46,7 @@ def _check_shapes(tables: Tables) -> None:
     if tables.stage_of.shape != (tables.num_chunks, tables.num_ranks):
         raise ScheduleError(f"stage_of is {tables.stage_of.shape}, not [num_chunks, num_ranks]")
     for column, buffer in BUFFER_OF.items():
-        table, num_slots = getattr(tables, column), tables.num_slots[buffer]
+        table, num_slots = getattr(tables, column), tables.num_slots.get(buffer, 0)
         _fail_where(
             tables,
             (table < -1) | (table >= num_slots),
@@ -90,7 +91,8 @@ def _check_columns(tables: Tables) -> None:
         "read": (is_f & (tables.stage > 0)) | is_i,
         "residual": saves | is_i,
         "weight_residual": saves | is_i | is_w,
-        "stash": is_i | is_w,
+        "stash": (is_i | is_w) & (tables.deferred < 0),
+        "deferred": (is_i | is_w) & (tables.stash < 0),
     }
     for column, mask in used.items():
         named = getattr(tables, column) >= 0

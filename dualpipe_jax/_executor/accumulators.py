@@ -1,0 +1,66 @@
+"""Where gradients are added up: of a chunk's layers, by kind, and of what all blocks share.
+
+An action adds to some of them only; those alone go through its loop over layers.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from dualpipe_jax import _microbatches
+from dualpipe_jax._executor import registers
+from dualpipe_jax._kinds import Kind
+
+# Of one chunk: for each kind a list for the leaves that have a gradient.
+LayerGrads = dict[Kind, list[Any]]
+
+
+class Places(NamedTuple):
+    """Where a block's gradients are added up: those of the layer first, then those of shared.
+
+    Attributes:
+      layer: Places among the leaves of the layer that have a gradient.
+      shared: Places among the wanted leaves of shared.
+    """
+
+    layer: tuple[int, ...]
+    shared: tuple[int, ...]
+
+
+def take(
+    layers: LayerGrads, shared: list[jax.Array], places: dict[Kind, Places]
+) -> tuple[LayerGrads, dict[int, jax.Array]]:
+    """Takes the accumulators at `places`, those of shared by their places."""
+    of_shared = sorted({i for each in places.values() for i in each.shared})
+    of_layers = {kind: [layers[kind][i] for i in each.layer] for kind, each in places.items()}
+    return of_layers, {i: shared[i] for i in of_shared}
+
+
+def add(
+    layers: list[Any],
+    shared: dict[int, jax.Array],
+    gradients: list[jax.Array],
+    *,
+    places: Places,
+    layer: Any,
+) -> tuple[list[Any], dict[int, jax.Array]]:
+    """Adds a block's gradients to what was taken; `layer` is the layer's entry in the chunk."""
+    count = len(places.layer)
+    layers = registers.accumulate(layers, gradients[:count], layer)
+    added = zip(places.shared, gradients[count:], strict=True)
+    return layers, {**shared, **{i: _microbatches.add(shared[i], grad) for i, grad in added}}
+
+
+def put(
+    layers: LayerGrads,
+    shared: list[jax.Array],
+    places: dict[Kind, Places],
+    taken: tuple[LayerGrads, dict[int, jax.Array]],
+) -> tuple[LayerGrads, list[jax.Array]]:
+    """Puts back what was taken."""
+    of_layers, of_shared = taken
+    layers = {kind: list(old) for kind, old in layers.items()}
+    for kind, each in places.items():
+        for i, grad in zip(each.layer, of_layers[kind], strict=True):
+            layers[kind][i] = grad
+    return layers, [of_shared.get(i, old) for i, old in enumerate(shared)]

@@ -1,0 +1,78 @@
+"""Tables in which deferred weight grads recompute: two kinds of slot where there was the stash."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.ir import INPUT_GRAD, WEIGHT_GRAD
+from dualpipe_jax._schedule.verify import verify_tables
+from tests import table_interpreter
+from tests.schedules_under_test import NAMES, compiled
+
+SIZES = [(1, 3), (2, 4), (3, 2), (3, 7), (4, 8), (5, 11), (8, 16)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_compute_loss_and_grads(name):
+    for num_ranks, num_microbatches in SIZES:
+        tables = compiled(name, num_ranks, num_microbatches, stash_deferred=False).tables
+        model = table_interpreter.random_model(tables.num_stages, tables.num_microbatches)
+        loss, grads = table_interpreter.run(tables, *model)
+        expected_loss, expected_grads = table_interpreter.loss_and_grads(*model)
+        # The order of summation differs; float64 keeps 1e-12 with room to spare.
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+        np.testing.assert_allclose(grads, expected_grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_follows_its_input_grad_stashes(name):
+    for num_ranks, num_microbatches in SIZES:
+        plain = compiled(name, num_ranks, num_microbatches)
+        tables = compiled(name, num_ranks, num_microbatches, stash_deferred=False).tables
+        assert tables.num_slots["stash"] <= 1
+        num_slots = tables.num_slots.get("deferred", 0)
+        assert num_slots <= plain.tables.num_slots["stash"]
+        assert (tables.deferred >= 0).any() == (num_slots > 0)
+        for rank in range(num_ranks):
+            acts = [t for t in range(tables.num_ticks) if tables.opcode[t, rank]]
+            for before, tick in itertools.pairwise(acts):
+                if tables.opcode[tick, rank] == WEIGHT_GRAD:
+                    same = all(
+                        getattr(tables, c)[tick, rank] == getattr(tables, c)[before, rank]
+                        for c in ("stage", "microbatch")
+                    )
+                    follows = same and tables.opcode[before, rank] == INPUT_GRAD
+                    assert (tables.stash[tick, rank] >= 0) == follows
+        # What the public timeline says is unchanged.
+        assert plain.timeline.num_slots == plain.tables.num_slots
+
+
+def test_schedules_differ_in_what_they_put_off():
+    some = {name: compiled(name, 4, 8, stash_deferred=False).tables.num_slots for name in NAMES}
+    assert {name for name in NAMES if "deferred" in some[name]} == {
+        "dualpipe",
+        "dualpipev",
+        "zb-h1",
+    }
+
+
+cases = st.tuples(st.sampled_from(["dualpipe", "dualpipev", "zb-h1"]), st.integers(3, 5))
+
+
+@given(cases, st.sampled_from(["stash", "deferred"]), st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_changed_slot_is_caught(case, column, data):
+    tables = compiled(*case, 8, stash_deferred=False).tables
+    table = getattr(tables, column).copy()
+    tick = data.draw(st.integers(0, tables.num_ticks - 1))
+    rank = data.draw(st.integers(0, tables.num_ranks - 1))
+    table[tick, rank] = data.draw(
+        st.integers(-2, max(table.max(), 1) + 1).filter(lambda v: v != table[tick, rank])
+    )
+    with pytest.raises(ScheduleError):
+        verify_tables(dataclasses.replace(tables, **{column: table}))
