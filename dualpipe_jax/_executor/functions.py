@@ -206,7 +206,11 @@ def trace(
 
 
 def _captured(function: Callable[..., Any], *avals: Any) -> Callable[..., Any]:
-    run, _ = capture(lambda *args: (function(*args), []), *avals)
+    def without_gradients(*args: Any) -> tuple[Any, list[Any]]:
+        return function(*args), []
+
+    without_gradients.__name__ = function.__name__
+    run, _ = capture(without_gradients, *avals)
     return lambda *args: run(*args)[0]
 
 
@@ -296,12 +300,9 @@ def _summed(
         return function
 
     def run(*args: Any) -> Any:
-        results, gradients = ((), function(*args)) if is_all else _last(function(*args))
+        out = function(*args)
+        *results, gradients = (out,) if is_all else out
         summed = [lax.psum(g, over) if over else g for g, over in zip(gradients, axes, strict=True)]
         return summed if is_all else (*results, summed)
 
     return run
-
-
-def _last(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
-    return values[:-1], values[-1]

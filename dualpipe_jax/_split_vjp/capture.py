@@ -40,6 +40,7 @@ def capture(
         evaluate(nodes, env)
         return jax.tree.unflatten(jax.tree.structure(out), [read(env, v) for v in outputs])
 
+    run.__name__ = function.__name__  # what a profile shows
     # Under jit it is traced once, however many branches call it.
     return jax.jit(run), axes
 
