@@ -299,3 +299,39 @@ def test_a_batch_axis_may_be_manual_too() -> None:
         )
         results.append(jax.jit(grad_fn)(params, batch, rng=jax.random.key(1)))
     assert_close(results[1], results[0])
+
+
+@pytest.mark.slow
+def test_sums_in_the_model_over_an_axis_of_the_batch() -> None:
+    """A parameter in a sum over shards counts for all of them; an axis is left to the partitioner.
+
+    What JAX makes of the model under `vmap` with named axes is the reference.
+    """
+
+    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        both = jnp.tanh(x).mean() * params["gain"] + params["bias"]
+        twice = lax.psum(lax.psum(params["bias"], "data"), "data")
+        return x + params["gain"] * jnp.tanh(x) - lax.psum(both, "data") + twice
+
+    model, num_microbatches = model_of(block), 2
+    params, batch = make_params(gain=(), bias=()), make_batch(4)
+
+    def plain(params: Any) -> jax.Array:
+        def of_microbatch(tokens: jax.Array) -> jax.Array:
+            ctx = dpj.Context(microbatch=tokens)
+            x = embed(params["ends"], ctx)
+            x, _ = lax.scan(lambda x, layer: (block(layer, x, ctx), None), x, params["blocks"])
+            return head(params["ends"], x, ctx)
+
+        shards = batch.reshape(2, num_microbatches, ROWS, LENGTH)
+        return jax.vmap(jax.vmap(of_microbatch), axis_name="data")(shards).mean()
+
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(pipe=2, data=2, other=2),
+        num_microbatches=num_microbatches,
+        batch_axes="data",
+        manual_axes="data",
+    )
+    want = jax.jit(jax.value_and_grad(plain))(params)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
