@@ -115,6 +115,8 @@ def _variables(jaxpr: Any) -> Iterable[Any]:
     yield from (*jaxpr.constvars, *jaxpr.invars)
     for eqn in jaxpr.eqns:
         yield from eqn.outvars
+        for inner in jcore.jaxprs_in_params(eqn.params):
+            yield from _variables(inner)
 
 
 def _plain(jaxpr: Any) -> Any:

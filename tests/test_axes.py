@@ -335,3 +335,24 @@ def test_sums_in_the_model_over_an_axis_of_the_batch() -> None:
     )
     want = jax.jit(jax.value_and_grad(plain))(params)
     assert_close(jax.jit(grad_fn)(params, batch), want)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_what_varies_may_do_so_inside_a_jit_only(remat: str) -> None:
+    @jax.jit
+    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        rows = lax.pcast(x, "model", to="varying") @ params["w"]
+        return x + lax.pmean(jnp.tanh(rows), "model")
+
+    params, batch = make_params(w=(WIDTH, WIDTH)), make_batch(2)
+    options: Any = {
+        "mesh": make_mesh(pipe=2, model=2),
+        "num_microbatches": 2,
+        "manual_axes": "model",
+    }
+    model = model_of(block)
+    _, grads = jax.eval_shape(dpj.value_and_grad(model, remat=remat, **options), params, batch)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    plain = model_of(lambda params, x, ctx: x + jnp.tanh(x @ params["w"]))
+    want = dpj.sequential(plain, num_microbatches=2)(params, batch)
+    assert_close(jax.jit(dpj.evaluate(model, **options))(params, batch), want)
