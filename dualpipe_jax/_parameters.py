@@ -87,6 +87,9 @@ def specs(
     for path, leaf, spec in full:
         is_block = path[0].key == "blocks"
         name = f"params{keystr(path)} of shape {leaf.shape}, spec {spec}"
+        if spec is not None and (spec.unreduced or spec.reduced):
+            problems.append(f"{name}: unreduced= and reduced= are not for parameters")
+            continue
         entries = [_names(entry) for entry in spec or ()]
         if is_block and entries and entries[0] == (axis,):
             entries[0] = ()
@@ -122,7 +125,7 @@ def local_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> tupl
 def _problems(leaf: Any, entries: list, mesh: Mesh, manual_axes: tuple) -> list[str]:
     names = [name for entry in entries for name in entry]
     problems = [f"{name!r} is none of them" for name in names if name not in manual_axes]
-    problems += [f"{name!r} stands twice" for name in sorted(set(names)) if names.count(name) > 1]
+    problems += [f"{name!r} stands twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if len(entries) > leaf.ndim:
         problems.append(f"has {len(entries)} entries for {leaf.ndim} dims")
     elif not problems:
@@ -163,6 +166,7 @@ def _spread(
         raise ValueError(
             f"{name}: its tree must be that of params, or stop short of it: {error}"
         ) from error
-    leaves = jax.tree_util.tree_leaves_with_path(plain)
-    found = jax.tree.leaves(full, is_leaf=is_leaf)
-    return [(path, leaf, value) for (path, leaf), value in zip(leaves, found, strict=True)]
+    # A branch of params that is None has no leaves, but is one where prefix may hold None.
+    leaves = jax.tree_util.tree_leaves_with_path(plain, is_leaf=lambda leaf: leaf is None)
+    pairs = zip(leaves, jax.tree.leaves(full, is_leaf=is_leaf), strict=True)
+    return [(path, leaf, value) for (path, leaf), value in pairs if leaf is not None]

@@ -24,7 +24,8 @@ from dualpipe_jax._types import Context, Model, PyTree
 class Outputs:
     """Avals of what a model's functions return, and of the context that a block is given.
 
-    `aux` has an entry for each kind of layer, and `aux_sum` holds any of them; None without.
+    `aux` has an entry for each kind of layer, and `aux_sum` holds any of them; None without, as
+    `weight`.
     """
 
     x: PyTree
@@ -33,6 +34,7 @@ class Outputs:
     metrics: PyTree
     aux: dict[Kind, Any]
     aux_sum: Any
+    weight: Any
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -61,6 +63,15 @@ def is_model(model: Any) -> None:
         )
     if model.layout is not None or isinstance(model.block, Mapping):
         _kinds_fit(model.block, model.layout)
+    blocks = {block_name(kind): block for kind, block in _kinds.blocks_of(model).items()}
+    functions = {"model.embed": model.embed, **blocks, "model.head": model.head}
+    if model.weight is not None:
+        functions["model.weight"] = model.weight
+    raise_all(
+        "model: embed, block, head and weight (if it is not None) must be functions",
+        (f"{name} is {show(value)}" for name, value in functions.items() if not callable(value)),
+        error=TypeError,
+    )
 
 
 def _kinds_fit(block: Any, layout: Any) -> None:
@@ -315,15 +326,33 @@ def outputs(
         }
         aux_sum = functools.reduce(operator.add, aux.values()) if model.block_has_aux else None
         loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
+        weight = None if model.weight is None else model.weight(microbatch)
         if model.weight is not None:
-            weight = model.weight(microbatch)
             fix = "sum it over the microbatch, or leave weight=None for the mean of head"
             _scalar(
                 "model.weight", "a real scalar", weight, fix=fix, of=(jnp.floating, jnp.integer)
             )
-        return Outputs(x=x, ctx=bare_ctx, loss=loss, metrics=metrics, aux=aux, aux_sum=aux_sum)
+        return Outputs(
+            x=x,
+            ctx=bare_ctx,
+            loss=loss,
+            metrics=metrics,
+            aux=aux,
+            aux_sum=aux_sum,
+            weight=weight,
+        )
 
-    jaxpr, outs = jax.make_jaxpr(run, return_shape=True)(outside, layers, microbatch, rng, shard)
+    trace = jax.make_jaxpr(run, return_shape=True)
+    try:
+        jaxpr, outs = trace(outside, layers, microbatch, rng, shard)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        what = str(error).split(". ")[0]  # what follows is a fix that is none here
+        raise ValueError(
+            f"model: one of its functions names an axis that it may not ({what}); mesh axes must "
+            "be named in manual_axes (dualpipe_jax.sequential knows none: give it a model without)"
+        ) from error
     used = _varying.named_axes(jaxpr.jaxpr) & set(hidden_axes)
     if used:
         raise ValueError(
@@ -337,11 +366,12 @@ def reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:
     """Requires what is added up over microbatches to be alike where these do not differ."""
     allowed = set(loss_axes)
     values = {"model.head: its loss": outs.loss, "model.head: metrics": outs.metrics}
+    values["model.weight"] = outs.weight
     values |= {f"{block_name(kind)}: its aux loss": aux for kind, aux in outs.aux.items()}
     raise_all(
         "manual_axes: over an axis that is not one of batch_axes, all devices must come to one "
-        "loss and the same metrics; reduce them (jax.lax.psum or pmean), or name the axis in "
-        "batch_axes if the rows of the batch are spread over it",
+        "loss and weight and the same metrics; reduce them (jax.lax.psum or pmean), or name the "
+        "axis in batch_axes if the rows of the batch are spread over it",
         (
             f"{name}{keystr(path)} varies over {', '.join(map(repr, sorted(axes)))}"
             for name, value in values.items()

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 from jax.extend import core as jcore
 from jax.extend.core import primitives
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -65,7 +65,30 @@ def aval(value: Any, axes: Iterable[str] = ()) -> jax.ShapeDtypeStruct:
     """Makes the aval of an array that varies over `axes`."""
     plain = jax.ShapeDtypeStruct(value.shape, value.dtype)
     axes = tuple(axes)
-    return jax.eval_shape(lambda array: cast(array, axes), plain) if axes else plain
+    return in_context(jax.eval_shape(lambda array: cast(array, axes), plain)) if axes else plain
+
+
+def in_context(tree: PyTree) -> PyTree:
+    """Makes arguments of avals that `jax.eval_shape` returned.
+
+    Where an axis is left to the partitioner it returns them without their mesh, and does not take
+    them so if they vary.
+    """
+    replicated = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: leaf.update(sharding=replicated) if varies_over(leaf) else leaf, tree
+    )
+
+
+def sum_over(values: PyTree, axes: Iterable[str]) -> PyTree:
+    """Sums arrays over mesh axes; over one that stands twice, twice."""
+    left = list(axes)
+    while left:
+        once = tuple(dict.fromkeys(left))
+        values = lax.psum(values, once)
+        for name in once:
+            left.remove(name)
+    return values
 
 
 def named_axes(jaxpr: Any) -> set[str]:
@@ -92,6 +115,8 @@ def _variables(jaxpr: Any) -> Iterable[Any]:
     yield from (*jaxpr.constvars, *jaxpr.invars)
     for eqn in jaxpr.eqns:
         yield from eqn.outvars
+        for inner in jcore.jaxprs_in_params(eqn.params):
+            yield from _variables(inner)
 
 
 def _plain(jaxpr: Any) -> Any:

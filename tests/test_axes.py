@@ -299,3 +299,60 @@ def test_a_batch_axis_may_be_manual_too() -> None:
         )
         results.append(jax.jit(grad_fn)(params, batch, rng=jax.random.key(1)))
     assert_close(results[1], results[0])
+
+
+@pytest.mark.slow
+def test_sums_in_the_model_over_an_axis_of_the_batch() -> None:
+    """A parameter in a sum over shards counts for all of them; an axis is left to the partitioner.
+
+    What JAX makes of the model under `vmap` with named axes is the reference.
+    """
+
+    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        both = jnp.tanh(x).mean() * params["gain"] + params["bias"]
+        twice = lax.psum(lax.psum(params["bias"], "data"), "data")
+        return x + params["gain"] * jnp.tanh(x) - lax.psum(both, "data") + twice
+
+    model, num_microbatches = model_of(block), 2
+    params, batch = make_params(gain=(), bias=()), make_batch(4)
+
+    def plain(params: Any) -> jax.Array:
+        def of_microbatch(tokens: jax.Array) -> jax.Array:
+            ctx = dpj.Context(microbatch=tokens)
+            x = embed(params["ends"], ctx)
+            x, _ = lax.scan(lambda x, layer: (block(layer, x, ctx), None), x, params["blocks"])
+            return head(params["ends"], x, ctx)
+
+        shards = batch.reshape(2, num_microbatches, ROWS, LENGTH)
+        return jax.vmap(jax.vmap(of_microbatch), axis_name="data")(shards).mean()
+
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(pipe=2, data=2, other=2),
+        num_microbatches=num_microbatches,
+        batch_axes="data",
+        manual_axes="data",
+    )
+    want = jax.jit(jax.value_and_grad(plain))(params)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_what_varies_may_do_so_inside_a_jit_only(remat: str) -> None:
+    @jax.jit
+    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        rows = lax.pcast(x, "model", to="varying") @ params["w"]
+        return x + lax.pmean(jnp.tanh(rows), "model")
+
+    params, batch = make_params(w=(WIDTH, WIDTH)), make_batch(2)
+    options: Any = {
+        "mesh": make_mesh(pipe=2, model=2),
+        "num_microbatches": 2,
+        "manual_axes": "model",
+    }
+    model = model_of(block)
+    _, grads = jax.eval_shape(dpj.value_and_grad(model, remat=remat, **options), params, batch)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    plain = model_of(lambda params, x, ctx: x + jnp.tanh(x @ params["w"]))
+    want = dpj.sequential(plain, num_microbatches=2)(params, batch)
+    assert_close(jax.jit(dpj.evaluate(model, **options))(params, batch), want)

@@ -148,6 +148,24 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
             "'model' stands twice",
         ],
     ),
+    "specs say what is not for them": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": "model",
+            "param_specs": {
+                "ends": {"table": P(3, "model"), "out": P(None, unreduced={"model"})},
+                "blocks": {"w": P(None, P.UNCONSTRAINED, "model"), "b": None},
+            },
+        },
+        ValueError,
+        [
+            "params['ends']['table'] of shape (4, 4), spec P(3, 'model'): 3 is none of them",
+            "params['ends']['out']",
+            "unreduced= and reduced= are not for parameters",
+            "params['blocks']['w']",
+            "UNCONSTRAINED is none of them",
+        ],
+    ),
     "specs do not divide": (
         {
             "mesh": WIDE_MESH,
@@ -178,6 +196,34 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         },
         ValueError,
         ["model.block: its aux loss varies over 'model'"],
+    ),
+    "everything differs because x does after a block": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": "model",
+            "model": model(
+                block=lambda params, x, ctx: (x * jax.lax.axis_index("model"), x.mean()),
+                head=lambda ends, x, ctx: (x.mean(), {"sum": x.sum()}),
+                weight=lambda microbatch: 1 + jax.lax.axis_index("model"),
+                has_aux=True,
+                block_has_aux=True,
+            ),
+        },
+        ValueError,
+        [
+            "model.head: its loss varies over 'model'",
+            "model.head: metrics['sum'] varies over 'model'",
+            "model.block: its aux loss varies over 'model'",
+            "model.weight varies over 'model'",
+        ],
+    ),
+    "collective over an axis left to the partitioner": (
+        {
+            "mesh": WIDE_MESH,
+            "model": model(block=lambda params, x, ctx: jax.lax.pmean(x, "model")),
+        },
+        ValueError,
+        ["model: one of its functions names an axis", "unbound axis name: model", "in manual_axes"],
     ),
     "collective over a batch axis": (
         {
@@ -268,6 +314,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         {"model": (MODEL.embed, MODEL.block, MODEL.head)},
         TypeError,
         ["model", "Model", "tuple"],
+    ),
+    "functions that are none": (
+        {"model": model(embed=None, block={"a": 3}, weight=1, layout=["a", "a"])},
+        TypeError,
+        ["model.embed is NoneType None", "model.block['a'] is int 3", "model.weight is int 1"],
     ),
     # params
     "params not a dict": (

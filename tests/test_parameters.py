@@ -119,6 +119,29 @@ def test_any_mask() -> None:
         assert_close((got_loss, got), (loss, masked(grads, full)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "trainable": {
+                "ends": {"table": True, "out": True, "bias": None},
+                "blocks": False,
+                "shared": None,
+            }
+        },
+    ],
+)
+def test_branches_may_be_none(options: Any) -> None:
+    params, batch = lora_params(2), make_batch(2)
+    params["ends"]["bias"] = params["blocks"]["rest"] = params["shared"] = None
+    grad_fn = dpj.value_and_grad(
+        LORA, mesh=make_mesh(2), num_microbatches=2, param_specs=None, **options
+    )
+    _, grads = jax.eval_shape(grad_fn, params, batch)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+
+
 def test_zeros_of_frozen_leaves_take_grad_dtype() -> None:
     params, batch = lora_params(2), make_batch(2)
     grad_fn = dpj.value_and_grad(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax import lax
 
 from dualpipe_jax import _microbatches, _validate, _varying
 from dualpipe_jax._executor.accumulators import Places
@@ -122,7 +121,8 @@ def trace(
         hidden_axes=hidden_axes,
     )
     shared = args.outside.get("shared")
-    layer_ctx, ends_ctx = outs.ctx, replace(outs.ctx, layer=None)
+    layer_ctx = _varying.in_context(outs.ctx)
+    ends_ctx = replace(layer_ctx, layer=None)
 
     def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
         def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
@@ -131,11 +131,17 @@ def trace(
 
         return run
 
+    def head_of(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
+        outputs = model.head(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
+        return _microbatches.head_outputs(model, outputs)
+
     plain = {kind: with_shared(block) for kind, block in blocks.items()}
     params = {kind: (layer, shared) for kind, layer in args.layers.items()}
-    x = _varying_x(plain, params, outs.x, layer_ctx)
+    x, aux = _varying_x(plain, params, _varying.in_context(outs.x), layer_ctx)
     loss_axes = args.loss_axes
-    outs = replace(outs, x=x)
+    # What varies was not known before it was known what x varies over.
+    loss, metrics = jax.eval_shape(head_of, args.outside, x, ends_ctx)
+    outs = replace(outs, x=x, loss=loss, metrics=metrics, aux=aux)
     _validate.reduced(outs, loss_axes)
 
     def as_x(values: PyTree) -> PyTree:
@@ -153,9 +159,7 @@ def trace(
         return as_x(_microbatches.strong(model.embed(outside["ends"], ctx)))
 
     def head(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
-        ctx = replace(ctx, shared=outside.get("shared"))
-        outputs = model.head(outside["ends"], x, ctx)
-        loss, metrics = _microbatches.head_outputs(model, outputs)
+        loss, metrics = head_of(outside, x, ctx)
         return _varying.cast(loss, loss_axes), metrics
 
     wanted = [*args.wanted["ends"], *args.wanted["shared"]]
@@ -216,19 +220,23 @@ def _captured(function: Callable[..., Any], *avals: Any) -> Callable[..., Any]:
 
 def _varying_x(
     blocks: dict[Kind, Callable[..., Any]], params: dict[Kind, PyTree], x: PyTree, ctx: Context
-) -> PyTree:
-    """Finds over which manual axes x varies: those of what embed returns, and what blocks add."""
+) -> tuple[PyTree, dict[Kind, Any]]:
+    """Finds over which manual axes x varies: those of what embed returns, and what blocks add.
+
+    Returns:
+      Avals of x, and of the aux loss of each kind of block, or None.
+    """
     while True:
         leaves, structure = jax.tree.flatten(x)
         before = [_varying.varies_over(a) for a in leaves]
-        grown = before
+        grown, aux = before, {}
         for kind, block in blocks.items():
-            y, _ = jax.eval_shape(block, params[kind], x, ctx)
+            y, aux[kind] = jax.eval_shape(block, params[kind], x, ctx)
             after = map(_varying.varies_over, jax.tree.leaves(y))
             grown = [a | b for a, b in zip(grown, after, strict=True)]
         x = jax.tree.unflatten(structure, map(_varying.aval, leaves, grown))
         if grown == before:
-            return x
+            return x, aux
 
 
 def _gradients(
@@ -302,7 +310,7 @@ def _summed(
     def run(*args: Any) -> Any:
         out = function(*args)
         *results, gradients = (out,) if is_all else out
-        summed = [lax.psum(g, over) if over else g for g, over in zip(gradients, axes, strict=True)]
+        summed = [_varying.sum_over(g, over or ()) for g, over in zip(gradients, axes, strict=True)]
         return summed if is_all else (*results, summed)
 
     return run

@@ -346,6 +346,7 @@ def _sums(values: list[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.
     for over in dict.fromkeys(axes):
         if over:
             places = [i for i, each in enumerate(axes) if each == over]
-            for i, total in zip(places, lax.psum([values[i] for i in places], over), strict=True):
+            totals = _varying.sum_over([values[i] for i in places], over)
+            for i, total in zip(places, totals, strict=True):
                 out[i] = total
     return out

@@ -41,7 +41,7 @@ def _before(
         return inner, (*axes, *node.reduces)
     if node.name == "add_any" or (node.name in _MOVABLE and len(node.inputs) == 1):
         found = [_before(graph, producer, part) for part in node.inputs]
-        kinds = {frozenset(axes) for _, axes in found}
+        kinds = {tuple(sorted(axes)) for _, axes in found}
         if len(kinds) == 1 and found[0][1]:
             output = graph.new_value(graph.avals[node.outputs[0]], node.when)
             inputs = tuple(part for part, _ in found)
