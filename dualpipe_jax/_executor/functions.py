@@ -219,7 +219,7 @@ def _varying_x(
         before = [_varying.varies_over(a) for a in leaves]
         grown = before
         for kind, block in blocks.items():
-            y, _ = jax.eval_shape(block, params[kind], x, ctx)
+            y, _ = _varying.eval_shape(block, params[kind], x, ctx)
             after = map(_varying.varies_over, jax.tree.leaves(y))
             grown = [a | b for a, b in zip(grown, after, strict=True)]
         x = jax.tree.unflatten(structure, map(_varying.aval, leaves, grown))
