@@ -359,7 +359,7 @@ def outputs(
             f"model: its functions name the mesh axes {sorted(used)}, but may name manual_axes "
             "only; name them there too (the pipeline axis is the library's own)"
         )
-    return outs
+    return _varying.with_mesh(outs)
 
 
 def reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:

@@ -65,19 +65,28 @@ def aval(value: Any, axes: Iterable[str] = ()) -> jax.ShapeDtypeStruct:
     """Makes the aval of an array that varies over `axes`."""
     plain = jax.ShapeDtypeStruct(value.shape, value.dtype)
     axes = tuple(axes)
-    return in_context(jax.eval_shape(lambda array: cast(array, axes), plain)) if axes else plain
+    return eval_shape(lambda array: cast(array, axes), plain) if axes else plain
 
 
-def in_context(tree: PyTree) -> PyTree:
-    """Makes arguments of avals that `jax.eval_shape` returned.
+def eval_shape(function: Callable[..., Any], *args: Any) -> Any:
+    """As `jax.eval_shape`; what it returns may be an argument again."""
+    return with_mesh(jax.eval_shape(function, *args))
 
-    Where an axis is left to the partitioner it returns them without their mesh, and does not take
-    them so if they vary.
+
+def with_mesh(avals: PyTree) -> PyTree:
+    """Gives avals that vary the mesh of the context, which JAX demands of an argument.
+
+    It leaves the mesh out of what it returns if some axes are the partitioner's.
     """
-    replicated = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: leaf.update(sharding=replicated) if varies_over(leaf) else leaf, tree
-    )
+
+    def place(leaf: Any) -> Any:
+        if not varies_over(leaf) or leaf.sharding is not None:
+            return leaf
+        return leaf.update(
+            sharding=NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+        )
+
+    return jax.tree.map(place, avals)
 
 
 def sum_over(values: PyTree, axes: Iterable[str]) -> PyTree:
@@ -112,11 +121,13 @@ def without_types(closed: Any) -> Any:
 
 
 def _variables(jaxpr: Any) -> Iterable[Any]:
+    """Yields the variables of a jaxpr, and of those in it that are typed as it is."""
     yield from (*jaxpr.constvars, *jaxpr.invars)
     for eqn in jaxpr.eqns:
         yield from eqn.outvars
-        for inner in jcore.jaxprs_in_params(eqn.params):
-            yield from _variables(inner)
+        if eqn.primitive.name != "shard_map":
+            for inner in jcore.jaxprs_in_params(eqn.params):
+                yield from _variables(inner)
 
 
 def _plain(jaxpr: Any) -> Any:
@@ -147,6 +158,9 @@ def _plain(jaxpr: Any) -> Any:
             env.update(zip(eqn.outvars, map(read, eqn.invars), strict=True))
             continue
         primitive, params = _without_kind(eqn)
+        if primitive.name == "shard_map":
+            # One that keeps types of its own would find those missing that were taken out here.
+            params = {**params, "check_vma": False}
         eqns.append(
             eqn.replace(
                 primitive=primitive,

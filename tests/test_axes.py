@@ -262,6 +262,39 @@ def test_tensor_parallel(axes: Any, schedule: str, kind: AxisType) -> None:
 
 
 @pytest.mark.slow
+def test_manual_axis_beside_one_left_to_the_partitioner() -> None:
+    """The block sums over the first by name, and opens a shard_map over the second."""
+
+    def mapped(params: Any, x: jax.Array) -> jax.Array:
+        def fn(x: jax.Array, up: jax.Array) -> jax.Array:
+            return x + lax.psum(jnp.tanh(x @ up).sum(-1, keepdims=True), "expert")
+
+        return jax.shard_map(
+            fn, in_specs=(P(), P(None, "expert")), out_specs=P(), axis_names={"expert"}
+        )(x, params["mapped"])
+
+    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        return mapped(params, tensor_parallel(params, x, ctx))
+
+    def plain(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        x = tensor_sequential(params, x, ctx)
+        return x + jnp.tanh(x @ params["mapped"]).sum(-1, keepdims=True)
+
+    params = make_params(**TENSOR_SHAPES, mapped=(WIDTH, HIDDEN))
+    batch = make_batch(4)
+    grad_fn = dpj.value_and_grad(
+        model_of(block),
+        mesh=make_mesh(AxisType.Auto, pipe=2, model=2, expert=2),
+        num_microbatches=4,
+        remat="block",
+        manual_axes=("model",),
+        param_specs={"ends": P(), "blocks": {**TENSOR_SPECS["blocks"], "mapped": P()}},
+    )
+    want = sequential_value_and_grad(model_of(plain), 4)(params, batch)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"pipe": 4, "model": 2}, {"pipe": 2, "data": 2, "model": 2}])
 def test_tensor_parallel_by_annotations(axes: Any) -> None:
     params = make_params(**TENSOR_SHAPES)

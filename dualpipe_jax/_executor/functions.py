@@ -121,7 +121,7 @@ def trace(
         hidden_axes=hidden_axes,
     )
     shared = args.outside.get("shared")
-    layer_ctx = _varying.in_context(outs.ctx)
+    layer_ctx = outs.ctx
     ends_ctx = replace(layer_ctx, layer=None)
 
     def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,10 +137,10 @@ def trace(
 
     plain = {kind: with_shared(block) for kind, block in blocks.items()}
     params = {kind: (layer, shared) for kind, layer in args.layers.items()}
-    x, aux = _varying_x(plain, params, _varying.in_context(outs.x), layer_ctx)
+    x, aux = _varying_x(plain, params, outs.x, layer_ctx)
     loss_axes = args.loss_axes
     # What varies was not known before it was known what x varies over.
-    loss, metrics = jax.eval_shape(head_of, args.outside, x, ends_ctx)
+    loss, metrics = _varying.eval_shape(head_of, args.outside, x, ends_ctx)
     outs = replace(outs, x=x, loss=loss, metrics=metrics, aux=aux)
     _validate.reduced(outs, loss_axes)
 
@@ -231,7 +231,7 @@ def _varying_x(
         before = [_varying.varies_over(a) for a in leaves]
         grown, aux = before, {}
         for kind, block in blocks.items():
-            y, aux[kind] = jax.eval_shape(block, params[kind], x, ctx)
+            y, aux[kind] = _varying.eval_shape(block, params[kind], x, ctx)
             after = map(_varying.varies_over, jax.tree.leaves(y))
             grown = [a | b for a, b in zip(grown, after, strict=True)]
         x = jax.tree.unflatten(structure, map(_varying.aval, leaves, grown))

@@ -25,7 +25,7 @@ from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate,
 from dualpipe_jax._split_vjp.mapped import hoist_free
 from dualpipe_jax._split_vjp.nested import split_nested
 from dualpipe_jax._split_vjp.reductions import without_reductions
-from dualpipe_jax._varying import in_context, without_types
+from dualpipe_jax._varying import eval_shape, without_types
 
 PyTree = Any
 Arrays = tuple[jax.Array, ...]
@@ -206,7 +206,7 @@ def _trace(
 ) -> _Trace:
     param_leaves, param_structure = jax.tree.flatten(params)
     x_leaves, x_structure = jax.tree.flatten(x)
-    _, aux = jax.eval_shape(block, params, x, ctx)
+    _, aux = eval_shape(block, params, x, ctx)
     has_aux = aux is not None
 
     def joint(param_leaves: list, x_leaves: list, ctx: PyTree, dy: list, daux: list) -> Any:
@@ -225,7 +225,7 @@ def _trace(
         return y, aux, dx, dparams
 
     dy = _pick(x_leaves)
-    daux = [in_context(aux)] if has_aux else []
+    daux = [aux] if has_aux else []
     jaxpr, out = jax.make_jaxpr(joint, return_shape=True)(param_leaves, x_leaves, ctx, dy, daux)
     jaxpr = without_types(jaxpr)
     graph = Graph()
