@@ -11,8 +11,9 @@ the parameters, so that they get no slot.
 
 A conditional with effects (a debug print) is left whole. So is a `while` loop: all that it makes
 hangs on what it carries round. It has no reverse mode, so in a backward it stands only where a
-`custom_vjp` has one. Weights that a conditional inside of a scan, or of another conditional, hands
-on to its backward are kept, where JAX does not see by itself that they are parameters.
+`custom_vjp` has one. Weights that a conditional inside of a scan, a `shard_map`, or another
+conditional hands on to its backward are kept, where JAX does not see by itself that they are
+parameters. A weight gradient that comes with dx in some branches only waits in the stash.
 """
 
 from collections import Counter
