@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dualpipe_jax as dpj
 from experiments.compare_schedules import measuring, report
 from experiments.train_lm import data, training
+from experiments.train_lm.flags import PositiveFloat
 from experiments.train_lm.model import LanguageModel
 from experiments.train_lm.train_lm import Refusal
 
@@ -53,7 +54,7 @@ _positive = click.IntRange(min=1)
 @click.option("--heads", type=_positive, default=4, help="Of the attention in each layer.")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=PositiveFloat(),
     default=3e-3,
     help="At its peak, after warm-up.",
 )

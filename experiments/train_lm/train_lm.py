@@ -15,6 +15,7 @@ from rich.console import Console
 
 import dualpipe_jax as dpj
 from experiments.train_lm import data, training
+from experiments.train_lm.flags import PositiveFloat
 from experiments.train_lm.log import Log
 from experiments.train_lm.model import LanguageModel
 from experiments.train_lm.sample import continue_text
@@ -49,7 +50,7 @@ class Refusal(click.ClickException):
 @click.option("--heads", type=_positive, default=4, help="Of the attention in each layer.")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=PositiveFloat(),
     default=3e-3,
     help="At its peak, after warm-up.",
 )

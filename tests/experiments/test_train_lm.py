@@ -137,6 +137,7 @@ def test_ctrl_c_leaves_the_log_and_the_pictures(tmp_path: Path) -> None:
         ("--ranks 0", "Invalid value for '--ranks': 0 is not in the range x>=1"),
         ("--layers 3 --ranks 4", "--layers 3: fewer than the 4 stages of dualpipe over 4 ranks"),
         ("--ranks 99", "--ranks 99: more than the devices here (8 x cpu); lower --ranks"),
+        ("--learning-rate nan", "not a finite number"),
         ("--learning-rate 0", "Invalid value for '--learning-rate'"),
         ("--data SHORT", "too little text: 90 bytes to train on and 10 held out"),
     ],
