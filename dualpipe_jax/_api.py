@@ -62,7 +62,7 @@ def value_and_grad(
         or sequence parallel): they are given a device's part of the parameters and, where the axis
         is one of batch_axes too, of the batch. JAX's check of varying values holds for them, as in
         `jax.shard_map` (`jax.lax.pcast` is the fix for most of its errors). Over an axis that is
-        not one of batch_axes all devices must come to the same loss.
+        not one of batch_axes all devices must come to the same loss, weight and metrics.
       param_specs: How params lie over the manual axes: a tree of PartitionSpecs whose leaves stand
         for whole branches of params; None for what is the same on all of their devices. The first
         entry for a leaf of blocks is that of the layers' dim.

@@ -104,20 +104,63 @@ def named_axes(jaxpr: Any) -> set[str]:
     """Collects the mesh axes that the collectives of a jaxpr name."""
     names: set[str] = set()
     for eqn in jaxpr.eqns:
-        for key in ("axes", "axis_name"):
-            value = eqn.params.get(key, ())
-            entries = value if isinstance(value, tuple | list) else (value,)
-            names.update(entry for entry in entries if isinstance(entry, str))
+        names |= _axes_of(eqn)
         for inner in jcore.jaxprs_in_params(eqn.params):
             names |= named_axes(inner)
     return names
 
 
 def without_types(closed: Any) -> Any:
-    """Rewrites a jaxpr so that it runs where no types are kept, to the same values."""
+    """Rewrites a jaxpr so that it runs where no types are kept, to the same values.
+
+    Raises:
+      ValueError: If devices part ways before a collective, which JAX does not refuse.
+    """
+    _require_company(closed.jaxpr)
     if not any(varies_over(var.aval) for var in _variables(closed.jaxpr)):
         return closed
     return jcore.ClosedJaxpr(_plain(closed.jaxpr), closed.consts)
+
+
+def _require_company(jaxpr: Any) -> None:
+    """Requires that all devices of an axis come to each collective over it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "shard_map":  # one of the model's own is JAX's to check
+            continue
+        inner = list(jcore.jaxprs_in_params(eqn.params))
+        parted: frozenset[str] = frozenset()
+        if eqn.primitive.name == "cond":
+            parted = varies_over(eqn.invars[0].aval)
+        elif eqn.primitive.name == "while":
+            parted = varies_over(eqn.params["cond_jaxpr"].jaxpr.outvars[0].aval)
+        met = set().union(*(_communicates_over(each) for each in inner)) & parted
+        if met:
+            raise ValueError(
+                f"model: a jax.lax.{eqn.primitive.name} must not hold a collective over "
+                f"{', '.join(map(repr, sorted(met)))}, where devices of it choose differently: "
+                "some would wait for ever; choose by what is the same on all of them, or take the "
+                "collective out. The gradient of what is the same on all is one: give it to "
+                "jax.lax.pcast(.., to='varying') before the choice"
+            )
+        for each in inner:
+            _require_company(each)
+
+
+def _communicates_over(jaxpr: Any) -> set[str]:
+    alone = {"axis_index", *_CASTS}
+    return {
+        name
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name not in alone
+        for name in _axes_of(eqn)
+        | set().union(*map(_communicates_over, jcore.jaxprs_in_params(eqn.params)))
+    }
+
+
+def _axes_of(eqn: Any) -> set[str]:
+    values = (eqn.params.get(key, ()) for key in ("axes", "axis_name"))
+    entries = (value if isinstance(value, tuple | list) else (value,) for value in values)
+    return {entry for each in entries for entry in each if isinstance(entry, str)}
 
 
 def _variables(jaxpr: Any) -> Iterable[Any]:
@@ -125,7 +168,7 @@ def _variables(jaxpr: Any) -> Iterable[Any]:
     yield from (*jaxpr.constvars, *jaxpr.invars)
     for eqn in jaxpr.eqns:
         yield from eqn.outvars
-        if eqn.primitive.name != "shard_map":
+        if eqn.primitive.name != "shard_map":  # one of the model's own keeps types of its own
             for inner in jcore.jaxprs_in_params(eqn.params):
                 yield from _variables(inner)
 

@@ -217,6 +217,26 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
             "model.weight varies over 'model'",
         ],
     ),
+    "collective that some devices pass by": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": "model",
+            # The one of its derivative: w is the same on all devices.
+            "model": model(
+                block=lambda params, x, ctx: jax.lax.psum(
+                    jax.lax.cond(
+                        jax.lax.axis_index("model") == 0,
+                        lambda x: x @ params["w"],
+                        lambda x: x,
+                        jax.lax.pcast(x, "model", to="varying"),
+                    ),
+                    "model",
+                )
+            ),
+        },
+        ValueError,
+        ["model: a jax.lax.cond must not hold a collective over 'model'", "jax.lax.pcast"],
+    ),
     "collective over an axis left to the partitioner": (
         {
             "mesh": WIDE_MESH,
