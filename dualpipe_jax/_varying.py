@@ -50,8 +50,8 @@ def inside(
 
 def varies_over(value: Any) -> frozenset[str]:
     """Returns the axes over which an array, or an aval of `jax.eval_shape`, varies."""
-    value = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
-    kind = getattr(value, "manual_axis_type", None)
+    aval = jax.typeof(value) if isinstance(value, jax.Array) else value
+    kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
 
 

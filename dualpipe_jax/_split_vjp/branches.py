@@ -34,7 +34,8 @@ from dualpipe_jax._split_vjp.graph import (
     evaluate,
     needed,
 )
-from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early, open_body, varying
+from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early, open_body
+from dualpipe_jax._varying import varies_over
 
 _Body = tuple[Graph, list[int | Constant], list[int | Constant]]  # and its inputs, its outputs
 
@@ -253,7 +254,7 @@ class _Parts:
 
 
 def _kind(aval: Any) -> Any:
-    return aval.shape, aval.dtype, varying(aval)
+    return aval.shape, aval.dtype, varies_over(aval)
 
 
 def _place(body: Graph, values: Sequence[int]) -> dict[Any, int]:
@@ -269,5 +270,5 @@ def _place(body: Graph, values: Sequence[int]) -> dict[Any, int]:
 
 def _full(aval: Any, value: Any) -> jax.Array:
     filled = lax.full(aval.shape, value, aval.dtype)
-    axes = tuple(sorted(varying(aval)))
+    axes = tuple(sorted(varies_over(aval)))
     return lax.pcast(filled, axes, to="varying") if axes else filled

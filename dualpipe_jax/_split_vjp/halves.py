@@ -91,8 +91,3 @@ def open_body(
         for v in values
     ]
     return body, inputs, add(body, inputs)
-
-
-def varying(aval: Any) -> frozenset[str]:
-    """Names the manual axes over which an array is typed to vary."""
-    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())

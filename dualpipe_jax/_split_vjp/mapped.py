@@ -27,7 +27,8 @@ from dualpipe_jax._split_vjp.graph import (
     needed,
     read,
 )
-from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early, varying
+from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early
+from dualpipe_jax._varying import varies_over
 
 
 def split_mapped(
@@ -97,7 +98,7 @@ class _Parts:
         """Names the mesh axes over which a value of the body varies, or may."""
         mine = self.mapped.axis_names
         if self.mapped.check_vma:
-            mine = mine & varying(aval)
+            mine = mine & varies_over(aval)
         return tuple(name for name in self.mapped.mesh.axis_names if name in mine)
 
     def stacked(self, aval: Any) -> Any:
