@@ -64,6 +64,20 @@ def constant(value: Any) -> Any:
     return lambda *args: value
 
 
+def as_often_as_the_device_counts(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    """Sums over an axis in a loop that takes more trips on one of its devices."""
+
+    def body(carry: Any) -> Any:
+        trip, total = carry
+        total = jax.lax.psum(total, "model")
+        return trip + 1, jax.lax.pcast(total, "model", to="varying")
+
+    start = 0, jax.lax.stop_gradient(x).sum()
+    start = jax.lax.pcast(start, "model", to="varying")
+    _, total = jax.lax.while_loop(lambda c: c[0] <= jax.lax.axis_index("model"), body, start)
+    return x + jax.lax.psum(total, "model")
+
+
 def test_the_model_itself_is_fine():
     loss, grads = trace()
     assert loss.shape == ()
@@ -216,6 +230,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
             "model.block: its aux loss varies over 'model'",
             "model.weight varies over 'model'",
         ],
+    ),
+    "collective that some devices come to more often": (
+        {
+            "mesh": WIDE_MESH,
+            "manual_axes": "model",
+            "model": model(block=as_often_as_the_device_counts),
+        },
+        ValueError,
+        ["model: a jax.lax.while must not hold a collective over 'model'", "wait for ever"],
     ),
     "collective that some devices pass by": (
         {
