@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _kinds, _microbatches, _parameters, _validate
+from dualpipe_jax import _kinds, _microbatches, _outputs, _parameters, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._executor import Step
 from dualpipe_jax._kinds import Kind
@@ -273,7 +273,7 @@ def _of_one_form(model: Model, kind: Kind) -> Callable[..., Any]:
 
     def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
         y, aux = _microbatches.block_outputs(model, users_block(params, x, ctx))
-        _validate.same_x(x, y, name=_validate.block_name(kind))
+        _outputs.require_same_x(x, y, name=_kinds.block_name(kind))
         return _microbatches.strong(y), aux
 
     return block

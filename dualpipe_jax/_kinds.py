@@ -60,3 +60,8 @@ def places_of(kinds: tuple[Kind, ...]) -> list[int]:
     [0, 0, 1, 1, 2]
     """
     return [kinds[:layer].count(kind) for layer, kind in enumerate(kinds)]
+
+
+def block_name(kind: Kind) -> str:
+    """Names the block of a kind, in messages."""
+    return "model.block" if kind is None else f"model.block[{kind!r}]"

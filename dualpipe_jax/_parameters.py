@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import keystr
 
-from dualpipe_jax import _validate
+from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._split_vjp import is_differentiable
 from dualpipe_jax._types import PyTree
 
@@ -33,10 +33,10 @@ def wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> di
     """
     mask = trainable(params) if callable(trainable) else trainable
     full = _spread("trainable", mask, params, is_leaf=lambda leaf: leaf is None)
-    _validate.raise_all(
+    raise_all(
         "trainable: must hold True for what is trained, and False for what is frozen",
         (
-            f"trainable{keystr(path)} is {_validate.show(flag)}"
+            f"trainable{keystr(path)} is {show(flag)}"
             for path, _, flag in full
             if not isinstance(flag, bool | np.bool_)
         ),
@@ -73,10 +73,10 @@ def specs(
       TypeError: If the tree holds anything but PartitionSpecs.
     """
     full = _spread("param_specs", param_specs, params, is_leaf=_is_spec)
-    _validate.raise_all(
+    raise_all(
         "param_specs: must hold a jax.sharding.PartitionSpec for each leaf or branch of params",
         (
-            f"param_specs{keystr(path)} is {_validate.show(spec)}"
+            f"param_specs{keystr(path)} is {show(spec)}"
             for path, _, spec in full
             if not _is_spec(spec)
         ),
@@ -100,7 +100,7 @@ def specs(
         if is_block and entries and entries[0]:
             problems.append(f"{name}: the layers' dim lies over {axis!r} alone")
         out[path[0].key].append(PartitionSpec(*(entry or None for entry in entries)))
-    _validate.raise_all(
+    raise_all(
         f"param_specs: may name the manual_axes={manual_axes!r}, each once, and must divide the "
         "dims (the layers' dim of blocks counts as the first)",
         problems,

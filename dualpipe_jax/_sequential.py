@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax import _kinds, _microbatches, _validate
+from dualpipe_jax import _kinds, _microbatches, _outputs, _validate
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._types import Model, PyTree
 
@@ -59,7 +59,7 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
             lambda *trees: _microbatches.take(trees, 0), stacks, batches
         )
         outside = {part: tree for part, tree in params.items() if part != "blocks"}
-        outs = _validate.outputs(model, outside, layers, microbatch, rng)
+        outs = _outputs.check(model, outside, layers, microbatch, rng)
         shared = params.get("shared")
         total_weight = _microbatches.total_weight(model, batches)
 

@@ -1,11 +1,9 @@
 """Checks what a user hands over, at trace time, before anything runs.
 
 Every message names the argument, its value, what was required and the fix, and lists all
-offenders.
+offenders. What the model's functions return is checked in `_outputs`.
 """
 
-import dataclasses
-import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,27 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from dualpipe_jax import _kinds, _microbatches, _varying
-from dualpipe_jax._kinds import Kind
-from dualpipe_jax._types import Context, Model, PyTree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """Avals of what a model's functions return, and of the context that a block is given.
-
-    `aux` has an entry for each kind of layer, and `aux_sum` holds any of them; None without, as
-    `weight`.
-    """
-
-    x: PyTree
-    ctx: Context
-    loss: Any
-    metrics: PyTree
-    aux: dict[Kind, Any]
-    aux_sum: Any
-    weight: Any
+from dualpipe_jax import _kinds
+from dualpipe_jax._refusals import is_array, raise_all, short, show
+from dualpipe_jax._types import Model, PyTree
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -63,7 +43,7 @@ def is_model(model: Any) -> None:
         )
     if model.layout is not None or isinstance(model.block, Mapping):
         _kinds_fit(model.block, model.layout)
-    blocks = {block_name(kind): block for kind, block in _kinds.blocks_of(model).items()}
+    blocks = {_kinds.block_name(kind): block for kind, block in _kinds.blocks_of(model).items()}
     functions = {"model.embed": model.embed, **blocks, "model.head": model.head}
     if model.weight is not None:
         functions["model.weight"] = model.weight
@@ -124,7 +104,7 @@ def grad_dtype(dtype: Any, params: PyTree) -> None:
     raise_all(
         f"grad_dtype={dtype}: must be complex for complex parameters, or None",
         (
-            f"params{keystr(path)} is {_short(leaf)}"
+            f"params{keystr(path)} is {short(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating)
         ),
@@ -252,7 +232,7 @@ def arrays(tree: PyTree, name: str) -> None:
         (
             f"{name}{keystr(path)} is {show(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            if not _is_array(leaf)
+            if not is_array(leaf)
         ),
         error=TypeError,
     )
@@ -289,203 +269,6 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
         )
 
 
-def outputs(
-    model: Model,
-    outside: PyTree,
-    layers: dict[Kind, PyTree],
-    microbatch: PyTree,
-    rng: Any,
-    shard: Any = None,
-    *,
-    hidden_axes: Iterable[str] = (),
-) -> Outputs:
-    """Requires the model's functions to fit each other, and returns avals of what they return.
-
-    `outside` holds `ends`, and `shared` if there is one, and `layers` the parameters of one layer
-    of each kind; all arguments may be avals. The context in what is returned has no shared
-    parameters. No function may name one of the mesh axes `hidden_axes`.
-    """
-
-    def run(
-        outside: PyTree, layers: dict[Kind, PyTree], microbatch: PyTree, rng: Any, shard: Any
-    ) -> Any:
-        ends, shared = outside["ends"], outside.get("shared")
-        key = _microbatches.microbatch_key(rng, jnp.int32(0))
-        ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard, shared=shared)
-        bare_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
-        layer_ctx = dataclasses.replace(bare_ctx, shared=shared)
-        x = _returned("model.embed", "x", model.embed(ends, ends_ctx))
-        if not jax.tree.leaves(x):
-            raise ValueError(
-                f"model.embed: must return at least one array, x, for the blocks; got {x!r}"
-            )
-        x = _microbatches.strong(x)
-        aux = {
-            kind: _block_aux(model, x, block(layers[kind], x, layer_ctx), name=block_name(kind))
-            for kind, block in _kinds.blocks_of(model).items()
-        }
-        aux_sum = functools.reduce(operator.add, aux.values()) if model.block_has_aux else None
-        loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
-        weight = None if model.weight is None else model.weight(microbatch)
-        if model.weight is not None:
-            fix = "sum it over the microbatch, or leave weight=None for the mean of head"
-            _scalar(
-                "model.weight", "a real scalar", weight, fix=fix, of=(jnp.floating, jnp.integer)
-            )
-        return Outputs(
-            x=x,
-            ctx=bare_ctx,
-            loss=loss,
-            metrics=metrics,
-            aux=aux,
-            aux_sum=aux_sum,
-            weight=weight,
-        )
-
-    trace = jax.make_jaxpr(run, return_shape=True)
-    try:
-        jaxpr, outs = trace(outside, layers, microbatch, rng, shard)
-    except NameError as error:
-        if "unbound axis name" not in str(error):
-            raise
-        what = str(error).split(". ")[0]  # what follows is a fix that is none here
-        raise ValueError(
-            f"model: one of its functions names an axis that it may not ({what}); mesh axes must "
-            "be named in manual_axes (dualpipe_jax.sequential knows none: give it a model without)"
-        ) from error
-    used = _varying.named_axes(jaxpr.jaxpr) & set(hidden_axes)
-    if used:
-        raise ValueError(
-            f"model: its functions name the mesh axes {sorted(used)}, but may name manual_axes "
-            "only; name them there too (the pipeline axis is the library's own)"
-        )
-    return _varying.with_mesh(outs)
-
-
-def reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:
-    """Requires what is added up over microbatches to be alike where these do not differ."""
-    allowed = set(loss_axes)
-    values = {"model.head: its loss": outs.loss, "model.head: metrics": outs.metrics}
-    values["model.weight"] = outs.weight
-    values |= {f"{block_name(kind)}: its aux loss": aux for kind, aux in outs.aux.items()}
-    raise_all(
-        "manual_axes: over an axis that is not one of batch_axes, all devices must come to one "
-        "loss and weight and the same metrics; reduce them (jax.lax.psum or pmean), or name the "
-        "axis in batch_axes if the rows of the batch are spread over it",
-        (
-            f"{name}{keystr(path)} varies over {', '.join(map(repr, sorted(axes)))}"
-            for name, value in values.items()
-            for path, leaf in jax.tree_util.tree_leaves_with_path(value)
-            if (axes := _varying.varies_over(leaf) - allowed)
-        ),
-    )
-
-
-def block_name(kind: Kind) -> str:
-    """Names the block of a kind, in messages."""
-    return "model.block" if kind is None else f"model.block[{kind!r}]"
-
-
-def same_x(x: PyTree, y: PyTree, *, name: str, hint: str = "") -> None:
-    """Requires a block to return the structure, shapes and dtypes of the x that it was given."""
-    before, after = jax.tree.structure(x), jax.tree.structure(y)
-    fix = "a block must return x as it came, so that blocks can follow one another on any device"
-    if before != after:
-        raise ValueError(
-            f"{name}: changes the structure of x from {before} to {after}; {fix}{hint}"
-        )
-    raise_all(
-        f"{name}: changes the shape or dtype of x; {fix} (cast or reshape inside the block)",
-        (
-            f"x{keystr(path)} comes as {_short(a)} and leaves as {_short(b)}"
-            for (path, a), b in zip(
-                jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(y), strict=True
-            )
-            if a.shape != b.shape or a.dtype != b.dtype
-        ),
-    )
-
-
-def _block_aux(model: Model, x: PyTree, out: Any, *, name: str) -> Any:
-    """Requires block's outputs to fit the model, and returns its aux loss, or None."""
-    if model.block_has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[1]])):
-        raise TypeError(
-            f"{name}: with block_has_aux=True it must return (x, aux_loss), got {show(out)}"
-        )
-    y, aux = _microbatches.block_outputs(model, _returned(name, "x", out))
-    hint = (
-        ""
-        if model.block_has_aux or not _is_pair(out)
-        else ("; to return an aux loss beside x, make the model with block_has_aux=True")
-    )
-    same_x(x, y, name=name, hint=hint)
-    if aux is not None:
-        _scalar(name, "an aux loss that is a floating-point scalar", aux)
-    return aux
-
-
-def _loss_and_metrics(model: Model, out: Any) -> tuple[jax.Array, PyTree]:
-    """Requires head's outputs to fit the model."""
-    if model.has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[0]])):
-        raise TypeError(
-            f"model.head: with has_aux=True it must return (loss, metrics), got {show(out)}"
-        )
-    if not model.has_aux and not jax.tree_util.all_leaves([out]):
-        raise TypeError(
-            f"model.head: must return a scalar loss, got {show(out)}; to return metrics beside "
-            "the loss, make the model with has_aux=True"
-        )
-    loss, metrics = out if model.has_aux else (out, None)
-    metrics = _returned("model.head", "metrics", metrics)
-    _scalar("model.head", "a loss that is a floating-point scalar", loss)
-    return _microbatches.head_outputs(model, (loss, metrics) if model.has_aux else loss)
-
-
-def _returned(name: str, what: str, value: Any) -> Any:
-    """Requires arrays, or Python scalars, of what a function of the model returned."""
-    value = _microbatches.as_arrays(value)
-    raise_all(
-        f"{name}: must return arrays",
-        (
-            f"{what}{keystr(path)} is {show(leaf)}"
-            for path, leaf in jax.tree_util.tree_leaves_with_path(value)
-            if not _is_array(leaf)
-        ),
-        error=TypeError,
-    )
-    return value
-
-
-def _scalar(
-    name: str,
-    what: str,
-    value: Any,
-    *,
-    fix: str = "reduce it over the microbatch (mean, or sum together with weight=)",
-    of: tuple[Any, ...] = (jnp.floating,),
-) -> None:
-    value = _microbatches.as_arrays(value)
-    if not _is_array(value):
-        raise TypeError(f"{name}: must return {what}, got {show(value)}; {fix}")
-    if value.shape or not any(jnp.issubdtype(value.dtype, kind) for kind in of):
-        raise ValueError(f"{name}: must return {what}, got {_short(value)}; {fix}")
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2
-
-
-def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:
-    """Raises `message` with the list of offenders, if there are any."""
-    lines = [f"  * {line}" for line in offenders]
-    if lines:
-        raise error("\n".join([f"{message}; but:", *lines]))
-
-
 def _names(kinds: Iterable[Any]) -> str:
     return ", ".join(map(repr, kinds)) or "no kinds"
 
@@ -493,14 +276,3 @@ def _names(kinds: Iterable[Any]) -> str:
 def _ellipsis(numbers: list[int]) -> str:
     """Lists the first few of the numbers."""
     return ", ".join(map(str, numbers[:8])) + (", .." if len(numbers) > 8 else "")
-
-
-def _short(aval: Any) -> str:
-    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
-
-
-def show(value: Any) -> str:
-    """Says in a few words what a value is."""
-    if _is_array(value):
-        return f"an array {_short(value)}"
-    return f"{type(value).__name__} {value!r}"[:80]

@@ -12,6 +12,7 @@ from fractions import Fraction
 import click
 
 from dualpipe_jax import schedules
+from dualpipe_jax._cli import options
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._simulate import Costs, Simulation
 from dualpipe_jax._simulate import simulate as run_simulation
@@ -42,15 +43,9 @@ _NOTES = (
     show_default=True,
     help=f"all, or one of {', '.join(schedules.names())}.",
 )
-@click.option("--ranks", type=int, default=8, show_default=True, help="Devices of the pipeline.")
-@click.option("--microbatches", type=int, default=20, show_default=True, help="Of one step.")
-@click.option(
-    "--timetable",
-    type=click.Choice(schedules.timetables()),
-    default="shortest",
-    show_default=True,
-    help="aligned: all ranks start their pairs at the same tick modulo 3.",
-)
+@options.ranks
+@options.microbatches
+@options.timetable
 @click.option(
     "--costs",
     default="F=1,I=1,W=1",

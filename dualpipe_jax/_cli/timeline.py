@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from dualpipe_jax import schedules
+from dualpipe_jax._cli import options
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._plot import FACES, INKS, pair_spans, plot_timeline, save, summarize
 
@@ -28,15 +29,9 @@ Piece = tuple[str, str]
     show_default=True,
     help=f"One of {', '.join(schedules.names())}.",
 )
-@click.option("--ranks", type=int, default=8, show_default=True, help="Devices of the pipeline.")
-@click.option("--microbatches", type=int, default=20, show_default=True, help="Of one step.")
-@click.option(
-    "--timetable",
-    type=click.Choice(schedules.timetables()),
-    default="shortest",
-    show_default=True,
-    help="aligned: all ranks start their pairs at the same tick modulo 3.",
-)
+@options.ranks
+@options.microbatches
+@options.timetable
 @click.option(
     "--format",
     "output_format",

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax import _microbatches, _validate, _varying
+from dualpipe_jax import _microbatches, _outputs, _varying
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._kinds import Kind
+from dualpipe_jax._outputs import Outputs
 from dualpipe_jax._split_vjp import SplitVjp, capture, split_vjp
 from dualpipe_jax._types import Context, Model
 
@@ -57,7 +58,7 @@ class Functions:
       gradients: The derivatives; None in forward-only programs.
     """
 
-    outputs: _validate.Outputs
+    outputs: Outputs
     embed: Callable[..., PyTree]
     head: Callable[..., tuple[jax.Array, PyTree]] | None = None
     block: dict[Kind, Callable[..., tuple[PyTree, Any]]] = field(default_factory=dict)
@@ -111,7 +112,7 @@ def trace(
       ValueError: If the functions do not fit each other or the mesh.
       TypeError: If one returns what it should not.
     """
-    outs = _validate.outputs(
+    outs = _outputs.check(
         model,
         args.outside,
         args.layers,
@@ -142,7 +143,7 @@ def trace(
     # What varies was not known before it was known what x varies over.
     loss, metrics = _varying.eval_shape(head_of, args.outside, x, ends_ctx)
     outs = replace(outs, x=x, loss=loss, metrics=metrics, aux=aux)
-    _validate.reduced(outs, loss_axes)
+    _outputs.require_reduced(outs, loss_axes)
 
     def as_x(values: PyTree) -> PyTree:
         return jax.tree.map(lambda a, like: _varying.cast(a, _varying.varies_over(like)), values, x)

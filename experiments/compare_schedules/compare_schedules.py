@@ -4,7 +4,6 @@ In: flags. Out, in a folder: schedules.csv, steps.csv, table.md, compare.png. Se
 it.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,23 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import dualpipe_jax as dpj
 from experiments.compare_schedules import measuring, report
-from experiments.train_lm import data, training
-from experiments.train_lm.flags import PositiveFloat
+from experiments.train_lm import data, flags, training
+from experiments.train_lm.flags import POSITIVE, Refusal
 from experiments.train_lm.model import LanguageModel
-from experiments.train_lm.train_lm import Refusal
 
 # Float32 sums in another order differ by about 1e-7; 20 steps on CPUs kept within 2e-7. The room is
 # for accelerators that multiply in less than float32. One layer of four without its gradient made
 # 9e-4 in three steps.
 LOSS_TOLERANCE = 1e-4
 
-_positive = click.IntRange(min=1)
-
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
     "--ranks",
-    type=_positive,
+    type=POSITIVE,
     multiple=True,
     default=(2, 4, 8),
     help="Devices of the pipeline; once for each number to compare.",
@@ -43,22 +39,11 @@ _positive = click.IntRange(min=1)
     show_default="all",
     help=f"One of {', '.join(dpj.schedules.names())}; once for each to compare.",
 )
-@click.option("--microbatches", type=_positive, default=16, help="Of one step.")
+@click.option("--microbatches", type=POSITIVE, default=16, help="Of one step.")
 @click.option(
     "--steps", type=click.IntRange(min=2), default=20, help="Of each; the first is not timed."
 )
-@click.option("--batch-size", type=_positive, default=16, help="Windows of text a step.")
-@click.option("--context", type=_positive, default=64, help="Bytes that a prediction looks at.")
-@click.option("--layers", type=_positive, default=16, help="Over all stages.")
-@click.option("--width", type=_positive, default=64, help="Of the residual stream.")
-@click.option("--heads", type=_positive, default=4, help="Of the attention in each layer.")
-@click.option(
-    "--learning-rate",
-    type=PositiveFloat(),
-    default=3e-3,
-    help="At its peak, after warm-up.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
+@flags.language_model(context=64, layers=16, width=64)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -214,13 +199,7 @@ def _progress(console: Console) -> Progress:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command; a mistake in the flags is one line and exit code 2."""
-    try:
-        command.main(args, prog_name="compare_schedules", standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"compare_schedules: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    flags.run(command, args, name="compare_schedules")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
-"""Types of flags that click has not."""
+"""What the commands of the experiments share: flags of the language model, and how they refuse."""
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
+
+
+class Refusal(click.ClickException):
+    """Ends the command with one line on stderr and exit code 2."""
+
+    exit_code = 2
 
 
 class PositiveFloat(click.FloatRange):
@@ -20,3 +28,46 @@ class PositiveFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+POSITIVE = click.IntRange(min=1)
+
+
+def language_model(*, context: int, layers: int, width: int) -> Callable[..., Any]:
+    """Adds the flags of the model, its batches and its training, with these defaults."""
+    flags = [
+        click.option("--batch-size", type=POSITIVE, default=16, help="Windows of text a step."),
+        click.option(
+            "--context", type=POSITIVE, default=context, help="Bytes that a prediction looks at."
+        ),
+        click.option("--layers", type=POSITIVE, default=layers, help="Over all stages."),
+        click.option("--width", type=POSITIVE, default=width, help="Of the residual stream."),
+        click.option("--heads", type=POSITIVE, default=4, help="Of the attention in each layer."),
+        click.option(
+            "--learning-rate",
+            type=PositiveFloat(),
+            default=3e-3,
+            help="At its peak, after warm-up.",
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws."
+        ),
+    ]
+
+    def add(command: Any) -> Any:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return add
+
+
+def run(command: click.Command, args: list[str] | None, *, name: str) -> None:
+    """Runs the command; a mistake in the flags is one line and exit code 2."""
+    try:
+        command.main(args, prog_name=name, standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"{name}: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)

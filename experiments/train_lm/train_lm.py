@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 
 import dualpipe_jax as dpj
-from experiments.train_lm import data, training
-from experiments.train_lm.flags import PositiveFloat
+from experiments.train_lm import data, flags, training
+from experiments.train_lm.flags import POSITIVE, Refusal
 from experiments.train_lm.log import Log
 from experiments.train_lm.model import LanguageModel
 from experiments.train_lm.sample import continue_text
@@ -24,37 +24,18 @@ AXIS = "pipe"
 DEFAULT_RANKS = 4
 SAMPLE_BYTES = 500
 
-_positive = click.IntRange(min=1)
-
-
-class Refusal(click.ClickException):
-    """Ends the command with one line on stderr and exit code 2."""
-
-    exit_code = 2
-
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--schedule", default="dualpipe", help=f"One of {', '.join(dpj.schedules.names())}.")
 @click.option(
     "--ranks",
-    type=_positive,
+    type=POSITIVE,
     show_default=f"{DEFAULT_RANKS}, or all accelerators where there are fewer",
     help="Devices of the pipeline; fake CPU devices where there is no accelerator.",
 )
-@click.option("--microbatches", type=_positive, default=8, help="Of one step.")
-@click.option("--steps", type=_positive, default=500, help="Updates of the parameters.")
-@click.option("--batch-size", type=_positive, default=16, help="Windows of text a step.")
-@click.option("--context", type=_positive, default=128, help="Bytes that a prediction looks at.")
-@click.option("--layers", type=_positive, default=8, help="Over all stages.")
-@click.option("--width", type=_positive, default=96, help="Of the residual stream.")
-@click.option("--heads", type=_positive, default=4, help="Of the attention in each layer.")
-@click.option(
-    "--learning-rate",
-    type=PositiveFloat(),
-    default=3e-3,
-    help="At its peak, after warm-up.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
+@click.option("--microbatches", type=POSITIVE, default=8, help="Of one step.")
+@click.option("--steps", type=POSITIVE, default=500, help="Updates of the parameters.")
+@flags.language_model(context=128, layers=8, width=96)
 @click.option(
     "--data",
     "data_path",
@@ -68,8 +49,8 @@ class Refusal(click.ClickException):
     default=Path("runs/train_lm"),
     help="The folder for the log, the pictures and the sample.",
 )
-@click.option("--eval-every", type=_positive, default=50, help="Steps between held-out losses.")
-@click.option("--eval-batches", type=_positive, default=8, help="Batches for a held-out loss.")
+@click.option("--eval-every", type=POSITIVE, default=50, help="Steps between held-out losses.")
+@click.option("--eval-batches", type=POSITIVE, default=8, help="Batches for a held-out loss.")
 @click.option("--prompt", default="def ", help="What the sample at the end continues.")
 def command(
     *,
@@ -229,13 +210,7 @@ def _mean(losses: Any) -> float:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command; a mistake in the flags is one line and exit code 2."""
-    try:
-        command.main(args, prog_name="train_lm", standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"train_lm: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    flags.run(command, args, name="train_lm")
 
 
 if __name__ == "__main__":

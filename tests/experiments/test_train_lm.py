@@ -14,6 +14,7 @@ import pytest
 
 from experiments.train_lm import data
 from experiments.train_lm.train_lm import main
+from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "train_lm" / "train_lm.py"
@@ -149,19 +150,18 @@ def test_bad_flags_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # JAX's backends have started here, so the fake devices are conftest's eight.
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     short = tmp_path / "short.txt"
     short.write_bytes(b"0123456789" * 10)
     args = flags.replace("SHORT", str(short)).split()
-    with pytest.raises(SystemExit) as exit_info:
-        main([*args, "--output", str(tmp_path / "out")])
-    assert exit_info.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert message in printed.err
-    assert printed.err.startswith("train_lm: ")
-    assert printed.err.count("\n") == 1
+    printed = refusal(
+        main,
+        args,
+        name="train_lm",
+        output=tmp_path / "out",
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
+    assert message in printed
 
 
 def test_several_bad_flags_are_all_named(capsys: pytest.CaptureFixture[str]) -> None:
