@@ -45,17 +45,16 @@ def capture(
     return jax.jit(run), axes
 
 
-def with_effects(
-    nodes: Sequence[Node], selected: Iterable[Node], *, until: When = When.FORWARD
-) -> list[Node]:
+def with_effects(nodes: Sequence[Node], selected: Iterable[Node]) -> list[Node]:
     """Adds to the `selected` nodes those that have an effect (a debug print), with what they need.
+
+    Effects of the backward are left alone.
 
     Args:
       nodes: All nodes, in order.
       selected: Some of them.
-      until: Effects of later times are left alone.
     """
     ids = {id(n) for n in selected}
-    effects = [n for n in nodes if n.has_effect and n.when <= until]
+    effects = [n for n in nodes if n.has_effect and n.when is not When.BACKWARD]
     ids |= {id(n) for n in (*effects, *needed(nodes, {v for n in effects for v in n.reads}))}
     return [n for n in nodes if id(n) in ids]
