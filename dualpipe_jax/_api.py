@@ -50,7 +50,14 @@ def value_and_grad(
         functions they are Auto axes, whatever they are outside.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
       schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches.
+      timetable: When a rank does what. `"shortest"`: everything as soon as it can, each tick chosen
+        by the tables. `"aligned"`: all ranks start their pairs together; as long as every rank has
+        one, they run straight-line code in which XLA hides the transfers behind compute (dualpipe
+        and dualpipev; for other schedules the two are the same). None: the faster one by
+        simulation, the shortest for few microbatches.
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
+      unroll_layers: Whether the layers of a stage stand in the program one after the other, which
+        XLA can schedule better, or in a loop, which compiles sooner; None unrolls up to four.
       remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
         keeps its input only, a `jax.checkpoint` policy says itself.
       stash_deferred: Whether, under rematerialisation, a weight grad that a schedule puts off
