@@ -16,9 +16,11 @@ from dualpipe_jax._cli import options
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._simulate import Costs, Simulation
 from dualpipe_jax._simulate import simulate as run_simulation
+from dualpipe_jax._simulate.simulation import FASTEST
 
 _HEAD = (
     "schedule",
+    "timetable",
     "makespan",
     "no false waits",
     "idle",
@@ -45,7 +47,13 @@ _NOTES = (
 )
 @options.ranks
 @options.microbatches
-@options.timetable
+@click.option(
+    "--timetable",
+    type=click.Choice([*schedules.timetables(), FASTEST]),
+    default=FASTEST,
+    show_default=True,
+    help="aligned: all ranks start their pairs at the same tick modulo 3.",
+)
 @click.option(
     "--costs",
     default="F=1,I=1,W=1",
@@ -85,8 +93,9 @@ def simulate(
 ) -> None:
     """Replay schedules with the costs of your model.
 
-    Each rank waits for its neighbours in every tick, as the compiled program does; "no false
-    waits" is the makespan if it waited for what it needs only. Costs are in any one unit of time.
+    Each rank waits as the compiled program does: for a neighbour where anybody stores what comes
+    from there, in the aligned timetable's run of beats for what it needs only. "no false waits" is
+    the makespan if it always waited so. Costs are in any one unit of time.
     The gradients of embedding and head are counted in proportion.
     """
     simulations, left_out = [], []
@@ -115,8 +124,8 @@ def simulate(
         click.echo(f"[\n{content}\n]")
     else:
         caption = (
-            f"ranks {ranks}, microbatches {microbatches}, {timetable} timetable; a rank's layers "
-            f"cost F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
+            f"ranks {ranks}, microbatches {microbatches}; a rank's layers cost "
+            f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
             f"W={all_costs.weight_grad:g}; "
             f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
         )
@@ -189,6 +198,7 @@ def _row(simulation: Simulation) -> tuple[str, ...]:
     published = simulation.published_bubble
     return (
         simulation.schedule,
+        simulation.timetable,
         f"{simulation.makespan:g}",
         f"{simulation.dependency_makespan:g}",
         f"{simulation.idle_share:.1%}",
