@@ -52,7 +52,7 @@ _NOTES = (
     type=click.Choice([*schedules.timetables(), FASTEST]),
     default=FASTEST,
     show_default=True,
-    help="aligned: all ranks start their pairs at the same tick modulo 3.",
+    help="aligned: there is a run of beats, in which every rank runs a pair.",
 )
 @click.option(
     "--costs",
