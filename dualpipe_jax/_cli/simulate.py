@@ -1,11 +1,6 @@
-"""`dualpipe-jax simulate`: how long schedules take with given costs, as a table or JSON.
-
-Rich is imported for a terminal only.
-"""
+"""`dualpipe-jax simulate`: how long schedules take with given costs, as a table or JSON."""
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
 
@@ -13,7 +8,9 @@ import click
 
 from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
+from dualpipe_jax._cli.quantities import parse_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._cli.table import print_table
 from dualpipe_jax._simulate import Costs, Simulation
 from dualpipe_jax._simulate import simulate as run_simulation
 from dualpipe_jax._simulate.simulation import FASTEST
@@ -100,7 +97,7 @@ def simulate(
     """
     simulations, left_out = [], []
     try:
-        all_costs = Costs(**_parse_costs(costs), embed=embed, head=head)
+        all_costs = Costs(**parse_costs(costs), embed=embed, head=head)
     except ValueError as error:
         raise Refusal(str(error)) from error
     for name in schedules.names() if schedule == "all" else [schedule]:
@@ -129,31 +126,10 @@ def simulate(
             f"W={all_costs.weight_grad:g}; "
             f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
         )
-        _print_table(simulations, caption)
+        rows = [_row(simulation) for simulation in simulations]
+        print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), breaks=("waits",))
     for name, reason in left_out:
         click.echo(f"left out: {name}: {reason}", err=True)
-
-
-def _parse_costs(text: str) -> dict[str, float]:
-    fields = {"F": "forward", "I": "input_grad", "W": "weight_grad"}
-    costs: dict[str, float] = {}
-    wrong = []
-    for item in text.split(","):
-        kind, _, number = (part.strip() for part in item.partition("="))
-        try:
-            value = float(number)
-        except ValueError:
-            value = None
-        if value is None or kind not in fields or fields[kind] in costs:
-            wrong.append(repr(item))
-        else:
-            costs[fields[kind]] = value
-    if wrong:
-        raise Refusal(
-            f"--costs {text!r}: {', '.join(wrong)} must be F, I or W, each once, with a number: "
-            "F=1,I=1,W=1"
-        )
-    return costs
 
 
 def _to_object(simulation: Simulation) -> dict[str, object]:
@@ -161,36 +137,6 @@ def _to_object(simulation: Simulation) -> dict[str, object]:
     fields = asdict(simulation)
     sizes = {name: fields.pop(f"num_{name}") for name in ("ranks", "microbatches")}
     return {"schedule": fields.pop("schedule"), **sizes, **fields}
-
-
-def _print_table(simulations: Sequence[Simulation], caption: str) -> None:
-    """Prints a row a schedule: a Rich table on a terminal, else columns of plain text."""
-    rows = [_row(simulation) for simulation in simulations]
-    if sys.stdout.isatty():
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-        table.add_column(_HEAD[0], no_wrap=True)
-        for title in _HEAD[1:]:
-            # A line less wide, the longest names fit 80 columns.
-            title = title.replace(" waits", "\nwaits")
-            table.add_column(title, justify="right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console = Console(highlight=False)
-        console.print(table)
-        for note in ("", caption, *_NOTES):
-            console.print(note, style="dim", markup=False)
-        return
-    lines = [_HEAD, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        click.echo("  ".join([first.ljust(widths[0]), *cells]))
-    for note in ("", caption, *_NOTES):
-        click.echo(note)
 
 
 def _row(simulation: Simulation) -> tuple[str, ...]:

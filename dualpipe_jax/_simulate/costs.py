@@ -24,6 +24,7 @@ class Costs:
         weight gradient alone, to the first stage's I, at `weight_grad / forward` times the cost.
       head: The head's forward. It belongs to the last stage's F and so does its gradient, at
         `(input_grad + weight_grad) / forward` times the cost.
+      recompute: What a deferred W of as many layers as F costs beside, if it recomputes.
 
     Raises:
       ValueError: if one is negative or not finite, or `forward` is zero, naming all such.
@@ -34,6 +35,7 @@ class Costs:
     weight_grad: float = 1.0
     embed: float = 0.0
     head: float = 0.0
+    recompute: float = 0.0
 
     def __post_init__(self) -> None:
         wrong = [f"{n}={v!r}" for n, v in vars(self).items() if not 0 <= v < math.inf]
@@ -46,6 +48,12 @@ class Costs:
     def backward(self) -> float:
         """B of a rank's whole share of the layers."""
         return self.input_grad + self.weight_grad
+
+    def of_microbatch(self, num_ranks: int) -> float:
+        """All work on one microbatch, on all ranks, but for what deferred W's recompute."""
+        layers = num_ranks * (self.forward + self.backward)
+        embed = self.embed * (1 + self.weight_grad / self.forward)
+        return layers + embed + self.head * (1 + self.backward / self.forward)
 
     def of_stages(
         self, *, num_ranks: int, layers_of_stage: np.ndarray, forward_only: bool = False

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._simulate.costs import Costs
 from dualpipe_jax._simulate.published import published_bubble
 from dualpipe_jax._simulate.replay import replay, replay_dependencies
@@ -105,18 +107,26 @@ def simulate(
             f"num_layers={num_layers}: must be at least the {num_stages} stages of schedule "
             f"{schedule.name!r} on {num_ranks} ranks"
         )
-    tables = schedule.compiled(timetable=timetable).tables
+    tables = compile_program(
+        schedule.program, timetable=timetable, stash_deferred=not costs.recompute
+    ).tables
     fewest, rest = divmod(num_layers, num_stages)
+    layers_of_stage = fewest + (np.arange(num_stages) < rest)
     cost = costs.of_stages(
         num_ranks=num_ranks,
-        layers_of_stage=fewest + (np.arange(num_stages) < rest),
+        layers_of_stage=layers_of_stage,
         forward_only=tables.forward_only,
     )
     work = cost[tables.opcode, tables.stage]  # an idle tick has stage -1, and costs 0 there too
+    if costs.recompute:
+        share = layers_of_stage * (num_ranks / num_layers)
+        recomputes = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
+        work = work + recomputes * costs.recompute * share[tables.stage]
     makespan = float(replay(tables, work, transfer=transfer).max())
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)
-    is_even = rest == 0 and not costs.embed and not costs.head and not tables.forward_only
+    has_ends = costs.embed or costs.head or costs.recompute
+    is_even = rest == 0 and not has_ends and not tables.forward_only
     return Simulation(
         schedule=schedule.name,
         num_ranks=num_ranks,

@@ -14,7 +14,9 @@ from tests.schedules_under_test import WIDE_GRID, compiled
 PAIRED = [case for case in WIDE_GRID if case[0] in ("dualpipe", "dualpipev")]
 
 
-def released(name: str, num_ranks: int, num_microbatches: int) -> tuple[Timeline, Timeline, Run | None]:
+def released(
+    name: str, num_ranks: int, num_microbatches: int
+) -> tuple[Timeline, Timeline, Run | None]:
     aligned = align(compiled(name, num_ranks, num_microbatches).timeline)
     run = find_run(aligned)
     return aligned, release(aligned, run), run
