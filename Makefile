@@ -18,7 +18,7 @@ ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test lint format clean
+.PHONY: help train compare idle test lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ train: $(READY)  ## train a small language model with DualPipe (options: ARGS="-
 
 compare: $(READY)  ## train one small model with every schedule and compare (options: ARGS="--ranks 2")
 	@$(BIN)/python experiments/compare_schedules/compare_schedules.py $(ARGS)
+
+idle: $(READY)  ## replay every schedule over many sizes and compare idle time (options: ARGS="--ranks 8")
+	@$(BIN)/python experiments/idle_time/idle_time.py $(ARGS)
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
     from dualpipe_jax._plot import plot_timeline as plot_timeline
+    from dualpipe_jax._simulate import Costs as Costs
+    from dualpipe_jax._simulate import Simulation as Simulation
+    from dualpipe_jax._simulate import simulate as simulate
     from dualpipe_jax._types import Context as Context
     from dualpipe_jax._types import Model as Model
     from dualpipe_jax.schedules import Schedule as Schedule
@@ -23,13 +26,16 @@ __version__ = "0.1.0"
 # Where each public name lives; None: the name is a module of its own.
 _HOME = {
     "Context": "_types",
+    "Costs": "_simulate",
     "Model": "_types",
     "Schedule": "schedules",
+    "Simulation": "_simulate",
     "Timeline": "schedules",
     "evaluate": "_api",
     "plot_timeline": "_plot",
     "schedules": None,
     "sequential": "_api",
+    "simulate": "_simulate",
     "value_and_grad": "_api",
 }
 
