@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import dualpipe_jax as dpj
 from dualpipe_jax import schedules
 from dualpipe_jax._choose import (
     Choice,
@@ -157,6 +158,56 @@ def test_layer_bytes_are_those_of_the_split(attention: str, remat: str) -> None:
         small = (2 + H) * B * T * 4 + 4 * D * 4
         expected = getattr(model.layer_bytes, name)
         assert expected <= actual <= expected + small, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+def test_memory_is_about_what_the_program_takes(name: str, remat: str) -> None:
+    P, N, L, T, D, H, V = 2, 8, 8, 128, 64, 2, 64
+
+    def block(params, x, ctx):
+        del ctx
+        heads = (*x.shape[:-1], H, D // H)
+        q, k, v = ((x @ params[n]).reshape(heads) for n in "qkv")
+        x = x + plain_attention(q, k, v).reshape(x.shape) @ params["o"]
+        return x + jax.nn.gelu(jnp.tanh(x) @ params["up"]) @ params["down"]
+
+    model = dpj.Model(
+        embed=lambda ends, ctx: ends["embed"][ctx.microbatch],
+        block=block,
+        head=lambda ends, x, ctx: jax.nn.logsumexp(x @ ends["head"], axis=-1).mean(),
+    )
+    mesh = jax.make_mesh((P,), ("pipe",))
+    shapes = dict.fromkeys("qkvo", (D, D)) | {"up": (D, 4 * D), "down": (4 * D, D)}
+
+    def aval(shape: tuple[int, ...], *spec: str) -> jax.ShapeDtypeStruct:
+        sharding = jax.NamedSharding(mesh, jax.P(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    params = {
+        "ends": {"embed": aval((V, D)), "head": aval((D, V))},
+        "blocks": {n: aval((L, *shape), "pipe") for n, shape in shapes.items()},
+    }
+    step = dpj.value_and_grad(model, mesh=mesh, num_microbatches=N, schedule=name, remat=remat)
+    program = jax.jit(step).lower(params, jax.ShapeDtypeStruct((N, T), jnp.int32)).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    sizes = {"layers": L, "width": D, "context": T, "microbatch_size": 1, "vocabulary": V}
+    transformer = Transformer(**sizes, heads=H, attention="plain", remat=remat, activation_bytes=4)
+    parameters = ParameterBytes(
+        layer=12 * D**2, ends=2 * V * D, parameter=4, gradient=4, optimizer=0
+    )
+    terms = memory_of(
+        tables_of(name, P, N, stash_deferred=remat == "none"),
+        num_layers=L,
+        layer=transformer.layer_bytes,
+        parameters=parameters,
+    )
+    predicted = sum(term.num_bytes for term in terms)
+    actual = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    # The rest is what XLA has beside the buffers, on CPU: gathered layers, results, masks.
+    assert 0.9 * predicted <= actual <= 1.8 * predicted
 
 
 def test_costs_count_multiplications() -> None:

@@ -1,6 +1,7 @@
 """`dualpipe-jax choose`: both formats, what options reach, and what a mistake says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner, Result
 from dualpipe_jax import _cli, schedules
 from dualpipe_jax._simulate import Costs, simulate
 from tests.commands import cpu_seconds
+from tests.test_cli import in_terminal
 from tests.test_package import modules_after
 
 COSTS = {"forward": 2.0, "input_grad": 3.0, "weight_grad": 1.0, "embed": 0.5, "head": 0.25}
@@ -177,6 +179,19 @@ def test_costs_are_given_once(tmp_path: Path) -> None:
     result = run("--costs", "F=1", "--costs-from", str(tmp_path / "report.json"))
     assert result.exit_code == 2
     assert "give one of them" in result.stderr
+
+
+def test_narrow_terminal_loses_nothing() -> None:
+    colored, code = in_terminal(command="choose", columns=80)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    assert "…" not in plain
+    table = plain[: plain.index("ranks 8")]
+    assert max(map(len, table.splitlines())) <= 80
+    words = table.split()
+    assert set(schedules.names()) <= set(words)
+    for choice in choices_of()["choices"]:
+        assert f"{choice['makespan']:.4g}" in words
 
 
 def test_imports_no_jax() -> None:

@@ -75,11 +75,13 @@ _TRANSFER = 0.1
 )
 @click.option("--layer-parameters", type=float, help="By default 12 width^2, and norms.")
 @click.option("--ends-parameters", type=float, help="By default 2 width x vocabulary, and a norm.")
-@click.option("--x-bytes", type=Size(), help="Of what travels; this and below: by default from")
-@click.option("--residual-bytes", type=Size(), help="the sizes, of a layer and a microbatch.")
-@click.option("--weight-residual-bytes", type=Size(), help="From F to W.")
-@click.option("--stash-bytes", type=Size(), help="From I to W.")
-@click.option("--deferred-bytes", type=Size(), help="From I to a deferred W, under remat.")
+@click.option("--x-bytes", type=Size(), help="Of x; by default from the sizes.")
+@click.option(
+    "--residual-bytes", type=Size(), help="Of a layer and microbatch, F to I; from the sizes."
+)
+@click.option("--weight-residual-bytes", type=Size(), help="F to W.")
+@click.option("--stash-bytes", type=Size(), help="I to W.")
+@click.option("--deferred-bytes", type=Size(), help="I to a deferred W, under remat.")
 @click.option("--working-bytes", type=Size(), help="The largest value in no buffer.")
 @click.option(
     "--format",

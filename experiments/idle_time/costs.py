@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
 import dualpipe_jax as dpj
@@ -117,7 +116,8 @@ def _matmul_flops(jaxpr: Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left, product = (np.shape(v.aval) for v in (equation.invars[0], equation.outvars[0]))
+            avals: list[Any] = [v.aval for v in (equation.invars[0], equation.outvars[0])]
+            left, product = (aval.shape for aval in avals)
             total += 2 * prod(product) * prod(left[d] for d in contracted)
         assert equation.primitive.name not in ("scan", "while", "cond"), "no block here has them"
         total += sum(_matmul_flops(inner) for inner in jaxprs_in_params(equation.params))
