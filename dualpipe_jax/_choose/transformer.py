@@ -5,8 +5,8 @@ and down of 4 width x width. What it keeps is what the library's split keeps of 
 compares them). In units of one x, tokens x width:
 
     remat     residual            weight_residual                    stash             deferred
-    none      q, k, v   3         x, after attention, its sum: 3     cotangents:
-                                  up, gelu: 8                        1 + 4 + 1 + 3
+    none      q, k, v   3         x, what attention gives, their     cotangents:
+                                  sum: 3; up: 4                      1 + 4 + 1 + 3
     block     x         1         0                                  the same, and     x and its
                                                                      W's inputs: 7     cotangent: 2
 """
@@ -81,7 +81,7 @@ class Transformer:
         scores = 0
         if self.attention == "plain":
             scores = self.microbatch_size * self.heads * self.context**2 * 4
-        residual, weight_residual, cotangents, inputs = 3 * x + scores, 11 * x, 9 * x, 7 * x
+        residual, weight_residual, cotangents, inputs = 3 * x + scores, 7 * x, 9 * x, 7 * x
         # The head's logits and their cotangent, in float32.
         logits = 2 * 4 * self.tokens * self.vocabulary
         if self.remat == "none":
