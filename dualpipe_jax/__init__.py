@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
     from dualpipe_jax._plot import plot_timeline as plot_timeline
+    from dualpipe_jax._preflight import compiler_options as compiler_options
+    from dualpipe_jax._preflight import preflight as preflight
     from dualpipe_jax._types import Context as Context
     from dualpipe_jax._types import Model as Model
     from dualpipe_jax.schedules import Schedule as Schedule
@@ -26,8 +28,10 @@ _HOME = {
     "Model": "_types",
     "Schedule": "schedules",
     "Timeline": "schedules",
+    "compiler_options": "_preflight",
     "evaluate": "_api",
     "plot_timeline": "_plot",
+    "preflight": "_preflight",
     "schedules": None,
     "sequential": "_api",
     "value_and_grad": "_api",

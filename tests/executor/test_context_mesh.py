@@ -1,4 +1,4 @@
-"""A step made over one mesh runs on the devices of the context's mesh, if that has the same axes."""
+"""A step made over one mesh runs on the devices of the context's, if that has the same axes."""
 
 import jax
 import numpy as np
