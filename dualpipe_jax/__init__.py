@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
     from dualpipe_jax._plot import plot_timeline as plot_timeline
+    from dualpipe_jax._preflight import compiler_options as compiler_options
+    from dualpipe_jax._preflight import preflight as preflight
     from dualpipe_jax._simulate import Costs as Costs
     from dualpipe_jax._simulate import Simulation as Simulation
     from dualpipe_jax._simulate import simulate as simulate
@@ -31,8 +33,10 @@ _HOME = {
     "Schedule": "schedules",
     "Simulation": "_simulate",
     "Timeline": "schedules",
+    "compiler_options": "_preflight",
     "evaluate": "_api",
     "plot_timeline": "_plot",
+    "preflight": "_preflight",
     "schedules": None,
     "sequential": "_api",
     "simulate": "_simulate",

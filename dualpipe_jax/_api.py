@@ -1,6 +1,7 @@
 """The public functions: validate, compile the schedule, build the step."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _kinds, _microbatches, _outputs, _parameters, _validate
+from dualpipe_jax import _kinds, _microbatches, _outputs, _parameters, _scopes, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._executor import Step
 from dualpipe_jax._kinds import Kind
@@ -24,7 +25,7 @@ from dualpipe_jax._types import Context, Model, PyTree
 def value_and_grad(
     model: Model,
     *,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     num_microbatches: int,
     schedule: str | _schedules.Schedule = "dualpipe",
     timetable: str | None = None,
@@ -47,7 +48,8 @@ def value_and_grad(
     Args:
       model: The model, as pure functions.
       mesh: The devices. Axes not named here are left to XLA's partitioner; inside the model's
-        functions they are Auto axes, whatever they are outside.
+        functions they are Auto axes, whatever they are outside. Where `jax.set_mesh` names a mesh
+        with the same axes, its devices are taken instead; then an AbstractMesh will do.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
       schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches.
       timetable: When a rank does what. `"shortest"`: everything as soon as it can, each tick chosen
@@ -125,7 +127,8 @@ def value_and_grad(
         step = build(params, batch, rng)
         _validate.grad_dtype(dtype, params)
         wanted = _parameters.wanted(params, trainable)
-        result, grads = step(params, batch, rng)
+        with _named(schedule):
+            result, grads = step(params, batch, rng)
         return result, _gradients(params, wanted, grads, dtype)
 
     return grad_fn
@@ -134,7 +137,7 @@ def value_and_grad(
 def evaluate(
     model: Model,
     *,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     num_microbatches: int,
     axis: str = "pipe",
     batch_axes: str | tuple[str, ...] = (),
@@ -184,7 +187,7 @@ def evaluate(
 class _Axes:
     """What the axes of the mesh are for."""
 
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     axis: str
     batch_axes: tuple[str, ...]
     manual_axes: tuple[str, ...]
@@ -246,6 +249,15 @@ class _Builder:
         if num_layers not in self._steps:
             self._steps[num_layers] = jax.jit(self._step(num_layers=num_layers))
         return self._steps[num_layers]
+
+
+def _named(schedule: _schedules.Schedule) -> AbstractContextManager[object]:
+    """Puts the schedule's name into the compiled program, if the name tells which one it is."""
+    sizes = {"num_ranks": schedule.num_ranks, "num_microbatches": schedule.num_microbatches}
+    name = schedule.name
+    if name not in _schedules.names() or _schedules.make(name, **sizes) != schedule:
+        return nullcontext()
+    return jax.named_scope(_scopes.of_schedule(name, **sizes))
 
 
 def _schedule_for(

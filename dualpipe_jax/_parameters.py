@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.tree_util import keystr
 
 from dualpipe_jax._refusals import raise_all, show
@@ -53,7 +53,12 @@ def wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> di
 
 
 def specs(
-    params: PyTree, param_specs: PyTree | None, *, mesh: Mesh, axis: str, manual_axes: tuple
+    params: PyTree,
+    param_specs: PyTree | None,
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: str,
+    manual_axes: tuple,
 ) -> dict[str, list[PartitionSpec]]:
     """Says for every leaf over which manual axes its dims lie: a PartitionSpec, an entry a dim.
 
@@ -113,7 +118,9 @@ def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(name for entry in spec for name in _names(entry))
 
 
-def local_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
+def local_shape(
+    shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> tuple[int, ...]:
     """Returns the shape of a device's part of an array that lies as `spec` says."""
     sizes = list(shape)
     for dim, entry in enumerate(spec):
@@ -122,7 +129,7 @@ def local_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> tupl
     return tuple(sizes)
 
 
-def _problems(leaf: Any, entries: list, mesh: Mesh, manual_axes: tuple) -> list[str]:
+def _problems(leaf: Any, entries: list, mesh: Mesh | AbstractMesh, manual_axes: tuple) -> list[str]:
     names = [name for entry in entries for name in entry]
     problems = [f"{name!r} is none of them" for name in names if name not in manual_axes]
     problems += [f"{name!r} stands twice" for name in dict.fromkeys(names) if names.count(name) > 1]

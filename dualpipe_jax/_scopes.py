@@ -4,6 +4,8 @@ Every instruction that XLA keeps has them in its metadata (`op_name`), one after
 segment of the timetable, then the action. What reads compiled programs finds them by these.
 """
 
+import re
+
 # Segments: ticks that each rank runs by its opcode, and beats, the same code on all ranks.
 RAMP, STEADY = "dualpipe.ramp", "dualpipe.steady"
 # Actions.
@@ -13,3 +15,22 @@ FORWARD, INPUT_GRAD, WEIGHT_GRAD = (
 EMBED, EMBED_GRAD, HEAD = (f"dualpipe.{name}" for name in ("embed", "embed_grad", "head"))
 # Transfers between ranks.
 SEND = "dualpipe.send"
+
+
+def of_schedule(name: str, *, num_ranks: int, num_microbatches: int) -> str:
+    """Makes the name under which a step of one of the named schedules stands.
+
+    >>> of_schedule("zb-h1", num_ranks=4, num_microbatches=8)
+    'dualpipe.schedule.zb-h1.4.8'
+    """
+    return f"dualpipe.schedule.{name}.{num_ranks}.{num_microbatches}"
+
+
+def read_schedule(op_name: str) -> tuple[str, int, int] | None:
+    """Reads name, ranks and microbatches of the schedule off an instruction's name.
+
+    >>> read_schedule("jit(step)/dualpipe.schedule.zb-h1.4.8/shard_map/while")
+    ('zb-h1', 4, 8)
+    """
+    found = re.search(r"dualpipe\.schedule\.([\w-]+)\.(\d+)\.(\d+)", op_name)
+    return (found[1], int(found[2]), int(found[3])) if found else None

@@ -113,7 +113,7 @@ def grad_dtype(dtype: Any, params: PyTree) -> None:
 
 def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
     """Requires `axis` to be an axis of the mesh, and returns its size."""
-    if not isinstance(mesh, jax.sharding.Mesh):
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         raise TypeError(f"mesh: must be a jax.sharding.Mesh, as of jax.make_mesh, got {show(mesh)}")
     if not isinstance(axis, str):
         raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {show(axis)}")
@@ -135,7 +135,9 @@ def other_axes(mesh: Any, axis: str, argument: str, axes: Any) -> tuple[str, ...
     return tuple(names)
 
 
-def _known_axes(mesh: jax.sharding.Mesh, argument: str, value: Any, names: Iterable[str]) -> None:
+def _known_axes(
+    mesh: Any | jax.sharding.AbstractMesh, argument: str, value: Any, names: Iterable[str]
+) -> None:
     unknown = [name for name in names if name not in mesh.shape]
     if unknown:
         known = ", ".join(f"{name!r} ({size} devices)" for name, size in mesh.shape.items())

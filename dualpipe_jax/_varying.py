@@ -14,7 +14,7 @@ import jax
 from jax import lax
 from jax.extend import core as jcore
 from jax.extend.core import primitives
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -23,7 +23,11 @@ _CASTS = frozenset({"pvary", "pcast"})
 
 
 def inside(
-    build: Callable[[], Any], *, mesh: Mesh | None, outer: Iterable[str], manual: tuple[str, ...]
+    build: Callable[[], Any],
+    *,
+    mesh: Mesh | AbstractMesh | None,
+    outer: Iterable[str],
+    manual: tuple[str, ...],
 ) -> Any:
     """Returns `build()`, called where the model's functions are traced for one device.
 

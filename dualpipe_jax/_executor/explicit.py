@@ -10,17 +10,30 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def explicit_axes(mesh: Mesh) -> tuple[str, ...]:
+def context_mesh(*, like: Mesh | AbstractMesh) -> AbstractMesh | None:
+    """Returns the mesh of the context (`jax.set_mesh`) if it has the axes of `like`, else None.
+
+    So a step made over one mesh can be compiled for the devices of another.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = mesh.axis_names, mesh.axis_sizes, mesh.axis_types
+    return mesh if axes == (like.axis_names, like.axis_sizes, like.axis_types) else None
+
+
+def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Lists the axes of the mesh that are Explicit, as those of `jax.make_mesh` are."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in types if kind is AxisType.Explicit)
 
 
 def run_as_auto(
-    run: Callable[..., tuple[Any, Any]], *args: Any, mesh: Mesh, out_shardings: tuple[Any, Any]
+    run: Callable[..., tuple[Any, Any]],
+    *args: Any,
+    mesh: Mesh | AbstractMesh,
+    out_shardings: tuple[Any, Any],
 ) -> tuple[Any, Any]:
     """Calls `run` with all axes Auto, and gives its two results the shardings asked for.
 
@@ -43,7 +56,7 @@ def run_as_auto(
 
 
 def sharding_like(
-    leaf: Any, *, mesh: Mesh, without: tuple[str, ...], lead: str | None = None
+    leaf: Any, *, mesh: Mesh | AbstractMesh, without: tuple[str, ...], lead: str | None = None
 ) -> NamedSharding:
     """Makes a sharding over the Explicit axes on which `leaf` lies.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _parameters, _varying
 from dualpipe_jax._executor.explicit import sharding_like
@@ -34,7 +34,7 @@ class Plan:
       leads: The axis over which the layers' dim of each kind's stack lies, or None.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     axis: str
     batch_axes: tuple[str, ...]
     manual_axes: tuple[str, ...]

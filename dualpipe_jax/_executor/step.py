@@ -7,7 +7,7 @@ its own that begins when its tick has come; program size does not depend on thei
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
 from dualpipe_jax._executor import functions, registers
 from dualpipe_jax._executor.beat import make_run
-from dualpipe_jax._executor.explicit import explicit_axes, run_as_auto
+from dualpipe_jax._executor.explicit import context_mesh, explicit_axes, run_as_auto
 from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
@@ -41,7 +41,8 @@ class Step:
     Attributes:
       model: The model.
       tables: What each rank does in each tick.
-      mesh: The device mesh; axes not named here are left to XLA's partitioner.
+      mesh: The device mesh; axes not named here are left to XLA's partitioner. A mesh of the
+        context (`jax.set_mesh`) with the same axes takes its place, on whatever devices it is.
       axis: The pipeline axis.
       batch_axes: The axes over which the batch's leading dim is sharded.
       manual_axes: The axes of which the model's functions use collectives by name.
@@ -55,7 +56,7 @@ class Step:
 
     model: Model
     tables: Tables
-    mesh: jax.sharding.Mesh
+    mesh: Mesh | AbstractMesh
     axis: str
     block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
     num_layers: int
@@ -100,6 +101,9 @@ class Step:
           each part of `params` a list with those of the leaves that get one. None for a
           forward-only program.
         """
+        mesh = context_mesh(like=self.mesh)
+        if mesh is not None and mesh != self.mesh:
+            return replace(self, mesh=mesh)(params, batch, rng)
         plan, blocks = self._plan(params), params["blocks"]
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
@@ -149,7 +153,7 @@ class Step:
         rng: Any,
         *,
         plan: Plan,
-        mesh: jax.sharding.Mesh | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
     ) -> Any:
         """Runs the step on a mesh of Auto axes, or on that of the context."""
         outer = {self.axis, *self.batch_axes} - set(self.manual_axes)

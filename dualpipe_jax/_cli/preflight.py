@@ -1,0 +1,126 @@
+"""`dualpipe-jax preflight`: whether a language model's step fits, and its communication overlaps.
+
+JAX and the modules that need it are imported when the command is invoked, Rich for a terminal only.
+"""
+
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from dualpipe_jax import schedules
+from dualpipe_jax._cli import options
+from dualpipe_jax._cli.refusal import Command, Refusal
+
+_SIZE = click.IntRange(min=1)
+
+
+@click.command(cls=Command)
+@click.option(
+    "--topology",
+    default="tpu:v5e:2x4",
+    show_default=True,
+    help="What to compile for: tpu:v5e:2x4, tpu:v5p:2x2x1, tpu:v6e:2x4, gpu:h100:8, cpu:8.",
+)
+@click.option(
+    "--schedule",
+    default="dualpipe",
+    show_default=True,
+    help=f"One of {', '.join(schedules.names())}.",
+)
+@options.ranks
+@options.microbatches
+@click.option(
+    "--timetable",
+    type=click.Choice(schedules.timetables()),
+    help="By default that of value_and_grad. aligned has a steady loop.",
+)
+@click.option("--layers", type=_SIZE, default=16, show_default=True, help="Over all stages.")
+@click.option("--width", type=_SIZE, default=1024, show_default=True)
+@click.option("--heads", type=_SIZE, default=8, show_default=True, help="Of attention.")
+@click.option("--context", type=_SIZE, default=512, show_default=True, help="Tokens a window.")
+@click.option("--vocabulary", type=_SIZE, default=32768, show_default=True)
+@click.option(
+    "--microbatch", type=_SIZE, default=4, show_default=True, help="Windows a microbatch."
+)
+@click.option("--remat", type=click.Choice(["none", "block"]), default="none", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="What layers compute in; parameters are float32.",
+)
+@click.option(
+    "--options/--no-options",
+    "has_options",
+    default=True,
+    show_default=True,
+    help="Whether to compile with the XLA options that overlap needs.",
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+)
+def preflight(output_format: str, has_options: bool, **step: Any) -> None:
+    """Compile the training step of a GPT for hardware that need not be there.
+
+    Loss, gradients and AdamW's update, with float32 parameters. Says how much memory a device
+    needs, which collectives the steady loop has and whether compute hides them, and how long a
+    step should take. Nothing runs; times are the compiler's and the makers' figures, not
+    measurements. For a step of your own: dualpipe_jax.preflight.
+
+    TPUs need pip install 'dualpipe-jax[tpu-aot]', GPUs 'dualpipe-jax[gpu-aot]'.
+    """
+    # Compilers for absent hardware are no backends: only the CPU's is to be started, and it needs
+    # the devices of a topology of CPUs.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    platform, _, number = step["topology"].partition(":")
+    if platform == "cpu" and number.isdigit():
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", number)
+    rehearse = importlib.import_module("dualpipe_jax._rehearsal").rehearse
+    try:
+        report = rehearse(**step, compiler_options=None if has_options else {})
+    except (ValueError, ModuleNotFoundError) as error:
+        raise Refusal(" ".join(str(error).split())) from error
+    if output_format == "json":
+        click.echo(json.dumps(asdict(report), indent=2))
+    elif sys.stdout.isatty():
+        _print_in_color(report)
+        _print_reasons(platform)
+    else:
+        click.echo(str(report))
+        _print_reasons(platform if has_options else "cpu")
+
+
+def _print_reasons(platform: str) -> None:
+    explain = importlib.import_module("dualpipe_jax._preflight").explain_options
+    for option in explain(platform):
+        click.echo(f"\n{option.name}={option.value}\n  {option.reason}", nl=False)
+    click.echo()
+
+
+def _print_in_color(report: Any) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for line in report.summary():
+        console.print(line, style="red" if "NOT FIT" in line else None, markup=False)
+    for head, rows in report.tables():
+        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
+        for index, title in enumerate(head):
+            table.add_column(title, justify="right" if index else "left")
+        for row in rows:
+            color = {"h": "green", "e": "red"}.get(row[-1][:1])
+            table.add_row(*row, style=color if row[-1] else None)
+        console.print()
+        console.print(table)

@@ -1,0 +1,89 @@
+"""What each action costs in a trip of a loop, by the scopes in the instructions' names."""
+
+import re
+from dataclasses import dataclass
+
+from dualpipe_jax import _scopes
+from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
+from dualpipe_jax._preflight.work import Costs, Work, trip_count
+
+ACTIONS = tuple(
+    getattr(_scopes, name)
+    for name in ("FORWARD", "INPUT_GRAD", "WEIGHT_GRAD", "EMBED", "EMBED_GRAD", "HEAD", "SEND")
+)
+OTHER = "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """Tells what an action costs in one trip of the loop.
+
+    Attributes:
+      name: `"forward"`, `"input_grad"`, ..., or `"other"` for what stands under no action's name.
+      flops: FLOPs of its matmuls.
+      cycles: Cycles, as the compiler estimates; None without estimates.
+    """
+
+    name: str
+    flops: float
+    cycles: float | None
+
+
+def work_by_action(module: Module, costs: Costs, body: Computation) -> dict[str, Work]:
+    """Sums the work of a loop's body by the scope of the action, and `OTHER`.
+
+    A fusion of several actions' instructions counts under the name that the compiler gave it.
+    """
+    total: dict[str, Work] = {}
+
+    def add(where: Computation, times: float) -> None:
+        for instruction in where.instructions:
+            callees = module.callees(instruction)
+            match instruction.opcode:
+                case "while":
+                    trips = trip_count(module, instruction, where) or 1
+                    for callee in callees:
+                        add(callee, times * trips)
+                case "conditional":
+                    add(max(callees, key=lambda c: _size(costs.of_computation(c))), times)
+                case "call":
+                    for callee in callees:
+                        add(callee, times)
+                case _:
+                    name = _action(module, instruction)
+                    work = costs.of(instruction, where) * times
+                    total[name] = total.get(name, Work()) + work
+
+    add(body, 1)
+    return total
+
+
+def num_places(module: Module, body: Computation, action: str) -> int:
+    """Counts the conditionals and loops in a body that hold an action: those of the end ranks."""
+    return sum(
+        any(
+            _scope(each.op_name) == action
+            for callee in module.callees(instruction)
+            for each in module.within(callee)
+        )
+        for instruction in body.instructions
+        if instruction.opcode in ("while", "conditional")
+    )
+
+
+def _size(work: Work) -> tuple[float, float]:
+    return work.cycles, work.flops
+
+
+def _action(module: Module, instruction: Instruction) -> str:
+    name = _scope(instruction.op_name)
+    if name == OTHER and instruction.opcode == "fusion":
+        for callee in module.callees(instruction):
+            name = _scope(callee.root.op_name)
+    return name
+
+
+def _scope(op_name: str) -> str:
+    """The innermost action in the name of an instruction."""
+    found = [name for name in re.findall(r"dualpipe\.\w+", op_name) if name in ACTIONS]
+    return found[-1] if found else OTHER

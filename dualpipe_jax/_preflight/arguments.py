@@ -1,0 +1,107 @@
+"""A step's arguments -> what they are on the devices of a topology, and the mesh that they lie on.
+
+The step was built over the user's mesh. On the topology it gets a mesh of the same axes, and each
+argument lies as it lies on the user's: its PartitionSpec is carried over. What lies on no mesh is
+replicated.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jcore
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dualpipe_jax._types import PyTree
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a mesh: their sizes by name, and their types."""
+
+    sizes: dict[str, int]
+    types: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, mesh: Any) -> "Axes":
+        """Reads them off a mesh, abstract or not."""
+        return cls(dict(mesh.shape), tuple(mesh.axis_types))
+
+
+def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> Axes:
+    """Finds the axes of the step's mesh: as given, as the arguments lie, else as it maps over them.
+
+    Raises:
+      TypeError: If `mesh` is none.
+      ValueError: If there is no mesh, or more than one.
+    """
+    if mesh is not None:
+        if not (hasattr(mesh, "axis_types") and hasattr(mesh, "shape")):
+            raise TypeError(
+                f"mesh={mesh!r}: must be a jax.sharding.Mesh or AbstractMesh, or None for that of "
+                "the arguments"
+            )
+        return Axes.of(mesh)
+    found = []
+    for leaf in jax.tree.leaves(args):
+        on = _mesh_of(leaf)
+        if on is not None and Axes.of(on) not in found:
+            found.append(Axes.of(on))
+    if not found:
+        # A device's own arrays, or NumPy's: the step itself names the mesh.
+        closed = jax.jit(step).trace(*jax.tree.map(_plain, args)).jaxpr
+        found = list(_axes_in(closed.jaxpr))[:1]
+    if not found:
+        raise ValueError(
+            "mesh=None: the arguments lie on no mesh, and the step maps over none; say which axes "
+            "there are with mesh=, or give arguments with NamedShardings (jax.ShapeDtypeStruct "
+            "takes a sharding)"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"args: must all lie on one mesh, but lie on meshes of axes "
+            f"{', '.join(str(axes.sizes) for axes in found)}"
+        )
+    return found[0]
+
+
+def place(args: tuple[PyTree, ...], mesh: jax.sharding.Mesh) -> tuple[PyTree, ...]:
+    """Makes avals of the arguments on a mesh, as they lie on the user's."""
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        plain, on = _plain(leaf), _mesh_of(leaf)
+        spec = PartitionSpec() if on is None else leaf.sharding.spec
+        return plain.update(sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, args)
+
+
+def _plain(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Makes the aval of a leaf, on no mesh."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        leaf = jax.typeof(np.asarray(leaf) if isinstance(leaf, np.generic) else leaf)
+    weak_type = getattr(leaf, "weak_type", False)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak_type)
+
+
+def _mesh_of(leaf: Any) -> Any:
+    """The mesh on which a leaf lies; None if on none."""
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names:
+        return sharding.mesh
+    return None
+
+
+def _axes_in(jaxpr: Any) -> Iterator[Axes]:
+    """Yields the axes of the meshes that a jaxpr names, outermost first."""
+    for eqn in jaxpr.eqns:
+        for sharding in eqn.params.get("out_shardings", ()):
+            # A step over Explicit axes runs in a jit that says so: inside, they are Auto.
+            if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names:
+                yield Axes.of(sharding.mesh)
+        if eqn.primitive.name == "shard_map":
+            yield Axes.of(eqn.params["mesh"])
+        for inner in jcore.jaxprs_in_params(eqn.params):
+            yield from _axes_in(inner)

@@ -1,0 +1,235 @@
+"""Compiles a step for a topology, ahead of time, and reads what became of it."""
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dualpipe_jax._preflight.actions import Action, work_by_action
+from dualpipe_jax._preflight.arguments import find_axes, place
+from dualpipe_jax._preflight.hlo import Module, parse
+from dualpipe_jax._preflight.links import Network
+from dualpipe_jax._preflight.loops import Found, find_loop
+from dualpipe_jax._preflight.options import compiler_options as options_of
+from dualpipe_jax._preflight.predict import Prediction, predict
+from dualpipe_jax._preflight.report import Loop, Memory, Report
+from dualpipe_jax._preflight.timing import Collective, Replay
+from dualpipe_jax._preflight.topologies import (
+    Topology,
+    find_topology,
+    is_adjacent_along,
+    make_mesh,
+)
+from dualpipe_jax._preflight.work import Costs, Work
+from dualpipe_jax._types import PyTree
+
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
+
+
+def preflight(
+    step_fn: Callable[..., Any],
+    args: tuple[PyTree, ...],
+    topology: str,
+    *,
+    compiler_options: dict[str, bool | int | str] | None = None,
+    mesh: Any = None,
+) -> Report:
+    """Compiles a training step for hardware that need not be there, and says what became of it.
+
+    Whether it fits into a device's memory, which collectives the steady loop has, whether compute
+    hides them, and how long a step should take. Nothing runs; the figures are those of the
+    compiler and of the devices' makers, and the times no measurements.
+
+    >>> import jax, jax.numpy as jnp
+    >>> mesh = jax.make_mesh((4,), ("pipe",), devices=jax.devices()[:4])
+    >>> @jax.shard_map(mesh=mesh, out_specs=jax.P("pipe"))
+    ... def step(x):
+    ...     def swap(x, _):
+    ...         return jax.lax.ppermute(x, "pipe", [(0, 1), (1, 0)]) @ x.T @ x, None
+    ...
+    ...     return jax.lax.scan(swap, x, length=3)[0]
+    >>> x = jax.ShapeDtypeStruct(
+    ...     (32, 8), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("pipe"))
+    ... )
+    >>> report = preflight(step, (x,), "cpu:4")
+    >>> [(each.kind, each.num_bytes) for each in report.loop.collectives], report.loop.num_trips
+    ([('collective-permute', 256)], 3)
+
+    Args:
+      step_fn: The step, jitted or not. It may be built over any mesh with the axes of the
+        topology's, such as one of fake CPU devices. A `jax.jit` around it may donate, but must not
+        name shardings of that mesh, and a `jax.shard_map` of your own must leave its mesh to the
+        context.
+      args: Its arguments: arrays, or `jax.ShapeDtypeStruct`s, which cost nothing. They lie on the
+        topology as they lie on their mesh; those on no mesh are replicated.
+      topology: What to compile for: `"tpu:v5e:2x4"` (needs `pip install 'dualpipe-jax[tpu-aot]'`),
+        `"gpu:h100:8"` (`'dualpipe-jax[gpu-aot]'`), or `"cpu:8"`, this process's CPU devices.
+      compiler_options: XLA's options; None for those of `dualpipe_jax.compiler_options`.
+      mesh: A mesh with the step's axes; None to read them off the arguments' shardings, or off the
+        step.
+
+    Returns:
+      The report, frozen dataclasses; `print` shows it.
+
+    Raises:
+      ValueError: If the topology is not known or has not as many devices as the mesh, or the
+        arguments lie on more than one mesh, or on none and the step maps over none.
+      TypeError: If `args` is no tuple, or `mesh` no mesh.
+      ModuleNotFoundError: If the compiler for the topology is not installed.
+    """
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args={type(args).__name__}: must be a tuple of the step's arguments; for a "
+            "single one write (argument,)"
+        )
+    found = find_topology(topology)
+    axes = find_axes(step_fn, tuple(args), mesh)
+    on = make_mesh(found, axes.sizes, axes.types)
+    options: dict[str, Any] = (
+        options_of(found.platform) if compiler_options is None else compiler_options
+    )
+    jitted = step_fn if isinstance(step_fn, jax.stages.Wrapped) else jax.jit(step_fn)
+    with jax.set_mesh(on):
+        try:
+            traced = jitted.trace(*place(tuple(args), on))
+        except ValueError as error:
+            if "should match the mesh passed to shard_map" not in str(error):
+                raise
+            raise ValueError(
+                "step_fn: calls jax.shard_map with a mesh, which is not that of the topology; "
+                "leave mesh= out of it, and it takes the mesh of the context (jax.set_mesh)"
+            ) from error
+        lowered = traced.lower(lowering_platforms=(found.lowering_platform,))
+    start = time.perf_counter()
+    compiled, failure = None, ""
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if _EXHAUSTED not in str(error):
+            raise
+        failure = str(error)
+    common: dict[str, Any] = {
+        "topology": topology,
+        "device": found.device.name if found.device else "CPU",
+        "axes": axes.sizes,
+        "apart": tuple(
+            axis
+            for dim, axis in enumerate(axes.sizes)
+            if is_adjacent_along(on.devices, dim) is False
+        ),
+        "compiler_options": dict(options),
+        "compile_seconds": time.perf_counter() - start,
+    }
+    if compiled is None:
+        return Report(
+            **common,
+            memory=_exhausted(found, failure),
+            loop=None,
+            prediction=Prediction(reason="the step does not fit"),
+            failure=failure.splitlines()[0],
+        )
+    module = parse(compiled.as_text() or "")
+    network = Network(axes=axes.sizes, device=found.device)
+    loop, prediction = _analysis(module, network)
+    return Report(
+        **common,
+        memory=_memory(found, compiled.memory_analysis()),
+        loop=loop,
+        prediction=prediction,
+    )
+
+
+def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction]:
+    costs, replay = Costs(module), Replay(module, network)
+    found = find_loop(module, costs)
+    work = {} if found is None else work_by_action(module, costs, found.body)
+    collectives = [] if found is None else replay.run(found.body)
+    prediction = predict(
+        module,
+        found,
+        work=work,
+        collectives=collectives,
+        outside_seconds=_outside_seconds(module, costs, replay, found),
+        device=network.device,
+    )
+    if found is None:
+        return None, prediction
+    total = costs.of_computation(found.body)
+    has_cycles = network.device is not None and network.device.clock is not None
+    loop = Loop(
+        kind=found.kind,
+        name=found.instruction.name,
+        num_trips=found.num_trips,
+        flops=total.flops,
+        cycles=total.cycles if has_cycles else None,
+        compute_seconds=replay.seconds(total),
+        exposed_seconds=_exposed_seconds(collectives),
+        actions=tuple(
+            Action(
+                name=name.removeprefix("dualpipe."),
+                flops=each.flops,
+                cycles=each.cycles if has_cycles else None,
+            )
+            for name, each in sorted(
+                work.items(), key=lambda item: (-item[1].cycles, -item[1].flops)
+            )
+            if each != Work()
+        ),
+        collectives=tuple(collectives),
+    )
+    return loop, prediction
+
+
+def _exposed_seconds(collectives: list[Collective]) -> float | None:
+    if any(each.exposed_seconds is None for each in collectives):
+        return None
+    return sum((each.exposed_seconds or 0.0) * each.count for each in collectives)
+
+
+def _outside_seconds(
+    module: Module, costs: Costs, replay: Replay, loop: Found | None
+) -> float | None:
+    """How long what stands in the entry takes, but for the loop that holds the steady one."""
+    if loop is None:
+        return None
+    total = Work()
+    for instruction in module.entry.instructions:
+        inside = [each.name for c in module.callees(instruction) for each in module.within(c)]
+        if loop.instruction.name not in (instruction.name, *inside):
+            total += costs.of(instruction, module.entry)
+    exposed = _exposed_seconds(replay.run(module.entry, loops=False))
+    compute = replay.seconds(total)
+    return None if exposed is None or compute is None else compute + exposed
+
+
+def _memory(topology: Topology, analysis: Any) -> Memory:
+    """Reads the compiler's analysis of memory."""
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
+    needed = arguments + outputs - aliased + temporaries
+    capacity = topology.device.memory if topology.device else None
+    return Memory(
+        arguments=arguments,
+        outputs=outputs,
+        aliased=aliased,
+        temporaries=temporaries,
+        # The CPU's compiler gives a number that leaves the temporaries out.
+        peak=None if topology.platform == "cpu" else analysis.peak_memory_in_bytes,
+        needed=needed,
+        capacity=capacity,
+        fits=None if capacity is None else max(needed, analysis.peak_memory_in_bytes) <= capacity,
+    )
+
+
+def _exhausted(topology: Topology, failure: str) -> Memory:
+    """Reads off the compiler's refusal how much would have been needed, if it says so."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", failure)
+    number, unit = [group for group in used.groups() if group] if used else ("", "")
+    power = {"K": 1, "M": 2, "G": 3, "T": 4}
+    return Memory(
+        needed=int(float(number) * 1024 ** power[unit]) if number else None,
+        capacity=topology.device.memory if topology.device else None,
+        fits=False,
+    )

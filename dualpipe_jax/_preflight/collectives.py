@@ -1,0 +1,159 @@
+"""The collectives of a program: of what kind, where they start, and where they are waited for.
+
+Asynchronous ones stand in the text in three forms: `all-to-all-start` and `all-to-all-done`;
+`async-start` and `async-done`, which call a computation; and, on TPUs, fusions that hold an
+`AsyncCollectiveStart` and an `AsyncCollectiveDone`, with fusions between them that compute while
+the collective goes on.
+"""
+
+from dataclasses import dataclass
+
+from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Found:
+    """Tells of a collective where it stands in a computation.
+
+    Attributes:
+      kind: One of `KINDS`.
+      start: The instruction that starts it; of a synchronous one, the only one.
+      done: The instruction that waits for it, or None for a synchronous one.
+      collective: The instruction that says among which devices.
+      num_bytes: Those of a device's operands; of an all-gather, of its result.
+    """
+
+    kind: str
+    start: Instruction
+    done: Instruction | None
+    collective: Instruction
+    num_bytes: int
+
+
+def holds_collective(module: Module, computation: Computation) -> bool:
+    """Whether one stands in a computation or in what it calls."""
+    return any(map(is_collective, module.within(computation)))
+
+
+def is_collective(instruction: Instruction) -> bool:
+    """Whether an instruction is a collective, or the start of one."""
+    return _kind(instruction.opcode) is not None
+
+
+def find_collectives(module: Module, where: Computation) -> list[Found]:
+    """Lists the collectives of a computation and of its fusions, in the order of their starts.
+
+    Those in the bodies of its loops and the branches of its conditionals are not among them.
+    """
+    found = []
+    waits = _waits(module, where)
+    for instruction in where.instructions:
+        begun = _begun(module, where, instruction)
+        if begun is not None:
+            kind, collective, home = begun
+            found.append(
+                Found(
+                    kind=kind,
+                    start=instruction,
+                    done=waits.get(instruction.name),
+                    collective=collective,
+                    num_bytes=_num_bytes(kind, collective, home),
+                )
+            )
+    return found
+
+
+def _kind(opcode: str) -> str | None:
+    """Names the kind of a collective, or of the start of one."""
+    opcode = opcode.removesuffix("-start")
+    return opcode if opcode in KINDS else None
+
+
+def _begun(
+    module: Module, where: Computation, instruction: Instruction
+) -> tuple[str, Instruction, Computation] | None:
+    """Finds the collective that an instruction starts or is, and the computation it stands in."""
+    kind = _kind(instruction.opcode)
+    if kind is not None:
+        return kind, instruction, where
+    if instruction.opcode not in ("fusion", "async-start", "call"):
+        return None
+    for callee in module.callees(instruction):
+        if _is_between(callee) or _targets(callee, _DONE):
+            continue
+        for each in callee.instructions:
+            inner = _begun(module, callee, each)
+            if inner is not None and "all-reduce-scatter" in callee.name:
+                # TPUs fuse an all-reduce with the slice that takes a device's part.
+                return "reduce-scatter", *inner[1:]
+            if inner is not None:
+                return inner
+    return None
+
+
+def _is_between(computation: Computation) -> bool:
+    # Computes beside a collective, of which it repeats the instruction.
+    return computation.name.startswith("async_collective_fusion")
+
+
+def _targets(computation: Computation, target: str) -> bool:
+    return any(
+        each.opcode == "custom-call" and f'"{target}"' in each.attributes
+        for each in computation.instructions
+    )
+
+
+def _waits(module: Module, where: Computation) -> dict[str, Instruction]:
+    """Maps the name of each asynchronous start to the instruction that waits for it."""
+    waits = {}
+    for instruction in where.instructions:
+        callees = module.callees(instruction)
+        is_fused = instruction.opcode == "fusion" and any(_targets(c, _DONE) for c in callees)
+        if is_fused or instruction.opcode.endswith("-done"):
+            start = _start_of(module, where, instruction)
+            if start is not None:
+                waits[start.name] = instruction
+    return waits
+
+
+def _start_of(module: Module, where: Computation, done: Instruction) -> Instruction | None:
+    """Follows what is waited for back to its start, over tuples, updates and fusions between."""
+    seen, left = {done.name}, where.operands_of(done)
+    while left:
+        here = left.pop(0)
+        callees = module.callees(here)
+        if here.opcode.endswith("-start") or any(_targets(c, _START) for c in callees):
+            return here
+        passes = here.opcode in ("get-tuple-element", "async-update", "bitcast")
+        if passes or any(map(_is_between, callees)):
+            for operand in where.operands_of(here):
+                if operand.name not in seen:
+                    seen.add(operand.name)
+                    left.append(operand)
+    return None
+
+
+def _num_bytes(kind: str, collective: Instruction, home: Computation) -> int:
+    operands = [shape for each in home.operands_of(collective) for shape in each.shapes]
+    if kind != "all-gather":
+        return _sum(operands)
+    if not collective.opcode.endswith("-start"):
+        return _sum(collective.shapes)
+    # (operands, results, what belongs to the platform: u32[] and the like)
+    rest = collective.shapes[len(operands) :]
+    return _sum(rest[: len(operands)])
+
+
+def _sum(shapes: "list[Shape] | tuple[Shape, ...]") -> int:
+    return sum(shape.num_bytes for shape in shapes)

@@ -1,0 +1,243 @@
+"""The text of a compiled program -> its computations and their instructions.
+
+In: what `jax.stages.Compiled.as_text()` gives. It is scheduled: the order of the instructions in a
+computation is the order in which a device starts them. Only what the analysis needs is read.
+
+>>> module = parse('''HloModule jit_f, is_scheduled=true
+...
+... ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
+...   %a = bf16[8,4]{1,0} parameter(0)
+...   ROOT %tanh.1 = bf16[8,4]{1,0} tanh(%a), metadata={op_name="jit(f)/tanh"}
+... }
+... ''')
+>>> root = module.entry.root
+>>> root.opcode, root.operands, root.op_name, root.shapes[0].num_bytes
+('tanh', ('a',), 'jit(f)/tanh', 64)
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+# Bits of an element; what is not here (token, opaque) has none.
+_BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "c64": 64, "c128": 128}
+_WIDTH = re.compile(r"(?:bf|[suf])(\d+)")
+
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|"
+    r"called_computations)=(\{[^}]*\}|%[\w.\-]+)"
+)
+_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tells the shape of one array."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size, without padding."""
+        bits = _BITS.get(self.dtype)
+        if bits is None:
+            width = _WIDTH.match(self.dtype)
+            bits = int(width[1]) if width else 0
+        return math.ceil(math.prod(self.dims) * bits / 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    """Tells of one instruction.
+
+    Attributes:
+      name: Its name, once in a module.
+      opcode: As in the text: `fusion`, `while`, `collective-permute-start`.
+      shapes: The arrays of its result, those of a tuple one after the other.
+      operands: The names of the instructions whose results it reads.
+      arguments: What stands between its parentheses: of a constant, its value.
+      attributes: What follows them, as text.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+
+    @cached_property
+    def called(self) -> dict[str, tuple[str, ...]]:
+        """The computations that it calls, by attribute: `body`, `calls`."""
+        return {key: tuple(_NAME.findall(names)) for key, names in _CALLED.findall(self.attributes)}
+
+    @property
+    def callees(self) -> tuple[str, ...]:
+        """All computations that it calls."""
+        return tuple(name for names in self.called.values() for name in names)
+
+    @cached_property
+    def op_name(self) -> str:
+        """The names of the JAX functions and scopes that it stands for; "" if the text has none."""
+        found = _OP_NAME.search(self.attributes)
+        return found[1] if found else ""
+
+    @cached_property
+    def cycles(self) -> int | None:
+        """The compiler's estimate of its clock cycles, where it gives one."""
+        found = _CYCLES.search(self.attributes)
+        return int(found[1]) if found else None
+
+    @property
+    def known_trip_count(self) -> int | None:
+        """How often a `while` runs its body, where the compiler says so."""
+        found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found else None
+
+    def integers(self, attribute: str) -> tuple[int, ...]:
+        """Reads a list such as `lhs_contracting_dims={1}`; () if there is none."""
+        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(map(int, found[1].split(","))) if found and found[1] else ()
+
+    def number(self, attribute: str, default: int) -> int:
+        """Reads a number such as `index=3`."""
+        found = re.search(rf"\b{attribute}=(\d+)", self.attributes)
+        return int(found[1]) if found else default
+
+
+@dataclass(frozen=True, eq=False)
+class Computation:
+    """Tells of one computation: its instructions in the order of the schedule, the root by name."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+    root_name: str
+
+    @cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """The instructions by name."""
+        return {each.name: each for each in self.instructions}
+
+    @property
+    def root(self) -> Instruction:
+        """The instruction whose result it returns."""
+        return self.by_name[self.root_name]
+
+    def operands_of(self, instruction: Instruction) -> list[Instruction]:
+        """Lists the instructions whose results one reads."""
+        return [self.by_name[name] for name in instruction.operands if name in self.by_name]
+
+    def parameter(self, number: int) -> Instruction | None:
+        """Finds a parameter by its number."""
+        for each in self.instructions:
+            if each.opcode == "parameter" and each.arguments.strip() == str(number):
+                return each
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """Tells of a whole program."""
+
+    computations: dict[str, Computation]
+    entry: Computation
+
+    def callees(self, instruction: Instruction) -> list[Computation]:
+        """Lists the computations that an instruction calls."""
+        return [self.computations[n] for n in instruction.callees if n in self.computations]
+
+    def within(self, computation: Computation, *, loops: bool = True) -> Iterator[Instruction]:
+        """Yields the instructions of a computation and of all that it calls, each once.
+
+        Args:
+          computation: Where to begin.
+          loops: Whether the bodies of its loops are among them.
+        """
+        seen, left = {computation.name}, [computation]
+        while left:
+            here = left.pop()
+            for instruction in here.instructions:
+                yield instruction
+                if instruction.opcode == "while" and not loops:
+                    continue
+                for callee in self.callees(instruction):
+                    if callee.name not in seen:
+                        seen.add(callee.name)
+                        left.append(callee)
+
+
+def parse(text: str) -> Module:
+    """Reads the text of a compiled program.
+
+    Raises:
+      ValueError: If there is no entry computation in it.
+    """
+    computations: dict[str, Computation] = {}
+    entry, name, is_entry, root = None, None, False, ""
+    instructions: list[Instruction] = []
+    for line in text.splitlines():
+        if name is None:
+            header = _HEADER.match(line)
+            if header:
+                name, is_entry, instructions, root = header[2], bool(header[1]), [], ""
+        elif line.startswith("}"):
+            root = root or (instructions[-1].name if instructions else "")
+            computations[name] = Computation(name, tuple(instructions), root)
+            entry = computations[name] if is_entry else entry
+            name = None
+        else:
+            start = _INSTRUCTION.match(line)
+            if start:
+                instruction = _instruction(start[2], line[start.end() :])
+                instructions.append(instruction)
+                root = instruction.name if start[1] else root
+    if entry is None:
+        raise ValueError("text: must be that of a compiled program, but has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _end_of_shape(rest)
+    shapes = tuple(
+        Shape(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim))
+        for dtype, dims in _SHAPE.findall(rest[:end])
+    )
+    opcode = _OPCODE.match(rest, end)
+    assert opcode, rest
+    close = _closing(rest, opcode.end() - 1)
+    arguments = rest[opcode.end() : close]
+    return Instruction(
+        name=name,
+        opcode=opcode[1],
+        shapes=shapes,
+        operands=tuple(_NAME.findall(arguments)),
+        arguments=arguments,
+        attributes=rest[close + 1 :],
+    )
+
+
+def _end_of_shape(text: str) -> int:
+    """Finds where the shape ends with which the text begins: a tuple's, or up to a space."""
+    if text.startswith("("):
+        return _closing(text, 0) + 1
+    return text.index(" ")
+
+
+def _closing(text: str, start: int) -> int:
+    """Finds the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"no closing parenthesis: {text[start : start + 80]!r}")

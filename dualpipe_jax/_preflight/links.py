@@ -1,0 +1,133 @@
+"""Which devices a collective joins, and how long its bytes need on the links between them.
+
+A mesh axis of TPUs is taken as a line of chips, each joined to the next by a link each way: slices
+of less than a full torus dim have no link from the last chip to the first. So times are those of
+the most loaded link at its published bandwidth, without latency; where the torus closes, they are
+upper bounds. GPUs of a host reach each other over a switch.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualpipe_jax._preflight.devices import Device
+from dualpipe_jax._preflight.hlo import Instruction
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Tells how the devices of a mesh are joined.
+
+    Attributes:
+      axes: The sizes of the mesh axes, by name, outermost first.
+      device: The device; None for one whose links nobody published.
+    """
+
+    axes: dict[str, int]
+    device: Device | None
+
+    @property
+    def num_devices(self) -> int:
+        """The devices of the mesh."""
+        return math.prod(self.axes.values())
+
+    def places(self, devices: tuple[int, ...]) -> np.ndarray:
+        """The places of devices along the axes: int[num_devices, num_axes]."""
+        return np.stack(np.unravel_index(devices, tuple(self.axes.values())), axis=-1)
+
+    def axes_of(self, collective: Instruction) -> tuple[str, ...]:
+        """Names the mesh axes along which a collective moves data."""
+        pairs = source_target_pairs(collective)
+        joined = pairs if pairs is not None else groups(collective, self.num_devices)
+        names = list(self.axes)
+        used = {
+            names[axis]
+            for devices in joined
+            for axis in np.nonzero(np.ptp(self.places(tuple(devices)), axis=0))[0]
+        }
+        return tuple(name for name in names if name in used)
+
+    def seconds(self, kind: str, collective: Instruction, num_bytes: int) -> float | None:
+        """Says how long the links need; None if nothing is published of them.
+
+        Args:
+          kind: The kind of collective.
+          collective: The instruction that holds its groups or pairs.
+          num_bytes: Those of a device's operand, of an all-gather's result.
+        """
+        if self.device is None:
+            return None
+        pairs = source_target_pairs(collective)
+        if pairs is not None:
+            return self._load(pairs) * num_bytes / self.device.link
+        n = max((len(group) for group in groups(collective, self.num_devices)), default=1)
+        return num_bytes * self._share(kind, n) / self.device.link
+
+    def _share(self, kind: str, n: int) -> float:
+        """How much of `num_bytes` goes over the most loaded link, of a group of n devices."""
+        match kind:
+            case "all-reduce":
+                return 2 * (n - 1) / n  # a reduce-scatter, then an all-gather
+            case "all-to-all" if self.device is not None and not self.device.is_switched:
+                # Over the middle link of a line one half of the chips sends to the other half.
+                return (n // 2) * (n - n // 2) / n
+            case _:
+                return (n - 1) / n
+
+    def _load(self, pairs: Pairs) -> int:
+        """How many of the pairs share the most loaded link in one direction."""
+        moves = [pair for pair in pairs if pair[0] != pair[1]]
+        if self.device is not None and self.device.is_switched:
+            return max(Counter(source for source, _ in moves).values(), default=0)
+        load: Counter[tuple[int, ...]] = Counter()
+        for pair in moves:
+            here, there = self.places(pair)
+            # Along one axis after the other, as torus routers do.
+            for axis in range(len(here)):
+                step = int(np.sign(there[axis] - here[axis]))
+                while here[axis] != there[axis]:
+                    load[(*here.tolist(), axis, step)] += 1
+                    here[axis] += step
+        return max(load.values(), default=0)
+
+
+def source_target_pairs(collective: Instruction) -> Pairs | None:
+    """Reads the pairs of a permute: from which device to which."""
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", collective.attributes)
+    if found is None:
+        return None
+    numbers = list(map(int, re.findall(r"\d+", found[1])))
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], ...]:
+    """Reads the groups of devices among which a collective runs; by default one of all.
+
+    >>> from dualpipe_jax._preflight.hlo import parse
+    >>> text = '''ENTRY %main (a: f32[4]) -> f32[4] {
+    ...   %a = f32[4]{0} parameter(0)
+    ...   ROOT %sum = f32[4]{0} all-reduce(%a), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+    ... }'''
+    >>> groups(parse(text).entry.root, 4)
+    ((0, 2), (1, 3))
+    """
+    attributes = collective.attributes
+    lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes)
+    if lists is not None:
+        return tuple(
+            tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", lists[1])
+        )
+    # An iota of shape `dims`, its dims permuted, in rows: [groups,size]<=[dims]T(permutation)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota is not None:
+        shape, dims = (tuple(map(int, text.split(","))) for text in iota.groups()[:2])
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        if iota[3]:
+            devices = devices.transpose(tuple(map(int, iota[3].split(","))))
+        return tuple(map(tuple, devices.reshape(shape[0], -1).tolist()))
+    return (tuple(range(num_devices)),)

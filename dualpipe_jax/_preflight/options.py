@@ -1,0 +1,89 @@
+"""The XLA options that overlap needs, each with what was seen of it.
+
+Only options that change a compiled program are listed. Of the TPU compiler's others, those of the
+latency-hiding scheduler (on by default), of asynchronous permutes and of collective fusion were
+tried on a two-beat loop with permutes and all-to-alls, and changed nothing.
+"""
+
+from dataclasses import dataclass
+
+PLATFORMS = ("tpu", "gpu", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompilerOption:
+    """Tells of one option.
+
+    Attributes:
+      name: Its name, as `compiler_options` of `jax.jit` takes it.
+      value: Its value. Booleans are Python's: the GPU compiler takes no others.
+      reason: What it is for.
+    """
+
+    name: str
+    value: bool | int | str
+    reason: str
+
+
+_OPTIONS: dict[str, tuple[CompilerOption, ...]] = {
+    "tpu": (
+        CompilerOption(
+            name="xla_tpu_enable_async_all_to_all",
+            value=True,
+            reason="all-to-alls run while others compute; without it every one stops its device",
+        ),
+    ),
+    "gpu": (
+        CompilerOption(
+            name="xla_disable_hlo_passes",
+            value="collective-permute-motion",
+            reason="the pass moves a loop's last permutes to the next trip's start, where they are "
+            "waited for at once",
+        ),
+        CompilerOption(
+            name="xla_gpu_experimental_parallel_collective_overlap_limit",
+            value=4,
+            reason="several transfers are under way at once: activations, cotangents, all-to-alls",
+        ),
+        CompilerOption(
+            name="xla_gpu_collective_permute_combine_threshold_bytes",
+            value=0,
+            reason="activations leave when they are done; combined with the cotangents they wait "
+            "for those, and are waited for with them",
+        ),
+    ),
+    "cpu": (),
+}
+
+
+def compiler_options(platform: str) -> dict[str, bool | int | str]:
+    """Gives the XLA options with which communication overlaps with compute.
+
+    Pass them to the `jax.jit` of the training step. `dualpipe-jax preflight` prints their reasons;
+    from Python `explain_options` lists them.
+
+    >>> compiler_options("tpu")
+    {'xla_tpu_enable_async_all_to_all': True}
+
+    Args:
+      platform: `"tpu"`, `"gpu"` or `"cpu"` (which has none).
+
+    Returns:
+      What `jax.jit(step, compiler_options=...)` takes.
+
+    Raises:
+      ValueError: If there is no such platform.
+    """
+    return {option.name: option.value for option in explain_options(platform)}
+
+
+def explain_options(platform: str) -> tuple[CompilerOption, ...]:
+    """Lists the options of `compiler_options` with their reasons.
+
+    Raises:
+      ValueError: If there is no such platform.
+    """
+    if platform not in _OPTIONS:
+        known = ", ".join(map(repr, PLATFORMS))
+        raise ValueError(f"platform={platform!r}: must be one of {known}")
+    return _OPTIONS[platform]

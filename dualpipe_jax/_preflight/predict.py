@@ -1,0 +1,117 @@
+"""Predicts the time of a step: replays the schedule with the costs of the compiled actions."""
+
+from dataclasses import dataclass
+
+from dualpipe_jax import _scopes, schedules
+from dualpipe_jax._preflight.actions import OTHER, num_places
+from dualpipe_jax._preflight.devices import Device
+from dualpipe_jax._preflight.hlo import Module
+from dualpipe_jax._preflight.loops import Found
+from dualpipe_jax._preflight.timing import Collective
+from dualpipe_jax._preflight.work import Work
+from dualpipe_jax._simulate import Costs, simulate
+
+# The steady loop runs two beats in a trip: two forwards, input grads and weight grads a rank.
+_BEATS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Tells how long a step should take.
+
+    Attributes:
+      seconds: Of the whole step; None if it cannot be predicted.
+      reason: Why not; "" if it can.
+      loop_seconds: Of it, the schedule's: from the first forward to the last weight grad.
+      outside_seconds: Of it, what stands outside the schedule's loops, such as the optimizer's
+        update: its compute, and the collectives that compute waits for.
+      schedule: The schedule's name.
+      idle_share: The share of the schedule's time in which ranks do not act.
+    """
+
+    seconds: float | None = None
+    reason: str = ""
+    loop_seconds: float | None = None
+    outside_seconds: float | None = None
+    schedule: str | None = None
+    idle_share: float | None = None
+
+
+def predict(
+    module: Module,
+    loop: Found | None,
+    *,
+    work: dict[str, Work],
+    collectives: list[Collective],
+    outside_seconds: float | None,
+    device: Device | None,
+) -> Prediction:
+    """Predicts the time of a step whose steady loop is known.
+
+    Args:
+      module: The program.
+      loop: Its loop.
+      work: The work of one trip by action.
+      collectives: Those of one trip.
+      outside_seconds: How long what stands outside the loops takes.
+      device: What is published of the devices.
+    """
+    named = {_scopes.read_schedule(each.op_name) for each in module.within(module.entry)} - {None}
+    if device is None or device.clock is None:
+        return Prediction(reason="the compiler gives no cycles on this platform")
+    if loop is None or loop.kind != "steady":
+        return Prediction(reason="the program has no steady loop of beats")
+    if len(named) != 1:
+        return Prediction(
+            reason="the program does not name one schedule of dualpipe_jax.schedules.names()"
+        )
+    ((name, num_ranks, num_microbatches),) = (each for each in named if each is not None)
+    made = schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    costs = _costs(module, loop, work, stages_per_rank=made.num_stages / num_ranks)
+    if costs is None:
+        return Prediction(reason="no instruction of the steady loop stands under a forward's name")
+    transfer = max(
+        (each.link_seconds or 0 for each in collectives if _scopes.SEND in each.op_name), default=0
+    )
+    simulation = simulate(made, costs=costs, transfer=transfer * device.clock, timetable="aligned")
+    loop_seconds = simulation.makespan / device.clock
+    return Prediction(
+        seconds=loop_seconds + (outside_seconds or 0),
+        loop_seconds=loop_seconds,
+        outside_seconds=outside_seconds,
+        schedule=name,
+        idle_share=simulation.idle_share,
+    )
+
+
+def _costs(
+    module: Module, loop: Found, work: dict[str, Work], *, stages_per_rank: float
+) -> Costs | None:
+    """Makes the simulator's costs, in cycles, of the work of a trip of two beats."""
+    cycles = {name: each.cycles for name, each in work.items()}
+    total, named = sum(cycles.values()), sum(cycles.values()) - cycles.get(OTHER, 0.0)
+    if not cycles.get(_scopes.FORWARD):
+        return None
+    # What stands under no action's name (copies, reads and writes of slots) belongs to all of them.
+    scale = total / named
+
+    def each(action: str, times: float) -> float:
+        return cycles.get(action, 0.0) * scale / times
+
+    forward, input_grad, weight_grad = (
+        each(action, _BEATS) * stages_per_rank
+        for action in (_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD)
+    )
+    places = {
+        action: num_places(module, loop.body, action) or _BEATS
+        for action in (_scopes.EMBED, _scopes.HEAD)
+    }
+    # The head's gradient is made with its forward; the simulator counts it in proportion.
+    share_of_forward = forward / (forward + input_grad + weight_grad)
+    return Costs(
+        forward=forward,
+        input_grad=input_grad,
+        weight_grad=weight_grad,
+        embed=each(_scopes.EMBED, places[_scopes.EMBED]),
+        head=each(_scopes.HEAD, places[_scopes.HEAD]) * share_of_forward,
+    )

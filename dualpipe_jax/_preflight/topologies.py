@@ -1,0 +1,177 @@
+"""Names of topologies -> devices that can be compiled for, with or without the hardware."""
+
+import importlib.util
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.experimental import topologies as jax_topologies
+
+from dualpipe_jax._preflight.devices import H100, V5E, V5P, V6E, Device
+from dualpipe_jax._preflight.h100 import H100_TARGET
+
+_TPUS = {"v5e": V5E, "v5p": V5P, "v6e": V6E}
+_GPUS = {"h100": (H100, H100_TARGET)}
+KNOWN = (
+    "tpu:v5e:2x4 (also 2x2 up to 16x16)",
+    "tpu:v5p:2x2x1 (also 4x4x4 and more)",
+    "tpu:v6e:2x4 (also 2x2 up to 16x16)",
+    "gpu:h100:8 (one host's GPUs, up to 8)",
+    "cpu:8 (this process's CPU devices)",
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Topology:
+    """Tells of the devices to compile for.
+
+    Attributes:
+      name: As the user gave it.
+      platform: `"tpu"`, `"gpu"` or `"cpu"`.
+      devices: The devices as JAX sees them.
+      device: What is published of them; None for CPUs.
+    """
+
+    name: str
+    platform: str
+    devices: tuple[Any, ...]
+    device: Device | None
+
+    @property
+    def lowering_platform(self) -> str:
+        """The platform's name for `lower`."""
+        return "cuda" if self.platform == "gpu" else self.platform
+
+
+def find_topology(name: str) -> Topology:
+    """Makes the devices of a topology.
+
+    Raises:
+      ValueError: If the name is not known, or this process has too few CPU devices.
+      ModuleNotFoundError: If the compiler for it is not installed.
+    """
+    match name.split(":") if isinstance(name, str) else ():
+        case ("tpu", kind, shape) if kind in _TPUS:
+            return _tpu(name, kind, shape)
+        case ("gpu", kind, number) if kind in _GPUS and number.isdigit() and 0 < int(number) <= 8:
+            return _gpu(name, kind, int(number))
+        case ("cpu", number) if number.isdigit() and int(number) > 0:
+            return _cpu(name, int(number))
+    raise _unknown(name)
+
+
+def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any]) -> Any:
+    """Lays the topology's devices out along mesh axes, neighbours beside neighbours if it can.
+
+    Raises:
+      ValueError: If there are not as many devices as places.
+    """
+    shape, num_devices = tuple(axes.values()), len(topology.devices)
+    if int(np.prod(shape)) != num_devices:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in axes.items())
+        raise ValueError(
+            f"topology={topology.name!r}: has {num_devices} devices, but the step's mesh "
+            f"({sizes}) needs {int(np.prod(shape))}; name a topology of that size"
+        )
+    best = max(_layouts(topology.devices, shape), key=num_adjacent)
+    return jax.sharding.Mesh(best, tuple(axes), axis_types=tuple(axis_types))
+
+
+def num_adjacent(devices: np.ndarray) -> int:
+    """Counts the neighbours along mesh axes that are neighbours on the chips' grid."""
+    if not hasattr(devices.flat[0], "coords"):
+        return 0
+    total = 0
+    for axis in range(devices.ndim):
+        rows = np.moveaxis(devices, axis, 0)
+        for one, next_one in itertools.pairwise(rows.reshape(len(rows), -1)):
+            for a, b in zip(one, next_one, strict=True):
+                total += sum(abs(p - q) for p, q in zip(a.coords, b.coords, strict=True)) == 1
+    return total
+
+
+def is_adjacent_along(devices: np.ndarray, axis: int) -> bool | None:
+    """Whether all neighbours along an axis are neighbours on the grid; None where there is none."""
+    if not hasattr(devices.flat[0], "coords"):
+        return None
+    lines = np.moveaxis(devices, axis, -1).reshape(-1, devices.shape[axis])
+    return all(num_adjacent(line) == len(line) - 1 for line in lines)
+
+
+def _layouts(devices: tuple[Any, ...], shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Lists ways to lay the devices out: JAX's own first, then along the grid to and fro."""
+    if not hasattr(devices[0], "coords"):
+        return [np.array(devices).reshape(shape)]
+    layouts = [mesh_utils.create_device_mesh(shape, devices=devices)]
+    size = [max(device.coords[dim] for device in devices) + 1 for dim in range(3)]
+    grid = np.empty(size, dtype=object)
+    for device in devices:
+        grid[tuple(device.coords)] = device
+    for order in itertools.permutations(range(3)):
+        turned = grid.transpose(order)
+        layouts += [turned.reshape(shape), _to_and_fro(turned).reshape(shape)]
+    return layouts
+
+
+def _to_and_fro(grid: np.ndarray) -> np.ndarray:
+    """Orders a grid so that each device follows a neighbour, as an ox ploughs."""
+    if grid.ndim == 1:
+        return grid
+    rows = [_to_and_fro(row) for row in grid]
+    return np.concatenate([row if i % 2 == 0 else row[::-1] for i, row in enumerate(rows)])
+
+
+def _tpu(name: str, kind: str, shape: str) -> Topology:
+    if importlib.util.find_spec("libtpu") is None:
+        raise _missing(name, "libtpu", "tpu-aot")
+    if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))):
+        # A machine without TPUs. libtpu reads these when it is loaded: it would ask a cloud's
+        # metadata server for a TPU, and refuse to be loaded by two processes at once.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        made = jax_topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}")
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"{_unknown(name)}; the TPU compiler says: {error}") from error
+    return Topology(name=name, platform="tpu", devices=tuple(made.devices), device=_TPUS[kind])
+
+
+def _gpu(name: str, kind: str, number: int) -> Topology:
+    if not all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda13"))):
+        raise _missing(name, "jax[cuda13]", "gpu-aot")
+    device, target = _GPUS[kind]
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    made = jax_topologies.get_topology_desc(
+        platform="cuda", topology_name=kind, target_config=target, topology=f"1x{number}x1"
+    )
+    return Topology(name=name, platform="gpu", devices=tuple(made.devices), device=device)
+
+
+def _cpu(name: str, number: int) -> Topology:
+    devices = jax.devices("cpu")
+    if len(devices) < number:
+        raise ValueError(
+            f"topology={name!r}: this process has {len(devices)} CPU devices; before JAX is first "
+            f'used, call jax.config.update("jax_num_cpu_devices", {number})'
+        )
+    return Topology(name=name, platform="cpu", devices=tuple(devices[:number]), device=None)
+
+
+def _unknown(name: Any) -> ValueError:
+    return ValueError(f"topology={name!r}: must be one of {', '.join(KNOWN)}")
+
+
+def _missing(name: str, package: str, extra: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"topology={name!r}: needs {package} to compile; pip install 'dualpipe-jax[{extra}]'"
+    )

@@ -1,0 +1,176 @@
+"""What instructions cost: matmul FLOPs from their shapes, and the compiler's estimates of cycles.
+
+An instruction costs what it calls, a loop's body as often as it runs. What runs on some ranks only
+are the branches of conditionals, and loops whose number of trips is not in the text (the step
+passes over what is not a rank's by a loop that runs once or not at all). What is spent at most has
+the most expensive branch, and such loops once; what is spent at least, the cheapest, and none.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
+
+
+@dataclass(frozen=True)
+class Work:
+    """Says what something costs: FLOPs of matmuls, and clock cycles."""
+
+    flops: float = 0.0
+    cycles: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.cycles + other.cycles)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.flops * times, self.cycles * times)
+
+
+class Costs:
+    """Finds the work of each instruction of a module: at most, or at least, over the ranks."""
+
+    def __init__(self, module: Module, *, at_least: bool = False):
+        self._module = module
+        self._at_least = at_least
+        self._of_computation: dict[str, Work] = {}
+
+    def of_computation(self, computation: Computation) -> Work:
+        """Sums up a computation."""
+        if computation.name not in self._of_computation:
+            total = Work()
+            for instruction in computation.instructions:
+                total += self.of(instruction, computation)
+            self._of_computation[computation.name] = total
+        return self._of_computation[computation.name]
+
+    def of(self, instruction: Instruction, where: Computation) -> Work:
+        """Finds the work of an instruction that stands in computation `where`."""
+        inside = [self.of_computation(callee) for callee in self._module.callees(instruction)]
+        match instruction.opcode:
+            case "while":
+                trips = trip_count(self._module, instruction, where)
+                if trips is None:
+                    trips = 0 if self._at_least else 1
+                called = sum(inside, Work()) * trips
+            case "conditional":
+                choose = min if self._at_least else max
+                called = choose(inside, key=lambda work: (work.cycles, work.flops), default=Work())
+            case _:
+                called = sum(inside, Work())
+        own = _FLOPS[instruction.opcode](instruction, where) if instruction.opcode in _FLOPS else 0
+        # What is fused has no time of its own: an estimate stands for all that is called.
+        cycles = called.cycles if instruction.cycles is None else instruction.cycles
+        return Work(own + called.flops, cycles)
+
+
+def trip_count(module: Module, loop: Instruction, where: Computation) -> int | None:
+    """Finds how often a `while` runs its body: as the compiler says, else from its condition.
+
+    None if the number is not in the text. It is read off a counter that the condition compares to
+    a constant, and that starts from a constant and rises by one (as those of `lax.scan` do).
+    """
+    if loop.known_trip_count is not None:
+        return loop.known_trip_count
+    condition = module.computations.get(loop.called.get("condition", ("",))[0])
+    if condition is None:
+        return None
+    compare = _compare(module, condition)
+    if compare is None:
+        return None
+    index, limit = compare
+    start = _initial(where, loop, index)
+    return None if start is None else max(0, limit - start)
+
+
+def _compare(module: Module, condition: Computation) -> tuple[int, int] | None:
+    """Reads `counter < limit` off a condition: the counter's place in the state, and the limit."""
+    root, here = condition.root, condition
+    values = here.operands_of(root)
+    if root.opcode == "fusion" and module.callees(root):
+        # The compare stands in the fusion, whose parameters are the fusion's operands.
+        inner = module.callees(root)[0]
+        passed, root = values, inner.root
+        values = [
+            passed[int(value.arguments)] if value.opcode == "parameter" else value
+            for value in inner.operands_of(root)
+        ]
+    if root.opcode != "compare" or "direction=LT" not in root.attributes or len(values) != 2:
+        return None
+    counter, limit = values
+    if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
+        return None
+    return counter.number("index", -1), int(limit.arguments)
+
+
+def _initial(where: Computation, loop: Instruction, index: int) -> int | None:
+    """Reads the constant from which a counter starts."""
+    state = where.by_name.get(loop.operands[0])
+    if state is None or state.opcode != "tuple" or not 0 <= index < len(state.operands):
+        return None
+    value = where.by_name.get(state.operands[index])
+    while value is not None and value.opcode in ("copy", "bitcast", "convert") and value.operands:
+        value = where.by_name.get(value.operands[0])
+    if value is None or value.opcode != "constant":
+        return None
+    return int(value.arguments) if re.fullmatch(r"-?\d+", value.arguments) else None
+
+
+def _dot_flops(dot: Instruction, where: Computation) -> float:
+    # 2 * elements of the result * size of what is contracted
+    lhs = where.operands_of(dot)[0].shapes[0]
+    contracted = math.prod(lhs.dims[dim] for dim in dot.integers("lhs_contracting_dims"))
+    return 2.0 * math.prod(dot.shapes[0].dims) * contracted
+
+
+def _convolution_flops(convolution: Instruction, where: Computation) -> float:
+    """Counts what meets data, not padding: TPUs write batched matmuls as dilated convolutions."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    assert labels, convolution.attributes
+    lhs, rhs = (each.shapes[0].dims for each in where.operands_of(convolution)[:2])
+    size_of = [
+        dict(zip(names, dims, strict=True))
+        for names, dims in zip(labels.groups(), (lhs, rhs, convolution.shapes[0].dims), strict=True)
+    ]
+    spatial = sorted(name for name in size_of[1] if name.isdigit())
+    batch = size_of[0]["b"] // convolution.number("batch_group_count", 1)
+    meets = 1
+    for place, dim in enumerate(spatial):
+        stride, low, lhs_dilate, rhs_dilate = _window(convolution.attributes, place)
+        out, kernel = np.arange(size_of[2][dim])[:, None], np.arange(size_of[1][dim])
+        at = out * stride + kernel * rhs_dilate - low
+        in_data = (at >= 0) & (at % lhs_dilate == 0) & (at // lhs_dilate < size_of[0][dim])
+        meets *= int(in_data.sum())
+    return 2.0 * batch * size_of[1]["o"] * size_of[1]["i"] * meets
+
+
+def _window(attributes: str, place: int) -> tuple[int, int, int, int]:
+    """Reads stride, low padding and dilations of one spatial dim."""
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+
+    def of(name: str, default: int) -> int:
+        return int(fields[name].split("x")[place].split("_")[0]) if name in fields else default
+
+    return of("stride", 1), of("pad", 0), of("lhs_dilate", 1), of("rhs_dilate", 1)
+
+
+def _custom_call_flops(call: Instruction, where: Computation) -> float:
+    # GPUs hand matmuls to cuBLAS: `custom_call_target="__cublas$lt$matmul"`.
+    dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
+    operands = where.operands_of(call)
+    if "__cublas$" not in call.attributes or dims is None or not operands:
+        return 0.0
+    lhs = operands[0].shapes[0].dims
+    contracted = math.prod(lhs[int(dim)] for dim in re.findall(r"\d+", dims[1]))
+    return 2.0 * math.prod(call.shapes[0].dims) * contracted
+
+
+_FLOPS: dict[str, Callable[[Instruction, Computation], float]] = {
+    "dot": _dot_flops,
+    "convolution": _convolution_flops,
+    "custom-call": _custom_call_flops,
+}

@@ -1,0 +1,30 @@
+"""Short programs in the compilers' form, and a device on which a cycle or a byte takes a second."""
+
+from dualpipe_jax._preflight.devices import Device
+from dualpipe_jax._preflight.hlo import Module, parse
+from dualpipe_jax._preflight.links import Network
+
+TOY = Device(name="toy", memory=1000, peak_flops=2.0, clock=1.0, link=1.0)
+
+
+def network(**axes: int) -> Network:
+    return Network(axes=axes or {"pipe": 2}, device=TOY)
+
+
+def program(body: str, *others: str) -> Module:
+    """Makes a module of an entry's lines, and other computations."""
+    return parse("\n\n".join([*others, f"ENTRY %main (a: f32[]) -> f32[] {{\n{body}\n}}"]))
+
+
+def work(name: str, cycles: int, operand: str = "a", shape: str = "f32[4]{0}") -> str:
+    """Writes a fusion that takes so many cycles."""
+    config = f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+    return f"  %{name} = {shape} fusion(%{operand}), kind=kLoop, calls=%fused, {config}"
+
+
+FUSED = """%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %neg = f32[4]{0} negate(%p)
+}"""
+A = "  %a = f32[4]{0} parameter(0)"
+SWAP = "source_target_pairs={{0,1},{1,0}}"

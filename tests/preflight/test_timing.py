@@ -1,0 +1,165 @@
+"""Which collectives are hidden: short programs where a cycle, and a byte, takes a second."""
+
+import pytest
+
+from dualpipe_jax._preflight.hlo import Module
+from dualpipe_jax._preflight.timing import Collective, Replay
+from tests.preflight.snippets import FUSED, SWAP, A, network, program, work
+from tests.preflight.test_work import LOOP, WHILE
+
+
+def start(name: str, operand: str = "a") -> str:
+    shape = "(f32[4]{0}, f32[4]{0}, u32[], u32[])"
+    return f"  %{name} = {shape} collective-permute-start(%{operand}), {SWAP}"
+
+
+def done(name: str, of: str) -> str:
+    return f"  %{name} = f32[4]{{0}} collective-permute-done(%{of})"
+
+
+def replay(module: Module, **axes: int) -> list[Collective]:
+    return Replay(module, network(**axes)).run(module.entry)
+
+
+def lines(*text: str, others: tuple[str, ...] = ()) -> Module:
+    return program("\n".join([A, *text]), FUSED, *others)
+
+
+def test_hidden_behind_enough_compute() -> None:
+    (permute,) = replay(lines(start("s"), work("w", 16), done("d", "s")))
+    assert (permute.kind, permute.name, permute.axes) == ("collective-permute", "s", ("pipe",))
+    assert (permute.is_async, permute.num_bytes, permute.count) == (True, 16, 1)
+    assert (permute.cycles, permute.compute_seconds, permute.link_seconds) == (16, 16, 16)
+    assert permute.exposed_seconds == 0
+    assert permute.is_hidden
+
+
+def test_exposed_behind_too_little() -> None:
+    (permute,) = replay(lines(start("s"), work("w", 15), done("d", "s")))
+    assert permute.exposed_seconds == 1
+    assert permute.is_hidden is False
+
+
+def test_compute_outside_start_and_done_hides_nothing() -> None:
+    module = lines(work("v", 100), start("s"), done("d", "s"), work("w", 100))
+    (permute,) = replay(module)
+    assert (permute.cycles, permute.exposed_seconds) == (0, 16)
+
+
+def test_synchronous_is_exposed_whatever_is_around() -> None:
+    (permute,) = replay(
+        lines(work("v", 99), f"  %p = f32[4]{{0}} collective-permute(%v), {SWAP}", work("w", 99))
+    )
+    assert (permute.is_async, permute.is_hidden, permute.exposed_seconds) == (False, False, 16)
+
+
+def test_two_at_once_share_the_links() -> None:
+    module = lines(
+        start("s"), start("t"), work("w", 20), done("d", "s"), done("e", "t"), work("x", 9)
+    )
+    first, second = replay(module)
+    assert (first.exposed_seconds, second.exposed_seconds) == (0, 12)
+    assert first.cycles == second.cycles == 20
+
+
+def test_two_at_once_on_different_axes_do_not() -> None:
+    other = start("t").replace(SWAP, "source_target_pairs={{0,2},{2,0}}")
+    module = lines(start("s"), other, work("w", 20), done("d", "s"), done("e", "t"))
+    first, second = replay(module, expert=2, pipe=2)
+    assert (first.axes, second.axes) == (("pipe",), ("expert",))
+    assert (first.exposed_seconds, second.exposed_seconds) == (0, 0)
+
+
+def test_a_wait_for_one_gives_the_other_time() -> None:
+    other = start("t").replace(SWAP, "source_target_pairs={{0,2},{2,0}}")
+    module = lines(start("s"), other, done("d", "s"), done("e", "t"))
+    assert [each.exposed_seconds for each in replay(module, expert=2, pipe=2)] == [16, 0]
+
+
+def test_compute_of_some_ranks_only_hides_nothing() -> None:
+    branch = "%{} (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n{}\n}}"
+    conditional = "  %c = f32[4]{0} conditional(%a, %a, %a), branch_computations={%one, %two}"
+    nothing = "  ROOT %n = f32[4]{0} negate(%a)"
+    others = branch.format("one", work("x", 99)), branch.format("two", nothing)
+    (permute,) = replay(lines(start("s"), conditional, done("d", "s"), others=others))
+    assert (permute.cycles, permute.exposed_seconds) == (0, 16)
+
+
+def test_a_loop_between_hides_with_all_its_trips() -> None:
+    loop = LOOP.format(inside=work("x", 4), limit="constant(5)")
+    loop_lines = WHILE.format(start=0, more="").replace("ROOT ", "")
+    (permute,) = replay(lines(start("s"), loop_lines, done("d", "s"), others=(loop,)))
+    assert (permute.cycles, permute.exposed_seconds) == (20, 0)
+
+
+def test_collectives_of_a_loop_inside_count_as_often_as_it_runs() -> None:
+    inside = f"  %x = f32[4]{{0}} collective-permute(%a), {SWAP}"
+    loop = LOOP.format(inside=inside, limit="constant(5)")
+    (permute,) = replay(lines(WHILE.format(start=0, more=""), others=(loop,)))
+    assert (permute.count, permute.exposed_seconds) == (5, 16)
+
+
+def test_generic_asynchronous_form() -> None:
+    wrapped = """%wrapped (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %r = f32[4]{0} all-to-all(%q), replica_groups={{0,1}}, dimensions={0}
+}"""
+    module = lines(
+        "  %s = ((f32[4]{0}), f32[4]{0}, u32[]) async-start(%a), calls=%wrapped",
+        work("w", 8),
+        "  %u = ((f32[4]{0}), f32[4]{0}, u32[]) async-update(%s)",
+        "  %d = f32[4]{0} async-done(%u)",
+        others=(wrapped,),
+    )
+    (exchange,) = replay(module)
+    # Half of the 16 bytes goes to the other device.
+    assert (exchange.kind, exchange.is_async, exchange.link_seconds) == ("all-to-all", True, 8)
+    assert exchange.is_hidden
+
+
+# As the TPU compiler writes it: start and done are fusions, and so is what computes between.
+FUSION_START = """%gather_start (q: f32[4]) -> (f32[4], f32[8], u32[]) {
+  %q = f32[4]{0} parameter(0)
+  %all-gather.9 = f32[8]{0} all-gather(%q), replica_groups={{0,1}}, dimensions={0}
+  ROOT %c = (f32[4]{0}, f32[8]{0}, u32[]) custom-call(%all-gather.9), custom_call_target="AsyncCollectiveStart"
+}"""  # noqa: E501
+FUSION_BETWEEN = """%async_collective_fusion.181 (q.1: f32[4]) -> (f32[4], f32[4]) {
+  %q.1 = f32[4]{0} parameter(0)
+  %all-gather.11 = f32[8]{0} all-gather(%q.1), replica_groups={{0,1}}, dimensions={0}
+  %neg = f32[4]{0} negate(%q.1)
+  ROOT %t.1 = (f32[4]{0}, f32[4]{0}) tuple(%neg, %q.1)
+}"""
+FUSION_DONE = """%gather_done (q.2: f32[4]) -> f32[8] {
+  %q.2 = f32[4]{0} parameter(0)
+  %all-gather.13 = f32[8]{0} all-gather(%q.2), replica_groups={{0,1}}, dimensions={0}
+  ROOT %c.2 = f32[8]{0} custom-call(%q.2, %all-gather.13), custom_call_target="AsyncCollectiveDone"
+}"""
+
+
+@pytest.mark.parametrize(("cycles", "exposed"), [(20, 0), (10, 6)])
+def test_asynchronous_fusions(cycles: int, exposed: int) -> None:
+    between = work("fusion.181", cycles, "g", "(f32[4]{0}, f32[4]{0})")
+    module = lines(
+        "  %start = (f32[4]{0}, f32[8]{0}, u32[]) fusion(%a), kind=kCustom, calls=%gather_start",
+        "  %g = f32[4]{0} get-tuple-element(%start), index=0",
+        between.replace("calls=%fused", "calls=%async_collective_fusion.181"),
+        "  %h = f32[4]{0} get-tuple-element(%fusion.181), index=1",
+        "  %done = f32[8]{0} fusion(%h), kind=kCustom, calls=%gather_done",
+        others=(FUSION_START, FUSION_BETWEEN, FUSION_DONE),
+    )
+    (gather,) = replay(module)
+    assert (gather.kind, gather.name, gather.is_async) == ("all-gather", "start", True)
+    # The 32 bytes of the result, of which a device has half.
+    assert (gather.num_bytes, gather.link_seconds) == (32, 16)
+    assert (gather.cycles, gather.exposed_seconds) == (cycles, exposed)
+
+
+def test_a_fused_all_reduce_and_slice_is_a_reduce_scatter() -> None:
+    fused = """%all-reduce-scatter.1 (q: f32[4]) -> f32[2] {
+  %q = f32[4]{0} parameter(0)
+  %all-reduce.1 = f32[4]{0} all-reduce(%q), replica_groups={{0,1}}, to_apply=%add
+  ROOT %slice = f32[2]{0} slice(%all-reduce.1), slice={[0:2]}
+}"""
+    line = "  %f = f32[2]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1"
+    (scatter,) = replay(lines(line, others=(fused,)))
+    assert (scatter.kind, scatter.is_async, scatter.link_seconds) == ("reduce-scatter", False, 8)

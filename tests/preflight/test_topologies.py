@@ -1,0 +1,81 @@
+"""Names of topologies, and how their devices are laid out along a mesh."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from dualpipe_jax._preflight import topologies
+from dualpipe_jax._preflight.options import compiler_options, explain_options
+from dualpipe_jax._preflight.topologies import find_topology, is_adjacent_along, make_mesh
+
+
+@dataclass(frozen=True)
+class Chip:
+    coords: tuple[int, int, int]
+    device_kind: str = "toy"
+    platform: str = "tpu"
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "tpu:v9:2x4", "gpu:h100:9", "gpu:h100:0", "cpu:x", 8])
+def test_unknown_topology_lists_the_known(name: object) -> None:
+    with pytest.raises(ValueError, match=r"must be one of tpu:v5e:2x4 .*gpu:h100:8 .*cpu:8"):
+        find_topology(name)  # pyrefly: ignore
+
+
+def test_too_few_cpu_devices() -> None:
+    assert len(find_topology("cpu:8").devices) == 8
+    with pytest.raises(ValueError, match=r'has 8 CPU devices; .*"jax_num_cpu_devices", 9'):
+        find_topology("cpu:9")
+
+
+@pytest.mark.parametrize(("name", "extra"), [("tpu:v5e:2x4", "tpu-aot"), ("gpu:h100:8", "gpu-aot")])
+def test_missing_compiler_names_the_extra(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'dualpipe-jax\[{extra}\]'"):
+        find_topology(name)
+
+
+def test_shape_that_the_tpu_compiler_does_not_know() -> None:
+    with pytest.raises(ValueError, match="topology='tpu:v5e:3x5': must be one of"):
+        find_topology("tpu:v5e:3x5")
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4), (4, 2)])
+def test_neighbours_of_the_mesh_are_neighbours_on_the_grid(shape: tuple[int, ...]) -> None:
+    topology = find_topology("tpu:v5e:2x4")
+    axes = dict(zip(["a", "b"], shape, strict=False))
+    mesh = make_mesh(topology, axes, (AxisType.Auto,) * len(shape))
+    assert set(mesh.devices.flat) == set(topology.devices)
+    for dim in range(len(shape)):
+        assert is_adjacent_along(mesh.devices, dim)
+
+
+def test_neighbours_far_apart_are_noticed() -> None:
+    chips = [Chip((x, 0, 0)) for x in (0, 2, 1, 3)]
+    assert is_adjacent_along(np.array(chips, dtype=object), 0) is False
+    assert is_adjacent_along(np.array(jax.devices()), 0) is None
+
+
+def test_options_have_reasons() -> None:
+    assert compiler_options("tpu") == {"xla_tpu_enable_async_all_to_all": True}
+    assert compiler_options("cpu") == {}
+    for platform in ("tpu", "gpu"):
+        for option in explain_options(platform):
+            assert compiler_options(platform)[option.name] == option.value
+            assert len(option.reason) > 20
+    with pytest.raises(ValueError, match="platform='cuda': must be one of 'tpu', 'gpu', 'cpu'"):
+        compiler_options("cuda")
+
+
+def test_known_names_are_found() -> None:
+    assert topologies.KNOWN
+    for text in topologies.KNOWN:
+        name = text.split()[0]
+        if not name.startswith("gpu"):
+            assert find_topology(name).name == name

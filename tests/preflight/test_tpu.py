@@ -1,0 +1,128 @@
+"""Steps compiled for TPUs, with the compiler that makes programs for real ones."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import dualpipe_jax as dpj
+from dualpipe_jax import schedules
+from dualpipe_jax._preflight.report import Report
+from tests.preflight.steps import make_args, make_mesh, make_step
+
+
+@pytest.fixture(autouse=True)
+def _as_users_compute() -> Iterator[None]:
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    with jax.enable_x64(False):
+        mesh = make_mesh(4)
+        args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=128)
+        return dpj.preflight(make_step(mesh, num_microbatches=16), args, "tpu:v5e:2x2")
+
+
+@pytest.mark.slow
+def test_transfers_of_the_steady_loop_are_hidden(report: Report) -> None:
+    loop = report.loop
+    assert loop is not None
+    assert (loop.kind, loop.num_trips) == ("steady", 5)
+    assert len(loop.collectives) == 4
+    for each in loop.collectives:
+        assert (each.kind, each.axes) == ("collective-permute", ("pipe",))
+        assert each.is_async
+        # float32[4, 128, 256] over one link at 50 GB/s
+        assert each.num_bytes == 4 * 128 * 256 * 4
+        assert each.link_seconds == pytest.approx(each.num_bytes / 50e9)
+        assert each.flops > 0
+        assert each.is_hidden
+    assert loop.exposed_seconds == 0
+    assert report.apart == ()
+
+
+@pytest.mark.slow
+def test_actions_have_their_matmuls_and_cycles(report: Report) -> None:
+    assert report.loop is not None
+    actions = {action.name: action for action in report.loop.actions}
+    matmul = 2 * 4 * 128 * 256 * 1024
+    for name in ("forward", "input_grad", "weight_grad"):
+        # Two beats of two layers of two matmuls, which take a cycle for 131,072 FLOPs or more.
+        assert actions[name].flops == 2 * 2 * 2 * matmul
+        assert (actions[name].cycles or 0) > actions[name].flops / 131072
+    assert report.loop.cycles == sum(action.cycles or 0 for action in actions.values())
+
+
+@pytest.mark.slow
+def test_memory_and_time(report: Report) -> None:
+    assert report.memory.capacity == 16 * 2**30
+    assert report.memory.fits
+    made = report.prediction
+    assert (made.reason, made.schedule) == ("", "dualpipe")
+    assert made.loop_seconds is not None
+    assert made.outside_seconds is not None
+    assert made.seconds == made.loop_seconds + made.outside_seconds
+    # No schedule is quicker than the work of its 16 microbatches: that of 8 trips of two beats.
+    assert report.loop is not None
+    ends = {"head", "embed", "embed_grad"}
+    cycles = sum(a.cycles or 0 for a in report.loop.actions if a.name not in ends)
+    assert made.loop_seconds > 8 * cycles / (197e12 / 131072)
+
+
+@pytest.mark.slow
+def test_step_too_large_does_not_fit() -> None:
+    mesh = make_mesh(4)
+    args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=65536)
+    report = dpj.preflight(make_step(mesh, num_microbatches=16), args, "tpu:v5e:2x2")
+    assert report.memory.fits is False
+    assert (report.memory.needed or 0) > 16 * 2**30
+    assert "DOES NOT FIT" in str(report)
+    assert report.prediction.seconds is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_options", [True, False])
+def test_all_to_alls_are_asynchronous_by_the_options(has_options: bool) -> None:
+    mesh = make_mesh(2, 4, names=("pipe", "expert"))
+
+    def step(weight: jax.Array, x: jax.Array) -> jax.Array:
+        def body(carry: Any, _: None) -> Any:
+            x, y = carry
+            sent = lax.all_to_all(x.reshape(4, -1, 256), "expert", 0, 0, tiled=True)
+            for _layer in range(8):
+                y = jnp.tanh(y @ weight)
+            return (y, sent.reshape(x.shape)), None
+
+        return lax.scan(body, (x, x), length=3)[0][0]
+
+    replicated = PartitionSpec()
+    # Over the mesh of the context: one of its own would be that of the fake devices.
+    mapped = jax.shard_map(step, in_specs=replicated, out_specs=replicated, check_vma=False)
+    args = tuple(
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, replicated))
+        for shape in ((256, 256), (1024, 256))
+    )
+    options = None if has_options else {}
+    report = dpj.preflight(mapped, args, "tpu:v5e:2x4", compiler_options=options)
+    assert report.loop is not None
+    exchanges = [each for each in report.loop.collectives if each.kind == "all-to-all"]
+    assert exchanges
+    for each in exchanges:
+        assert each.axes == ("expert",)
+        assert each.is_async is has_options
+        assert (each.flops > 0) is has_options
+        assert (each.exposed_seconds == 0) is has_options
+
+
+def test_names_of_schedules_are_read_back() -> None:
+    from dualpipe_jax import _scopes
+
+    for name in schedules.names():
+        scope = _scopes.of_schedule(name, num_ranks=4, num_microbatches=16)
+        assert _scopes.read_schedule(f"jit(f)/{scope}/while") == (name, 4, 16)

@@ -1,0 +1,97 @@
+"""`dualpipe-jax preflight`: both formats, its options, and what a mistake says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_cli import in_terminal
+from tests.test_package import modules_after
+
+SIZES = ["--ranks", "2", "--microbatches", "8", "--layers", "4", "--width", "16", "--heads", "2"]
+SIZES += ["--context", "8", "--vocabulary", "32", "--microbatch", "1", "--timetable", "aligned"]
+ON_CPUS = [*SIZES, "--topology", "cpu:2"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does: it brings up the devices that it needs."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    line = [sys.executable, "-W", "error", "-m", "dualpipe_jax", "preflight", *arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_table() -> None:
+    done = run(*ON_CPUS)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "cpu:2: CPU, mesh pipe 2"
+    assert any(line.startswith("loop: the steady loop, two beats a trip") for line in lines)
+    assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
+
+
+@pytest.mark.slow
+def test_json_follows_the_sizes() -> None:
+    # x is [windows, context, width] in the dtype that layers compute in.
+    for more, num_bytes in (([], 8 * 16 * 4), (["--context", "16"], 16 * 16 * 4)):
+        done = run(*ON_CPUS, "--dtype", "float32", "--format", "json", *more)
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        assert (made["topology"], made["axes"]) == ("cpu:2", {"pipe": 2})
+        assert {each["num_bytes"] for each in made["loop"]["collectives"]} == {num_bytes}
+        # The parameters and AdamW's two moments are donated, and come back in their place.
+        assert made["memory"]["aliased"] > 0.9 * made["memory"]["outputs"]
+
+
+@pytest.mark.slow
+def test_options_reach_the_step() -> None:
+    kept = {}
+    for remat in ("none", "block"):
+        done = run(*ON_CPUS, "--remat", remat, "--format", "json")
+        kept[remat] = json.loads(done.stdout)["memory"]["temporaries"]
+    assert kept["block"] < kept["none"]
+    done = run(*ON_CPUS, "--schedule", "1f1b", "--timetable", "shortest", "--format", "json")
+    assert json.loads(done.stdout)["loop"]["kind"] == "ramp"
+
+
+@pytest.mark.slow
+def test_tpu_prints_the_options_and_their_reasons() -> None:
+    done = run(*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--microbatches", "16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "step time: " in done.stdout
+    assert "predicted: dualpipe" in done.stdout
+    assert "collectives: 4 of 4 hidden" in done.stdout
+    assert "xla_tpu_enable_async_all_to_all=True\n  all-to-alls run while" in done.stdout
+
+
+@pytest.mark.slow
+def test_terminal_gets_a_colored_table() -> None:
+    text, code = in_terminal(*ON_CPUS, columns=120, command="preflight")
+    assert code == 0
+    assert "\x1b[" in text
+    assert "collective-permute" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "tpu:v9:2x4"], "topology='tpu:v9:2x4': must be one of tpu:v5e:2x4"),
+        (["--width", "10", "--heads", "4"], "width=10: must be a multiple of heads=4"),
+        (["--schedule", "bogus"], "schedule='bogus': must be one of 'gpipe'"),
+        (["--layers", "0"], "Invalid value for '--layers'"),
+    ],
+)
+def test_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    done = run(*ON_CPUS, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_command_line_imports_no_jax_before_it_is_invoked() -> None:
+    code = "main(['preflight', '--help'], standalone_mode=False)"
+    imported = modules_after(f"from dualpipe_jax.__main__ import main; {code}")
+    assert not imported & {"jax", "jaxlib", "optax", "rich"}
