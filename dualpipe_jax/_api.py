@@ -27,7 +27,9 @@ def value_and_grad(
     mesh: jax.sharding.Mesh,
     num_microbatches: int,
     schedule: str | _schedules.Schedule = "dualpipe",
+    timetable: str | None = None,
     axis: str = "pipe",
+    unroll_layers: bool | None = None,
     remat: str | Callable[..., Any] = "none",
     stash_deferred: bool = False,
     grad_dtype: Any = None,
@@ -97,6 +99,7 @@ def value_and_grad(
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
     compiled = compile_program(
         schedule.program,
+        timetable=timetable or "shortest",
         stash_deferred=_validate.flag("stash_deferred", stash_deferred) or remat == "none",
     )
     build = _Builder(
@@ -106,6 +109,7 @@ def value_and_grad(
         block=_block(model, remat),
         param_specs=param_specs,
         trainable=trainable,
+        unroll_layers=unroll_layers,
     )
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
 

@@ -57,12 +57,14 @@ class Layout:
       kinds: The kind of every layer, in model order.
       num_stages: Stages of the schedule.
       stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
+      unroll_layers: Whether a stage's layers are to be unrolled; None to leave it to their number.
     """
 
     axis: str
     kinds: tuple[Kind, ...]
     num_stages: int
     stage_of: np.ndarray
+    unroll_layers: bool | None = None
 
     @property
     def num_layers(self) -> int:
@@ -103,7 +105,19 @@ class Layout:
     @cached_property
     def is_unrolled(self) -> bool:
         """Whether a stage's layers stand in the program one after the other, not in a loop."""
-        return len(set(self._kinds_of_stages)) == 1 and self._layers.max_layers <= _MAX_UNROLLED
+        if self.unroll_layers is not None:
+            return self.unroll_layers
+        return self.has_equal_stages and self._layers.max_layers <= _MAX_UNROLLED
+
+    @property
+    def has_equal_stages(self) -> bool:
+        """Whether all stages have the same kinds of layers in the same order, as many of each."""
+        return len(set(self._kinds_of_stages)) == 1
+
+    @property
+    def num_layers_of_each(self) -> int:
+        """The layers of a stage where all have as many."""
+        return self._layers.max_layers
 
     def fetch(self, stacks: dict[Kind, PyTree]) -> list[dict[Kind, PyTree]]:
         """Brings each chunk's layers of each kind to this rank, `[max layers of a stage, ...]`."""
@@ -119,6 +133,16 @@ class Layout:
             kind: stack.collect([chunk[kind] for chunk in grads])
             for kind, stack in self.stacks.items()
         }
+
+    def unstack(self, chunk: dict[Kind, PyTree]) -> dict[Kind, PyTree]:
+        """Gives the unrolled layers of a chunk their parameters in arrays of their own."""
+
+        def layers(stack: PyTree, count: int) -> registers.Layers:
+            return registers.Layers(
+                tuple(jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count))  # noqa: B023
+            )
+
+        return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
 
     def zero_grads(self, avals: list[Any]) -> list[Any]:
         """Makes the accumulators of a chunk whose leaves of a kind have `avals` `[layer, ...]`.
@@ -149,7 +173,7 @@ class Layout:
 
         Args:
           stage: The stage, an int32 scalar.
-          is_on: Whether to run at all, a bool scalar.
+          is_on: Whether to run at all, a bool scalar; True without a choice.
           body: `(layer, carry, mine) -> (carry, mine)`; `mine` is what `buffers` have for the
             layer's kind, an entry for each.
           carry: What goes from layer to layer.
@@ -172,12 +196,13 @@ class Layout:
         if self.is_unrolled:
 
             def unrolled(loop: Any) -> Any:
-                kinds = self._kinds_of_stages[0]
-                layers = [*enumerate(zip(kinds, places_of(kinds), strict=True))]
-                for index, (kind, place) in reversed(layers) if reverse else layers:
-                    loop = run(self._layer(stage, kind, index, place), None, *loop)
+                layers = self.layers_of(stage)
+                for layer in reversed(layers) if reverse else layers:
+                    loop = run(layer, None, *loop)
                 return loop
 
+            if is_on is True:
+                return unrolled((carry, buffers))
             return when(is_on, unrolled, (carry, buffers))
 
         count = self._layers.num_layers_of(stage)
@@ -185,14 +210,25 @@ class Layout:
         def step(i: Any, loop: Any) -> Any:
             index = count - 1 - i if reverse else i
             if len(self.stacks) == 1:
-                return run(self._layer(stage, self.kinds[0], index, index), None, *loop)
+                return run(self.layer_of_only_kind(stage, index), None, *loop)
             # Each kind's body stands in the program once, run or passed over.
             number, place = registers.read(self._tables, stage, index)
             for n, kind in enumerate(self.stacks):
                 loop = run(self._layer(stage, kind, index, place), number == n, *loop)
             return loop
 
-        return lax.fori_loop(0, jnp.where(is_on, count, 0), step, (carry, buffers))
+        num_trips = count if is_on is True else jnp.where(is_on, count, 0)
+        return lax.fori_loop(0, num_trips, step, (carry, buffers))
+
+    def layers_of(self, stage: Any) -> list[Layer]:
+        """Describes the layers of a stage, in order, where all stages are alike."""
+        kinds = self._kinds_of_stages[0]
+        layers = enumerate(zip(kinds, places_of(kinds), strict=True))
+        return [self._layer(stage, kind, index, place) for index, (kind, place) in layers]
+
+    def layer_of_only_kind(self, stage: Any, index: Any) -> Layer:
+        """Describes the layer of a stage that has this index, where there is one kind only."""
+        return self._layer(stage, self.kinds[0], index, index)
 
     def _layer(self, stage: Any, kind: Kind, index: Any, index_in_kind: Any) -> Layer:
         """Describes the layer of a stage that has this index in it."""

@@ -1,10 +1,12 @@
 """Slot buffers: what lives between ticks, read and written in place, one entry at a time.
 
-A buffer of per-layer values is `[slot, layer, ...]`, one of whole activations `[slot, ...]`. A
-value of a stage's size is never gathered from a slot: the layer loop reads and writes a layer.
+A buffer of per-layer values is `[slot, layer, ...]`, or `Layers` of `[slot, ...]` where layers are
+unrolled; one of whole activations is `[slot, ...]`. A value of a stage's size is never gathered
+from a slot: the layer loop reads and writes a layer.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,11 +17,32 @@ from jax import lax
 PyTree = Any
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layers:
+    """A value for each layer, in arrays of their own, so that no layer waits for another's."""
+
+    each: tuple[PyTree, ...]
+
+    def replace(self, layer: int, value: PyTree) -> "Layers":
+        """Returns the same with another value for one layer."""
+        return Layers((*self.each[:layer], value, *self.each[layer + 1 :]))
+
+
 def allocate(avals: PyTree, *lead: int, poison: bool = False) -> PyTree:
     """Makes an array `[*lead, *shape]` for every aval: zeros, or in tests values that spread."""
     return jax.tree.map(
         lambda a: jnp.full((*lead, *a.shape), _poison(a.dtype) if poison else 0, a.dtype), avals
     )
+
+
+def allocate_layers(
+    avals: PyTree, num_slots: int, num_layers: int, *, is_apart: bool, poison: bool = False
+) -> PyTree | Layers:
+    """Makes a slot buffer of per-layer values: `[slot, layer, ...]`, or `Layers` if `is_apart`."""
+    if not is_apart:
+        return allocate(avals, num_slots, num_layers, poison=poison)
+    return Layers(tuple(allocate(avals, num_slots, poison=poison) for _ in range(num_layers)))
 
 
 def read(buffers: PyTree, *index: Any) -> PyTree:
@@ -42,6 +65,20 @@ def write(buffers: PyTree, values: PyTree, *index: Any) -> PyTree:
         return lax.dynamic_update_slice(buffer, update, _starts(start))
 
     return jax.tree.map(one, buffers, values)
+
+
+def read_layer(buffers: PyTree | Layers, layer: Any, slot: Any) -> PyTree:
+    """Reads what a slot holds for a layer."""
+    if isinstance(buffers, Layers):
+        return read(buffers.each[layer], slot)
+    return read(buffers, slot, layer)
+
+
+def write_layer(buffers: PyTree | Layers, values: PyTree, layer: Any, slot: Any) -> PyTree:
+    """Returns the buffers with `values` for a layer in a slot; in place inside a loop."""
+    if isinstance(buffers, Layers):
+        return buffers.replace(layer, write(buffers.each[layer], values, slot))
+    return write(buffers, values, slot, layer)
 
 
 def accumulate(sums: Sequence[Any], values: Sequence[jax.Array], index: Any) -> list[Any]:
@@ -71,12 +108,25 @@ def when(predicate: Any, body: Callable[[Any], Any], carry: Any) -> Any:
     )[1]
 
 
-def pass_on(buffers: PyTree) -> PyTree:
-    """Hands buffers that a loop only reads on to the next, as if they were written.
+def pass_on(buffers: PyTree, layer: Any = None, *, after: PyTree = ()) -> PyTree:
+    """Hands buffers that were only read on to who writes them next, as if they had been written.
 
     If the next loop took them from before this one, both would be alive, and XLA would copy them.
+    In straight-line code the next write has to come `after` what was made of what was read, for
+    the same reason.
+
+    Args:
+      buffers: The buffers.
+      layer: The layer that was read; of `Layers` only its own buffers are handed on.
+      after: What was made of them.
     """
-    return jax.tree.map(lax.optimization_barrier, buffers)
+    if isinstance(buffers, Layers):
+        return buffers.replace(layer, pass_on(buffers.each[layer], after=after))
+    leaves, structure = jax.tree.flatten(buffers)
+    if not leaves:
+        return buffers
+    handed_on, _ = lax.optimization_barrier((leaves, after))
+    return jax.tree.unflatten(structure, handed_on)
 
 
 def poison(buffers: PyTree, *index: Any) -> PyTree:

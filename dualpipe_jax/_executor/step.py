@@ -1,8 +1,8 @@
 """The whole step as one program: shard_map, parameters in, the tables run, sums and gradients out.
 
-In: a model, tables, a mesh. Out: a function of (params, batch, rng) that runs every tick of the
-tables in one `lax.scan`; program size does not depend on their length. The straight-line steady
-state will be a second segment beside that scan.
+In: a model, tables, a mesh. Out: a function of (params, batch, rng) that runs the tables in one
+`lax.scan` over their ticks, and the straight-line run of beats, where they have one, in a scan of
+its own that begins when its tick has come; program size does not depend on their lengths.
 """
 
 import math
@@ -19,12 +19,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
 from dualpipe_jax._executor import functions, registers
+from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.explicit import explicit_axes, run_as_auto
 from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.plan import Plan, by_kind
-from dualpipe_jax._executor.tick import Rank, State, make_tick
+from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor.state import State
+from dualpipe_jax._executor.tick import SENDS, make_tick
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import DEFERRED, Tables
 from dualpipe_jax._types import Model, PyTree
@@ -45,6 +49,7 @@ class Step:
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
+      unroll_layers: Whether a stage's layers are unrolled; None to leave it to their number.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
 
@@ -58,6 +63,7 @@ class Step:
     manual_axes: tuple[str, ...] = ()
     param_specs: PyTree = None
     trainable: PyTree = True
+    unroll_layers: bool | None = None
     poison: bool = False
 
     @cached_property
@@ -68,6 +74,7 @@ class Step:
             kinds=_kinds.kinds_of(self.model, self.num_layers),
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
+            unroll_layers=self.unroll_layers,
         )
 
     @property
@@ -211,17 +218,35 @@ class Step:
         batches = _microbatches.split(batch, self.tables.num_microbatches)
         rank, state, weight = self._start(traced, plan, params, batches, rng)
         num_ranks = self.tables.num_ranks
+        rows, steady = self._rows(), self.tables.steady
+        tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
+        if steady is None:
+            state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
+            return self._finish(rank, plan, params, state, weight)
+
+        # One scan over the ticks before and after the run, so that they stand in the program once.
+        assert steady.first_tick > 0, "what the run's first backward reads is made before it"
+        run = make_run(rank, steady, rows)
+        ramp = np.delete(np.arange(self.tables.num_ticks), steady.ticks)
+
+        def tick_or_run(state: State, row: Any) -> tuple[State, None]:
+            is_before_run, row = row
+            return when(is_before_run, run, tick(state, row)), None
+
+        ramp_rows = {name: column[ramp] for name, column in rows.items()}
+        is_before_run = jnp.asarray(ramp == steady.first_tick - 1)
+        state, _ = lax.scan(tick_or_run, state, (is_before_run, ramp_rows))
+        return self._finish(rank, plan, params, state, weight)
+
+    def _rows(self) -> dict[str, jax.Array]:
+        """What this rank needs of the tables: int32[num_ticks] for each column."""
         table = np.stack([getattr(self.tables, name) for name in self.columns], axis=-1)
-        rows = lax.dynamic_index_in_dim(
+        mine = lax.dynamic_index_in_dim(
             jnp.asarray(table, jnp.int32), lax.axis_index(self.axis), axis=1, keepdims=False
         )
-        tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
-
-        def scan_body(state: State, row: jax.Array) -> tuple[State, None]:
-            return tick(state, dict(zip(self.columns, row, strict=True))), None
-
-        state, _ = lax.scan(scan_body, state, rows)
-        return self._finish(rank, plan, state, weight)
+        sends = jnp.asarray(self.tables.sends, jnp.int32)
+        columns = {name: mine[:, i] for i, name in enumerate(self.columns)}
+        return columns | {name: sends[:, i] for i, name in enumerate(SENDS)}
 
     def _start(
         self, traced: Functions, plan: Plan, params: PyTree, batches: PyTree, rng: Any
@@ -230,6 +255,10 @@ class Step:
         model, tables, layout = self.model, self.tables, self.layout
         outs, gradients = traced.outputs, traced.gradients
         chunks = layout.fetch(params["blocks"])
+        # In straight-line code every layer has arrays of its own, lest one waits for another.
+        is_apart = layout.is_unrolled and tables.steady is not None
+        if is_apart:
+            chunks = [layout.unstack(chunk) for chunk in chunks]
         weight = _microbatches.total_weight(model, batches)
         if weight is not None and self.batch_axes:
             weight = lax.psum(weight, self.batch_axes)
@@ -261,10 +290,11 @@ class Step:
 
         def buffers(name: str) -> dict[Kind, PyTree]:
             return {
-                kind: registers.allocate(
+                kind: registers.allocate_layers(
                     () if gradients is None else getattr(gradients.block[kind], name),
                     slots[name],
                     stack.max_layers,
+                    is_apart=is_apart,
                     poison=self.poison,
                 )
                 for kind, stack in layout.stacks.items()
@@ -275,8 +305,12 @@ class Step:
                 return []
             return _microbatches.zeros_for_sum(pick(params[part], plan.wanted[part]))
 
-        def zero_grads(kind: Kind, chunk: PyTree) -> list[Any]:
-            leaves = jax.tree.leaves(chunk)
+        def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
+            size = layout.stacks[kind].max_layers
+            leaves = [
+                jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+                for leaf in jax.tree.leaves(stack)
+            ]
             assert gradients is not None
             return layout.zero_grads(pick(leaves, gradients.block[kind].has_grad[: len(leaves)]))
 
@@ -289,7 +323,10 @@ class Step:
             deferred=buffers(DEFERRED) if self.num_deferred else dict.fromkeys(layout.stacks, ()),
             block_grads=[]
             if gradients is None
-            else [{kind: zero_grads(kind, mine) for kind, mine in c.items()} for c in chunks],
+            else [
+                {kind: zero_grads(kind, stack) for kind, stack in params["blocks"].items()}
+                for _ in chunks
+            ],
             ends_grads=outside_grads("ends"),
             shared_grads=outside_grads("shared"),
             loss=loss,
@@ -300,7 +337,9 @@ class Step:
         )
         return rank, state, weight
 
-    def _finish(self, rank: Rank, plan: Plan, state: State, weight: Any) -> tuple[Any, PyTree]:
+    def _finish(
+        self, rank: Rank, plan: Plan, params: PyTree, state: State, weight: Any
+    ) -> tuple[Any, PyTree]:
         """Sums over ranks and shards, and brings the layers' gradients back to their places."""
         sums = state.loss, state.aux, state.metrics
         loss, aux, metrics = lax.psum(sums, (self.axis, *self.batch_axes))
@@ -322,7 +361,7 @@ class Step:
         if "shared" in specs:
             grads["shared"] = summed[num_ends:]
         for kind, mine in self.layout.collect(state.block_grads).items():
-            leaves = jax.tree.leaves(rank.chunks[0][kind])
+            leaves = jax.tree.leaves(params["blocks"][kind])
             has_grad = gradients.block[kind].has_grad[: len(leaves)]
             over = plan.summed_over(pick(plan.specs["blocks"][kind], has_grad))
             manual = gradients.block[kind].reduce_axes

@@ -8,9 +8,11 @@ from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.emit import emit
 from dualpipe_jax._schedule.ir import TIMETABLES, Allocation, Program, Tables, Timeline
 from dualpipe_jax._schedule.place import place_shortest
+from dualpipe_jax._schedule.steady import find_run
 from dualpipe_jax._schedule.verify import (
     verify_allocation,
     verify_program,
+    verify_steady,
     verify_tables,
     verify_timeline,
 )
@@ -57,6 +59,8 @@ def _compile(program: Program, timetable: str, stash_deferred: bool) -> Compiled
         verify_timeline(timeline)
     allocation = allocate(timeline, stash_deferred=stash_deferred)
     verify_allocation(timeline, allocation)
-    tables = emit(timeline, allocation)
+    run = find_run(timeline) if timetable == "aligned" else None
+    tables = emit(timeline, allocation, run)
     verify_tables(tables)
+    verify_steady(tables)
     return Compiled(program, timeline, allocation, tables)

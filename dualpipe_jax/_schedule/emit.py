@@ -20,18 +20,27 @@ keep       [-1, -1, -1, -1, -1] [-1, 0, -1, -1, -1]
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import find_dependencies
-from dualpipe_jax._schedule.ir import Allocation, Tables, Timeline
+from dualpipe_jax._schedule.ir import FORWARD, Allocation, Steady, Tables, Timeline
+from dualpipe_jax._schedule.steady import Run
 
 
-def emit(timeline: Timeline, allocation: Allocation) -> Tables:
-    """Emits the tables of an allocated timeline."""
+def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> Tables:
+    """Emits the tables of an allocated timeline, its straight-line run of beats among them.
+
+    With a run, each rank's chunks are numbered by their roles in it: chunk 0 is the one that runs
+    forward in even beats.
+    """
     program = timeline.program
     units, tick_of, num_ranks = program.units, timeline.tick_of, program.num_ranks
     direction = program.direction_of[units.microbatch]
     columns = {name: np.full(timeline.index.shape, -1, np.int32) for name in Tables.columns()}
     here = tick_of, units.rank
     columns["opcode"][:] = timeline.opcode
-    columns["chunk"][here] = program.chunk_of[direction, units.stage]
+    chunk, stage_of = program.chunk_of[direction, units.stage], program.stage_of
+    if run is not None:
+        chunk = chunk ^ run.first_chunk[units.rank]
+        stage_of = np.where(run.first_chunk, stage_of[::-1], stage_of)
+    columns["chunk"][here] = chunk
     columns["stage"][here] = units.stage
     columns["microbatch"][here] = units.microbatch
 
@@ -65,9 +74,31 @@ def emit(timeline: Timeline, allocation: Allocation) -> Tables:
         num_ranks=num_ranks,
         num_stages=program.num_stages,
         num_microbatches=program.num_microbatches,
-        num_chunks=len(program.stage_of),
-        stage_of=program.stage_of,
+        num_chunks=len(stage_of),
+        stage_of=stage_of,
         num_slots=allocation.num_slots,
         forward_only=program.forward_only,
         wraps=bool(wraps.any()),
+        steady=None if run is None else _steady(timeline, allocation, run),
+    )
+
+
+def _steady(timeline: Timeline, allocation: Allocation, run: Run) -> Steady:
+    """Finds the slots of what the run's last beat sends."""
+    units, tick_of = timeline.program.units, timeline.tick_of
+    live, slot = allocation.live_ranges["received"], allocation.slot_of["received"]
+    of_x, of_cotangent = (np.full(timeline.num_ranks, -1, np.int32) for _ in range(2))
+    is_last = (tick_of[live.producer] == run.last_tick) | (
+        tick_of[live.producer] == run.last_tick + 1
+    )
+    is_x = units.opcode[live.consumer] == FORWARD
+    of_x[live.rank[is_last & is_x]] = slot[is_last & is_x]
+    of_cotangent[live.rank[is_last & ~is_x]] = slot[is_last & ~is_x]
+    return Steady(
+        first_tick=run.first_tick,
+        num_beats=run.num_beats,
+        x_pairs=run.x_pairs,
+        cotangent_pairs=run.cotangent_pairs,
+        x_slot=of_x,
+        cotangent_slot=of_cotangent,
     )

@@ -286,6 +286,43 @@ class Allocation:
     num_slots: dict[str, int]
 
 
+# (source, target) ranks of a permute.
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Steady:
+    """A run of beats in which all ranks run the same straight-line code.
+
+    Beat b of the run is ticks `first_tick + 3 b` to `first_tick + 3 b + 2`: every rank runs the
+    forward of its chunk b % 2 and the backward of the other one, and sends between the same ranks
+    as in beat b + 2. What is sent is read in the beat after, and so needs no slot in between; what
+    the last beat leaves goes to the received slots `x_slot` and `cotangent_slot`.
+
+    Attributes:
+      first_tick: The first tick of the run.
+      num_beats: How many beats it has, an even number.
+      x_pairs: For even and odd beats, from and to which ranks what the forwards made travels; a
+        rank may be its own neighbour.
+      cotangent_pairs: The same of what the input grads made. (The cotangent that a head's gradient
+        gives stays on its rank.)
+      x_slot: int32[num_ranks], -1 for none.
+      cotangent_slot: int32[num_ranks], -1 for none.
+    """
+
+    first_tick: int
+    num_beats: int
+    x_pairs: tuple[Pairs, Pairs]
+    cotangent_pairs: tuple[Pairs, Pairs]
+    x_slot: np.ndarray
+    cotangent_slot: np.ndarray
+
+    @property
+    def ticks(self) -> slice:
+        """The ticks of the run."""
+        return slice(self.first_tick, self.first_tick + TICKS_PER_BEAT * self.num_beats)
+
+
 @dataclass(frozen=True, eq=False)
 class Tables:
     """Tells an executor what each rank does in each tick.
@@ -311,6 +348,8 @@ class Tables:
     the cotangent of its x. A slot is free after the last read: of `read` its action, of `residual`
     the I, of `weight_residual`, `stash` and `deferred` the W. A forward-only program has neither
     residuals nor cotangents.
+
+    The ticks of `steady` may be run as it says instead, to the same effect.
     """
 
     opcode: np.ndarray
@@ -334,11 +373,20 @@ class Tables:
     num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if some W recomputes
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
+    steady: Steady | None = None
 
     @property
     def num_ticks(self) -> int:
         """The number of rows of every table."""
         return len(self.opcode)
+
+    @cached_property
+    def sends(self) -> np.ndarray:
+        """bool[num_ticks, 2], whether any rank's output of a tick is stored to its right, left."""
+        sends = np.zeros((self.num_ticks, 2), bool)
+        sends[:-1, 0] = (self.from_left[1:] >= 0).any(axis=1)
+        sends[:-1, 1] = (self.from_right[1:] >= 0).any(axis=1)
+        return sends
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:

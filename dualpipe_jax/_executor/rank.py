@@ -1,0 +1,228 @@
+"""What one rank does: the actions, each over all layers of a stage, and of one layer.
+
+`tick.py` runs one of them in a tick, chosen by the tables; `beat.py` runs a forward and a backward
+side by side.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dualpipe_jax import _microbatches, _scopes
+from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor.functions import Functions, Gradients
+from dualpipe_jax._executor.layout import Layer, Layout
+from dualpipe_jax._executor.leaves import place
+from dualpipe_jax._executor.state import State
+from dualpipe_jax._kinds import Kind
+from dualpipe_jax._types import Context
+
+PyTree = Any
+Row = dict[str, jax.Array]  # this rank's row of the tables, int32 scalars
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rank:
+    """Runs the actions of one rank.
+
+    Attributes:
+      functions: The model's functions.
+      layout: Which layers are whose.
+      chunks: The layers' parameters of each chunk, for each kind `[max_layers, ...]`, or
+        `registers.Layers` without the layers' dim.
+      outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside the stack.
+      microbatches: The batch, `[num_microbatches, ...]`.
+      rng: The step's key, or None.
+      shard: The index of this shard of the batch, or None if there is one only.
+      loss_seed: The cotangent of each microbatch's loss, a scalar.
+      aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
+      num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
+      poison: Whether to overwrite what is dead with values that spread, in tests.
+    """
+
+    functions: Functions
+    layout: Layout
+    chunks: list[dict[Kind, PyTree]]
+    outside: dict[str, PyTree]
+    microbatches: PyTree
+    rng: jax.Array | None
+    shard: jax.Array | None
+    loss_seed: jax.Array
+    aux_seed: dict[Kind, jax.Array | None]
+    num_deferred: int = 0
+    poison: bool = False
+
+    @property
+    def gradients(self) -> Gradients:
+        """The derivatives of the model's functions, in a program that has them."""
+        assert self.functions.gradients is not None
+        return self.functions.gradients
+
+    def _context(self, row: Row, position: Any, *, is_layer: bool = False) -> Context:
+        return _microbatches.context(
+            _microbatches.take(self.microbatches, row["microbatch"]),
+            _microbatches.microbatch_key(self.rng, row["microbatch"]),
+            position,
+            is_layer=is_layer,
+            shard=self.shard,
+        )
+
+    def _layer(self, row: Row, chunk: int, layer: Layer) -> tuple[PyTree, Context]:
+        """Reads a layer's parameters, with the shared ones, and makes its context."""
+        stack = self.chunks[chunk][layer.kind]
+        if isinstance(stack, registers.Layers):
+            params = stack.each[layer.place]
+        else:
+            params = registers.read(stack, layer.place)
+        context = self._context(row, layer.position, is_layer=True)
+        return (params, self.outside.get("shared")), context
+
+    @jax.named_scope(_scopes.EMBED)
+    def embed(self, row: Row) -> PyTree:
+        """Runs the embedding."""
+        return self.functions.embed(self.outside, self._context(row, self.layout.num_layers))
+
+    # The embedding's gradient follows the first stage's I. Its forward runs again rather than
+    # keeping its residuals in a slot; of a table look-up nothing is left of it.
+    @jax.named_scope(_scopes.EMBED_GRAD)
+    def embed_grad(self, state: State, dx: list[jax.Array], row: Row) -> State:
+        """Adds up the embedding's gradient; dx has the leaves of x that have a cotangent."""
+        ctx = self._context(row, self.layout.num_layers)
+        _, doutside = self.gradients.embed(self.outside, ctx, dx)
+        return state.add_outside(doutside)
+
+    # The head follows the last stage's F: its value and gradient at once, so that its residuals
+    # (the logits) never get a slot; what is kept is the cotangent of x.
+    @jax.named_scope(_scopes.HEAD)
+    def head(self, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
+        """Adds up loss and metrics, and gives x with its cotangent in place of its leaves."""
+        ctx = self._context(row, self.layout.num_layers + 1)
+        gradients = self.functions.gradients
+        if gradients is None:
+            assert self.functions.head is not None
+            loss, metrics = self.functions.head(self.outside, x, ctx)
+        else:
+            (loss, metrics, dx), doutside = gradients.head(self.outside, x, ctx, self.loss_seed)
+            state, x = state.add_outside(doutside), place(x, dx)
+        sums = _microbatches.add((state.loss, state.metrics), (loss, metrics))
+        return state._replace(loss=sums[0], metrics=sums[1]), x
+
+    # One layer: F: x -> y, residuals
+    @jax.named_scope(_scopes.FORWARD)
+    def forward_of(self, layer: Layer, x: PyTree, row: Row, chunk: int) -> Any:
+        """Runs a layer forward: `(y, aux, residual, weight_residual)`."""
+        params, ctx = self._layer(row, chunk, layer)
+        return self.gradients.block[layer.kind].forward(params, x, ctx)
+
+    # I: cotangent of y -> cotangent of x, stash (and gradients that are made with it: mostly none)
+    @jax.named_scope(_scopes.INPUT_GRAD)
+    def input_grad_of(
+        self, layer: Layer, dy: list[jax.Array], kept: Any, kept_longer: Any, row: Row, chunk: int
+    ) -> Any:
+        """Runs a layer's input grad: `(dx, stash, deferred, early)`."""
+        params, ctx = self._layer(row, chunk, layer)
+        block, aux_seed = self.gradients.block[layer.kind], self.aux_seed[layer.kind]
+        return block.input_grad(params, ctx, kept, kept_longer, dy, aux_seed)
+
+    # W: stash (or what is deferred), residuals -> gradients of the layers and of what they share
+    @jax.named_scope(_scopes.WEIGHT_GRAD)
+    def weight_grad_of(
+        self, layer: Layer, kept_longer: Any, values: Any, row: Row, chunk: int, source: str
+    ) -> list[jax.Array]:
+        """Runs a layer's weight grad from what a buffer, `stash` or `deferred`, has for it."""
+        params, ctx = self._layer(row, chunk, layer)
+        block = self.gradients.block[layer.kind]
+        run = block.weight_grad if source == "stash" else block.recompute_weight_grad
+        return run(params, ctx, kept_longer, values)
+
+    def forward(
+        self, state: State, x: PyTree, row: Row, chunk: int, is_on: Any
+    ) -> tuple[State, PyTree]:
+        """Runs a stage forward, if `is_on`; else x comes back as it is."""
+
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            x, aux_sum = carry
+            residual, weight_residual = buffers
+            if self.functions.gradients is None:
+                params, ctx = self._layer(row, chunk, layer)
+                x, aux = self.functions.block[layer.kind](params, x, ctx)
+            else:
+                x, aux, kept, kept_longer = self.forward_of(layer, x, row, chunk)
+                residual = registers.write_layer(residual, kept, layer.index, row["residual"])
+                weight_residual = registers.write_layer(
+                    weight_residual, kept_longer, layer.index, row["weight_residual"]
+                )
+            if aux is not None:
+                aux_sum = _microbatches.add(aux_sum, aux)
+            return (x, aux_sum), (residual, weight_residual)
+
+        buffers = state.residual, state.weight_residual
+        out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers)
+        (x, aux), (residual, weight_residual) = out
+        return state._replace(aux=aux, residual=residual, weight_residual=weight_residual), x
+
+    def input_grad(
+        self, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any
+    ) -> tuple[State, list[jax.Array]]:
+        """Runs a stage's input grad, if `is_on`; else dy comes back as it is."""
+
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            (dy, shared), (stash, deferred, residual, weight_residual, grads) = carry, buffers
+            kept = registers.read_layer(residual, layer.index, row["residual"])
+            kept_longer = registers.read_layer(weight_residual, layer.index, row["weight_residual"])
+            dx, values, put_off, early = self.input_grad_of(
+                layer, dy, kept, kept_longer, row, chunk
+            )
+            stash = registers.write_layer(stash, values, layer.index, row["stash"])
+            if self.num_deferred:
+                deferred = registers.write_layer(deferred, put_off, layer.index, row["deferred"])
+            residual, weight_residual = (
+                registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
+            )
+            places = self.gradients.early[layer.kind]
+            grads, shared = accumulators.add(grads, shared, early, places=places, layer=layer.place)
+            return (dx, shared), (stash, deferred, residual, weight_residual, grads)
+
+        grads, shared = state.take_grads(chunk, self.gradients.early)
+        buffers = state.stash, state.deferred, state.residual, state.weight_residual, grads
+        (dx, shared), buffers = self.layout.loop(
+            row["stage"], is_on, run, (dy, shared), buffers, reverse=True
+        )
+        stash, deferred, residual, weight_residual, grads = buffers
+        state = state._replace(
+            stash=stash, deferred=deferred, residual=residual, weight_residual=weight_residual
+        )
+        return state.put_grads(chunk, self.gradients.early, (grads, shared)), dx
+
+    def weight_grad(
+        self, state: State, row: Row, chunk: int, is_on: Any, source: str = "stash"
+    ) -> State:
+        """Runs a stage's weight grad from a buffer, `stash` or `deferred`, if `is_on`."""
+
+        def run(layer: Layer, shared: Any, buffers: Any) -> Any:
+            grads, weight_residual, values = buffers
+            late = self.weight_grad_of(
+                layer,
+                registers.read_layer(weight_residual, layer.index, row["weight_residual"]),
+                registers.read_layer(values, layer.index, row[source]),
+                row,
+                chunk,
+                source,
+            )
+            places = self.gradients.late[layer.kind]
+            grads, shared = accumulators.add(grads, shared, late, places=places, layer=layer.place)
+            weight_residual, values = (
+                registers.pass_on(buffers, layer.index) for buffers in (weight_residual, values)
+            )
+            return shared, (grads, weight_residual, values)
+
+        grads, shared = state.take_grads(chunk, self.gradients.late)
+        buffers = grads, state.weight_residual, getattr(state, source)
+        shared, buffers = self.layout.loop(row["stage"], is_on, run, shared, buffers, reverse=True)
+        grads, weight_residual, values = buffers
+        state = state._replace(weight_residual=weight_residual)
+        state = (
+            state._replace(stash=values) if source == "stash" else state._replace(deferred=values)
+        )
+        return state.put_grads(chunk, self.gradients.late, (grads, shared))

@@ -1,0 +1,64 @@
+"""What a rank carries from tick to tick and from beat to beat: slots, accumulators, messages."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from dualpipe_jax import _microbatches
+from dualpipe_jax._executor import accumulators
+from dualpipe_jax._executor.accumulators import LayerGrads, Places
+from dualpipe_jax._kinds import Kind
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """What a rank carries from tick to tick.
+
+    What belongs to layers has an entry for each kind of layer, `layer` counting those of the kind;
+    `[slot, layer, ...]` is `registers.Layers` of `[slot, ...]` where layers are unrolled.
+
+    Attributes:
+      received: Activations and cotangents that wait for their action, `[slot, ...]` for each leaf
+        of x; the last slot takes what nobody wants.
+      residual: What the forward keeps for the input gradient, `[slot, layer, ...]`.
+      weight_residual: What the forward keeps for the weight gradient, `[slot, layer, ...]`.
+      stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
+      deferred: What it keeps for a deferred one, which recomputes, `[slot, layer, ...]`; the last
+        slot takes what nobody wants. Empty where none recomputes.
+      block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
+        lists of as many arrays where layers are unrolled.
+      ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
+      loss, aux, metrics: Sums over microbatches.
+      from_left, from_right: What the neighbours sent in the tick before: an x.
+    """
+
+    received: PyTree
+    residual: dict[Kind, Any]
+    weight_residual: dict[Kind, Any]
+    stash: dict[Kind, Any]
+    deferred: dict[Kind, Any]
+    block_grads: list[LayerGrads]
+    ends_grads: list[jax.Array]
+    shared_grads: list[jax.Array]
+    loss: jax.Array
+    aux: jax.Array | None
+    metrics: PyTree
+    from_left: PyTree
+    from_right: PyTree
+
+    def take_grads(self, chunk: int, places: dict[Kind, Places]) -> Any:
+        """Takes the accumulators of a chunk, and of shared, that stand at `places`."""
+        return accumulators.take(self.block_grads[chunk], self.shared_grads, places)
+
+    def put_grads(self, chunk: int, places: dict[Kind, Places], taken: Any) -> "State":
+        """Puts back what was taken."""
+        grads, shared = accumulators.put(self.block_grads[chunk], self.shared_grads, places, taken)
+        block_grads = [grads if c == chunk else old for c, old in enumerate(self.block_grads)]
+        return self._replace(block_grads=block_grads, shared_grads=shared)
+
+    def add_outside(self, gradients: list[jax.Array]) -> "State":
+        """Adds gradients of ends, then of shared."""
+        num_ends = len(self.ends_grads)
+        sums = _microbatches.add([*self.ends_grads, *self.shared_grads], gradients)
+        return self._replace(ends_grads=sums[:num_ends], shared_grads=sums[num_ends:])

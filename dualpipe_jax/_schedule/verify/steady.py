@@ -1,0 +1,127 @@
+"""Verifies `Tables.steady`: that its beats do what the tables' ticks do. Knows the tables only."""
+
+import numpy as np
+
+from dualpipe_jax._schedule.excerpt import fail_at
+from dualpipe_jax._schedule.ir import (
+    FORWARD,
+    INPUT_GRAD,
+    TICKS_PER_BEAT,
+    WEIGHT_GRAD,
+    Pairs,
+    Steady,
+    Tables,
+)
+
+
+def verify_steady(tables: Tables) -> None:
+    """Checks the straight-line run of verified tables, if there is one.
+
+    - It has an even number of beats, all within the tables; in beat b every rank runs F of chunk
+      b % 2, then I and W of the other chunk and of one microbatch.
+    - What the first beat reads is in its slot when the run begins.
+    - Every later x and cotangent is what the beat before sent to that rank, or what the rank's own
+      head gave; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
+    - What the last beat sends ends in the slots in which the tables store it, and nothing else of
+      the run is stored for later.
+
+    Raises:
+        ScheduleError: naming action, rank and tick, and showing the ticks around.
+    """
+    if tables.steady is None:
+        return
+    steady = tables.steady
+    assert steady.num_beats > 0, "a run has beats"
+    assert steady.num_beats % 2 == 0, "a run has as many even beats as odd ones"
+    assert 0 <= steady.first_tick <= steady.ticks.stop <= tables.num_ticks, "a run is in its tables"
+    _check_actions(tables, steady)
+    _check_entry(tables, steady)
+    for beat in range(1, steady.num_beats):
+        _check_reads(tables, steady, beat, *_arrivals(tables, steady, beat - 1))
+    _check_exit(tables, steady, *_arrivals(tables, steady, steady.num_beats - 1))
+
+
+def _check_actions(tables: Tables, steady: Steady) -> None:
+    for beat in range(steady.num_beats):
+        tick = steady.first_tick + TICKS_PER_BEAT * beat
+        roles = ((FORWARD, beat % 2), (INPUT_GRAD, 1 - beat % 2), (WEIGHT_GRAD, 1 - beat % 2))
+        for after, (opcode, chunk) in enumerate(roles):
+            wrong = tables.opcode[tick + after] != opcode
+            wrong |= tables.chunk[tick + after] != chunk
+            _fail_where(tables, tick + after, wrong, "is not what all ranks do in this beat")
+        same = tables.microbatch[tick + 1] == tables.microbatch[tick + 2]
+        _fail_where(tables, tick + 2, ~same, "must follow the input grad of its microbatch")
+
+
+def _check_entry(tables: Tables, steady: Steady) -> None:
+    """The first I's slot is filled before the first tick's action: not by it, nor after it."""
+    tick = steady.first_tick
+    slot = tables.read[tick + 1]
+    late = (tables.keep[tick] == slot) | (tables.from_left[tick + 1] == slot)
+    late |= tables.from_right[tick + 1] == slot
+    _fail_where(tables, tick + 1, late, "must find its cotangent before the first beat")
+
+
+def _token(tables: Tables, stage: np.ndarray, microbatch: np.ndarray) -> np.ndarray:
+    return stage.astype(np.int64) * tables.num_microbatches + microbatch
+
+
+def _arrivals(tables: Tables, steady: Steady, beat: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which x and cotangent each rank has after a beat: tokens of those to read them, -1 none."""
+    tick = steady.first_tick + TICKS_PER_BEAT * beat
+    stage, microbatch = tables.stage[tick], tables.microbatch[tick]
+    is_last = stage == tables.num_stages - 1
+    made_x = np.where(is_last, -1, _token(tables, stage + 1, microbatch))
+    from_head = np.where(is_last, _token(tables, stage, microbatch), -1)
+    stage, microbatch = tables.stage[tick + 1], tables.microbatch[tick + 1]
+    made_cotangent = np.where(stage == 0, -1, _token(tables, stage - 1, microbatch))
+    x = _travel(steady.x_pairs[beat % 2], made_x)
+    cotangent = _travel(steady.cotangent_pairs[beat % 2], made_cotangent)
+    twice = (cotangent >= 0) & (from_head >= 0)
+    _fail_where(tables, tick, twice, "gets a cotangent from its head and from another rank")
+    return x, np.where(from_head >= 0, from_head, cotangent)
+
+
+def _travel(pairs: Pairs, made: np.ndarray) -> np.ndarray:
+    sources, targets = zip(*pairs, strict=True) if pairs else ((), ())
+    assert len(set(sources)) == len(sources), "no rank sends twice"
+    assert len(set(targets)) == len(targets), "no rank is sent two values"
+    arrived = np.full_like(made, -1)
+    arrived[list(targets)] = made[list(sources)]
+    return arrived
+
+
+def _check_reads(
+    tables: Tables, steady: Steady, beat: int, x: np.ndarray, cotangent: np.ndarray
+) -> None:
+    tick = steady.first_tick + TICKS_PER_BEAT * beat
+    stage = tables.stage[tick]
+    wanted = np.where(stage == 0, -1, _token(tables, stage, tables.microbatch[tick]))
+    _fail_where(tables, tick, wanted != x, "does not get its x from the beat before")
+    wanted = _token(tables, tables.stage[tick + 1], tables.microbatch[tick + 1])
+    _fail_where(tables, tick + 1, wanted != cotangent, "does not get its cotangent from it")
+
+
+def _check_exit(tables: Tables, steady: Steady, x: np.ndarray, cotangent: np.ndarray) -> None:
+    last = steady.ticks.stop - TICKS_PER_BEAT
+    is_last = tables.stage[last] == tables.num_stages - 1
+    # What the tables store of the last F and I; at most one column names a slot.
+    stored_x = np.where(is_last, -1, tables.keep[last])
+    stored_cotangent = np.maximum(np.where(is_last, tables.keep[last], -1), tables.keep[last + 1])
+    for column in (tables.from_left, tables.from_right):
+        stored_x = np.maximum(stored_x, column[last + 1])
+        stored_cotangent = np.maximum(stored_cotangent, column[last + 2])
+        if last + TICKS_PER_BEAT < tables.num_ticks:
+            late = column[last + TICKS_PER_BEAT] >= 0
+            _fail_where(tables, last + TICKS_PER_BEAT, late, "stores what no weight grad sent")
+    for slots, stored, token in (
+        (steady.x_slot, stored_x, x),
+        (steady.cotangent_slot, stored_cotangent, cotangent),
+    ):
+        wrong = (slots != stored) | ((slots >= 0) & (token < 0))
+        _fail_where(tables, last, wrong, "leaves its last values in other slots than the tables")
+
+
+def _fail_where(tables: Tables, tick: int, mask: np.ndarray, fault: str) -> None:
+    if mask.any():
+        fail_at(tables, tick, int(np.flatnonzero(mask)[0]), fault)
