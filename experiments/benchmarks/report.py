@@ -121,7 +121,7 @@ def _largest_difference(values: Sequence[float], wanted: float | Sequence[float]
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "ranks": lambda row: str(row.ranks),
     "remat": lambda row: row.remat,
-    "variant": lambda row: f"{row.variant} (the limit)" if row.is_limit else row.variant,
+    "variant": lambda row: f"{row.variant} \\*" if row.is_limit else row.variant,
     "wall, s": lambda row: "failed" if row.failure else _cell(row.wall_seconds, ".3f"),
     "CPU, s": lambda row: _cell(row.cpu_seconds, ".3f"),
     "CPU / limit": lambda row: _cell(row.cpu_to_limit, ".2f"),
@@ -155,9 +155,12 @@ def to_rich(rows: Sequence[Row]) -> Table:
     )
     for title in SHORT:
         justify = "left" if title in _WORDS else "right"
-        table.add_column(title.replace(" / ", "\n/ "), justify=justify, no_wrap=True)
+        table.add_column(
+            title.replace(" / ", "\n/ ").replace(", ", ",\n"), justify=justify, no_wrap=True
+        )
     for row in rows:
-        table.add_row(*(COLUMNS[title](row) for title in SHORT))
+        # Markdown alone takes a star for emphasis.
+        table.add_row(*(COLUMNS[title](row).replace("\\*", "*") for title in SHORT))
     return table
 
 
