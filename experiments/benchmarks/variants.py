@@ -23,7 +23,7 @@ OURS: dict[str, dict[str, Any]] = {
     "1f1b": {"schedule": "1f1b"},
     "zb-h1": {"schedule": "zb-h1"},
 }
-LIMITS = ("limit-unrolled", "limit-scanned")
+LIMITS = ("limit-unrolled", "limit-grouped", "limit-scanned")
 RECIPE = "gpipe-recipe"
 NAMES = (*LIMITS, RECIPE, *OURS)
 
@@ -73,7 +73,11 @@ def make(
             model, mesh=mesh, num_microbatches=num_microbatches, remat=remat, unrolled=unrolled
         )
         return jax.value_and_grad(loss), mesh
-    most = min(MAX_UNROLLED, per_stage) if name == "limit-unrolled" else 1
+    most = {
+        "limit-unrolled": num_layers,
+        "limit-grouped": min(MAX_UNROLLED, per_stage),
+        "limit-scanned": 1,
+    }[name]
     unrolled = max(size for size in range(1, most + 1) if num_layers % size == 0)
     return limit(model, num_microbatches=num_microbatches, remat=remat, unrolled=unrolled), mesh
 
@@ -81,7 +85,8 @@ def make(
 def limit(model: dpj.Model, *, num_microbatches: int, remat: str, unrolled: int) -> GradFn:
     """Adds up `jax.value_and_grad` of one microbatch after the other: no pipeline, one device.
 
-    The work that no schedule can avoid: every rank's share of it together.
+    The work that no schedule can avoid: every rank's share of it together. How many layers stand
+    in a row matters much to XLA: a loop copies what its backward needs to stacks and back.
     """
     block = _block(model, remat)
 
