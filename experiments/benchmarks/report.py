@@ -20,9 +20,9 @@ class Row:
     """The figures of one variant; None where one has no meaning, or where it failed.
 
     Seconds a step and their ratios are medians over the rounds; a ratio is of two steps of the
-    same round. The limit is the one of LIMITS that took the least CPU time. Temporary bytes are those
-    of one device, resident bytes those of the process. The differences are the largest of any loss
-    and of the gradient norm of ends or any layer, relative to the limit's.
+    same round. The limit is the one of LIMITS that took the least CPU time. Temporary bytes are
+    those of one device, resident bytes those of the process. The differences are the largest of any
+    loss and of the gradient norm of ends or any layer, relative to the limit's.
     """
 
     ranks: int
