@@ -5,19 +5,11 @@ runs them all, two in a trip of one `lax.scan`: in even beats chunk 0 is forward
 backward, in odd ones the other way round. So weights and accumulators are named, never chosen, and
 what a beat sends goes between fixed pairs of ranks and is the next beat's input.
 
-XLA is free to run F of a layer beside I of another, and W beside both and beside the next beat's F:
-nothing but data orders them. What could order them falsely is a slot buffer that F writes and I and
-W read: its reads and writes have to follow each other (or XLA would copy the buffer), and a write
-would wait for all reads before it. Hence layers are taken in opposite order, F of layer j beside I
-of layer L-1-j, so that what one waits for in the other has its turn earlier anyway.
-
-A beat of four layers, `f` and `i` on their way through the slots of a layer's buffer:
-
-    F  0 1 2 3 -> x to the neighbour        layers 0, 1: f writes, then i reads
-    I  3 2 1 0 -> cotangent to it           layers 3, 2: i reads, then f writes
-    W          3 2 1 0                      x and cotangent travel meanwhile
+How F and I follow each other depends on the layers: `unrolled.py` has those that are unrolled, here
+are those in loops.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _microbatches, _scopes
-from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor import accumulators, registers, unrolled
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
@@ -58,6 +50,8 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
         with jax.named_scope(_scopes.STEADY):
             for parity in range(2):
                 f_row, i_row = (tick_of(rows, TICKS_PER_BEAT * parity + i) for i in range(2))
+                if parity == 1 and not rank.interleaves:
+                    f_row = unrolled.after_beat(f_row, state, cotangent)
                 beat = _Beat(rank, steady, parity)
                 state, x, cotangent = beat.run(state, x, cotangent, f_row, i_row)
         return (state, x, cotangent), None
@@ -116,8 +110,9 @@ class _Beat:
         if (self.stage_of[self.forward] == 0).any():
             x = self._embed(x, f_row)
         if layout.is_unrolled:
-            beat = self._unrolled
-        elif layout.has_equal_stages and len(layout.stacks) == 1:
+            chunks = self.forward, self.backward
+            beat = functools.partial(unrolled.run_beat, rank, chunks)
+        elif rank.interleaves and layout.has_equal_stages and len(layout.stacks) == 1:
             beat = self._looped
         else:
             beat = self._one_after_the_other
@@ -154,79 +149,6 @@ class _Beat:
             if pairs:
                 return lax.ppermute(values, self.rank.layout.axis, pairs)
         return registers.allocate(values, poison=self.rank.poison)
-
-    def _unrolled(
-        self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
-    ) -> tuple[State, PyTree, list, Callable[[State], State]]:
-        """Runs F and I, layers unrolled; what W needs of I needs no slot."""
-        rank, layout = self.rank, self.rank.layout
-        aux, dx = state.aux, cotangent
-        buffers = dict(state.residual), dict(state.weight_residual)
-        names = "residual", "weight_residual"
-        grads, shared = state.take_grads(self.backward, rank.gradients.early)
-        grads = dict(grads)
-        stashed = []
-        layers = layout.layers_of(f_row["stage"]), layout.layers_of(i_row["stage"])[::-1]
-        for f_layer, i_layer in zip(*layers, strict=True):
-            kind = i_layer.kind
-            kept, kept_longer = (
-                _copy_small(registers.read_layer(buffer[kind], i_layer.index, i_row[name]), x)
-                for buffer, name in zip(buffers, names, strict=True)
-            )
-            dx, values, _, early = rank.input_grad_of(
-                i_layer, dx, kept, kept_longer, i_row, self.backward
-            )
-            stashed.append((i_layer, kept_longer, values))
-            for buffer in buffers:
-                buffer[kind] = registers.pass_on(
-                    buffer[kind], i_layer.index, after=(dx, values, early)
-                )
-            grads[kind], shared = accumulators.add(
-                grads[kind],
-                shared,
-                early,
-                places=rank.gradients.early[kind],
-                layer=i_layer.place,
-            )
-
-            kind = f_layer.kind
-            x, aux_of_layer, *made = rank.forward_of(f_layer, x, f_row, self.forward)
-            if aux_of_layer is not None:
-                aux = _microbatches.add(aux, aux_of_layer)
-            for buffer, name, values in zip(buffers, names, made, strict=True):
-                buffer[kind] = registers.write_layer(
-                    buffer[kind], values, f_layer.index, f_row[name]
-                )
-        state = state._replace(aux=aux, residual=buffers[0], weight_residual=buffers[1])
-        state = state.put_grads(self.backward, rank.gradients.early, (grads, shared))
-        return state, x, dx, lambda state: self._weight_grads(state, stashed, x, i_row)
-
-    def _weight_grads(self, state: State, stashed: list, x: PyTree, row: Row) -> State:
-        """Runs W of unrolled layers, of each of which there is what I has copied and what it left.
-
-        Args:
-          state: What the rank carries.
-          stashed: For each layer itself, its residual for W as I has read it, and I's stash.
-          x: What the layers pass on, for its size.
-          row: A row that names the slots.
-        """
-        rank = self.rank
-        buffers = dict(state.weight_residual)
-        grads, shared = state.take_grads(self.backward, rank.gradients.late)
-        grads = dict(grads)
-        for layer, copied, values in stashed:
-            kind = layer.kind
-            kept = registers.read_layer(buffers[kind], layer.index, row["weight_residual"])
-            kept = _pick_small(copied, kept, x)
-            late = rank.weight_grad_of(layer, kept, values, row, self.backward, "stash")
-            places = rank.gradients.late[kind]
-            grads[kind], shared = accumulators.add(
-                grads[kind], shared, late, places=places, layer=layer.place
-            )
-            mine = [grads[kind][i][layer.place] for i in places.layer]
-            buffers[kind] = registers.pass_on(buffers[kind], layer.index, after=mine)
-        state = state._replace(weight_residual=buffers)
-        return state.put_grads(self.backward, rank.gradients.late, (grads, shared))
 
     def _looped(
         self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
@@ -285,33 +207,10 @@ class _Beat:
     def _one_after_the_other(
         self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
     ) -> tuple[State, PyTree, list, Callable[[State], State]]:
-        """Runs F and I in loops of their own, where stages are unlike."""
+        """Runs F and I in loops of their own, as stages are unlike or nothing is to overlap."""
         state, x = self.rank.forward(state, x, f_row, self.forward, True)
         state, dx = self.rank.input_grad(state, cotangent, i_row, self.backward, True)
         return state, x, dx, lambda state: self.rank.weight_grad(state, i_row, self.backward, True)
-
-
-# A contraction reads its operands again for every tile of its output. From a slot that is slow: XLA
-# fuses the read into the contraction, in place of fetching the value once. (On a TPU v5e, widths
-# 1024 and 2048: W took up to 1.6 times as long.) So what is no larger than x is copied out of its
-# slot, once for I and W; what is larger is read where it is needed, mostly elementwise.
-def _copy_small(values: tuple[jax.Array, ...], x: PyTree) -> tuple[jax.Array, ...]:
-    small = _is_small(values, x)
-    pairs = zip(values, small, strict=True)
-    return tuple(lax.optimization_barrier(value) if here else value for value, here in pairs)
-
-
-def _pick_small(
-    copied: tuple[jax.Array, ...], read: tuple[jax.Array, ...], x: PyTree
-) -> tuple[jax.Array, ...]:
-    """Takes what `_copy_small` has copied, and the rest as it is read now."""
-    both = zip(copied, read, _is_small(read, x), strict=True)
-    return tuple(old if here else new for old, new, here in both)
-
-
-def _is_small(values: tuple[jax.Array, ...], x: PyTree) -> list[bool]:
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(x))
-    return [value.nbytes <= largest for value in values]
 
 
 def _poison_dead(state: State, row: Row) -> State:

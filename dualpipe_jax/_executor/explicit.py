@@ -23,6 +23,12 @@ def context_mesh(*, like: Mesh | AbstractMesh) -> AbstractMesh | None:
     return mesh if axes == (like.axis_names, like.axis_sizes, like.axis_types) else None
 
 
+def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
+    """Names the platform of a mesh's devices, such as "cpu"; None if it is not known."""
+    device = mesh.abstract_mesh.abstract_device
+    return None if device is None else device.platform
+
+
 def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Lists the axes of the mesh that are Explicit, as those of `jax.make_mesh` are."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)

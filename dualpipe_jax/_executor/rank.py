@@ -38,6 +38,7 @@ class Rank:
       loss_seed: The cotangent of each microbatch's loss, a scalar.
       aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
       num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
+      interleaves: Whether a beat's F and I are to run side by side, on devices that can.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
@@ -51,6 +52,7 @@ class Rank:
     loss_seed: jax.Array
     aux_seed: dict[Kind, jax.Array | None]
     num_deferred: int = 0
+    interleaves: bool = False
     poison: bool = False
 
     @property

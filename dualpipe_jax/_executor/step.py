@@ -20,7 +20,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
 from dualpipe_jax._executor import functions, registers
 from dualpipe_jax._executor.beat import make_run
-from dualpipe_jax._executor.explicit import context_mesh, explicit_axes, run_as_auto
+from dualpipe_jax._executor.explicit import (
+    context_mesh,
+    explicit_axes,
+    platform_of,
+    run_as_auto,
+)
 from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
@@ -259,8 +264,9 @@ class Step:
         model, tables, layout = self.model, self.tables, self.layout
         outs, gradients = traced.outputs, traced.gradients
         chunks = layout.fetch(params["blocks"])
-        # In straight-line code every layer has arrays of its own, lest one waits for another.
-        is_apart = layout.is_unrolled and tables.steady is not None
+        # Unrolled layers have arrays of their own: none is cut out of a stack again in every tick,
+        # and none waits for another.
+        is_apart = layout.is_unrolled
         if is_apart:
             chunks = [layout.unstack(chunk) for chunk in chunks]
         weight = _microbatches.total_weight(model, batches)
@@ -284,6 +290,7 @@ class Step:
                 for kind, aux in outs.aux.items()
             },
             num_deferred=self.num_deferred,
+            interleaves=platform_of(self.mesh) != "cpu",
             poison=self.poison,
         )
         loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))

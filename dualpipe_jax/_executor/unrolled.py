@@ -1,0 +1,168 @@
+"""The F, I and W of a beat with layers unrolled, and the order in which they touch the slots.
+
+Data alone orders the work: XLA is free to run F of a layer beside I of another, and W beside both
+and beside the next beat's F. What could order it falsely is a slot buffer, of which every layer has
+its own: where XLA does not see whether a read or a write of a buffer comes first, it copies it, so
+that the order has to be said, and then each waits for the other. Two ways:
+
+Interleaved, for devices that overlap transfers and compute: F of layer j is beside I of layer
+L-1-j, so that what one waits for in the other has its turn earlier anyway. A block's own
+all-to-alls so have the other direction's compute to hide behind. A beat of four layers:
+
+    F  0 1 2 3 -> x to the neighbour        layers 0, 1: F writes, then I reads
+    I  3 2 1 0 -> cotangent to it           layers 3, 2: I reads, then F writes
+    W          3 2 1 0                      x and cotangent travel meanwhile
+
+One after the other, for CPUs: F of all layers, then I, then W, so that all reads of a beat come
+after its writes, and only the next beat's writes have to wait.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from dualpipe_jax import _microbatches
+from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor.layout import Layer
+from dualpipe_jax._executor.rank import Rank, Row
+from dualpipe_jax._executor.state import State
+
+PyTree = Any
+_NAMES = "residual", "weight_residual"
+
+
+def run_beat(
+    rank: Rank,
+    chunks: tuple[int, int],
+    state: State,
+    x: PyTree,
+    cotangent: list[jax.Array],
+    f_row: Row,
+    i_row: Row,
+) -> tuple[State, PyTree, list[jax.Array], Callable[[State], State]]:
+    """Runs F and I of a beat.
+
+    Args:
+      rank: The rank.
+      chunks: The chunk that is forward, and the one that is backward.
+      state: What the rank carries.
+      x: What F reads.
+      cotangent: What I reads.
+      f_row: The row of F's tick.
+      i_row: The row of I's tick.
+
+    Returns:
+      The state, what F made, what I made, and the function that runs W. What W needs of I is kept
+      without a slot.
+    """
+    layout, gradients = rank.layout, rank.gradients
+    forward, backward = chunks
+    residual, weight_residual = dict(state.residual), dict(state.weight_residual)
+    buffers = residual, weight_residual
+    aux, dx, size_of_x = state.aux, cotangent, _size(x)
+    taken, shared = state.take_grads(backward, gradients.early)
+    grads = dict(taken)
+    stashed: list[tuple[Layer, Any, Any]] = []
+
+    def run_forward(layer: Layer) -> None:
+        nonlocal x, aux
+        x, aux_of_layer, *kept = rank.forward_of(layer, x, f_row, forward)
+        if aux_of_layer is not None:
+            aux = _microbatches.add(aux, aux_of_layer)
+        for buffer, name, values in zip(buffers, _NAMES, kept, strict=True):
+            buffer[layer.kind] = registers.write_layer(
+                buffer[layer.kind], values, layer.index, f_row[name]
+            )
+
+    def run_input_grad(layer: Layer) -> None:
+        nonlocal dx, shared
+        kept, kept_longer = (
+            _copy_small(
+                registers.read_layer(buffer[layer.kind], layer.index, i_row[name]), size_of_x
+            )
+            for buffer, name in zip(buffers, _NAMES, strict=True)
+        )
+        dx, values, _, early = rank.input_grad_of(layer, dx, kept, kept_longer, i_row, backward)
+        stashed.append((layer, kept_longer, values))
+        if rank.interleaves:
+            for buffer in buffers:
+                buffer[layer.kind] = registers.pass_on(
+                    buffer[layer.kind], layer.index, after=(dx, values, early)
+                )
+        places = gradients.early[layer.kind]
+        grads[layer.kind], shared = accumulators.add(
+            grads[layer.kind], shared, early, places=places, layer=layer.place
+        )
+
+    f_layers, i_layers = layout.layers_of(f_row["stage"]), layout.layers_of(i_row["stage"])[::-1]
+    if rank.interleaves:
+        for f_layer, i_layer in zip(f_layers, i_layers, strict=True):
+            run_input_grad(i_layer)
+            run_forward(f_layer)
+    else:
+        for layer in f_layers:
+            run_forward(layer)
+        for layer in i_layers:
+            run_input_grad(layer)
+    state = state._replace(aux=aux, residual=residual, weight_residual=weight_residual)
+    state = state.put_grads(backward, gradients.early, (grads, shared))
+
+    def weight_grads(state: State) -> State:
+        return _run_weight_grads(rank, backward, state, stashed, size_of_x, i_row)
+
+    return state, x, dx, weight_grads
+
+
+def _run_weight_grads(
+    rank: Rank, chunk: int, state: State, stashed: list, size_of_x: int, row: Row
+) -> State:
+    """Runs W of the layers in `stashed`: each with what I copied for W, and I's stash."""
+    buffers = dict(state.weight_residual)
+    taken, shared = state.take_grads(chunk, rank.gradients.late)
+    grads = dict(taken)
+    for layer, copied, values in stashed:
+        kind = layer.kind
+        kept = registers.read_layer(buffers[kind], layer.index, row["weight_residual"])
+        kept = _pick_small(copied, kept, size_of_x)
+        late = rank.weight_grad_of(layer, kept, values, row, chunk, "stash")
+        places = rank.gradients.late[kind]
+        grads[kind], shared = accumulators.add(
+            grads[kind], shared, late, places=places, layer=layer.place
+        )
+        if rank.interleaves:
+            sums = [grads[kind][i][layer.place] for i in places.layer]
+            buffers[kind] = registers.pass_on(buffers[kind], layer.index, after=sums)
+    state = state._replace(weight_residual=buffers)
+    return state.put_grads(chunk, rank.gradients.late, (grads, shared))
+
+
+def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
+    """Has a row name the slots that F writes only when all reads of the beat before are done.
+
+    Every read of a beat goes into a weight grad, or into the cotangent that leaves the stage.
+    """
+    made = state.block_grads, state.ends_grads, state.shared_grads, cotangent
+    zero = registers.zero_after(made)
+    return {**row, **{name: row[name] + zero for name in _NAMES}}
+
+
+# A contraction reads its operands again for every tile of its output. From a slot that is slow: XLA
+# fuses the read into the contraction, in place of fetching the value once. (On a TPU v5e, widths
+# 1024 and 2048: W took up to 1.6 times as long.) So what is no larger than x is copied out of its
+# slot, once for I and W; what is larger is read where it is needed, mostly elementwise.
+def _copy_small(values: tuple[jax.Array, ...], size_of_x: int) -> tuple[jax.Array, ...]:
+    return tuple(lax.optimization_barrier(v) if v.nbytes <= size_of_x else v for v in values)
+
+
+def _pick_small(
+    copied: tuple[jax.Array, ...], read: tuple[jax.Array, ...], size_of_x: int
+) -> tuple[jax.Array, ...]:
+    """Takes what `_copy_small` has copied, and the rest as it is read now."""
+    both = zip(copied, read, strict=True)
+    return tuple(old if new.nbytes <= size_of_x else new for old, new in both)
+
+
+def _size(x: PyTree) -> int:
+    return max(leaf.nbytes for leaf in jax.tree.leaves(x))
