@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -27,8 +28,8 @@ def test_table() -> None:
     done = run(*ON_CPUS)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == "cpu:2: CPU, mesh pipe 2"
-    assert any(line.startswith("loop: the steady loop, two beats a trip") for line in lines)
+    assert lines[0] == "device   cpu:2, CPU; mesh pipe 2"
+    assert any(line.startswith("loop     the steady state, two beats a trip") for line in lines)
     assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
 
 
@@ -60,9 +61,8 @@ def test_options_reach_the_step() -> None:
 def test_tpu_prints_the_options_and_their_reasons() -> None:
     done = run(*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--microbatches", "16")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "step time: " in done.stdout
-    assert "predicted: dualpipe" in done.stdout
-    assert "collectives: 4 of 4 hidden" in done.stdout
+    assert re.search(r"^step +[\d.]+ .s predicted: dualpipe ", done.stdout, flags=re.MULTILINE)
+    assert "4 of 4 collectives hidden" in done.stdout
     assert "xla_tpu_enable_async_all_to_all=True\n  all-to-alls run while" in done.stdout
 
 
