@@ -18,16 +18,22 @@ ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test lint format clean
+.PHONY: help train compare benchmark idle test lint format clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train a small language model with DualPipe (options: ARGS="--steps 10")
 	@$(BIN)/python experiments/train_lm/train_lm.py $(ARGS)
 
 compare: $(READY)  ## train one small model with every schedule and compare (options: ARGS="--ranks 2")
 	@$(BIN)/python experiments/compare_schedules/compare_schedules.py $(ARGS)
+
+idle: $(READY)  ## replay every schedule over many sizes and compare idle time (options: ARGS="--ranks 8")
+	@$(BIN)/python experiments/idle_time/idle_time.py $(ARGS)
+
+benchmark: $(READY)  ## measure a step beside the limit and the usual recipe (options: ARGS="--ranks 2")
+	@$(BIN)/python experiments/benchmarks/benchmarks.py $(ARGS)
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from dualpipe_jax._plot import plot_timeline as plot_timeline
     from dualpipe_jax._preflight import compiler_options as compiler_options
     from dualpipe_jax._preflight import preflight as preflight
+    from dualpipe_jax._simulate import Costs as Costs
+    from dualpipe_jax._simulate import Simulation as Simulation
+    from dualpipe_jax._simulate import simulate as simulate
     from dualpipe_jax._types import Context as Context
     from dualpipe_jax._types import Model as Model
     from dualpipe_jax.schedules import Schedule as Schedule
@@ -25,8 +28,10 @@ __version__ = "0.1.0"
 # Where each public name lives; None: the name is a module of its own.
 _HOME = {
     "Context": "_types",
+    "Costs": "_simulate",
     "Model": "_types",
     "Schedule": "schedules",
+    "Simulation": "_simulate",
     "Timeline": "schedules",
     "compiler_options": "_preflight",
     "evaluate": "_api",
@@ -34,6 +39,7 @@ _HOME = {
     "preflight": "_preflight",
     "schedules": None,
     "sequential": "_api",
+    "simulate": "_simulate",
     "value_and_grad": "_api",
 }
 

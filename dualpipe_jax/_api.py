@@ -18,6 +18,7 @@ from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._sequential import sequential as sequential
+from dualpipe_jax._simulate import fastest_timetable
 from dualpipe_jax._split_vjp import is_differentiable
 from dualpipe_jax._types import Context, Model, PyTree
 
@@ -52,7 +53,14 @@ def value_and_grad(
         with the same axes, its devices are taken instead; then an AbstractMesh will do.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
       schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches.
+      timetable: When a rank does what. `"shortest"`: everything as soon as it can, each tick chosen
+        by the tables. `"aligned"`: all ranks start their pairs together; as long as every rank has
+        one, they run straight-line code in which XLA hides the transfers behind compute (dualpipe
+        and dualpipev; for other schedules the two are the same). None: the faster one by
+        simulation, the shortest for few microbatches.
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
+      unroll_layers: Whether the layers of a stage stand in the program one after the other, which
+        XLA can schedule better, or in a loop, which compiles sooner; None unrolls up to four.
       remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
         keeps its input only, a `jax.checkpoint` policy says itself.
       stash_deferred: Whether, under rematerialisation, a weight grad that a schedule puts off
@@ -99,11 +107,12 @@ def value_and_grad(
     axes = _Axes.checked(mesh, axis, batch_axes, manual_axes)
     _validate.positive_int("num_microbatches", num_microbatches)
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
-    compiled = compile_program(
-        schedule.program,
-        timetable=timetable or "shortest",
-        stash_deferred=_validate.flag("stash_deferred", stash_deferred) or remat == "none",
-    )
+    if unroll_layers is not None:
+        _validate.flag("unroll_layers", unroll_layers)
+    stash_deferred = _validate.flag("stash_deferred", stash_deferred) or remat == "none"
+    if timetable is None:
+        timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
+    compiled = compile_program(schedule.program, timetable=timetable, stash_deferred=stash_deferred)
     build = _Builder(
         axes=axes,
         tables=compiled.tables,
@@ -236,6 +245,13 @@ class _Builder:
             num_shards=self._num_shards,
             shards=self._shards,
         )
+        layout = self._step(num_layers=num_layers).layout
+        if layout.unroll_layers and not layout.has_equal_stages:
+            raise ValueError(
+                f"unroll_layers=True: all stages must have the same kinds of layers in the same "
+                f"order, but {num_layers} layers are spread over {tables.num_stages} unlike stages"
+                f"{where}; leave it None, or change the number of layers or the layout"
+            )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
             # Inside the user's jit: traced as part of it, as often as it is.
             return self._step(num_layers=num_layers)

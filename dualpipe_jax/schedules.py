@@ -87,12 +87,13 @@ class Schedule:
         49
         >>> aligned = schedule.timeline(timetable="aligned")
         >>> aligned.num_ticks, len(aligned.beats)
-        (50, 10)
+        (49, 10)
 
         Args:
-            timetable: `"shortest"`, every action as soon as it can; or `"aligned"`, a pair in
-                three adjacent ticks and all pairs at the same tick modulo 3, so that there are
-                beats, in which every rank runs a pair. Without pairs the two are the same.
+            timetable: `"shortest"`, every action as soon as it can; or `"aligned"`, up to the end
+                of a run of beats, in which every rank runs a pair, a pair in three adjacent ticks
+                and all pairs at the same tick modulo 3. Where there is no such run, and without
+                pairs, the two are the same.
 
         Raises:
             ValueError: if the schedule cannot run or be aligned, or there is no such timetable.

@@ -18,17 +18,35 @@ def run(*arguments: str) -> Result:
 
 
 def test_table_has_a_row_a_schedule() -> None:
-    result = run("--schedule", "1f1b", "--ranks", "2", "--microbatches", "2", "--costs", "W=3")
+    result = run("--schedule", "zb-h1", "--ranks", "2", "--microbatches", "3", "--costs", "F=3")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.output.splitlines()[:4] == [
-        "schedule  makespan  no false waits   idle  bubble  paper  peak live  copies  transfers",
-        "1f1b            16              12  37.5%       6      5          2      1x          4",
-        "",
-        (
-            "ranks 2, microbatches 2, shortest timetable; a rank's layers cost F=1, I=1, W=3; "
-            "transfer 0, embed 0, head 0"
-        ),
+    lines = result.output.splitlines()
+    assert lines[0].split() == [
+        *("schedule", "timetable", "makespan", "no", "false", "waits"),
+        *("idle", "bubble", "paper", "peak", "live", "copies", "transfers"),
     ]
+    assert lines[1].split() == [
+        *("zb-h1", "shortest", "20", "18", "25.0%", "5", "3", "2", "1x", "6"),
+    ]
+    assert len(set(map(len, lines[:2]))) == 1
+    assert lines[2:4] == [
+        "",
+        "ranks 2, microbatches 3; a rank's layers cost F=3, I=1, W=1; transfer 0, embed 0, head 0",
+    ]
+
+
+def test_fastest_is_the_default_and_named() -> None:
+    sizes = ["--microbatches", "64", "--transfer", "0.1", "--format", "json"]
+    made = {m["schedule"]: m for m in json.loads(run(*sizes).output)}
+    assert run(*sizes).output == run(*sizes, "--timetable", "fastest").output
+    assert {name: m["timetable"] for name, m in made.items()} == {
+        **dict.fromkeys(schedules.names(), "shortest"),
+        **dict.fromkeys(("dualpipe", "dualpipev"), "aligned"),
+    }
+    for timetable in schedules.timetables():
+        for m in json.loads(run(*sizes, "--timetable", timetable).output):
+            assert m["timetable"] == timetable
+            assert m["makespan"] >= made[m["schedule"]]["makespan"]
 
 
 def test_all_is_the_default_and_goes_over_every_schedule() -> None:
@@ -67,7 +85,7 @@ def test_options_reach_the_simulation() -> None:
     assert made["dependency_makespan"] == expected.dependency_makespan
     assert made["published_bubble"] is None
     table = run(*sizes, *options).output
-    assert re.search(rf"^dualpipe +{expected.makespan:g} ", table, flags=re.MULTILINE)
+    assert re.search(rf"^dualpipe +aligned +{expected.makespan:g} ", table, flags=re.MULTILINE)
 
 
 def test_terminal_gets_the_same_table() -> None:
@@ -103,7 +121,7 @@ def test_narrow_terminal_loses_nothing() -> None:
         (["--transfer", "fast"], ["--transfer", "'fast'"]),
         (["--head", "inf"], ["head=inf"]),
         (["--layers", "3"], ["num_layers=3", "at least the 8 stages"]),
-        (["--timetable", "longest"], ["'longest'", "'shortest'", "'aligned'"]),
+        (["--timetable", "longest"], ["'longest'", "'shortest'", "'aligned'", "'fastest'"]),
         (["--format", "csv"], ["'csv'", "'table'", "'json'"]),
         (["--bogus"], ["--bogus"]),
     ],

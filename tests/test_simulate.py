@@ -1,6 +1,5 @@
 """The replay: small cases by hand, the timetable's own figures, and slow references."""
 
-import heapq
 import itertools
 import math
 
@@ -11,8 +10,9 @@ from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import Program, Tables
-from dualpipe_jax._simulate import Costs, Simulation, replay, replay_dependencies, simulate
+from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, Program, Tables
+from dualpipe_jax._simulate import Costs, Simulation, fastest_timetable, simulate
+from dualpipe_jax._simulate.replay import replay, replay_dependencies
 from dualpipe_jax.schedules import Schedule
 from tests.schedule.test_random_programs import programs
 from tests.schedules_under_test import NAMES, WIDE_SIZES
@@ -41,31 +41,45 @@ def work_of(tables: Tables, cost: np.ndarray) -> np.ndarray:
     return cost[tables.opcode, tables.stage]
 
 
-def pass_messages(tables: Tables, work: np.ndarray, transfer: float) -> float:
-    """Runs ranks that send a message to each neighbour after every tick, and await as many."""
-    P, num_ticks = tables.num_ranks, tables.num_ticks
-    neighbours: list[set[int]] = [set() for _ in range(P)]
-    links = [(r, r + 1) for r in range(P - 1)] + ([(P - 1, 0)] if tables.wraps else [])
-    for a, b in links:
-        neighbours[a].add(b)
-        neighbours[b].add(a)
-    missing = {(r, t): len(neighbours[r]) + 1 for r in range(P) for t in range(1, num_ticks + 1)}
-    events = [(float(work[0, r]), r, 1) for r in range(P)]  # something that tick 1 awaits came
-    for r in range(P):
-        events += [(float(work[0, n]) + transfer, r, 1) for n in neighbours[r]]
-    heapq.heapify(events)
-    last = 0.0
-    while events:
-        now, rank, tick = heapq.heappop(events)
-        missing[rank, tick] -= 1
-        if tick == num_ticks or missing[rank, tick]:
-            continue
-        end = now + float(work[tick, rank])
-        last = max(last, end)
-        heapq.heappush(events, (end, rank, tick + 1))
-        for neighbour in neighbours[rank]:
-            heapq.heappush(events, (end + transfer, neighbour, tick + 1))
-    return max(last, float(work[0].max()))
+def wait_as_told(tables: Tables, work: np.ndarray, transfer: float) -> float:
+    """Runs ranks that await what the program's description says, found value by value.
+
+    In the run: what a beat reads, if the run made it. After a permute: that neighbour.
+    """
+    P, S, num_ticks = tables.num_ranks, tables.num_stages, tables.num_ticks
+    columns = [c.tolist() for c in (tables.opcode, tables.stage, tables.microbatch)]
+    cells = list(itertools.product(range(num_ticks), range(P)))
+    name_of = {(t, r): tuple(c[t][r] for c in columns) for t, r in cells}
+    made_at = {name: cell for cell, name in name_of.items()}
+    first, stop = (tables.steady.ticks.start, tables.steady.ticks.stop) if tables.steady else (0, 0)
+
+    def producer(tick: int, rank: int) -> tuple[int, int] | None:
+        opcode, stage, microbatch = name_of[tick, rank]
+        if opcode == FORWARD and stage:
+            return made_at[FORWARD, stage - 1, microbatch]
+        if opcode == INPUT_GRAD:
+            is_last = stage == S - 1
+            return made_at[FORWARD if is_last else INPUT_GRAD, stage + (not is_last), microbatch]
+        return None
+
+    def awaited(tick: int, rank: int) -> list[tuple[int, int]]:
+        if first < tick < stop:
+            made = producer(tick, rank)
+            return [made] if made and made[0] >= first else []
+        if tick == stop > 0:
+            later = [producer(t, rank) for t in range(stop, num_ticks)]
+            return [made for made in later if made and first <= made[0] < stop]
+        found = []
+        for column, step in ((tables.from_left, -1), (tables.from_right, 1)):
+            if (column[tick] >= 0).any() and (tables.wraps or 0 <= rank + step < P):
+                found.append((tick - 1, (rank + step) % P))
+        return found
+
+    end: dict[tuple[int, int], float] = {}
+    for tick, rank in cells:
+        came = [end[cell] + transfer * (cell[1] != rank) for cell in awaited(tick, rank)]
+        end[tick, rank] = max([0, end.get((tick - 1, rank), 0), *came]) + float(work[tick, rank])
+    return max(end.values())
 
 
 def follow_dependencies(program: Program, cost: np.ndarray, transfer: float) -> float:
@@ -128,15 +142,39 @@ def test_gpipe_by_hand() -> None:
 
 
 def test_false_waits_by_hand() -> None:
-    # W = 3, worked out in the module's docstring.
-    made = run("1f1b", 2, 2, costs=Costs(weight_grad=3))
-    assert (made.makespan, made.dependency_makespan) == (16.0, 12.0)
+    # F = 3, worked out in the docstring of `replay`.
+    made = run("zb-h1", 2, 3, costs=Costs(forward=3))
+    assert (made.makespan, made.dependency_makespan) == (20.0, 18.0)
 
 
 def test_transfer_by_hand() -> None:
-    # F0 0-1, F1 2-3, I1 3-4, I0 5-6; then W0 at once, or after what rank 1's W sends at 6.
+    # F0 0-1, F1 2-3, I1 3-4, I0 5-6, W0 6-7: nobody waits for W1, which sends nothing.
     made = run("1f1b", 2, 1, transfer=1.0)
-    assert (made.makespan, made.dependency_makespan) == (8.0, 7.0)
+    assert (made.makespan, made.dependency_makespan) == (7.0, 7.0)
+
+
+def test_nobody_waits_where_nothing_is_sent_by_hand() -> None:
+    # rank 0  F0 F1 .  I0 W0 .  I1 W1      W = 3: rank 0 does not wait for 1W0, from 3 to 6,
+    # rank 1  .  F0 I0 W0 F1 I1 W1 .       before its own W0, from 4 to 7
+    made = run("1f1b", 2, 2, costs=Costs(weight_grad=3))
+    assert (made.makespan, made.dependency_makespan) == (12.0, 12.0)
+
+
+@pytest.mark.parametrize(("transfer", "excess"), [(0, 0), (1, 0), (2, 0), (3, 1), (5, 3)])
+def test_transfers_hide_in_the_run_by_hand(transfer: float, excess: float) -> None:
+    # What F makes travels behind I and W, what I makes behind W and the next F: two ticks. On two
+    # ranks odd beats send, and even ones keep what the head's gradient gave.
+    tables = make("dualpipe", 2, 8).compiled(timetable="aligned").tables
+    steady = tables.steady
+    assert steady is not None
+    ends = replay(tables, work_of(tables, np.ones((4, 2))), transfer=transfer)
+    first_beat = ends[steady.first_tick + 2]
+    assert (first_beat[0] == first_beat).all()
+    run_end = first_beat + 3 * (steady.num_beats - 1) + excess * (steady.num_beats // 2 - 1)
+    assert ends[steady.ticks.stop - 1].tolist() == run_end.tolist()
+    # What the last F sent was on its way for two ticks, the last cotangent for one.
+    after = ends[steady.ticks.stop] - ends[steady.ticks.stop - 1]
+    assert after.tolist() == [1 + max(0, transfer - 1)] * 2
 
 
 def test_head_and_embedding_by_hand() -> None:
@@ -257,11 +295,11 @@ def test_chimera_has_a_formula_for_equal_forward_and_backward() -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 16), (8, 20), (16, 32)])
-def test_aligned_dualpipe_idles_as_published(size: tuple[int, int]) -> None:
-    made = run("dualpipe", *size, timetable="aligned")
-    assert made.makespan == 3 * size[1] + size[0] - 2
-    assert made.bubble == made.published_bubble == size[0] - 2
-    assert made.bubble == 2 * run("dualpipe", *size).bubble
+@pytest.mark.parametrize("timetable", schedules.timetables())
+def test_dualpipe_idles_half_as_long_as_published(size: tuple[int, int], timetable: str) -> None:
+    made = run("dualpipe", *size, timetable=timetable)
+    assert made.makespan == 3 * size[1] + size[0] // 2 - 1
+    assert made.published_bubble == 2 * made.bubble == size[0] - 2
 
 
 def test_head_imbalance_shows() -> None:
@@ -298,22 +336,52 @@ def test_replays_agree_with_the_references(
     )
     made = simulate(Schedule(program), costs=costs, transfer=transfer, num_layers=num_layers)
     work = work_of(tables, cost)
-    assert math.isclose(made.makespan, pass_messages(tables, work, transfer), rel_tol=1e-12)
+    assert math.isclose(made.makespan, wait_as_told(tables, work, transfer), rel_tol=1e-12)
     expected = follow_dependencies(program, cost, transfer)
     assert math.isclose(made.dependency_makespan, expected, rel_tol=1e-12)
     assert made.dependency_makespan <= made.makespan * (1 + 1e-12)
     assert max(made.work) <= made.dependency_makespan * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev"])
+@given(
+    num_ranks=st.integers(1, 6),
+    num_microbatches=st.integers(1, 24),
+    transfer=costs_strategy,
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=40, deadline=None)
+def test_aligned_replay_agrees_with_the_reference(
+    name: str, num_ranks: int, num_microbatches: int, transfer: float, seed: int
+) -> None:
+    tables = make(name, num_ranks, num_microbatches).compiled(timetable="aligned").tables
+    work = np.random.default_rng(seed).random(tables.opcode.shape) * (tables.opcode > 0)
+    makespan = replay(tables, work, transfer=transfer).max()
+    assert math.isclose(makespan, wait_as_told(tables, work, transfer), rel_tol=1e-12)
+    least = replay_dependencies(tables, work, transfer=transfer).max()
+    assert least <= makespan * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("name", "size"), [("dualpipe", (8, 32)), ("dualpipev", (4, 17))])
+def test_the_reference_meets_runs(name: str, size: tuple[int, int]) -> None:
+    tables = make(name, *size).compiled(timetable="aligned").tables
+    assert tables.steady is not None
+    work = np.random.default_rng(0).random(tables.opcode.shape) * (tables.opcode > 0)
+    for transfer in (0, 0.1, 3):
+        makespan = replay(tables, work, transfer=transfer).max()
+        assert math.isclose(makespan, wait_as_told(tables, work, transfer), rel_tol=1e-12)
+
+
 def test_a_ring_waits_all_round() -> None:
     tables = LOOPED.compiled().tables
     assert tables.wraps
-    # Rank 2 awaits rank 0 in the second tick, which is its neighbour on the ring alone.
+    # In tick 3 rank 0 reads what rank 2 made; rank 1 waits for rank 0, which sends it nothing.
     work = np.zeros(tables.opcode.shape)
-    work[:3] = [[4, 0, 0], [0, 4, 0], [4, 0, 0]]
+    work[2] = [1, 2, 4]
     ends = replay(tables, work, transfer=0)
-    assert ends[:3].tolist() == [[4, 0, 0], [4, 8, 4], [12, 8, 8]]
-    assert ends.max() == pass_messages(tables, work, 0) == 12
+    assert tables.sends[2].tolist() == [True, False]
+    assert ends[2:4].tolist() == [[1, 2, 4], [4, 2, 4]]
+    assert ends.max() == wait_as_told(tables, work, 0) == 4
 
 
 @given(programs(), st.randoms(use_true_random=False), costs_strategy, costs_strategy)
@@ -350,6 +418,59 @@ def test_makespan_grows_with_every_cost(
         assert after.dependency_makespan >= before.dependency_makespan * (1 - 1e-12)
 
 
+# ---- which timetable
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("dualpipe", (4, 6), "shortest"),
+        ("dualpipe", (4, 8), "aligned"),
+        ("dualpipe", (8, 16), "shortest"),  # equally fast: without a run
+        ("dualpipe", (8, 32), "aligned"),
+        ("dualpipe", (5, 20), "shortest"),  # of odd ranks, a run costs ticks
+        ("dualpipe", (5, 40), "aligned"),
+        ("dualpipev", (4, 8), "shortest"),
+        ("dualpipev", (4, 16), "aligned"),
+        ("dualpipe", (1, 1), "shortest"),
+        ("1f1b", (4, 64), "shortest"),
+        ("chimera", (4, 64), "shortest"),
+    ],
+)
+def test_many_microbatches_are_faster_aligned(
+    name: str, size: tuple[int, int], expected: str
+) -> None:
+    schedule = make(name, *size)
+    assert fastest_timetable(schedule) == expected
+    assert fastest_timetable(schedule, stash_deferred=False) == expected
+    makespans = [
+        simulate(schedule, transfer=0.1 * simulate(schedule).stage_share, timetable=t).makespan
+        for t in schedules.timetables()
+    ]
+    # 1e-9: a few hundred sums of tenths.
+    is_faster = makespans[1] < makespans[0] * (1 - 1e-9)
+    assert is_faster == (expected == "aligned")
+
+
+def test_what_cannot_be_aligned_is_not() -> None:
+    # 0I0 awaits 1I0, which needs the 0F1 of its own pair to have come back from rank 1.
+    schedule = Schedule.from_csv("0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1F1,1B0,1B1")
+    assert fastest_timetable(schedule) == "shortest"
+    assert simulate(schedule) == simulate(schedule, timetable="shortest")
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        simulate(schedule, timetable="aligned")
+
+
+@pytest.mark.parametrize(("transfer", "expected"), [(0.0, "shortest"), (0.1, "aligned")])
+def test_simulate_takes_the_faster_at_these_costs(transfer: float, expected: str) -> None:
+    schedule = make("dualpipe", 8, 64)
+    made = simulate(schedule, transfer=transfer)
+    assert made.timetable == expected
+    assert made == simulate(schedule, transfer=transfer, timetable=expected)
+    others = [simulate(schedule, transfer=transfer, timetable=t) for t in schedules.timetables()]
+    assert made.makespan == min(other.makespan for other in others)
+
+
 # ---- mistakes
 
 
@@ -369,3 +490,8 @@ def test_wrong_transfer_is_refused(transfer: float) -> None:
 def test_too_few_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_layers=3: must be at least the 4 stages of .*'v'"):
         simulate(V_SHAPED, num_layers=3)
+
+
+def test_unknown_timetable_is_refused() -> None:
+    with pytest.raises(ValueError, match="timetable='longest': must be one of"):
+        simulate(V_SHAPED, timetable="longest")

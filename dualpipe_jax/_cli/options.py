@@ -15,5 +15,5 @@ timetable = click.option(
     type=click.Choice(schedules.timetables()),
     default="shortest",
     show_default=True,
-    help="aligned: all ranks start their pairs at the same tick modulo 3.",
+    help="aligned: there is a run of beats, in which every rank runs a pair.",
 )

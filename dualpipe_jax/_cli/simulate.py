@@ -1,11 +1,6 @@
-"""`dualpipe-jax simulate`: how long schedules take with given costs, as a table or JSON.
-
-Rich is imported for a terminal only.
-"""
+"""`dualpipe-jax simulate`: how long schedules take with given costs, as a table or JSON."""
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
 
@@ -13,12 +8,16 @@ import click
 
 from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
+from dualpipe_jax._cli.quantities import parse_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._cli.table import print_table
 from dualpipe_jax._simulate import Costs, Simulation
 from dualpipe_jax._simulate import simulate as run_simulation
+from dualpipe_jax._simulate.simulation import FASTEST
 
 _HEAD = (
     "schedule",
+    "timetable",
     "makespan",
     "no false waits",
     "idle",
@@ -45,7 +44,13 @@ _NOTES = (
 )
 @options.ranks
 @options.microbatches
-@options.timetable
+@click.option(
+    "--timetable",
+    type=click.Choice([*schedules.timetables(), FASTEST]),
+    default=FASTEST,
+    show_default=True,
+    help="aligned: there is a run of beats, in which every rank runs a pair.",
+)
 @click.option(
     "--costs",
     default="F=1,I=1,W=1",
@@ -85,13 +90,14 @@ def simulate(
 ) -> None:
     """Replay schedules with the costs of your model.
 
-    Each rank waits for its neighbours in every tick, as the compiled program does; "no false
-    waits" is the makespan if it waited for what it needs only. Costs are in any one unit of time.
+    Each rank waits as the compiled program does: for a neighbour where anybody stores what comes
+    from there, in the aligned timetable's run of beats for what it needs only. "no false waits" is
+    the makespan if it always waited so. Costs are in any one unit of time.
     The gradients of embedding and head are counted in proportion.
     """
     simulations, left_out = [], []
     try:
-        all_costs = Costs(**_parse_costs(costs), embed=embed, head=head)
+        all_costs = Costs(**parse_costs(costs), embed=embed, head=head)
     except ValueError as error:
         raise Refusal(str(error)) from error
     for name in schedules.names() if schedule == "all" else [schedule]:
@@ -115,36 +121,15 @@ def simulate(
         click.echo(f"[\n{content}\n]")
     else:
         caption = (
-            f"ranks {ranks}, microbatches {microbatches}, {timetable} timetable; a rank's layers "
-            f"cost F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
+            f"ranks {ranks}, microbatches {microbatches}; a rank's layers cost "
+            f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
             f"W={all_costs.weight_grad:g}; "
             f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
         )
-        _print_table(simulations, caption)
+        rows = [_row(simulation) for simulation in simulations]
+        print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), breaks=("waits",))
     for name, reason in left_out:
         click.echo(f"left out: {name}: {reason}", err=True)
-
-
-def _parse_costs(text: str) -> dict[str, float]:
-    fields = {"F": "forward", "I": "input_grad", "W": "weight_grad"}
-    costs: dict[str, float] = {}
-    wrong = []
-    for item in text.split(","):
-        kind, _, number = (part.strip() for part in item.partition("="))
-        try:
-            value = float(number)
-        except ValueError:
-            value = None
-        if value is None or kind not in fields or fields[kind] in costs:
-            wrong.append(repr(item))
-        else:
-            costs[fields[kind]] = value
-    if wrong:
-        raise Refusal(
-            f"--costs {text!r}: {', '.join(wrong)} must be F, I or W, each once, with a number: "
-            "F=1,I=1,W=1"
-        )
-    return costs
 
 
 def _to_object(simulation: Simulation) -> dict[str, object]:
@@ -154,41 +139,12 @@ def _to_object(simulation: Simulation) -> dict[str, object]:
     return {"schedule": fields.pop("schedule"), **sizes, **fields}
 
 
-def _print_table(simulations: Sequence[Simulation], caption: str) -> None:
-    """Prints a row a schedule: a Rich table on a terminal, else columns of plain text."""
-    rows = [_row(simulation) for simulation in simulations]
-    if sys.stdout.isatty():
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-        table.add_column(_HEAD[0], no_wrap=True)
-        for title in _HEAD[1:]:
-            # A line less wide, the longest names fit 80 columns.
-            title = title.replace(" waits", "\nwaits")
-            table.add_column(title, justify="right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console = Console(highlight=False)
-        console.print(table)
-        for note in ("", caption, *_NOTES):
-            console.print(note, style="dim", markup=False)
-        return
-    lines = [_HEAD, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        click.echo("  ".join([first.ljust(widths[0]), *cells]))
-    for note in ("", caption, *_NOTES):
-        click.echo(note)
-
-
 def _row(simulation: Simulation) -> tuple[str, ...]:
     share = Fraction(simulation.stage_share).limit_denominator(10_000)
     published = simulation.published_bubble
     return (
         simulation.schedule,
+        simulation.timetable,
         f"{simulation.makespan:g}",
         f"{simulation.dependency_makespan:g}",
         f"{simulation.idle_share:.1%}",

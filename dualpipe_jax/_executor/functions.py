@@ -15,7 +15,7 @@ from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._outputs import Outputs
-from dualpipe_jax._split_vjp import SplitVjp, capture, split_vjp
+from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp
 from dualpipe_jax._types import Context, Model
 
 PyTree = Any
@@ -53,6 +53,7 @@ class Functions:
     Attributes:
       outputs: Avals of x, the loss, metrics and aux loss.
       embed: `(outside, ctx) -> x`.
+      embeds_by_look_up: Whether that is so little work that every rank may as well do it.
       head: `(outside, x, ctx) -> (loss, metrics)`.
       block: For each kind of layer `((layer, shared), x, ctx) -> (y, aux)`.
       gradients: The derivatives; None in forward-only programs.
@@ -60,6 +61,7 @@ class Functions:
 
     outputs: Outputs
     embed: Callable[..., PyTree]
+    embeds_by_look_up: bool = False
     head: Callable[..., tuple[jax.Array, PyTree]] | None = None
     block: dict[Kind, Callable[..., tuple[PyTree, Any]]] = field(default_factory=dict)
     gradients: "Gradients | None" = None
@@ -206,7 +208,10 @@ def trace(
         for kind, block in plain.items()
     }
     return Functions(
-        outputs=outs, embed=run_embed, gradients=_gradients(by_head, by_embed, by_block, args)
+        outputs=outs,
+        embed=run_embed,
+        embeds_by_look_up=is_look_up(embed, outside, ends_ctx),
+        gradients=_gradients(by_head, by_embed, by_block, args),
     )
 
 

@@ -125,7 +125,9 @@ def pass_on(buffers: PyTree, layer: Any = None, *, after: PyTree = ()) -> PyTree
     leaves, structure = jax.tree.flatten(buffers)
     if not leaves:
         return buffers
-    handed_on, _ = lax.optimization_barrier((leaves, after))
+    # One entry of each is enough, and leaves XLA its fusions and layouts.
+    entries = [value[(0,) * value.ndim] for value in jax.tree.leaves(after) if value.size]
+    handed_on, _ = lax.optimization_barrier((leaves, entries))
     return jax.tree.unflatten(structure, handed_on)
 
 

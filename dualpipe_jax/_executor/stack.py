@@ -82,7 +82,22 @@ class Stack(Spread):
         starts = (self._slab_start(self._my_stage(c)) for c in range(self.num_chunks))
         return [lax.dynamic_slice_in_dim(leaf, start, self.max_layers) for start in starts]
 
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Whether in every round every rank gets a whole chunk."""
+        size = self.max_layers
+        return all(
+            w.count == size and ((w.place >= 0) & (w.place % size == 0)).all() for w in self._rounds
+        )
+
+    def _pick(self, which: np.ndarray, pieces: list[jax.Array]) -> jax.Array:
+        """Picks one of `pieces` by this rank's entry of `which` `[num_ranks]`."""
+        index = self._mine(which)
+        return pieces[index] if isinstance(index, int) else lax.select_n(index, *pieces)
+
     def _fetch(self, shard: jax.Array) -> list[jax.Array]:
+        if self._is_whole:
+            return self._fetch_whole(shard)
         size, num_places = self.max_layers, self.num_chunks * self.max_layers
         # Which place a piece goes to may depend on the rank. Behind the last place is room for what
         # has none; a place gets nothing if no stage that is held as this chunk fills it.
@@ -102,6 +117,15 @@ class Stack(Spread):
             whole[c] if c in whole else lax.slice_in_dim(stack, c * size, (c + 1) * size)
             for c in range(self.num_chunks)
         ]
+
+    def _fetch_whole(self, shard: jax.Array) -> list[jax.Array]:
+        pieces = []
+        for way in self._rounds:
+            piece = _slice(shard, self._mine(way.first), way.count)
+            pieces.append(piece if way.stays else lax.ppermute(piece, self.axis, way.pairs))
+        # which[round, rank]: the chunk that comes in a round; its inverse: the round of a chunk
+        which = np.stack([way.place // self.max_layers for way in self._rounds])
+        return [self._pick(rounds, pieces) for rounds in which.argsort(axis=0)]
 
     def _mine(self, values: np.ndarray) -> Any:
         """This rank's entry of `values` `[num_ranks]`; an int if all are alike."""
@@ -136,7 +160,9 @@ class Stack(Spread):
         total = None
         for way in self._rounds:
             place = self._mine(np.where(way.place < 0, num_places, way.place))
-            if way.count == size and isinstance(place, int):
+            if self._is_whole:
+                piece = self._pick(way.place // size, chunks)
+            elif way.count == size and isinstance(place, int):
                 piece = chunks[place // size]
             else:
                 piece = _slice(stack, place, way.count)

@@ -4,7 +4,7 @@ The three ticks in which every rank runs a pair are a beat; a steady state of be
 code, the same on all ranks. A pair takes three adjacent ticks, F, I, W, and each rank keeps its
 order. Of the three phases the one with the fewest ticks is taken, then the one with the most beats;
 for that phase no action could come earlier. DualPipe takes its published 3N + P - 2 ticks so (at
-F = I = W = 1, even sizes, N >= 2P), P/2 - 1 more than the shortest.
+F = I = W = 1, even sizes, N >= 2P), P/2 - 1 more than the shortest; `release` gives them back.
 
 DualPipeV on two ranks, its stages left out. Rank 0 starts its pairs at ticks 7, 10 and 15, rank 1
 at 8, 11 and 14. Aligned, they start at 8, 11 and 17, and at 8, 11 and 14: two beats.

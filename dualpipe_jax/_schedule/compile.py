@@ -8,9 +8,11 @@ from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.emit import emit
 from dualpipe_jax._schedule.ir import TIMETABLES, Allocation, Program, Tables, Timeline
 from dualpipe_jax._schedule.place import place_shortest
+from dualpipe_jax._schedule.release import release
 from dualpipe_jax._schedule.steady import find_run
 from dualpipe_jax._schedule.verify import (
     verify_allocation,
+    verify_pairs,
     verify_program,
     verify_steady,
     verify_tables,
@@ -54,12 +56,16 @@ def _compile(program: Program, timetable: str, stash_deferred: bool) -> Compiled
     verify_program(program)
     timeline = place_shortest(program)
     verify_timeline(timeline)
+    run = None
     if timetable == "aligned":
         timeline = align(timeline)
         verify_timeline(timeline)
+        verify_pairs(timeline)
+        run = find_run(timeline)
+        timeline = release(timeline, run)
+        verify_timeline(timeline)
     allocation = allocate(timeline, stash_deferred=stash_deferred)
     verify_allocation(timeline, allocation)
-    run = find_run(timeline) if timetable == "aligned" else None
     tables = emit(timeline, allocation, run)
     verify_tables(tables)
     verify_steady(tables)

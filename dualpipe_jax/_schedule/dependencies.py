@@ -75,8 +75,15 @@ def find_dependencies(program: Program) -> Dependencies:
     return Dependencies(payload, own)
 
 
-def run_in_order(program: Program, needs: Dependencies) -> np.ndarray:
+def run_in_order(
+    program: Program, needs: Dependencies, *, earliest: np.ndarray | None = None
+) -> np.ndarray:
     """Runs a program as far as it goes, every action as soon as it can, in program order.
+
+    Args:
+        program: The program.
+        needs: What its actions need.
+        earliest: int64[num_actions], the tick before which each must not run; by default 0.
 
     Returns:
         int64[num_actions], the tick of each action; `NEVER` where ranks wait for each other.
@@ -85,12 +92,16 @@ def run_in_order(program: Program, needs: Dependencies) -> np.ndarray:
     # One entry more, for "needs nothing": index -1, done before the first tick.
     tick_of = np.full(len(units) + 1, NEVER)
     tick_of[-1] = -1
+    if earliest is None:
+        earliest = np.zeros(len(units), np.int64)
+    all_may_run = earliest.max(initial=0)
     upcoming, stop = units.row_start[:-1].copy(), units.row_start[1:]
     tick = 0
     while (waiting := np.flatnonzero(upcoming < stop)).size:
         action = upcoming[waiting]
         ready = np.maximum(tick_of[needs.payload[action]], tick_of[needs.own[action]]) < tick
-        if not ready.any():
+        ready &= earliest[action] <= tick
+        if not ready.any() and tick >= all_may_run:
             break
         tick_of[action[ready]] = tick
         upcoming[waiting[ready]] += 1

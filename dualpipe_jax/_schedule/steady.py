@@ -50,6 +50,11 @@ class Run:
         """The first tick of the last beat."""
         return self.first_tick + TICKS_PER_BEAT * (self.num_beats - 1)
 
+    @property
+    def stop(self) -> int:
+        """The tick after the run."""
+        return self.last_tick + TICKS_PER_BEAT
+
 
 def find_run(timeline: Timeline) -> Run | None:
     """Finds the longest run; None where no two beats follow each other."""

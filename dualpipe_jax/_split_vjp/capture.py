@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from dualpipe_jax._split_vjp.cut import CHEAP_LATER
 from dualpipe_jax._split_vjp.graph import Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.reductions import without_reductions
 from dualpipe_jax._varying import without_types
@@ -43,6 +44,19 @@ def capture(
     run.__name__ = function.__name__  # what a profile shows
     # Under jit it is traced once, however many branches call it.
     return jax.jit(run), axes
+
+
+# What a look-up in a table may consist of, besides elementwise steps.
+_LOOK_UP = CHEAP_LATER | {"concatenate", "dynamic_slice", "gather", "iota", "pad"}
+
+
+def is_look_up(function: Callable[..., Any], *avals: Any) -> bool:
+    """Whether `function` is little work, such as rows of a table: less than choosing to run it."""
+    jaxpr = without_types(jax.make_jaxpr(function)(*avals))
+    graph = Graph()
+    inputs = [graph.new_value(var.aval, When.FORWARD) for var in jaxpr.jaxpr.invars]
+    graph.add(jaxpr.jaxpr, jaxpr.consts, inputs)
+    return all(node.name in _LOOK_UP and not node.has_effect for node in graph.nodes)
 
 
 def with_effects(nodes: Sequence[Node], selected: Iterable[Node]) -> list[Node]:

@@ -13,13 +13,22 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from dualpipe_jax._split_vjp.graph import Node
 
-# Cheap enough to run twice: no reduction, no contraction, nothing transcendental. XLA fuses these
-# into whatever reads them.
+# Cheap enough to run twice anywhere: no reduction, no contraction, nothing transcendental. XLA
+# fuses these into whatever reads them.
 CHEAP = frozenset(
     """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy div eq expand_dims
     floor ge gt integer_pow iota is_finite le lt max min mul ne neg not or real reshape rev round
     rsqrt select_n sign slice sqrt square squeeze stop_gradient sub transpose xor
+    """.split()  # noqa: SIM905
+)
+# Cheap enough to run again in the backward, rather than keep a value for each: elementwise too, and
+# a small part of the work of the contraction that reads them. (On a TPU v5e, a GELU's input and
+# output kept in slots cost more time than its second tanh; a softmax kept its exponentials twice.)
+CHEAP_LATER = CHEAP | frozenset(
+    """
+    acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1
+    lgamma log log1p logistic pow rem sin sinh tan tanh
     """.split()  # noqa: SIM905
 )
 # What a weight gradient's tail may do early, so that its small result is kept instead of its input.

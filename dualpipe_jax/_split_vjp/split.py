@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
-from dualpipe_jax._split_vjp.cut import CHEAP, REDUCTIONS, minimum_cut
+from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.mapped import hoist_free
@@ -141,7 +141,7 @@ def split_vjp(
         forward,
         wanted=[v for v in reads if graph.when[v] is When.FORWARD],
         can_keep=lambda _: True,
-        can_redo=lambda n: n.name in CHEAP and not n.has_effect,
+        can_redo=lambda n: n.name in CHEAP_LATER and not n.has_effect,
         size=graph.num_bytes,
         is_free=lambda v: graph.when[v] is not When.FORWARD,
         prefer_late=True,

@@ -22,10 +22,11 @@ class Ends(nn.Module):
     """What stands outside the layers: the embedding, which is also the output, and a norm."""
 
     width: int
+    vocabulary: int = VOCABULARY
 
     def setup(self) -> None:
         init = nn.initializers.normal(0.02)
-        self.embedding = nn.Embed(VOCABULARY, self.width, embedding_init=init)
+        self.embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
         self.norm = nn.LayerNorm()
 
     def embed(self, text: jax.Array) -> jax.Array:
@@ -33,7 +34,7 @@ class Ends(nn.Module):
         return self.embedding(text)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Maps float32[batch, length, width] to float32[batch, length, VOCABULARY]."""
+        """Maps float32[batch, length, width] to float32[batch, length, vocabulary]."""
         return self.embedding.attend(self.norm(x))
 
     def __call__(self, text: jax.Array) -> jax.Array:
@@ -75,6 +76,7 @@ class LanguageModel:
     layers: int
     width: int
     heads: int
+    vocabulary: int = VOCABULARY
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Makes parameters, those of the blocks stacked over the layers."""
@@ -82,7 +84,7 @@ class LanguageModel:
         x = jnp.zeros((1, 1, self.width), jnp.float32)
         init_block = jax.vmap(lambda key: Block(heads=self.heads).init(key, x)["params"])
         return {
-            "ends": Ends(width=self.width).init(ends_key, jnp.zeros((1, 1), jnp.int32))["params"],
+            "ends": self._ends.init(ends_key, jnp.zeros((1, 1), jnp.int32))["params"],
             "blocks": init_block(jax.random.split(blocks_key, self.layers)),
         }
 
@@ -103,7 +105,7 @@ class LanguageModel:
         )
 
     def logits(self, params: Any, text: jax.Array) -> jax.Array:
-        """Maps int32[batch, length] to float32[batch, length, VOCABULARY], without a pipeline."""
+        """Maps int32[batch, length] to float32[batch, length, vocabulary], without a pipeline."""
 
         def layer(x: jax.Array, block_params: Any) -> tuple[jax.Array, None]:
             return self._block(block_params, x), None
@@ -111,11 +113,15 @@ class LanguageModel:
         x, _ = jax.lax.scan(layer, self._embed(params["ends"], text), params["blocks"])
         return self._logits(params["ends"], x)
 
+    @property
+    def _ends(self) -> Ends:
+        return Ends(width=self.width, vocabulary=self.vocabulary)
+
     def _embed(self, ends: Any, text: jax.Array) -> Any:
-        return Ends(width=self.width).apply({"params": ends}, text, method="embed")
+        return self._ends.apply({"params": ends}, text, method="embed")
 
     def _block(self, block_params: Any, x: jax.Array) -> Any:
         return Block(heads=self.heads).apply({"params": block_params}, x)
 
     def _logits(self, ends: Any, x: jax.Array) -> Any:
-        return Ends(width=self.width).apply({"params": ends}, x, method="logits")
+        return self._ends.apply({"params": ends}, x, method="logits")

@@ -1,4 +1,4 @@
-"""Verifies a Timeline after it is placed."""
+"""Verifies a Timeline after it is placed, aligned or released."""
 
 import numpy as np
 
@@ -14,8 +14,6 @@ def verify_timeline(timeline: Timeline) -> None:
     - A rank runs its actions in program order, one a tick, from tick 0 on.
     - Every action runs after the tick of each action that it needs: its I or F on the same rank,
       the producer of its x or its cotangent.
-    - In an aligned one, nothing comes between the actions of a pair, and all pairs start at the
-      same tick modulo 3.
 
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
@@ -36,11 +34,17 @@ def verify_timeline(timeline: Timeline) -> None:
             p = producer[i]
             where = f"rank {units.rank[p]} only in tick {tick_of[p]}"
             _fail(timeline, i, f"needs {units.name(p)}, which runs on {where}")
-    if timeline.timetable == "aligned":
-        _verify_pairs(timeline)
 
 
-def _verify_pairs(timeline: Timeline) -> None:
+def verify_pairs(timeline: Timeline) -> None:
+    """Checks what `align` made: a timeline with pairs that nothing comes between, in step.
+
+    - The actions of a pair run in adjacent ticks.
+    - All pairs start at the same tick modulo 3.
+
+    Raises:
+        ScheduleError: as `verify_timeline`.
+    """
     units, tick_of = timeline.program.units, timeline.tick_of
     same_pair = (units.pair[1:] >= 0) & (units.pair[1:] == units.pair[:-1])
     for i in np.flatnonzero(same_pair & (np.diff(tick_of) != 1)).tolist():

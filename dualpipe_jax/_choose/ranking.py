@@ -1,0 +1,136 @@
+"""Schedules, costs and bytes -> choices: those that fit by step time, then those that do not."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dualpipe_jax._choose.memory import (
+    LayerBytes,
+    ParameterBytes,
+    Term,
+    format_bytes,
+    memory_of,
+)
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._simulate import Costs, Simulation, simulate
+from dualpipe_jax.schedules import Schedule, timetables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One schedule in one timetable.
+
+    Attributes:
+      simulation: What its replay took.
+      terms: The memory of the fullest rank.
+      limit: The memory that there is; in bytes, as all.
+      recomputed: What a rank recomputes for deferred weight grads, the mean over ranks, in time.
+    """
+
+    simulation: Simulation
+    terms: tuple[Term, ...]
+    limit: float
+    recomputed: float
+
+    @property
+    def num_bytes(self) -> float:
+        """The sum of all terms."""
+        return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough."""
+        return self.num_bytes <= self.limit
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Shares of `num_ranks * makespan` that do not go into the work itself.
+
+        `recomputed`: for deferred weight grads. `uneven`: ranks have less work than the busiest.
+        `bubble`: that one waits for what it needs. `false_waits`: and for what it does not need
+        yet, or never. All but the first are idle time.
+        """
+        made = self.simulation
+        mean, most = sum(made.work) / made.num_ranks, max(made.work)
+        parts = {
+            "recomputed": self.recomputed,
+            "uneven": most - mean,
+            "bubble": made.dependency_makespan - most,
+            "false_waits": made.makespan - made.dependency_makespan,
+        }
+        # Sums in different orders differ in their last bits.
+        return {name: max(0.0, part) / made.makespan for name, part in parts.items()}
+
+    @property
+    def why(self) -> str:
+        """Says in one line what it loses, or why it does not fit."""
+        if not self.fits:
+            most = max(self.terms, key=lambda term: term.num_bytes)
+            excess, size = format_bytes(self.num_bytes - self.limit), format_bytes(most.num_bytes)
+            return f"{excess} too large: most of it is {most.name}, {size} ({most.why})"
+        return ", ".join(
+            f"{share:.1%} {name.replace('_', ' ')}"
+            for name, share in self.losses.items()
+            if share >= 0.0005
+        )
+
+
+def choices_of(
+    schedule: Schedule,
+    *,
+    num_layers: int,
+    costs: Costs,
+    transfer: float,
+    layer: LayerBytes,
+    parameters: ParameterBytes,
+    limit: float,
+    stash_deferred: bool = True,
+) -> list[Choice]:
+    """Predicts time and memory of a schedule, in both timetables if they differ.
+
+    Args:
+      schedule: The schedule.
+      num_layers: The layers of the model.
+      costs: How long actions take.
+      transfer: How long a value travels to a neighbour.
+      layer: What a layer keeps of a microbatch.
+      parameters: The parameters.
+      limit: The memory of a rank, in bytes.
+      stash_deferred: As in `value_and_grad`: whether a deferred weight grad keeps all it needs.
+
+    Raises:
+      ValueError: as `simulate`.
+    """
+    choices = []
+    work = schedule.num_microbatches * costs.of_microbatch(schedule.num_ranks)
+    for timetable in timetables():
+        tables = compile_program(
+            schedule.program, timetable=timetable, stash_deferred=stash_deferred
+        ).tables
+        if timetable != "shortest" and tables.steady is None:
+            continue
+        simulation = simulate(
+            schedule, costs=costs, transfer=transfer, num_layers=num_layers, timetable=timetable
+        )
+        choices.append(
+            Choice(
+                simulation=simulation,
+                terms=memory_of(tables, num_layers=num_layers, layer=layer, parameters=parameters),
+                limit=limit,
+                recomputed=(sum(simulation.work) - work) / schedule.num_ranks,
+            )
+        )
+    return choices
+
+
+def in_order(choices: Iterable[Choice]) -> list[Choice]:
+    """Sorts choices: what fits, the fastest first, then the others likewise.
+
+    Of two that are equally fast, the one with less memory comes first.
+    """
+    return sorted(choices, key=_place)
+
+
+def _place(choice: Choice) -> tuple[bool, float, float]:
+    # Sums in different orders differ in their last bits.
+    makespan = float(f"{choice.simulation.makespan:.9g}")
+    return not choice.fits, makespan, choice.num_bytes

@@ -1,0 +1,93 @@
+"""Choices -> what `dualpipe-jax choose` prints of them."""
+
+import click
+
+from dualpipe_jax._choose import Choice, LayerBytes, ParameterBytes, Transformer
+from dualpipe_jax._choose.memory import format_bytes
+from dualpipe_jax._cli.table import print_table
+from dualpipe_jax._simulate import Costs
+
+_HEAD = ("", "schedule", "timetable", "step", "against best", "idle", "memory", "why")
+_NOTES = (
+    "uneven: ranks with less work than the busiest; bubble: that one waits for what it needs;",
+    "false waits: for what it does not need yet, or never; recomputed: for deferred weight grads",
+)
+
+
+def to_object(choice: Choice) -> dict[str, object]:
+    """Gives what JSON has of a choice."""
+    made = choice.simulation
+    return {
+        "schedule": made.schedule,
+        "timetable": made.timetable,
+        "fits": choice.fits,
+        "makespan": made.makespan,
+        "idle_share": made.idle_share,
+        "losses": choice.losses,
+        "memory": choice.num_bytes,
+        "terms": {term.name: term.num_bytes for term in choice.terms},
+        "why": choice.why,
+    }
+
+
+def print_choices(
+    choices: list[Choice],
+    model: Transformer,
+    layer: LayerBytes,
+    parameters: ParameterBytes,
+    costs: Costs,
+    transfer: float,
+) -> None:
+    """Prints the choices, what they were made from, the first one's memory, and its call."""
+    best = choices[0]
+    notes = _inputs(best, model, layer, parameters, costs, transfer)
+    rows = [_row(choice, place, best) for place, choice in enumerate(choices, start=1)]
+    print_table(_HEAD, rows, notes=(*notes, *_NOTES), left=(1, 2, 7), breaks=("best",))
+    made = best.simulation
+    click.echo(f"\nmemory of a rank, {made.schedule}, {made.timetable}:")
+    for term in best.terms:
+        if term.num_bytes:
+            click.echo(f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  {term.why}")
+    if best.fits:
+        arguments = f'num_microbatches={made.num_microbatches}, schedule="{made.schedule}"'
+        arguments += f', timetable="{made.timetable}", remat="{model.remat}"'
+        click.echo(f"\ndpj.value_and_grad(model, mesh=mesh, {arguments})")
+
+
+def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
+    made = choice.simulation
+    slower = made.makespan / best.simulation.makespan - 1
+    return (
+        str(place) if choice.fits else "-",
+        made.schedule,
+        made.timetable,
+        f"{made.makespan:.4g}",
+        f"{slower:+.1%}" if choice is not best else "",
+        f"{made.idle_share:.1%}",
+        format_bytes(choice.num_bytes),
+        choice.why,
+    )
+
+
+def _inputs(
+    choice: Choice,
+    model: Transformer,
+    layer: LayerBytes,
+    parameters: ParameterBytes,
+    costs: Costs,
+    transfer: float,
+) -> list[str]:
+    made = choice.simulation
+    sizes = f"ranks {made.num_ranks}, microbatches {made.num_microbatches}, {model.layers} layers"
+    sizes += f" of {parameters.layer / 1e6:,.4g} M parameters, {parameters.ends / 1e6:,.4g} M in"
+    times = f"costs of a rank's layers: F={costs.forward:.3g}, I={costs.input_grad:.3g}, "
+    times += f"W={costs.weight_grad:.3g}; transfer {transfer:.3g}, embed {costs.embed:.3g}, "
+    times += f"head {costs.head:.3g}"
+    if costs.recompute:
+        times += f", recomputing a deferred W {costs.recompute:.3g}"
+    kept = ", ".join(
+        f"{name.replace('_', ' ')} {format_bytes(num_bytes)}"
+        for name, num_bytes in vars(layer).items()
+        if name != "working"
+    )
+    return [f"{sizes} the ends", times, f"one layer and microbatch: {kept}"]

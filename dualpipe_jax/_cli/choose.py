@@ -1,0 +1,209 @@
+"""`dualpipe-jax choose`: which schedule is predicted to be the fastest within a memory limit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dualpipe_jax import schedules
+from dualpipe_jax._choose import (
+    Choice,
+    LayerBytes,
+    ParameterBytes,
+    Transformer,
+    choices_of,
+    in_order,
+)
+from dualpipe_jax._choose.memory import format_bytes
+from dualpipe_jax._choose.transformer import ATTENTIONS, REMATS
+from dualpipe_jax._cli import options
+from dualpipe_jax._cli.choices import print_choices, to_object
+from dualpipe_jax._cli.quantities import Size, parse_costs, read_costs
+from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._simulate import Costs
+
+# A value takes a tenth of a stage's forward to a neighbour, unless told: see `fastest_timetable`.
+_TRANSFER = 0.1
+
+
+@click.command(cls=Command)
+@options.ranks
+@options.microbatches
+@click.option("--layers", type=int, default=64, show_default=True, help="Of the model.")
+@click.option(
+    "--memory", type=Size(), default="80GiB", show_default=True, help="Of a device, for the step."
+)
+@click.option(
+    "--costs", help="F=..,I=..,W=.. of a rank's share of the layers. By default from the sizes."
+)
+@click.option(
+    "--costs-from",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help='A JSON file with the same as {"costs": {"forward": .., "input_grad": .., ..}}.',
+)
+@click.option("--embed", type=float, help="Of the embedding's forward. By default 0.")
+@click.option("--head", type=float, help="Of the head's forward. By default from the sizes.")
+@click.option("--transfer", type=float, help="Of a value to a neighbour. By default F / 10.")
+@click.option("--width", type=int, default=4096, show_default=True, help="Of x.")
+@click.option("--context", type=int, default=4096, show_default=True, help="Tokens a sequence.")
+@click.option(
+    "--microbatch-size", type=int, default=1, show_default=True, help="Sequences, on one device."
+)
+@click.option("--vocabulary", type=int, default=32_000, show_default=True)
+@click.option("--heads", type=int, default=32, show_default=True, help="Of attention.")
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTIONS),
+    default="fused",
+    show_default=True,
+    help="plain keeps its scores.",
+)
+@click.option(
+    "--remat", type=click.Choice(REMATS), default="none", show_default=True, help="Of a layer."
+)
+@click.option(
+    "--activation-bytes", type=int, default=2, show_default=True, help="Of an entry of x."
+)
+@click.option("--parameter-bytes", type=float, default=2, show_default=True, help="Of a parameter.")
+@click.option(
+    "--gradient-bytes", type=float, default=4, show_default=True, help="Of one that is added up."
+)
+@click.option(
+    "--optimizer-bytes", type=float, default=12, show_default=True, help="Of a parameter's state."
+)
+@click.option("--layer-parameters", type=float, help="By default 12 width^2, and norms.")
+@click.option("--ends-parameters", type=float, help="By default 2 width x vocabulary, and a norm.")
+@click.option("--x-bytes", type=Size(), help="Of x; by default from the sizes.")
+@click.option(
+    "--residual-bytes", type=Size(), help="Of a layer and microbatch, F to I; from the sizes."
+)
+@click.option("--weight-residual-bytes", type=Size(), help="F to W.")
+@click.option("--stash-bytes", type=Size(), help="I to W.")
+@click.option("--deferred-bytes", type=Size(), help="I to a deferred W, under remat.")
+@click.option("--working-bytes", type=Size(), help="The largest value in no buffer.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+)
+def choose(
+    ranks: int,
+    microbatches: int,
+    layers: int,
+    memory: float,
+    costs: str | None,
+    costs_from: Path | None,
+    embed: float | None,
+    head: float | None,
+    transfer: float | None,
+    layer_parameters: float | None,
+    ends_parameters: float | None,
+    parameter_bytes: float,
+    gradient_bytes: float,
+    optimizer_bytes: float,
+    output_format: str,
+    **sizes: Any,
+) -> None:
+    """Rank the schedules by predicted step time within a memory limit.
+
+    Memory is that of the slots, copies and accumulators that the compiled program holds, at the
+    bytes of a transformer of these sizes, or as stated; XLA's own temporaries come on top. The
+    step's time is replayed as by `simulate`. Arithmetic, not a measurement.
+    """
+    stated = {
+        name: sizes.pop(f"{name}_bytes")
+        for name in ("x", "residual", "weight_residual", "stash", "deferred", "working")
+    }
+    try:
+        model = Transformer(layers=layers, **sizes)
+        all_costs = _costs(model, ranks, costs, costs_from, embed=embed, head=head)
+        parameters = ParameterBytes(
+            layer=model.layer_parameters if layer_parameters is None else layer_parameters,
+            ends=model.ends_parameters if ends_parameters is None else ends_parameters,
+            parameter=parameter_bytes,
+            gradient=gradient_bytes,
+            optimizer=optimizer_bytes,
+        )
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+    of_sizes = vars(model.layer_bytes)
+    layer = LayerBytes(**{n: of_sizes[n] if v is None else v for n, v in stated.items()})
+    transfer = all_costs.forward * _TRANSFER if transfer is None else transfer
+    choices: list[Choice] = []
+    left_out = []
+    for name in schedules.names():
+        try:
+            made = schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
+            choices += choices_of(
+                made,
+                num_layers=layers,
+                costs=all_costs,
+                transfer=transfer,
+                layer=layer,
+                parameters=parameters,
+                limit=memory,
+                stash_deferred=model.remat == "none",
+            )
+        except ValueError as error:
+            left_out.append((name, " ".join(str(error).split())))
+    if not choices:
+        raise Refusal(left_out[0][1])
+    choices = in_order(choices)
+    if output_format == "json":
+        result = {
+            "ranks": ranks,
+            "microbatches": microbatches,
+            "layers": layers,
+            "memory": memory,
+            "costs": vars(all_costs),
+            "transfer": transfer,
+            "layer_bytes": vars(layer),
+            "parameters": vars(parameters),
+            "choices": [to_object(choice) for choice in choices],
+        }
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_choices(choices, model, layer, parameters, all_costs, transfer)
+    for name, reason in left_out:
+        click.echo(f"left out: {name}: {reason}", err=True)
+    if not choices[0].fits:
+        least = min(choices, key=lambda choice: choice.num_bytes)
+        remat = ", or --remat block" if model.remat == "none" else ""
+        raise Refusal(
+            f"--memory {format_bytes(memory)}: nothing fits; the least is "
+            f"{format_bytes(least.num_bytes)}, by {least.simulation.schedule}: take more ranks, "
+            f"a smaller microbatch{remat}"
+        )
+
+
+def _costs(
+    model: Transformer,
+    ranks: int,
+    text: str | None,
+    path: Path | None,
+    *,
+    embed: float | None,
+    head: float | None,
+) -> Costs:
+    """Takes what is stated, and what is not from the model's sizes."""
+    if text is not None and path is not None:
+        raise Refusal(f"--costs {text!r} and --costs-from {path}: give one of them")
+    if ranks < 1:
+        raise Refusal(f"--ranks {ranks}: must be at least 1")
+    known = vars(model.costs(ranks))
+    stated: dict[str, float] = {}
+    if text is not None:
+        stated = {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0, **parse_costs(text)}
+    elif path is not None:
+        stated = {"embed": 0.0, **read_costs(path)}
+    if stated:
+        # Those of a layer are in another unit than the sizes'.
+        known = {**known, "head": known["head"] * stated["forward"]}
+    ends = {name: v for name, v in (("embed", embed), ("head", head)) if v is not None}
+    costs = Costs(**{**known, **stated, **ends})
+    # A deferred W runs again what I does, its forward included.
+    return replace(costs, recompute=costs.input_grad if model.remat == "block" else 0.0)

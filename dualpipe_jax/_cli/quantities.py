@@ -1,0 +1,95 @@
+"""Reads what options say of costs and sizes: `F=1,I=1.2`, `80GiB`, a report's costs."""
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+from dualpipe_jax._cli.refusal import Refusal
+
+_FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad"}
+_IN_REPORT = (*_FIELDS.values(), "embed", "head")
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}iB": 2 ** (10 * i) for i, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}B": 10 ** (3 * i) for i, prefix in enumerate("KMGT", start=1)},
+}
+
+
+class Size(click.ParamType):
+    """A number of bytes, with or without a unit."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As `click.ParamType.convert`."""
+        text = str(value).strip()
+        digits = text.rstrip("BKMGTi ")
+        try:
+            number = float(digits)
+        except ValueError:
+            number = math.nan
+        unit = text[len(digits) :].strip()
+        if not 0 <= number < math.inf or unit not in _UNITS:
+            self.fail(f"{text!r} is not a size: a number of bytes, or such as 80GiB or 1.5MB.")
+        return number * _UNITS[unit]
+
+
+def parse_costs(text: str) -> dict[str, float]:
+    """Reads `F=1,I=1,W=1`, each once or not at all.
+
+    Raises:
+      Refusal: naming all that cannot be read.
+    """
+    costs: dict[str, float] = {}
+    wrong = []
+    for item in text.split(","):
+        kind, _, number = (part.strip() for part in item.partition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if value is None or kind not in _FIELDS or _FIELDS[kind] in costs:
+            wrong.append(repr(item))
+        else:
+            costs[_FIELDS[kind]] = value
+    if wrong:
+        raise Refusal(
+            f"--costs {text!r}: {', '.join(wrong)} must be F, I or W, each once, with a number: "
+            "F=1,I=1,W=1"
+        )
+    return costs
+
+
+def read_costs(path: Path) -> dict[str, float]:
+    """Reads a report, `{"costs": {"forward": ..., "input_grad": ..., "weight_grad": ...}}`.
+
+    Raises:
+      Refusal: if it cannot be read, or its costs are not numbers of the known names.
+    """
+    try:
+        report = json.loads(path.read_text())
+    except OSError as error:
+        raise Refusal(f"--costs-from {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise Refusal(f"--costs-from {path}: is not JSON: {error}") from error
+    costs = report.get("costs") if isinstance(report, dict) else None
+    if not isinstance(costs, dict):
+        raise Refusal(f'--costs-from {path}: must be an object with an object "costs"')
+    wrong = [
+        f"{name}={value!r}"
+        for name, value in costs.items()
+        if name not in _IN_REPORT or isinstance(value, bool) or not isinstance(value, int | float)
+    ]
+    wrong += [f"no {name}" for name in _FIELDS.values() if name not in costs]
+    if wrong:
+        known = ", ".join(_IN_REPORT)
+        raise Refusal(
+            f'--costs-from {path}: {", ".join(wrong)}; "costs" must have numbers for {known} (the '
+            "last two may be left out), and nothing else"
+        )
+    return {name: float(value) for name, value in costs.items()}

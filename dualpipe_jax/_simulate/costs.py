@@ -1,0 +1,75 @@
+"""How long the actions take: a model's costs -> those of its stages."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Says how long actions take, in any one unit of time.
+
+    A schedule cuts the model into as many stages as there are ranks, or more. The costs are those
+    of a rank's whole share of the layers, so that each schedule has the same work to do; a stage
+    costs its fraction of them.
+
+    Attributes:
+      forward: F of num_layers / num_ranks layers.
+      input_grad: I of as many.
+      weight_grad: W of as many.
+      embed: The embedding's forward. It belongs to the first stage's F; its gradient, which is a
+        weight gradient alone, to the first stage's I, at `weight_grad / forward` times the cost.
+      head: The head's forward. It belongs to the last stage's F and so does its gradient, at
+        `(input_grad + weight_grad) / forward` times the cost.
+      recompute: What a deferred W of as many layers as F costs beside, if it recomputes.
+
+    Raises:
+      ValueError: if one is negative or not finite, or `forward` is zero, naming all such.
+    """
+
+    forward: float = 1.0
+    input_grad: float = 1.0
+    weight_grad: float = 1.0
+    embed: float = 0.0
+    head: float = 0.0
+    recompute: float = 0.0
+
+    def __post_init__(self) -> None:
+        wrong = [f"{n}={v!r}" for n, v in vars(self).items() if not 0 <= v < math.inf]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: a cost must be a finite number, 0 or more")
+        if self.forward == 0:
+            raise ValueError(f"forward={self.forward!r}: a forward must cost more than 0")
+
+    @property
+    def backward(self) -> float:
+        """B of a rank's whole share of the layers."""
+        return self.input_grad + self.weight_grad
+
+    def of_microbatch(self, num_ranks: int) -> float:
+        """All work on one microbatch, on all ranks, but for what deferred W's recompute."""
+        layers = num_ranks * (self.forward + self.backward)
+        embed = self.embed * (1 + self.weight_grad / self.forward)
+        return layers + embed + self.head * (1 + self.backward / self.forward)
+
+    def of_stages(
+        self, *, num_ranks: int, layers_of_stage: np.ndarray, forward_only: bool = False
+    ) -> np.ndarray:
+        """Spreads them over stages: float64[4, num_stages], by opcode.
+
+        >>> costs = Costs(forward=2, input_grad=2, weight_grad=4, embed=1, head=1)
+        >>> costs.of_stages(num_ranks=2, layers_of_stage=np.array([2, 1, 1])).tolist()
+        [[0.0, 0.0, 0.0], [3.0, 1.0, 5.0], [4.0, 1.0, 1.0], [4.0, 2.0, 2.0]]
+        """
+        share = layers_of_stage * (num_ranks / layers_of_stage.sum())
+        of_opcode = np.array([0.0, self.forward, self.input_grad, self.weight_grad])
+        cost = of_opcode[:, None] * share
+        cost[FORWARD, 0] += self.embed
+        cost[FORWARD, -1] += self.head
+        if not forward_only:
+            cost[INPUT_GRAD, 0] += self.embed * self.weight_grad / self.forward
+            cost[FORWARD, -1] += self.head * self.backward / self.forward
+        return cost

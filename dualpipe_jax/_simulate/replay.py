@@ -1,0 +1,132 @@
+"""Tables -> when each action ends, each rank waiting as the program waits.
+
+In a ramp tick a rank runs its action; then the program permutes to the right if any rank stores
+what comes from its left, and to the left if any stores what comes from its right
+(`Tables.sends`). Where a permute runs, every rank waits for that neighbour before its next tick,
+even if it reads the value later or never: a false wait. Where none runs, nobody waits, and an idle
+tick costs nothing by itself.
+
+In the run of beats (`Tables.steady`) what an F makes leaves at once and is awaited by the next
+beat's F on the rank to which it goes, and what an I makes by its I. Nobody else waits, so that a
+value travels while its receiver computes. What the last beat sends is awaited at the run's end.
+
+A second replay waits for stored values only, and only where they are read: no program that keeps
+each rank's order can be faster. Sending takes no time from a rank, and a value may arrive before
+its receiver is ready for it.
+
+Two ranks, three microbatches, forwards that cost three. Where each tick ends: `0F2` waits from 9 to
+11 for the `1I1` of the tick before, which rank 0 reads one tick later.
+
+>>> from dualpipe_jax import schedules
+>>> from dualpipe_jax._schedule.ir import OPCODE_LETTERS
+>>> tables = schedules.make("zb-h1", num_ranks=2, num_microbatches=3).compiled().tables
+>>> work = np.array([0.0, 3, 1, 1])[tables.opcode]
+>>> def show(end):
+...     for opcodes, ends in zip(tables.opcode.T, end.T, strict=True):
+...         acts = zip(opcodes.tolist(), ends.tolist(), strict=True)
+...         print(*(f"{OPCODE_LETTERS[o]}{e:g}" for o, e in acts))
+>>> show(replay(tables, work, transfer=0))
+F3 F6 .6 I8 W9 F14 I15 W16 I19 W20
+.0 F6 I7 F10 I11 W12 F17 I18 W19 W20
+>>> show(replay_dependencies(tables, work, transfer=0))
+F3 F6 .6 I8 W9 F12 I13 W14 I17 W18
+.0 F6 I7 F10 I11 W12 F15 I16 W17 W18
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Steady, Tables
+
+
+def replay(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:
+    """Finds when each tick ends if ranks wait as the program does.
+
+    Args:
+      tables: The tables.
+      work: float64[num_ticks, num_ranks], how long each tick's action takes; idle ones 0.
+      transfer: How long a value travels to a neighbour; what a rank sends itself, not at all.
+
+    Returns:
+      float64[num_ticks, num_ranks].
+    """
+    end = np.empty(work.shape)
+    steady = tables.steady
+    # When each rank is free and has all that it awaits.
+    ready = np.zeros(tables.num_ranks)
+    if steady is None:
+        _replay_ramp(tables, work, end, range(tables.num_ticks), ready, transfer)
+        return end
+    before, after = range(steady.ticks.start), range(steady.ticks.stop, tables.num_ticks)
+    ready = _replay_ramp(tables, work, end, before, ready, transfer)
+    ready = _replay_run(steady, work, end, ready, transfer)
+    _replay_ramp(tables, work, end, after, ready, transfer)
+    return end
+
+
+def _replay_ramp(
+    tables: Tables,
+    work: np.ndarray,
+    end: np.ndarray,
+    ticks: Iterable[int],
+    ready: np.ndarray,
+    transfer: float,
+) -> np.ndarray:
+    """Fills `end` at some ticks, and returns when each rank is ready for what follows them."""
+    for tick in ticks:
+        end[tick] = ready + work[tick]
+        ready, sent = end[tick].copy(), end[tick] + transfer
+        sends_right, sends_left = tables.sends[tick]
+        if sends_right:
+            np.maximum(ready[1:], sent[:-1], out=ready[1:])
+            if tables.wraps:
+                ready[0] = max(ready[0], sent[-1])
+        if sends_left:
+            np.maximum(ready[:-1], sent[1:], out=ready[:-1])
+            if tables.wraps:
+                ready[-1] = max(ready[-1], sent[0])
+    return ready
+
+
+def _replay_run(
+    steady: Steady, work: np.ndarray, end: np.ndarray, ready: np.ndarray, transfer: float
+) -> np.ndarray:
+    """The same of the run of beats."""
+    x_came = cotangent_came = ready
+    for beat in range(steady.num_beats):
+        forward = steady.first_tick + TICKS_PER_BEAT * beat
+        input_grad, weight_grad = forward + 1, forward + 2
+        end[forward] = np.maximum(ready, x_came) + work[forward]
+        end[input_grad] = np.maximum(end[forward], cotangent_came) + work[input_grad]
+        ready = end[weight_grad] = end[input_grad] + work[weight_grad]
+        x_came = _arrival(steady.x_pairs[beat % 2], end[forward], transfer)
+        cotangent_came = _arrival(steady.cotangent_pairs[beat % 2], end[input_grad], transfer)
+    return np.maximum(ready, np.maximum(x_came, cotangent_came))
+
+
+def _arrival(pairs: Pairs, sent: np.ndarray, transfer: float) -> np.ndarray:
+    """When what is sent between pairs of ranks arrives: 0 where nothing does."""
+    came = np.zeros_like(sent)
+    for source, target in pairs:
+        came[target] = sent[source] + (transfer if source != target else 0)
+    return came
+
+
+def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:
+    """Finds when each tick ends if ranks wait only for what they read, as late as they read it.
+
+    Arguments and result are those of `replay`.
+    """
+    ranks = np.arange(tables.num_ranks)
+    end = np.zeros((tables.num_ticks + 1, tables.num_ranks))
+    # When what lies in each received slot came; one slot more, for -1: what nobody reads or wants.
+    came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1))
+    for tick, took in enumerate(work):
+        before = end[tick]
+        came[ranks, tables.from_left[tick]] = np.roll(before, 1) + transfer
+        came[ranks, tables.from_right[tick]] = np.roll(before, -1) + transfer
+        came[:, -1] = 0
+        end[tick + 1] = np.maximum(before, came[ranks, tables.read[tick]]) + took
+        came[ranks, tables.keep[tick]] = end[tick + 1]
+    return end[1:]

@@ -1,0 +1,262 @@
+"""Measures what a step takes: this library's, the same without a pipeline, and the usual recipe.
+
+In: flags. Out, in a folder: records.jsonl, table.md, and what workers wrote to stderr; on demand
+the table in the README beside it.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import dualpipe_jax as dpj
+from experiments.benchmarks import racing, report, variants
+from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
+from experiments.train_lm import flags
+from experiments.train_lm.flags import POSITIVE, Refusal
+
+HERE = Path(__file__).resolve().parent
+# Float32 sums in another order: a few 1e-7 of the loss, some 1e-6 of a layer's gradient norm. A
+# layer left out, or one gradient in another's place, changes them by far more.
+TOLERANCE = 1e-4
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option(
+    "--ranks",
+    type=POSITIVE,
+    multiple=True,
+    default=(2, 4, 8),
+    help="Fake CPU devices of the pipeline; once for each number to measure.",
+)
+@click.option(
+    "--remat",
+    "remats",
+    type=click.Choice(variants.REMATS),
+    multiple=True,
+    default=variants.REMATS,
+    help="What a block keeps for its backward; once for each to measure.",
+)
+@click.option(
+    "--variant",
+    "names",
+    type=click.Choice(variants.NAMES),
+    multiple=True,
+    show_default="all",
+    help="Once for each to measure.",
+)
+@click.option("--rounds", type=POSITIVE, default=5, help="Measured steps of each.")
+@click.option("--layers", type=POSITIVE, default=16, help="Over all stages.")
+@click.option("--width", type=POSITIVE, default=256, help="Of the residual stream.")
+@click.option("--heads", type=POSITIVE, default=8, help="Of the attention in each layer.")
+@click.option("--sequence", type=POSITIVE, default=128, help="Tokens that are read.")
+@click.option("--vocabulary", type=POSITIVE, default=1024, help="Different tokens.")
+@click.option("--microbatch-size", type=POSITIVE, default=2, help="Sequences of a microbatch.")
+@click.option("--microbatches-per-rank", type=POSITIVE, default=4, help="Of one step.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=HERE / "out",
+    show_default="out beside the script",
+    help="The folder for the records and the table.",
+)
+@click.option(
+    "--write-readme", is_flag=True, help="Put the table into the README beside the script."
+)
+def command(
+    *,
+    ranks: tuple[int, ...],
+    remats: tuple[str, ...],
+    names: tuple[str, ...],
+    rounds: int,
+    layers: int,
+    width: int,
+    heads: int,
+    sequence: int,
+    vocabulary: int,
+    microbatch_size: int,
+    microbatches_per_rank: int,
+    seed: int,
+    output: Path,
+    write_readme: bool,
+) -> None:
+    """Measure what a training step takes beside one without a pipeline and the usual JAX recipe.
+
+    Each variant compiles and runs in a process of its own; their steps are taken in turns.
+    """
+    ranks = tuple(sorted(set(ranks)))
+    remats = tuple(dict.fromkeys(remats))
+    names = tuple(dict.fromkeys(names)) or variants.NAMES
+    _require_flags_fit(names=names, ranks=ranks, layers=layers, width=width, heads=heads)
+    sizes = Sizes(
+        layers=layers,
+        width=width,
+        heads=heads,
+        sequence=sequence,
+        vocabulary=vocabulary,
+        microbatch_size=microbatch_size,
+        seed=seed,
+    )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        records = (output / "records.jsonl").open("w")
+    except OSError as error:
+        raise Refusal(f"--output {output}: {error}") from error
+
+    console = Console(highlight=False)
+    rows: list[report.Row] = []
+    about = _about(sizes, rounds=rounds, microbatches_per_rank=microbatches_per_rank)
+    with records, _progress(console) as progress:
+        _write(records, {"what": "run", **about})
+        num_all = len(ranks) * len(remats) * len(names) * (1 + rounds)
+        progress_task = progress.add_task("", total=num_all, what="")
+        # All workers of a race stay in memory; so one number of ranks and one remat at a time.
+        for num_ranks in ranks:
+            for remat in remats:
+                progress.update(progress_task, what=f"{num_ranks} ranks, remat {remat}")
+                results = [
+                    racing.Result(
+                        task=Task(
+                            variant=name,
+                            ranks=num_ranks,
+                            microbatches=microbatches_per_rank * num_ranks,
+                            remat=remat,
+                            sizes=sizes,
+                        )
+                    )
+                    for name in names
+                ]
+                for _ in racing.race(
+                    results, num_rounds=rounds, logs=output, record=_recorder(records)
+                ):
+                    progress.advance(progress_task)
+                raced = report.summarize(results)
+                rows += raced
+                console.print(report.to_rich(raced))
+
+    table = f"{report.to_markdown(rows)}\n{_caption(about)}\n"
+    (output / "table.md").write_text(table)
+    console.print(f"written   {output}: records.jsonl, table.md", soft_wrap=True)
+    require_agreement(rows)
+    console.print(f"agreement {describe_agreement(rows)}", soft_wrap=True)
+    if write_readme:
+        report.write_into(HERE / "README.md", table)
+        console.print("written   README.md")
+
+
+def require_agreement(rows: Sequence[report.Row]) -> None:
+    """Raises if a variant failed, or computes something else than the limit."""
+    failed = [f"{_name(row)} failed, {row.failure}" for row in rows if row.failure is not None]
+    wrong = [
+        f"{_name(row)} by {row.loss_difference:.0e} and {row.norm_difference:.0e}"
+        for row in rows
+        if row.loss_difference is not None
+        and row.norm_difference is not None
+        # Not >, so that NaN is wrong.
+        and not (row.loss_difference <= TOLERANCE and row.norm_difference <= TOLERANCE)
+    ]
+    problems = failed
+    if wrong:
+        problems.append(
+            f"loss or gradient norms differ by more than {TOLERANCE:g}: {', '.join(wrong)}"
+        )
+    if problems:
+        raise click.ClickException("; ".join(problems))
+
+
+def describe_agreement(rows: Sequence[report.Row]) -> str:
+    """Says by how much the variants differ at most."""
+    loss = max(row.loss_difference for row in rows if row.loss_difference is not None)
+    norm = max(row.norm_difference for row in rows if row.norm_difference is not None)
+    return f"losses within {loss:.0e}, gradient norms within {norm:.0e}, relative"
+
+
+def _name(row: report.Row) -> str:
+    return f"{row.variant} on {row.ranks} ranks with remat {row.remat}"
+
+
+def _require_flags_fit(
+    *, names: tuple[str, ...], ranks: tuple[int, ...], layers: int, width: int, heads: int
+) -> None:
+    """Refuses flags that do not fit each other, all in one line."""
+    schedules = {options["schedule"] for name, options in variants.OURS.items() if name in names}
+    most = max(
+        dpj.schedules.make(name, num_ranks=max(ranks), num_microbatches=1).num_stages
+        for name in schedules or {"gpipe"}
+    )
+    uneven = [str(num_ranks) for num_ranks in ranks if layers % num_ranks]
+    problems = {
+        f"--width {width}: must be divisible by --heads {heads}": width % heads,
+        f"--layers {layers}: must be divisible by --ranks {', '.join(uneven)}; the usual recipe "
+        "has stages of one size only": uneven,
+        f"--layers {layers}: fewer than the {most} stages that a schedule has over {max(ranks)} "
+        "ranks; every stage needs a layer, so add layers or lower --ranks": layers < most,
+    }
+    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
+    if wrong:
+        raise Refusal("; ".join(wrong))
+
+
+def _recorder(records: TextIO) -> racing.Record:
+    def record(task: Task, came: Compiled | Step | str) -> None:
+        of_task = {"ranks": task.ranks, "remat": task.remat, "variant": task.variant}
+        if isinstance(came, str):
+            _write(records, {"what": "failure", **of_task, "message": came})
+        else:
+            what = type(came).__name__.lower()
+            _write(records, {"what": what, **of_task, **dataclasses.asdict(came)})
+
+    return record
+
+
+def _write(records: TextIO, record: dict[str, Any]) -> None:
+    records.write(f"{json.dumps(record)}\n")
+    records.flush()
+
+
+def _about(sizes: Sizes, *, rounds: int, microbatches_per_rank: int) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(sizes),
+        "microbatches_per_rank": microbatches_per_rank,
+        "rounds": rounds,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": metadata.version("jax"),
+    }
+
+
+def _caption(about: dict[str, Any]) -> str:
+    return (
+        "{layers} layers of width {width}, {heads} heads, vocabulary {vocabulary}; microbatches of "
+        "{microbatch_size} x {sequence} tokens, {microbatches_per_rank} a rank; measured steps of "
+        "each: {rounds}; {cpus} CPUs ({machine}), JAX {jax}, Python {python}."
+    ).format_map(about)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+        console=console,
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; a mistake in the flags is one line and exit code 2."""
+    flags.run(command, args, name="benchmarks")
+
+
+if __name__ == "__main__":
+    main()

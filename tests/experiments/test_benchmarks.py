@@ -1,0 +1,245 @@
+"""The benchmarks, small: all variants run and agree, the figures are what they are called.
+
+No test here looks at how long anything takes.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+import pytest
+
+import dualpipe_jax as dpj
+from experiments.benchmarks import racing, report, variants
+from experiments.benchmarks.benchmarks import describe_agreement, main, require_agreement
+from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
+from experiments.train_lm.model import LanguageModel
+from tests.experiments.refusals import refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "experiments" / "benchmarks" / "benchmarks.py"
+TINY = "--ranks 2 --rounds 1 --layers 4 --width 16 --heads 2 --sequence 16 --vocabulary 32"
+# What the library cannot do yet, its variant says when it runs.
+SIZES = Sizes(layers=4, width=16, heads=2, sequence=16, vocabulary=32, microbatch_size=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs the script as a user does, with fake devices of its own."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    flags = [*TINY.split(), "--remat", "block", "--output", str(folder)]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *flags],
+        cwd=ROOT,
+        # This checkout, whichever one the environment has installed.
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "gradient norms within" in result.stdout
+    return folder
+
+
+def records_of(folder: Path, what: str) -> list[dict[str, Any]]:
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["what"] == what]
+
+
+@pytest.mark.slow
+def test_all_variants_run_and_agree(output: Path) -> None:
+    compiled = {record["variant"]: record for record in records_of(output, "compiled")}
+    assert tuple(compiled) == variants.NAMES
+    limit = compiled["limit-scanned"]
+    assert limit["loss"] == pytest.approx(np.log(32), abs=0.2)
+    assert len(limit["gradient_norms"]) == 1 + 4
+    # Those of different layers differ: one in another's place would show.
+    assert np.abs(np.diff(limit["gradient_norms"])).min() > 1e-3 * limit["gradient_norms"][-1]
+    for name, record in compiled.items():
+        # Float32 sums in another order.
+        assert record["loss"] == pytest.approx(limit["loss"], rel=1e-5), name
+        np.testing.assert_allclose(
+            record["gradient_norms"], limit["gradient_norms"], rtol=1e-5, err_msg=name
+        )
+    # Half of the layers on a device.
+    assert compiled["1f1b"]["argument_bytes"] < limit["argument_bytes"]
+    assert compiled["dualpipe"]["argument_bytes"] == compiled["gpipe-recipe"]["argument_bytes"]
+
+
+@pytest.mark.slow
+def test_every_variant_takes_its_steps(output: Path) -> None:
+    steps = records_of(output, "step")
+    assert sorted(step["variant"] for step in steps) == sorted(variants.NAMES)
+    for step in steps:
+        assert step["wall_seconds"] > 0
+        assert step["cpu_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_table_has_every_variant(output: Path) -> None:
+    head, rule, *lines = (output / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert all(line.count("|") == head.count("|") == rule.count("|") for line in lines)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert tuple(row[2].removesuffix(r" \*") for row in cells) == variants.NAMES
+    assert sum(row[2].endswith(r" \*") for row in cells) == 1
+    assert {(row[0], row[1]) for row in cells} == {("2", "block")}
+
+
+@pytest.mark.parametrize("name", ["limit-grouped", variants.RECIPE])
+def test_what_it_is_held_against_is_the_model(name: str) -> None:
+    with jax.enable_x64(False):
+        lm = LanguageModel(layers=4, width=8, heads=2, vocabulary=16)
+        params = lm.init(jax.random.key(0))
+        batch = np.random.default_rng(0).integers(0, 16, size=(8, 9)).astype(np.int32)
+        model = lm.for_pipeline()
+        grad_fn, mesh = variants.make(
+            name, model=model, num_layers=4, num_ranks=2, num_microbatches=4, remat="none"
+        )
+        assert mesh.size == (2 if name == variants.RECIPE else 1)
+        got = jax.jit(grad_fn)(params, batch)
+        want = jax.jit(jax.value_and_grad(dpj.sequential(model, num_microbatches=4)))(params, batch)
+        for (path, w), g in zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True):
+            # Float32; the biases of keys have a gradient of zero but for rounding.
+            np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.slow
+def test_a_variant_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    bad, good = (
+        racing.Result(task=Task(variant=name, ranks=2, microbatches=2, remat=remat, sizes=SIZES))
+        for name, remat in (("1f1b", "all"), ("limit-scanned", "none"))
+    )
+    heard: list[Any] = []
+    turns = racing.race(
+        [bad, good], num_rounds=1, logs=tmp_path, record=lambda _, came: heard.append(came)
+    )
+    assert len(list(turns)) == 4
+    assert bad.failure is not None
+    assert "remat='all': must be" in bad.failure
+    assert bad.steps == []
+    assert good.failure is None
+    assert heard == [bad.failure, good.compiled, *good.steps]
+    rows = report.summarize([bad])
+    with pytest.raises(click.ClickException, match="1f1b on 2 ranks with remat all failed, exit"):
+        require_agreement(rows)
+
+
+def result(
+    variant: str, *, seconds: list[float], loss: float = 4.0, norm: float = 1.0, mib: int = 1
+) -> racing.Result:
+    """Makes one that has run."""
+    task = Task(variant=variant, ranks=2, microbatches=8, remat="none", sizes=SIZES)
+    return racing.Result(
+        task=task,
+        compiled=Compiled(
+            compile_seconds=1.0,
+            temporary_bytes=mib * 2**20,
+            argument_bytes=0,
+            output_bytes=0,
+            peak_bytes=None,
+            loss=loss,
+            gradient_norms=[1.0, norm],
+        ),
+        steps=[
+            Step(wall_seconds=s / 2, cpu_seconds=s, resident_bytes=None, loss=loss) for s in seconds
+        ],
+    )
+
+
+def test_the_fastest_limit_counts_and_ratios_are_of_a_round() -> None:
+    rows = report.summarize(
+        [
+            result("limit-unrolled", seconds=[3, 2, 2]),
+            result("limit-scanned", seconds=[1, 1, 4]),
+            result("gpipe-recipe", seconds=[6, 6, 6], mib=8),
+            result("1f1b", seconds=[2, 3, 12], mib=2),
+        ]
+    )
+    assert [row.is_limit for row in rows] == [False, True, False, False]
+    assert [row.cpu_seconds for row in rows] == [2, 1, 6, 3]
+    assert [row.cpu_to_limit for row in rows] == [2, 1, 6, 3]
+    assert [row.wall_to_recipe for row in rows] == [None, None, 1, 0.5]
+    assert [row.cpu_to_recipe for row in rows] == [None, None, 1, 0.5]
+    assert [row.temporary_to_recipe for row in rows] == [None, None, 1, 0.25]
+    assert r"| 2 | none | limit-scanned \* | 0.500 | 1.000 | 1.00 | - |" in (
+        report.to_markdown(rows)
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"loss": 4.001}, {"norm": 1.001}, {"loss": np.nan}, {"norm": np.nan}]
+)
+def test_what_differs_is_an_error(wrong: dict[str, Any]) -> None:
+    limit = result("limit-scanned", seconds=[1])
+    good = result("1f1b", seconds=[1], loss=4.00004, norm=1.00002)
+    rows = report.summarize([limit, good])
+    require_agreement(rows)
+    assert describe_agreement(rows) == (
+        "losses within 1e-05, gradient norms within 2e-05, relative"
+    )
+    rows = report.summarize([limit, good, result("zb-h1", seconds=[1], **wrong)])
+    with pytest.raises(click.ClickException, match=r"by more than 0.0001: zb-h1 on 2 ranks"):
+        require_agreement(rows)
+
+
+def test_the_table_replaces_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    for text in ("| a |", "| b |\n"):
+        report.write_into(path, text)
+    assert path.read_text() == f"above\n{report.BEGIN}\n\n| b |\n\n{report.END}\nbelow\n"
+    path.write_text(f"{report.END}\n{report.BEGIN}\n")
+    with pytest.raises(ValueError, match="once each; put them back"):
+        report.write_into(path, "| c |")
+
+
+def test_the_readme_has_a_place_for_the_table() -> None:
+    text = (SCRIPT.parent / "README.md").read_text()
+    assert text.count(report.BEGIN) == text.count(report.END) == 1
+    assert text.index(report.BEGIN) < text.index(report.END)
+    for column in list(report.COLUMNS)[3:]:
+        assert column in text or column.endswith("/ recipe")
+
+
+def test_a_task_survives_the_pipe() -> None:
+    task = Task(variant="1f1b", ranks=2, microbatches=8, remat="none", sizes=SIZES)
+    assert Task.from_dict(json.loads(json.dumps(dataclasses.asdict(task)))) == task
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--heads 5", "--width 256: must be divisible by --heads 5"),
+        ("--layers 18", "--layers 18: must be divisible by --ranks 4, 8; the usual recipe"),
+        ("--layers 8", "--layers 8: fewer than the 16 stages that a schedule has over 8 ranks"),
+        ("--variant zigzag", "Invalid value for '--variant': 'zigzag' is not one of"),
+        ("--remat all", "Invalid value for '--remat': 'all' is not one of"),
+        ("--ranks 0", "Invalid value for '--ranks': 0 is not in the range x>=1"),
+        ("--rounds 0", "Invalid value for '--rounds': 0 is not in the range x>=1"),
+        ("--layers 18 --heads 5", "--heads 5; --layers 18"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed = refusal(
+        main,
+        flags.split(),
+        name="benchmarks",
+        output=tmp_path / "out",
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
+    assert message in printed

@@ -1,0 +1,206 @@
+"""`dualpipe-jax choose`: both formats, what options reach, and what a mistake says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dualpipe_jax import _cli, schedules
+from dualpipe_jax._simulate import Costs, simulate
+from tests.commands import cpu_seconds
+from tests.test_cli import in_terminal
+from tests.test_package import modules_after
+
+COSTS = {"forward": 2.0, "input_grad": 3.0, "weight_grad": 1.0, "embed": 0.5, "head": 0.25}
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(_cli.main, ["choose", *arguments], catch_exceptions=False)
+
+
+def choices_of(*arguments: str) -> dict:
+    result = run(*arguments, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_table_ranks_explains_and_ends_with_the_call() -> None:
+    result = run("--ranks", "8", "--microbatches", "32")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.output.splitlines()
+    assert lines[0].split()[:3] == ["schedule", "timetable", "step"]
+    rows = lines[1 : lines.index("")]
+    assert {row.split()[1] for row in rows} == set(schedules.names())
+    places = [row.split()[0] for row in rows]
+    num_fits = sum(place != "-" for place in places)
+    assert places == [str(i + 1) for i in range(num_fits)] + ["-"] * (len(rows) - num_fits)
+    assert 0 < num_fits < len(rows)
+    assert all("too large: most of it is " in row for row in rows[num_fits:])
+    assert all("%" in row and "too large" not in row for row in rows[:num_fits])
+    best, timetable = rows[0].split()[1:3]
+    assert lines[-1] == (
+        f'dpj.value_and_grad(model, mesh=mesh, num_microbatches=32, schedule="{best}", '
+        f'timetable="{timetable}", remat="none")'
+    )
+    assert f"memory of a rank, {best}, {timetable}:" in lines
+
+
+def test_json_has_terms_that_add_up_to_the_memory() -> None:
+    made = choices_of("--memory", "1TiB")
+    assert made["memory"] == 2**40
+    for choice in made["choices"]:
+        assert choice["fits"]
+        assert sum(choice["terms"].values()) == pytest.approx(choice["memory"])
+    with_less = choices_of("--memory", "1TiB", "--optimizer-bytes", "0", "--remat", "block")
+    for choice in with_less["choices"]:
+        assert choice["terms"]["optimizer"] == 0
+
+
+def test_options_reach_the_simulation(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"costs": COSTS, "more": 1}))
+    sizes = ["--ranks", "4", "--microbatches", "8", "--layers", "10", "--transfer", "0.3"]
+    made = choices_of(*sizes, "--costs-from", str(report), "--memory", "1TiB")
+    assert made["costs"] == {**COSTS, "recompute": 0.0}
+    for choice in made["choices"]:
+        expected = simulate(
+            schedules.make(choice["schedule"], num_ranks=4, num_microbatches=8),
+            costs=Costs(**COSTS),
+            transfer=0.3,
+            num_layers=10,
+            timetable=choice["timetable"],
+        )
+        assert choice["makespan"] == expected.makespan
+    ends = ["--embed", "0.5", "--head", "0.25"]
+    stated = choices_of(*sizes, "--costs", "F=2,I=3,W=1", *ends, "--memory", "1TiB")
+    assert stated == made
+
+
+def test_a_report_may_leave_out_the_ends(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"costs": {**COSTS, "head": 0, "forward": 1}}))
+    assert choices_of("--costs-from", str(report))["costs"]["head"] == 0
+    costs = {name: COSTS[name] for name in ("forward", "input_grad", "weight_grad")}
+    report.write_text(json.dumps({"costs": costs}))
+    made = choices_of("--costs-from", str(report))
+    # In the report's unit, in which a forward costs two.
+    assert made["costs"]["head"] == pytest.approx(2 * choices_of()["costs"]["head"])
+    assert made["costs"]["embed"] == 0
+    assert made["transfer"] == pytest.approx(0.2)
+
+
+def test_remat_recomputes_what_is_deferred_and_takes_less_memory() -> None:
+    plain, remat = (
+        choices_of("--memory", "1TiB"),
+        choices_of("--memory", "1TiB", "--remat", "block"),
+    )
+    assert remat["costs"]["recompute"] == remat["costs"]["input_grad"]
+    assert remat["costs"]["input_grad"] == pytest.approx(1 + plain["costs"]["input_grad"])
+    memory = {(c["schedule"], c["timetable"]): c["memory"] for c in plain["choices"]}
+    for choice in remat["choices"]:
+        assert choice["memory"] < memory[choice["schedule"], choice["timetable"]]
+        recomputed = choice["losses"]["recomputed"]
+        assert (recomputed > 1e-9) == (choice["schedule"] in ("zb-h1", "dualpipe", "dualpipev"))
+
+
+def test_stated_bytes_replace_those_of_the_sizes() -> None:
+    names = ("x", "residual", "weight-residual", "stash", "deferred", "working")
+    stated = [f"--{name}-bytes={i}KiB" for i, name in enumerate(names)]
+    stated += ["--layer-parameters", "7", "--ends-parameters", "9"]
+    made = choices_of(*stated)
+    assert list(made["layer_bytes"].values()) == [1024 * i for i in range(6)]
+    assert (made["parameters"]["layer"], made["parameters"]["ends"]) == (7, 9)
+
+
+def test_nothing_fits_is_said_after_the_table() -> None:
+    result = run("--memory", "1GB")
+    assert result.exit_code == 2
+    assert result.stdout.count("too large") == result.stdout.count("most of it is") > 8
+    assert "dpj.value_and_grad" not in result.stdout
+    assert result.stderr.startswith("Error: --memory 954 MiB: nothing fits; the least is ")
+    assert result.stderr.count("\n") == 1
+    assert "--remat block" in result.stderr
+    assert "--remat block" not in run("--memory", "1GB", "--remat", "block").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks", "0"], ["--ranks 0"]),
+        (["--microbatches", "0"], ["num_microbatches=0"]),
+        (["--layers", "3"], ["num_layers=3", "at least the 8 stages"]),
+        (["--layers", "0", "--width", "-4"], ["layers=0", "width=-4"]),
+        (["--memory", "lots"], ["--memory", "'lots'", "80GiB"]),
+        (["--memory", "-1GiB"], ["--memory", "'-1GiB'"]),
+        (["--memory", "8GiBs"], ["--memory", "'8GiBs'"]),
+        (["--costs", "Q=1"], ["'Q=1'", "F=1,I=1,W=1"]),
+        (["--costs", "F=0"], ["forward=0.0"]),
+        (["--transfer", "-1"], ["transfer=-1.0"]),
+        (["--head", "nan"], ["head=nan"]),
+        (["--gradient-bytes", "-1"], ["gradient=-1.0"]),
+        (["--remat", "all"], ["'all'", "'none'", "'block'"]),
+        (["--costs-from", "nowhere.json"], ["nowhere.json", "No such file"]),
+        (["--format", "csv"], ["'csv'", "'table'", "'json'"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["is not JSON"]),
+        ("[]", ['an object "costs"']),
+        ('{"costs": {"forward": 1, "input_grad": "2", "tail": 3}}', ["input_grad='2'", "tail=3"]),
+        ('{"costs": {"forward": 1, "input_grad": 2}}', ["no weight_grad"]),
+        ('{"costs": {"forward": -1, "input_grad": 2, "weight_grad": 1}}', ["forward=-1.0"]),
+    ],
+)
+def test_a_bad_report_is_refused(tmp_path: Path, content: str, words: list[str]) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(content)
+    result = run("--costs-from", str(report))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_costs_are_given_once(tmp_path: Path) -> None:
+    result = run("--costs", "F=1", "--costs-from", str(tmp_path / "report.json"))
+    assert result.exit_code == 2
+    assert "give one of them" in result.stderr
+
+
+def test_narrow_terminal_loses_nothing() -> None:
+    colored, code = in_terminal(command="choose", columns=80)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    assert "…" not in plain
+    table = plain[: plain.index("ranks 8")]
+    assert max(map(len, table.splitlines())) <= 80
+    words = table.split()
+    assert set(schedules.names()) <= set(words)
+    for choice in choices_of()["choices"]:
+        assert f"{choice['makespan']:.4g}" in words
+
+
+def test_imports_no_jax() -> None:
+    arguments = ["choose", "--ranks", "2", "--microbatches", "4", "--memory", "1TiB"]
+    imported = modules_after(
+        f"from dualpipe_jax.__main__ import main; main({arguments}, standalone_mode=False)"
+    )
+    assert not imported & {"jax", "jaxlib", "flax", "matplotlib", "rich"}
+
+
+def test_answers_in_about_a_second() -> None:
+    assert cpu_seconds("choose") < 1.5
