@@ -80,7 +80,7 @@ class Report:
       axes: The mesh axes' sizes.
       apart: Mesh axes along which not all neighbours are neighbours on the chips' grid.
       compiler_options: The options it was compiled with.
-      compile_seconds: How long the compiler took.
+      compile_seconds: How long the compiler took; less where JAX's cache on disk had the program.
       memory: A device's memory.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
       prediction: The time of a step.
