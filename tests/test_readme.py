@@ -54,4 +54,4 @@ def test_example_of_mesh_axes_runs() -> None:
 @pytest.mark.slow
 def test_example_of_preflight_runs() -> None:
     last = run(example(ROOT / "docs" / "preflight.md")).splitlines()[-1]
-    assert last == "True [True, True, True, True]"
+    assert last == "True 16 True"
