@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +17,11 @@ SIZES += ["--context", "8", "--vocabulary", "32", "--microbatch", "1", "--timeta
 ON_CPUS = [*SIZES, "--topology", "cpu:2"]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user does: it brings up the devices that it needs."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    if cache is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     line = [sys.executable, "-W", "error", "-m", "dualpipe_jax", "preflight", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -64,6 +67,18 @@ def test_tpu_prints_the_options_and_their_reasons() -> None:
     assert re.search(r"^step +[\d.]+ .s predicted: dualpipe ", done.stdout, flags=re.MULTILINE)
     assert "4 of 4 collectives hidden" in done.stdout
     assert "xla_tpu_enable_async_all_to_all=True\n  all-to-alls run while" in done.stdout
+
+
+@pytest.mark.slow
+def test_programs_in_the_cache_on_disk_are_compiled_again(tmp_path: Path) -> None:
+    arguments = [*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--format", "json"]
+    reports = []
+    for _ in range(2):
+        done = run(*arguments, cache=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        reports.append({**json.loads(done.stdout), "compile_seconds": None})
+    assert any(tmp_path.iterdir())
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.slow
