@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +17,11 @@ SIZES += ["--context", "8", "--vocabulary", "32", "--microbatch", "1", "--timeta
 ON_CPUS = [*SIZES, "--topology", "cpu:2"]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user does: it brings up the devices that it needs."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    if cache is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     line = [sys.executable, "-W", "error", "-m", "dualpipe_jax", "preflight", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -27,8 +31,8 @@ def test_table() -> None:
     done = run(*ON_CPUS)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == "cpu:2: CPU, mesh pipe 2"
-    assert any(line.startswith("loop: the steady loop, two beats a trip") for line in lines)
+    assert lines[0] == "device   cpu:2, CPU; mesh pipe 2"
+    assert any(line.startswith("loop     the steady state, two beats a trip") for line in lines)
     assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
 
 
@@ -60,10 +64,21 @@ def test_options_reach_the_step() -> None:
 def test_tpu_prints_the_options_and_their_reasons() -> None:
     done = run(*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--microbatches", "16")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "step time: " in done.stdout
-    assert "predicted: dualpipe" in done.stdout
-    assert "collectives: 4 of 4 hidden" in done.stdout
+    assert re.search(r"^step +[\d.]+ .s predicted: dualpipe ", done.stdout, flags=re.MULTILINE)
+    assert "4 of 4 collectives hidden" in done.stdout
     assert "xla_tpu_enable_async_all_to_all=True\n  all-to-alls run while" in done.stdout
+
+
+@pytest.mark.slow
+def test_programs_in_the_cache_on_disk_are_compiled_again(tmp_path: Path) -> None:
+    arguments = [*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--format", "json"]
+    reports = []
+    for _ in range(2):
+        done = run(*arguments, cache=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        reports.append({**json.loads(done.stdout), "compile_seconds": None})
+    assert any(tmp_path.iterdir())
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.slow

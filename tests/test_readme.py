@@ -49,3 +49,9 @@ def test_example_of_mesh_axes_runs() -> None:
     code = example(ROOT / "docs" / "mesh_axes.md")
     shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params))"
     assert run(f"{code}\n{shapes}").split() == ["True"]
+
+
+@pytest.mark.slow
+def test_example_of_preflight_runs() -> None:
+    last = run(example(ROOT / "docs" / "preflight.md")).splitlines()[-1]
+    assert last == "True 16 True"

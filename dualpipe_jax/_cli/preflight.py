@@ -94,7 +94,7 @@ def preflight(output_format: str, has_options: bool, **step: Any) -> None:
         click.echo(json.dumps(asdict(report), indent=2))
     elif sys.stdout.isatty():
         _print_in_color(report)
-        _print_reasons(platform)
+        _print_reasons(platform if has_options else "cpu")
     else:
         click.echo(str(report))
         _print_reasons(platform if has_options else "cpu")

@@ -62,7 +62,7 @@ def num_places(module: Module, body: Computation, action: str) -> int:
     """Counts the conditionals and loops in a body that hold an action: those of the end ranks."""
     return sum(
         any(
-            _scope(each.op_name) == action
+            action_of(each.op_name) == action
             for callee in module.callees(instruction)
             for each in module.within(callee)
         )
@@ -76,14 +76,14 @@ def _size(work: Work) -> tuple[float, float]:
 
 
 def _action(module: Module, instruction: Instruction) -> str:
-    name = _scope(instruction.op_name)
+    name = action_of(instruction.op_name)
     if name == OTHER and instruction.opcode == "fusion":
         for callee in module.callees(instruction):
-            name = _scope(callee.root.op_name)
+            name = action_of(callee.root.op_name)
     return name
 
 
-def _scope(op_name: str) -> str:
-    """The innermost action in the name of an instruction."""
+def action_of(op_name: str) -> str:
+    """The innermost action in the name of an instruction, or `OTHER`."""
     found = [name for name in re.findall(r"dualpipe\.\w+", op_name) if name in ACTIONS]
     return found[-1] if found else OTHER

@@ -2,6 +2,7 @@
 
 import re
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,10 @@ def preflight(
     start = time.perf_counter()
     compiled, failure = None, ""
     try:
-        compiled = lowered.compile(compiler_options=options)
+        with warnings.catch_warnings():
+            # A program for absent devices cannot be read back from JAX's cache on disk.
+            warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation")
+            compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if _EXHAUSTED not in str(error):
             raise

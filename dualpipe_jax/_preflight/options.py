@@ -59,9 +59,20 @@ _OPTIONS: dict[str, tuple[CompilerOption, ...]] = {
 def compiler_options(platform: str) -> dict[str, bool | int | str]:
     """Gives the XLA options with which communication overlaps with compute.
 
-    Pass them to the `jax.jit` of the training step. `dualpipe-jax preflight` prints their reasons;
-    from Python `explain_options` lists them.
+    Pass them to the `jax.jit` of the training step. `dualpipe-jax preflight` prints them with their
+    reasons, which are:
 
+    >>> for platform in ("tpu", "gpu"):
+    ...     for option in explain_options(platform):
+    ...         print(f"{option.name}={option.value}: {option.reason}")
+    xla_tpu_enable_async_all_to_all=True: all-to-alls run while others compute; without it every
+      one stops its device
+    xla_disable_hlo_passes=collective-permute-motion: the pass moves a loop's last permutes to the
+      next trip's start, where they are waited for at once
+    xla_gpu_experimental_parallel_collective_overlap_limit=4: several transfers are under way at
+      once: activations, cotangents, all-to-alls
+    xla_gpu_collective_permute_combine_threshold_bytes=0: activations leave when they are done;
+      combined with the cotangents they wait for those, and are waited for with them
     >>> compiler_options("tpu")
     {'xla_tpu_enable_async_all_to_all': True}
 

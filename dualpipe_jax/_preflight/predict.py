@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dualpipe_jax import _scopes, schedules
-from dualpipe_jax._preflight.actions import OTHER, num_places
+from dualpipe_jax._preflight.actions import OTHER, action_of, num_places
 from dualpipe_jax._preflight.devices import Device
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.loops import Found
@@ -67,7 +67,14 @@ def predict(
         )
     ((name, num_ranks, num_microbatches),) = (each for each in named if each is not None)
     made = schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    costs = _costs(module, loop, work, stages_per_rank=made.num_stages / num_ranks)
+    cycles = {action: each.cycles for action, each in work.items()}
+    for each in collectives:
+        # A model's own collectives belong to their action; the simulator knows the transfers.
+        action = action_of(each.op_name)
+        if action != _scopes.SEND:
+            exposed = (each.exposed_seconds or 0) * each.count * device.clock
+            cycles[action] = cycles.get(action, 0.0) + exposed
+    costs = _costs(module, loop, cycles, stages_per_rank=made.num_stages / num_ranks)
     if costs is None:
         return Prediction(reason="no instruction of the steady loop stands under a forward's name")
     transfer = max(
@@ -85,10 +92,9 @@ def predict(
 
 
 def _costs(
-    module: Module, loop: Found, work: dict[str, Work], *, stages_per_rank: float
+    module: Module, loop: Found, cycles: dict[str, float], *, stages_per_rank: float
 ) -> Costs | None:
-    """Makes the simulator's costs, in cycles, of the work of a trip of two beats."""
-    cycles = {name: each.cycles for name, each in work.items()}
+    """Makes the simulator's costs of the cycles of each action in a trip of two beats."""
     total, named = sum(cycles.values()), sum(cycles.values()) - cycles.get(OTHER, 0.0)
     if not cycles.get(_scopes.FORWARD):
         return None
@@ -102,16 +108,17 @@ def _costs(
         each(action, _BEATS) * stages_per_rank
         for action in (_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD)
     )
-    places = {
-        action: num_places(module, loop.body, action) or _BEATS
-        for action in (_scopes.EMBED, _scopes.HEAD)
-    }
-    # The head's gradient is made with its forward; the simulator counts it in proportion.
-    share_of_forward = forward / (forward + input_grad + weight_grad)
+    # In how many beats of the two they stand; at the ends, which are few ranks' alone, not in all.
+    embed, head = (
+        sum(each(action, num_places(module, loop.body, action) or _BEATS) for action in actions)
+        for actions in ((_scopes.EMBED, _scopes.EMBED_GRAD), (_scopes.HEAD,))
+    )
+    # The simulator is given what forwards cost, and counts gradients in proportion: an embedding's
+    # like a weight grad, the head's like a whole backward.
     return Costs(
         forward=forward,
         input_grad=input_grad,
         weight_grad=weight_grad,
-        embed=each(_scopes.EMBED, places[_scopes.EMBED]),
-        head=each(_scopes.HEAD, places[_scopes.HEAD]) * share_of_forward,
+        embed=embed * forward / (forward + weight_grad),
+        head=head * forward / (forward + input_grad + weight_grad),
     )

@@ -8,9 +8,9 @@ from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._preflight.timing import Collective
 
 _LOOPS = {
-    "steady": "the steady loop, two beats a trip",
-    "ramp": "the scan over ticks, one a trip: there is no steady loop",
-    "other": "the outermost loop with collectives: the program has none of a pipelined step",
+    "steady": "the steady state, two beats a trip",
+    "ramp": "the scan over ticks, one a trip: there is no steady state",
+    "other": "the outermost with collectives: the program has none of a pipelined step",
 }
 # A head, and rows.
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -80,7 +80,7 @@ class Report:
       axes: The mesh axes' sizes.
       apart: Mesh axes along which not all neighbours are neighbours on the chips' grid.
       compiler_options: The options it was compiled with.
-      compile_seconds: How long the compiler took.
+      compile_seconds: How long the compiler took; less where JAX's cache on disk had the program.
       memory: A device's memory.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
       prediction: The time of a step.
@@ -106,33 +106,28 @@ class Report:
     def summary(self) -> list[str]:
         """The lines above the tables."""
         axes = ", ".join(f"{axis} {size}" for axis, size in self.axes.items())
-        options = ", ".join(f"{name}={value}" for name, value in self.compiler_options.items())
-        lines = [
-            f"{self.topology}: {self.device}, mesh {axes}",
-            f"compiled in {self.compile_seconds:.1f} s, options: {options or 'none'}",
-            *_memory_lines(self.memory),
+        options = [f"{name}={value}" for name, value in self.compiler_options.items()] or ["none"]
+        parts = [
+            ("device", [f"{self.topology}, {self.device}; mesh {axes}"]),
+            ("compiled", [f"in {self.compile_seconds:.1f} s, with XLA's options"]),
+            ("", options),
+            ("memory", _memory_lines(self.memory)),
+            ("", [f"the compiler: {self.failure}"] if self.failure else []),
+            ("step", [_prediction_line(self.prediction)]),
+            ("loop", ["none with collectives"] if self.loop is None else _loop_lines(self.loop)),
         ]
-        if self.failure:
-            lines.append(f"the compiler: {self.failure}")
         if self.apart:
-            lines.append(
-                f"not all neighbours along {', '.join(self.apart)} are neighbours on the chips' "
-                "grid: their transfers take longer than said here"
+            parts.append(
+                ("links", [f"not all neighbours along {', '.join(self.apart)} are neighbours"])
             )
-        if self.prediction.seconds is None:
-            lines.append(f"step time: not predicted: {self.prediction.reason}")
-        else:
-            made = self.prediction
-            lines.append(
-                f"step time: {_time(made.seconds)} predicted: {made.schedule} "
-                f"{_time(made.loop_seconds)}, idle {made.idle_share or 0:.1%}; outside its loops "
-                f"{_time(made.outside_seconds)}"
+            parts.append(
+                ("", ["on the chips' grid: transfers between them take longer than said here"])
             )
-        if self.loop is not None:
-            lines += _loop_lines(self.loop)
-        elif not self.failure:
-            lines.append("no loop with collectives")
-        return lines
+        return [
+            f"{label if index == 0 else '':9}{line}"
+            for label, lines in parts
+            for index, line in enumerate(lines)
+        ]
 
     def tables(self) -> list[_Table]:
         """Heads and rows of the tables: actions, then collectives."""
@@ -179,26 +174,39 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _memory_lines(memory: Memory) -> list[str]:
     verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity not known"}[memory.fits]
     capacity = "" if memory.capacity is None else f" of {_bytes(memory.capacity)}"
-    line = f"memory a device: {_bytes(memory.needed)}{capacity}, {verdict}"
-    if memory.arguments is None:
-        return [line]
-    line += (
-        f"; arguments {_bytes(memory.arguments)}, outputs {_bytes(memory.outputs)} "
-        f"({_bytes(memory.aliased)} in place of arguments), "
-        f"temporaries {_bytes(memory.temporaries)}, live at peak {_bytes(memory.peak)}"
+    lines = [f"{_bytes(memory.needed)}{capacity} a device: {verdict}"]
+    if memory.arguments is not None:
+        lines.append(
+            f"arguments {_bytes(memory.arguments)}, outputs {_bytes(memory.outputs)} "
+            f"({_bytes(memory.aliased)} in place of arguments)"
+        )
+        lines.append(
+            f"temporaries {_bytes(memory.temporaries)}; live at the peak {_bytes(memory.peak)}"
+        )
+    return lines
+
+
+def _prediction_line(made: Prediction) -> str:
+    if made.seconds is None:
+        return f"not predicted: {made.reason}"
+    return (
+        f"{_time(made.seconds)} predicted: {made.schedule} {_time(made.loop_seconds)}, ranks idle "
+        f"{made.idle_share or 0:.1%}; outside its loops {_time(made.outside_seconds)}"
     )
-    return [line]
 
 
 def _loop_lines(loop: Loop) -> list[str]:
     trips = "an unknown number of" if loop.num_trips is None else f"{loop.num_trips:,}"
     hidden = sum(each.is_hidden is True for each in loop.collectives)
-    line = (
-        f"loop: {_LOOPS[loop.kind]}, {trips} trips; a trip: {_number(loop.cycles)} cycles, "
-        f"{_flops(loop.flops)} of matmuls, {_time(loop.compute_seconds)} of compute, "
-        f"{_time(loop.exposed_seconds)} exposed"
-    )
-    return [line, f"collectives: {hidden} of {len(loop.collectives)} hidden"]
+    cycles = "" if loop.cycles is None else f"{_number(loop.cycles)} cycles, "
+    return [
+        f"{_LOOPS[loop.kind]}; {trips} trips",
+        (
+            f"a trip: {cycles}{_flops(loop.flops)} of matmuls, "
+            f"{_time(loop.compute_seconds)} of compute, {_time(loop.exposed_seconds)} exposed"
+        ),
+        f"{hidden} of {len(loop.collectives)} collectives hidden",
+    ]
 
 
 def _verdict(each: Collective) -> str:

@@ -1,5 +1,6 @@
 """Names of topologies -> devices that can be compiled for, with or without the hardware."""
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -79,8 +80,14 @@ def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any
             f"topology={topology.name!r}: has {num_devices} devices, but the step's mesh "
             f"({sizes}) needs {int(np.prod(shape))}; name a topology of that size"
         )
-    best = max(_layouts(topology.devices, shape), key=num_adjacent)
+    best = max(_layouts(topology.devices, shape), key=_fit)
     return jax.sharding.Mesh(best, tuple(axes), axis_types=tuple(axis_types))
+
+
+def _fit(devices: np.ndarray) -> tuple[int, int]:
+    """How well devices are laid out: the sizes of axes without a gap, then neighbours at all."""
+    whole = [n for axis, n in enumerate(devices.shape) if is_adjacent_along(devices, axis)]
+    return sum(whole), num_adjacent(devices)
 
 
 def num_adjacent(devices: np.ndarray) -> int:
@@ -105,26 +112,38 @@ def is_adjacent_along(devices: np.ndarray, axis: int) -> bool | None:
 
 
 def _layouts(devices: tuple[Any, ...], shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Lists ways to lay the devices out: JAX's own first, then along the grid to and fro."""
+    """Lists ways to lay the devices out: JAX's own first, then along the grid, also to and fro."""
     if not hasattr(devices[0], "coords"):
         return [np.array(devices).reshape(shape)]
-    layouts = [mesh_utils.create_device_mesh(shape, devices=devices)]
+    layouts = []
+    with contextlib.suppress(NotImplementedError, ValueError):  # JAX knows no way
+        layouts.append(mesh_utils.create_device_mesh(shape, devices=devices))
     size = [max(device.coords[dim] for device in devices) + 1 for dim in range(3)]
     grid = np.empty(size, dtype=object)
     for device in devices:
         grid[tuple(device.coords)] = device
     for order in itertools.permutations(range(3)):
         turned = grid.transpose(order)
-        layouts += [turned.reshape(shape), _to_and_fro(turned).reshape(shape)]
+        layouts.append(turned.reshape(shape))
+        for split in range(3):
+            # The first dims as one line, and the others as another.
+            lines = [_to_and_fro(dims) for dims in (turned.shape[:split], turned.shape[split:])]
+            flat = turned.reshape(len(lines[0]), len(lines[1]))[np.ix_(*lines)]
+            layouts += [flat.reshape(shape), flat.reshape(shape[::-1]).transpose()]
     return layouts
 
 
-def _to_and_fro(grid: np.ndarray) -> np.ndarray:
-    """Orders a grid so that each device follows a neighbour, as an ox ploughs."""
-    if grid.ndim == 1:
-        return grid
-    rows = [_to_and_fro(row) for row in grid]
-    return np.concatenate([row if i % 2 == 0 else row[::-1] for i, row in enumerate(rows)])
+def _to_and_fro(dims: tuple[int, ...]) -> np.ndarray:
+    """Orders the places of a grid so that each follows a neighbour, as an ox ploughs.
+
+    >>> _to_and_fro((2, 3)).tolist()
+    [0, 1, 2, 5, 4, 3]
+    """
+    if not dims:
+        return np.zeros(1, int)
+    row = _to_and_fro(dims[1:])
+    rows = [row if i % 2 == 0 else row[::-1] for i in range(dims[0])]
+    return np.concatenate([i * len(row) + row for i, row in enumerate(rows)])
 
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:
