@@ -29,8 +29,9 @@ class Rank:
     Attributes:
       functions: The model's functions.
       layout: Which layers are whose.
-      chunks: The layers' parameters of each chunk, for each kind `[max_layers, ...]`, or
-        `registers.Layers` without the layers' dim.
+      chunks: The layers' parameters of each chunk, and casts of them, for each kind
+        `[max_layers, ...]`, or `registers.Layers` without the layers' dim.
+      shared_casts: Casts of the shared parameters, for each kind.
       outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside the stack.
       microbatches: The batch, `[num_microbatches, ...]`.
       rng: The step's key, or None.
@@ -45,6 +46,7 @@ class Rank:
     functions: Functions
     layout: Layout
     chunks: list[dict[Kind, PyTree]]
+    shared_casts: dict[Kind, list[jax.Array]]
     outside: dict[str, PyTree]
     microbatches: PyTree
     rng: jax.Array | None
@@ -71,14 +73,15 @@ class Rank:
         )
 
     def _layer(self, row: Row, chunk: int, layer: Layer) -> tuple[PyTree, Context]:
-        """Reads a layer's parameters, with the shared ones, and makes its context."""
+        """Reads a layer's parameters, with the shared ones and the casts, and makes its context."""
         stack = self.chunks[chunk][layer.kind]
         if isinstance(stack, registers.Layers):
-            params = stack.each[layer.place]
+            params, casts = stack.each[layer.place]
         else:
-            params = registers.read(stack, layer.place)
+            params, casts = registers.read(stack, layer.place)
         context = self._context(row, layer.position, is_layer=True)
-        return (params, self.outside.get("shared")), context
+        casts = [*casts, *self.shared_casts.get(layer.kind, [])]
+        return ((params, self.outside.get("shared")), casts), context
 
     @jax.named_scope(_scopes.EMBED)
     def embed(self, row: Row) -> PyTree:
@@ -147,7 +150,7 @@ class Rank:
             x, aux_sum = carry
             residual, weight_residual = buffers
             if self.functions.gradients is None:
-                params, ctx = self._layer(row, chunk, layer)
+                (params, _), ctx = self._layer(row, chunk, layer)
                 x, aux = self.functions.block[layer.kind](params, x, ctx)
             else:
                 x, aux, kept, kept_longer = self.forward_of(layer, x, row, chunk)

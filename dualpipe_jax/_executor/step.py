@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import functions, registers
+from dualpipe_jax._executor import functions, memory, registers
 from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.explicit import (
     context_mesh,
@@ -89,6 +89,16 @@ class Step:
         return self.tables.num_slots.get(DEFERRED, 0)
 
     @property
+    def _slots(self) -> dict[str, int]:
+        """The slots of each buffer, with those that take what nobody wants."""
+        slots = dict(self.tables.num_slots)
+        slots["received"] += 1
+        if self.num_deferred:
+            # Every I writes a stash and what is deferred; one of them to where nobody reads.
+            slots |= {"stash": max(slots["stash"], 1), DEFERRED: slots[DEFERRED] + 1}
+        return slots
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """What a tick needs of the tables."""
         return tuple(c for c in Tables.columns() if c != DEFERRED or self.num_deferred)
@@ -151,6 +161,47 @@ class Step:
             },
         )
 
+    def memory(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> memory.MemoryReport:
+        """Adds up what the step holds on one device beside its arguments; avals will do."""
+        plan = self._plan(params)
+        params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
+        traced, arguments = self._traced(params, batch, rng, plan, self.mesh)
+        outside = [
+            leaf
+            for part, tree in arguments.outside.items()
+            for leaf in pick(tree, arguments.wanted[part])
+        ]
+        return memory.report(
+            traced,
+            self.layout,
+            self.tables,
+            slots=self._slots,
+            layers=arguments.layers,
+            outside=outside,
+            is_apart=self.layout.is_unrolled,
+        )
+
+    def _traced(
+        self, params: PyTree, batch: PyTree, rng: Any, plan: Plan, mesh: Any
+    ) -> tuple[Functions, Arguments]:
+        """Traces the model's functions as one device runs them."""
+        outer = {self.axis, *self.batch_axes} - set(self.manual_axes)
+        arguments = self._arguments(params, batch, rng, plan)
+        traced = _varying.inside(
+            lambda: functions.trace(
+                self.model,
+                self.block,
+                arguments,
+                forward_only=self.tables.forward_only,
+                recomputes=self.num_deferred > 0,
+                hidden_axes=outer,
+            ),
+            mesh=mesh,
+            outer=outer,
+            manual=self.manual_axes,
+        )
+        return traced, arguments
+
     def _shard_mapped(
         self,
         params: PyTree,
@@ -161,20 +212,7 @@ class Step:
         mesh: Mesh | AbstractMesh | None = None,
     ) -> Any:
         """Runs the step on a mesh of Auto axes, or on that of the context."""
-        outer = {self.axis, *self.batch_axes} - set(self.manual_axes)
-        traced = _varying.inside(
-            lambda: functions.trace(
-                self.model,
-                self.block,
-                self._arguments(params, batch, rng, plan),
-                forward_only=self.tables.forward_only,
-                recomputes=self.num_deferred > 0,
-                hidden_axes=outer,
-            ),
-            mesh=mesh,
-            outer=outer,
-            manual=self.manual_axes,
-        )
+        traced, _ = self._traced(params, batch, rng, plan, mesh)
         replicated = PartitionSpec()
         specs = jax.tree.leaves(plan.over_mesh, is_leaf=lambda s: isinstance(s, PartitionSpec))
         in_specs = jax.tree.unflatten(jax.tree.structure(params), specs)
@@ -263,7 +301,10 @@ class Step:
         """Brings the parameters to their ranks, and makes empty buffers."""
         model, tables, layout = self.model, self.tables, self.layout
         outs, gradients = traced.outputs, traced.gradients
-        chunks = layout.fetch(params["blocks"])
+        chunks = [
+            {kind: (stack, _casts(traced, kind, stack)) for kind, stack in chunk.items()}
+            for chunk in layout.fetch(params["blocks"])
+        ]
         # Unrolled layers have arrays of their own: none is cut out of a stack again in every tick,
         # and none waits for another.
         is_apart = layout.is_unrolled
@@ -280,6 +321,10 @@ class Step:
             functions=traced,
             layout=layout,
             chunks=chunks,
+            shared_casts={
+                kind: _casts(traced, kind, params.get("shared"), after=stack)
+                for kind, stack in params["blocks"].items()
+            },
             outside={part: tree for part, tree in params.items() if part != "blocks"},
             microbatches=batches,
             rng=rng,
@@ -294,10 +339,7 @@ class Step:
             poison=self.poison,
         )
         loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
-        slots = dict(tables.num_slots)
-        if self.num_deferred:
-            # Every I writes a stash and what is deferred; one of them to where nobody reads.
-            slots |= {"stash": max(slots["stash"], 1), DEFERRED: slots[DEFERRED] + 1}
+        slots = self._slots
 
         def buffers(name: str) -> dict[Kind, PyTree]:
             return {
@@ -327,7 +369,7 @@ class Step:
 
         nothing = registers.allocate(outs.x, poison=self.poison)
         state = State(
-            received=registers.allocate(outs.x, slots["received"] + 1, poison=self.poison),
+            received=registers.allocate(outs.x, slots["received"], poison=self.poison),
             residual=buffers("residual"),
             weight_residual=buffers("weight_residual"),
             stash=buffers("stash"),
@@ -388,6 +430,14 @@ class Step:
                 if is_wanted
             ]
         return result, grads
+
+
+def _casts(traced: Functions, kind: Kind, tree: PyTree, *, after: PyTree = ()) -> list[jax.Array]:
+    """Casts parameters as a kind's block would; among its own, they stand `after` others."""
+    if traced.gradients is None:
+        return []
+    leaves, first = jax.tree.leaves(tree), len(jax.tree.leaves(after))
+    return traced.gradients.block[kind].cast(leaves, range(first, first + len(leaves)))
 
 
 def _sums(values: list[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.Array]:

@@ -132,7 +132,7 @@ def _run_weight_grads(
             grads[kind], shared, late, places=places, layer=layer.place
         )
         if rank.interleaves:
-            sums = [grads[kind][i][layer.place] for i in places.layer]
+            sums = [total[layer.place] for total in grads[kind]]
             buffers[kind] = registers.pass_on(buffers[kind], layer.index, after=sums)
     state = state._replace(weight_residual=buffers)
     return state.put_grads(chunk, rank.gradients.late, (grads, shared))

@@ -190,8 +190,10 @@ class Graph:
 
 
 def evaluate(nodes: Iterable[Node], env: dict[int, Any]) -> None:
-    """Runs `nodes`, reading values from `env` and writing theirs to it."""
+    """Runs `nodes` whose values are not in `env`, reading values from it and writing to it."""
     for node in nodes:
+        if node.outputs and all(v in env for v in node.outputs):
+            continue
         outs = node.run(*(read(env, i) for i in node.inputs))
         env.update(zip(node.outputs, outs, strict=True))
 

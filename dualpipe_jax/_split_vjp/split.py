@@ -25,6 +25,7 @@ from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate,
 from dualpipe_jax._split_vjp.mapped import hoist_free
 from dualpipe_jax._split_vjp.nested import split_nested
 from dualpipe_jax._split_vjp.reductions import without_reductions
+from dualpipe_jax._split_vjp.working import working_bytes
 from dualpipe_jax._varying import eval_shape, without_types
 
 PyTree = Any
@@ -53,6 +54,11 @@ class SplitVjp:
       is_late: For every leaf of params, whether its gradient waits for the weight grad's turn.
       reduce_axes: For every leaf of params, the mesh axes over which its gradient is still to be
         summed.
+      casts: The leaves of params that the block casts to smaller dtypes, as (place, dtype): `cast`
+        does it once for many calls; each of the functions takes `(params, casts)` for `params`.
+      is_read: For every leaf of params, whether it is read other than to be cast.
+      working_bytes: An estimate of what one call of the largest part holds besides arguments and
+        results: what its contractions and reductions make, as long as it is still to be read.
     """
 
     forward: Callable[..., tuple[PyTree, Any, Arrays, Arrays]]
@@ -66,6 +72,14 @@ class SplitVjp:
     is_early: tuple[bool, ...]
     is_late: tuple[bool, ...]
     reduce_axes: tuple[tuple[str, ...], ...]
+    casts: tuple[tuple[int, Any], ...]
+    is_read: tuple[bool, ...]
+    working_bytes: int
+
+    def cast(self, leaves: Sequence[Any], places: range) -> list[jax.Array]:
+        """Casts the leaves of params that stand at `places`."""
+        casts = (c for c in self.casts if c[0] in places)
+        return [leaves[i - places.start].astype(dtype) for i, dtype in casts]
 
     @property
     def has_grad(self) -> tuple[bool, ...]:
@@ -180,7 +194,34 @@ def split_vjp(
         again_nodes=needed(again, dparams, known={*weight_residual, *deferred}),
         early=early,
         late=dparams,
+        casts=_find_casts(trace, nodes),
     )
+
+
+def _find_casts(trace: "_Trace", nodes: Sequence[Node]) -> dict[tuple[int, Any], list[int]]:
+    """Finds the casts of parameters to smaller dtypes: by place and dtype the values that they are.
+
+    Done within a loop over microbatches they are done once for each, and XLA only takes them out
+    on some platforms.
+    """
+    place = {value: i for i, value in enumerate(trace.params)}
+    found: dict[tuple[int, Any], list[int]] = {}
+    for node in nodes:
+        if node.name != "convert_element_type" or node.inputs[0] not in place:
+            continue
+        source, target = (trace.graph.avals[v] for v in (node.reads[0], node.outputs[0]))
+        if target.dtype.itemsize < source.dtype.itemsize:
+            found.setdefault((place[node.reads[0]], target.dtype), []).append(node.outputs[0])
+    return dict(sorted(found.items(), key=lambda item: item[0][0]))
+
+
+def _find_reads(
+    params: Sequence[int], casts: dict[tuple[int, Any], list[int]], nodes: Sequence[Node]
+) -> tuple[bool, ...]:
+    """For every parameter, whether any node but the casts reads it."""
+    made_by_casts = {v for values in casts.values() for v in values}
+    read = {v for n in nodes if not made_by_casts.intersection(n.outputs) for v in n.reads}
+    return tuple(value in read for value in params)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,19 +318,28 @@ def _assemble(
     again_nodes: list[Node],
     early: list[int],
     late: list[int],
+    casts: dict[tuple[int, Any], list[int]],
 ) -> SplitVjp:
     """Makes the functions from their nodes."""
     avals = trace.graph.avals
 
-    def environment(*groups: tuple[Sequence[int], Any]) -> dict[int, Any]:
-        env: dict[int, Any] = {}
+    def given(params: PyTree) -> dict[int, Any]:
+        """What is known of params, or of (params, casts)."""
+        leaves = jax.tree.leaves(params)
+        env = dict(zip(trace.params, leaves, strict=False))
+        for values, array in zip(casts.values(), leaves[len(trace.params) :], strict=False):
+            env.update(dict.fromkeys(values, array))
+        return env
+
+    def environment(params: PyTree, *groups: tuple[Sequence[int], Any]) -> dict[int, Any]:
+        env = given(params)
         for values, arrays in groups:
             env.update(zip(values, arrays, strict=True))
         return env
 
     def forward(params: PyTree, x: PyTree, ctx: PyTree) -> Any:
         env = environment(
-            (trace.params, jax.tree.leaves(params)),
+            params,
             (trace.x, jax.tree.leaves(x)),
             (trace.ctx, jax.tree.leaves(ctx)),
         )
@@ -302,7 +352,7 @@ def _assemble(
         params: PyTree, ctx: PyTree, kept_here: Arrays, kept_longer: Arrays, dy: Any, daux: Any
     ) -> Any:
         env = environment(
-            (trace.params, jax.tree.leaves(params)),
+            params,
             (trace.ctx, jax.tree.leaves(ctx)),
             (residual, kept_here),
             (weight_residual, kept_longer),
@@ -317,7 +367,7 @@ def _assemble(
     def weight_grad_from(values: tuple[int, ...], nodes: list[Node]) -> Callable[..., Any]:
         def weight_grad(params: PyTree, ctx: PyTree, kept_longer: Arrays, arrays: Arrays) -> Any:
             env = environment(
-                (trace.params, jax.tree.leaves(params)),
+                params,
                 (trace.ctx, jax.tree.leaves(ctx)),
                 (weight_residual, kept_longer),
                 (values, arrays),
@@ -340,6 +390,11 @@ def _assemble(
         is_early=is_early,
         is_late=is_late,
         reduce_axes=tuple(trace.reduce_axes),
+        casts=tuple(casts),
+        is_read=_find_reads(trace.params, casts, (*forward_nodes, *input_nodes, *weight_nodes)),
+        working_bytes=max(
+            working_bytes(trace.graph, nodes) for nodes in (forward_nodes, input_nodes, again_nodes)
+        ),
     )
 
 

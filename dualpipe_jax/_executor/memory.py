@@ -1,0 +1,149 @@
+"""What a step holds on one device beside its arguments: slots, copies of weights, accumulators.
+
+In: what the step is made of. Out: a `MemoryReport`. All but the working set is exact: the sizes of
+the arrays that the executor carries from tick to tick. None grows with the number of microbatches.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from dualpipe_jax import _microbatches
+from dualpipe_jax._executor.functions import Functions
+from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.leaves import pick
+from dualpipe_jax._kinds import Kind
+from dualpipe_jax._schedule.ir import DEFERRED, Tables
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Term:
+    """One kind of array that a step holds.
+
+    Attributes:
+      name: What it is.
+      count: How many there are, in words.
+      num_bytes: Bytes of all of them on one device.
+    """
+
+    name: str
+    count: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a step holds on one device beside its arguments, by kind.
+
+    `num_bytes` adds up what is there at once in the loop over ticks; the gradients that the step
+    returns come after it, when the slots are free again.
+    """
+
+    terms: tuple[Term, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all terms."""
+        return sum(term.num_bytes for term in self.terms)
+
+    def __str__(self) -> str:
+        rows = [(t.name, t.count, f"{t.num_bytes / 2**20:,.1f} MiB") for t in self.terms]
+        rows.append(("total beside the arguments", "", f"{self.num_bytes / 2**20:,.1f} MiB"))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            f"{name:{widths[0]}}  {count:{widths[1]}}  {size:>{widths[2]}}".rstrip()
+            for name, count, size in rows
+        )
+
+
+def report(
+    traced: Functions,
+    layout: Layout,
+    tables: Tables,
+    *,
+    slots: dict[str, int],
+    layers: dict[Kind, PyTree],
+    outside: list[Any],
+    is_apart: bool,
+) -> MemoryReport:
+    """Adds up the arrays of one device.
+
+    Args:
+      traced: The functions.
+      layout: Where the layers lie.
+      tables: The tables.
+      slots: The slots of each buffer, spare ones included.
+      layers: Avals of one layer of each kind, as it lies on one device.
+      outside: Avals of the wanted leaves outside the stack.
+      is_apart: Whether every layer's arrays are its own, as unrolled ones are.
+    """
+    gradients = traced.gradients
+    assert gradients is not None
+    x = _bytes(traced.outputs.x)
+    num_layers = {kind: stack.max_layers for kind, stack in layout.stacks.items()}
+    most_layers = sum(num_layers.values())
+
+    def of_layers(name: str) -> int:
+        blocks = gradients.block.items()
+        return sum(num_layers[kind] * _bytes(getattr(block, name)) for kind, block in blocks)
+
+    terms = [Term("received x and cotangents", f"{slots['received']} slots", slots["received"] * x)]
+    for buffer, name in (
+        ("residual", "residuals for I"),
+        ("weight_residual", "residuals for I and W"),
+        ("stash", "stashes for W"),
+        (DEFERRED, "what deferred W recompute from"),
+    ):
+        size = slots.get(buffer, 0) * of_layers(buffer)
+        if size:
+            terms.append(Term(name, f"{slots[buffer]} slots x {most_layers} layers", size))
+    if tables.steady is not None and layout.is_unrolled:
+        terms.append(
+            Term("stash of a beat, without a slot", f"{most_layers} layers", of_layers("stash"))
+        )
+    in_flight = 2 if tables.steady is None else 4
+    terms.append(Term("between ranks", f"{in_flight} x and cotangents", in_flight * x))
+
+    num_chunks = len(layout.stage_of)
+    weights = 0
+    for kind, layer in layers.items():
+        weights += num_layers[kind] * _copies(gradients.block[kind], layer, num_chunks, is_apart)
+    terms.append(Term("copies of weights", f"{num_chunks} stages", weights))
+    sums = 0
+    for kind, layer in layers.items():
+        leaves = jax.tree.leaves(layer)
+        with_grad = pick(leaves, gradients.block[kind].has_grad[: len(leaves)])
+        sums += num_chunks * num_layers[kind] * _accumulator_bytes(with_grad)
+    terms.append(Term("gradients added up, of layers", f"{num_chunks} stages", sums))
+    terms.append(Term("gradients added up, of the rest", "", _accumulator_bytes(outside)))
+    working = max(block.working_bytes for block in gradients.block.values())
+    terms.append(Term("working set, estimated", "1 layer", working))
+    return MemoryReport(tuple(terms))
+
+
+def _copies(block: Any, layer: PyTree, num_chunks: int, is_apart: bool) -> int:
+    """Bytes of the copies of a layer's weights, over all chunks."""
+    leaves = jax.tree.leaves(layer)
+    cast = [(leaves[i], dtype) for i, dtype in block.casts if i < len(leaves)]
+    casts = sum(math.prod(leaf.shape) * np.dtype(dtype).itemsize for leaf, dtype in cast)
+    read = _bytes(pick(leaves, block.is_read[: len(leaves)]))
+    # What lies on the rank as it is needed is no copy.
+    return num_chunks * casts + (num_chunks if is_apart else num_chunks - 1) * read
+
+
+def _accumulator_bytes(leaves: Iterable[Any]) -> int:
+    return sum(
+        math.prod(leaf.shape) * np.dtype(_microbatches.accumulator_dtype(leaf.dtype)).itemsize
+        for leaf in leaves
+    )
+
+
+def _bytes(avals: PyTree | Sequence[Any]) -> int:
+    leaves = jax.tree.leaves(avals)
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
