@@ -223,7 +223,7 @@ class _Beat:
             grads[kind], shared = accumulators.add(
                 grads[kind], shared, late, places=places, layer=layer.place
             )
-            mine = [grads[kind][i][layer.place] for i in places.layer]
+            mine = [total[layer.place] for total in grads[kind]]
             buffers[kind] = registers.pass_on(buffers[kind], layer.index, after=mine)
         state = state._replace(weight_residual=buffers)
         return state.put_grads(self.backward, rank.gradients.late, (grads, shared))
