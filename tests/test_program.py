@@ -281,8 +281,8 @@ def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None
     schedule = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=6)
     tables = schedule.compiled(timetable="aligned").tables
     assert tables.steady is not None
-    nowhere = dataclasses.replace(tables.steady, **{field: np.full(2, -1)})
-    wrong = dataclasses.replace(tables, steady=nowhere)
+    nowhere: dict[str, Any] = {field: np.full(2, -1)}
+    wrong = dataclasses.replace(tables, steady=dataclasses.replace(tables.steady, **nowhere))
     step = make_step(schedule, tables=wrong, num_layers=2, poison=True)
     _, grads = jax.jit(step)(make_params(2), make_batch(6), None)
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(grads["blocks"]))
