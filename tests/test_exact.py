@@ -208,6 +208,25 @@ def test_schedule_of_the_users_own(rows: str, num_layers: int) -> None:
     assert "all-gather" not in str(program.as_text())
 
 
+# As DualPipe on two ranks, but with more on its way before the first pair.
+PAIRS = """
+    0F0,0F1,1F3,1F4,(0F2;1B3)OVERLAP_F_B,(1F5;0B0)OVERLAP_F_B,1B4,0B1,1B5,0B2
+    0F3,0F4,1F0,1F1,(0F5;1B0)OVERLAP_F_B,(1F2;0B3)OVERLAP_F_B,1B1,0B4,1B2,0B5"""
+
+
+@pytest.mark.slow
+def test_pairs_of_the_users_own() -> None:
+    schedule = dpj.Schedule.from_csv(PAIRS.strip())
+    assert schedule.compiled(timetable="aligned").tables.steady is not None
+    model, params = make_model(frozenset(["weight", "block_has_aux"])), make_params(4)
+    batch = make_batch(6)
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(2), num_microbatches=6, schedule=schedule, timetable="aligned"
+    )
+    want = sequential_value_and_grad(model, 6)(params, batch)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
+
+
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 2), (3, 4), (4, 7), (4, 8)])
 def test_evaluate_equals_sequential(num_ranks: int, num_microbatches: int) -> None:
     model = make_model(frozenset(ALL.split()))
