@@ -156,10 +156,10 @@ def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
 
 @pytest.mark.slow
 def test_a_run_updates_in_place(compiled_with_run: Any) -> None:
-    """Accumulators and weights, a layer's each, and what the ramps read of the slots.
+    """Accumulators and weights, a layer's each; of slot buffers only a TPU's program tells.
 
     What orders a slot's last read before its next write is an optimization barrier, which XLA drops
-    early on CPU, and so copies; for TPUs see preflight/test_tpu.py.
+    early on CPU, and so copies: see preflight/test_tpu.py.
     """
     _assert_in_place(compiled_with_run[16].as_text(), set(), is_apart=True)
 
