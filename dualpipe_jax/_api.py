@@ -107,8 +107,7 @@ def value_and_grad(
     axes = _Axes.checked(mesh, axis, batch_axes, manual_axes)
     _validate.positive_int("num_microbatches", num_microbatches)
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
-    if unroll_layers is not None:
-        _validate.flag("unroll_layers", unroll_layers)
+    _validate.optional_flag("unroll_layers", unroll_layers)
     stash_deferred = _validate.flag("stash_deferred", stash_deferred) or remat == "none"
     if timetable is None:
         timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)

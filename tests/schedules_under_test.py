@@ -31,3 +31,10 @@ def compiled(
     generate = forward_only if name == "forward-only" else GENERATORS[name]
     program = generate(num_ranks=num_ranks, num_microbatches=num_microbatches)
     return compile_program(program, timetable=timetable, stash_deferred=stash_deferred)
+
+
+def has_run(name: str, num_ranks: int, num_microbatches: int, timetable: str | None) -> bool:
+    """Whether a step takes a straight-line run of beats: of what is to cover runs, it must."""
+    if timetable != "aligned":
+        return False
+    return compiled(name, num_ranks, num_microbatches, "aligned").tables.steady is not None

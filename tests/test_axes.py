@@ -15,6 +15,7 @@ from tests.hlo import loop_lines
 from tests.models import assert_close, make_model
 from tests.models import make_batch as make_model_batch
 from tests.models import make_params as make_model_params
+from tests.schedules_under_test import has_run
 from tests.test_exact import sequential_value_and_grad
 
 WIDTH, HIDDEN, ROWS, LENGTH, EXPERTS, LAYERS = 4, 6, 2, 4, 4, 4
@@ -126,21 +127,25 @@ EXPERT_SPECS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axes", "remat", "kind"),
+    ("axes", "remat", "kind", "num_microbatches", "timetable"),
     [
-        ({"pipe": 2, "expert": 4}, "none", AxisType.Explicit),
-        ({"pipe": 2, "expert": 4}, "block", AxisType.Auto),
+        ({"pipe": 2, "expert": 4}, "none", AxisType.Explicit, 4, None),
+        ({"pipe": 2, "expert": 4}, "block", AxisType.Auto, 4, None),
+        ({"pipe": 2, "expert": 4}, "none", AxisType.Explicit, 6, "aligned"),
     ],
 )
-def test_expert_parallel(axes: Any, remat: str, kind: AxisType) -> None:
+def test_expert_parallel(
+    axes: Any, remat: str, kind: AxisType, num_microbatches: int, timetable: Any
+) -> None:
     """Two all-to-alls in the block; rows and experts lie over the same axis."""
-    params = make_params(**EXPERT_SHAPES)
-    num_microbatches, batch = 4, make_batch(4 * EXPERTS)
+    assert has_run("dualpipe", 2, num_microbatches, timetable) == (timetable == "aligned")
+    params, batch = make_params(**EXPERT_SHAPES), make_batch(num_microbatches * EXPERTS)
     mesh = make_mesh(kind, **axes)
     grad_fn = dpj.value_and_grad(
         model_of(expert_parallel, block_has_aux=True),
         mesh=mesh,
         num_microbatches=num_microbatches,
+        timetable=timetable,
         remat=remat,
         batch_axes="expert",
         manual_axes="expert",
@@ -222,18 +227,22 @@ TENSOR_SPECS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axes", "schedule", "kind"),
+    ("axes", "schedule", "kind", "num_microbatches", "timetable"),
     [
-        ({"pipe": 4, "model": 2}, "dualpipe", AxisType.Auto),
-        ({"pipe": 2, "data": 2, "model": 2}, "dualpipev", AxisType.Explicit),
+        ({"pipe": 4, "model": 2}, "dualpipe", AxisType.Auto, 4, None),
+        ({"pipe": 2, "data": 2, "model": 2}, "dualpipev", AxisType.Explicit, 4, None),
+        ({"pipe": 2, "data": 2, "model": 2}, "dualpipev", AxisType.Auto, 5, "aligned"),
     ],
 )
-def test_tensor_parallel(axes: Any, schedule: str, kind: AxisType) -> None:
+def test_tensor_parallel(
+    axes: Any, schedule: str, kind: AxisType, num_microbatches: int, timetable: Any
+) -> None:
     """Rows are the same on all devices of the axis; a sum in the block, and in the head."""
+    assert has_run(schedule, axes["pipe"], num_microbatches, timetable) == (timetable == "aligned")
     params = make_params(**TENSOR_SHAPES)
     params["ends"]["part"] = params["ends"]["table"] + 0.1
     num_shards = axes.get("data", 1)
-    num_microbatches, batch = 4, make_batch(4 * num_shards)
+    batch = make_batch(num_microbatches * num_shards)
     mesh = make_mesh(kind, **axes)
     more: Any = {"batch_axes": "data"} if num_shards > 1 else {}
     grad_fn = dpj.value_and_grad(
@@ -241,6 +250,7 @@ def test_tensor_parallel(axes: Any, schedule: str, kind: AxisType) -> None:
         mesh=mesh,
         num_microbatches=num_microbatches,
         schedule=schedule,
+        timetable=timetable,
         manual_axes=("model",),
         param_specs=TENSOR_SPECS,
         **more,

@@ -342,6 +342,29 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         TypeError,
         ["stash_deferred=1", "must be True or False"],
     ),
+    "unknown timetable": (
+        {"timetable": "alignd"},
+        ValueError,
+        ["timetable='alignd': must be one of 'shortest', 'aligned'"],
+    ),
+    "timetable not a name": ({"timetable": 3}, ValueError, ["timetable=3: must be one of"]),
+    "unroll_layers not a bool": (
+        {"unroll_layers": "yes"},
+        TypeError,
+        ["unroll_layers='yes'", "must be True, False or None, got str 'yes'"],
+    ),
+    "unroll_layers with unlike stages": (
+        {
+            "unroll_layers": True,
+            "params": {**PARAMS, "blocks": {"w": jnp.ones((3, D, D)), "b": jnp.ones((3, D))}},
+        },
+        ValueError,
+        [
+            "unroll_layers=True: all stages must have the same kinds of layers",
+            "3 layers are spread over 2 unlike stages of the schedule over 2 ranks",
+            "leave it None",
+        ],
+    ),
     "remat a bool": ({"remat": True}, ValueError, ["remat=True", '"none", "block"']),
     "integer grad_dtype": (
         {"grad_dtype": jnp.int32},

@@ -24,10 +24,16 @@ class Case(NamedTuple):
     features: str = ""
     remat: Any = "none"
     stash_deferred: bool = False
+    timetable: str | None = None
+    unroll_layers: bool | None = None
 
     def __str__(self) -> str:
         name = f"{self.schedule}-P{self.num_ranks}-N{self.num_microbatches}-L{self.num_layers}"
-        options = {"remat": self.remat != "none", "stash_deferred": self.stash_deferred}
+        options = {
+            "remat": self.remat != "none",
+            "stash_deferred": self.stash_deferred,
+            "loop": self.unroll_layers is False,
+        }
         return "-".join(
             [name, *self.features.split(), *(o for o, is_on in options.items() if is_on)]
         )
@@ -77,6 +83,24 @@ CASES = [
     Case("chimera", 3, 6, 3, ALL),
     Case("chimera", 4, 4, 8, "dropout pytree", "block"),
 ]
+# Sizes with a straight-line run of beats: layers unrolled, in one loop, and in loops of their own.
+RUN_CASES = [
+    case._replace(timetable="aligned")
+    for case in (
+        Case("dualpipe", 2, 8, 4, ALL),
+        Case("dualpipe", 2, 8, 12, "weight has_aux pytree", "block"),  # six layers a stage
+        Case("dualpipe", 3, 12, 6, "pytree weight", DOTS, stash_deferred=True),
+        Case("dualpipe", 4, 8, 11, "dropout block_has_aux pytree"),  # unlike stages
+        Case("dualpipe", 4, 10, 8, ALL, unroll_layers=False),
+        Case("dualpipe", 8, 18, 8, "weight has_aux", "block", stash_deferred=True),
+        Case("dualpipev", 1, 4, 4, "dropout block_has_aux"),  # a rank that is its own neighbour
+        Case("dualpipev", 2, 5, 8, ALL, "block"),
+        Case("dualpipev", 3, 9, 8, "weight pytree", "block"),  # unlike stages
+        Case("dualpipev", 4, 10, 16, "has_aux", unroll_layers=False),
+    )
+]
+# How many it takes on two ranks.
+RUN_MICROBATCHES = 8
 
 
 def make_mesh(num_ranks: int, **more: int) -> jax.sharding.Mesh:
@@ -105,8 +129,26 @@ def test_covering_set_covers() -> None:
         assert any(case.num_microbatches < case.num_ranks for case in mine)
 
 
+def test_runs_have_beats() -> None:
+    """What is said to cover runs has one; every way to loop, rematerialise and stash is met."""
+    for case in RUN_CASES:
+        sizes = {"num_ranks": case.num_ranks, "num_microbatches": case.num_microbatches}
+        made = dpj.schedules.make(case.schedule, **sizes)
+        assert made.compiled(timetable="aligned").tables.steady is not None, case
+        assert made.compiled().tables.steady is None, case
+    assert {case.num_ranks for case in RUN_CASES} == {1, 2, 3, 4, 8}
+    for name in ("dualpipe", "dualpipev"):
+        mine = [case for case in RUN_CASES if case.schedule == name]
+        assert {feature for case in mine for feature in case.features.split()} == set(ALL.split())
+        assert {case.unroll_layers for case in mine} == {None, False}
+        stages = {"dualpipev": 2}.get(name, 1)
+        assert any(case.num_layers % (case.num_ranks * stages) for case in mine)
+    kept = {(case.remat, case.stash_deferred) for case in RUN_CASES}
+    assert kept == {("none", False), ("block", False), ("block", True), (DOTS, True)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *RUN_CASES], ids=str)
 def test_equals_sequential(case: Case) -> None:
     model = make_model(frozenset(case.features.split()))
     params, batch = make_params(case.num_layers), make_batch(case.num_microbatches)
@@ -118,6 +160,8 @@ def test_equals_sequential(case: Case) -> None:
         schedule=case.schedule,
         remat=case.remat,
         stash_deferred=case.stash_deferred,
+        timetable=case.timetable,
+        unroll_layers=case.unroll_layers,
     )
     result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
     want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(
@@ -162,6 +206,25 @@ def test_schedule_of_the_users_own(rows: str, num_layers: int) -> None:
     want = sequential_value_and_grad(model, 2)(make_params(num_layers), batch, rng=rng)
     assert_close(program(params, batch, rng=rng), want)
     assert "all-gather" not in str(program.as_text())
+
+
+# As DualPipe on two ranks, but with more on its way before the first pair.
+PAIRS = """
+    0F0,0F1,1F3,1F4,(0F2;1B3)OVERLAP_F_B,(1F5;0B0)OVERLAP_F_B,1B4,0B1,1B5,0B2
+    0F3,0F4,1F0,1F1,(0F5;1B0)OVERLAP_F_B,(1F2;0B3)OVERLAP_F_B,1B1,0B4,1B2,0B5"""
+
+
+@pytest.mark.slow
+def test_pairs_of_the_users_own() -> None:
+    schedule = dpj.Schedule.from_csv(PAIRS.strip())
+    assert schedule.compiled(timetable="aligned").tables.steady is not None
+    model, params = make_model(frozenset(["weight", "block_has_aux"])), make_params(4)
+    batch = make_batch(6)
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(2), num_microbatches=6, schedule=schedule, timetable="aligned"
+    )
+    want = sequential_value_and_grad(model, 6)(params, batch)
+    assert_close(jax.jit(grad_fn)(params, batch), want)
 
 
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 2), (3, 4), (4, 7), (4, 8)])

@@ -21,6 +21,7 @@ from dualpipe_jax._executor import Step
 from dualpipe_jax._kinds import blocks_of
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model
 from tests.models import make_params as make_params_of_one_kind
+from tests.schedules_under_test import has_run
 from tests.test_exact import make_mesh, sequential_value_and_grad
 
 NUM_EXPERTS, HIDDEN = 3, 6
@@ -109,12 +110,16 @@ class Case(NamedTuple):
     letters: str  # a layer each
     features: str = ""
     remat: Any = "none"
+    timetable: str | None = None
+    unroll_layers: bool | None = None
 
     def __str__(self) -> str:
         return "-".join(
             [self.schedule, f"P{self.num_ranks}-N{self.num_microbatches}", self.letters]
             + self.features.split()
             + ([] if self.remat == "none" else ["remat"])
+            + ([] if self.timetable is None else [self.timetable])
+            + (["loop"] if self.unroll_layers is False else [])
         )
 
 
@@ -128,12 +133,17 @@ CASES = [
     Case("dualpipev", 2, 4, "DDMMMMMM", "block_has_aux"),  # a chunk without one of the kinds
     Case("dualpipev", 2, 3, "MDMDSMSMD", ALL),  # three kinds, one without parameters
     Case("1f1b", 2, 4, "DMMDMMDMMDMM", "dropout"),  # every stage the same, in a loop
+    # With a straight-line run of beats: stages alike, unrolled and in loops, and unlike.
+    Case("dualpipe", 2, 6, "DMDM", "block_has_aux dropout", "block", "aligned"),
+    Case("dualpipev", 2, 5, "DMDMDMDM", "block_has_aux", "none", "aligned", unroll_layers=False),
+    Case("dualpipe", 2, 6, "DMMDM", "dropout", "none", "aligned"),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_sequential(case: Case) -> None:
+    assert has_run(*case[:3], case.timetable) == (case.timetable == "aligned")
     model = make_kinds(case.letters, frozenset(case.features.split()))
     params, batch = make_params(case.letters), make_batch(case.num_microbatches)
     rng = jax.random.key(7) if "dropout" in case.features else None
@@ -143,6 +153,8 @@ def test_equals_sequential(case: Case) -> None:
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         remat=case.remat,
+        timetable=case.timetable,
+        unroll_layers=case.unroll_layers,
     )
     result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
     want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(

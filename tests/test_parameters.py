@@ -10,6 +10,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from tests.models import assert_close
+from tests.schedules_under_test import has_run
 from tests.test_exact import make_mesh, sequential_value_and_grad
 
 WIDTH, RANK, ROWS, LENGTH, VOCABULARY = 6, 2, 2, 4, 5
@@ -99,11 +100,13 @@ def _weight_grads(text: Any) -> int:
 
 
 @pytest.mark.slow
-def test_any_mask() -> None:
+@pytest.mark.parametrize(("num_microbatches", "timetable"), [(2, None), (6, "aligned")])
+def test_any_mask(num_microbatches: int, timetable: Any) -> None:
     """Branches, NumPy bools, everything frozen; integer leaves stay what they are."""
-    params, batch, mesh = lora_params(2), make_batch(2), make_mesh(2)
+    assert has_run("dualpipe", 2, num_microbatches, timetable) == (timetable == "aligned")
+    params, batch, mesh = lora_params(2), make_batch(num_microbatches), make_mesh(2)
     params["ends"]["version"] = jnp.arange(2)
-    loss, grads = sequential_value_and_grad(LORA, 2)(params, batch)
+    loss, grads = sequential_value_and_grad(LORA, num_microbatches)(params, batch)
     masks: list[Any] = [
         {"ends": np.True_, "blocks": False},
         {"ends": {"table": False, "out": True, "version": True}, "blocks": True},
@@ -111,7 +114,13 @@ def test_any_mask() -> None:
     ]
     for mask in masks:
         full = jax.tree.broadcast(mask, params)
-        grad_fn = dpj.value_and_grad(LORA, mesh=mesh, num_microbatches=2, trainable=mask)
+        grad_fn = dpj.value_and_grad(
+            LORA,
+            mesh=mesh,
+            num_microbatches=num_microbatches,
+            timetable=timetable,
+            trainable=mask,
+        )
         got_loss, got = jax.jit(grad_fn)(params, batch)
         assert got["ends"]["version"].dtype == jax.dtypes.float0
         for tree in (got, grads, full):
@@ -188,18 +197,23 @@ def shared_params(num_layers: int) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "num_ranks", "num_layers", "remat", "trainable"),
+    ("schedule", "num_ranks", "num_layers", "remat", "trainable", "timetable"),
     [
-        ("dualpipe", 2, 4, "none", True),
-        ("dualpipev", 2, 7, "block", True),
-        ("zb-h1", 3, 3, "none", {"ends": True, "blocks": False, "shared": True}),
-        ("interleaved-1f1b", 2, 4, "none", {"ends": True, "blocks": True, "shared": False}),
+        ("dualpipe", 2, 4, "none", True, None),
+        ("dualpipev", 2, 7, "block", True, None),
+        ("zb-h1", 3, 3, "none", {"ends": True, "blocks": False, "shared": True}, None),
+        ("interleaved-1f1b", 2, 4, "none", {"ends": True, "blocks": True, "shared": False}, None),
+        # In beats: unrolled, in a loop, and in unlike stages.
+        ("dualpipe", 2, 4, "none", {"ends": True, "blocks": False, "shared": True}, "aligned"),
+        ("dualpipe", 2, 10, "block", {"ends": False, "blocks": True, "shared": True}, "aligned"),
+        ("dualpipev", 2, 7, "none", True, "aligned"),
     ],
 )
 def test_shared_parameters(
-    schedule: str, num_ranks: int, num_layers: int, remat: str, trainable: Any
+    schedule: str, num_ranks: int, num_layers: int, remat: str, trainable: Any, timetable: Any
 ) -> None:
     """Every use counts: in blocks of all ranks and both directions, in embed and in head."""
+    assert has_run(schedule, num_ranks, 6, timetable) == (timetable == "aligned")
     params, batch = shared_params(num_layers), make_batch(6)
     grad_fn = dpj.value_and_grad(
         SHARED,
@@ -208,6 +222,7 @@ def test_shared_parameters(
         schedule=schedule,
         remat=remat,
         trainable=trainable,
+        timetable=timetable,
     )
     result, got = jax.jit(grad_fn)(params, batch)
     want_result, want = sequential_value_and_grad(SHARED, 6)(params, batch)
@@ -221,9 +236,11 @@ def test_shared_parameters(
 
 
 @pytest.mark.slow
-def test_shared_parameters_beside_other_axes() -> None:
-    """Over a data axis, and sharded over a manual one."""
-    params, batch = shared_params(2), make_batch(4)
+@pytest.mark.parametrize(("num_microbatches", "timetable"), [(2, None), (6, "aligned")])
+def test_shared_parameters_beside_other_axes(num_microbatches: int, timetable: Any) -> None:
+    """Over a data axis, and sharded over a manual one; collectives in embed and head."""
+    assert has_run("dualpipe", 2, num_microbatches, timetable) == (timetable == "aligned")
+    params, batch = shared_params(2), make_batch(2 * num_microbatches)
     mesh = jax.make_mesh((2, 2, 2), ("pipe", "data", "model"))
 
     def gather(shared: Any) -> Any:
@@ -247,7 +264,8 @@ def test_shared_parameters_beside_other_axes() -> None:
     grad_fn = dpj.value_and_grad(
         model,
         mesh=mesh,
-        num_microbatches=2,
+        num_microbatches=num_microbatches,
+        timetable=timetable,
         batch_axes="data",
         manual_axes="model",
         param_specs={
@@ -262,5 +280,6 @@ def test_shared_parameters_beside_other_axes() -> None:
         },
     )
     assert_close(
-        jax.jit(grad_fn)(params, batch), sequential_value_and_grad(SHARED, 4)(params, batch)
+        jax.jit(grad_fn)(params, batch),
+        sequential_value_and_grad(SHARED, 2 * num_microbatches)(params, batch),
     )

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax import _api
+from dualpipe_jax import _api, _scopes
 from dualpipe_jax._executor import Step
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
@@ -44,6 +44,11 @@ def compile_train_step(schedule: str, num_microbatches: int, **options: Any) -> 
         return optax.apply_updates(params, updates), state, loss
 
     return jax.jit(step).lower(params, optimizer.init(params), batch).compile()
+
+
+def make_tables(schedule: str, num_microbatches: int, timetable: str) -> Tables:
+    made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=num_microbatches)
+    return made.compiled(timetable=timetable).tables
 
 
 @pytest.fixture(scope="module", params=dpj.schedules.names())
@@ -91,15 +96,84 @@ def test_what_is_put_off_is_updated_in_place(schedule: str) -> None:
     _assert_in_place(text, {num_slots["weight_residual"], num_slots["deferred"] + 1})
 
 
-def _assert_in_place(text: str, num_slots: set[int]) -> None:
-    layers = STAGE_LAYERS
-    buffers = [f"f64[{n},{layers},{ROWS},{LENGTH}," for n in num_slots]
-    weights = [f"f64[{layers},{WIDTH},{WIDTH + 1}]", f"f64[{layers},{WIDTH + 1},{WIDTH}]"]
+def _assert_in_place(text: str, num_slots: set[int], *, is_apart: bool = False) -> None:
+    """Looks for copies; where `is_apart`, every layer has buffers and accumulators of its own."""
+    layers = "" if is_apart else f"{STAGE_LAYERS},"
+    buffers = [f"f64[{n},{layers}{ROWS},{LENGTH}," for n in num_slots]
+    weights = [f"f64[{layers}{WIDTH},{WIDTH + 1}]", f"f64[{layers}{WIDTH + 1},{WIDTH}]"]
     lines = loop_lines(text)
     for shape in (*buffers, *weights):
         mine = [line for line in lines if f"= {shape}" in line]
         assert mine  # the shape looked for does exist in loops
         assert not [line for line in mine if " copy(" in line]
+
+
+# ---- with a straight-line run of beats, unrolled
+
+
+@pytest.fixture(scope="module", params=["dualpipe", "dualpipev"])
+def compiled_with_run(request: pytest.FixtureRequest) -> Any:
+    return {n: compile_train_step(request.param, n, timetable="aligned") for n in (16, 32)} | {
+        "name": request.param
+    }
+
+
+def steady_lines(text: str) -> list[str]:
+    """Lists the instructions that stand in the run's loop."""
+    return [line for line in loop_lines(text) if _scopes.STEADY in line]
+
+
+@pytest.mark.slow
+def test_a_run_sends_between_the_pairs_that_it_names(compiled_with_run: Any) -> None:
+    """Two permutes a beat, an x and a cotangent; nothing is sent for the weight grads."""
+    steady = make_tables(compiled_with_run["name"], 16, "aligned").steady
+    assert steady is not None
+    sent = [
+        re.search(r"source_target_pairs=\{(\S*)\}", line)
+        for line in steady_lines(compiled_with_run[16].as_text())
+        if " collective-permute(" in line
+    ]
+    named = [
+        ",".join(f"{{{source},{target}}}" for source, target in pairs)
+        for pairs in (*steady.x_pairs, *steady.cotangent_pairs)
+    ]
+    assert sorted(match[1] for match in sent if match) == sorted(named)
+
+
+@pytest.mark.slow
+def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
+    """Head and embedding stand in loops of one trip or none; blocks run on every rank."""
+    text = compiled_with_run[16].as_text()
+    lines = steady_lines(text)
+    assert not [line for line in lines if " conditional(" in line]
+    # Every rank runs the head in one of two beats at most, and the embedding's gradient.
+    assert len([line for line in lines if " while(" in line]) == 2
+    chosen = [line for line in lines if f"{_scopes.STEADY}/while/" in line]
+    for action in (_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD):
+        assert any(action in line for line in lines)
+        assert not any(action in line for line in chosen)
+
+
+@pytest.mark.slow
+def test_a_run_updates_in_place(compiled_with_run: Any) -> None:
+    """Accumulators and weights, a layer's each; of slot buffers only a TPU's program tells.
+
+    What orders a slot's last read before its next write is an optimization barrier, which XLA drops
+    early on CPU, and so copies: see preflight/test_tpu.py.
+    """
+    _assert_in_place(compiled_with_run[16].as_text(), set(), is_apart=True)
+
+
+@pytest.mark.slow
+def test_a_run_takes_no_more_for_more_microbatches(compiled_with_run: Any) -> None:
+    """The program is as large, and memory grows by the batch and the tables only."""
+    few, many = (compiled_with_run[n] for n in (16, 32))
+    assert len(instructions(few.as_text())) == len(instructions(many.as_text()))
+    num_ticks = make_tables(compiled_with_run["name"], 32, "aligned").num_ticks
+    table_bytes = num_ticks * NUM_RANKS * len(Tables.columns()) * 4
+    batch_bytes = 16 * ROWS * (LENGTH + 2) * 8
+    few, many = (each.memory_analysis().temp_size_in_bytes for each in (few, many))
+    assert many - few <= table_bytes + 2 * batch_bytes
 
 
 @pytest.mark.slow
@@ -118,7 +192,12 @@ def test_memory_does_not_grow_with_microbatches(compiled: Any) -> None:
 
 
 def make_step(
-    schedule: dpj.Schedule, *, tables: Any = None, remat: str = "none", **options: Any
+    schedule: dpj.Schedule,
+    *,
+    tables: Any = None,
+    remat: str = "none",
+    num_layers: int = 11,
+    **options: Any,
 ) -> Step:
     model = make_model(frozenset(["pytree", "block_has_aux"]))
     return Step(
@@ -127,7 +206,7 @@ def make_step(
         mesh=make_mesh(schedule.num_ranks),
         axis="pipe",
         block=_api._block(model, remat),
-        num_layers=11,
+        num_layers=num_layers,
         **options,
     )
 
@@ -160,6 +239,53 @@ def test_dead_values_are_never_read_by_what_recomputes(name: str) -> None:
         for poison in (False, True)
     )
     assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_layers", "remat", "unroll_layers"),
+    [
+        ("dualpipe", 8, "block", None),
+        ("dualpipe", 8, "none", False),
+        ("dualpipev", 11, "none", None),  # unlike stages
+    ],
+)
+def test_dead_values_are_never_read_in_a_run(
+    name: str, num_layers: int, remat: str, unroll_layers: bool | None
+) -> None:
+    schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=10)
+    tables = compile_program(
+        schedule.program, timetable="aligned", stash_deferred=remat == "none"
+    ).tables
+    assert tables.steady is not None
+    params, batch = make_params(num_layers), make_batch(10)
+    clean, poisoned = (
+        jax.jit(
+            make_step(
+                schedule,
+                tables=tables,
+                remat=remat,
+                num_layers=num_layers,
+                unroll_layers=unroll_layers,
+                poison=poison,
+            )
+        )(params, batch, None)
+        for poison in (False, True)
+    )
+    assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["x_slot", "cotangent_slot"])
+def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None:
+    schedule = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=6)
+    tables = schedule.compiled(timetable="aligned").tables
+    assert tables.steady is not None
+    nowhere: dict[str, Any] = {field: np.full(2, -1)}
+    wrong = dataclasses.replace(tables, steady=dataclasses.replace(tables.steady, **nowhere))
+    step = make_step(schedule, tables=wrong, num_layers=2, poison=True)
+    _, grads = jax.jit(step)(make_params(2), make_batch(6), None)
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(grads["blocks"]))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._executor.tick import store_arrivals
+from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Steady
 
 PyTree = Any
@@ -59,10 +59,12 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
     def run(state: State) -> State:
         first = tick_of(mine, 0), tick_of(mine, 1)
         state = store_arrivals(state, first[0])
-        # A rank that embeds reads nothing: any slot will do.
-        x, cotangent = (
-            registers.read(state.received, jnp.maximum(row["read"], 0)) for row in first
-        )
+        # A rank that embeds reads nothing: the last slot, which nobody else reads.
+        slots = [spare_slots(state, row, "read")["read"] for row in first]
+        x, cotangent = (registers.read(state.received, slot) for slot in slots)
+        if rank.poison:
+            for slot in slots:
+                state = state._replace(received=registers.poison(state.received, slot))
         carry = (state, x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)
         return _leave(rank, steady, state, x, cotangent)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 import dualpipe_jax as dpj
 from tests.models import WIDTH, assert_close, make_batch, make_model, make_params
 from tests.split_vjp.test_early import fused
-from tests.test_exact import sequential_value_and_grad
+from tests.test_exact import RUN_MICROBATCHES, sequential_value_and_grad
 
 
 def make_mesh(**sizes: int) -> jax.sharding.Mesh:
@@ -86,8 +86,9 @@ def test_experts_over_an_axis_left_to_the_partitioner(check_vma: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("timetable", ["shortest", "aligned"])
 @pytest.mark.parametrize("num_layers", [4, 10])  # unrolled, and in a loop
-def test_gradients_made_with_that_of_x(num_layers: int) -> None:
+def test_gradients_made_with_that_of_x(num_layers: int, timetable: str) -> None:
     """A kernel that makes both; a weight used by it and elsewhere; one that it does not touch."""
     mesh = make_mesh(pipe=2)
 
@@ -99,7 +100,10 @@ def test_gradients_made_with_that_of_x(num_layers: int) -> None:
 
     blocks = {name: normal(num_layers, WIDTH, WIDTH) for name in ("both", "kernel", "late")}
     model, params = with_block(block, blocks)
-    batch = make_batch(4)
-    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4)
-    want = sequential_value_and_grad(model, 4)(params, batch)
+    num_microbatches = 4 if timetable == "shortest" else RUN_MICROBATCHES
+    batch = make_batch(num_microbatches)
+    grad_fn = dpj.value_and_grad(
+        model, mesh=mesh, num_microbatches=num_microbatches, timetable=timetable
+    )
+    want = sequential_value_and_grad(model, num_microbatches)(params, batch)
     assert_close(jax.jit(grad_fn)(params, batch), want)

@@ -1,17 +1,20 @@
 """Steps compiled for TPUs, with the compiler that makes programs for real ones."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
-from dualpipe_jax import schedules
+from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._preflight.report import Report
+from dualpipe_jax._preflight.topologies import find_topology
 from tests.preflight.steps import make_args, make_mesh, make_step
 
 
@@ -57,6 +60,25 @@ def test_actions_have_their_matmuls_and_cycles(report: Report) -> None:
         assert actions[name].flops == 2 * 2 * 2 * matmul
         assert (actions[name].cycles or 0) > actions[name].flops / 131072
     assert report.loop.cycles == sum(action.cycles or 0 for action in actions.values())
+
+
+@pytest.mark.slow
+def test_beats_copy_no_slot_buffer() -> None:
+    """Of straight-line code; each layer's buffers are `[slot, rows, length, ...]`."""
+    made = schedules.dualpipe(num_ranks=4, num_microbatches=16)
+    counts = made.compiled(timetable="aligned").tables.num_slots
+    topology = find_topology("tpu:v5e:2x2")
+    mesh = jax.sharding.Mesh(np.array(topology.devices), ("pipe",))
+    args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=128)
+    step = jax.jit(make_step(mesh, num_microbatches=16))
+    text = str(step.lower(*args).compile().as_text())
+    is_steady = rf" collective-permute-start\(.*{_scopes.STEADY}"
+    (beats,) = [each for each in re.split(r"\n(?=[^\s}])", text) if re.search(is_steady, each)]
+    # What F keeps for I and W; what I leaves to W needs no slot in a beat.
+    shape = rf"= \(?\w+\[{counts['residual']},4,128,\d+\]"
+    mine = [line for line in beats.splitlines() if re.search(shape, line)]
+    assert any("dynamic-update-slice" in line for line in mine)
+    assert not [line for line in mine if re.search(r" copy(-start)?\(", line)]
 
 
 @pytest.mark.slow

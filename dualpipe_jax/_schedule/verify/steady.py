@@ -18,11 +18,11 @@ def verify_steady(tables: Tables) -> None:
     """Checks the straight-line run of verified tables, if there is one.
 
     - It has an even number of beats, all within the tables; in beat b every rank runs F of chunk
-      b % 2, then I and W of the other chunk and of one microbatch.
+      b % 2, then I and W of the other chunk and of one microbatch, with a slot in the stash.
     - What the first beat reads is in its slot when the run begins.
     - Every later x and cotangent is what the beat before sent to that rank, or what the rank's own
       head gave; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
-    - What the last beat sends ends in the slots in which the tables store it, and nothing else of
+    - What the last beat sends is what the tables store then, in the same slots, and nothing else of
       the run is stored for later.
 
     Raises:
@@ -51,6 +51,8 @@ def _check_actions(tables: Tables, steady: Steady) -> None:
             _fail_where(tables, tick + after, wrong, "is not what all ranks do in this beat")
         same = tables.microbatch[tick + 1] == tables.microbatch[tick + 2]
         _fail_where(tables, tick + 2, ~same, "must follow the input grad of its microbatch")
+        deferred = tables.deferred[tick + 1] >= 0
+        _fail_where(tables, tick + 1, deferred, "must stash for the weight grad that follows it")
 
 
 def _check_entry(tables: Tables, steady: Steady) -> None:
@@ -66,15 +68,23 @@ def _token(tables: Tables, stage: np.ndarray, microbatch: np.ndarray) -> np.ndar
     return stage.astype(np.int64) * tables.num_microbatches + microbatch
 
 
-def _arrivals(tables: Tables, steady: Steady, beat: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which x and cotangent each rank has after a beat: tokens of those to read them, -1 none."""
-    tick = steady.first_tick + TICKS_PER_BEAT * beat
+def _made(tables: Tables, tick: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each rank makes in the beat that begins here: x, its head's cotangent, its I's.
+
+    As tokens of the actions that read it; -1 for none.
+    """
     stage, microbatch = tables.stage[tick], tables.microbatch[tick]
     is_last = stage == tables.num_stages - 1
-    made_x = np.where(is_last, -1, _token(tables, stage + 1, microbatch))
+    x = np.where(is_last, -1, _token(tables, stage + 1, microbatch))
     from_head = np.where(is_last, _token(tables, stage, microbatch), -1)
     stage, microbatch = tables.stage[tick + 1], tables.microbatch[tick + 1]
-    made_cotangent = np.where(stage == 0, -1, _token(tables, stage - 1, microbatch))
+    return x, from_head, np.where(stage == 0, -1, _token(tables, stage - 1, microbatch))
+
+
+def _arrivals(tables: Tables, steady: Steady, beat: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which x and cotangent each rank has after a beat, by the pairs: tokens, -1 for none."""
+    tick = steady.first_tick + TICKS_PER_BEAT * beat
+    made_x, from_head, made_cotangent = _made(tables, tick)
     x = _travel(steady.x_pairs[beat % 2], made_x)
     cotangent = _travel(steady.cotangent_pairs[beat % 2], made_cotangent)
     twice = (cotangent >= 0) & (from_head >= 0)
@@ -104,22 +114,31 @@ def _check_reads(
 
 def _check_exit(tables: Tables, steady: Steady, x: np.ndarray, cotangent: np.ndarray) -> None:
     last = steady.ticks.stop - TICKS_PER_BEAT
-    is_last = tables.stage[last] == tables.num_stages - 1
-    # What the tables store of the last F and I; at most one column names a slot.
-    stored_x = np.where(is_last, -1, tables.keep[last])
-    stored_cotangent = np.maximum(np.where(is_last, tables.keep[last], -1), tables.keep[last + 1])
-    for column in (tables.from_left, tables.from_right):
-        stored_x = np.maximum(stored_x, column[last + 1])
-        stored_cotangent = np.maximum(stored_cotangent, column[last + 2])
+    made_x, from_head, made_cotangent = _made(tables, last)
+    has_head = from_head >= 0
+    # Each column of the tables that may store what the last beat makes, and what that is.
+    of_x = [(np.where(has_head, -1, tables.keep[last]), made_x)]
+    of_cotangent = [
+        (np.where(has_head, tables.keep[last], -1), from_head),
+        (tables.keep[last + 1], made_cotangent),
+    ]
+    for column, step in ((tables.from_left, 1), (tables.from_right, -1)):
+        of_x.append((column[last + 1], np.roll(made_x, step)))
+        of_cotangent.append((column[last + 2], np.roll(made_cotangent, step)))
         if last + TICKS_PER_BEAT < tables.num_ticks:
             late = column[last + TICKS_PER_BEAT] >= 0
             _fail_where(tables, last + TICKS_PER_BEAT, late, "stores what no weight grad sent")
-    for slots, stored, token in (
-        (steady.x_slot, stored_x, x),
-        (steady.cotangent_slot, stored_cotangent, cotangent),
+    for slots, stored, arrived in (
+        (steady.x_slot, of_x, x),
+        (steady.cotangent_slot, of_cotangent, cotangent),
     ):
-        wrong = (slots != stored) | ((slots >= 0) & (token < 0))
+        named = np.stack([column for column, _ in stored])
+        _fail_where(tables, last, (named >= 0).sum(axis=0) > 1, "stores two values for later")
+        wrong = slots != named.max(axis=0)
         _fail_where(tables, last, wrong, "leaves its last values in other slots than the tables")
+        for column, token in stored:
+            wrong = (column >= 0) & (token != arrived)
+            _fail_where(tables, last, wrong, "leaves another value than the tables store")
 
 
 def _fail_where(tables: Tables, tick: int, mask: np.ndarray, fault: str) -> None:

@@ -1,0 +1,500 @@
+"""The straight-line run of beats: its length, its rules, and an interpreter that runs it."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.ir import (
+    FORWARD,
+    INPUT_GRAD,
+    OPCODE_LETTERS,
+    TICKS_PER_BEAT,
+    WEIGHT_GRAD,
+    Steady,
+    Tables,
+)
+from dualpipe_jax._schedule.verify import verify_steady, verify_tables
+from dualpipe_jax.schedules import Schedule
+from tests.schedules_under_test import NAMES, WIDE_GRID, compiled
+
+PAIRED = ("dualpipe", "dualpipev")
+# Few beats and many, odd sizes, one rank, a neighbour to itself, nothing to send in even beats.
+SIZES = [
+    ("dualpipe", 2, 8),
+    ("dualpipe", 3, 12),
+    ("dualpipe", 4, 8),
+    ("dualpipe", 4, 16),
+    ("dualpipe", 8, 20),
+    ("dualpipev", 1, 5),
+    ("dualpipev", 2, 5),
+    ("dualpipev", 3, 9),
+    ("dualpipev", 4, 10),
+]
+
+
+def by_hand(each_way: int, near: int, far: int) -> Schedule:
+    """As DualPipe on two ranks, but with so many forwards of either stage before the first pair."""
+    rows = []
+    for mine, other in ((0, each_way), (each_way, 0)):
+        queues = {
+            f"{stage}{kind}": [f"{stage}{kind}{first + m}" for m in range(each_way)]
+            for stage, first in ((0, mine), (1, other))
+            for kind in "FB"
+        }
+        row = [queues["0F"].pop(0) for _ in range(near)] + [queues["1F"].pop(0) for _ in range(far)]
+        for forward, backward in itertools.cycle([("0F", "1B"), ("1F", "0B")]):
+            if not any(queues.values()):
+                break
+            cells = [queues[name].pop(0) for name in (forward, backward) if queues[name]]
+            row.append(f"({';'.join(cells)})OVERLAP_F_B" if len(cells) == 2 else "".join(cells))
+        rows.append(",".join(cell for cell in row if cell))
+    return Schedule.from_csv("\n".join(rows))
+
+
+def tables_of(name: str, num_ranks: int, num_microbatches: int) -> Tables:
+    tables = compiled(name, num_ranks, num_microbatches, "aligned").tables
+    assert tables.steady is not None
+    return tables
+
+
+def run_with_steady(tables: Tables) -> Counter[str]:
+    """Executes the ramps by the tables and the run by the words of `Steady`, with tokens.
+
+    A received slot holds ("x", s, m), what F of stage s and microbatch m reads, or ("dx", s, m),
+    what its I reads; a residual's or a stash's holds (s, m).
+
+    Returns:
+      How often each action ran.
+    """
+    ranks, last, steady = range(tables.num_ranks), tables.num_stages - 1, tables.steady
+    count: Counter[str] = Counter()
+    received: list[dict[int, Any]] = [{} for _ in ranks]
+    saved: list[dict[tuple[str, int], Any]] = [{} for _ in ranks]
+
+    def cell(tick: int, rank: int) -> dict[str, int]:
+        return {name: int(getattr(tables, name)[tick, rank]) for name in Tables.columns()}
+
+    def did(opcode: int, stage: int, microbatch: int) -> None:
+        count[f"{stage}{OPCODE_LETTERS[opcode]}{microbatch}"] += 1
+
+    def put(rank: int, buffer: str, slot: int, value: Any) -> None:
+        assert slot >= 0, (buffer, rank)
+        assert (buffer, slot) not in saved[rank], (buffer, rank, "still to be read")
+        saved[rank][buffer, slot] = value
+
+    def take(rank: int, buffer: str, slot: int, value: Any) -> None:
+        assert saved[rank].pop((buffer, slot), None) == value, (buffer, rank)
+
+    def forward(rank: int, row: dict[str, int], stage: int, x: Any) -> Any:
+        m = row["microbatch"]
+        assert stage == 0 or x == ("x", stage, m), (rank, x)
+        did(FORWARD, stage, m)
+        put(rank, "residual", row["residual"], (stage, m))
+        put(rank, "weight_residual", row["weight_residual"], (stage, m))
+        return ("dx", stage, m) if stage == last else ("x", stage + 1, m)
+
+    def input_grad(rank: int, row: dict[str, int], stage: int, cotangent: Any) -> Any:
+        m = row["microbatch"]
+        assert cotangent == ("dx", stage, m), (rank, cotangent)
+        did(INPUT_GRAD, stage, m)
+        take(rank, "residual", row["residual"], (stage, m))
+        put(rank, "stash", row["stash"], (stage, m))
+        return ("dx", stage - 1, m) if stage else None
+
+    def weight_grad(rank: int, row: dict[str, int], stage: int) -> None:
+        m = row["microbatch"]
+        did(WEIGHT_GRAD, stage, m)
+        take(rank, "weight_residual", row["weight_residual"], (stage, m))
+        take(rank, "stash", row["stash"], (stage, m))
+
+    def arrive(tick: int, sent: list[Any]) -> None:
+        for rank in ranks:
+            for column, sender in (("from_left", rank - 1), ("from_right", rank + 1)):
+                if (slot := cell(tick, rank)[column]) >= 0:
+                    received[rank][slot] = sent[sender % tables.num_ranks]
+
+    def run_tick(tick: int) -> list[Any]:
+        sent: list[Any] = [None for _ in ranks]
+        for rank in ranks:
+            row = cell(tick, rank)
+            if row["opcode"] == FORWARD:
+                sent[rank] = forward(rank, row, row["stage"], received[rank].get(row["read"]))
+            elif row["opcode"] == INPUT_GRAD:
+                sent[rank] = input_grad(rank, row, row["stage"], received[rank].pop(row["read"]))
+            elif row["opcode"] == WEIGHT_GRAD:
+                weight_grad(rank, row, row["stage"])
+            if row["keep"] >= 0:
+                received[rank][row["keep"]] = sent[rank]
+        return sent
+
+    def run_beats(steady: Steady) -> None:
+        first = steady.first_tick
+        x = [received[rank].get(cell(first, rank)["read"]) for rank in ranks]
+        cotangent = [received[rank].pop(cell(first + 1, rank)["read"]) for rank in ranks]
+        for beat in range(steady.num_beats):
+            tick, parity = first + TICKS_PER_BEAT * beat, beat % 2
+            made, made_cotangent = [], []
+            for rank in ranks:
+                mine = [int(tables.stage_of[chunk, rank]) for chunk in (parity, 1 - parity)]
+                f_row, i_row = cell(tick, rank), cell(tick + 1, rank)
+                made.append(forward(rank, f_row, mine[0], x[rank]))
+                made_cotangent.append(input_grad(rank, i_row, mine[1], cotangent[rank]))
+                weight_grad(rank, i_row, mine[1])
+            is_last = [int(tables.stage_of[parity, rank]) == last for rank in ranks]
+            x = [None for _ in ranks]
+            cotangent = [own if here else None for own, here in zip(made, is_last, strict=True)]
+            for source, target in steady.x_pairs[parity]:
+                x[target] = made[source]
+            for source, target in steady.cotangent_pairs[parity]:
+                if not is_last[target]:
+                    cotangent[target] = made_cotangent[source]
+        for slots, values in ((steady.x_slot, x), (steady.cotangent_slot, cotangent)):
+            for rank in ranks:
+                if slots[rank] >= 0:
+                    received[rank][int(slots[rank])] = values[rank]
+
+    tick, sent = 0, [None for _ in ranks]
+    while tick < tables.num_ticks:
+        arrive(tick, sent)
+        if steady is not None and tick == steady.first_tick:
+            run_beats(steady)
+            tick, sent = steady.ticks.stop, [None for _ in ranks]
+        else:
+            tick, sent = tick + 1, run_tick(tick)
+    assert not any(saved), "all slots end free"
+    return count
+
+
+def every_action_once(tables: Tables) -> Counter[str]:
+    return Counter(
+        f"{stage}{letter}{microbatch}"
+        for letter in OPCODE_LETTERS[1:]
+        for stage in range(tables.num_stages)
+        for microbatch in range(tables.num_microbatches)
+    )
+
+
+# ---- which schedules have a run, and how long it is
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "num_microbatches", "num_beats"),
+    [
+        ("dualpipe", 2, 8, 4),
+        ("dualpipe", 4, 16, 10),
+        ("dualpipe", 8, 32, 16),
+        ("dualpipe", 8, 64, 48),
+        ("dualpipe", 16, 128, 96),
+        ("dualpipev", 1, 4, 4),
+        ("dualpipev", 4, 16, 16),
+    ],
+)
+def test_length(name: str, num_ranks: int, num_microbatches: int, num_beats: int) -> None:
+    steady = tables_of(name, num_ranks, num_microbatches).steady
+    assert steady is not None
+    assert steady.num_beats == num_beats
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_some_schedules_have_a_run(name: str) -> None:
+    """Those with pairs, aligned; chimera's and the others' backwards are no part of pairs."""
+    sizes = [(P, N) for n, P, N in WIDE_GRID if n == name][::7]
+    runs = [compiled(name, P, N, "aligned").tables.steady for P, N in sizes]
+    assert any(runs) == (name in PAIRED)
+    assert all(compiled(name, P, N).tables.steady is None for P, N in sizes)
+
+
+def pairs_of_cells(program: Any) -> set[tuple[str, str, str]]:
+    """All pairs of a program as the cells of their three ticks."""
+    pairs = set()
+    for row in program.to_csv().splitlines():
+        for cell in row.split(","):
+            if cell.startswith("("):
+                forward, backward = cell[1 : cell.index(")")].split(";")
+                pairs.add((forward, *(backward.replace("B", letter) for letter in "IW")))
+    return pairs
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_run_is_pairs_in_alternate_roles(name: str) -> None:
+    """Read off the cells of the timeline, by directions and stages instead of chunks."""
+    num_runs = 0
+    for _, P, N in [case for case in WIDE_GRID if case[0] == name][::3]:
+        made = compiled(name, P, N, "aligned")
+        steady = made.tables.steady
+        if steady is None:
+            continue
+        num_runs += 1
+        assert steady.num_beats % 2 == 0
+        pairs, actions = pairs_of_cells(made.program), made.timeline.actions
+        roles = []
+        for beat in range(steady.num_beats):
+            tick = steady.first_tick + TICKS_PER_BEAT * beat
+            cells = list(zip(*actions[tick : tick + TICKS_PER_BEAT], strict=True))
+            assert set(cells) <= pairs
+            direction = made.timeline.direction[tick : tick + 2].tolist()
+            stage = made.timeline.stage[tick : tick + 2].tolist()
+            roles.append(
+                [list(zip(*each, strict=True)) for each in zip(direction, stage, strict=True)]
+            )
+        for before, after in itertools.pairwise(roles):
+            assert before == after[::-1]  # who ran forward runs backward, and the other way round
+    assert num_runs > 5
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_ramps_and_run_do_every_action_once(name: str) -> None:
+    num_runs = 0
+    for _, P, N in [case for case in WIDE_GRID if case[0] == name][::2]:
+        tables = compiled(name, P, N, "aligned").tables
+        assert run_with_steady(tables) == every_action_once(tables)
+        num_runs += tables.steady is not None
+    assert num_runs > 10
+
+
+def test_the_run_is_the_same_where_deferred_weight_grads_recompute() -> None:
+    """A W in a pair follows its I at once: it has its stash, whatever the others do."""
+    some_recompute = False
+    for name, P, N in SIZES:
+        program = compiled(name, P, N).program
+        kept, recomputed = (
+            compile_program(program, timetable="aligned", stash_deferred=stash).tables
+            for stash in (True, False)
+        )
+        a, b = kept.steady, recomputed.steady
+        assert a is not None
+        assert b is not None
+        assert (a.first_tick, a.num_beats, a.x_pairs) == (b.first_tick, b.num_beats, b.x_pairs)
+        assert (recomputed.deferred[b.ticks] < 0).all()
+        some_recompute |= bool((recomputed.deferred >= 0).any())
+    assert some_recompute
+
+
+def test_a_schedule_by_hand_has_a_run() -> None:
+    tables = by_hand(5, near=2, far=2).compiled(timetable="aligned").tables
+    assert tables.steady is not None
+    assert run_with_steady(tables) == every_action_once(tables)
+
+
+def test_schedules_of_many_orders() -> None:
+    """With more or fewer on their way: a run or none, the same actions."""
+    num_runs = num_without = 0
+    for each_way, near, far in itertools.product((4, 6), (1, 2, 3), (1, 2, 3)):
+        try:
+            tables = by_hand(each_way, near, far).compiled(timetable="aligned").tables
+        except ScheduleError:  # they wait for each other
+            continue
+        assert run_with_steady(tables) == every_action_once(tables)
+        num_runs += tables.steady is not None
+        num_without += tables.steady is None
+    assert num_runs > 3
+    assert num_without > 0
+
+
+# ---- what the verifier refuses
+
+
+def change(tables: Tables, **fields: Any) -> Tables:
+    """Replaces fields of the tables' `steady`."""
+    assert tables.steady is not None
+    return dataclasses.replace(tables, steady=dataclasses.replace(tables.steady, **fields))
+
+
+def change_cell(tables: Tables, column: str, tick: int, rank: int, value: int) -> Tables:
+    """Replaces an entry of a table."""
+    table = getattr(tables, column).copy()
+    table[tick, rank] = value
+    return dataclasses.replace(tables, **{column: table})
+
+
+def swap(pairs: Any) -> Any:
+    """Has the first two pairs go to each other's targets."""
+    (a, to_a), (b, to_b), *others = pairs
+    return ((a, to_b), (b, to_a), *others)
+
+
+TABLES = tables_of("dualpipe", 4, 16)
+STEADY = TABLES.steady
+assert STEADY is not None
+FIRST, STOP = STEADY.ticks.start, STEADY.ticks.stop
+LAST = STOP - TICKS_PER_BEAT
+# Two beats: what the last one sends is read in the ramp only.
+SHORT = tables_of("dualpipe", 4, 8)
+assert SHORT.steady is not None
+assert SHORT.steady.num_beats == 2
+
+
+def exchange_weight_grads() -> Tables:
+    """Has the W's of two beats take each other's place on one rank."""
+    tables = TABLES
+    a, b = FIRST + 2, FIRST + 2 + 2 * TICKS_PER_BEAT
+    for column in ("microbatch", "weight_residual", "stash"):
+        table = getattr(TABLES, column)
+        tables = change_cell(tables, column, a, 1, table[b, 1])
+        tables = change_cell(tables, column, b, 1, table[a, 1])
+    return tables
+
+
+def renumber_chunks() -> Tables:
+    """Numbers the chunks of one rank the other way round: the same ticks, legal tables."""
+    chunk, stage_of = TABLES.chunk.copy(), TABLES.stage_of.copy()
+    acts = chunk[:, 2] >= 0
+    chunk[acts, 2] ^= 1
+    stage_of[:, 2] = stage_of[::-1, 2]
+    tables = dataclasses.replace(TABLES, chunk=chunk, stage_of=stage_of)
+    verify_tables(tables)
+    return tables
+
+
+def put_off() -> Tables:
+    """Has an I and its W of the run leave no stash but what recomputes: legal tables."""
+    tables = dataclasses.replace(TABLES, num_slots={**TABLES.num_slots, "deferred": 1})
+    for tick in (FIRST + 1, FIRST + 2):
+        tables = change_cell(tables, "stash", tick, 1, -1)
+        tables = change_cell(tables, "deferred", tick, 1, 0)
+    verify_tables(tables)
+    return tables
+
+
+def late_cotangent(column: str, tick: int) -> Tables:
+    return change_cell(TABLES, column, tick, 1, int(TABLES.read[FIRST + 1, 1]))
+
+
+def with_slot(field: str, rank: int, slot: int) -> Tables:
+    slots = getattr(STEADY, field).copy()
+    assert slots[rank] != slot
+    slots[rank] = slot
+    return change(TABLES, **{field: slots})
+
+
+even, odd = STEADY.x_pairs
+SHORT_PAIRS = SHORT.steady.x_pairs[0]
+FAULTS = {
+    "no beats": (change(TABLES, num_beats=0), "a run has beats"),
+    "fewer than none": (change(TABLES, num_beats=-2), "a run has beats"),
+    "odd": (change(TABLES, num_beats=STEADY.num_beats - 1), "as many even beats as odd"),
+    "before all ticks": (change(TABLES, first_tick=-3), "a run is in its tables"),
+    "past all ticks": (change(TABLES, num_beats=40), "a run is in its tables"),
+    "a tick early": (change(TABLES, first_tick=FIRST - 1), "what all ranks do"),
+    "a tick late": (change(TABLES, first_tick=FIRST + 1), "what all ranks do"),
+    "a beat early": (change(TABLES, first_tick=FIRST - 3), "what all ranks do"),
+    "too long": (change(TABLES, num_beats=STEADY.num_beats + 2), "what all ranks do"),
+    "other chunks": (renumber_chunks(), "on rank 2 .*what all ranks do"),
+    "another W": (exchange_weight_grads(), "must follow the input grad of its microbatch"),
+    "no stash": (put_off(), "must stash for the weight grad"),
+    "kept late": (late_cotangent("keep", FIRST), "its cotangent before the first beat"),
+    "from the left late": (late_cotangent("from_left", FIRST + 1), "before the first beat"),
+    "from the right late": (late_cotangent("from_right", FIRST + 1), "before the first beat"),
+    "x to another": (change(TABLES, x_pairs=(swap(even), odd)), "does not get its x"),
+    "no x": (change(TABLES, x_pairs=(even, odd[1:])), "does not get its x"),
+    "cotangent to another": (
+        change(TABLES, cotangent_pairs=(swap(even), odd)),
+        "does not get its cotangent",
+    ),
+    "no cotangent": (change(TABLES, cotangent_pairs=(even[1:], odd)), "not get its cotangent"),
+    "two cotangents": (
+        change(TABLES, cotangent_pairs=(even, ((1, 0), (2, 1)))),
+        "from its head and from another rank",
+    ),
+    "sent twice": (change(TABLES, x_pairs=((*even, (0, 2)), odd)), "no rank sends twice"),
+    "sent two": (change(TABLES, x_pairs=(even, (*odd, (0, 1)))), "no rank is sent two values"),
+    "x in another slot": (with_slot("x_slot", 1, 1), "in other slots than the tables"),
+    "x nowhere": (with_slot("x_slot", 1, -1), "in other slots than the tables"),
+    "x for nobody": (with_slot("x_slot", 0, 0), "in other slots than the tables"),
+    "cotangent in another slot": (with_slot("cotangent_slot", 3, 0), "in other slots"),
+    "cotangent nowhere": (with_slot("cotangent_slot", 0, -1), "in other slots"),
+    "two x": (
+        change_cell(TABLES, "from_right", LAST + 1, 1, 0)
+        if TABLES.from_right[LAST + 1, 1] < 0
+        else change_cell(TABLES, "from_left", LAST + 1, 1, 0),
+        "stores two values for later",
+    ),
+    "from a weight grad": (change_cell(TABLES, "from_left", STOP, 1, 0), "no weight grad sent"),
+    "another last x": (
+        change(SHORT, x_pairs=(SHORT_PAIRS, ((1, 1), (2, 2)))),
+        "leaves another value than the tables store",
+    ),
+    "another last cotangent": (
+        change(SHORT, cotangent_pairs=(SHORT_PAIRS, ((1, 1), (2, 2)))),
+        "leaves another value than the tables store",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_verifier_refuses(fault: str) -> None:
+    """Each of its rules has a fault that it alone finds: by its own words."""
+    tables, message = FAULTS[fault]
+    with pytest.raises((ScheduleError, AssertionError), match=message):
+        verify_steady(tables)
+
+
+def test_a_fault_shows_the_ticks_around() -> None:
+    with pytest.raises(ScheduleError) as error:
+        verify_steady(FAULTS["no x"][0])
+    lines = str(error.value).splitlines()
+    # Beat 2 reads what beat 1 sent: rank 2 has no x for its F.
+    assert "on rank 2 in tick 14: does not get its x" in lines[0]
+    assert any("[" in line for line in lines if line.startswith("  rank 2"))
+
+
+@st.composite
+def changed(draw) -> Tables:
+    """Draws a run with one field changed in one place."""
+    tables = tables_of(*draw(st.sampled_from(SIZES)))
+    steady, ranks = tables.steady, st.integers(0, tables.num_ranks - 1)
+    assert steady is not None
+    fields = [field.name for field in dataclasses.fields(Steady)]
+    name = draw(st.sampled_from(fields))
+    if name == "first_tick":
+        return change(tables, first_tick=draw(st.integers(0, tables.num_ticks)))
+    if name == "num_beats":
+        return change(tables, num_beats=draw(st.integers(-2, tables.num_ticks // 3)))
+    if name in ("x_slot", "cotangent_slot"):
+        slots = getattr(steady, name).copy()
+        slots[draw(ranks)] = draw(st.integers(-1, tables.num_slots["received"] - 1))
+        return change(tables, **{name: slots})
+    both = list(getattr(steady, name))
+    parity = draw(st.integers(0, 1))
+    pairs = dict(both[parity])
+    source = draw(ranks)
+    if draw(st.booleans()):
+        pairs[source] = draw(ranks)  # another way, or one more
+    else:
+        pairs.pop(source, None)
+    both[parity] = tuple(sorted(pairs.items()))
+    return change(tables, **{name: tuple(both)})
+
+
+@given(changed())
+@settings(max_examples=400, deadline=None)
+def test_what_the_verifier_accepts_runs_every_action_once(tables: Tables) -> None:
+    """A change that alters what the run does is refused; the others are harmless."""
+    try:
+        verify_steady(tables)
+    except (ScheduleError, AssertionError):
+        return
+    assert run_with_steady(tables) == every_action_once(tables)
+
+
+@given(st.sampled_from(SIZES), st.sampled_from(Tables.columns()), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_changed_entry_of_a_run_is_refused(case: Any, column: str, data: Any) -> None:
+    tables = tables_of(*case)
+    assert tables.steady is not None
+    ticks = range(tables.num_ticks)[tables.steady.ticks]
+    tick = data.draw(st.sampled_from(ticks))
+    rank = data.draw(st.integers(0, tables.num_ranks - 1))
+    old = int(getattr(tables, column)[tick, rank])
+    value = data.draw(st.integers(-1, max(getattr(tables, column).max(), 1) + 1))
+    if value == old:
+        return
+    with pytest.raises(ScheduleError):
+        verify_tables(change_cell(tables, column, tick, rank, value))
