@@ -53,7 +53,8 @@ def make_tables(schedule: str, num_microbatches: int, timetable: str) -> Tables:
 
 @pytest.fixture(scope="module", params=dpj.schedules.names())
 def compiled(request: pytest.FixtureRequest) -> Any:
-    return {n: compile_train_step(request.param, n) for n in (8, 24)} | {"name": request.param}
+    steps = {n: compile_train_step(request.param, n, timetable="shortest") for n in (8, 24)}
+    return steps | {"name": request.param}
 
 
 @pytest.mark.slow
@@ -88,15 +89,23 @@ def test_buffers_are_updated_in_place(compiled: Any) -> None:
 
 
 @pytest.mark.slow
+def test_buffers_of_layers_in_loops_are_updated_in_place() -> None:
+    num_slots = make_tables("dualpipe", 8, "shortest").num_slots
+    slots = {num_slots[name] for name in ("residual", "weight_residual", "stash")}
+    text = compile_train_step("dualpipe", 8, timetable="shortest", unroll_layers=False).as_text()
+    _assert_in_place(text, slots, is_apart=False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["dualpipe", "zb-h1"])
 def test_what_is_put_off_is_updated_in_place(schedule: str) -> None:
     made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=8)
     num_slots = compile_program(made.program, stash_deferred=False).tables.num_slots
-    text = compile_train_step(schedule, 8, remat="block").as_text()
+    text = compile_train_step(schedule, 8, timetable="shortest", remat="block").as_text()
     _assert_in_place(text, {num_slots["weight_residual"], num_slots["deferred"] + 1})
 
 
-def _assert_in_place(text: str, num_slots: set[int], *, is_apart: bool = False) -> None:
+def _assert_in_place(text: str, num_slots: set[int], *, is_apart: bool = True) -> None:
     """Looks for copies; where `is_apart`, every layer has buffers and accumulators of its own."""
     layers = "" if is_apart else f"{STAGE_LAYERS},"
     buffers = [f"f64[{n},{layers}{ROWS},{LENGTH}," for n in num_slots]
@@ -156,12 +165,10 @@ def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
 
 @pytest.mark.slow
 def test_a_run_updates_in_place(compiled_with_run: Any) -> None:
-    """Accumulators and weights, a layer's each; of slot buffers only a TPU's program tells.
-
-    What orders a slot's last read before its next write is an optimization barrier, which XLA drops
-    early on CPU, and so copies: see preflight/test_tpu.py.
-    """
-    _assert_in_place(compiled_with_run[16].as_text(), set(), is_apart=True)
+    """Slot buffers, accumulators and weights, a layer's each."""
+    tables = make_tables(compiled_with_run["name"], 16, "aligned")
+    slots = {tables.num_slots[name] for name in ("residual", "weight_residual")}
+    _assert_in_place(compiled_with_run[16].as_text(), slots)
 
 
 @pytest.mark.slow
