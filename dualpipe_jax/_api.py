@@ -12,7 +12,7 @@ import numpy as np
 
 from dualpipe_jax import _kinds, _microbatches, _outputs, _parameters, _scopes, _validate
 from dualpipe_jax import schedules as _schedules
-from dualpipe_jax._executor import Step
+from dualpipe_jax._executor import MemoryReport, Step
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
@@ -39,7 +39,7 @@ def value_and_grad(
     manual_axes: str | tuple[str, ...] = (),
     param_specs: PyTree = None,
     trainable: PyTree | Callable[[PyTree], PyTree] = True,
-) -> Callable[..., Any]:
+) -> "GradFunction":
     """Makes the pipelined `jax.value_and_grad` of a model's loss.
 
     The function equals `jax.value_and_grad(sequential(model, num_microbatches=...))` whatever the
@@ -122,17 +122,53 @@ def value_and_grad(
         unroll_layers=unroll_layers,
     )
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
+    return GradFunction(build=build, schedule=schedule, trainable=trainable, dtype=dtype)
 
-    def grad_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GradFunction:
+    """What `value_and_grad` makes: a function of (params, batch), as described there."""
+
+    build: "_Builder"
+    schedule: _schedules.Schedule
+    trainable: PyTree | Callable[[PyTree], PyTree]
+    dtype: Any
+
+    def __call__(self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
+        """Returns `(loss, grads)`, or `((loss, metrics), grads)`."""
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
-        step = build(params, batch, rng)
-        _validate.grad_dtype(dtype, params)
-        wanted = _parameters.wanted(params, trainable)
-        with _named(schedule):
+        step = self.build(params, batch, rng)
+        _validate.grad_dtype(self.dtype, params)
+        wanted = _parameters.wanted(params, self.trainable)
+        with _named(self.schedule):
             result, grads = step(params, batch, rng)
-        return result, _gradients(params, wanted, grads, dtype)
+        return result, _gradients(params, wanted, grads, self.dtype)
 
-    return grad_fn
+    def memory(
+        self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
+    ) -> MemoryReport:
+        """Adds up what a step holds on one device beside params and batch, without compiling it.
+
+        Args:
+          params: As for a call; arrays, or `jax.ShapeDtypeStruct`s.
+          batch: As for a call; arrays, or `jax.ShapeDtypeStruct`s.
+          rng: As for a call.
+
+        Returns:
+          A MemoryReport; `print` it, or see its `terms`. The compiler has the last word:
+          `preflight` asks it.
+
+        Raises:
+          ValueError: As a call.
+          TypeError: As a call.
+        """
+        reports = []
+
+        def look(params: PyTree, batch: PyTree, rng: Any) -> None:
+            reports.append(self.build.traced(params, batch, rng).memory(params, batch, rng))
+
+        jax.eval_shape(look, params, batch, rng)
+        return reports[0]
 
 
 def evaluate(
@@ -231,6 +267,15 @@ class _Builder:
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
+        """Gives the step, jitted outside of any jit."""
+        step = self.traced(params, batch, rng)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
+            # Inside the user's jit: traced as part of it, as often as it is.
+            return step
+        return self._steps.setdefault(step.num_layers, jax.jit(step))
+
+    def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
+        """Gives the step, to be traced."""
         tables = self._tables
         where = f" of the schedule over {tables.num_ranks} ranks"
         num_layers = _validate.num_layers(
@@ -244,19 +289,14 @@ class _Builder:
             num_shards=self._num_shards,
             shards=self._shards,
         )
-        layout = self._step(num_layers=num_layers).layout
-        if layout.unroll_layers and not layout.has_equal_stages:
+        step = self._step(num_layers=num_layers)
+        if step.unroll_layers and not step.layout.has_equal_stages:
             raise ValueError(
                 f"unroll_layers=True: all stages must have the same kinds of layers in the same "
                 f"order, but {num_layers} layers are spread over {tables.num_stages} unlike stages"
                 f"{where}; leave it None, or change the number of layers or the layout"
             )
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
-            # Inside the user's jit: traced as part of it, as often as it is.
-            return self._step(num_layers=num_layers)
-        if num_layers not in self._steps:
-            self._steps[num_layers] = jax.jit(self._step(num_layers=num_layers))
-        return self._steps[num_layers]
+        return step
 
 
 def _named(schedule: _schedules.Schedule) -> AbstractContextManager[object]:
