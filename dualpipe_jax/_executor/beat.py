@@ -16,6 +16,8 @@ A beat of four layers, `f` and `i` on their way through the slots of a layer's b
     F  0 1 2 3 -> x to the neighbour        layers 0, 1: f writes, then i reads
     I  3 2 1 0 -> cotangent to it           layers 3, 2: i reads, then f writes
     W          3 2 1 0                      x and cotangent travel meanwhile
+
+GPU compilers would take this order apart: there data has to keep it (`order.py`).
 """
 
 from collections.abc import Callable
@@ -27,7 +29,7 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _microbatches, _scopes
-from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor import accumulators, order, registers
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
@@ -125,6 +127,9 @@ class _Beat:
         next_x = self._send(y, self.x_pairs)
         next_cotangent = self._send(dx, self.cotangent_pairs)
         state = weight_grad(state)
+        # Else W would be put off to the end of the trip, and what it reads copied out of the slots.
+        mine = state.take_grads(self.backward, rank.gradients.late)
+        next_x, next_cotangent = order.wait_for((next_x, next_cotangent), mine)
         if (self.stage_of[self.backward] == 0).any():
             state = when(
                 i_row["stage"] == 0, lambda state: rank.embed_grad(state, dx, i_row), state
@@ -197,6 +202,8 @@ class _Beat:
                 buffer[kind] = registers.write_layer(
                     buffer[kind], values, f_layer.index, f_row[name]
                 )
+            # Each hides the other's collectives only if neither runs ahead by layers.
+            x, dx = order.together(x, dx)
         state = state._replace(aux=aux, residual=buffers[0], weight_residual=buffers[1])
         state = state.put_grads(self.backward, rank.gradients.early, (grads, shared))
         return state, x, dx, lambda state: self._weight_grads(state, stashed, x, i_row)
