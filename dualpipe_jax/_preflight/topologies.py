@@ -85,7 +85,7 @@ def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any
 
 def num_adjacent(devices: np.ndarray) -> int:
     """Counts the neighbours along mesh axes that are neighbours on the chips' grid."""
-    if not hasattr(devices.flat[0], "coords"):
+    if not _is_grid(devices.flat[0]):
         return 0
     total = 0
     for axis in range(devices.ndim):
@@ -98,15 +98,20 @@ def num_adjacent(devices: np.ndarray) -> int:
 
 def is_adjacent_along(devices: np.ndarray, axis: int) -> bool | None:
     """Whether all neighbours along an axis are neighbours on the grid; None where there is none."""
-    if not hasattr(devices.flat[0], "coords"):
+    if not _is_grid(devices.flat[0]):
         return None
     lines = np.moveaxis(devices, axis, -1).reshape(-1, devices.shape[axis])
     return all(num_adjacent(line) == len(line) - 1 for line in lines)
 
 
+def _is_grid(device: Any) -> bool:
+    """Whether a device has neighbours: GPUs have coordinates too, but reach all over a switch."""
+    return device.platform == "tpu" and hasattr(device, "coords")
+
+
 def _layouts(devices: tuple[Any, ...], shape: tuple[int, ...]) -> list[np.ndarray]:
     """Lists ways to lay the devices out: JAX's own first, then along the grid to and fro."""
-    if not hasattr(devices[0], "coords"):
+    if not _is_grid(devices[0]):
         return [np.array(devices).reshape(shape)]
     layouts = [mesh_utils.create_device_mesh(shape, devices=devices)]
     size = [max(device.coords[dim] for device in devices) + 1 for dim in range(3)]
