@@ -73,7 +73,7 @@ def command(*, layers: int, width: int, has_options: bool, verbose: bool) -> Non
             step.fn, step.args, TOPOLOGY, compiler_options=options, mesh=step.mesh
         )
         if verbose:
-            console.print(report)
+            console.print(str(report))
         for kind in KINDS:
             counted = count(report, kind)
             if counted.total:
