@@ -16,7 +16,7 @@ from rich.console import Console
 import dualpipe_jax as dpj
 from experiments.overlap import steps
 from experiments.train_lm import flags
-from experiments.train_lm.flags import POSITIVE
+from experiments.train_lm.flags import POSITIVE, Refusal
 
 TOPOLOGY = "gpu:h100:8"
 KINDS = ("collective-permute", "all-to-all")
@@ -69,9 +69,12 @@ def command(*, layers: int, width: int, has_options: bool, verbose: bool) -> Non
     }
     options = dpj.compiler_options("gpu") if has_options else {}
     for name, step in made.items():
-        report = dpj.preflight(
-            step.fn, step.args, TOPOLOGY, compiler_options=options, mesh=step.mesh
-        )
+        try:
+            report = dpj.preflight(
+                step.fn, step.args, TOPOLOGY, compiler_options=options, mesh=step.mesh
+            )
+        except ModuleNotFoundError as error:
+            raise Refusal(str(error)) from error
         if verbose:
             console.print(str(report))
         for kind in KINDS:
