@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _microbatches, _scopes
-from dualpipe_jax._executor import accumulators, registers, unrolled
+from dualpipe_jax._executor import accumulators, order, registers, unrolled
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
@@ -122,6 +122,10 @@ class _Beat:
         next_x = self._send(y, self.x_pairs)
         next_cotangent = self._send(dx, self.cotangent_pairs)
         state = weight_grad(state)
+        if rank.interleaves:
+            # Else a GPU's compiler puts W off to the end, and copies the slots that it reads.
+            mine = state.take_grads(self.backward, rank.gradients.late)
+            next_x, next_cotangent = order.wait_for((next_x, next_cotangent), mine)
         if (self.stage_of[self.backward] == 0).any():
             state = when(
                 i_row["stage"] == 0, lambda state: rank.embed_grad(state, dx, i_row), state

@@ -131,20 +131,6 @@ def pass_on(buffers: PyTree, layer: Any = None, *, after: PyTree = ()) -> PyTree
     return jax.tree.unflatten(structure, handed_on)
 
 
-def zero_after(values: PyTree) -> jax.Array:
-    """Returns an int32 zero that is not known before an entry of each of `values` is.
-
-    To be added to the slot of a write that has to come after all reads of which they were made.
-    XLA on CPU needs it said with numbers: it forgets an `optimization_barrier` before it decides
-    where to copy. It sees neither that nothing is less than -inf, nor that the loop is never run;
-    the loop keeps what is before it from being computed again wherever the zero is added.
-    """
-    entries = [v[(0,) * v.ndim] for v in jax.tree.leaves(values) if v.size]
-    below = [e < -jnp.inf for e in entries if jnp.issubdtype(e.dtype, jnp.floating)]
-    count = sum((b.astype(jnp.int32) for b in below), jnp.zeros((), jnp.int32))
-    return lax.while_loop(lambda count: count > 0, lambda count: count - 1, count)
-
-
 def poison(buffers: PyTree, *index: Any) -> PyTree:
     """Overwrites entry `[*index]`, so that whoever still reads it is found out."""
     old = read(buffers, *index)

@@ -15,6 +15,8 @@ all-to-alls so have the other direction's compute to hide behind. A beat of four
 
 One after the other, for CPUs: F of all layers, then I, then W, so that all reads of a beat come
 after its writes, and only the next beat's writes have to wait.
+
+How the order is said is `order.py`'s matter.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ import jax
 from jax import lax
 
 from dualpipe_jax import _microbatches
-from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor import accumulators, order, registers
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.state import State
@@ -101,6 +103,8 @@ def run_beat(
         for f_layer, i_layer in zip(f_layers, i_layers, strict=True):
             run_input_grad(i_layer)
             run_forward(f_layer)
+            # Each hides the other's collectives only if neither runs ahead by layers.
+            x, dx = order.together(x, dx)
     else:
         for layer in f_layers:
             run_forward(layer)
@@ -144,7 +148,7 @@ def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
     Every read of a beat goes into a weight grad, or into the cotangent that leaves the stage.
     """
     made = state.block_grads, state.ends_grads, state.shared_grads, cotangent
-    zero = registers.zero_after(made)
+    zero = order.zero_after(made)
     return {**row, **{name: row[name] + zero for name in _NAMES}}
 
 

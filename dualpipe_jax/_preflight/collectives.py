@@ -3,7 +3,8 @@
 Asynchronous ones stand in the text in three forms: `all-to-all-start` and `all-to-all-done`;
 `async-start` and `async-done`, which call a computation; and, on TPUs, fusions that hold an
 `AsyncCollectiveStart` and an `AsyncCollectiveDone`, with fusions between them that compute while
-the collective goes on.
+the collective goes on. On GPUs a start that the scheduler found nothing to run beside is marked
+`is_sync`: it runs between the computations like a synchronous one.
 """
 
 from dataclasses import dataclass
@@ -62,11 +63,12 @@ def find_collectives(module: Module, where: Computation) -> list[Found]:
         begun = _begun(module, where, instruction)
         if begun is not None:
             kind, collective, home = begun
+            is_sync = '"is_sync":true' in instruction.attributes
             found.append(
                 Found(
                     kind=kind,
                     start=instruction,
-                    done=waits.get(instruction.name),
+                    done=None if is_sync else waits.get(instruction.name),
                     collective=collective,
                     num_bytes=_num_bytes(kind, collective, home),
                 )

@@ -92,7 +92,7 @@ def _fit(devices: np.ndarray) -> tuple[int, int]:
 
 def num_adjacent(devices: np.ndarray) -> int:
     """Counts the neighbours along mesh axes that are neighbours on the chips' grid."""
-    if not hasattr(devices.flat[0], "coords"):
+    if not _is_grid(devices.flat[0]):
         return 0
     total = 0
     for axis in range(devices.ndim):
@@ -105,15 +105,20 @@ def num_adjacent(devices: np.ndarray) -> int:
 
 def is_adjacent_along(devices: np.ndarray, axis: int) -> bool | None:
     """Whether all neighbours along an axis are neighbours on the grid; None where there is none."""
-    if not hasattr(devices.flat[0], "coords"):
+    if not _is_grid(devices.flat[0]):
         return None
     lines = np.moveaxis(devices, axis, -1).reshape(-1, devices.shape[axis])
     return all(num_adjacent(line) == len(line) - 1 for line in lines)
 
 
+def _is_grid(device: Any) -> bool:
+    """Whether a device has neighbours: GPUs have coordinates too, but reach all over a switch."""
+    return device.platform == "tpu" and hasattr(device, "coords")
+
+
 def _layouts(devices: tuple[Any, ...], shape: tuple[int, ...]) -> list[np.ndarray]:
     """Lists ways to lay the devices out: JAX's own first, then along the grid, also to and fro."""
-    if not hasattr(devices[0], "coords"):
+    if not _is_grid(devices[0]):
         return [np.array(devices).reshape(shape)]
     layouts = []
     with contextlib.suppress(NotImplementedError, ValueError):  # JAX knows no way

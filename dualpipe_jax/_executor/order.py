@@ -1,0 +1,55 @@
+"""What runs before what, where the compiler keeps no `optimization_barrier`.
+
+XLA's compilers for TPUs keep barriers until they have decided what to copy; those for GPUs and CPUs
+drop them before. So what barriers are to order in a beat comes apart: on GPUs all weight grads sink
+to the end of the loop, the first forward runs with nothing beside it; on both slot buffers are
+copied, because old and new values live at once. There the order is written into the data. On GPUs a
+value passes through a select whose predicate is true whatever it is computed from; on CPUs, where
+only writes to slots are to wait, a zero is added to the slot.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+
+
+def wait_for(values: PyTree, others: PyTree) -> PyTree:
+    """Returns the values, bit for bit; on GPUs whoever reads them waits for the others too."""
+    return lax.platform_dependent(
+        values, others, cuda=select_after, default=lambda values, others: values
+    )
+
+
+def together(*values: PyTree) -> tuple[PyTree, ...]:
+    """Returns the values; on GPUs whoever reads one of them waits for all."""
+    return tuple(wait_for(value, [*values[:i], *values[i + 1 :]]) for i, value in enumerate(values))
+
+
+def zero_after(values: PyTree) -> jax.Array:
+    """Returns an int32 zero that is not known before an entry of each of `values` is.
+
+    To be added to the slot of a write that has to come after all reads of which they were made.
+    XLA sees neither that nothing is less than -inf, nor that the loop is never run;
+    the loop keeps what is before it from being computed again wherever the zero is added.
+    """
+    entries = [v[(0,) * v.ndim] for v in jax.tree.leaves(values) if v.size]
+    below = [e < -jnp.inf for e in entries if jnp.issubdtype(e.dtype, jnp.floating)]
+    count = sum((b.astype(jnp.int32) for b in below), jnp.zeros((), jnp.int32))
+    return lax.while_loop(lambda count: count > 0, lambda count: count - 1, count)
+
+
+def select_after(values: PyTree, others: PyTree) -> PyTree:
+    """Returns the values, selected by a predicate that is always true and reads the others."""
+    bits = jnp.zeros((), jnp.int32)
+    for leaf in jax.tree.leaves(others):
+        if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            # One entry is enough.
+            entry = jnp.real(leaf[(0,) * leaf.ndim]).astype(jnp.float32)
+            bits ^= lax.bitcast_convert_type(entry, jnp.int32)
+    # Squares are 0 or 1 modulo 4. XLA does not know it, and so keeps the select.
+    is_true = (bits * bits) & 2 == 0
+    return jax.tree.map(lambda value: jnp.where(is_true, value, jnp.zeros_like(value)), values)

@@ -1,0 +1,52 @@
+"""Values that wait for others: bit for bit what they were, and no compiler sees that."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualpipe_jax._executor import order
+
+# float32 bits: zeros of both signs, infinities, NaNs with payloads, subnormals, and any.
+BITS = np.concatenate(
+    [
+        np.array([0, 1, 2, 3, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00001, 0xFFC12345], np.uint32),
+        np.random.default_rng(0).integers(0, 1 << 32, 2000, np.uint32),
+    ]
+)
+
+
+def test_values_stay_as_they_are_whatever_they_wait_for() -> None:
+    values = {"x": jnp.asarray(BITS.view(np.float32)), "layer": jnp.arange(3)}
+    waiting = jax.jit(jax.vmap(order.select_after, in_axes=(None, 0)))
+    got = waiting(values, [jnp.asarray(BITS.view(np.float32))])
+    assert (np.asarray(got["x"]).view(np.uint32) == BITS).all()
+    assert (got["layer"] == jnp.arange(3)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64])
+def test_the_compiler_keeps_what_is_waited_for(dtype: jnp.dtype) -> None:
+    value = jax.ShapeDtypeStruct((4,), jnp.float32)
+    other = jax.ShapeDtypeStruct((2, 2), dtype)
+    # XLA drops parameters that nobody reads, if it finds out.
+    compiled = jax.jit(order.select_after).lower(value, [other]).compile()
+    assert "select" in str(compiled.as_text())
+    assert "multiply" in str(compiled.as_text())
+
+
+def test_what_cannot_be_waited_for_is_left_out() -> None:
+    value = jnp.arange(4.0)
+    others = [jnp.zeros((0, 3)), jnp.arange(2), jnp.ones(2, bool)]
+    assert (order.select_after(value, others) == value).all()
+
+
+def test_programs_for_gpus_have_it() -> None:
+    value = jax.ShapeDtypeStruct((4,), jnp.float32)
+    traced = jax.jit(order.together).trace(value, [value])
+    assert "select" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_programs_for_others_have_nothing_of_it() -> None:
+    value = jax.ShapeDtypeStruct((4,), jnp.float32)
+    text = str(jax.jit(order.together).lower(value, [value]).compile().as_text())
+    assert not [name for name in ("select", "multiply", "conditional") if f"{name}(" in text]
