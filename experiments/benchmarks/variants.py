@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import dualpipe_jax as dpj
 
@@ -113,7 +113,7 @@ def limit(model: dpj.Model, *, num_microbatches: int, remat: str, unrolled: int)
 
 
 def recipe_loss(
-    model: dpj.Model, *, mesh: Mesh, num_microbatches: int, remat: str, unrolled: int
+    model: dpj.Model, *, mesh: Mesh | AbstractMesh, num_microbatches: int, remat: str, unrolled: int
 ) -> Callable[[Any, jax.Array], jax.Array]:
     """Makes the loss of GPipe as it is usually written in JAX, for `jax.grad` to go through.
 

@@ -1,0 +1,169 @@
+"""Compiles steps for a TPU that need not be there, and compares what they hold with `jax.grad`'s.
+
+Run it as a script, or with `make memory`. It needs `pip install 'dualpipe-jax[tpu-aot]'`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from rich.progress import track
+
+if __name__ == "__main__":  # run as a script, the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import dualpipe_jax as dpj
+from experiments.benchmarks import variants
+from experiments.train_lm.model import LanguageModel
+
+README = Path(__file__).with_name("README.md")
+MARKS = "<!-- table -->", "<!-- end of table -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The model, its microbatches, and the pipeline."""
+
+    topology: str
+    ranks: int
+    layers: int
+    width: int
+    heads: int
+    sequence: int
+    vocabulary: int
+    microbatch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A step's memory, in bytes on one device beside the arguments.
+
+    `terms` is what the library says itself; None for what is not its own.
+    """
+
+    name: str
+    remat: str
+    microbatches: int
+    peak: int
+    terms: int | None
+
+
+def measure(name: str, sizes: Sizes, *, remat: str, microbatches: int) -> tuple[Row, str]:
+    """Compiles one step; returns its row, and the library's own account of it."""
+    model = LanguageModel(
+        layers=sizes.layers, width=sizes.width, heads=sizes.heads, vocabulary=sizes.vocabulary
+    )
+    mesh = AbstractMesh((sizes.ranks,), (variants.AXIS,))
+    args = _arguments(model, sizes, mesh, microbatches)
+    account, terms = "", None
+    if name == variants.RECIPE:
+        step = _recipe(model, sizes, remat=remat, microbatches=microbatches)
+    else:
+        grad_fn = dpj.value_and_grad(
+            model.for_pipeline(),
+            mesh=mesh,
+            num_microbatches=microbatches,
+            axis=variants.AXIS,
+            remat=remat,
+            schedule=name,
+        )
+        memory = grad_fn.memory(*args)
+        account, terms = str(memory), memory.num_bytes
+        step = jax.jit(grad_fn)
+    report = dpj.preflight(step, args, sizes.topology, mesh=mesh)
+    memory = report.memory
+    if memory.peak is None or memory.arguments is None:
+        raise click.ClickException(f"{name}: {report.failure or 'the compiler gives no peak'}")
+    peak = memory.peak - memory.arguments
+    row = Row(name=name, remat=remat, microbatches=microbatches, peak=peak, terms=terms)
+    return row, account
+
+
+def _recipe(model: LanguageModel, sizes: Sizes, *, remat: str, microbatches: int) -> Any:
+    def step(params: Any, batch: jax.Array) -> Any:
+        loss = variants.recipe_loss(
+            model.for_pipeline(),
+            mesh=jax.sharding.get_abstract_mesh(),  # that of the topology
+            num_microbatches=microbatches,
+            remat=remat,
+            unrolled=sizes.layers // sizes.ranks,
+        )
+        return jax.value_and_grad(loss)(params, batch)
+
+    return jax.jit(step)
+
+
+def _arguments(model: LanguageModel, sizes: Sizes, mesh: Any, microbatches: int) -> Any:
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    rows = microbatches * sizes.microbatch_size
+
+    def on_mesh(leaf: Any, *spec: str) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    batch = jax.ShapeDtypeStruct((rows, sizes.sequence + 1), jnp.int32)
+    return {
+        "ends": jax.tree.map(on_mesh, params["ends"]),
+        "blocks": jax.tree.map(lambda leaf: on_mesh(leaf, variants.AXIS), params["blocks"]),
+    }, on_mesh(batch)
+
+
+def table(rows: list[Row]) -> str:
+    """Writes the rows as Markdown."""
+    mebi = 2**20
+    lines = [
+        "| step | remat | microbatches | peak, MiB | sum of the terms, MiB | terms / peak |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        terms = "-" if row.terms is None else f"{row.terms / mebi:,.0f}"
+        share = "-" if row.terms is None else f"{row.terms / row.peak:.2f}"
+        lines.append(
+            f"| {row.name} | {row.remat} | {row.microbatches} | {row.peak / mebi:,.1f} "
+            f"| {terms} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--topology", default="tpu:v5e:2x2", show_default=True)
+@click.option("--ranks", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--width", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--sequence", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--vocabulary", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--microbatch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--write-readme", is_flag=True, help="Put the table into the README.")
+def main(write_readme: bool, **options: Any) -> None:
+    """Compare what a step holds with its own account, and with GPipe by `jax.grad`."""
+    sizes = Sizes(**options)
+    if sizes.layers % sizes.ranks:
+        raise click.UsageError(f"--layers {sizes.layers}: must be a multiple of --ranks")
+    few, many = 4 * sizes.ranks, 16 * sizes.ranks
+    cases = [
+        (name, remat, count)
+        for remat in variants.REMATS
+        for name, count in (("dualpipe", few), ("dualpipe", many), (variants.RECIPE, few))
+    ]
+    rows, account = [], ""
+    for name, remat, count in track(cases, "compiling", transient=True):
+        row, mine = measure(name, sizes, remat=remat, microbatches=count)
+        account = account or mine
+        rows.append(row)
+    click.echo(table(rows))
+    click.echo(f"\n{account}")
+    if write_readme:
+        before, _, rest = README.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        text = f"{MARKS[0]}\n{table(rows)}\n\n```\n{account}\n```\n{MARKS[1]}"
+        README.write_text(before + text + after)
+
+
+if __name__ == "__main__":
+    main()

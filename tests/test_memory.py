@@ -1,0 +1,113 @@
+"""What `grad_fn.memory` adds up is what the executor carries."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import dualpipe_jax as dpj
+from dualpipe_jax._executor import Step
+from tests.models import make_batch, make_model, make_params
+from tests.test_exact import make_mesh
+
+NUM_MICROBATCHES = 10
+
+
+def bytes_of(avals: Any) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(avals))
+
+
+def look(
+    monkeypatch: pytest.MonkeyPatch, num_layers: int, **options: Any
+) -> tuple[dict[str, int], Any]:
+    """Returns the terms of a step, and the state that it starts with."""
+    started = []
+    start = Step._start
+
+    def spy(self: Step, *args: Any) -> Any:
+        rank, state, weight = start(self, *args)
+        started.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
+        return rank, state, weight
+
+    monkeypatch.setattr(Step, "_start", spy)
+    grad_fn = dpj.value_and_grad(
+        make_model(frozenset(["pytree"])),
+        mesh=make_mesh(4),
+        num_microbatches=NUM_MICROBATCHES,
+        **options,
+    )
+    args = make_params(num_layers), make_batch(NUM_MICROBATCHES)
+    report = grad_fn.memory(*args)
+    jax.eval_shape(grad_fn, *args)
+    assert report.num_bytes == sum(term.num_bytes for term in report.terms)
+    return {term.name: term.num_bytes for term in report.terms}, started[-1]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "options"),
+    [
+        (8, {"schedule": "dualpipe", "timetable": "aligned"}),
+        (8, {"schedule": "dualpipe", "timetable": "aligned", "remat": "block"}),
+        (11, {"schedule": "dualpipe", "timetable": "aligned"}),
+        (8, {"schedule": "zb-h1", "remat": "block"}),
+        (8, {"schedule": "zb-h1", "remat": "block", "stash_deferred": True}),
+        (8, {"schedule": "interleaved-1f1b"}),
+    ],
+)
+def test_terms_are_what_is_carried(
+    monkeypatch: pytest.MonkeyPatch, num_layers: int, options: dict[str, Any]
+) -> None:
+    terms, state = look(monkeypatch, num_layers, **options)
+    assert terms["received x and cotangents"] == bytes_of(state.received)
+    for name, buffers in (
+        ("residuals for I", state.residual),
+        ("residuals for I and W", state.weight_residual),
+        ("stashes for W", state.stash),
+        ("what deferred W recompute from", state.deferred),
+    ):
+        assert terms.get(name, 0) == bytes_of(buffers), name
+    assert terms["gradients added up, of layers"] == bytes_of(state.block_grads)
+    assert terms["gradients added up, of the rest"] == bytes_of(state.ends_grads)
+
+
+def test_memory_does_not_depend_on_microbatches_and_needs_no_arrays() -> None:
+    def memory(num_microbatches: int) -> Any:
+        grad_fn = dpj.value_and_grad(
+            make_model(), mesh=make_mesh(4), num_microbatches=num_microbatches, timetable="aligned"
+        )
+        args = make_params(8), make_batch(num_microbatches)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+        assert grad_fn.memory(*shapes) == grad_fn.memory(*args)
+        return grad_fn.memory(*shapes)
+
+    few, many = memory(16), memory(64)
+    assert few == many
+    last = str(few).splitlines()[-1]
+    assert last.startswith("total beside the arguments")
+    assert f"{few.num_bytes / 2**20:,.1f} MiB" in last
+
+
+def test_weights_that_are_only_read_cast_count_as_what_they_are_cast_to() -> None:
+    def copies(dtype: Any) -> int:
+        model = dpj.Model(
+            embed=lambda ends, ctx: ctx.microbatch.astype(dtype),
+            block=lambda params, x, ctx: x + x @ params.astype(dtype),
+            head=lambda ends, x, ctx: x.astype(np.float32).sum(),
+        )
+        grad_fn = dpj.value_and_grad(
+            model, mesh=make_mesh(4), num_microbatches=16, timetable="aligned"
+        )
+        params = {"ends": (), "blocks": jax.ShapeDtypeStruct((4, 8, 8), np.float32)}
+        report = grad_fn.memory(params, jax.ShapeDtypeStruct((16, 8), np.float32))
+        return next(t.num_bytes for t in report.terms if t.name == "copies of weights")
+
+    assert copies(np.float32) == 2 * 8 * 8 * 4
+    assert copies(jax.numpy.bfloat16) == 2 * 8 * 8 * 2
+
+
+def test_bad_arguments_are_refused_as_by_a_call() -> None:
+    grad_fn = dpj.value_and_grad(make_model(), mesh=make_mesh(4), num_microbatches=4)
+    with pytest.raises(ValueError, match="batch"):
+        grad_fn.memory(make_params(8), make_batch(3))
