@@ -1,0 +1,58 @@
+"""Beats as they are traced for devices that overlap transfers and compute, run on CPUs."""
+
+from typing import Any
+
+import jax
+import pytest
+
+import dualpipe_jax as dpj
+from dualpipe_jax._executor import order, step
+from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
+from tests.test_exact import make_mesh
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("platform", "schedule", "num_ranks", "num_microbatches", "num_layers", "options"),
+    [
+        ("tpu", "dualpipe", 2, 8, 6, {}),
+        ("cuda", "dualpipe", 2, 8, 6, {}),
+        ("tpu", "dualpipe", 4, 10, 8, {"unroll_layers": False, "remat": "block"}),
+        ("tpu", "dualpipev", 2, 8, 8, {"remat": "block"}),
+        ("tpu", "dualpipe", 3, 9, 7, {}),  # unlike stages
+    ],
+)
+def test_interleaved_beats_equal_the_sequential_model(
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    schedule: str,
+    num_ranks: int,
+    num_microbatches: int,
+    num_layers: int,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(step, "platform_of", lambda mesh: platform)
+    if platform == "cuda":
+        # What lowering for a GPU would choose.
+        monkeypatch.setattr(order, "wait_for", order.select_after)
+    made = dpj.schedules.make(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    assert made.compiled(timetable="aligned").tables.steady is not None
+    model = make_model(frozenset(FEATURES))
+    params, batch = make_params(num_layers), make_batch(num_microbatches)
+    rng = jax.random.key(5)
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(num_ranks),
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        timetable="aligned",
+        **options,
+    )
+    sequential = dpj.sequential(model, num_microbatches=num_microbatches)
+    reference = jax.value_and_grad(sequential, has_aux=True, allow_int=True)
+
+    def both(params: Any, batch: Any) -> Any:
+        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
+
+    got, want = jax.jit(both)(params, batch)
+    assert_close(got, want)
