@@ -186,21 +186,20 @@ class Step:
     ) -> tuple[Functions, Arguments]:
         """Traces the model's functions as one device runs them."""
         outer = {self.axis, *self.batch_axes} - set(self.manual_axes)
-        arguments = self._arguments(params, batch, rng, plan)
-        traced = _varying.inside(
-            lambda: functions.trace(
+
+        def trace() -> tuple[Functions, Arguments]:
+            arguments = self._arguments(params, batch, rng, plan)
+            traced = functions.trace(
                 self.model,
                 self.block,
                 arguments,
                 forward_only=self.tables.forward_only,
                 recomputes=self.num_deferred > 0,
                 hidden_axes=outer,
-            ),
-            mesh=mesh,
-            outer=outer,
-            manual=self.manual_axes,
-        )
-        return traced, arguments
+            )
+            return traced, arguments
+
+        return _varying.inside(trace, mesh=mesh, outer=outer, manual=self.manual_axes)
 
     def _shard_mapped(
         self,
