@@ -32,6 +32,12 @@ _OPTIONS: dict[str, tuple[CompilerOption, ...]] = {
             value=True,
             reason="all-to-alls run while others compute; without it every one stops its device",
         ),
+        CompilerOption(
+            name="xla_lhs_loop_fusion_latency_multiplier",
+            value="0.5",
+            reason="the scheduler puts more between an all-to-all's start and its done: it counts "
+            "elementwise work half, which else it takes for longer than the transfer",
+        ),
     ),
     "gpu": (
         CompilerOption(
@@ -67,6 +73,9 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
     ...         print(f"{option.name}={option.value}: {option.reason}")
     xla_tpu_enable_async_all_to_all=True: all-to-alls run while others compute; without it every
       one stops its device
+    xla_lhs_loop_fusion_latency_multiplier=0.5: the scheduler puts more between an all-to-all's
+      start and its done: it counts elementwise work half, which else it takes for longer than the
+      transfer
     xla_disable_hlo_passes=collective-permute-motion: the pass moves a loop's last permutes to the
       next trip's start, where they are waited for at once
     xla_gpu_experimental_parallel_collective_overlap_limit=4: several transfers are under way at
@@ -74,7 +83,7 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
     xla_gpu_collective_permute_combine_threshold_bytes=0: activations leave when they are done;
       combined with the cotangents they wait for those, and are waited for with them
     >>> compiler_options("tpu")
-    {'xla_tpu_enable_async_all_to_all': True}
+    {'xla_tpu_enable_async_all_to_all': True, 'xla_lhs_loop_fusion_latency_multiplier': '0.5'}
 
     Args:
       platform: `"tpu"`, `"gpu"` or `"cpu"` (which has none).

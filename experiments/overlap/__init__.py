@@ -1,0 +1,1 @@
+"""Proof on TPUs, compiled ahead of time, that compute hides the pipeline's communication."""
