@@ -18,7 +18,7 @@ ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare benchmark idle test lint format clean
+.PHONY: help train compare benchmark idle overlap test lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ idle: $(READY)  ## replay every schedule over many sizes and compare idle time (
 
 benchmark: $(READY)  ## measure a step beside the limit and the usual recipe (options: ARGS="--ranks 2")
 	@$(BIN)/python experiments/benchmarks/benchmarks.py $(ARGS)
+
+overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
+	@$(BIN)/python experiments/overlap/overlap.py $(ARGS)
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

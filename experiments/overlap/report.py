@@ -133,6 +133,7 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
     """Writes the tables, one after the other: transfers, efficiency, program size."""
     transfers = [row for row in rows if row.question in ("permutes", "experts")]
     efficiency = [row for row in rows if row.ratio is not None]
+    efficiency.sort(key=lambda row: (row.family, row.remat, row.width, row.layers))
     size = [row for row in rows if row.question == "size"]
     tables = [
         _table(

@@ -25,7 +25,7 @@ def test_no_token_sees_a_later_one(name: str) -> None:
     x = jnp.asarray(rng.normal(size=(16, 128)), models.DTYPE)
     out = family.block(params, x, None)
     other = family.block(params, x.at[9].add(1), None)
-    is_same = np.asarray(out == other).all(-1)
+    is_same = (np.asarray(out) == np.asarray(other)).all(axis=-1)
     assert is_same[:9].all()
     assert not is_same[9]
     # Attention is what carries it further.
