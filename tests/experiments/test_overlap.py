@@ -36,13 +36,16 @@ def test_a_row_survives_the_csv(tmp_path: Path) -> None:
     rows = report.read_csv(FOLDER / "overlap.csv")
     report.write_csv(rows, tmp_path / "overlap.csv")
     assert (tmp_path / "overlap.csv").read_text() == (FOLDER / "overlap.csv").read_text()
-    # Every case that the command compiles by default is there, once.
-    asked = [
+    # Each is of a case that the command compiles by default, and none is there twice.
+    asked = {
         (question, case)
         for question in overlap.QUESTIONS
         for case in overlap.cases(question, widths=(1024, 2048), layers=(2, 4))
-    ]
-    assert sorted(map(str, asked)) == sorted(str((row.question, row.case)) for row in rows)
+    }
+    compiled = [(row.question, row.case) for row in rows]
+    assert asked >= set(compiled)
+    assert len(set(compiled)) == len(compiled)
+    assert {question for question, _ in compiled} == set(overlap.QUESTIONS)
 
 
 def test_the_readme_has_the_tables_of_the_committed_figures(tmp_path: Path) -> None:
@@ -55,13 +58,19 @@ def test_the_readme_has_the_tables_of_the_committed_figures(tmp_path: Path) -> N
 
 def test_bars_of_the_committed_figures() -> None:
     rows = report.read_csv(FOLDER / "overlap.csv")
-    ours = [row for row in rows if row.schedule == "dualpipe"]
-    for row in ours:
-        assert row.permutes == row.permutes_async == row.permutes_hidden == 4
-        assert row.exchanges == row.exchanges_async == row.exchanges_hidden
-        assert row.least_cover is not None
-    beside = [row for row in rows if row.schedule == "1f1b" and row.family == "experts"]
-    assert any(row.exchanges_hidden < row.exchanges for row in beside)
+    for row in rows:
+        if row.schedule == "dualpipe" and row.topology.startswith("tpu:v5e"):
+            assert row.permutes == row.permutes_async == row.permutes_hidden == 4
+            assert row.exchanges == row.exchanges_async == row.exchanges_hidden
+            assert (row.least_cover or 0) >= 1
+            assert row.exposed_us == 0
+    beside = [row for row in rows if row.schedule == "1f1b"]
+    assert {row.family for row in beside} == {"mlp", "experts"}
+    assert all(row.permutes_hidden == 0 for row in beside)
+    few, many = (row for row in rows if row.question == "size")
+    assert (few.ranks, many.ranks, many.beside) == (4, 16, 4)
+    assert many.instructions < 1.3 * few.instructions
+    assert many.code_bytes < 1.3 * few.code_bytes
 
 
 @pytest.mark.slow
