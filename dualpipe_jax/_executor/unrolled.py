@@ -23,7 +23,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
 
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import accumulators, order, registers
@@ -63,10 +62,10 @@ def run_beat(
     forward, backward = chunks
     residual, weight_residual = dict(state.residual), dict(state.weight_residual)
     buffers = residual, weight_residual
-    aux, dx, size_of_x = state.aux, cotangent, _size(x)
+    aux, dx = state.aux, cotangent
     taken, shared = state.take_grads(backward, gradients.early)
     grads = dict(taken)
-    stashed: list[tuple[Layer, Any, Any]] = []
+    stashed: list[tuple[Layer, Any]] = []
 
     def run_forward(layer: Layer) -> None:
         nonlocal x, aux
@@ -81,13 +80,11 @@ def run_beat(
     def run_input_grad(layer: Layer) -> None:
         nonlocal dx, shared
         kept, kept_longer = (
-            _copy_small(
-                registers.read_layer(buffer[layer.kind], layer.index, i_row[name]), size_of_x
-            )
+            registers.read_layer(buffer[layer.kind], layer.index, i_row[name])
             for buffer, name in zip(buffers, _NAMES, strict=True)
         )
         dx, values, _, early = rank.input_grad_of(layer, dx, kept, kept_longer, i_row, backward)
-        stashed.append((layer, kept_longer, values))
+        stashed.append((layer, values))
         if rank.interleaves:
             for buffer in buffers:
                 buffer[layer.kind] = registers.pass_on(
@@ -114,22 +111,23 @@ def run_beat(
     state = state.put_grads(backward, gradients.early, (grads, shared))
 
     def weight_grads(state: State) -> State:
-        return _run_weight_grads(rank, backward, state, stashed, size_of_x, i_row)
+        return _run_weight_grads(rank, backward, state, stashed, i_row)
 
     return state, x, dx, weight_grads
 
 
-def _run_weight_grads(
-    rank: Rank, chunk: int, state: State, stashed: list, size_of_x: int, row: Row
-) -> State:
-    """Runs W of the layers in `stashed`: each with what I copied for W, and I's stash."""
+# Slots are read where the values are needed, by I and again by W, and not copied out first: with
+# `dualpipe_jax.compiler_options` a contraction reads a slot as fast as an array. (On a TPU v5e,
+# widths 1024 and 2048, copying what is no larger than x took 2 to 3 % more cycles. Without
+# xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.)
+def _run_weight_grads(rank: Rank, chunk: int, state: State, stashed: list, row: Row) -> State:
+    """Runs W of the layers in `stashed`, each with I's stash."""
     buffers = dict(state.weight_residual)
     taken, shared = state.take_grads(chunk, rank.gradients.late)
     grads = dict(taken)
-    for layer, copied, values in stashed:
+    for layer, values in stashed:
         kind = layer.kind
         kept = registers.read_layer(buffers[kind], layer.index, row["weight_residual"])
-        kept = _pick_small(copied, kept, size_of_x)
         late = rank.weight_grad_of(layer, kept, values, row, chunk, "stash")
         places = rank.gradients.late[kind]
         grads[kind], shared = accumulators.add(
@@ -150,23 +148,3 @@ def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
     made = state.block_grads, state.ends_grads, state.shared_grads, cotangent
     zero = order.zero_after(made)
     return {**row, **{name: row[name] + zero for name in _NAMES}}
-
-
-# A contraction reads its operands again for every tile of its output. From a slot that is slow: XLA
-# fuses the read into the contraction, in place of fetching the value once. (On a TPU v5e, widths
-# 1024 and 2048: W took up to 1.6 times as long.) So what is no larger than x is copied out of its
-# slot, once for I and W; what is larger is read where it is needed, mostly elementwise.
-def _copy_small(values: tuple[jax.Array, ...], size_of_x: int) -> tuple[jax.Array, ...]:
-    return tuple(lax.optimization_barrier(v) if v.nbytes <= size_of_x else v for v in values)
-
-
-def _pick_small(
-    copied: tuple[jax.Array, ...], read: tuple[jax.Array, ...], size_of_x: int
-) -> tuple[jax.Array, ...]:
-    """Takes what `_copy_small` has copied, and the rest as it is read now."""
-    both = zip(copied, read, strict=True)
-    return tuple(old if new.nbytes <= size_of_x else new for old, new in both)
-
-
-def _size(x: PyTree) -> int:
-    return max(leaf.nbytes for leaf in jax.tree.leaves(x))

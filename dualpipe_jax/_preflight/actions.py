@@ -32,25 +32,28 @@ class Action:
 def work_by_action(module: Module, costs: Costs, body: Computation) -> dict[str, Work]:
     """Sums the work of a loop's body by the scope of the action, and `OTHER`.
 
-    A fusion of several actions' instructions counts under the name that the compiler gave it.
+    A fusion of several actions' instructions counts under the name that the compiler gave it; what
+    has no name, such as a copy, in a loop or branch of one action alone is that action's.
     """
     total: dict[str, Work] = {}
 
-    def add(where: Computation, times: float) -> None:
+    def add(where: Computation, times: float, unnamed: str = OTHER) -> None:
         for instruction in where.instructions:
             callees = module.callees(instruction)
             match instruction.opcode:
                 case "while":
                     trips = trip_count(module, instruction, where) or 1
                     for callee in callees:
-                        add(callee, times * trips)
+                        add(callee, times * trips, _only_action(module, callees) or unnamed)
                 case "conditional":
-                    add(max(callees, key=lambda c: _size(costs.of_computation(c))), times)
+                    most = max(callees, key=lambda c: _size(costs.of_computation(c)))
+                    add(most, times, _only_action(module, callees) or unnamed)
                 case "call":
                     for callee in callees:
-                        add(callee, times)
+                        add(callee, times, unnamed)
                 case _:
                     name = _action(module, instruction)
+                    name = unnamed if name == OTHER else name
                     work = costs.of(instruction, where) * times
                     total[name] = total.get(name, Work()) + work
 
@@ -69,6 +72,12 @@ def num_places(module: Module, body: Computation, action: str) -> int:
         for instruction in body.instructions
         if instruction.opcode in ("while", "conditional")
     )
+
+
+def _only_action(module: Module, computations: list[Computation]) -> str | None:
+    """The action of the computations, if there is one and no other."""
+    named = {action_of(each.op_name) for c in computations for each in module.within(c)} - {OTHER}
+    return named.pop() if len(named) == 1 else None
 
 
 def _size(work: Work) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.loops import Found, find_loop
 from dualpipe_jax._preflight.options import compiler_options as options_of
 from dualpipe_jax._preflight.predict import Prediction, predict
-from dualpipe_jax._preflight.report import Loop, Memory, Report
+from dualpipe_jax._preflight.report import Loop, Memory, Program, Report
 from dualpipe_jax._preflight.timing import Collective, Replay
 from dualpipe_jax._preflight.topologies import (
     Topology,
@@ -130,6 +130,7 @@ def preflight(
         return Report(
             **common,
             memory=_exhausted(found, failure),
+            program=None,
             loop=None,
             prediction=Prediction(reason="the step does not fit"),
             failure=failure.splitlines()[0],
@@ -137,9 +138,15 @@ def preflight(
     module = parse(compiled.as_text() or "")
     network = Network(axes=axes.sizes, device=found.device)
     loop, prediction = _analysis(module, network)
+    analysis = compiled.memory_analysis()
     return Report(
         **common,
-        memory=_memory(found, compiled.memory_analysis()),
+        memory=_memory(found, analysis),
+        program=Program(
+            num_instructions=sum(len(each.instructions) for each in module.computations.values()),
+            # The CPU's compiler says nothing of it.
+            code_bytes=getattr(analysis, "generated_code_size_in_bytes", None) or None,
+        ),
         loop=loop,
         prediction=prediction,
     )

@@ -2,7 +2,8 @@
 
 The executor names its parts (`dualpipe_jax._scopes`). Taken is the loop whose body holds the
 straight-line beats; without such, the scan over ticks; in a program that is not ours, the outermost
-loop with collectives, the one of most work if there are several.
+loop with collectives, or, without collectives in loops, the outermost loop; the one of most work if
+there are several.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ class Found:
     """Tells of a loop.
 
     Attributes:
-      kind: `"steady"`, `"ramp"`, or `"other"` in a program that is not ours.
+      kind: `"steady"`, `"ramp"`; in a program that is not ours, `"other"` with collectives and
+        `"plain"` without.
       instruction: The `while`.
       body: Its body.
       num_trips: How often it runs; None if the text does not say.
@@ -35,12 +37,13 @@ _Loop = tuple[Instruction, Computation, Computation]  # a while, its body, and w
 
 
 def find_loop(module: Module, costs: Costs) -> Found | None:
-    """Finds the steady loop; None if no loop has the names of ours or a collective."""
+    """Finds the steady loop; None if the program has no loop of matmuls, collectives or names."""
     rules: tuple[tuple[str, Callable[[Computation], bool]], ...] = (
         # In the body itself: the loop stands in the scan over ticks, which holds all that it holds.
         ("steady", lambda body: _sends(module, body, _scopes.STEADY, loops=False)),
         ("ramp", lambda body: _sends(module, body, _scopes.RAMP, loops=True)),
         ("other", lambda body: holds_collective(module, body)),
+        ("plain", lambda body: costs.of_computation(body).flops > 0),
     )
     loops = list(_loops(module))
     for kind, rule in rules:

@@ -1,11 +1,13 @@
 """The XLA options that overlap needs, each with what was seen of it.
 
-Only options that change a compiled program are listed. Of the TPU compiler's others, those of the
-latency-hiding scheduler (on by default), of asynchronous permutes and of collective fusion were
-tried on a two-beat loop with permutes and all-to-alls, and changed nothing. Nor does the GPU
-compiler's latency-hiding scheduler have to be switched on. Its pass `collective-permute-motion`
-moves a loop's last permutes to the next trip's start, where they are waited for at once; it finds
-none in a program of ours, where what arrives passes through a select (`_executor/order.py`).
+Only options that change a compiled program for the better are listed. Of the TPU compiler's others,
+those of asynchronous permutes and of collective fusion, the scheduler's reruns, its real cost model
+and its preference for depth, and asynchronous copies in place of slices were tried on a two-beat
+loop with permutes and all-to-alls, and changed nothing; its release of starts exposed more. Nor does
+the GPU compiler's latency-hiding scheduler have to be switched on. Its pass
+`collective-permute-motion` moves a loop's last permutes to the next trip's start, where they are
+waited for at once; it finds none in a program of ours, where what arrives passes through a select
+(`_executor/order.py`).
 """
 
 from dataclasses import dataclass
@@ -35,6 +37,18 @@ _OPTIONS: dict[str, tuple[CompilerOption, ...]] = {
             value=True,
             reason="all-to-alls run while others compute; without it every one stops its device",
         ),
+        CompilerOption(
+            name="xla_lhs_loop_fusion_latency_multiplier",
+            value="0.5",
+            reason="the scheduler puts more between an all-to-all's start and its done: it counts "
+            "elementwise work half, which else it takes for longer than the transfer",
+        ),
+        CompilerOption(
+            name="xla_msa_use_bundle_aware_cost_model",
+            value=True,
+            reason="more matmuls find their weights in fast memory: fewer cycles, and more so in a "
+            "steady loop than in a step without a pipeline",
+        ),
     ),
     "gpu": (
         CompilerOption(
@@ -55,7 +69,7 @@ _OPTIONS: dict[str, tuple[CompilerOption, ...]] = {
 
 
 def compiler_options(platform: str) -> dict[str, bool | int | str]:
-    """Gives the XLA options with which communication overlaps with compute.
+    """Gives the XLA options with which communication overlaps with compute, and weights arrive.
 
     Pass them to the `jax.jit` of the training step. `dualpipe-jax preflight` prints them with their
     reasons, which are:
@@ -65,14 +79,19 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
     ...         print(f"{option.name}={option.value}: {option.reason}")
     xla_tpu_enable_async_all_to_all=True: all-to-alls run while others compute; without it every
       one stops its device
-    xla_disable_hlo_passes=collective-permute-motion: the pass moves a loop's last permutes to the
-      next trip's start, where they are waited for at once
+    xla_lhs_loop_fusion_latency_multiplier=0.5: the scheduler puts more between an all-to-all's
+      start and its done: it counts elementwise work half, which else it takes for longer than the
+      transfer
+    xla_msa_use_bundle_aware_cost_model=True: more matmuls find their weights in fast memory: fewer
+      cycles, and more so in a steady loop than in a step without a pipeline
     xla_gpu_experimental_parallel_collective_overlap_limit=4: several transfers are under way at
-      once: activations, cotangents, all-to-alls
-    xla_gpu_collective_permute_combine_threshold_bytes=0: activations leave when they are done;
-      combined with the cotangents they wait for those, and are waited for with them
+      once; one at a time, of a beat whose layers are a loop the activations or the cotangents stop
+      their device
+    xla_gpu_collective_permute_combine_threshold_bytes=0: activations and cotangents travel apart;
+      combined they were waited for before any matmul in a mixture of experts of width 2048
     >>> compiler_options("tpu")
-    {'xla_tpu_enable_async_all_to_all': True}
+    {'xla_tpu_enable_async_all_to_all': True, 'xla_lhs_loop_fusion_latency_multiplier': '0.5',
+     'xla_msa_use_bundle_aware_cost_model': True}
 
     Args:
       platform: `"tpu"`, `"gpu"` or `"cpu"` (which has none).

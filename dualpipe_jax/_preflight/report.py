@@ -11,6 +11,7 @@ _LOOPS = {
     "steady": "the steady state, two beats a trip",
     "ramp": "the scan over ticks, one a trip: there is no steady state",
     "other": "the outermost with collectives: the program has none of a pipelined step",
+    "plain": "the outermost of most work: no loop has collectives",
 }
 # A head, and rows.
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -43,12 +44,26 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Program:
+    """Tells the size of the compiled program.
+
+    Attributes:
+      num_instructions: Those of all computations, fused ones included.
+      code_bytes: What a device loads; None where the compiler does not say.
+    """
+
+    num_instructions: int
+    code_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loop:
     """Tells of one trip of the steady loop.
 
     Attributes:
-      kind: `"steady"`; `"ramp"`, the scan over ticks, where there is no steady loop; `"other"`, the
-        outermost loop with collectives, in a program that is not ours.
+      kind: `"steady"`; `"ramp"`, the scan over ticks, where there is no steady loop; in a program
+        that is not ours, `"other"`, the outermost loop with collectives, or `"plain"`, where no
+        loop has any, the outermost of most work.
       name: The instruction's name.
       num_trips: How often it runs; None if the program does not say.
       flops: FLOPs of the matmuls of one trip, on the rank that has most.
@@ -82,6 +97,7 @@ class Report:
       compiler_options: The options it was compiled with.
       compile_seconds: How long the compiler took; less where JAX's cache on disk had the program.
       memory: A device's memory.
+      program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
       prediction: The time of a step.
       failure: What the compiler said if the step does not fit; "" if it does.
@@ -94,6 +110,7 @@ class Report:
     compiler_options: dict[str, bool | int | str]
     compile_seconds: float
     memory: Memory
+    program: Program | None
     loop: Loop | None
     prediction: Prediction
     failure: str = ""
@@ -113,8 +130,9 @@ class Report:
             ("", options),
             ("memory", _memory_lines(self.memory)),
             ("", [f"the compiler: {self.failure}"] if self.failure else []),
+            ("program", [] if self.program is None else [_program_line(self.program)]),
             ("step", [_prediction_line(self.prediction)]),
-            ("loop", ["none with collectives"] if self.loop is None else _loop_lines(self.loop)),
+            ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
         ]
         if self.apart:
             parts.append(
@@ -184,6 +202,11 @@ def _memory_lines(memory: Memory) -> list[str]:
             f"temporaries {_bytes(memory.temporaries)}; live at the peak {_bytes(memory.peak)}"
         )
     return lines
+
+
+def _program_line(program: Program) -> str:
+    code = "" if program.code_bytes is None else f", {_bytes(program.code_bytes)} of code"
+    return f"{program.num_instructions:,} instructions{code}"
 
 
 def _prediction_line(made: Prediction) -> str:

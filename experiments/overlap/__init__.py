@@ -1,1 +1,1 @@
-"""Does compute hide the communication of the steady loop? Read off programs for accelerators."""
+"""Proof on TPUs, compiled ahead of time, that compute hides the pipeline's communication."""

@@ -1,131 +1,157 @@
-"""The training steps whose communication is looked at, as shapes: no parameter is ever made.
+"""A case -> `dpj.preflight`'s reports on its pipelined step and on the same layers unpipelined.
 
-A dense block of one MLP; and a mixture of experts, a dense MLP and then one of two experts, to
-which tokens go and come back by all-to-alls over a mesh axis. Tokens go by their place, half to
-each expert: what is asked is when they travel, not where to.
+Arguments are shapes alone: no array is made, and nothing runs.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import P, lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
+from experiments.overlap import models
 
-VOCABULARY, CONTEXT, WINDOWS = 1024, 512, 2  # a microbatch is [WINDOWS, CONTEXT] tokens
-EXPERTS = 2
-DTYPE = jnp.bfloat16
+# By these names preflight knows what belongs to embedding and head, in any program.
+EMBED, HEAD = "dualpipe.embed", "dualpipe.head"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """A step: `fn(*args)`, over a mesh of no devices in particular."""
+class Case:
+    """Tells of one step.
 
-    fn: Callable[..., Any]
-    args: tuple[Any, Any]
-    mesh: AbstractMesh
+    Attributes:
+      topology: As `dpj.preflight` takes it.
+      ranks: The size of the pipeline axis.
+      beside: The size of the other axis: `"expert"` if the block has experts, else `"data"`.
+      family: One of `models.FAMILIES`.
+      width: Of the residual stream.
+      layers: A stage.
+      tokens: A microbatch has, on one device.
+      schedule: One of `dpj.schedules.names()`.
+      timetable: As `dpj.value_and_grad` takes it.
+      remat: `"none"` or `"block"`.
+    """
 
+    topology: str
+    ranks: int
+    beside: int = 1
+    family: str = "mlp"
+    width: int = 1024
+    layers: int = 2
+    tokens: int = 4096
+    schedule: str = "dualpipe"
+    timetable: str | None = "aligned"
+    remat: str = "none"
 
-def dense(
-    *, layers_per_stage: int, width: int, num_ranks: int = 8, num_microbatches: int = 32
-) -> Step:
-    """Makes a step of dense blocks."""
-    mesh = AbstractMesh((num_ranks,), ("pipe",), axis_types=(AxisType.Auto,))
-
-    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
-        return x + _mlp(_norm(x), params["up"], params["down"])
-
-    num_layers = layers_per_stage * num_ranks
-    blocks = {
-        "up": _aval(mesh, (num_layers, width, 4 * width), DTYPE, "pipe"),
-        "down": _aval(mesh, (num_layers, 4 * width, width), DTYPE, "pipe"),
-    }
-    return _step(block, blocks, mesh, width, num_microbatches)
-
-
-def experts(
-    *, layers_per_stage: int, width: int, num_ranks: int = 4, num_microbatches: int = 16
-) -> Step:
-    """Makes a step of blocks with an MLP, and a mixture of experts over an axis of their own."""
-    mesh = AbstractMesh((num_ranks, EXPERTS), ("pipe", "expert"), axis_types=(AxisType.Auto,) * 2)
-
-    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
-        x = x + _mlp(_norm(x), params["dense_up"], params["dense_down"])
-        tokens = _norm(x).reshape(EXPERTS, -1, width)
-        tokens = lax.all_to_all(tokens, "expert", 0, 0, tiled=True)
-        tokens = _mlp(tokens, params["up"][0], params["down"][0])
-        return x + lax.all_to_all(tokens, "expert", 0, 0, tiled=True).reshape(x.shape)
-
-    num_layers = layers_per_stage * num_ranks
-    up, down = (width, 4 * width), (4 * width, width)
-    blocks = {
-        "dense_up": _aval(mesh, (num_layers, *up), DTYPE, "pipe"),
-        "dense_down": _aval(mesh, (num_layers, *down), DTYPE, "pipe"),
-        "up": _aval(mesh, (num_layers, EXPERTS, *up), DTYPE, "pipe", "expert"),
-        "down": _aval(mesh, (num_layers, EXPERTS, *down), DTYPE, "pipe", "expert"),
-    }
-    of_experts = {"dense_up": P(), "dense_down": P()}
-    of_experts |= {"up": P(None, "expert"), "down": P(None, "expert")}
-    return _step(
-        block,
-        blocks,
-        mesh,
-        width,
-        num_microbatches,
-        batch_axes="expert",
-        manual_axes="expert",
-        param_specs={"ends": P(), "blocks": of_experts},
-    )
+    @property
+    def num_microbatches(self) -> int:
+        """Enough for a steady state: four a rank."""
+        return 4 * self.ranks
 
 
-def _step(
-    block: Callable[..., jax.Array],
-    blocks: Any,
-    mesh: AbstractMesh,
-    width: int,
-    num_microbatches: int,
-    **axes: Any,
-) -> Step:
-    fn = dpj.value_and_grad(
-        dpj.Model(embed=_embed, block=block, head=_head),
+def pipelined(case: Case) -> Any:
+    """Compiles the whole pipelined step, and gives preflight's report."""
+    family = models.FAMILIES[case.family]
+    other = "expert" if family.has_experts else "data"
+    sizes = (case.ranks,) if case.beside == 1 else (case.ranks, case.beside)
+    axes = ("pipe", other)[: len(sizes)]
+    mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * len(sizes))
+    more: dict[str, Any] = {}
+    if case.beside > 1:
+        more["batch_axes"] = other
+    if family.has_experts:
+        more |= {"manual_axes": other, "param_specs": family.param_specs}
+    if case.timetable is not None:
+        more["timetable"] = case.timetable
+    grad_fn = dpj.value_and_grad(
+        family.model,
         mesh=mesh,
-        num_microbatches=num_microbatches,
-        schedule="dualpipe",
-        timetable="aligned",
-        **axes,
+        num_microbatches=case.num_microbatches,
+        schedule=case.schedule,
+        remat=case.remat,
+        **more,
     )
-    params = {"ends": {"table": _aval(mesh, (VOCABULARY, width), jnp.float32)}, "blocks": blocks}
-    shards = mesh.shape.get("expert", 1)
-    rows = num_microbatches * WINDOWS * shards
-    batch = _aval(mesh, (rows, CONTEXT), jnp.int32, *(("expert",) if shards > 1 else ()))
-    return Step(fn=fn, args=(params, batch), mesh=mesh)
+
+    def blocks_spec(name: str) -> PartitionSpec:
+        of_experts = family.has_experts and name in ("up", "down")
+        return PartitionSpec("pipe", "expert") if of_experts else PartitionSpec("pipe")
+
+    params = _avals(case, case.layers * case.ranks, mesh, blocks_spec)
+    rows = case.num_microbatches * case.beside * case.tokens
+    spec = PartitionSpec(other) if case.beside > 1 else PartitionSpec()
+    batch = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=NamedSharding(mesh, spec))
+    return dpj.preflight(jax.jit(grad_fn), (params, batch), case.topology, mesh=mesh)
 
 
-def _embed(ends: Any, ctx: dpj.Context) -> jax.Array:
-    return ends["table"].astype(DTYPE)[ctx.microbatch]
+def unpipelined(case: Case) -> Any:
+    """Compiles gradient accumulation over one stage's layers, unrolled, and no parallelism.
+
+    The same block, rematerialisation and dtype of the accumulators. Every device of the topology
+    does the same as all others.
+    """
+    family = models.FAMILIES[case.family]
+    assert not family.has_experts, "its all-to-alls need more than one device"
+    block = jax.checkpoint(family.block) if case.remat == "block" else family.block
+    mesh = AbstractMesh((case.ranks * case.beside,), ("same",), axis_types=(AxisType.Auto,))
+
+    def loss_of(ends: Any, layers: Any, tokens: jax.Array) -> jax.Array:
+        ctx = _Context(tokens)
+        with jax.named_scope(EMBED):
+            x = models.embed(ends, ctx)
+        for layer in layers:
+            x = block(layer, x, ctx)
+        with jax.named_scope(HEAD):
+            return models.head(ends, x, ctx)
+
+    def step(params: Any, batch: jax.Array) -> Any:
+        # Layers in arrays of their own, so that none is cut out of a stack in every microbatch.
+        layers = [jax.tree.map(lambda a: a[i], params["blocks"]) for i in range(case.layers)]  # noqa: B023
+        zeros = jax.tree.map(jnp.zeros_like, (params["ends"], layers))
+
+        def microbatch(sums: Any, tokens: jax.Array) -> Any:
+            total, of_ends, of_layers = sums
+            loss, (ends, blocks) = jax.value_and_grad(loss_of, argnums=(0, 1))(
+                params["ends"], layers, tokens
+            )
+            with jax.named_scope(HEAD):
+                total, of_ends = jax.tree.map(jnp.add, (total, of_ends), (loss, ends))
+            return (total, of_ends, jax.tree.map(jnp.add, of_layers, blocks)), None
+
+        start = jnp.zeros(()), *zeros
+        return lax.scan(microbatch, start, batch.reshape(case.num_microbatches, -1))[0]
+
+    params = _avals(case, case.layers, mesh, lambda name: PartitionSpec())
+    batch = jax.ShapeDtypeStruct(
+        (case.num_microbatches * case.tokens,),
+        jnp.int32,
+        sharding=NamedSharding(mesh, PartitionSpec()),
+    )
+    return dpj.preflight(jax.jit(step), (params, batch), case.topology, mesh=mesh)
 
 
-def _head(ends: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
-    logits = (_norm(x) @ ends["table"].T.astype(DTYPE)).astype(jnp.float32)
-    of_token = jnp.take_along_axis(logits, ctx.microbatch[..., None], axis=-1)[..., 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - of_token).mean()
+def cycles_of_layers(loop: Any) -> float:
+    """Sums the cycles of a trip without those of embedding and head."""
+    ends = {"embed", "embed_grad", "head"}
+    return sum(each.cycles for each in loop.actions if each.name not in ends)
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
-    return (wide * scale).astype(x.dtype)
+@dataclass(frozen=True)
+class _Context:
+    microbatch: jax.Array
 
 
-def _mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x @ up) @ down
+def _avals(case: Case, num_layers: int, mesh: Any, spec_of: Any) -> Any:
+    def aval(shape: tuple[int, ...], spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
 
-
-def _aval(
-    mesh: AbstractMesh, shape: tuple[int, ...], dtype: Any, *spec: str
-) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+    ends = {"table": (models.VOCABULARY, case.width), "gain": (case.width,)}
+    blocks = models.FAMILIES[case.family].shapes(case.width)
+    return {
+        "ends": {name: aval(shape, PartitionSpec()) for name, shape in ends.items()},
+        "blocks": {
+            name: aval((num_layers, *shape), spec_of(name)) for name, shape in blocks.items()
+        },
+    }

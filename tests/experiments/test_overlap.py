@@ -1,29 +1,114 @@
-"""The count of overlapped transfers: what it refuses. preflight/test_gpu.py has what it counts."""
+"""The proof of overlap, small: what is compiled, its figures, and that the README has them."""
 
-import importlib.util
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-import dualpipe_jax as dpj
-from experiments.overlap import gpu
-from tests.preflight.steps import make_args, make_mesh, make_step
+from experiments.overlap import models, overlap, report, steps
+from experiments.overlap.steps import Case
+from tests.experiments.refusals import refusal
+
+FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "overlap"
 
 
-def test_without_the_compiler_it_names_the_extra(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_no_token_sees_a_later_one(name: str) -> None:
+    family = models.FAMILIES[name]
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)
+        for name, shape in family.shapes(128).items()
+    }
+    x = jnp.asarray(rng.normal(size=(16, 128)), models.DTYPE)
+    out = family.block(params, x, None)
+    other = family.block(params, x.at[9].add(1), None)
+    is_same = (np.asarray(out) == np.asarray(other)).all(axis=-1)
+    assert is_same[:9].all()
+    assert not is_same[9]
+    # Attention is what carries it further.
+    assert is_same[10:].all() == (name == "mlp")
+
+
+def test_a_row_survives_the_csv(tmp_path: Path) -> None:
+    rows = report.read_csv(FOLDER / "overlap.csv")
+    report.write_csv(rows, tmp_path / "overlap.csv")
+    assert (tmp_path / "overlap.csv").read_text() == (FOLDER / "overlap.csv").read_text()
+    # Each is of a case that the command compiles by default, and none is there twice.
+    asked = {
+        (question, case)
+        for question in overlap.QUESTIONS
+        for case in overlap.cases(question, widths=(1024, 2048), layers=(2, 4))
+    }
+    compiled = [(row.question, row.case) for row in rows]
+    assert asked >= set(compiled)
+    assert len(set(compiled)) == len(compiled)
+    assert {question for question, _ in compiled} == set(overlap.QUESTIONS)
+
+
+def test_the_readme_has_the_tables_of_the_committed_figures(tmp_path: Path) -> None:
+    rows = report.read_csv(FOLDER / "overlap.csv")
+    report.write_markdown(rows, tmp_path / "tables.md")
+    readme = (FOLDER / "README.md").read_text()
+    for table in (tmp_path / "tables.md").read_text().split("\n\n"):
+        assert table.strip() in readme
+
+
+def test_bars_of_the_committed_figures() -> None:
+    rows = report.read_csv(FOLDER / "overlap.csv")
+    for row in rows:
+        if row.schedule == "dualpipe" and row.topology.startswith("tpu:v5e"):
+            assert row.permutes == row.permutes_async == row.permutes_hidden == 4
+            assert row.exchanges == row.exchanges_async == row.exchanges_hidden
+            assert (row.least_cover or 0) >= 1
+            assert row.exposed_us == 0
+    beside = [row for row in rows if row.schedule == "1f1b"]
+    assert {row.family for row in beside} == {"mlp", "experts"}
+    assert all(row.permutes_hidden == 0 for row in beside)
+    few, many = (row for row in rows if row.question == "size")
+    assert (few.ranks, many.ranks, many.beside) == (4, 16, 4)
+    assert many.instructions < 1.3 * few.instructions
+    assert many.code_bytes < 1.3 * few.code_bytes
+
+
+@pytest.mark.slow
+def test_small_steps_compiled_for_tpus() -> None:
+    """The pipelined step's transfers are hidden, and the cycles are those of the same layers."""
+    case = Case(topology="tpu:v5e:2x2", ranks=4, width=256, layers=1, tokens=1024)
+    with jax.enable_x64(False):
+        row = report.Row.of("permutes", case, steps.pipelined(case), steps.unpipelined(case))
+    assert row.permutes == row.permutes_async == row.permutes_hidden == 4
+    assert row.least_cover is not None
+    assert row.least_cover > 0
+    assert row.cycles is not None
+    assert row.reference_cycles is not None
+    # Six matmuls a layer, a cycle for 131,072 FLOPs at most.
+    matmuls = 6 * 2 * 1024 * 256 * 1024 / 131072
+    assert matmuls < row.reference_cycles < row.cycles
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--width", "130"], "--width 130: must be a multiple of 128"),
+        (["--question", "speed"], "--question"),
+    ],
+)
+def test_mistakes_in_the_flags(
+    args: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as exit_:
-        gpu.main([])
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("overlap: topology='gpu:h100:8': needs jax[cuda13]")
-    assert "dualpipe-jax[gpu-aot]" in line
-
-
-def test_a_program_without_a_steady_loop_is_not_counted() -> None:
-    mesh = make_mesh(4)
-    step = make_step(mesh, timetable="shortest")
-    report = dpj.preflight(step, make_args(mesh), "cpu:4")
-    with pytest.raises(ValueError, match="must be of a program with a steady loop"):
-        gpu.count(report, "collective-permute")
+    line = refusal(
+        overlap.main,
+        args,
+        name="overlap",
+        output=tmp_path / "out",
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
+    assert words in line

@@ -155,3 +155,42 @@ def test_what_is_wrong_is_named() -> None:
     elsewhere = args[1].update(sharding=other)
     with pytest.raises(ValueError, match="args: must all lie on one mesh"):
         dpj.preflight(step, (args[0], elsewhere), "cpu:2")
+
+
+def test_step_without_collectives_has_the_loop_of_most_work() -> None:
+    mesh = make_mesh(2)
+
+    def step(weight: jax.Array, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, _: None) -> Any:
+            with jax.named_scope("dualpipe.head"):
+                x = jnp.tanh(x @ weight)
+            return x @ weight @ weight, None
+
+        x, _ = jax.lax.scan(lambda x, _: (jnp.sin(x), None), x, length=9)
+        return jax.lax.scan(layer, x, length=5)[0]
+
+    shapes = (8, 8), (4, 8)
+    args = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    report = dpj.preflight(step, args, "cpu:2", mesh=mesh)
+    loop = report.loop
+    assert loop is not None
+    assert (loop.kind, loop.num_trips, loop.collectives) == ("plain", 5, ())
+    matmul = 2 * 4 * 8 * 8
+    assert {action.name: action.flops for action in loop.actions} == {
+        "head": matmul,
+        "other": 2 * matmul,
+    }
+    assert "no loop has collectives" in str(report)
+
+
+def test_size_of_the_program() -> None:
+    mesh = make_mesh(2)
+    sizes = [
+        dpj.preflight(make_step(mesh, num_microbatches=number), make_args(mesh), "cpu:2").program
+        for number in (4, 8, 16)
+    ]
+    counts = [size.num_instructions for size in sizes if size is not None]
+    assert len(counts) == 3
+    # A longer run of beats is more trips of the same loop; a constant more or less is XLA's choice.
+    assert counts[2] == pytest.approx(counts[1], rel=0.01)
+    assert counts[1] > 100

@@ -1,0 +1,1 @@
+"""Does compute hide the communication of the steady loop? Read off programs for accelerators."""
