@@ -3,8 +3,8 @@
 Only options that change a compiled program for the better are listed. Of the TPU compiler's others,
 those of asynchronous permutes and of collective fusion, the scheduler's reruns, its real cost model
 and its preference for depth, and asynchronous copies in place of slices were tried on a two-beat
-loop with permutes and all-to-alls, and changed nothing; its release of starts exposed more. Nor does
-the GPU compiler's latency-hiding scheduler have to be switched on. Its pass
+loop with permutes and all-to-alls, and changed nothing; its release of starts exposed more. Nor
+does the GPU compiler's latency-hiding scheduler have to be switched on. Its pass
 `collective-permute-motion` moves a loop's last permutes to the next trip's start, where they are
 waited for at once; it finds none in a program of ours, where what arrives passes through a select
 (`_executor/order.py`).

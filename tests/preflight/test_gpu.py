@@ -15,7 +15,7 @@ from dualpipe_jax._preflight.devices import H100
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.timing import Collective, Replay
 from dualpipe_jax._preflight.topologies import is_adjacent_along, num_adjacent
-from experiments.overlap import gpu, steps
+from experiments.overlap_gpu import gpu, steps
 from tests.preflight.snippets import program
 
 GEMM = """%gemm_fusion_dot.14_computation (p: bf16[1024,4096], q: bf16[4096,1024]) -> bf16[1024,1024] {
