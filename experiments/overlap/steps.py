@@ -94,15 +94,18 @@ def unpipelined(case: Case) -> Any:
     """
     family = models.FAMILIES[case.family]
     assert not family.has_experts, "its all-to-alls need more than one device"
-    block = jax.checkpoint(family.block) if case.remat == "block" else family.block
     mesh = AbstractMesh((case.ranks * case.beside,), ("same",), axis_types=(AxisType.Auto,))
 
     def loss_of(ends: Any, layers: Any, tokens: jax.Array) -> jax.Array:
         ctx = _Context(tokens)
         with jax.named_scope(EMBED):
             x = models.embed(ends, ctx)
+
+        def block(layer: Any, x: jax.Array) -> jax.Array:
+            return family.block(layer, x, ctx)
+
         for layer in layers:
-            x = block(layer, x, ctx)
+            x = (jax.checkpoint(block) if case.remat == "block" else block)(layer, x)
         with jax.named_scope(HEAD):
             return models.head(ends, x, ctx)
 
