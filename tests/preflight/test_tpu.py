@@ -28,7 +28,7 @@ def _as_users_compute() -> Iterator[None]:
 def report() -> Report:
     with jax.enable_x64(False):
         mesh = make_mesh(4)
-        args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=128)
+        args = make_args(mesh, width=1024, num_layers=8, rows=16 * 4, length=128)
         return dpj.preflight(make_step(mesh, num_microbatches=16), args, "tpu:v5e:2x2")
 
 
@@ -41,8 +41,8 @@ def test_transfers_of_the_steady_loop_are_hidden(report: Report) -> None:
     for each in loop.collectives:
         assert (each.kind, each.axes) == ("collective-permute", ("pipe",))
         assert each.is_async
-        # float32[4, 128, 256] over one link at 50 GB/s
-        assert each.num_bytes == 4 * 128 * 256 * 4
+        # float32[4, 128, 1024] over one link at 50 GB/s
+        assert each.num_bytes == 4 * 128 * 1024 * 4
         assert each.link_seconds == pytest.approx(each.num_bytes / 50e9)
         assert each.flops > 0
         assert each.is_hidden
@@ -54,7 +54,7 @@ def test_transfers_of_the_steady_loop_are_hidden(report: Report) -> None:
 def test_actions_have_their_matmuls_and_cycles(report: Report) -> None:
     assert report.loop is not None
     actions = {action.name: action for action in report.loop.actions}
-    matmul = 2 * 4 * 128 * 256 * 1024
+    matmul = 2 * 4 * 128 * 1024 * 4096
     for name in ("forward", "input_grad", "weight_grad"):
         # Two beats of two layers of two matmuls, which take a cycle for 131,072 FLOPs or more.
         assert actions[name].flops == 2 * 2 * 2 * matmul
@@ -69,7 +69,7 @@ def test_beats_copy_no_slot_buffer() -> None:
     counts = made.compiled(timetable="aligned").tables.num_slots
     topology = find_topology("tpu:v5e:2x2")
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("pipe",))
-    args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=128)
+    args = make_args(mesh, width=1024, num_layers=8, rows=16 * 4, length=128)
     step = jax.jit(make_step(mesh, num_microbatches=16))
     text = str(step.lower(*args).compile().as_text())
     is_steady = rf" collective-permute-start\(.*{_scopes.STEADY}"
