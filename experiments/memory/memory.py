@@ -19,6 +19,7 @@ if __name__ == "__main__":  # run as a script, the repository is not on the path
 
 import dualpipe_jax as dpj
 from experiments.benchmarks import variants
+from experiments.train_lm import flags
 from experiments.train_lm.model import LanguageModel
 
 README = Path(__file__).with_name("README.md")
@@ -132,19 +133,22 @@ def table(rows: list[Row]) -> str:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--topology", default="tpu:v5e:2x2", show_default=True)
-@click.option("--ranks", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--layers", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--width", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--sequence", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--vocabulary", type=click.IntRange(min=1), default=1024, show_default=True)
-@click.option("--microbatch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--ranks", type=flags.POSITIVE, default=4, show_default=True)
+@click.option("--layers", type=flags.POSITIVE, default=8, show_default=True)
+@click.option("--width", type=flags.POSITIVE, default=512, show_default=True)
+@click.option("--heads", type=flags.POSITIVE, default=8, show_default=True)
+@click.option("--sequence", type=flags.POSITIVE, default=512, show_default=True)
+@click.option("--vocabulary", type=flags.POSITIVE, default=1024, show_default=True)
+@click.option("--microbatch-size", type=flags.POSITIVE, default=1, show_default=True)
 @click.option("--write-readme", is_flag=True, help="Put the table into the README.")
-def main(write_readme: bool, **options: Any) -> None:
+def command(write_readme: bool, **options: Any) -> None:
     """Compare what a step holds with its own account, and with GPipe by `jax.grad`."""
     sizes = Sizes(**options)
     if sizes.layers % sizes.ranks:
-        raise click.UsageError(f"--layers {sizes.layers}: must be a multiple of --ranks")
+        raise flags.Refusal(
+            f"--layers {sizes.layers}: must be a multiple of --ranks {sizes.ranks}, so that every "
+            "rank has as many"
+        )
     few, many = 4 * sizes.ranks, 16 * sizes.ranks
     cases = [
         (name, remat, count)
@@ -163,6 +167,11 @@ def main(write_readme: bool, **options: Any) -> None:
         after = rest.partition(MARKS[1])[2]
         text = f"{MARKS[0]}\n{table(rows)}\n\n```\n{account}\n```\n{MARKS[1]}"
         README.write_text(before + text + after)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; a mistake in the flags is one line and exit code 2."""
+    flags.run(command, args, name="memory")
 
 
 if __name__ == "__main__":
