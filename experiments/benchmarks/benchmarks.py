@@ -15,11 +15,11 @@ from typing import Any, TextIO
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dualpipe_jax as dpj
 from experiments.benchmarks import racing, report, variants
 from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
+from experiments.progress import bar
 from experiments.train_lm import flags
 from experiments.train_lm.flags import POSITIVE, Refusal
 
@@ -115,7 +115,7 @@ def command(
     console = Console(highlight=False)
     rows: list[report.Row] = []
     about = _about(sizes, rounds=rounds, microbatches_per_rank=microbatches_per_rank)
-    with records, _progress(console) as progress:
+    with records, bar(console) as progress:
         _write(records, {"what": "run", **about})
         num_all = len(ranks) * len(remats) * len(names) * (1 + rounds)
         progress_task = progress.add_task("", total=num_all, what="")
@@ -241,16 +241,6 @@ def _caption(about: dict[str, Any]) -> str:
         "{microbatch_size} x {sequence} tokens, {microbatches_per_rank} a rank; measured steps of "
         "each: {rounds}; {cpus} CPUs ({machine}), JAX {jax}, Python {python}."
     ).format_map(about)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
-        console=console,
-    )
 
 
 def main(args: list[str] | None = None) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dualpipe_jax as dpj
 from experiments.compare_schedules import measuring, report
+from experiments.progress import bar
 from experiments.train_lm import data, flags, training
 from experiments.train_lm.flags import POSITIVE, Refusal
 from experiments.train_lm.model import LanguageModel
@@ -97,7 +97,7 @@ def command(
     names = (measuring.SEQUENTIAL, *names)
     contenders: list[measuring.Contender] = []
     rows: list[report.Row] = []
-    with _progress(console) as progress:
+    with bar(console) as progress:
         task = progress.add_task("", total=len(ranks) * len(names) * (1 + steps), what="")
         for num_ranks in ranks:
             racing = []
@@ -185,16 +185,6 @@ def _require_devices(num_devices: int) -> None:
             f"{found[0].platform}); lower --ranks, or set JAX_PLATFORMS=cpu for fake devices on "
             "the CPU"
         )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
-        console=console,
-    )
 
 
 def main(args: list[str] | None = None) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dualpipe_jax as dpj
 from experiments.idle_time import costs, report
+from experiments.progress import bar
 from experiments.train_lm import flags
 from experiments.train_lm.flags import POSITIVE, Refusal
 
@@ -79,7 +79,7 @@ def command(
     console.print(report.describe(flops))
     names = dpj.schedules.names()
     rows: list[report.Row] = []
-    with _progress(console) as progress:
+    with bar(console) as progress:
         task = progress.add_task("", total=len(ranks) * len(multiples) * len(names), what="")
         for num_ranks in ranks:
             for multiple in multiples:
@@ -118,16 +118,6 @@ def replay(
     model = dpj.simulate(schedule, costs=of_model, num_layers=num_layers)
     sent = dpj.simulate(schedule, costs=of_model, num_layers=num_layers, transfer=transfer)
     return report.Row.of(equal, model, sent)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
-        console=console,
-    )
 
 
 def main(args: list[str] | None = None) -> None:

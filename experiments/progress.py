@@ -1,0 +1,15 @@
+"""The bar that experiments of many parts show: how many are done, for how long, and which is on."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def bar(console: Console) -> Progress:
+    """Makes it; every task needs the field `what`, the part that is on."""
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+        console=console,
+    )
