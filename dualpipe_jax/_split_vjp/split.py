@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
+from dualpipe_jax._split_vjp.chains import finish_chains
 from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
@@ -188,7 +189,9 @@ def split_vjp(
         deferred=tuple(sorted(deferred)),
         is_early=tuple(v is not None for v, _ in parts),
         is_late=tuple(v is not None for _, v in parts),
-        forward_nodes=with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])),
+        forward_nodes=finish_chains(
+            graph, with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])), kept
+        ),
         input_nodes=input_nodes,
         weight_nodes=weight_nodes,
         again_nodes=needed(again, dparams, known={*weight_residual, *deferred}),

@@ -44,7 +44,8 @@ class Sizes:
 class Row:
     """A step's memory, in bytes on one device beside the arguments.
 
-    `terms` is what the library says itself; None for what is not its own.
+    `terms` is what the library says itself; None for what is not its own. Where the step does not
+    fit, `peak` is what its refusal says is needed.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Row:
     microbatches: int
     peak: int
     terms: int | None
+    fits: bool = True
 
 
 def measure(name: str, sizes: Sizes, *, remat: str, microbatches: int) -> tuple[Row, str]:
@@ -78,10 +80,17 @@ def measure(name: str, sizes: Sizes, *, remat: str, microbatches: int) -> tuple[
         step = jax.jit(grad_fn)
     report = dpj.preflight(step, args, sizes.topology, mesh=mesh)
     memory = report.memory
-    if memory.peak is None or memory.arguments is None:
+    peak = memory.needed if report.failure else memory.peak
+    if peak is None:
         raise click.ClickException(f"{name}: {report.failure or 'the compiler gives no peak'}")
-    peak = memory.peak - memory.arguments
-    row = Row(name=name, remat=remat, microbatches=microbatches, peak=peak, terms=terms)
+    row = Row(
+        name=name,
+        remat=remat,
+        microbatches=microbatches,
+        peak=peak if report.failure else peak - (memory.arguments or 0),
+        terms=terms,
+        fits=not report.failure,
+    )
     return row, account
 
 
@@ -124,9 +133,9 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         terms = "-" if row.terms is None else f"{row.terms / mebi:,.0f}"
         share = "-" if row.terms is None else f"{row.terms / row.peak:.2f}"
+        peak = f"{row.peak / mebi:,.1f}" + ("" if row.fits else ", does not fit")
         lines.append(
-            f"| {row.name} | {row.remat} | {row.microbatches} | {row.peak / mebi:,.1f} "
-            f"| {terms} | {share} |"
+            f"| {row.name} | {row.remat} | {row.microbatches} | {peak} | {terms} | {share} |"
         )
     return "\n".join(lines)
 

@@ -31,10 +31,14 @@ def test_table_has_a_line_for_every_row() -> None:
     rows = [
         memory.Row(name="dualpipe", remat="none", microbatches=16, peak=2**21, terms=3 * 2**20),
         memory.Row(name=variants.RECIPE, remat="block", microbatches=4, peak=2**20, terms=None),
+        memory.Row(
+            name=variants.RECIPE, remat="none", microbatches=4, peak=2**30, terms=None, fits=False
+        ),
     ]
     assert memory.table(rows).splitlines()[2:] == [
         "| dualpipe | none | 16 | 2.0 | 3 | 1.50 |",
         "| gpipe-recipe | block | 4 | 1.0 | - | - |",
+        "| gpipe-recipe | none | 4 | 1,024.0, does not fit | - | - |",
     ]
 
 
