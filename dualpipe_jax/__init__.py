@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from dualpipe_jax._simulate import Costs as Costs
     from dualpipe_jax._simulate import Simulation as Simulation
     from dualpipe_jax._simulate import simulate as simulate
+    from dualpipe_jax._types import Aux as Aux
     from dualpipe_jax._types import Context as Context
+    from dualpipe_jax._types import Metrics as Metrics
     from dualpipe_jax._types import Model as Model
     from dualpipe_jax.schedules import Schedule as Schedule
     from dualpipe_jax.schedules import Timeline as Timeline
@@ -27,8 +29,10 @@ __version__ = "0.1.0"
 
 # Where each public name lives; None: the name is a module of its own.
 _HOME = {
+    "Aux": "_types",
     "Context": "_types",
     "Costs": "_simulate",
+    "Metrics": "_types",
     "Model": "_types",
     "Schedule": "schedules",
     "Simulation": "_simulate",

@@ -20,7 +20,7 @@ from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._sequential import sequential as sequential
 from dualpipe_jax._simulate import fastest_timetable
 from dualpipe_jax._split_vjp import is_differentiable
-from dualpipe_jax._types import Context, Model, PyTree
+from dualpipe_jax._types import Aux, Context, Model, PyTree
 
 
 def value_and_grad(
@@ -85,7 +85,9 @@ def value_and_grad(
 
     Returns:
       `grad_fn(params, batch, *, rng=None) -> (loss, grads)`; with `model.has_aux`,
-      `((loss, metrics), grads)`. It is not itself differentiable by `jax.grad`; `sequential` is.
+      `((loss, metrics), grads)`; if blocks give metrics (`Aux`), `((loss, Metrics), grads)`, those
+      of blocks sharded over `axis` as their gradients are. It is not itself differentiable by
+      `jax.grad`; `sequential` is.
 
       params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
         model order, sharded in any way; with `model.layout`, blocks is a dict of such stacks, one
@@ -135,7 +137,7 @@ class GradFunction:
     dtype: Any
 
     def __call__(self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
-        """Returns `(loss, grads)`, or `((loss, metrics), grads)`."""
+        """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         step = self.build(params, batch, rng)
         _validate.grad_dtype(self.dtype, params)
@@ -193,8 +195,9 @@ def evaluate(
       param_specs: How params lie over the manual axes.
 
     Returns:
-      `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`; equal to
-      `sequential(model, num_microbatches=...)`. It keeps no activations for a backward, so that
+      `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or
+      `(loss, Metrics)` if blocks give metrics; equal to `sequential(model, num_microbatches=...)`.
+      It keeps no activations for a backward, so that
       `jax.grad` cannot go through it; `value_and_grad` is for that.
 
     Raises:
@@ -333,7 +336,7 @@ def _schedule_for(
 
 
 def _block(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable[..., Any]]:
-    """Gives each kind's block one form, `(params, x, ctx) -> (x, aux or None)`."""
+    """Gives each kind's block one form, `(params, x, ctx) -> (x, Aux)`."""
     return {
         kind: _rematerialised(_of_one_form(model, kind), remat) for kind in _kinds.blocks_of(model)
     }
@@ -342,7 +345,7 @@ def _block(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable
 def _of_one_form(model: Model, kind: Kind) -> Callable[..., Any]:
     users_block = _kinds.blocks_of(model)[kind]
 
-    def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
+    def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
         y, aux = _microbatches.block_outputs(model, users_block(params, x, ctx))
         _outputs.require_same_x(x, y, name=_kinds.block_name(kind))
         return _microbatches.strong(y), aux

@@ -16,7 +16,7 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._outputs import Outputs
 from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp
-from dualpipe_jax._types import Context, Model
+from dualpipe_jax._types import Aux, Context, Model
 
 PyTree = Any
 
@@ -55,7 +55,7 @@ class Functions:
       embed: `(outside, ctx) -> x`.
       embeds_by_look_up: Whether that is so little work that every rank may as well do it.
       head: `(outside, x, ctx) -> (loss, metrics)`.
-      block: For each kind of layer `((layer, shared), x, ctx) -> (y, aux)`.
+      block: For each kind of layer `((layer, shared), x, ctx) -> (y, Aux)`.
       gradients: The derivatives; None in forward-only programs.
     """
 
@@ -63,7 +63,7 @@ class Functions:
     embed: Callable[..., PyTree]
     embeds_by_look_up: bool = False
     head: Callable[..., tuple[jax.Array, PyTree]] | None = None
-    block: dict[Kind, Callable[..., tuple[PyTree, Any]]] = field(default_factory=dict)
+    block: dict[Kind, Callable[..., tuple[PyTree, Aux]]] = field(default_factory=dict)
     gradients: "Gradients | None" = None
 
 
@@ -93,7 +93,7 @@ class Gradients:
 
 def trace(
     model: Model,
-    blocks: dict[Kind, Callable[..., tuple[PyTree, Any]]],
+    blocks: dict[Kind, Callable[..., tuple[PyTree, Aux]]],
     args: Arguments,
     *,
     forward_only: bool,
@@ -104,7 +104,7 @@ def trace(
 
     Args:
       model: The model.
-      blocks: For each kind of layer `(layer, x, ctx) -> (y, aux)`, rematerialised as asked.
+      blocks: For each kind of layer `(layer, x, ctx) -> (y, Aux)`, rematerialised as asked.
       args: What the functions are given.
       forward_only: Whether there are no gradients.
       recomputes: Whether some weight gradients are to recompute what they need.
@@ -128,7 +128,7 @@ def trace(
     ends_ctx = replace(layer_ctx, layer=None)
 
     def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
-        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
+        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
             layer, shared = params
             return block(layer, x, replace(ctx, shared=shared))
 
@@ -151,9 +151,10 @@ def trace(
         return jax.tree.map(lambda a, like: _varying.cast(a, _varying.varies_over(like)), values, x)
 
     def typed(block: Callable[..., Any]) -> Callable[..., Any]:
-        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
+        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
             y, aux = block(params, x, ctx)
-            return as_x(y), None if aux is None else _varying.cast(aux, loss_axes)
+            loss = None if aux.loss is None else _varying.cast(aux.loss, loss_axes)
+            return as_x(y), replace(aux, loss=loss)
 
         return run
 
@@ -226,11 +227,11 @@ def _captured(function: Callable[..., Any], *avals: Any) -> Callable[..., Any]:
 
 def _varying_x(
     blocks: dict[Kind, Callable[..., Any]], params: dict[Kind, PyTree], x: PyTree, ctx: Context
-) -> tuple[PyTree, dict[Kind, Any]]:
+) -> tuple[PyTree, dict[Kind, Aux]]:
     """Finds over which manual axes x varies: those of what embed returns, and what blocks add.
 
     Returns:
-      Avals of x, and of the aux loss of each kind of block, or None.
+      Avals of x, and of the Aux of each kind of block.
     """
     while True:
         leaves, structure = jax.tree.flatten(x)

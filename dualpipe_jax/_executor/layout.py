@@ -144,18 +144,16 @@ class Layout:
 
         return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
 
-    def zero_grads(self, avals: list[Any]) -> list[Any]:
-        """Makes the accumulators of a chunk whose leaves of a kind have `avals` `[layer, ...]`.
+    def zero_sums(self, kind: Kind, avals: list[Any]) -> list[Any]:
+        """Makes the accumulators of a chunk for what a layer of a kind has of `avals`.
 
-        Each is an array, or with unrolled layers a list of arrays without the layer dim.
+        Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
         """
-        if not self.is_unrolled:
-            return _microbatches.zeros_for_sum(avals)
+        size = self.stacks[kind].max_layers
+        if self.is_unrolled:
+            return [[_microbatches.zeros_for_sum(aval) for _ in range(size)] for aval in avals]
         return [
-            [
-                jnp.zeros(aval.shape[1:], _microbatches.accumulator_dtype(aval.dtype))
-                for _ in range(aval.shape[0])
-            ]
+            jnp.zeros((size, *aval.shape), _microbatches.accumulator_dtype(aval.dtype))
             for aval in avals
         ]
 

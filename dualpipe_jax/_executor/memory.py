@@ -122,6 +122,11 @@ def report(
         sums += num_chunks * num_layers[kind] * _accumulator_bytes(with_grad)
     terms.append(Term("gradients added up, of layers", f"{num_chunks} stages", sums))
     terms.append(Term("gradients added up, of the rest", "", _accumulator_bytes(outside)))
+    sums = 0
+    for kind, aux in traced.outputs.aux.items():
+        sums += num_chunks * num_layers[kind] * _accumulator_bytes(jax.tree.leaves(aux.metrics))
+    if sums:
+        terms.append(Term("metrics added up, of layers", f"{num_chunks} stages", sums))
     working = max(block.working_bytes for block in gradients.block.values())
     terms.append(Term("working set, estimated", "1 layer", working))
     return MemoryReport(tuple(terms))

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _parameters, _varying
-from dualpipe_jax._executor.explicit import sharding_like
+from dualpipe_jax._executor.explicit import explicit_axes, sharding_like
 from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._types import Model, PyTree
@@ -82,6 +82,14 @@ class Plan:
             # Where microbatches differ, so do a parameter's gradients: they are summed once, last.
             avals.append(_varying.aval(plain, {*_parameters.axes_of(spec), *self.loss_axes}))
         return jax.tree.unflatten(structure, avals)
+
+    def stack_shardings(self) -> dict[Kind, NamedSharding]:
+        """Makes shardings over Explicit axes of what is stacked as the layers of each kind are."""
+        explicit = explicit_axes(self.mesh)
+        return {
+            kind: NamedSharding(self.mesh, PartitionSpec(lead if lead in explicit else None))
+            for kind, lead in self.leads.items()
+        }
 
     def grad_shardings(self, params: Parts) -> Parts:
         """Makes shardings of the gradients over Explicit axes: as their parameters lie."""

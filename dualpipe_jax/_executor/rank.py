@@ -148,7 +148,7 @@ class Rank:
 
         def run(layer: Layer, carry: Any, buffers: Any) -> Any:
             x, aux_sum = carry
-            residual, weight_residual = buffers
+            residual, weight_residual, metrics = buffers
             if self.functions.gradients is None:
                 (params, _), ctx = self._layer(row, chunk, layer)
                 x, aux = self.functions.block[layer.kind](params, x, ctx)
@@ -158,14 +158,14 @@ class Rank:
                 weight_residual = registers.write_layer(
                     weight_residual, kept_longer, layer.index, row["weight_residual"]
                 )
-            if aux is not None:
-                aux_sum = _microbatches.add(aux_sum, aux)
-            return (x, aux_sum), (residual, weight_residual)
+            aux_sum, metrics = accumulators.add_aux(aux_sum, metrics, aux, layer=layer.place)
+            return (x, aux_sum), (residual, weight_residual, metrics)
 
-        buffers = state.residual, state.weight_residual
+        buffers = state.residual, state.weight_residual, state.block_metrics[chunk]
         out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers)
-        (x, aux), (residual, weight_residual) = out
-        return state._replace(aux=aux, residual=residual, weight_residual=weight_residual), x
+        (x, aux), (residual, weight_residual, metrics) = out
+        state = state._replace(residual=residual, weight_residual=weight_residual)
+        return state.put_aux(chunk, aux, metrics), x
 
     def input_grad(
         self, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any

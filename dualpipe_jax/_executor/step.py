@@ -6,7 +6,7 @@ its own that begins when its tick has come; program size does not depend on thei
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import functions, memory, registers
+from dualpipe_jax._executor import collect, functions, memory, registers
 from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.explicit import (
     context_mesh,
@@ -112,8 +112,8 @@ class Step:
         """Runs the step.
 
         Returns:
-          The loss (with `has_aux` and the metrics), and the gradients in accumulation dtype: for
-          each part of `params` a list with those of the leaves that get one. None for a
+          The loss, with metrics if the model gives any, and the gradients in accumulation dtype:
+          for each part of `params` a list with those of the leaves that get one. None for a
           forward-only program.
         """
         mesh = context_mesh(like=self.mesh)
@@ -123,7 +123,7 @@ class Step:
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
         if explicit_axes(self.mesh):
-            result, grads = run_as_auto(
+            (loss, metrics), (block_metrics, grads) = run_as_auto(
                 partial(self._shard_mapped, plan=plan),
                 params,
                 batch,
@@ -132,7 +132,11 @@ class Step:
                 out_shardings=self._out_shardings(params, plan),
             )
         else:
-            result, grads = self._shard_mapped(params, batch, rng, plan=plan, mesh=self.mesh)
+            (loss, metrics), (block_metrics, grads) = self._shard_mapped(
+                params, batch, rng, plan=plan, mesh=self.mesh
+            )
+        of_blocks = _kinds.by_layout(self.model, block_metrics)
+        result = _microbatches.result(self.model, loss, metrics, of_blocks)
         if grads is None:
             return result, None
         in_order = _kinds.in_order_of(self.model, blocks, grads["blocks"])
@@ -210,17 +214,21 @@ class Step:
         plan: Plan,
         mesh: Mesh | AbstractMesh | None = None,
     ) -> Any:
-        """Runs the step on a mesh of Auto axes, or on that of the context."""
+        """Runs the step on a mesh of Auto axes, or on that of the context.
+
+        Returns:
+          The loss and the head's metrics; and the blocks' metrics by kind, and the gradients.
+        """
         traced, _ = self._traced(params, batch, rng, plan, mesh)
         replicated = PartitionSpec()
         specs = jax.tree.leaves(plan.over_mesh, is_leaf=lambda s: isinstance(s, PartitionSpec))
         in_specs = jax.tree.unflatten(jax.tree.structure(params), specs)
-        grads_specs = plan.of_wanted(plan.over_mesh)
+        grads_specs = None if self.tables.forward_only else plan.of_wanted(plan.over_mesh)
         return jax.shard_map(
             partial(self._run, traced, plan),
             mesh=mesh,
             in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated),
-            out_specs=(replicated, None if self.tables.forward_only else grads_specs),
+            out_specs=(replicated, (self.layout.specs, grads_specs)),
             axis_names={self.axis, *self.batch_axes, *self.manual_axes},
             check_vma=False,
         )(params, batch, rng)
@@ -254,12 +262,12 @@ class Step:
 
     def _out_shardings(self, params: PyTree, plan: Plan) -> Any:
         """Shardings of the results over Explicit axes."""
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return replicated, None if self.tables.forward_only else plan.grad_shardings(params)
+        grads = None if self.tables.forward_only else plan.grad_shardings(params)
+        return NamedSharding(self.mesh, PartitionSpec()), (plan.stack_shardings(), grads)
 
     def _run(
         self, traced: Functions, plan: Plan, params: PyTree, batch: PyTree, rng: Any
-    ) -> tuple[Any, PyTree]:
+    ) -> tuple[Any, Any]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
         rank, state, weight = self._start(traced, plan, params, batches, rng)
@@ -330,7 +338,7 @@ class Step:
             shard=lax.axis_index(self.batch_axes) if self.num_shards > 1 else None,
             loss_seed=loss_seed.astype(outs.loss.dtype),
             aux_seed={
-                kind: None if aux is None else jnp.asarray(1 / count, aux.dtype)
+                kind: None if aux.loss is None else jnp.asarray(1 / count, aux.loss.dtype)
                 for kind, aux in outs.aux.items()
             },
             num_deferred=self.num_deferred,
@@ -358,13 +366,12 @@ class Step:
             return _microbatches.zeros_for_sum(pick(params[part], plan.wanted[part]))
 
         def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
-            size = layout.stacks[kind].max_layers
             leaves = [
-                jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
-                for leaf in jax.tree.leaves(stack)
+                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)
             ]
             assert gradients is not None
-            return layout.zero_grads(pick(leaves, gradients.block[kind].has_grad[: len(leaves)]))
+            has_grad = gradients.block[kind].has_grad[: len(leaves)]
+            return layout.zero_sums(kind, pick(leaves, has_grad))
 
         nothing = registers.allocate(outs.x, poison=self.poison)
         state = State(
@@ -384,6 +391,13 @@ class Step:
             loss=loss,
             aux=aux,
             metrics=metrics,
+            block_metrics=[
+                {
+                    kind: layout.zero_sums(kind, jax.tree.leaves(aux.metrics))
+                    for kind, aux in outs.aux.items()
+                }
+                for _ in chunks
+            ],
             from_left=nothing,
             from_right=nothing,
         )
@@ -391,44 +405,16 @@ class Step:
 
     def _finish(
         self, rank: Rank, plan: Plan, params: PyTree, state: State, weight: Any
-    ) -> tuple[Any, PyTree]:
-        """Sums over ranks and shards, and brings the layers' gradients back to their places."""
+    ) -> tuple[Any, Any]:
+        """Sums over ranks and shards, and brings what belongs to layers back to their places."""
         sums = state.loss, state.aux, state.metrics
         loss, aux, metrics = lax.psum(sums, (self.axis, *self.batch_axes))
         count = self.tables.num_microbatches * self.num_shards
-        model = self.model
-        result = _microbatches.result(model, loss, aux, metrics, weight, count)
-        gradients = rank.functions.gradients
-        if gradients is None:
-            return result, None
-
-        specs = plan.of_wanted(plan.specs)
-        over = plan.summed_over([*specs["ends"], *specs.get("shared", [])])
-        summed = _sums(
-            [*state.ends_grads, *state.shared_grads],
-            [(self.axis, *o, *m) for o, m in zip(over, gradients.reduce_axes, strict=True)],
-        )
-        num_ends = len(state.ends_grads)
-        grads: dict[str, Any] = {"ends": summed[:num_ends], "blocks": {}}
-        if "shared" in specs:
-            grads["shared"] = summed[num_ends:]
-        for kind, mine in self.layout.collect(state.block_grads).items():
-            leaves = jax.tree.leaves(params["blocks"][kind])
-            has_grad = gradients.block[kind].has_grad[: len(leaves)]
-            over = plan.summed_over(pick(plan.specs["blocks"][kind], has_grad))
-            manual = gradients.block[kind].reduce_axes
-            more = [axes for axes, has in zip(manual, has_grad, strict=False) if has]
-            rest = iter(_sums(mine, [(*o, *m) for o, m in zip(over, more, strict=True)]))
-            size = self.layout.stacks[kind].shard_layers
-            # Leaves without a gradient of their own get zeros.
-            grads["blocks"][kind] = [
-                next(rest) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
-                for leaf, has, is_wanted in zip(
-                    leaves, has_grad, plan.wanted["blocks"][kind], strict=True
-                )
-                if is_wanted
-            ]
-        return result, grads
+        loss = _microbatches.loss_of_sums(loss, aux, weight, count)
+        grads = None
+        if not self.tables.forward_only:
+            grads = collect.gradients(rank, plan, params, state)
+        return (loss, metrics), (collect.block_metrics(rank, plan, state), grads)
 
 
 def _casts(traced: Functions, kind: Kind, tree: PyTree, *, after: PyTree = ()) -> list[jax.Array]:
@@ -437,15 +423,3 @@ def _casts(traced: Functions, kind: Kind, tree: PyTree, *, after: PyTree = ()) -
         return []
     leaves, first = jax.tree.leaves(tree), len(jax.tree.leaves(after))
     return traced.gradients.block[kind].cast(leaves, range(first, first + len(leaves)))
-
-
-def _sums(values: list[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.Array]:
-    """Sums each value over its axes, those with the same axes in one collective."""
-    out = list(values)
-    for over in dict.fromkeys(axes):
-        if over:
-            places = [i for i, each in enumerate(axes) if each == over]
-            totals = _varying.sum_over([values[i] for i in places], over)
-            for i, total in zip(places, totals, strict=True):
-                out[i] = total
-    return out
