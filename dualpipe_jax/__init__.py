@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dualpipe_jax import schedules as schedules
-    from dualpipe_jax._api import evaluate as evaluate
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
+    from dualpipe_jax._forward import apply as apply
+    from dualpipe_jax._forward import evaluate as evaluate
     from dualpipe_jax._plot import plot_timeline as plot_timeline
     from dualpipe_jax._preflight import compiler_options as compiler_options
     from dualpipe_jax._preflight import preflight as preflight
@@ -37,8 +38,9 @@ _HOME = {
     "Schedule": "schedules",
     "Simulation": "_simulate",
     "Timeline": "schedules",
+    "apply": "_forward",
     "compiler_options": "_preflight",
-    "evaluate": "_api",
+    "evaluate": "_forward",
     "plot_timeline": "_plot",
     "preflight": "_preflight",
     "schedules": None,

@@ -6,7 +6,7 @@ In: a model, and avals of what its functions are given. Out: avals of what they 
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,16 +25,18 @@ class Outputs:
     """Avals of what a model's functions return, and of the context that a block is given.
 
     `aux` has an entry for each kind of layer, and `aux_sum` holds any of their losses; None
-    without, as `weight`.
+    without, as `weight`. Where there is an output in the place of head, that alone is checked
+    beside x, and `applied` is what it returns.
     """
 
     x: PyTree
     ctx: Context
-    loss: Any
-    metrics: PyTree
+    loss: Any = None
+    metrics: PyTree = None
     aux: dict[Kind, Aux]
-    aux_sum: Any
-    weight: Any
+    aux_sum: Any = None
+    weight: Any = None
+    applied: PyTree = None
 
 
 def check(
@@ -45,13 +47,15 @@ def check(
     rng: Any,
     shard: Any = None,
     *,
+    output: Callable[..., PyTree] | None = None,
     hidden_axes: Iterable[str] = (),
 ) -> Outputs:
     """Requires the model's functions to fit each other, and returns avals of what they return.
 
     `outside` holds `ends`, and `shared` if there is one, and `layers` the parameters of one layer
     of each kind; all arguments may be avals. The context in what is returned has no shared
-    parameters. No function may name one of the mesh axes `hidden_axes`.
+    parameters. `output` takes the place of head, if it is given. No function may name one of the
+    mesh axes `hidden_axes`.
     """
 
     def run(
@@ -72,6 +76,9 @@ def check(
             kind: _block_aux(model, x, block(layers[kind], x, layer_ctx), name=block_name(kind))
             for kind, block in _kinds.blocks_of(model).items()
         }
+        if output is not None:
+            applied = _applied(output(ends, x, ends_ctx), microbatch)
+            return Outputs(x=x, ctx=bare_ctx, aux=dict.fromkeys(aux, Aux()), applied=applied)
         losses = [each.loss for each in aux.values() if each.loss is not None]
         aux_sum = functools.reduce(operator.add, losses) if losses else None
         loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
@@ -119,10 +126,11 @@ def require_reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:
     for kind, aux in outs.aux.items():
         values[f"{block_name(kind)}: its aux loss"] = aux.loss
         values[f"{block_name(kind)}: metrics"] = aux.metrics
+    values["output"] = outs.applied
     raise_all(
         "manual_axes: over an axis that is not one of batch_axes, all devices must come to one "
-        "loss and weight and the same metrics; reduce them (jax.lax.psum or pmean), or name the "
-        "axis in batch_axes if the rows of the batch are spread over it",
+        "loss and weight and the same metrics and outputs; reduce them (jax.lax.psum or pmean), or "
+        "name the axis in batch_axes if the rows of the batch are spread over it",
         (
             f"{name}{keystr(path)} varies over {', '.join(map(repr, sorted(axes)))}"
             for name, value in values.items()
@@ -198,6 +206,26 @@ def _loss_and_metrics(model: Model, out: Any) -> tuple[jax.Array, PyTree]:
     _summable("model.head", "metrics", metrics)
     _scalar("model.head", "a loss that is a floating-point scalar", loss)
     return _microbatches.head_outputs(model, (loss, metrics) if model.has_aux else loss)
+
+
+def _applied(value: Any, microbatch: PyTree) -> PyTree:
+    """Requires arrays with the microbatch's rows in front of what output returned."""
+    value = _returned("output", "its result", value)
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    if not leaves:
+        raise ValueError(f"output: must return at least one array [rows, ...]; got {value!r}")
+    rows = jax.tree.leaves(microbatch)[0].shape[0]
+    raise_all(
+        f"output: every leaf must have the {rows} rows of the microbatch as its leading dim, to be "
+        "put together as the batch is; move that dim to the front, or leave the leaf out (for "
+        "output=None the leaves are those of x: give a function that takes out what is wanted)",
+        (
+            f"its result{keystr(path)} is {short(leaf)}"
+            for path, leaf in leaves
+            if leaf.shape[:1] != (rows,)
+        ),
+    )
+    return _microbatches.strong(value)
 
 
 def _returned(name: str, what: str, value: Any) -> Any:

@@ -55,6 +55,7 @@ class Functions:
       embed: `(outside, ctx) -> x`.
       embeds_by_look_up: Whether that is so little work that every rank may as well do it.
       head: `(outside, x, ctx) -> (loss, metrics)`.
+      output: `(outside, x, ctx) -> outputs`, in the place of head.
       block: For each kind of layer `((layer, shared), x, ctx) -> (y, Aux)`.
       gradients: The derivatives; None in forward-only programs.
     """
@@ -63,6 +64,7 @@ class Functions:
     embed: Callable[..., PyTree]
     embeds_by_look_up: bool = False
     head: Callable[..., tuple[jax.Array, PyTree]] | None = None
+    output: Callable[..., PyTree] | None = None
     block: dict[Kind, Callable[..., tuple[PyTree, Aux]]] = field(default_factory=dict)
     gradients: "Gradients | None" = None
 
@@ -97,6 +99,7 @@ def trace(
     args: Arguments,
     *,
     forward_only: bool,
+    output: Callable[..., PyTree] | None = None,
     recomputes: bool,
     hidden_axes: Iterable[str],
 ) -> Functions:
@@ -107,6 +110,7 @@ def trace(
       blocks: For each kind of layer `(layer, x, ctx) -> (y, Aux)`, rematerialised as asked.
       args: What the functions are given.
       forward_only: Whether there are no gradients.
+      output: `(ends, x, ctx) -> outputs`, in the place of head, in a forward-only program.
       recomputes: Whether some weight gradients are to recompute what they need.
       hidden_axes: Mesh axes that no function may name.
 
@@ -121,6 +125,7 @@ def trace(
         args.microbatch,
         args.rng,
         args.shard,
+        output=output,
         hidden_axes=hidden_axes,
     )
     shared = args.outside.get("shared")
@@ -130,7 +135,8 @@ def trace(
     def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
         def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
             layer, shared = params
-            return block(layer, x, replace(ctx, shared=shared))
+            y, aux = block(layer, x, replace(ctx, shared=shared))
+            return y, aux if output is None else Aux()
 
         return run
 
@@ -138,13 +144,23 @@ def trace(
         outputs = model.head(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
         return _microbatches.head_outputs(model, outputs)
 
+    def output_of(outside: PyTree, x: PyTree, ctx: Context) -> PyTree:
+        assert output is not None
+        outputs = output(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
+        return _microbatches.strong(outputs)
+
     plain = {kind: with_shared(block) for kind, block in blocks.items()}
     params = {kind: (layer, shared) for kind, layer in args.layers.items()}
     x, aux = _varying_x(plain, params, outs.x, layer_ctx)
     loss_axes = args.loss_axes
+    outs = replace(outs, x=x, aux=aux)
     # What varies was not known before it was known what x varies over.
-    loss, metrics = _varying.eval_shape(head_of, args.outside, x, ends_ctx)
-    outs = replace(outs, x=x, loss=loss, metrics=metrics, aux=aux)
+    if output is None:
+        loss, metrics = _varying.eval_shape(head_of, args.outside, x, ends_ctx)
+        outs = replace(outs, loss=loss, metrics=metrics)
+    else:
+        applied = _varying.eval_shape(output_of, args.outside, x, ends_ctx)
+        outs = replace(outs, applied=applied)
     _outputs.require_reduced(outs, loss_axes)
 
     def as_x(values: PyTree) -> PyTree:
@@ -188,7 +204,8 @@ def trace(
         return Functions(
             outputs=outs,
             embed=run_embed,
-            head=_captured(head, outside, x, ends_ctx),
+            head=None if output else _captured(head, outside, x, ends_ctx),
+            output=_captured(output_of, outside, x, ends_ctx) if output else None,
             block={
                 kind: _captured(typed(block), params[kind], x, layer_ctx)
                 for kind, block in plain.items()

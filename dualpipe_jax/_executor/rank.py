@@ -11,6 +11,7 @@ import jax
 
 from dualpipe_jax import _microbatches, _scopes
 from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import place
@@ -36,8 +37,9 @@ class Rank:
       microbatches: The batch, `[num_microbatches, ...]`.
       rng: The step's key, or None.
       shard: The index of this shard of the batch, or None if there is one only.
-      loss_seed: The cotangent of each microbatch's loss, a scalar.
+      loss_seed: The cotangent of each microbatch's loss, a scalar; None without a loss.
       aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
+      delivery: Where outputs go, in a program that gives them.
       num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
       interleaves: Whether a beat's F and I are to run side by side, on devices that can.
       poison: Whether to overwrite what is dead with values that spread, in tests.
@@ -51,8 +53,9 @@ class Rank:
     microbatches: PyTree
     rng: jax.Array | None
     shard: jax.Array | None
-    loss_seed: jax.Array
+    loss_seed: jax.Array | None
     aux_seed: dict[Kind, jax.Array | None]
+    delivery: Delivery | None = None
     num_deferred: int = 0
     interleaves: bool = False
     poison: bool = False
@@ -101,9 +104,18 @@ class Rank:
     # (the logits) never get a slot; what is kept is the cotangent of x.
     @jax.named_scope(_scopes.HEAD)
     def head(self, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
-        """Adds up loss and metrics, and gives x with its cotangent in place of its leaves."""
+        """Adds up loss and metrics, and gives x with its cotangent in place of its leaves.
+
+        In a program that gives outputs, it sends these on their way instead.
+        """
         ctx = self._context(row, self.layout.num_layers + 1)
         gradients = self.functions.gradients
+        if self.delivery is not None:
+            assert self.functions.output is not None
+            assert state.mail is not None
+            outputs = self.functions.output(self.outside, x, ctx)
+            mail = self.delivery.post(state.mail, outputs, row["microbatch"], row["chunk"])
+            return state._replace(mail=mail), x
         if gradients is None:
             assert self.functions.head is not None
             loss, metrics = self.functions.head(self.outside, x, ctx)

@@ -7,6 +7,7 @@ import jax
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import accumulators
 from dualpipe_jax._executor.accumulators import LayerGrads, LayerMetrics, Places
+from dualpipe_jax._executor.delivery import Mail
 from dualpipe_jax._kinds import Kind
 
 PyTree = Any
@@ -32,6 +33,7 @@ class State(NamedTuple):
       loss, aux, metrics: Sums over microbatches: of what head gives, and of the layers' aux losses.
       block_metrics: For each chunk the metrics of its layers, summed, laid out as block_grads.
       from_left, from_right: What the neighbours sent in the tick before: an x.
+      mail: Outputs that are kept or on their way, in a program that gives them.
     """
 
     received: PyTree
@@ -48,6 +50,7 @@ class State(NamedTuple):
     block_metrics: list[LayerMetrics]
     from_left: PyTree
     from_right: PyTree
+    mail: Mail | None = None
 
     def take_grads(self, chunk: int, places: dict[Kind, Places]) -> Any:
         """Takes the accumulators of a chunk, and of shared, that stand at `places`."""

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
 from dualpipe_jax._executor import collect, functions, memory, registers
 from dualpipe_jax._executor.beat import make_run
+from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.explicit import (
     context_mesh,
     explicit_axes,
@@ -30,7 +31,7 @@ from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.plan import Plan, by_kind
-from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import SENDS, make_tick
@@ -56,6 +57,7 @@ class Step:
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       unroll_layers: Whether a stage's layers are unrolled; None to leave it to their number.
+      output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
 
@@ -70,6 +72,7 @@ class Step:
     param_specs: PyTree = None
     trainable: PyTree = True
     unroll_layers: bool | None = None
+    output: Callable[..., PyTree] | None = None
     poison: bool = False
 
     @cached_property
@@ -82,6 +85,11 @@ class Step:
             stage_of=np.asarray(self.tables.stage_of),
             unroll_layers=self.unroll_layers,
         )
+
+    @cached_property
+    def delivery(self) -> Delivery | None:
+        """Where outputs go; None without `output`."""
+        return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
 
     @property
     def num_deferred(self) -> int:
@@ -114,7 +122,7 @@ class Step:
         Returns:
           The loss, with metrics if the model gives any, and the gradients in accumulation dtype:
           for each part of `params` a list with those of the leaves that get one. None for a
-          forward-only program.
+          forward-only program. With `output` the outputs, and None.
         """
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
@@ -123,7 +131,7 @@ class Step:
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
         if explicit_axes(self.mesh):
-            (loss, metrics), (block_metrics, grads) = run_as_auto(
+            result, (block_metrics, grads) = run_as_auto(
                 partial(self._shard_mapped, plan=plan),
                 params,
                 batch,
@@ -132,10 +140,12 @@ class Step:
                 out_shardings=self._out_shardings(params, plan),
             )
         else:
-            (loss, metrics), (block_metrics, grads) = self._shard_mapped(
+            result, (block_metrics, grads) = self._shard_mapped(
                 params, batch, rng, plan=plan, mesh=self.mesh
             )
-        of_blocks = _kinds.by_layout(self.model, block_metrics)
+        if self.output is not None:
+            return result, None
+        (loss, metrics), of_blocks = result, _kinds.by_layout(self.model, block_metrics)
         result = _microbatches.result(self.model, loss, metrics, of_blocks)
         if grads is None:
             return result, None
@@ -198,6 +208,7 @@ class Step:
                 self.block,
                 arguments,
                 forward_only=self.tables.forward_only,
+                output=self.output,
                 recomputes=self.num_deferred > 0,
                 hidden_axes=outer,
             )
@@ -217,7 +228,8 @@ class Step:
         """Runs the step on a mesh of Auto axes, or on that of the context.
 
         Returns:
-          The loss and the head's metrics; and the blocks' metrics by kind, and the gradients.
+          The loss and the head's metrics, or outputs; and the blocks' metrics by kind, and the
+          gradients.
         """
         traced, _ = self._traced(params, batch, rng, plan, mesh)
         replicated = PartitionSpec()
@@ -228,7 +240,7 @@ class Step:
             partial(self._run, traced, plan),
             mesh=mesh,
             in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated),
-            out_specs=(replicated, (self.layout.specs, grads_specs)),
+            out_specs=(self._result_spec(), (self.layout.specs, grads_specs)),
             axis_names={self.axis, *self.batch_axes, *self.manual_axes},
             check_vma=False,
         )(params, batch, rng)
@@ -263,7 +275,15 @@ class Step:
     def _out_shardings(self, params: PyTree, plan: Plan) -> Any:
         """Shardings of the results over Explicit axes."""
         grads = None if self.tables.forward_only else plan.grad_shardings(params)
-        return NamedSharding(self.mesh, PartitionSpec()), (plan.stack_shardings(), grads)
+        result = NamedSharding(self.mesh, self._result_spec(explicit_axes(self.mesh)))
+        return result, (plan.stack_shardings(), grads)
+
+    def _result_spec(self, axes: tuple[str, ...] | None = None) -> PartitionSpec:
+        """How outputs, or else loss and metrics, lie over those of `axes`; None for all axes."""
+        if self.delivery is None:
+            return PartitionSpec()
+        rows = (*self.batch_axes, *((self.axis,) if self.delivery.is_even else ()))
+        return PartitionSpec(tuple(a for a in rows if axes is None or a in axes) or None)
 
     def _run(
         self, traced: Functions, plan: Plan, params: PyTree, batch: PyTree, rng: Any
@@ -274,6 +294,9 @@ class Step:
         num_ranks = self.tables.num_ranks
         rows, steady = self._rows(), self.tables.steady
         tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
+        if self.delivery is not None:
+            none = dict.fromkeys(self.layout.stacks)
+            return self._deliver(self.delivery, tick, state, rows), (none, None)
         if steady is None:
             state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
             return self._finish(rank, plan, params, state, weight)
@@ -291,6 +314,21 @@ class Step:
         is_before_run = jnp.asarray(ramp == steady.first_tick - 1)
         state, _ = lax.scan(tick_or_run, state, (is_before_run, ramp_rows))
         return self._finish(rank, plan, params, state, weight)
+
+    def _deliver(
+        self, delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
+    ) -> PyTree:
+        """Runs all ticks, outputs moving on after each."""
+        now, later = delivery.rows()
+
+        def tick_and_move(state: State, row: tuple[Row, jax.Array]) -> tuple[State, None]:
+            state = tick(state, row[0])
+            assert state.mail is not None
+            return state._replace(mail=delivery.move(state.mail, row[1])), None
+
+        state, _ = lax.scan(tick_and_move, state, (rows, now))
+        assert state.mail is not None
+        return delivery.finish(state.mail, later)
 
     def _rows(self) -> dict[str, jax.Array]:
         """What this rank needs of the tables: int32[num_ticks] for each column."""
@@ -317,13 +355,16 @@ class Step:
         is_apart = layout.is_unrolled
         if is_apart:
             chunks = [layout.unstack(chunk) for chunk in chunks]
-        weight = _microbatches.total_weight(model, batches)
+        weight = None if self.output else _microbatches.total_weight(model, batches)
         if weight is not None and self.batch_axes:
             weight = lax.psum(weight, self.batch_axes)
         count = tables.num_microbatches * self.num_shards
-        seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
-        # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
-        loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
+        loss_seed = None
+        if outs.loss is not None:
+            seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
+            # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
+            loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
+            loss_seed = loss_seed.astype(outs.loss.dtype)
         rank = Rank(
             functions=traced,
             layout=layout,
@@ -336,11 +377,12 @@ class Step:
             microbatches=batches,
             rng=rng,
             shard=lax.axis_index(self.batch_axes) if self.num_shards > 1 else None,
-            loss_seed=loss_seed.astype(outs.loss.dtype),
+            loss_seed=loss_seed,
             aux_seed={
                 kind: None if aux.loss is None else jnp.asarray(1 / count, aux.loss.dtype)
                 for kind, aux in outs.aux.items()
             },
+            delivery=self.delivery,
             num_deferred=self.num_deferred,
             interleaves=platform_of(self.mesh) != "cpu",
             poison=self.poison,
@@ -400,6 +442,7 @@ class Step:
             ],
             from_left=nothing,
             from_right=nothing,
+            mail=None if self.delivery is None else self.delivery.start(outs.applied),
         )
         return rank, state, weight
 
