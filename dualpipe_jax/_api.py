@@ -1,6 +1,6 @@
 """Gradients: validate what the user gave, compile the schedule, build the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._sequential import sequential as sequential
 from dualpipe_jax._simulate import fastest_timetable
 from dualpipe_jax._split_vjp import is_differentiable
+from dualpipe_jax._stage_sizes import stage_sizes
 from dualpipe_jax._types import Model, PyTree
 
 
@@ -28,6 +29,7 @@ def value_and_grad(
     schedule: str | _schedules.Schedule = "dualpipe",
     timetable: str | None = None,
     axis: str = "pipe",
+    layers_per_stage: Sequence[int] | None = None,
     unroll_layers: bool | None = None,
     remat: str | Callable[..., Any] = "none",
     stash_deferred: bool = False,
@@ -56,6 +58,10 @@ def value_and_grad(
         and dualpipev; for other schedules the two are the same). None: the faster one by
         simulation, the shortest for few microbatches.
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
+      layers_per_stage: How many layers each stage has, in model order, as many numbers as the
+        schedule has stages; fewer for the last one, say, whose head takes time, too. Every rank
+        gets room for as many layers as the fullest stage has. None spreads them evenly, the first
+        stages getting one more if they do not divide.
       unroll_layers: Whether the layers of a stage stand in the program one after the other, which
         XLA can schedule better, or in a loop, which compiles sooner; None unrolls up to four.
       remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
@@ -111,6 +117,11 @@ def value_and_grad(
     if timetable is None:
         timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
     compiled = compile_program(schedule.program, timetable=timetable, stash_deferred=stash_deferred)
+    layers_per_stage = stage_sizes(
+        layers_per_stage,
+        num_stages=schedule.num_stages,
+        where=f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks",
+    )
     build = Builder(
         axes=axes,
         tables=compiled.tables,
@@ -118,6 +129,7 @@ def value_and_grad(
         block=block_of(model, remat),
         param_specs=param_specs,
         trainable=trainable,
+        layers_per_stage=layers_per_stage,
         unroll_layers=unroll_layers,
     )
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)

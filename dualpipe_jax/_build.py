@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dualpipe_jax import _kinds, _microbatches, _outputs, _validate
+from dualpipe_jax import _kinds, _microbatches, _outputs, _stage_sizes, _validate
 from dualpipe_jax._executor import Step
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import Tables
@@ -49,6 +49,7 @@ class Builder:
     def __init__(self, *, axes: Axes, tables: Tables, **options: Any):
         self._tables = tables
         self._layout = options["model"].layout
+        self._layers_per_stage = options["layers_per_stage"]
         self._step = partial(
             Step,
             mesh=axes.mesh,
@@ -79,6 +80,7 @@ class Builder:
         num_layers = _validate.num_layers(
             params, self._layout, num_stages=tables.num_stages, where=where
         )
+        _stage_sizes.require_sum(self._layers_per_stage, num_layers)
         num_microbatches = tables.num_microbatches
         _validate.key(rng)
         _validate.batch(
@@ -92,7 +94,8 @@ class Builder:
             raise ValueError(
                 f"unroll_layers=True: all stages must have the same kinds of layers in the same "
                 f"order, but {num_layers} layers are spread over {tables.num_stages} unlike stages"
-                f"{where}; leave it None, or change the number of layers or the layout"
+                f"{where}; leave it None, or change the number of layers, layers_per_stage or the "
+                "layout"
             )
         return step
 

@@ -1,6 +1,6 @@
 """Forwards alone, from both ends: `evaluate` gives the loss, `apply` what comes out, row by row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from dualpipe_jax import _microbatches, _validate
 from dualpipe_jax._build import Axes, Builder, block_of
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
+from dualpipe_jax._stage_sizes import stage_sizes
 from dualpipe_jax._types import Context, Model, PyTree
 
 
@@ -18,6 +19,7 @@ def evaluate(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     num_microbatches: int,
     axis: str = "pipe",
+    layers_per_stage: Sequence[int] | None = None,
     batch_axes: str | tuple[str, ...] = (),
     manual_axes: str | tuple[str, ...] = (),
     param_specs: PyTree = None,
@@ -29,6 +31,8 @@ def evaluate(
       mesh: The devices.
       num_microbatches: Microbatches of the batch (on each shard of it), over both directions.
       axis: The mesh axis over which the layers are spread.
+      layers_per_stage: How many layers each rank has of a direction's, in model order; None spreads
+        them evenly.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded.
       manual_axes: Mesh axes of which the model's functions use collectives by name.
       param_specs: How params lie over the manual axes.
@@ -53,6 +57,7 @@ def evaluate(
         model=model,
         block=block_of(model, "none"),
         param_specs=param_specs,
+        layers_per_stage=_stage_sizes(layers_per_stage, mesh.shape[axis]),
     )
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
@@ -68,6 +73,7 @@ def apply(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     num_microbatches: int,
     axis: str = "pipe",
+    layers_per_stage: Sequence[int] | None = None,
     output: Callable[..., PyTree] | None = None,
     batch_axes: str | tuple[str, ...] = (),
     manual_axes: str | tuple[str, ...] = (),
@@ -82,6 +88,8 @@ def apply(
       mesh: The devices.
       num_microbatches: Microbatches of the batch (on each shard of it), over both directions.
       axis: The mesh axis over which the layers are spread.
+      layers_per_stage: How many layers each rank has of a direction's, in model order; None spreads
+        them evenly.
       output: `(ends, x, ctx) -> outputs`, in the place of head, with head's context: any pytree of
         arrays whose leading dim is the microbatch's rows, such as logits. None for x itself, as it
         leaves the last block.
@@ -117,6 +125,7 @@ def apply(
         model=model,
         block=block_of(model, "none"),
         param_specs=param_specs,
+        layers_per_stage=_stage_sizes(layers_per_stage, mesh.shape[axis]),
         output=_hidden if output is None else output,
     )
 
@@ -125,6 +134,11 @@ def apply(
         return build(params, batch, rng)(params, batch, rng)[0]
 
     return apply_fn
+
+
+def _stage_sizes(layers_per_stage: Any, num_ranks: int) -> tuple[int, ...] | None:
+    """Requires a number of layers for each rank, or None: of forwards alone each has a stage."""
+    return stage_sizes(layers_per_stage, num_stages=num_ranks, where=", one a rank")
 
 
 def _hidden(ends: PyTree, x: PyTree, ctx: Context) -> PyTree:

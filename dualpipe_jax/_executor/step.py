@@ -56,6 +56,7 @@ class Step:
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
+      layers_per_stage: The layers of each stage; None to spread them evenly.
       unroll_layers: Whether a stage's layers are unrolled; None to leave it to their number.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       poison: Whether dead values are overwritten with values that spread, in tests.
@@ -71,6 +72,7 @@ class Step:
     manual_axes: tuple[str, ...] = ()
     param_specs: PyTree = None
     trainable: PyTree = True
+    layers_per_stage: tuple[int, ...] | None = None
     unroll_layers: bool | None = None
     output: Callable[..., PyTree] | None = None
     poison: bool = False
@@ -83,6 +85,7 @@ class Step:
             kinds=_kinds.kinds_of(self.model, self.num_layers),
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
+            layers_per_stage=self.layers_per_stage,
             unroll_layers=self.unroll_layers,
         )
 
