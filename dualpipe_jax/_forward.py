@@ -35,7 +35,8 @@ def evaluate(
         them evenly.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded.
       manual_axes: Mesh axes of which the model's functions use collectives by name.
-      param_specs: How params lie over the manual axes.
+      param_specs: How params lie over the manual axes, and outside of blocks over `axis`, as for
+        `value_and_grad`.
 
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or
@@ -96,7 +97,8 @@ def apply(
       batch_axes: Mesh axes over which the leading dim of the batch is sharded.
       manual_axes: Mesh axes of which the model's functions use collectives by name. Over one that
         is not one of batch_axes, all devices must come to the same outputs.
-      param_specs: How params lie over the manual axes.
+      param_specs: How params lie over the manual axes, and outside of blocks over `axis`, as for
+        `value_and_grad`.
 
     Returns:
       `(params, batch, *, rng=None) -> outputs`, each leaf `[B, ...]` in the order of the batch.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dualpipe_jax import _varying
 from dualpipe_jax._executor.leaves import pick
@@ -29,9 +30,14 @@ def gradients(rank: Rank, plan: Plan, params: PyTree, state: State) -> dict[str,
     functions, layout = rank.gradients, rank.layout
     specs = plan.of_wanted(plan.specs)
     over = plan.summed_over([*specs["ends"], *specs.get("shared", [])])
+    dims = plan.of_wanted(plan.gather_dims)
     summed = _sums(
-        [*state.ends_grads, *state.shared_grads],
-        [(plan.axis, *o, *m) for o, m in zip(over, functions.reduce_axes, strict=True)],
+        *_scattered(
+            [*state.ends_grads, *state.shared_grads],
+            [(plan.axis, *o, *m) for o, m in zip(over, functions.reduce_axes, strict=True)],
+            [*dims["ends"], *dims.get("shared", [])],
+            axis=plan.axis,
+        )
     )
     num_ends = len(state.ends_grads)
     grads: dict[str, Any] = {"ends": summed[:num_ends], "blocks": {}}
@@ -64,6 +70,28 @@ def block_metrics(rank: Rank, plan: Plan, state: State) -> dict[Kind, PyTree]:
         summed = _varying.sum_over(leaves, plan.batch_axes)
         stacks[kind] = jax.tree.unflatten(structure, summed)
     return stacks
+
+
+def _scattered(
+    values: list[jax.Array],
+    axes: list[tuple[str, ...]],
+    dims: list[int],
+    *,
+    axis: str,
+) -> tuple[list[jax.Array], list[tuple[str, ...]]]:
+    """Sums over the pipeline axis what lies over it, each rank getting its part of the dim.
+
+    Returns:
+      The values, and the axes over which each is still to be summed.
+    """
+    out, rest = [], []
+    for value, over, dim in zip(values, axes, dims, strict=True):
+        if dim >= 0:
+            value = lax.psum_scatter(value, axis, scatter_dimension=dim, tiled=True)
+            over = tuple(name for name in over if name != axis)
+        out.append(value)
+        rest.append(over)
+    return out, rest
 
 
 def _sums(values: list[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.Array]:

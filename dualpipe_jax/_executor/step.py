@@ -52,7 +52,7 @@ class Step:
       axis: The pipeline axis.
       batch_axes: The axes over which the batch's leading dim is sharded.
       manual_axes: The axes of which the model's functions use collectives by name.
-      param_specs: How parameters lie over the manual axes: a tree as `_parameters.specs` takes it.
+      param_specs: How parameters lie over the axes: a tree as `_parameters.specs` takes it.
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
@@ -165,6 +165,14 @@ class Step:
             manual_axes=self.manual_axes,
         )
         kinds = partial(by_kind, self.model, params["blocks"])
+        outside = [part for part in params if part != "blocks"]
+        gather_dims = {
+            part: [_parameters.dim_over(spec, self.axis) for spec in specs[part]]
+            for part in outside
+        }
+        specs |= {
+            part: [_parameters.without(spec, self.axis) for spec in specs[part]] for part in outside
+        }
         return Plan(
             mesh=self.mesh,
             axis=self.axis,
@@ -172,6 +180,7 @@ class Step:
             manual_axes=self.manual_axes,
             wanted={**wanted, "blocks": kinds(wanted["blocks"])},
             specs={**specs, "blocks": kinds(specs["blocks"])},
+            gather_dims=gather_dims,
             leads={
                 kind: self.axis if stack.is_sharded else None
                 for kind, stack in self.layout.stacks.items()
@@ -195,6 +204,11 @@ class Step:
             slots=self._slots,
             layers=arguments.layers,
             outside=outside,
+            gathered=[
+                leaf
+                for part, dims in plan.gather_dims.items()
+                for leaf in pick(arguments.outside[part], [dim >= 0 for dim in dims])
+            ],
             is_apart=self.layout.is_unrolled,
         )
 
@@ -293,6 +307,8 @@ class Step:
     ) -> tuple[Any, Any]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
+        outside = plan.gather({part: params[part] for part in plan.gather_dims})
+        params = {**outside, "blocks": params["blocks"]}
         rank, state, weight = self._start(traced, plan, params, batches, rng)
         num_ranks = self.tables.num_ranks
         rows, steady = self._rows(), self.tables.steady
