@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import dualpipe_jax as dpj
+from dualpipe_jax._executor import step
 from tests.models import assert_close
 from tests.schedules_under_test import NAMES, has_run
 from tests.test_exact import make_mesh
@@ -112,6 +113,17 @@ def test_equals_sequential(case: Case) -> None:
     np.testing.assert_array_equal(metrics.blocks["one"], [case.num_microbatches] * case.num_layers)
     is_even = case.num_layers % case.num_ranks == 0
     assert metrics.blocks["dead"].sharding.spec[0] == ("pipe" if is_even else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 10])
+def test_beats_for_accelerators(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> None:
+    """F beside I, as traced for devices that overlap: unrolled, and in one loop for both."""
+    monkeypatch.setattr(step, "platform_of", lambda mesh: "tpu")
+    params, batch = make_params(num_layers), make_batch(6)
+    grad_fn = dpj.value_and_grad(MODEL, mesh=make_mesh(2), num_microbatches=6, timetable="aligned")
+    assert has_run("dualpipe", 2, 6, "aligned")
+    assert_close(jax.jit(grad_fn)(params, batch), expected(MODEL, params, batch, 6))
 
 
 def test_sequential_is_the_plain_meaning() -> None:
