@@ -25,6 +25,7 @@ from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
+from dualpipe_jax._executor.unrolled import WeightGrads
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Steady
 
 PyTree = Any
@@ -119,9 +120,9 @@ class _Beat:
         else:
             beat = self._one_after_the_other
         state, y, dx, weight_grad = beat(state, x, cotangent, f_row, i_row)
-        next_x = self._send(y, self.x_pairs)
-        next_cotangent = self._send(dx, self.cotangent_pairs)
-        state = weight_grad(state)
+        sent = order.row_major((y, dx))
+        arrivals = self._send(sent[0], self.x_pairs), self._send(sent[1], self.cotangent_pairs)
+        state, (y, dx), (next_x, next_cotangent) = weight_grad(state, sent, arrivals)
         if rank.interleaves:
             # Else a GPU's compiler puts W off to the end, and copies the slots that it reads.
             mine = state.take_grads(self.backward, rank.gradients.late)
@@ -130,18 +131,27 @@ class _Beat:
             state = when(
                 i_row["stage"] == 0, lambda state: rank.embed_grad(state, dx, i_row), state
             )
-        last = layout.num_stages - 1
-        if (self.stage_of[self.forward] == last).any():
-            is_last = f_row["stage"] == last
-            state, y = when(is_last, lambda carry: rank.head(carry[0], carry[1], f_row), (state, y))
-            # The next beat begins with what the head gives, where there is one.
-            next_cotangent = [
-                jnp.where(is_last, mine, other)
-                for mine, other in zip(pick(y), next_cotangent, strict=True)
-            ]
+        if (self.stage_of[self.forward] == layout.num_stages - 1).any():
+            state, next_cotangent = self._head(state, y, next_cotangent, f_row)
         if rank.poison:
             state = _poison_dead(state, i_row)
         return state, next_x, next_cotangent
+
+    def _head(
+        self, state: State, y: PyTree, cotangent: list[jax.Array], row: Row
+    ) -> tuple[State, list[jax.Array]]:
+        """Runs the head on the last stage, where what it gives takes the place of `cotangent`.
+
+        The next beat's backward begins with it. It is written over what came from a neighbour, so
+        that nothing is selected on every rank.
+        """
+
+        def head(carry: tuple[State, list[jax.Array]]) -> tuple[State, list[jax.Array]]:
+            state, out = self.rank.head(carry[0], y, row)
+            return state, pick(out)
+
+        is_last = row["stage"] == self.rank.layout.num_stages - 1
+        return when(is_last, head, (state, cotangent))
 
     def _embed(self, x: PyTree, row: Row) -> PyTree:
         is_first = row["stage"] == 0
@@ -158,7 +168,7 @@ class _Beat:
 
     def _looped(
         self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
-    ) -> tuple[State, PyTree, list, Callable[[State], State]]:
+    ) -> tuple[State, PyTree, list, WeightGrads]:
         """Runs F of layer j beside I of layer L-1-j in a loop; W in one of its own."""
         rank, layout = self.rank, self.rank.layout
         (kind,) = layout.stacks
@@ -207,15 +217,22 @@ class _Beat:
             stash={kind: stash},
         )
         state = state.put_grads(self.backward, places, ({kind: grads_of_kind}, shared))
-        return state, x, dx, lambda state: rank.weight_grad(state, i_row, self.backward, True)
+        return state, x, dx, self._weight_grads(i_row)
 
     def _one_after_the_other(
         self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
-    ) -> tuple[State, PyTree, list, Callable[[State], State]]:
+    ) -> tuple[State, PyTree, list, WeightGrads]:
         """Runs F and I in loops of their own, as stages are unlike or nothing is to overlap."""
         state, x = self.rank.forward(state, x, f_row, self.forward, True)
         state, dx = self.rank.input_grad(state, cotangent, i_row, self.backward, True)
-        return state, x, dx, lambda state: self.rank.weight_grad(state, i_row, self.backward, True)
+        return state, x, dx, self._weight_grads(i_row)
+
+    def _weight_grads(self, row: Row) -> WeightGrads:
+        def run(state: State, *transfers: PyTree) -> tuple[State, PyTree, PyTree]:
+            state = self.rank.weight_grad(state, row, self.backward, True)
+            return state, *lax.optimization_barrier(transfers)
+
+        return run
 
 
 def _poison_dead(state: State, row: Row) -> State:

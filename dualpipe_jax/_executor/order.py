@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 PyTree = Any
 
@@ -27,6 +28,24 @@ def wait_for(values: PyTree, others: PyTree) -> PyTree:
 def together(*values: PyTree) -> tuple[PyTree, ...]:
     """Returns the values; on GPUs whoever reads one of them waits for all."""
     return tuple(wait_for(value, [*values[:i], *values[i + 1 :]]) for i, value in enumerate(values))
+
+
+def row_major(values: PyTree) -> PyTree:
+    """Returns the values; on TPUs they lie in memory row by row.
+
+    So do those that go through a loop of one trip or none (`registers.when`), of which XLA does not
+    look through to what would suit: every rank would copy them into that order, though only the
+    end ranks enter the loop.
+    """
+    return lax.platform_dependent(
+        values,
+        tpu=lambda values: jax.tree.map(_row_major, values),
+        default=lambda values: values,
+    )
+
+
+def _row_major(value: jax.Array) -> jax.Array:
+    return with_layout_constraint(value, Layout(tuple(range(value.ndim))))
 
 
 def zero_after(values: PyTree) -> jax.Array:

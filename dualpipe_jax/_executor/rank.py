@@ -17,6 +17,7 @@ from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import place
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
+from dualpipe_jax._split_vjp import contraction_flops
 from dualpipe_jax._types import Context
 
 PyTree = Any
@@ -42,6 +43,7 @@ class Rank:
       delivery: Where outputs go, in a program that gives them.
       num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
       interleaves: Whether a beat's F and I are to run side by side, on devices that can.
+      communicates: Whether the model's functions may have collectives of their own.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
@@ -58,6 +60,7 @@ class Rank:
     delivery: Delivery | None = None
     num_deferred: int = 0
     interleaves: bool = False
+    communicates: bool = False
     poison: bool = False
 
     @property
@@ -152,6 +155,14 @@ class Rank:
         block = self.gradients.block[layer.kind]
         run = block.weight_grad if source == "stash" else block.recompute_weight_grad
         return run(params, ctx, kept_longer, values)
+
+    def weight_grad_flops(
+        self, layer: Layer, kept_longer: Any, values: Any, row: Row, chunk: int
+    ) -> int:
+        """Counts what `weight_grad_of` contracts, from the `stash`; nothing runs."""
+        params, ctx = self._layer(row, chunk, layer)
+        run = self.gradients.block[layer.kind].weight_grad
+        return contraction_flops(run, params, ctx, kept_longer, values)
 
     def forward(
         self, state: State, x: PyTree, row: Row, chunk: int, is_on: Any

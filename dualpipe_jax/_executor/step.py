@@ -404,6 +404,7 @@ class Step:
             delivery=self.delivery,
             num_deferred=self.num_deferred,
             interleaves=platform_of(self.mesh) != "cpu",
+            communicates=bool(self.manual_axes),
             poison=self.poison,
         )
         loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
