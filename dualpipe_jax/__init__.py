@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dualpipe_jax import linen as linen
+    from dualpipe_jax import nnx as nnx
     from dualpipe_jax import schedules as schedules
     from dualpipe_jax._api import evaluate as evaluate
     from dualpipe_jax._api import sequential as sequential
@@ -35,6 +37,8 @@ _HOME = {
     "Timeline": "schedules",
     "compiler_options": "_preflight",
     "evaluate": "_api",
+    "linen": None,
+    "nnx": None,
     "plot_timeline": "_plot",
     "preflight": "_preflight",
     "schedules": None,
