@@ -1,4 +1,4 @@
-"""Arrays of stacked layers, outside of a step: one layer out of a stack, and constants for a step."""
+"""Arrays of stacked layers, outside of a step: taking single layers, and constants for a step."""
 
 from typing import Any
 
@@ -9,14 +9,17 @@ import numpy as np
 from dualpipe_jax._types import PyTree
 
 
-def layer_of(leaf: Any, place: int) -> Any:
-    """Takes the entry `place` of the leading dim, also where that is spread over Explicit axes."""
-    if isinstance(leaf, jax.Array):
-        sharding = jax.typeof(leaf).sharding
-        if sharding.mesh.explicit_axes:
-            spec = jax.sharding.NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
-            return leaf.at[place].get(out_sharding=spec)
-    return leaf[place]
+def gathered(stack: PyTree) -> PyTree:
+    """Takes the leading dim off Explicit mesh axes, over which no single layer could be taken."""
+
+    def whole(leaf: Any) -> Any:
+        sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else None
+        if sharding is None or not sharding.mesh.explicit_axes:
+            return leaf
+        spec = jax.P(None, *sharding.spec[1:])
+        return jax.sharding.reshard(leaf, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(whole, stack)
 
 
 def as_constants(tree: PyTree) -> PyTree:

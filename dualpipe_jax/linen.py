@@ -128,7 +128,7 @@ def model(
     functions = {kind: parts.block_of(kind) for kind in blocks}
     return LinenModel(
         embed=parts.run_embed,
-        block=functions[None] if None in functions else functions,
+        block=functions.get(None, functions),
         head=parts.run_head,
         weight=weight,
         has_aux=has_aux,
@@ -221,7 +221,7 @@ class LinenModel(Model):
         return replace(
             self,
             embed=parts.run_embed,
-            block=block[None] if None in block else block,
+            block=block.get(None, block),
             head=parts.run_head,
             parts=parts,
         )

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from dualpipe_jax import _api, _kinds
-from dualpipe_jax._kinds import Kind
 from dualpipe_jax._nnx.layers import Layers, take_apart
 from dualpipe_jax._nnx.part import Part
 from dualpipe_jax._refusals import raise_all, show
@@ -51,8 +50,9 @@ def model(
 
     Args:
       module: The module.
-      blocks: The attribute that holds the layers, after the names of those above (`"decoder.layers"`):
-        a list of modules, or one module whose state `nnx.vmap` stacked on a leading dim.
+      blocks: The attribute that holds the layers, after the names of those above
+        (`"decoder.layers"`): a list of modules, or one module whose state `nnx.vmap` stacked
+        on a leading dim.
       embed: `(rest, ctx) -> x`, the first thing. `rest` is the module without its layers, x any
         pytree of arrays.
       block: `(layer, x, ctx) -> x`, one layer; None calls `layer(x)`.
@@ -94,9 +94,7 @@ def model(
     >>> _ = optimizer.update(net, grads)
     """
     functions = {"embed": embed, "head": head}
-    functions |= {
-        name: f for name, f in {"block": block, "loss": loss}.items() if f is not None
-    }
+    functions |= {name: f for name, f in {"block": block, "loss": loss}.items() if f is not None}
     raise_all(
         "model: embed, block, head and loss must be functions (the last of the module and of a "
         "context; see dualpipe_jax.nnx.model)",
@@ -123,16 +121,16 @@ def model(
 
         return run_block
 
-    of_kind: dict[Kind, Callable[..., Any]] = {kind: block_of(part) for kind, part in parts.items()}
-    has_kinds = None not in of_kind
+    of_kind: dict[Any, Callable[..., Any]] = {kind: block_of(part) for kind, part in parts.items()}
+    kinds: Any = None if None in of_kind else layers.kinds
     return NNXModel(
         embed=run_embed,
-        block=of_kind if has_kinds else of_kind[None],
+        block=of_kind.get(None, of_kind),
         head=run_head,
         weight=weight,
         has_aux=has_aux,
         block_has_aux=block_has_aux,
-        layout=layers.kinds if has_kinds else None,
+        layout=kinds,
         layers=layers,
     )
 
@@ -184,8 +182,8 @@ def value_and_grad(model: NNXModel, **options: Any) -> Callable[..., Any]:
 
     Returns:
       `grad_fn(module, batch, *, rng=None) -> (loss, grads)`, or `((loss, metrics), grads)`, for the
-      user's own `nnx.jit`. grads is the `nnx.State` that `nnx.Optimizer(module, ..., wrt=nnx.Param)`
-      takes: `optimizer.update(module, grads)`.
+      user's own `nnx.jit`. grads is the `nnx.State` that `optimizer.update(module, grads)` takes,
+      of an `nnx.Optimizer` made with `wrt=nnx.Param`.
 
     Raises:
       TypeError: If model was not made by `dualpipe_jax.nnx.model`; else as

@@ -49,7 +49,11 @@ def to_canonical(
         not alike.
 
     >>> import jax.numpy as jnp, dualpipe_jax as dpj
-    >>> params = {"embed": jnp.ones(5), "layers_0": {"w": jnp.ones(2)}, "layers_1": {"w": jnp.ones(2)}}
+    >>> params = {
+    ...     "embed": jnp.ones(5),
+    ...     "layers_0": {"w": jnp.ones(2)},
+    ...     "layers_1": {"w": jnp.ones(2)},
+    ... }
     >>> canonical = dpj.linen.to_canonical(params, "layers_{}")
     >>> jax.tree.map(jnp.shape, canonical)
     {'blocks': {'w': (2, 2)}, 'ends': {'embed': (5,)}}
@@ -61,11 +65,13 @@ def to_canonical(
     parent, last = path[:-1], path[-1]
     is_named = HOLE in last
     if is_named and dim != 0:
-        raise ValueError(f"dim={dim}: must be 0 for layers by name ({layers!r}), which are no stack")
+        raise ValueError(
+            f"dim={dim}: must be 0 for layers by name ({layers!r}), which are no stack"
+        )
     if layout is not None and not is_named:
         raise ValueError(
-            f"layout={layout!r}: layers of different kinds cannot be in one stack, {layers!r}; give "
-            'their names ("layers_{}"), or leave layout out'
+            f"layout={layout!r}: layers of different kinds cannot be in one stack, {layers!r}; "
+            'give their names ("layers_{}"), or leave layout out'
         )
 
     def convert(params: Mapping[str, PyTree]) -> PyTree:
@@ -135,7 +141,8 @@ def to_flax(
             blocks = metadata.add_name(metadata.take_name(blocks, 0, axis), dim, partition_name)
             blocks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, dim), blocks)
             return _with(params["ends"], parent, {last: blocks})
-        stacks = {None: blocks} if layout is None else blocks
+        blocks = _stacks.gathered(blocks)
+        stacks: Any = {None: blocks} if layout is None else blocks
         kinds = (None,) * _num_layers(blocks) if layout is None else tuple(layout)
         places = _kinds.places_of(kinds)
         found = {
@@ -232,7 +239,7 @@ def _stack(names: list[str], holder: Mapping[str, Any], axis: str) -> PyTree:
 
 
 def _layer(stack: PyTree, place: int, axis: str) -> PyTree:
-    return metadata.take_name(jax.tree.map(lambda leaf: _stacks.layer_of(leaf, place), stack), 0, axis)
+    return metadata.take_name(jax.tree.map(lambda leaf: leaf[place], stack), 0, axis)
 
 
 def _num_layers(blocks: PyTree) -> int:

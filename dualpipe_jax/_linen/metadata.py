@@ -18,8 +18,10 @@ def unboxed(tree: PyTree) -> PyTree:
 
     def open_box(leaf: Any) -> Any:
         while isinstance(leaf, meta.AxisMetadata):
-            is_partitioned = isinstance(leaf, nn.Partitioned)
-            leaf = leaf.unbox(apply_constraint=False) if is_partitioned else leaf.unbox()
+            if isinstance(leaf, nn.Partitioned):
+                leaf = leaf.unbox(apply_constraint=False)
+            else:
+                leaf = leaf.unbox()
         return leaf
 
     return jax.tree.map(open_box, tree, is_leaf=is_box)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import errors
 from flax import linen as nn
+from flax.core import unfreeze
 
 from dualpipe_jax._linen.metadata import unboxed
 from dualpipe_jax._refusals import show
@@ -83,7 +84,9 @@ class Part:
         self, key: jax.Array, *inputs: PyTree, ctx: Context, run: Callable[..., Any] | None = None
     ) -> tuple[Any, dict[str, PyTree]]:
         """Initialises the module, by a call; returns what that returned, and the variables."""
-        return self.module.init_with_output(key, *inputs, ctx=ctx, method=run or self.run)
+        method = run or self.run
+        out, variables = self.module.init_with_output(key, *inputs, ctx=ctx, method=method)
+        return out, {**unfreeze(variables)}
 
     def keys(self, rng: jax.Array | None) -> dict[str, jax.Array] | None:
         """Derives a key for each named stream: `fold_in(ctx.rng, its place in rngs)`."""
@@ -105,8 +108,8 @@ def part_of(name: str, value: Any, **options: Any) -> Part:
         module, method = value.__self__, value
     if not isinstance(module, nn.Module) or not (function is None or callable(function)):
         raise TypeError(
-            f"{name}={_told(value)}: must be a flax.linen Module, a method of one (ends.head), or a "
-            "pair of a Module and a function of it (gpt, lambda gpt, ctx: ...)"
+            f"{name}={_told(value)}: must be a flax.linen Module, a method of one (ends.head), or "
+            "a pair of a Module and a function of it (gpt, lambda gpt, ctx: ...)"
         )
     return Part(name=name, module=module, function=function, method=method, **options)
 

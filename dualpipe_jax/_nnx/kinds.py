@@ -131,9 +131,7 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, functools.partial):
-        return _same(
-            (one.func, one.args, one.keywords), (other.func, other.args, other.keywords)
-        )
+        return _same((one.func, one.args, one.keywords), (other.func, other.args, other.keywords))
     if isinstance(one, FunctionType):
         return _same(_held(one), _held(other))
     if isinstance(one, np.ndarray):

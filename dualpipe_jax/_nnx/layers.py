@@ -60,7 +60,7 @@ class Layers:
         stacks = {kind: self._stack(kind, layers) for kind in dict.fromkeys(self.kinds)}
         return {
             "ends": nnx.from_flat_state(ends),
-            "blocks": stacks[None] if None in stacks else stacks,
+            "blocks": stacks.get(None, stacks),
         }
 
     def state(self, tree: PyTree) -> nnx.State:
@@ -72,6 +72,7 @@ class Layers:
                 'tree: must be {"ends": .., "blocks": ..}, as model.params returns it, got '
                 f"{show(tree)}"
             )
+        blocks = blocks if self.is_stack else _stacks.gathered(blocks)
         ends = dict(nnx.to_flat_state(tree["ends"]))
         stacks = {None: blocks} if None in self.kinds else blocks
         flat = {kind: dict(nnx.to_flat_state(stack)) for kind, stack in stacks.items()}
@@ -84,7 +85,7 @@ class Layers:
                 return jax.tree.leaves(flat[None][path[depth:]])
             layer = path[depth]
             leaves = jax.tree.leaves(flat[self.kinds[layer]][path[depth + 1 :]])
-            return [_stacks.layer_of(leaf, places[layer]) for leaf in leaves]
+            return [leaf[places[layer]] for leaf in leaves]
 
         return nnx.from_flat_state(
             {path: jax.tree.unflatten(s, value_of(path)) for path, s in self.structures.items()}
@@ -150,7 +151,8 @@ def take_apart(
         kinds = kinds_of(layers, layout, ignore)
         parts = {kind: _part(name, layers, kinds, kind) for kind in dict.fromkeys(kinds)}
         if layout is None and len(parts) == 1:
-            kinds, parts = (None,) * len(layers), {None: next(iter(parts.values()))}
+            kinds = (None,) * len(layers)
+            parts = dict.fromkeys([None], *parts.values())
     variables = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return (
         Layers(

@@ -1,7 +1,7 @@
 """A module, or the part of one, as a function of its parameters.
 
-In: a module. Out: `Part`, which puts it together again inside a step, with given parameters and with
-keys of the step's own, and calls a function of it.
+In: a module. Out: `Part`, which puts it together again inside a step, with the step's parameters
+and keys, and calls a function of it.
 """
 
 from collections.abc import Callable

@@ -82,7 +82,7 @@ def tokens_of(num_rows: int) -> jax.Array:
     return jnp.asarray(tokens)
 
 
-def loss_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def loss_of(logits: Any, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
 
 
@@ -91,7 +91,7 @@ def mesh_of(num_ranks: int = 2) -> jax.sharding.Mesh:
 
 
 def three_modules(**options: Any) -> Any:
-    parts = {
+    parts: Any = {
         "embed": nn.Embed(VOCABULARY, WIDTH, **Float),
         "block": Layer(),
         "head": nn.Dense(VOCABULARY, **Float),
@@ -115,7 +115,9 @@ def test_a_model_with_layers_by_name_is_taken_as_it_is(schedule: str) -> None:
     flax_model, tokens = Model(), tokens_of(8)
     params = flax_model.init(jax.random.key(0), tokens)["params"]
     want = jax.jit(
-        jax.value_and_grad(lambda params: loss_of(flax_model.apply({"params": params}, tokens), tokens))
+        jax.value_and_grad(
+            lambda params: loss_of(flax_model.apply({"params": params}, tokens), tokens)
+        )
     )(params)
     grad_fn = dpj.value_and_grad(
         of_model(flax_model), mesh=mesh_of(), num_microbatches=4, schedule=schedule
@@ -154,7 +156,7 @@ def test_init_is_that_of_each_module_with_a_key_of_its_own() -> None:
     keys = jax.random.split(jax.random.key(5), 5)
     embed, head = nn.Embed(VOCABULARY, WIDTH, **Float), nn.Dense(VOCABULARY, **Float)
     x, of_embed = embed.init_with_output(keys[3], tokens)
-    layers = [Layer().init(keys[i], x)["params"] for i in range(3)]
+    layers: list[Any] = [Layer().init(keys[i], x)["params"] for i in range(3)]
     assert not np.array_equal(layers[0]["Dense_0"]["kernel"], layers[1]["Dense_0"]["kernel"])
     want = {
         "ends": {"embed": of_embed["params"], "head": head.init(keys[4], x)["params"]},
@@ -255,7 +257,7 @@ def test_dropout_is_keyed_by_microbatch_and_layer() -> None:
         return jnp.stack(losses).mean()
 
     assert_close(own_forward(), want[0])
-    with pytest.raises(ValueError, match="block: Noisy needs a key.*call with rng=key"):
+    with pytest.raises(ValueError, match=r"block: Noisy needs a key.*call with rng=key"):
         jax.eval_shape(grad_fn, params, tokens)
 
 
@@ -350,7 +352,7 @@ def test_layers_of_two_kinds() -> None:
     assert_close(own["layers_3"], last, tolerance=0)
     back = dpj.linen.to_canonical(own, "layers_{}", layout=layout)
     assert_close(back, params, tolerance=0)
-    with pytest.raises(ValueError, match="'layers_0' has .* and 'layers_1' has .*layout="):
+    with pytest.raises(ValueError, match=r"'layers_0' has .* and 'layers_1' has .*layout="):
         dpj.linen.to_canonical(own, "layers_{}")
     losses = [dpj.sequential(model, num_microbatches=n)(params, tokens) for n in (1, 2)]
     assert_close(losses[0], losses[1])
@@ -378,9 +380,10 @@ def test_train_state_works_unchanged() -> None:
 
     # In the middle of training, with moments in the optimizer's state.
     plain = plain_step(plain)
-    state = dpj.linen.to_canonical(plain, "layers_{}")
+    state: Any = dpj.linen.to_canonical(plain, "layers_{}")
     assert isinstance(state, TrainState)
-    assert state.params["blocks"]["Dense_0"]["kernel"].shape == (LAYERS, WIDTH, 6)
+    params: Any = state.params
+    assert params["blocks"]["Dense_0"]["kernel"].shape == (LAYERS, WIDTH, 6)
     state, _ = step(step(state)[0])
     assert int(state.step) == 3
     # Adam divides by the root of what may be tiny; both have nearly the same gradients.
@@ -409,7 +412,7 @@ def test_running_statistics_are_refused_unless_they_are_only_read() -> None:
     variables = models[0].init_variables(jax.random.key(0), tokens, num_layers=2)
     params = variables.pop("params")
     model = models[0].with_constants(variables)
-    with pytest.raises(ValueError, match="block: Normalised writes to a collection.*batch_stats"):
+    with pytest.raises(ValueError, match=r"block: Normalised writes to a collection.*batch_stats"):
         dpj.sequential(model, num_microbatches=2)(params, tokens)
     frozen = models[1].with_constants(variables)
     assert jnp.isfinite(dpj.sequential(frozen, num_microbatches=2)(params, tokens))
@@ -466,7 +469,7 @@ def test_layers_that_are_not_there_are_named(tree: Any, layers: str, message: st
 
 def test_arguments_of_the_functions_each_way_must_fit() -> None:
     tree = {"h_0": {"w": jnp.ones(2)}, "h_1": {"w": jnp.ones(2)}}
-    with pytest.raises(ValueError, match="names 1, and 'h_{}' has 2"):
+    with pytest.raises(ValueError, match=r"names 1, and 'h_{}' has 2"):
         dpj.linen.to_canonical(tree, "h_{}", layout=("a",))
     with pytest.raises(ValueError, match="cannot be in one stack, 'h'"):
         dpj.linen.to_canonical(tree, "h", layout=("a",))
