@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dualpipe_jax import _kinds, _stacks
+from dualpipe_jax import _kinds, _stacks, _validate
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._linen import metadata
 from dualpipe_jax._linen.layers import to_canonical as to_canonical
 from dualpipe_jax._linen.layers import to_flax as to_flax
 from dualpipe_jax._linen.part import Part, part_of
-from dualpipe_jax._refusals import show
+from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._types import Context, Model, PyTree
 
 __all__ = ["LinenModel", "model", "to_canonical", "to_flax"]
@@ -166,6 +166,7 @@ class LinenModel(Model):
         Raises:
           ValueError: If num_layers does not fit the layout, or if the modules have variables that
             are no parameters (see `init_variables`).
+          TypeError: If num_layers is no integer.
         """
         variables = self.init_variables(key, batch, num_layers=num_layers)
         others = sorted(set(variables) - {"params", *self.parts.constants})
@@ -214,7 +215,7 @@ class LinenModel(Model):
             returns them. All devices hold those of all layers, and none has a gradient.
 
         Raises:
-          ValueError: If parameters are among them.
+          ValueError: If parameters are among them, or if they are not of that form.
         """
         parts = replace(self.parts, constants=_constants(constants))
         block = {kind: parts.block_of(kind) for kind in parts.blocks}
@@ -232,6 +233,15 @@ def _constants(collections: Mapping[str, PyTree]) -> dict[str, PyTree]:
         raise ValueError(
             'constants: must be without "params", which go to the pipeline as its params'
         )
+    raise_all(
+        'constants: every collection must be {"ends": .., "blocks": ..}, as model.init_variables '
+        "returns it",
+        (
+            f"{name!r} is {show(tree)}"
+            for name, tree in collections.items()
+            if not isinstance(tree, Mapping) or set(tree) != {"ends", "blocks"}
+        ),
+    )
     return _stacks.as_constants(dict(collections))
 
 
@@ -303,9 +313,7 @@ class _Parts:
                     "leave it out"
                 )
             return self.layout
-        if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
-            raise ValueError(f"num_layers={num_layers!r}: must be an integer of at least 1")
-        return (None,) * num_layers
+        return (None,) * _validate.positive_int("num_layers", num_layers)
 
     def init(self, key: jax.Array, batch: PyTree, kinds: tuple[Kind, ...]) -> dict[str, PyTree]:
         """Initialises all variables: collections of `{"ends": ..., "blocks": ...}`."""

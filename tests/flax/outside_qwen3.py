@@ -3,6 +3,7 @@
 Not with the other tests: the package brings 1 GB of others with it.
 """
 
+import importlib
 from typing import Any
 
 import jax
@@ -19,9 +20,9 @@ from tests.models import assert_close
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_qwen3_of_tunix(is_tied: bool) -> None:
-    from tunix.models.qwen3.model import ModelConfig, Qwen3
-
-    config = ModelConfig(
+    # This file is looked for doctests and types also where the package is not installed.
+    qwen3 = importlib.import_module("tunix.models.qwen3.model")
+    config = qwen3.ModelConfig(
         num_layers=4,
         vocab_size=VOCABULARY,
         embed_dim=8,
@@ -33,7 +34,7 @@ def test_qwen3_of_tunix(is_tied: bool) -> None:
         norm_eps=1e-6,
         use_tied_embedding=is_tied,
     )
-    net, batch = Qwen3(config, rngs=nnx.Rngs(0)), make_batch()
+    net, batch = qwen3.Qwen3(config, rngs=nnx.Rngs(0)), make_batch()
     # It starts its MLPs at zero, where half of the gradients are zero.
     rngs = nnx.Rngs(1)
     state = nnx.state(net, nnx.Param)

@@ -443,13 +443,17 @@ def test_bad_values_are_refused() -> None:
     both, tokens = nn.Dense(3), tokens_of(2)
     with pytest.raises(ValueError, match="embed, head: are one Module"):
         three_modules(embed=both, head=both)
-    with pytest.raises(ValueError, match="num_layers=None: must be an integer of at least 1"):
+    with pytest.raises(TypeError, match="num_layers=None: must be an integer"):
         three_modules().init(jax.random.key(0), tokens)
+    with pytest.raises(ValueError, match="num_layers=0: must be an integer of at least 1"):
+        three_modules().init(jax.random.key(0), tokens, num_layers=0)
     kinds = three_modules(block={"a": Layer()}, layout=("a", "a"))
     with pytest.raises(ValueError, match="num_layers=3: must be 2, the length of layout"):
         kinds.init(jax.random.key(0), tokens, num_layers=3)
     with pytest.raises(ValueError, match='constants: must be without "params"'):
         three_modules().with_constants({"params": {}})
+    with pytest.raises(ValueError, match="constants: every collection must be"):
+        three_modules().with_constants({"fixed": {"ends": {}}})
 
 
 @pytest.mark.parametrize(

@@ -60,16 +60,17 @@ class Net(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.first(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.last(x)
+        if isinstance(self.layers, nnx.List):
+            for layer in self.layers:
+                x = layer(x)
+            return self.last(x)
+        run = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.last(run(x, self.layers))
 
 
-def stacked(rngs: nnx.Rngs, *, name: str | None = None, **options: Any) -> Layer:
+def stacked(rngs: nnx.Rngs) -> Layer:
     """Makes all layers as one module, with a leading dim."""
-    metadata: Any = {} if name is None else {"transform_metadata": {nnx.PARTITION_NAME: name}}
-    split = nnx.split_rngs(splits=LAYERS)
-    return split(nnx.vmap(lambda rngs: Layer(rngs, **options), **metadata))(rngs)
+    return nnx.split_rngs(splits=LAYERS)(nnx.vmap(Layer))(rngs)
 
 
 def tokens_of(num_rows: int) -> jax.Array:
@@ -98,13 +99,23 @@ def own_value_and_grad(net: Any, tokens: jax.Array) -> Any:
     return nnx.jit(nnx.value_and_grad(lambda net: loss_of(net(tokens), tokens)))(net)
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "1f1b"])
-def test_an_optimizer_steps_as_with_the_gradients_of_the_module(schedule: str) -> None:
-    nets = [Net(nnx.Rngs(0)) for _ in range(2)]
+@pytest.mark.parametrize(("schedule", "is_stack"), [("dualpipe", False), ("1f1b", True)])
+def test_an_optimizer_steps_as_with_the_gradients_of_the_module(
+    schedule: str, is_stack: bool
+) -> None:
+    """Also with the layers spread over the pipeline, which a stack may be."""
+    nets: Any = [
+        Net(nnx.Rngs(0), layers=stacked(nnx.Rngs(1)) if is_stack else None) for _ in range(2)
+    ]
+    mesh = mesh_of()
+    if is_stack:
+        layers = nnx.state(nets[0].layers, nnx.Param)
+        spread = jax.NamedSharding(mesh, jax.P("pipe"))
+        nnx.update(nets[0].layers, jax.device_put(layers, spread))
     tokens = tokens_of(8)
     optimizers = [nnx.Optimizer(net, optax.adamw(1e-2), wrt=nnx.Param) for net in nets]
     grad_fn = dpj.nnx.value_and_grad(
-        model_of(nets[0]), mesh=mesh_of(), num_microbatches=4, schedule=schedule
+        model_of(nets[0]), mesh=mesh, num_microbatches=4, schedule=schedule
     )
 
     @nnx.jit
@@ -126,6 +137,8 @@ def test_an_optimizer_steps_as_with_the_gradients_of_the_module(schedule: str) -
         assert_close(got, want, tolerance=1e-10)
     params = [nnx.state(net, nnx.Param) for net in nets]
     assert_close(params[0], params[1], tolerance=1e-10)
+    if is_stack:
+        assert nets[0].layers.up.kernel.get_value().sharding.spec[0] == "pipe"
 
 
 def test_gradients_are_exact_and_the_module_stays_as_it_was() -> None:

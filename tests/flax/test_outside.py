@@ -50,7 +50,8 @@ def test_gpt2_of_transformers(schedule: str) -> None:
 
     def own_loss(params: Any) -> jax.Array:
         args = batch["tokens"], batch["mask"], jnp.broadcast_to(positions, (ROWS, LENGTH))
-        return loss_of(gpt.apply({"params": params}, *args).logits, batch)
+        outputs: Any = gpt.apply({"params": params}, *args)
+        return loss_of(outputs.logits, batch)
 
     def embed(gpt: Any, ctx: dpj.Context) -> jax.Array:
         return gpt.transformer.wte(ctx.microbatch["tokens"]) + gpt.transformer.wpe(positions)
