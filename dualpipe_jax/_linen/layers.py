@@ -4,6 +4,7 @@ Also trees of the same form anywhere in gradients, optimizer and train states: w
 is found by their names, and everything else is left as it is.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,7 +131,7 @@ def to_flax(
       The tree with the Flax model's parameters in place of `{"ends": ..., "blocks": ...}`.
 
     Raises:
-      ValueError: If no `{"ends": ..., "blocks": ...}` is found.
+      ValueError: If no `{"ends": ..., "blocks": ...}` is found, or one that does not fit.
     """
     path = _path(layers)
     parent, last = path[:-1], path[-1]
@@ -143,7 +144,7 @@ def to_flax(
             return _with(params["ends"], parent, {last: blocks})
         blocks = _stacks.gathered(blocks)
         stacks: Any = {None: blocks} if layout is None else blocks
-        kinds = (None,) * _num_layers(blocks) if layout is None else tuple(layout)
+        kinds = (None,) * num_layers() if layout is None else tuple(layout)
         places = _kinds.places_of(kinds)
         found = {
             last.format(i): _layer(stacks[kind], place, axis)
@@ -153,6 +154,19 @@ def to_flax(
 
     def is_canonical(node: Any) -> bool:
         return isinstance(node, Mapping) and set(node) == {"ends", "blocks"}
+
+    @functools.cache
+    def num_layers() -> int:
+        """Counts layers in all of the tree: where an optimizer masks the blocks, none are left."""
+        nodes = filter(is_canonical, jax.tree.leaves(tree, is_leaf=is_canonical))
+        sizes = {leaf.shape[0] for node in nodes for leaf in jax.tree.leaves(node["blocks"])}
+        if len(sizes) != 1:
+            raise ValueError(
+                "tree: must have one leading dim, the number of layers, in all leaves of blocks; "
+                f"got {sorted(sizes)}; convert parameters and optimizer state together, as a pair, "
+                "if all blocks are masked"
+            )
+        return sizes.pop()
 
     return _map(convert, tree, is_canonical, 'what to_canonical makes, {"ends": .., "blocks": ..}')
 
@@ -205,6 +219,11 @@ def _without(tree: Any, path: Sequence[str], names: Sequence[str]) -> dict[str, 
 
 def _with(tree: Any, path: Sequence[str], entries: Mapping[str, Any]) -> dict[str, Any]:
     """Copies dicts along the path, with more entries at its end."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f'tree: must have a dict in "ends", got {show(tree)}; where an optimizer masks '
+            "parameters, give it a mask with the structure of params, down to the leaves"
+        )
     if not path:
         return {**tree, **entries}
     return {**tree, path[0]: _with(tree.get(path[0], {}), path[1:], entries)}
@@ -240,10 +259,3 @@ def _stack(names: list[str], holder: Mapping[str, Any], axis: str) -> PyTree:
 
 def _layer(stack: PyTree, place: int, axis: str) -> PyTree:
     return metadata.take_name(jax.tree.map(lambda leaf: leaf[place], stack), 0, axis)
-
-
-def _num_layers(blocks: PyTree) -> int:
-    leaves = jax.tree.leaves(blocks)
-    if not leaves:
-        raise ValueError('tree: must have leaves in "blocks"; found none')
-    return leaves[0].shape[0]

@@ -393,6 +393,30 @@ def test_train_state_works_unchanged() -> None:
     assert_close(back.opt_state, want.opt_state, tolerance=1e-10)
 
 
+def test_an_optimizer_that_masks_parameters_is_converted() -> None:
+    params = Model().init(jax.random.key(0), tokens_of(2))["params"]
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: "frozen" if "layers" in str(path) or "blocks" in str(path) else "free",
+            params,
+        )
+
+    tx = optax.multi_transform({"free": optax.adam(0.1), "frozen": optax.sgd(0.1, 0.9)}, labels)
+    canonical = dpj.linen.to_canonical(params, "layers_{}")
+    pair = dpj.linen.to_canonical((params, tx.init(params)), "layers_{}")
+    want = canonical, tx.init(canonical)
+    assert jax.tree.structure(pair) == jax.tree.structure(want)
+    assert jax.tree.map(jnp.shape, pair) == jax.tree.map(jnp.shape, want)
+    assert_close(dpj.linen.to_flax(pair, "layers_{}"), (params, tx.init(params)), tolerance=0)
+    whole = optax.masked(optax.adam(0.1), {"ends": False, "blocks": True})
+    with pytest.raises(ValueError, match=r"got MaskedNode.*a mask with the structure of params"):
+        dpj.linen.to_flax(whole.init(canonical), "layers_{}")
+    no_blocks = optax.masked(optax.adam(0.1), {"ends": True, "blocks": False}).init(canonical)
+    with pytest.raises(ValueError, match=r"in all leaves of blocks; got \[\]"):
+        dpj.linen.to_flax(no_blocks, "layers_{}")
+
+
 # --- mistakes --------------------------------------------------------------------------------
 
 
