@@ -15,13 +15,14 @@ READY := $(VENV)/.ready
 
 # Passed on: make train ARGS="--steps 10"; make test PYTEST_ARGS="tests/test_cli.py -x"
 ARGS ?=
+EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare benchmark idle memory ends overlap test lint format clean
+.PHONY: help train compare benchmark idle memory ends overlap test test-outside lint format clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train a small language model with DualPipe (options: ARGS="--steps 10")
 	@$(BIN)/python experiments/train_lm/train_lm.py $(ARGS)
@@ -47,6 +48,10 @@ overlap: $(READY)  ## compile steps for TPUs that are not there, and read what c
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-outside:  ## a larger published model, too; brings 1 GB of packages in an environment of its own
+	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \
+		PYTEST_ARGS="tests/flax/outside_qwen3.py" test
+
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
 	@$(BIN)/ruff check --quiet .
@@ -66,6 +71,6 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "dualpipe-jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is not."; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' \
 		$(addprefix -c ,$(CONSTRAINTS))
 	@touch $@

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dualpipe_jax import linen as linen
+    from dualpipe_jax import nnx as nnx
     from dualpipe_jax import schedules as schedules
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
@@ -41,6 +43,8 @@ _HOME = {
     "apply": "_forward",
     "compiler_options": "_preflight",
     "evaluate": "_forward",
+    "linen": None,
+    "nnx": None,
     "plot_timeline": "_plot",
     "preflight": "_preflight",
     "schedules": None,
