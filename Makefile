@@ -15,13 +15,14 @@ READY := $(VENV)/.ready
 
 # Passed on: make train ARGS="--steps 10"; make test PYTEST_ARGS="tests/test_cli.py -x"
 ARGS ?=
+EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare benchmark idle memory overlap test lint format clean
+.PHONY: help train compare benchmark idle memory ends overlap test test-outside lint format clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train a small language model with DualPipe (options: ARGS="--steps 10")
 	@$(BIN)/python experiments/train_lm/train_lm.py $(ARGS)
@@ -38,11 +39,18 @@ benchmark: $(READY)  ## measure a step beside the limit and the usual recipe (op
 memory: $(READY)  ## compile steps for a TPU and compare what they hold (options: ARGS="--width 512")
 	@$(BIN)/python experiments/memory/memory.py $(ARGS)
 
+ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time (options: ARGS="--ranks 4")
+	@$(BIN)/python experiments/ends/ends.py $(ARGS)
+
 overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
 	@$(BIN)/python experiments/overlap/overlap.py $(ARGS)
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-outside:  ## a larger published model, too; brings 1 GB of packages in an environment of its own
+	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \
+		PYTEST_ARGS="tests/flax/outside_qwen3.py" test
 
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
@@ -63,6 +71,6 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "dualpipe-jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is not."; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' \
 		$(addprefix -c ,$(CONSTRAINTS))
 	@touch $@

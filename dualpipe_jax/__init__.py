@@ -8,17 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dualpipe_jax import linen as linen
+    from dualpipe_jax import nnx as nnx
     from dualpipe_jax import schedules as schedules
-    from dualpipe_jax._api import evaluate as evaluate
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
+    from dualpipe_jax._forward import apply as apply
+    from dualpipe_jax._forward import evaluate as evaluate
     from dualpipe_jax._plot import plot_timeline as plot_timeline
     from dualpipe_jax._preflight import compiler_options as compiler_options
     from dualpipe_jax._preflight import preflight as preflight
     from dualpipe_jax._simulate import Costs as Costs
     from dualpipe_jax._simulate import Simulation as Simulation
     from dualpipe_jax._simulate import simulate as simulate
+    from dualpipe_jax._types import Aux as Aux
     from dualpipe_jax._types import Context as Context
+    from dualpipe_jax._types import Metrics as Metrics
     from dualpipe_jax._types import Model as Model
     from dualpipe_jax.schedules import Schedule as Schedule
     from dualpipe_jax.schedules import Timeline as Timeline
@@ -27,14 +32,19 @@ __version__ = "0.1.0"
 
 # Where each public name lives; None: the name is a module of its own.
 _HOME = {
+    "Aux": "_types",
     "Context": "_types",
     "Costs": "_simulate",
+    "Metrics": "_types",
     "Model": "_types",
     "Schedule": "schedules",
     "Simulation": "_simulate",
     "Timeline": "schedules",
+    "apply": "_forward",
     "compiler_options": "_preflight",
-    "evaluate": "_api",
+    "evaluate": "_forward",
+    "linen": None,
+    "nnx": None,
     "plot_timeline": "_plot",
     "preflight": "_preflight",
     "schedules": None,

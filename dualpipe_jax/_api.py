@@ -1,26 +1,24 @@
-"""The public functions: validate, compile the schedule, build the step."""
+"""Gradients: validate what the user gave, compile the schedule, build the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _kinds, _microbatches, _outputs, _parameters, _scopes, _validate
+from dualpipe_jax import _microbatches, _parameters, _scopes, _validate
 from dualpipe_jax import schedules as _schedules
-from dualpipe_jax._executor import MemoryReport, Step
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._build import Axes, Builder, block_of
+from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.generators.forward_only import forward_only
-from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._sequential import sequential as sequential
 from dualpipe_jax._simulate import fastest_timetable
 from dualpipe_jax._split_vjp import is_differentiable
-from dualpipe_jax._types import Context, Model, PyTree
+from dualpipe_jax._stage_sizes import stage_sizes
+from dualpipe_jax._types import Model, PyTree
 
 
 def value_and_grad(
@@ -31,6 +29,7 @@ def value_and_grad(
     schedule: str | _schedules.Schedule = "dualpipe",
     timetable: str | None = None,
     axis: str = "pipe",
+    layers_per_stage: Sequence[int] | None = None,
     unroll_layers: bool | None = None,
     remat: str | Callable[..., Any] = "none",
     stash_deferred: bool = False,
@@ -59,6 +58,10 @@ def value_and_grad(
         and dualpipev; for other schedules the two are the same). None: the faster one by
         simulation, the shortest for few microbatches.
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
+      layers_per_stage: How many layers each stage has, in model order, as many numbers as the
+        schedule has stages; fewer for the last one, say, whose head takes time, too. Every rank
+        gets room for as many layers as the fullest stage has. None spreads them evenly, the first
+        stages getting one more if they do not divide.
       unroll_layers: Whether the layers of a stage stand in the program one after the other, which
         XLA can schedule better, or in a loop, which compiles sooner; None unrolls up to four.
       remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
@@ -77,7 +80,10 @@ def value_and_grad(
         not one of batch_axes all devices must come to the same loss, weight and metrics.
       param_specs: How params lie over the manual axes: a tree of PartitionSpecs whose leaves stand
         for whole branches of params; None for what is the same on all of their devices. The first
-        entry for a leaf of blocks is that of the layers' dim.
+        entry for a leaf of blocks is that of the layers' dim. A leaf outside of blocks, such as the
+        table of a large vocabulary, may lie over `axis` too, the last name in the entry of any dim:
+        it is gathered once a step, and its gradient leaves scattered alike. (Where `axis` is an
+        Explicit one, the type of the leaf says so by itself.)
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
         branches of params, or a function from params to one (as the masks of optax). For the
         others nothing is computed or kept, and their gradient is zeros, which cost nothing inside
@@ -85,7 +91,9 @@ def value_and_grad(
 
     Returns:
       `grad_fn(params, batch, *, rng=None) -> (loss, grads)`; with `model.has_aux`,
-      `((loss, metrics), grads)`. It is not itself differentiable by `jax.grad`; `sequential` is.
+      `((loss, metrics), grads)`; if blocks give metrics (`Aux`), `((loss, Metrics), grads)`, those
+      of blocks sharded over `axis` as their gradients are. It is not itself differentiable by
+      `jax.grad`; `sequential` is.
 
       params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
         model order, sharded in any way; with `model.layout`, blocks is a dict of such stacks, one
@@ -104,7 +112,7 @@ def value_and_grad(
       TypeError: If an argument, or what a function of the model returns, has a wrong type.
     """
     _validate.is_model(model)
-    axes = _Axes.checked(mesh, axis, batch_axes, manual_axes)
+    axes = Axes.checked(mesh, axis, batch_axes, manual_axes)
     _validate.positive_int("num_microbatches", num_microbatches)
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
     _validate.optional_flag("unroll_layers", unroll_layers)
@@ -112,13 +120,19 @@ def value_and_grad(
     if timetable is None:
         timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
     compiled = compile_program(schedule.program, timetable=timetable, stash_deferred=stash_deferred)
-    build = _Builder(
+    layers_per_stage = stage_sizes(
+        layers_per_stage,
+        num_stages=schedule.num_stages,
+        where=f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks",
+    )
+    build = Builder(
         axes=axes,
         tables=compiled.tables,
         model=model,
-        block=_block(model, remat),
+        block=block_of(model, remat),
         param_specs=param_specs,
         trainable=trainable,
+        layers_per_stage=layers_per_stage,
         unroll_layers=unroll_layers,
     )
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
@@ -129,13 +143,13 @@ def value_and_grad(
 class GradFunction:
     """What `value_and_grad` makes: a function of (params, batch), as described there."""
 
-    build: "_Builder"
+    build: Builder
     schedule: _schedules.Schedule
     trainable: PyTree | Callable[[PyTree], PyTree]
     dtype: Any
 
     def __call__(self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
-        """Returns `(loss, grads)`, or `((loss, metrics), grads)`."""
+        """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         step = self.build(params, batch, rng)
         _validate.grad_dtype(self.dtype, params)
@@ -171,134 +185,6 @@ class GradFunction:
         return reports[0]
 
 
-def evaluate(
-    model: Model,
-    *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-    num_microbatches: int,
-    axis: str = "pipe",
-    batch_axes: str | tuple[str, ...] = (),
-    manual_axes: str | tuple[str, ...] = (),
-    param_specs: PyTree = None,
-) -> Callable[..., Any]:
-    """Makes the pipelined loss of a model, without gradients: forwards from both ends.
-
-    Args:
-      model: The model, as pure functions.
-      mesh: The devices.
-      num_microbatches: Microbatches of the batch (on each shard of it), over both directions.
-      axis: The mesh axis over which the layers are spread.
-      batch_axes: Mesh axes over which the leading dim of the batch is sharded.
-      manual_axes: Mesh axes of which the model's functions use collectives by name.
-      param_specs: How params lie over the manual axes.
-
-    Returns:
-      `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`; equal to
-      `sequential(model, num_microbatches=...)`. It keeps no activations for a backward, so that
-      `jax.grad` cannot go through it; `value_and_grad` is for that.
-
-    Raises:
-      ValueError: As `value_and_grad`.
-      TypeError: As `value_and_grad`.
-    """
-    _validate.is_model(model)
-    axes = _Axes.checked(mesh, axis, batch_axes, manual_axes)
-    _validate.positive_int("num_microbatches", num_microbatches)
-    program = forward_only(num_ranks=mesh.shape[axis], num_microbatches=num_microbatches)
-    build = _Builder(
-        axes=axes,
-        tables=compile_program(program).tables,
-        model=model,
-        block=_block(model, "none"),
-        param_specs=param_specs,
-    )
-
-    def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
-        params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
-        return build(params, batch, rng)(params, batch, rng)[0]
-
-    return loss_fn
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Axes:
-    """What the axes of the mesh are for."""
-
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-    axis: str
-    batch_axes: tuple[str, ...]
-    manual_axes: tuple[str, ...]
-
-    @classmethod
-    def checked(cls, mesh: Any, axis: Any, batch_axes: Any, manual_axes: Any) -> "_Axes":
-        """Makes it of what the user named."""
-        _validate.mesh_axis(mesh, axis)
-        return cls(
-            mesh=mesh,
-            axis=axis,
-            batch_axes=_validate.other_axes(mesh, axis, "batch_axes", batch_axes),
-            manual_axes=_validate.other_axes(mesh, axis, "manual_axes", manual_axes),
-        )
-
-
-class _Builder:
-    """Checks the arguments of a call and gives the step for them.
-
-    Called outside of any jit the step is jitted, once for each number of layers: as with `jax.jit`,
-    what the model's functions read besides their arguments is read at the first call.
-    """
-
-    def __init__(self, *, axes: _Axes, tables: Tables, **options: Any):
-        self._tables = tables
-        self._layout = options["model"].layout
-        self._step = partial(
-            Step,
-            mesh=axes.mesh,
-            axis=axes.axis,
-            batch_axes=axes.batch_axes,
-            manual_axes=axes.manual_axes,
-            tables=tables,
-            **options,
-        )
-        self._num_shards = int(
-            np.prod([axes.mesh.shape[name] for name in axes.batch_axes], dtype=int)
-        )
-        self._shards = ", ".join(map(repr, axes.batch_axes))
-        self._steps: dict[int, Callable[..., Any]] = {}
-
-    def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
-        """Gives the step, jitted outside of any jit."""
-        step = self.traced(params, batch, rng)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
-            # Inside the user's jit: traced as part of it, as often as it is.
-            return step
-        return self._steps.setdefault(step.num_layers, jax.jit(step))
-
-    def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
-        """Gives the step, to be traced."""
-        tables = self._tables
-        where = f" of the schedule over {tables.num_ranks} ranks"
-        num_layers = _validate.num_layers(
-            params, self._layout, num_stages=tables.num_stages, where=where
-        )
-        num_microbatches = tables.num_microbatches
-        _validate.key(rng)
-        _validate.batch(
-            batch,
-            num_microbatches=num_microbatches,
-            num_shards=self._num_shards,
-            shards=self._shards,
-        )
-        step = self._step(num_layers=num_layers)
-        if step.unroll_layers and not step.layout.has_equal_stages:
-            raise ValueError(
-                f"unroll_layers=True: all stages must have the same kinds of layers in the same "
-                f"order, but {num_layers} layers are spread over {tables.num_stages} unlike stages"
-                f"{where}; leave it None, or change the number of layers or the layout"
-            )
-        return step
-
-
 def _named(schedule: _schedules.Schedule) -> AbstractContextManager[object]:
     """Puts the schedule's name into the compiled program, if the name tells which one it is."""
     sizes = {"num_ranks": schedule.num_ranks, "num_microbatches": schedule.num_microbatches}
@@ -330,49 +216,6 @@ def _schedule_for(
             f"{made_for[1]} microbatches; make it for those, or pass its name"
         )
     return schedule
-
-
-def _block(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable[..., Any]]:
-    """Gives each kind's block one form, `(params, x, ctx) -> (x, aux or None)`."""
-    return {
-        kind: _rematerialised(_of_one_form(model, kind), remat) for kind in _kinds.blocks_of(model)
-    }
-
-
-def _of_one_form(model: Model, kind: Kind) -> Callable[..., Any]:
-    users_block = _kinds.blocks_of(model)[kind]
-
-    def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
-        y, aux = _microbatches.block_outputs(model, users_block(params, x, ctx))
-        _outputs.require_same_x(x, y, name=_kinds.block_name(kind))
-        return _microbatches.strong(y), aux
-
-    return block
-
-
-def _rematerialised(
-    block: Callable[..., Any], remat: str | Callable[..., Any]
-) -> Callable[..., Any]:
-    if remat == "none":
-        return block
-    if remat == "block":
-        return jax.checkpoint(block)
-    if callable(remat):
-        policy = remat
-
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return policy(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(
-                    f"remat={policy!r}: cannot be called as a policy of jax.checkpoint_policies; "
-                    "if it makes a policy of its arguments, call it first"
-                ) from error
-
-        return jax.checkpoint(block, policy=checked)
-    raise ValueError(
-        f'remat={remat!r}: must be "none", "block", or a policy of jax.checkpoint_policies'
-    )
 
 
 def _float_dtype(name: str, dtype: Any) -> Any:

@@ -33,6 +33,13 @@ def stacks_of(model: Model, blocks: PyTree) -> dict[Kind, PyTree]:
     return {None: blocks} if model.layout is None else {k: blocks[k] for k in blocks_of(model)}
 
 
+def by_layout(model: Model, stacks: dict[Kind, PyTree]) -> PyTree:
+    """Gives stacks of every kind the form of `blocks`, without the kinds that have no leaves."""
+    if model.layout is None:
+        return stacks[None]
+    return {kind: stack for kind, stack in stacks.items() if jax.tree.leaves(stack)}
+
+
 def in_order_of(model: Model, blocks: PyTree, leaves: dict[Kind, list[T]]) -> list[T]:
     """Lists the leaves of all kinds, in the order in which those of `blocks` stand.
 

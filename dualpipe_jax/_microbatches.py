@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualpipe_jax._types import Context, Model, PyTree
+from dualpipe_jax._types import Aux, Context, Metrics, Model, PyTree
 
 
 def as_arrays(tree: PyTree) -> PyTree:
@@ -94,10 +94,16 @@ def head_outputs(model: Model, outputs: PyTree) -> tuple[jax.Array, PyTree]:
     return jnp.asarray(loss), jax.tree.map(jnp.asarray, metrics)
 
 
-def block_outputs(model: Model, outputs: PyTree) -> tuple[PyTree, jax.Array | None]:
-    """Splits what block returned into x and its aux loss (None without block_has_aux)."""
-    x, aux = outputs if model.block_has_aux else (outputs, None)
-    return jax.tree.map(jnp.asarray, x), None if aux is None else jnp.asarray(aux)
+def gives_aux(outputs: Any) -> bool:
+    """Whether a block returned `(x, Aux)`."""
+    return isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], Aux)
+
+
+def block_outputs(model: Model, outputs: PyTree) -> tuple[PyTree, Aux]:
+    """Splits what block returned into x and its Aux (an empty one without)."""
+    x, aux = outputs if model.block_has_aux or gives_aux(outputs) else (outputs, Aux())
+    aux = aux if isinstance(aux, Aux) else Aux(loss=aux)
+    return jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, aux)
 
 
 def total_weight(model: Model, microbatches: PyTree) -> jax.Array | None:
@@ -114,15 +120,19 @@ def total_weight(model: Model, microbatches: PyTree) -> jax.Array | None:
     return lax.scan(body, jnp.zeros((), dtype), microbatches)[0]
 
 
-def result(
-    model: Model,
-    loss_sum: jax.Array,
-    aux_sum: jax.Array | None,
-    metrics: PyTree,
-    weight: jax.Array | None,
-    count: int,
-) -> Any:
-    """Makes the loss (or `(loss, metrics)`) of sums over `count` microbatches.
+def add_at(total: PyTree, value: PyTree, index: Any) -> PyTree:
+    """Adds `value` to entry `index` of the leading dim of `total`, in the dtype of `total`."""
+
+    def one(total: jax.Array, mine: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(total, mine, index, 0)
+
+    return jax.tree.map(one, total, add(take(total, index), value))
+
+
+def loss_of_sums(
+    loss_sum: jax.Array, aux_sum: jax.Array | None, weight: jax.Array | None, count: int
+) -> jax.Array:
+    """Makes the loss of sums over `count` microbatches.
 
     loss = sum(head) / count or sum(head) / sum(weight), plus sum(aux losses) / count.
     """
@@ -130,4 +140,14 @@ def result(
     if aux_sum is not None:
         dtype = jnp.promote_types(loss.dtype, aux_sum.dtype)
         loss = loss.astype(dtype) + aux_sum.astype(dtype) / count
+    return loss
+
+
+def result(model: Model, loss: jax.Array, metrics: PyTree, blocks: PyTree) -> Any:
+    """Makes what a user is given of the loss, the head's metrics, and those of blocks, stacked.
+
+    That is the loss, `(loss, metrics)` with has_aux, or `(loss, Metrics)` if blocks have any.
+    """
+    if jax.tree.leaves(blocks):
+        return loss, Metrics(head=metrics, blocks=blocks)
     return (loss, metrics) if model.has_aux else loss

@@ -6,7 +6,7 @@ In: a model, and avals of what its functions are given. Out: avals of what they 
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.tree_util import keystr
 from dualpipe_jax import _kinds, _microbatches, _varying
 from dualpipe_jax._kinds import Kind, block_name
 from dualpipe_jax._refusals import is_array, raise_all, short, show
-from dualpipe_jax._types import Context, Model, PyTree
+from dualpipe_jax._types import Aux, Context, Model, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -24,17 +24,19 @@ from dualpipe_jax._types import Context, Model, PyTree
 class Outputs:
     """Avals of what a model's functions return, and of the context that a block is given.
 
-    `aux` has an entry for each kind of layer, and `aux_sum` holds any of them; None without, as
-    `weight`.
+    `aux` has an entry for each kind of layer, and `aux_sum` holds any of their losses; None
+    without, as `weight`. Where there is an output in the place of head, that alone is checked
+    beside x, and `applied` is what it returns.
     """
 
     x: PyTree
     ctx: Context
-    loss: Any
-    metrics: PyTree
-    aux: dict[Kind, Any]
-    aux_sum: Any
-    weight: Any
+    loss: Any = None
+    metrics: PyTree = None
+    aux: dict[Kind, Aux]
+    aux_sum: Any = None
+    weight: Any = None
+    applied: PyTree = None
 
 
 def check(
@@ -45,13 +47,15 @@ def check(
     rng: Any,
     shard: Any = None,
     *,
+    output: Callable[..., PyTree] | None = None,
     hidden_axes: Iterable[str] = (),
 ) -> Outputs:
     """Requires the model's functions to fit each other, and returns avals of what they return.
 
     `outside` holds `ends`, and `shared` if there is one, and `layers` the parameters of one layer
     of each kind; all arguments may be avals. The context in what is returned has no shared
-    parameters. No function may name one of the mesh axes `hidden_axes`.
+    parameters. `output` takes the place of head, if it is given. No function may name one of the
+    mesh axes `hidden_axes`.
     """
 
     def run(
@@ -72,7 +76,11 @@ def check(
             kind: _block_aux(model, x, block(layers[kind], x, layer_ctx), name=block_name(kind))
             for kind, block in _kinds.blocks_of(model).items()
         }
-        aux_sum = functools.reduce(operator.add, aux.values()) if model.block_has_aux else None
+        if output is not None:
+            applied = _applied(output(ends, x, ends_ctx), microbatch)
+            return Outputs(x=x, ctx=bare_ctx, aux=dict.fromkeys(aux, Aux()), applied=applied)
+        losses = [each.loss for each in aux.values() if each.loss is not None]
+        aux_sum = functools.reduce(operator.add, losses) if losses else None
         loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
         weight = None if model.weight is None else model.weight(microbatch)
         if model.weight is not None:
@@ -115,11 +123,14 @@ def require_reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:
     allowed = set(loss_axes)
     values = {"model.head: its loss": outs.loss, "model.head: metrics": outs.metrics}
     values["model.weight"] = outs.weight
-    values |= {f"{block_name(kind)}: its aux loss": aux for kind, aux in outs.aux.items()}
+    for kind, aux in outs.aux.items():
+        values[f"{block_name(kind)}: its aux loss"] = aux.loss
+        values[f"{block_name(kind)}: metrics"] = aux.metrics
+    values["output"] = outs.applied
     raise_all(
         "manual_axes: over an axis that is not one of batch_axes, all devices must come to one "
-        "loss and weight and the same metrics; reduce them (jax.lax.psum or pmean), or name the "
-        "axis in batch_axes if the rows of the batch are spread over it",
+        "loss and weight and the same metrics and outputs; reduce them (jax.lax.psum or pmean), or "
+        "name the axis in batch_axes if the rows of the batch are spread over it",
         (
             f"{name}{keystr(path)} varies over {', '.join(map(repr, sorted(axes)))}"
             for name, value in values.items()
@@ -149,21 +160,33 @@ def require_same_x(x: PyTree, y: PyTree, *, name: str, hint: str = "") -> None:
     )
 
 
-def _block_aux(model: Model, x: PyTree, out: Any, *, name: str) -> Any:
-    """Requires block's outputs to fit the model, and returns its aux loss, or None."""
-    if model.block_has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[1]])):
+def _block_aux(model: Model, x: PyTree, out: Any, *, name: str) -> Aux:
+    """Requires block's outputs to fit the model, and returns its Aux."""
+    gives_aux = _microbatches.gives_aux(out)
+    if gives_aux:
+        loss, metrics = out[1].loss, out[1].metrics
+        if loss is not None:
+            if not jax.tree_util.all_leaves([loss]):
+                raise TypeError(
+                    f"{name}: Aux.loss must be a floating-point scalar or None, got {show(loss)}"
+                )
+            _scalar(name, "an aux loss that is a floating-point scalar", loss)
+        _summable(name, "Aux.metrics", _returned(name, "Aux.metrics", metrics))
+    elif model.block_has_aux and not (_is_pair(out) and jax.tree_util.all_leaves([out[1]])):
         raise TypeError(
-            f"{name}: with block_has_aux=True it must return (x, aux_loss), got {show(out)}"
+            f"{name}: with block_has_aux=True it must return (x, aux_loss), or "
+            f"(x, dualpipe_jax.Aux(...)), got {show(out)}"
         )
     y, aux = _microbatches.block_outputs(model, _returned(name, "x", out))
     hint = (
         ""
-        if model.block_has_aux or not _is_pair(out)
-        else ("; to return an aux loss beside x, make the model with block_has_aux=True")
+        if model.block_has_aux or gives_aux or not _is_pair(out)
+        else "; to return an aux loss beside x, return (x, dualpipe_jax.Aux(loss=...)), or make "
+        "the model with block_has_aux=True"
     )
     require_same_x(x, y, name=name, hint=hint)
-    if aux is not None:
-        _scalar(name, "an aux loss that is a floating-point scalar", aux)
+    if aux.loss is not None:
+        _scalar(name, "an aux loss that is a floating-point scalar", aux.loss)
     return aux
 
 
@@ -180,8 +203,29 @@ def _loss_and_metrics(model: Model, out: Any) -> tuple[jax.Array, PyTree]:
         )
     loss, metrics = out if model.has_aux else (out, None)
     metrics = _returned("model.head", "metrics", metrics)
+    _summable("model.head", "metrics", metrics)
     _scalar("model.head", "a loss that is a floating-point scalar", loss)
     return _microbatches.head_outputs(model, (loss, metrics) if model.has_aux else loss)
+
+
+def _applied(value: Any, microbatch: PyTree) -> PyTree:
+    """Requires arrays with the microbatch's rows in front of what output returned."""
+    value = _returned("output", "its result", value)
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    if not leaves:
+        raise ValueError(f"output: must return at least one array [rows, ...]; got {value!r}")
+    rows = jax.tree.leaves(microbatch)[0].shape[0]
+    raise_all(
+        f"output: every leaf must have the {rows} rows of the microbatch as its leading dim, to be "
+        "put together as the batch is; move that dim to the front, or leave the leaf out (for "
+        "output=None the leaves are those of x: give a function that takes out what is wanted)",
+        (
+            f"its result{keystr(path)} is {short(leaf)}"
+            for path, leaf in leaves
+            if leaf.shape[:1] != (rows,)
+        ),
+    )
+    return _microbatches.strong(value)
 
 
 def _returned(name: str, what: str, value: Any) -> Any:
@@ -197,6 +241,19 @@ def _returned(name: str, what: str, value: Any) -> Any:
         error=TypeError,
     )
     return value
+
+
+def _summable(name: str, what: str, metrics: Any) -> None:
+    """Requires numbers or bools of metrics."""
+    raise_all(
+        f"{name}: its metrics are summed, so they must be numbers or bools; leave out what is not",
+        (
+            f"{what}{keystr(path)} is {short(leaf)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(metrics)
+            if not jnp.issubdtype(leaf.dtype, jnp.number) and leaf.dtype != jnp.bool_
+        ),
+        error=TypeError,
+    )
 
 
 def _scalar(

@@ -1,4 +1,4 @@
-"""What of the parameters has a gradient, and how each leaf lies over the manual mesh axes.
+"""What of the parameters has a gradient, and how each leaf lies over the axes that a step names.
 
 In: `params`, and the trees that `value_and_grad` takes beside them, which may stop short of its
 leaves. Out: the same for every leaf.
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jax.tree_util import keystr
 
 from dualpipe_jax._refusals import raise_all, show
@@ -60,17 +60,19 @@ def specs(
     axis: str,
     manual_axes: tuple,
 ) -> dict[str, list[PartitionSpec]]:
-    """Says for every leaf over which manual axes its dims lie: a PartitionSpec, an entry a dim.
+    """Says for every leaf over which axes its dims lie: a PartitionSpec, an entry a dim.
 
     The leaves of each part of `params` stand in a list, as `jax.tree.leaves` gives them. The
-    layers' dim of `blocks` has the entry None.
+    layers' dim of `blocks` has the entry None; of the other parts a leaf may lie over the pipeline
+    axis, too: if the specs say so, or on an Explicit axis its type.
 
     Args:
       params: The parameters.
       param_specs: A tree of PartitionSpecs whose leaves stand for whole branches of `params`; None
         for what is the same everywhere.
       mesh: The mesh.
-      axis: The pipeline axis, which may be named for the layers' dim, and is ignored there.
+      axis: The pipeline axis, which may be named for the layers' dim, and is ignored there; for a
+        leaf outside of blocks, it may be the last in the entry of any dim.
       manual_axes: The axes that may be named.
 
     Raises:
@@ -99,18 +101,45 @@ def specs(
         if is_block and entries and entries[0] == (axis,):
             entries[0] = ()
         entries += [()] * (leaf.ndim - len(entries))
-        problems += [
-            f"{name}: {problem}" for problem in _problems(leaf, entries, mesh, manual_axes)
-        ]
+        known = manual_axes if is_block else (*manual_axes, axis)
+        problems += [f"{name}: {problem}" for problem in _problems(leaf, entries, mesh, known)]
+        if not is_block and any(axis in entry[:-1] for entry in entries):
+            problems.append(
+                f"{name}: {axis!r} must come last in its entry, as it is gathered first"
+            )
+        dim = -1 if is_block else _dim_by_type(leaf, mesh, axis)
+        if dim >= 0 and not any(axis in entry for entry in entries):
+            entries[dim] = (*entries[dim], axis)
         if is_block and entries and entries[0]:
             problems.append(f"{name}: the layers' dim lies over {axis!r} alone")
         out[path[0].key].append(PartitionSpec(*(entry or None for entry in entries)))
     raise_all(
-        f"param_specs: may name the manual_axes={manual_axes!r}, each once, and must divide the "
-        "dims (the layers' dim of blocks counts as the first)",
+        f"param_specs: may name the manual_axes={manual_axes!r}, and outside of blocks "
+        f"axis={axis!r}, each once, and must divide the dims (the layers' dim of blocks counts as "
+        "the first)",
         problems,
     )
     return out
+
+
+def dim_over(spec: PartitionSpec, axis: str) -> int:
+    """Finds the dim that lies over an axis, or -1.
+
+    >>> dim_over(PartitionSpec(None, ("model", "pipe")), "pipe")
+    1
+    """
+    dims = [dim for dim, entry in enumerate(spec) if axis in _names(entry)]
+    return dims[0] if dims else -1
+
+
+def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """Takes an axis out of a spec.
+
+    >>> without(PartitionSpec(None, ("model", "pipe")), "pipe")
+    P(None, 'model')
+    """
+    entries = (tuple(name for name in _names(entry) if name != axis) for entry in spec)
+    return PartitionSpec(*(entry or None for entry in entries))
 
 
 def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
@@ -127,6 +156,14 @@ def local_shape(
         for name in _names(entry):
             sizes[dim] //= mesh.shape[name]
     return tuple(sizes)
+
+
+def _dim_by_type(leaf: Any, mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Finds the dim that lies over an Explicit axis, by the leaf's type, or -1."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds[axis] is not AxisType.Explicit:
+        return -1
+    return dim_over(jax.typeof(leaf).sharding.spec, axis)
 
 
 def _problems(leaf: Any, entries: list, mesh: Mesh | AbstractMesh, manual_axes: tuple) -> list[str]:

@@ -28,8 +28,9 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
       num_microbatches: Into how many parts the leading dim of the batch is cut.
 
     Returns:
-      `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`. The loss
-      is a scalar of at least float32. `jax.grad` of it keeps all activations of the batch.
+      `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or
+      `(loss, Metrics)` if blocks give metrics. The loss is a scalar of at least float32.
+      `jax.grad` of it keeps all activations of the batch.
 
     Raises:
       ValueError: when called, if an argument does not fit the contract (see `value_and_grad`).
@@ -66,35 +67,54 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
         blocks, kinds = _kinds.blocks_of(model), _kinds.kinds_of(model, num_layers)
 
         def run_layer(
-            kind: Kind, layer: PyTree, index: Any, carry: Any, *, microbatch: PyTree, key: Any
+            kind: Kind,
+            layer: PyTree,
+            index: Any,
+            place: Any,
+            carry: Any,
+            *,
+            microbatch: PyTree,
+            key: Any,
         ) -> Any:
-            x, aux_sum = carry
+            x, aux_sum, of_blocks = carry
             ctx = _microbatches.context(microbatch, key, index, is_layer=True, shared=shared)
             x, aux = _microbatches.block_outputs(model, blocks[kind](layer, x, ctx))
-            if aux is not None:
-                aux_sum = _microbatches.add(aux_sum, aux)
-            return _microbatches.strong(x), aux_sum
+            if aux.loss is not None:
+                aux_sum = _microbatches.add(aux_sum, aux.loss)
+            metrics = lax.stop_gradient(aux.metrics)
+            of_kind = _microbatches.add_at(of_blocks[kind], metrics, place)
+            return _microbatches.strong(x), aux_sum, {**of_blocks, kind: of_kind}
 
         def step(sums: tuple, index: jax.Array) -> tuple[tuple, None]:
-            loss_sum, aux_sum, metrics_sum = sums
+            loss_sum, aux_sum, metrics_sum, of_blocks = sums
             microbatch = _microbatches.take(batches, index)
             key = _microbatches.microbatch_key(rng, index)
             ends = params["ends"]
             ctx = _microbatches.context(microbatch, key, num_layers, shared=shared)
             x = model.embed(ends, ctx)
             run = functools.partial(run_layer, microbatch=microbatch, key=key)
-            x, aux_sum = _fold(run, kinds, stacks, (_microbatches.strong(x), aux_sum))
+            carry = _microbatches.strong(x), aux_sum, of_blocks
+            x, aux_sum, of_blocks = _fold(run, kinds, stacks, carry)
             ctx = _microbatches.context(microbatch, key, num_layers + 1, shared=shared)
             out = model.head(ends, x, ctx)
             loss, metrics = _microbatches.head_outputs(model, out)
             sums = _microbatches.add((loss_sum, metrics_sum), (loss, metrics))
-            return (sums[0], aux_sum, sums[1]), None
+            return (sums[0], aux_sum, sums[1], of_blocks), None
 
-        zeros = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
-        (loss, aux, metrics), _ = lax.scan(
+        of_layers = {
+            kind: jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct((kinds.count(kind), *a.shape), a.dtype),  # noqa: B023
+                aux.metrics,
+            )
+            for kind, aux in outs.aux.items()
+        }
+        zeros = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics, of_layers))
+        (loss, aux, metrics, of_blocks), _ = lax.scan(
             step, zeros, jnp.arange(num_microbatches, dtype=jnp.int32)
         )
-        return _microbatches.result(model, loss, aux, metrics, total_weight, num_microbatches)
+        loss = _microbatches.loss_of_sums(loss, aux, total_weight, num_microbatches)
+        of_blocks = _kinds.by_layout(model, of_blocks)
+        return _microbatches.result(model, loss, metrics, of_blocks)
 
     return loss_fn
 
@@ -102,7 +122,7 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
 def _fold(
     run: Callable[..., Any], kinds: tuple[Kind, ...], stacks: dict[Kind, PyTree], carry: Any
 ) -> Any:
-    """Runs `run(kind, layer's parameters, its index, carry) -> carry` for all layers, in order."""
+    """Runs `run(kind, parameters, index, place in the kind, carry) -> carry` for all, in order."""
     places, runs = _kinds.places_of(kinds), _kinds.runs_of(kinds)
     if len(runs) > _MAX_RUNS:
         return _fold_by_switch(run, kinds, stacks, carry)
@@ -110,9 +130,11 @@ def _fold(
     def fold_run(kind: Kind, first: int, count: int, carry: Any) -> Any:
         start = places[first]
         layers = jax.tree.map(lambda leaf: leaf[start : start + count], stacks[kind])
-        indices = jnp.arange(first, first + count, dtype=jnp.int32)
+        indices, of_kind = (
+            jnp.arange(begin, begin + count, dtype=jnp.int32) for begin in (first, start)
+        )
         return lax.scan(
-            lambda carry, layer: (run(kind, *layer, carry), None), carry, (layers, indices)
+            lambda carry, layer: (run(kind, *layer, carry), None), carry, (layers, indices, of_kind)
         )[0]
 
     first = 0
@@ -131,7 +153,11 @@ def _fold_by_switch(
         number, place, index = row
 
         def branch(kind: Kind) -> Callable[[Any], Any]:
-            return lambda carry: run(kind, _microbatches.take(stacks[kind], place), index, carry)
+            def run_kind(carry: Any) -> Any:
+                layer = _microbatches.take(stacks[kind], place)
+                return run(kind, layer, index, place, carry)
+
+            return run_kind
 
         return lax.switch(number, [branch(kind) for kind in stacks], carry), None
 

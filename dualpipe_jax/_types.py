@@ -1,4 +1,4 @@
-"""What a user hands over (`Model`) and what their functions are given (`Context`)."""
+"""What a user hands over (`Model`), what their functions are given, and what these return."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -31,6 +31,61 @@ class Context:
     shared: PyTree = None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Aux:
+    """What a block may return beside x, as `(x, Aux(...))`.
+
+    Attributes:
+      loss: A floating-point scalar, or None. Summed over layers, averaged over microbatches, never
+        weighted, and added to the loss.
+      metrics: Any pytree of arrays, such as the tokens that each expert got. They have no
+        gradient, and come back summed over microbatches (and shards of the batch) and stacked by
+        layer, in `Metrics.blocks`. Over one of manual_axes that is not one of batch_axes, all
+        devices must come to the same metrics.
+
+    >>> import jax, jax.numpy as jnp, dualpipe_jax as dpj
+    >>> def block(params, x, ctx):
+    ...     y = jax.nn.relu(x @ params)
+    ...     return x + y, dpj.Aux(metrics={"dead": (y == 0).sum(0)})
+    >>> model = dpj.Model(
+    ...     embed=lambda ends, ctx: ctx.microbatch,
+    ...     block=block,
+    ...     head=lambda ends, x, ctx: jnp.square(x).mean(),
+    ... )
+    >>> params = {"ends": (), "blocks": jnp.ones((5, 3, 3)).at[2].set(-1)}
+    >>> loss_fn = dpj.sequential(model, num_microbatches=2)
+    >>> loss, metrics = loss_fn(params, jnp.ones((4, 3)))
+    >>> print(metrics.blocks["dead"])
+    [[0 0 0]
+     [0 0 0]
+     [4 4 4]
+     [0 0 0]
+     [0 0 0]]
+    """
+
+    loss: Any = None
+    metrics: PyTree = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What comes back beside the loss where blocks give metrics.
+
+    All is summed over microbatches, floats in float32 or wider, integers and bools in int32 or
+    wider.
+
+    Attributes:
+      head: The metrics of head, or None without `Model.has_aux`.
+      blocks: The metrics of the blocks, stacked by layer, `[num_layers, ...]`, in model order; with
+        `Model.layout` a dict with such stacks for each kind whose block gives metrics.
+    """
+
+    head: PyTree = None
+    blocks: PyTree = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A model as pure functions, from which every schedule builds its stages.
@@ -38,14 +93,15 @@ class Model:
     Attributes:
       embed: `(ends, ctx) -> x`, the first thing, on the first stage. `x` is any pytree of arrays.
       block: `(block_params, x, ctx) -> x`, one layer; its parameters come without the layer dim,
-        and `x` leaves with the structure, shapes and dtypes with which it came. A dict of such
-        functions, by name, for layers of different kinds.
+        and `x` leaves with the structure, shapes and dtypes with which it came. It may return
+        `(x, Aux(loss=..., metrics=...))`, a loss and metrics of its own. A dict of such functions,
+        by name, for layers of different kinds.
       head: `(ends, x, ctx) -> loss`, the last thing, on the last stage: a floating-point scalar.
       weight: `(microbatch) -> scalar`, or None. With it the loss is sum(head) / sum(weight) over
         the microbatches, and head returns a sum; without it the loss is the mean of head.
       has_aux: Whether head returns `(loss, metrics)`; metrics are summed over microbatches.
-      block_has_aux: Whether block returns `(x, aux_loss)`; the aux losses are summed over layers,
-        averaged over microbatches, never weighted, and added to the loss. It holds for all kinds.
+      block_has_aux: Whether block returns `(x, aux_loss)`, short for `(x, Aux(loss=aux_loss))`. It
+        holds for all kinds.
       layout: The name of the kind of every layer, in model order, where block is a dict; else None.
 
     Layers of different kinds, such as dense layers before expert layers, are a block for each kind

@@ -113,7 +113,7 @@ def assert_close(got: Any, want: Any, *, tolerance: float = 1e-12) -> None:
         name = jax.tree_util.keystr(path)
         if w.dtype == jax.dtypes.float0 or not w.size:
             continue
-        g, w = np.asarray(g), np.asarray(w)
+        g, w = 1 * np.asarray(g), 1 * np.asarray(w)  # bools do not subtract
         assert np.isfinite(g).all(), name
         scale = max(np.abs(w).max(), 1e-30)
         assert np.abs(g - w).max() <= tolerance * scale, (name, np.abs(g - w).max() / scale)

@@ -22,6 +22,7 @@ from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._simulate import Costs, simulate
 from dualpipe_jax._split_vjp import split_vjp
+from dualpipe_jax._types import Aux
 from tests.schedules_under_test import NAMES
 
 LAYER = LayerBytes(x=1, residual=10, weight_residual=100, stash=1_000, deferred=10_000, working=7)
@@ -141,7 +142,7 @@ def test_layer_bytes_are_those_of_the_split(attention: str, remat: str) -> None:
         q, k, v = ((normed @ params[n]).reshape(B, T, H, D // H) for n in "qkv")
         x = x + attend(q, k, v).reshape(B, T, D) @ params["o"]
         hidden = jax.nn.gelu(norm(params["norm2"], x) @ params["up"])
-        return x + hidden @ params["down"], None
+        return x + hidden @ params["down"], Aux()
 
     shapes = dict.fromkeys("qkvo", (D, D)) | {"up": (D, 4 * D), "down": (4 * D, D)}
     params = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax import _api, _sequential
+from dualpipe_jax import _build, _sequential
 from dualpipe_jax._executor import Step
 from dualpipe_jax._kinds import blocks_of
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model
@@ -318,7 +318,7 @@ def test_dead_values_are_never_read() -> None:
         mesh=make_mesh(2),
         axis="pipe",
         batch_axes=(),
-        block=_api._block(model, "none"),
+        block=_build.block_of(model, "none"),
         num_layers=len(letters),
         poison=True,
     )

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax import _api, _scopes
+from dualpipe_jax import _build, _scopes
 from dualpipe_jax._executor import Step
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
@@ -213,7 +213,7 @@ def make_step(
         tables=tables or schedule.compiled().tables,
         mesh=make_mesh(schedule.num_ranks),
         axis="pipe",
-        block=_api._block(model, remat),
+        block=_build.block_of(model, remat),
         num_layers=num_layers,
         **options,
     )

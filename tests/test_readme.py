@@ -12,8 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
 
+def examples(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
+
+
 def example(path: Path = README) -> str:
-    (code,) = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
+    (code,) = examples(path)
     return code
 
 
@@ -49,6 +53,16 @@ def test_example_of_mesh_axes_runs() -> None:
     code = example(ROOT / "docs" / "mesh_axes.md")
     shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params))"
     assert run(f"{code}\n{shapes}").split() == ["True"]
+
+
+@pytest.mark.slow
+def test_examples_of_flax_run() -> None:
+    linen, nnx = examples(ROOT / "docs" / "flax.md")
+    shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, variables['params']))"
+    assert run(f"{linen}\n{shapes}").split() == ["True"]
+    losses = [float(line) for line in run(nnx).split()]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow

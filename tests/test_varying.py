@@ -7,6 +7,7 @@ from jax import P, lax
 
 from dualpipe_jax import _varying
 from dualpipe_jax._split_vjp import split_vjp
+from dualpipe_jax._types import Aux
 
 
 def test_types_in_a_loop_alone() -> None:
@@ -14,11 +15,11 @@ def test_types_in_a_loop_alone() -> None:
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
 
     @jax.checkpoint
-    def loop(w: jax.Array, x: jax.Array, ctx: None) -> tuple[jax.Array, None]:
+    def loop(w: jax.Array, x: jax.Array, ctx: None) -> tuple[jax.Array, Aux]:
         def body(h: jax.Array, _: None) -> tuple[jax.Array, None]:
             return lax.psum(jnp.sin(h * w) * (lax.axis_index("model") + 1), "model"), None
 
-        return lax.scan(body, x, length=2)[0], None
+        return lax.scan(body, x, length=2)[0], Aux()
 
     w = x = jnp.arange(1.0, 4)
     aval = jax.eval_shape(lambda: x)

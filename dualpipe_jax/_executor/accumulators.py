@@ -1,6 +1,7 @@
 """Where gradients are added up: of a chunk's layers, by kind, and of what all blocks share.
 
-An action adds to some of them only; those alone go through its loop over layers.
+An action adds to some of them only; those alone go through its loop over layers. The metrics of a
+chunk's layers are added up alike, by the forward.
 """
 
 from typing import Any, NamedTuple
@@ -10,9 +11,12 @@ import jax
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
 from dualpipe_jax._kinds import Kind
+from dualpipe_jax._types import Aux
 
 # Of one chunk: for each kind a list for the leaves that have a gradient.
 LayerGrads = dict[Kind, list[Any]]
+# The same for the leaves of the block's metrics.
+LayerMetrics = dict[Kind, list[Any]]
 
 
 class Places(NamedTuple):
@@ -49,6 +53,13 @@ def add(
     layers = registers.accumulate(layers, gradients[:count], layer)
     added = zip(places.shared, gradients[count:], strict=True)
     return layers, {**shared, **{i: _microbatches.add(shared[i], grad) for i, grad in added}}
+
+
+def add_aux(loss: Any, metrics: list[Any], aux: Aux, *, layer: Any) -> tuple[Any, list[Any]]:
+    """Adds what a block's forward gave to the loss of all, and to the metrics of its kind."""
+    if aux.loss is not None:
+        loss = _microbatches.add(loss, aux.loss)
+    return loss, registers.accumulate(metrics, jax.tree.leaves(aux.metrics), layer)
 
 
 def put(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax import _microbatches, _scopes
+from dualpipe_jax import _scopes
 from dualpipe_jax._executor import accumulators, order, registers, unrolled
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
@@ -176,7 +176,7 @@ class _Beat:
         places = rank.gradients.early
 
         def body(j: Any, loop: Any) -> Any:
-            (x, dx, aux, shared), (residual, weight_residual, stash, grads) = loop
+            (x, dx, aux, shared), (residual, weight_residual, stash, grads, metrics) = loop
             i_layer = layout.layer_of_only_kind(i_row["stage"], count - 1 - j)
             kept, kept_longer = (
                 registers.read_layer(buffer, i_layer.index, i_row[name])
@@ -198,21 +198,20 @@ class _Beat:
             )
             f_layer = layout.layer_of_only_kind(f_row["stage"], j)
             x, aux_of_layer, kept, kept_longer = rank.forward_of(f_layer, x, f_row, self.forward)
-            if aux_of_layer is not None:
-                aux = _microbatches.add(aux, aux_of_layer)
+            aux, metrics = accumulators.add_aux(aux, metrics, aux_of_layer, layer=f_layer.place)
             residual = registers.write_layer(residual, kept, f_layer.index, f_row["residual"])
             weight_residual = registers.write_layer(
                 weight_residual, kept_longer, f_layer.index, f_row["weight_residual"]
             )
-            return (x, dx, aux, shared), (residual, weight_residual, stash, grads)
+            return (x, dx, aux, shared), (residual, weight_residual, stash, grads, metrics)
 
         grads, shared = state.take_grads(self.backward, places)
         buffers = (state.residual[kind], state.weight_residual[kind], state.stash[kind])
-        loop = (x, cotangent, state.aux, shared), (*buffers, grads[kind])
+        metrics = state.block_metrics[self.forward][kind]
+        loop = (x, cotangent, state.aux, shared), (*buffers, grads[kind], metrics)
         (x, dx, aux, shared), buffers = lax.fori_loop(0, count, body, loop)
-        residual, weight_residual, stash, grads_of_kind = buffers
-        state = state._replace(
-            aux=aux,
+        residual, weight_residual, stash, grads_of_kind, metrics = buffers
+        state = state.put_aux(self.forward, aux, {kind: metrics})._replace(
             residual={kind: residual},
             weight_residual={kind: weight_residual},
             stash={kind: stash},

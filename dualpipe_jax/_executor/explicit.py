@@ -62,7 +62,12 @@ def run_as_auto(
 
 
 def sharding_like(
-    leaf: Any, *, mesh: Mesh | AbstractMesh, without: tuple[str, ...], lead: str | None = None
+    leaf: Any,
+    *,
+    mesh: Mesh | AbstractMesh,
+    without: tuple[str, ...],
+    over: tuple[str, int] | None = None,
+    after: tuple[str, ...] = (),
 ) -> NamedSharding:
     """Makes a sharding over the Explicit axes on which `leaf` lies.
 
@@ -70,14 +75,24 @@ def sharding_like(
       leaf: An array.
       mesh: The mesh.
       without: Axes to leave out.
-      lead: An axis over which the leading dim is to lie, if it is Explicit.
+      over: An axis, and the dim that is to lie over it, if it is Explicit: as it does already, or
+        else within the parts that `after` make of it.
+      after: Axes.
     """
     explicit = explicit_axes(mesh)
     spec = jax.typeof(leaf).sharding.spec
     dims = []
-    for dim in (*spec, *(None,) * (np.ndim(leaf) - len(spec))):
+    for number, dim in enumerate((*spec, *(None,) * (np.ndim(leaf) - len(spec)))):
         names = dim if isinstance(dim, tuple) else (dim,)
-        dims.append([name for name in names if name in explicit and name not in without])
-    if lead in explicit:
-        dims[0].insert(0, lead)
+        dims.append(
+            [
+                name
+                for name in names
+                if name in explicit and (name not in without or (name, number) == over)
+            ]
+        )
+    if over is not None:
+        axis, number = over
+        if axis in explicit and axis not in dims[number]:
+            dims[number].insert(sum(name in after for name in dims[number]), axis)
     return NamedSharding(mesh, PartitionSpec(*(tuple(dim) or None for dim in dims)))

@@ -16,7 +16,7 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._outputs import Outputs
 from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp
-from dualpipe_jax._types import Context, Model
+from dualpipe_jax._types import Aux, Context, Model
 
 PyTree = Any
 
@@ -55,7 +55,8 @@ class Functions:
       embed: `(outside, ctx) -> x`.
       embeds_by_look_up: Whether that is so little work that every rank may as well do it.
       head: `(outside, x, ctx) -> (loss, metrics)`.
-      block: For each kind of layer `((layer, shared), x, ctx) -> (y, aux)`.
+      output: `(outside, x, ctx) -> outputs`, in the place of head.
+      block: For each kind of layer `((layer, shared), x, ctx) -> (y, Aux)`.
       gradients: The derivatives; None in forward-only programs.
     """
 
@@ -63,7 +64,8 @@ class Functions:
     embed: Callable[..., PyTree]
     embeds_by_look_up: bool = False
     head: Callable[..., tuple[jax.Array, PyTree]] | None = None
-    block: dict[Kind, Callable[..., tuple[PyTree, Any]]] = field(default_factory=dict)
+    output: Callable[..., PyTree] | None = None
+    block: dict[Kind, Callable[..., tuple[PyTree, Aux]]] = field(default_factory=dict)
     gradients: "Gradients | None" = None
 
 
@@ -93,10 +95,11 @@ class Gradients:
 
 def trace(
     model: Model,
-    blocks: dict[Kind, Callable[..., tuple[PyTree, Any]]],
+    blocks: dict[Kind, Callable[..., tuple[PyTree, Aux]]],
     args: Arguments,
     *,
     forward_only: bool,
+    output: Callable[..., PyTree] | None = None,
     recomputes: bool,
     hidden_axes: Iterable[str],
 ) -> Functions:
@@ -104,9 +107,10 @@ def trace(
 
     Args:
       model: The model.
-      blocks: For each kind of layer `(layer, x, ctx) -> (y, aux)`, rematerialised as asked.
+      blocks: For each kind of layer `(layer, x, ctx) -> (y, Aux)`, rematerialised as asked.
       args: What the functions are given.
       forward_only: Whether there are no gradients.
+      output: `(ends, x, ctx) -> outputs`, in the place of head, in a forward-only program.
       recomputes: Whether some weight gradients are to recompute what they need.
       hidden_axes: Mesh axes that no function may name.
 
@@ -121,6 +125,7 @@ def trace(
         args.microbatch,
         args.rng,
         args.shard,
+        output=output,
         hidden_axes=hidden_axes,
     )
     shared = args.outside.get("shared")
@@ -128,9 +133,10 @@ def trace(
     ends_ctx = replace(layer_ctx, layer=None)
 
     def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
-        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
+        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
             layer, shared = params
-            return block(layer, x, replace(ctx, shared=shared))
+            y, aux = block(layer, x, replace(ctx, shared=shared))
+            return y, aux if output is None else Aux()
 
         return run
 
@@ -138,22 +144,33 @@ def trace(
         outputs = model.head(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
         return _microbatches.head_outputs(model, outputs)
 
+    def output_of(outside: PyTree, x: PyTree, ctx: Context) -> PyTree:
+        assert output is not None
+        outputs = output(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
+        return _microbatches.strong(outputs)
+
     plain = {kind: with_shared(block) for kind, block in blocks.items()}
     params = {kind: (layer, shared) for kind, layer in args.layers.items()}
     x, aux = _varying_x(plain, params, outs.x, layer_ctx)
     loss_axes = args.loss_axes
+    outs = replace(outs, x=x, aux=aux)
     # What varies was not known before it was known what x varies over.
-    loss, metrics = _varying.eval_shape(head_of, args.outside, x, ends_ctx)
-    outs = replace(outs, x=x, loss=loss, metrics=metrics, aux=aux)
+    if output is None:
+        loss, metrics = _varying.eval_shape(head_of, args.outside, x, ends_ctx)
+        outs = replace(outs, loss=loss, metrics=metrics)
+    else:
+        applied = _varying.eval_shape(output_of, args.outside, x, ends_ctx)
+        outs = replace(outs, applied=applied)
     _outputs.require_reduced(outs, loss_axes)
 
     def as_x(values: PyTree) -> PyTree:
         return jax.tree.map(lambda a, like: _varying.cast(a, _varying.varies_over(like)), values, x)
 
     def typed(block: Callable[..., Any]) -> Callable[..., Any]:
-        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Any]:
+        def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
             y, aux = block(params, x, ctx)
-            return as_x(y), None if aux is None else _varying.cast(aux, loss_axes)
+            loss = None if aux.loss is None else _varying.cast(aux.loss, loss_axes)
+            return as_x(y), replace(aux, loss=loss)
 
         return run
 
@@ -187,7 +204,8 @@ def trace(
         return Functions(
             outputs=outs,
             embed=run_embed,
-            head=_captured(head, outside, x, ends_ctx),
+            head=None if output else _captured(head, outside, x, ends_ctx),
+            output=_captured(output_of, outside, x, ends_ctx) if output else None,
             block={
                 kind: _captured(typed(block), params[kind], x, layer_ctx)
                 for kind, block in plain.items()
@@ -226,11 +244,11 @@ def _captured(function: Callable[..., Any], *avals: Any) -> Callable[..., Any]:
 
 def _varying_x(
     blocks: dict[Kind, Callable[..., Any]], params: dict[Kind, PyTree], x: PyTree, ctx: Context
-) -> tuple[PyTree, dict[Kind, Any]]:
+) -> tuple[PyTree, dict[Kind, Aux]]:
     """Finds over which manual axes x varies: those of what embed returns, and what blocks add.
 
     Returns:
-      Avals of x, and of the aux loss of each kind of block, or None.
+      Avals of x, and of the Aux of each kind of block.
     """
     while True:
         leaves, structure = jax.tree.flatten(x)

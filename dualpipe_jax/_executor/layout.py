@@ -57,6 +57,7 @@ class Layout:
       kinds: The kind of every layer, in model order.
       num_stages: Stages of the schedule.
       stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
+      layers_per_stage: The layers of each stage; None to spread them evenly.
       unroll_layers: Whether a stage's layers are to be unrolled; None to leave it to their number.
     """
 
@@ -64,6 +65,7 @@ class Layout:
     kinds: tuple[Kind, ...]
     num_stages: int
     stage_of: np.ndarray
+    layers_per_stage: tuple[int, ...] | None = None
     unroll_layers: bool | None = None
 
     @property
@@ -73,7 +75,9 @@ class Layout:
 
     @cached_property
     def _layers(self) -> Spread:
-        return Spread(first_layers=spread(self.num_layers, self.num_stages))
+        if self.layers_per_stage is None:
+            return Spread(first_layers=spread(self.num_layers, self.num_stages))
+        return Spread(first_layers=np.cumsum([0, *self.layers_per_stage]))
 
     @cached_property
     def stacks(self) -> dict[Kind, Stack]:
@@ -144,18 +148,16 @@ class Layout:
 
         return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
 
-    def zero_grads(self, avals: list[Any]) -> list[Any]:
-        """Makes the accumulators of a chunk whose leaves of a kind have `avals` `[layer, ...]`.
+    def zero_sums(self, kind: Kind, avals: list[Any]) -> list[Any]:
+        """Makes the accumulators of a chunk for what a layer of a kind has of `avals`.
 
-        Each is an array, or with unrolled layers a list of arrays without the layer dim.
+        Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
         """
-        if not self.is_unrolled:
-            return _microbatches.zeros_for_sum(avals)
+        size = self.stacks[kind].max_layers
+        if self.is_unrolled:
+            return [[_microbatches.zeros_for_sum(aval) for _ in range(size)] for aval in avals]
         return [
-            [
-                jnp.zeros(aval.shape[1:], _microbatches.accumulator_dtype(aval.dtype))
-                for _ in range(aval.shape[0])
-            ]
+            jnp.zeros((size, *aval.shape), _microbatches.accumulator_dtype(aval.dtype))
             for aval in avals
         ]
 

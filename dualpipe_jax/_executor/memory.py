@@ -70,6 +70,7 @@ def report(
     slots: dict[str, int],
     layers: dict[Kind, PyTree],
     outside: list[Any],
+    gathered: list[Any],
     is_apart: bool,
 ) -> MemoryReport:
     """Adds up the arrays of one device.
@@ -81,6 +82,7 @@ def report(
       slots: The slots of each buffer, spare ones included.
       layers: Avals of one layer of each kind, as it lies on one device.
       outside: Avals of the wanted leaves outside the stack.
+      gathered: Avals of the leaves outside the stack that are gathered over the ranks.
       is_apart: Whether every layer's arrays are its own, as unrolled ones are.
     """
     gradients = traced.gradients
@@ -115,6 +117,8 @@ def report(
     for kind, layer in layers.items():
         weights += num_layers[kind] * _copies(gradients.block[kind], layer, num_chunks, is_apart)
     terms.append(Term("copies of weights", f"{num_chunks} stages", weights))
+    if gathered:
+        terms.append(Term("parameters gathered from all ranks", "", _bytes(gathered)))
     sums = 0
     for kind, layer in layers.items():
         leaves = jax.tree.leaves(layer)
@@ -122,6 +126,11 @@ def report(
         sums += num_chunks * num_layers[kind] * _accumulator_bytes(with_grad)
     terms.append(Term("gradients added up, of layers", f"{num_chunks} stages", sums))
     terms.append(Term("gradients added up, of the rest", "", _accumulator_bytes(outside)))
+    sums = 0
+    for kind, aux in traced.outputs.aux.items():
+        sums += num_chunks * num_layers[kind] * _accumulator_bytes(jax.tree.leaves(aux.metrics))
+    if sums:
+        terms.append(Term("metrics added up, of layers", f"{num_chunks} stages", sums))
     working = max(block.working_bytes for block in gradients.block.values())
     terms.append(Term("working set, estimated", "1 layer", working))
     return MemoryReport(tuple(terms))

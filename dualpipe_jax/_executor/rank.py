@@ -11,6 +11,7 @@ import jax
 
 from dualpipe_jax import _microbatches, _scopes
 from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import place
@@ -37,8 +38,9 @@ class Rank:
       microbatches: The batch, `[num_microbatches, ...]`.
       rng: The step's key, or None.
       shard: The index of this shard of the batch, or None if there is one only.
-      loss_seed: The cotangent of each microbatch's loss, a scalar.
+      loss_seed: The cotangent of each microbatch's loss, a scalar; None without a loss.
       aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
+      delivery: Where outputs go, in a program that gives them.
       num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
       interleaves: Whether a beat's F and I are to run side by side, on devices that can.
       communicates: Whether the model's functions may have collectives of their own.
@@ -53,8 +55,9 @@ class Rank:
     microbatches: PyTree
     rng: jax.Array | None
     shard: jax.Array | None
-    loss_seed: jax.Array
+    loss_seed: jax.Array | None
     aux_seed: dict[Kind, jax.Array | None]
+    delivery: Delivery | None = None
     num_deferred: int = 0
     interleaves: bool = False
     communicates: bool = False
@@ -104,9 +107,18 @@ class Rank:
     # (the logits) never get a slot; what is kept is the cotangent of x.
     @jax.named_scope(_scopes.HEAD)
     def head(self, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
-        """Adds up loss and metrics, and gives x with its cotangent in place of its leaves."""
+        """Adds up loss and metrics, and gives x with its cotangent in place of its leaves.
+
+        In a program that gives outputs, it sends these on their way instead.
+        """
         ctx = self._context(row, self.layout.num_layers + 1)
         gradients = self.functions.gradients
+        if self.delivery is not None:
+            assert self.functions.output is not None
+            assert state.mail is not None
+            outputs = self.functions.output(self.outside, x, ctx)
+            mail = self.delivery.post(state.mail, outputs, row["microbatch"], row["chunk"])
+            return state._replace(mail=mail), x
         if gradients is None:
             assert self.functions.head is not None
             loss, metrics = self.functions.head(self.outside, x, ctx)
@@ -159,7 +171,7 @@ class Rank:
 
         def run(layer: Layer, carry: Any, buffers: Any) -> Any:
             x, aux_sum = carry
-            residual, weight_residual = buffers
+            residual, weight_residual, metrics = buffers
             if self.functions.gradients is None:
                 (params, _), ctx = self._layer(row, chunk, layer)
                 x, aux = self.functions.block[layer.kind](params, x, ctx)
@@ -169,14 +181,14 @@ class Rank:
                 weight_residual = registers.write_layer(
                     weight_residual, kept_longer, layer.index, row["weight_residual"]
                 )
-            if aux is not None:
-                aux_sum = _microbatches.add(aux_sum, aux)
-            return (x, aux_sum), (residual, weight_residual)
+            aux_sum, metrics = accumulators.add_aux(aux_sum, metrics, aux, layer=layer.place)
+            return (x, aux_sum), (residual, weight_residual, metrics)
 
-        buffers = state.residual, state.weight_residual
+        buffers = state.residual, state.weight_residual, state.block_metrics[chunk]
         out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers)
-        (x, aux), (residual, weight_residual) = out
-        return state._replace(aux=aux, residual=residual, weight_residual=weight_residual), x
+        (x, aux), (residual, weight_residual, metrics) = out
+        state = state._replace(residual=residual, weight_residual=weight_residual)
+        return state.put_aux(chunk, aux, metrics), x
 
     def input_grad(
         self, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any

@@ -6,7 +6,8 @@ import jax
 
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import accumulators
-from dualpipe_jax._executor.accumulators import LayerGrads, Places
+from dualpipe_jax._executor.accumulators import LayerGrads, LayerMetrics, Places
+from dualpipe_jax._executor.delivery import Mail
 from dualpipe_jax._kinds import Kind
 
 PyTree = Any
@@ -29,8 +30,10 @@ class State(NamedTuple):
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
-      loss, aux, metrics: Sums over microbatches.
+      loss, aux, metrics: Sums over microbatches: of what head gives, and of the layers' aux losses.
+      block_metrics: For each chunk the metrics of its layers, summed, laid out as block_grads.
       from_left, from_right: What the neighbours sent in the tick before: an x.
+      mail: Outputs that are kept or on their way, in a program that gives them.
     """
 
     received: PyTree
@@ -44,8 +47,10 @@ class State(NamedTuple):
     loss: jax.Array
     aux: jax.Array | None
     metrics: PyTree
+    block_metrics: list[LayerMetrics]
     from_left: PyTree
     from_right: PyTree
+    mail: Mail | None = None
 
     def take_grads(self, chunk: int, places: dict[Kind, Places]) -> Any:
         """Takes the accumulators of a chunk, and of shared, that stand at `places`."""
@@ -56,6 +61,11 @@ class State(NamedTuple):
         grads, shared = accumulators.put(self.block_grads[chunk], self.shared_grads, places, taken)
         block_grads = [grads if c == chunk else old for c, old in enumerate(self.block_grads)]
         return self._replace(block_grads=block_grads, shared_grads=shared)
+
+    def put_aux(self, chunk: int, loss: Any, metrics: LayerMetrics) -> "State":
+        """Puts back the sum of aux losses, and a chunk's metrics."""
+        block_metrics = [metrics if c == chunk else old for c, old in enumerate(self.block_metrics)]
+        return self._replace(aux=loss, block_metrics=block_metrics)
 
     def add_outside(self, gradients: list[jax.Array]) -> "State":
         """Adds gradients of ends, then of shared."""

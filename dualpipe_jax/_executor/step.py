@@ -6,7 +6,7 @@ its own that begins when its tick has come; program size does not depend on thei
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,8 +18,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import functions, memory, registers
+from dualpipe_jax._executor import collect, functions, memory, registers
 from dualpipe_jax._executor.beat import make_run
+from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.explicit import (
     context_mesh,
     explicit_axes,
@@ -30,7 +31,7 @@ from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.plan import Plan, by_kind
-from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import SENDS, make_tick
@@ -51,11 +52,13 @@ class Step:
       axis: The pipeline axis.
       batch_axes: The axes over which the batch's leading dim is sharded.
       manual_axes: The axes of which the model's functions use collectives by name.
-      param_specs: How parameters lie over the manual axes: a tree as `_parameters.specs` takes it.
+      param_specs: How parameters lie over the axes: a tree as `_parameters.specs` takes it.
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
+      layers_per_stage: The layers of each stage; None to spread them evenly.
       unroll_layers: Whether a stage's layers are unrolled; None to leave it to their number.
+      output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
 
@@ -69,7 +72,9 @@ class Step:
     manual_axes: tuple[str, ...] = ()
     param_specs: PyTree = None
     trainable: PyTree = True
+    layers_per_stage: tuple[int, ...] | None = None
     unroll_layers: bool | None = None
+    output: Callable[..., PyTree] | None = None
     poison: bool = False
 
     @cached_property
@@ -80,8 +85,14 @@ class Step:
             kinds=_kinds.kinds_of(self.model, self.num_layers),
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
+            layers_per_stage=self.layers_per_stage,
             unroll_layers=self.unroll_layers,
         )
+
+    @cached_property
+    def delivery(self) -> Delivery | None:
+        """Where outputs go; None without `output`."""
+        return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
 
     @property
     def num_deferred(self) -> int:
@@ -112,9 +123,9 @@ class Step:
         """Runs the step.
 
         Returns:
-          The loss (with `has_aux` and the metrics), and the gradients in accumulation dtype: for
-          each part of `params` a list with those of the leaves that get one. None for a
-          forward-only program.
+          The loss, with metrics if the model gives any, and the gradients in accumulation dtype:
+          for each part of `params` a list with those of the leaves that get one. None for a
+          forward-only program. With `output` the outputs, and None.
         """
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
@@ -123,7 +134,7 @@ class Step:
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
         if explicit_axes(self.mesh):
-            result, grads = run_as_auto(
+            result, (block_metrics, grads) = run_as_auto(
                 partial(self._shard_mapped, plan=plan),
                 params,
                 batch,
@@ -132,7 +143,13 @@ class Step:
                 out_shardings=self._out_shardings(params, plan),
             )
         else:
-            result, grads = self._shard_mapped(params, batch, rng, plan=plan, mesh=self.mesh)
+            result, (block_metrics, grads) = self._shard_mapped(
+                params, batch, rng, plan=plan, mesh=self.mesh
+            )
+        if self.output is not None:
+            return result, None
+        (loss, metrics), of_blocks = result, _kinds.by_layout(self.model, block_metrics)
+        result = _microbatches.result(self.model, loss, metrics, of_blocks)
         if grads is None:
             return result, None
         in_order = _kinds.in_order_of(self.model, blocks, grads["blocks"])
@@ -148,6 +165,14 @@ class Step:
             manual_axes=self.manual_axes,
         )
         kinds = partial(by_kind, self.model, params["blocks"])
+        outside = [part for part in params if part != "blocks"]
+        gather_dims = {
+            part: [_parameters.dim_over(spec, self.axis) for spec in specs[part]]
+            for part in outside
+        }
+        specs |= {
+            part: [_parameters.without(spec, self.axis) for spec in specs[part]] for part in outside
+        }
         return Plan(
             mesh=self.mesh,
             axis=self.axis,
@@ -155,6 +180,7 @@ class Step:
             manual_axes=self.manual_axes,
             wanted={**wanted, "blocks": kinds(wanted["blocks"])},
             specs={**specs, "blocks": kinds(specs["blocks"])},
+            gather_dims=gather_dims,
             leads={
                 kind: self.axis if stack.is_sharded else None
                 for kind, stack in self.layout.stacks.items()
@@ -178,6 +204,11 @@ class Step:
             slots=self._slots,
             layers=arguments.layers,
             outside=outside,
+            gathered=[
+                leaf
+                for part, dims in plan.gather_dims.items()
+                for leaf in pick(arguments.outside[part], [dim >= 0 for dim in dims])
+            ],
             is_apart=self.layout.is_unrolled,
         )
 
@@ -194,6 +225,7 @@ class Step:
                 self.block,
                 arguments,
                 forward_only=self.tables.forward_only,
+                output=self.output,
                 recomputes=self.num_deferred > 0,
                 hidden_axes=outer,
             )
@@ -210,17 +242,22 @@ class Step:
         plan: Plan,
         mesh: Mesh | AbstractMesh | None = None,
     ) -> Any:
-        """Runs the step on a mesh of Auto axes, or on that of the context."""
+        """Runs the step on a mesh of Auto axes, or on that of the context.
+
+        Returns:
+          The loss and the head's metrics, or outputs; and the blocks' metrics by kind, and the
+          gradients.
+        """
         traced, _ = self._traced(params, batch, rng, plan, mesh)
         replicated = PartitionSpec()
         specs = jax.tree.leaves(plan.over_mesh, is_leaf=lambda s: isinstance(s, PartitionSpec))
         in_specs = jax.tree.unflatten(jax.tree.structure(params), specs)
-        grads_specs = plan.of_wanted(plan.over_mesh)
+        grads_specs = None if self.tables.forward_only else plan.of_wanted(plan.over_mesh)
         return jax.shard_map(
             partial(self._run, traced, plan),
             mesh=mesh,
             in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated),
-            out_specs=(replicated, None if self.tables.forward_only else grads_specs),
+            out_specs=(self._result_spec(), (self.layout.specs, grads_specs)),
             axis_names={self.axis, *self.batch_axes, *self.manual_axes},
             check_vma=False,
         )(params, batch, rng)
@@ -254,18 +291,31 @@ class Step:
 
     def _out_shardings(self, params: PyTree, plan: Plan) -> Any:
         """Shardings of the results over Explicit axes."""
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return replicated, None if self.tables.forward_only else plan.grad_shardings(params)
+        grads = None if self.tables.forward_only else plan.grad_shardings(params)
+        result = NamedSharding(self.mesh, self._result_spec(explicit_axes(self.mesh)))
+        return result, (plan.stack_shardings(), grads)
+
+    def _result_spec(self, axes: tuple[str, ...] | None = None) -> PartitionSpec:
+        """How outputs, or else loss and metrics, lie over those of `axes`; None for all axes."""
+        if self.delivery is None:
+            return PartitionSpec()
+        rows = (*self.batch_axes, *((self.axis,) if self.delivery.is_even else ()))
+        return PartitionSpec(tuple(a for a in rows if axes is None or a in axes) or None)
 
     def _run(
         self, traced: Functions, plan: Plan, params: PyTree, batch: PyTree, rng: Any
-    ) -> tuple[Any, PyTree]:
+    ) -> tuple[Any, Any]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
+        outside = plan.gather({part: params[part] for part in plan.gather_dims})
+        params = {**outside, "blocks": params["blocks"]}
         rank, state, weight = self._start(traced, plan, params, batches, rng)
         num_ranks = self.tables.num_ranks
         rows, steady = self._rows(), self.tables.steady
         tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
+        if self.delivery is not None:
+            none = dict.fromkeys(self.layout.stacks)
+            return self._deliver(self.delivery, tick, state, rows), (none, None)
         if steady is None:
             state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
             return self._finish(rank, plan, params, state, weight)
@@ -283,6 +333,21 @@ class Step:
         is_before_run = jnp.asarray(ramp == steady.first_tick - 1)
         state, _ = lax.scan(tick_or_run, state, (is_before_run, ramp_rows))
         return self._finish(rank, plan, params, state, weight)
+
+    def _deliver(
+        self, delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
+    ) -> PyTree:
+        """Runs all ticks, outputs moving on after each."""
+        now, later = delivery.rows()
+
+        def tick_and_move(state: State, row: tuple[Row, jax.Array]) -> tuple[State, None]:
+            state = tick(state, row[0])
+            assert state.mail is not None
+            return state._replace(mail=delivery.move(state.mail, row[1])), None
+
+        state, _ = lax.scan(tick_and_move, state, (rows, now))
+        assert state.mail is not None
+        return delivery.finish(state.mail, later)
 
     def _rows(self) -> dict[str, jax.Array]:
         """What this rank needs of the tables: int32[num_ticks] for each column."""
@@ -309,13 +374,16 @@ class Step:
         is_apart = layout.is_unrolled
         if is_apart:
             chunks = [layout.unstack(chunk) for chunk in chunks]
-        weight = _microbatches.total_weight(model, batches)
+        weight = None if self.output else _microbatches.total_weight(model, batches)
         if weight is not None and self.batch_axes:
             weight = lax.psum(weight, self.batch_axes)
         count = tables.num_microbatches * self.num_shards
-        seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
-        # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
-        loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
+        loss_seed = None
+        if outs.loss is not None:
+            seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
+            # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
+            loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
+            loss_seed = loss_seed.astype(outs.loss.dtype)
         rank = Rank(
             functions=traced,
             layout=layout,
@@ -328,11 +396,12 @@ class Step:
             microbatches=batches,
             rng=rng,
             shard=lax.axis_index(self.batch_axes) if self.num_shards > 1 else None,
-            loss_seed=loss_seed.astype(outs.loss.dtype),
+            loss_seed=loss_seed,
             aux_seed={
-                kind: None if aux is None else jnp.asarray(1 / count, aux.dtype)
+                kind: None if aux.loss is None else jnp.asarray(1 / count, aux.loss.dtype)
                 for kind, aux in outs.aux.items()
             },
+            delivery=self.delivery,
             num_deferred=self.num_deferred,
             interleaves=platform_of(self.mesh) != "cpu",
             communicates=bool(self.manual_axes),
@@ -359,13 +428,12 @@ class Step:
             return _microbatches.zeros_for_sum(pick(params[part], plan.wanted[part]))
 
         def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
-            size = layout.stacks[kind].max_layers
             leaves = [
-                jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
-                for leaf in jax.tree.leaves(stack)
+                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)
             ]
             assert gradients is not None
-            return layout.zero_grads(pick(leaves, gradients.block[kind].has_grad[: len(leaves)]))
+            has_grad = gradients.block[kind].has_grad[: len(leaves)]
+            return layout.zero_sums(kind, pick(leaves, has_grad))
 
         nothing = registers.allocate(outs.x, poison=self.poison)
         state = State(
@@ -385,51 +453,31 @@ class Step:
             loss=loss,
             aux=aux,
             metrics=metrics,
+            block_metrics=[
+                {
+                    kind: layout.zero_sums(kind, jax.tree.leaves(aux.metrics))
+                    for kind, aux in outs.aux.items()
+                }
+                for _ in chunks
+            ],
             from_left=nothing,
             from_right=nothing,
+            mail=None if self.delivery is None else self.delivery.start(outs.applied),
         )
         return rank, state, weight
 
     def _finish(
         self, rank: Rank, plan: Plan, params: PyTree, state: State, weight: Any
-    ) -> tuple[Any, PyTree]:
-        """Sums over ranks and shards, and brings the layers' gradients back to their places."""
+    ) -> tuple[Any, Any]:
+        """Sums over ranks and shards, and brings what belongs to layers back to their places."""
         sums = state.loss, state.aux, state.metrics
         loss, aux, metrics = lax.psum(sums, (self.axis, *self.batch_axes))
         count = self.tables.num_microbatches * self.num_shards
-        model = self.model
-        result = _microbatches.result(model, loss, aux, metrics, weight, count)
-        gradients = rank.functions.gradients
-        if gradients is None:
-            return result, None
-
-        specs = plan.of_wanted(plan.specs)
-        over = plan.summed_over([*specs["ends"], *specs.get("shared", [])])
-        summed = _sums(
-            [*state.ends_grads, *state.shared_grads],
-            [(self.axis, *o, *m) for o, m in zip(over, gradients.reduce_axes, strict=True)],
-        )
-        num_ends = len(state.ends_grads)
-        grads: dict[str, Any] = {"ends": summed[:num_ends], "blocks": {}}
-        if "shared" in specs:
-            grads["shared"] = summed[num_ends:]
-        for kind, mine in self.layout.collect(state.block_grads).items():
-            leaves = jax.tree.leaves(params["blocks"][kind])
-            has_grad = gradients.block[kind].has_grad[: len(leaves)]
-            over = plan.summed_over(pick(plan.specs["blocks"][kind], has_grad))
-            manual = gradients.block[kind].reduce_axes
-            more = [axes for axes, has in zip(manual, has_grad, strict=False) if has]
-            rest = iter(_sums(mine, [(*o, *m) for o, m in zip(over, more, strict=True)]))
-            size = self.layout.stacks[kind].shard_layers
-            # Leaves without a gradient of their own get zeros.
-            grads["blocks"][kind] = [
-                next(rest) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
-                for leaf, has, is_wanted in zip(
-                    leaves, has_grad, plan.wanted["blocks"][kind], strict=True
-                )
-                if is_wanted
-            ]
-        return result, grads
+        loss = _microbatches.loss_of_sums(loss, aux, weight, count)
+        grads = None
+        if not self.tables.forward_only:
+            grads = collect.gradients(rank, plan, params, state)
+        return (loss, metrics), (collect.block_metrics(rank, plan, state), grads)
 
 
 def _casts(traced: Functions, kind: Kind, tree: PyTree, *, after: PyTree = ()) -> list[jax.Array]:
@@ -438,15 +486,3 @@ def _casts(traced: Functions, kind: Kind, tree: PyTree, *, after: PyTree = ()) -
         return []
     leaves, first = jax.tree.leaves(tree), len(jax.tree.leaves(after))
     return traced.gradients.block[kind].cast(leaves, range(first, first + len(leaves)))
-
-
-def _sums(values: list[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.Array]:
-    """Sums each value over its axes, those with the same axes in one collective."""
-    out = list(values)
-    for over in dict.fromkeys(axes):
-        if over:
-            places = [i for i, each in enumerate(axes) if each == over]
-            totals = _varying.sum_over([values[i] for i in places], over)
-            for i, total in zip(places, totals, strict=True):
-                out[i] = total
-    return out

@@ -25,7 +25,6 @@ from typing import Any
 import jax
 from jax import lax
 
-from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import accumulators, order, registers
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.rank import Rank, Row
@@ -70,6 +69,7 @@ def run_beat(
     residual, weight_residual = dict(state.residual), dict(state.weight_residual)
     buffers = residual, weight_residual
     aux, dx = state.aux, cotangent
+    metrics = dict(state.block_metrics[forward])
     taken, shared = state.take_grads(backward, gradients.early)
     grads = dict(taken)
     stashed: list[tuple[Layer, Any]] = []
@@ -77,8 +77,9 @@ def run_beat(
     def run_forward(layer: Layer) -> None:
         nonlocal x, aux
         x, aux_of_layer, *kept = rank.forward_of(layer, x, f_row, forward)
-        if aux_of_layer is not None:
-            aux = _microbatches.add(aux, aux_of_layer)
+        aux, metrics[layer.kind] = accumulators.add_aux(
+            aux, metrics[layer.kind], aux_of_layer, layer=layer.place
+        )
         for buffer, name, values in zip(buffers, _NAMES, kept, strict=True):
             buffer[layer.kind] = registers.write_layer(
                 buffer[layer.kind], values, layer.index, f_row[name]
@@ -114,7 +115,8 @@ def run_beat(
             run_forward(layer)
         for layer in i_layers:
             run_input_grad(layer)
-    state = state._replace(aux=aux, residual=residual, weight_residual=weight_residual)
+    state = state._replace(residual=residual, weight_residual=weight_residual)
+    state = state.put_aux(forward, aux, metrics)
     state = state.put_grads(backward, gradients.early, (grads, shared))
 
     def weight_grads(state: State, sent: PyTree, arrivals: PyTree) -> tuple[State, PyTree, PyTree]:

@@ -1,6 +1,7 @@
 """Schedule and costs -> makespan, idle time, live activations: replays its tables."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._simulate.costs import Costs
 from dualpipe_jax._simulate.published import published_bubble
 from dualpipe_jax._simulate.replay import replay, replay_dependencies
+from dualpipe_jax._stage_sizes import require_sum, stage_sizes
 from dualpipe_jax.schedules import Schedule
 
 # Whichever of the timetables has the smaller makespan.
@@ -62,6 +64,7 @@ def simulate(
     costs: Costs | None = None,
     transfer: float = 0.0,
     num_layers: int | None = None,
+    layers_per_stage: Sequence[int] | None = None,
     timetable: str = FASTEST,
 ) -> Simulation:
     """Replays the tables of a schedule.
@@ -78,15 +81,23 @@ def simulate(
       transfer: How long a value travels to a neighbour, whatever the size of a stage.
       num_layers: The layers of the model, of which the first stages get one more if they do not
         divide; by default all stages are equal.
+      layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`.
       timetable: As `Schedule.timeline`; or `"fastest"`, whichever is faster at these costs, the
         shortest if they are equally fast or the schedule cannot be aligned.
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
-        is negative or not finite, or there are fewer layers than stages.
+        is negative or not finite, there are fewer layers than stages, or layers_per_stage does not
+        fit.
+      TypeError: if layers_per_stage is no sequence of integers.
     """
     if timetable == FASTEST:
-        options = {"costs": costs, "transfer": transfer, "num_layers": num_layers}
+        options = {
+            "costs": costs,
+            "transfer": transfer,
+            "num_layers": num_layers,
+            "layers_per_stage": layers_per_stage,
+        }
         made = simulate(schedule, timetable="shortest", **options)
         if not (schedule.program.units.pair >= 0).any():
             return made
@@ -101,7 +112,14 @@ def simulate(
     if not 0 <= transfer < math.inf:
         raise ValueError(f"transfer={transfer!r}: a cost must be a finite number, 0 or more")
     num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
-    num_layers = num_stages if num_layers is None else num_layers
+    sizes = stage_sizes(
+        layers_per_stage,
+        num_stages=num_stages,
+        where=f" of schedule {schedule.name!r} on {num_ranks} ranks",
+    )
+    if num_layers is None:
+        num_layers = num_stages if sizes is None else sum(sizes)
+    require_sum(sizes, num_layers)
     if num_layers < num_stages:
         raise ValueError(
             f"num_layers={num_layers}: must be at least the {num_stages} stages of schedule "
@@ -111,7 +129,7 @@ def simulate(
         schedule.program, timetable=timetable, stash_deferred=not costs.recompute
     ).tables
     fewest, rest = divmod(num_layers, num_stages)
-    layers_of_stage = fewest + (np.arange(num_stages) < rest)
+    layers_of_stage = np.array(sizes or fewest + (np.arange(num_stages) < rest))
     cost = costs.of_stages(
         num_ranks=num_ranks,
         layers_of_stage=layers_of_stage,
@@ -126,7 +144,7 @@ def simulate(
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)
     has_ends = costs.embed or costs.head or costs.recompute
-    is_even = rest == 0 and not has_ends and not tables.forward_only
+    is_even = np.ptp(layers_of_stage) == 0 and not has_ends and not tables.forward_only
     return Simulation(
         schedule=schedule.name,
         num_ranks=num_ranks,

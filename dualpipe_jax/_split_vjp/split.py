@@ -27,6 +27,7 @@ from dualpipe_jax._split_vjp.mapped import hoist_free
 from dualpipe_jax._split_vjp.nested import split_nested
 from dualpipe_jax._split_vjp.reductions import without_reductions
 from dualpipe_jax._split_vjp.working import working_bytes
+from dualpipe_jax._types import Aux
 from dualpipe_jax._varying import eval_shape, without_types
 
 PyTree = Any
@@ -40,9 +41,10 @@ class SplitVjp:
     Attributes:
       forward: `(params, x, ctx) -> (y, aux, residual, weight_residual)`. `residual` is what only
         the input gradient needs, `weight_residual` what the weight gradient needs (the input
-        gradient may read both); tuples of arrays. `aux` is the aux loss, or None.
+        gradient may read both); tuples of arrays. `aux` is the block's Aux.
       input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash, deferred,
-        early)`; dy and dx are lists with an array for every floating-point leaf of x, `stash` is
+        early)`; dy and dx are lists with an array for every floating-point leaf of x, daux is the
+        aux loss's cotangent, or None, `stash` is
         what the weight gradient needs of the input gradient's work, `deferred` the same for one
         that recomputes, and `early` a list of gradients for the leaves of params in which
         `is_early` is True.
@@ -94,7 +96,7 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 def split_vjp(
-    block: Callable[..., tuple[PyTree, Any]],
+    block: Callable[..., tuple[PyTree, Aux]],
     params: PyTree,
     x: PyTree,
     ctx: PyTree,
@@ -105,8 +107,8 @@ def split_vjp(
     """Traces `block` once and splits its vjp.
 
     Args:
-      block: `(params, x, ctx) -> (y, aux)`; y has the structure, shapes and dtypes of x; aux is a
-        scalar, or None.
+      block: `(params, x, ctx) -> (y, aux)`; y has the structure, shapes and dtypes of x; aux is an
+        Aux, whose metrics have no gradient.
       params: The block's parameters, arrays or avals.
       x: The activation, arrays or avals.
       ctx: The context, arrays or avals; it has no cotangent.
@@ -121,7 +123,7 @@ def split_vjp(
         wanted = [is_differentiable(leaf) for leaf in jax.tree.leaves(params)]
     trace = _trace(block, params, x, ctx, wanted)
     graph = trace.graph
-    inline_free(graph, [*trace.y, *trace.aux, *trace.dx, *trace.dparams])
+    inline_free(graph, [*trace.y, *trace.aux, *trace.metrics, *trace.dx, *trace.dparams])
     hoist_free(graph)
     nodes = split_nested(graph, trace.dx, only=When.BACKWARD)
     backward = [n for n in nodes if n.when is When.BACKWARD]
@@ -190,7 +192,9 @@ def split_vjp(
         is_early=tuple(v is not None for v, _ in parts),
         is_late=tuple(v is not None for _, v in parts),
         forward_nodes=finish_chains(
-            graph, with_effects(nodes, needed(known, [*trace.y, *trace.aux, *kept])), kept
+            graph,
+            with_effects(nodes, needed(known, [*trace.y, *trace.aux, *trace.metrics, *kept])),
+            kept,
         ),
         input_nodes=input_nodes,
         weight_nodes=weight_nodes,
@@ -233,6 +237,7 @@ class _Trace:
 
     graph: Graph
     y_structure: Any
+    metrics_structure: Any
     params: list[int]
     x: list[int]
     ctx: list[int]
@@ -240,6 +245,7 @@ class _Trace:
     daux: list[int]
     y: list[int | Constant]
     aux: list[int | Constant]
+    metrics: list[int | Constant]
     dx: list[int | Constant]
     dparams: list[int | Constant]
     reduce_axes: list[tuple[str, ...]]
@@ -250,8 +256,8 @@ def _trace(
 ) -> _Trace:
     param_leaves, param_structure = jax.tree.flatten(params)
     x_leaves, x_structure = jax.tree.flatten(x)
-    _, aux = eval_shape(block, params, x, ctx)
-    has_aux = aux is not None
+    _, aux_aval = eval_shape(block, params, x, ctx)
+    has_aux = aux_aval.loss is not None
 
     def joint(param_leaves: list, x_leaves: list, ctx: PyTree, dy: list, daux: list) -> Any:
         def differentiable(params: list, xs: list) -> Any:
@@ -261,15 +267,15 @@ def _trace(
                 ctx,
             )
             y = jax.tree.leaves(y)
-            return (_pick(y), [aux] if has_aux else []), y
+            return (_pick(y), [aux.loss] if has_aux else []), (y, jax.tree.leaves(aux.metrics))
 
         args = [p for p, is_on in zip(param_leaves, wanted, strict=True) if is_on], _pick(x_leaves)
-        (_, aux), pull, y = jax.vjp(differentiable, *args, has_aux=True)
+        (_, aux), pull, (y, metrics) = jax.vjp(differentiable, *args, has_aux=True)
         dparams, dx = pull((dy, daux))
-        return y, aux, dx, dparams
+        return y, aux, metrics, dx, dparams
 
     dy = _pick(x_leaves)
-    daux = [aux] if has_aux else []
+    daux = [aux_aval.loss] if has_aux else []
     jaxpr, out = jax.make_jaxpr(joint, return_shape=True)(param_leaves, x_leaves, ctx, dy, daux)
     jaxpr = without_types(jaxpr)
     graph = Graph()
@@ -284,7 +290,7 @@ def _trace(
     outputs = graph.add(jaxpr.jaxpr, jaxpr.consts, inputs)
     params_in, x_in, ctx_in, rest = _divide(inputs, param_leaves, x_leaves, jax.tree.leaves(ctx))
     dy_in, daux_in = _divide(rest, dy)
-    y, aux, dx, picked = _divide(outputs, *out[:3])
+    y, aux, metrics, dx, picked = _divide(outputs, *out[:4])
     # One entry a leaf of params: integer and frozen leaves have no gradient.
     none = [Constant(0)] * len(param_leaves)
     picked, axes = without_reductions(graph, picked)
@@ -293,6 +299,7 @@ def _trace(
     return _Trace(
         graph=graph,
         y_structure=x_structure,
+        metrics_structure=jax.tree.structure(aux_aval.metrics),
         params=params_in,
         x=x_in,
         ctx=ctx_in,
@@ -300,6 +307,7 @@ def _trace(
         daux=daux_in,
         y=y,
         aux=aux,
+        metrics=metrics,
         dx=dx,
         dparams=dparams,
         reduce_axes=reduce_axes,
@@ -348,7 +356,12 @@ def _assemble(
         )
         evaluate(forward_nodes, env)
         y = jax.tree.unflatten(trace.y_structure, [read(env, v) for v in trace.y])
-        aux = read(env, trace.aux[0]) if trace.aux else None
+        aux = Aux(
+            loss=read(env, trace.aux[0]) if trace.aux else None,
+            metrics=jax.tree.unflatten(
+                trace.metrics_structure, [read(env, v) for v in trace.metrics]
+            ),
+        )
         return y, aux, tuple(env[v] for v in residual), tuple(env[v] for v in weight_residual)
 
     def input_grad(

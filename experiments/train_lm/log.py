@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,12 +13,15 @@ class Row:
     """The figures after a step; None where a figure was not taken.
 
     Losses are in nats a byte. The train loss is that of the step's batch before its update, the
-    held-out loss that of fixed windows after it. The seconds count from the first step on.
+    held-out loss that of fixed windows after it; the perplexity, e to the power of it, is among how
+    many bytes, all equally likely, it would be as hard to tell the next one. The seconds count from
+    the first step on.
     """
 
     step: int
     train_loss: float | None = None
     held_out_loss: float | None = None
+    held_out_perplexity: float | None = None
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     seconds: float
@@ -37,6 +41,12 @@ class Log:
         self._rows.append(row)
         with self._path.open("a", newline="") as file:
             csv.writer(file).writerow(_cell(value) for value in dataclasses.astuple(row))
+
+    @property
+    def last_held_out_loss(self) -> float:
+        """The held-out loss that was taken last; nan before the first."""
+        losses = [row.held_out_loss for row in self._rows if row.held_out_loss is not None]
+        return losses[-1] if losses else math.nan
 
     def plot(self, path: Path, *, title: str) -> None:
         """Draws the losses over the steps."""
@@ -66,6 +76,11 @@ class Log:
         if train or held_out:
             axes.legend(frameon=False)
         figure.savefig(path)
+
+
+def perplexity(loss: float) -> float:
+    """Makes the perplexity a byte of a loss in nats a byte."""
+    return math.exp(min(loss, 700.0))  # beyond, it is more than a float holds
 
 
 def _cell(value: float | None) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 import dualpipe_jax as dpj
 from experiments.train_lm import data, flags, training
 from experiments.train_lm.flags import POSITIVE, Refusal
-from experiments.train_lm.log import Log
+from experiments.train_lm.log import Log, perplexity
 from experiments.train_lm.model import LanguageModel
 from experiments.train_lm.sample import continue_text
 
@@ -133,12 +133,16 @@ def command(
             evaluate = jax.jit(dpj.evaluate(model.for_pipeline(), **pipeline))
             evaluate = evaluate.lower(params, held_out[0]).compile()
         console.print(f"compiled  in {time.perf_counter() - start:.0f} s")
+
+        def held_out_loss(params: Any) -> float:
+            return float(np.mean([float(evaluate(params, batch)) for batch in held_out]))
+
         try:
             params = training.fit(
                 state,
                 step=step,
                 batches=batches,
-                held_out_loss=lambda params: _mean(evaluate(params, batch) for batch in held_out),
+                held_out_loss=held_out_loss,
                 learning_rates=learning_rates,
                 eval_every=eval_every,
                 log=log,
@@ -153,6 +157,11 @@ def command(
             title = f"{num_params:,} parameters, {schedule} over {len(devices)} ranks"
             log.plot(output / "loss.png", title=title)
 
+    loss = log.last_held_out_loss
+    console.print(
+        f"held out  perplexity {perplexity(loss):.3f} a byte ({loss:.3f} nats), over "
+        f"{eval_batches * batch_size} windows of {context} bytes"
+    )
     sample = continue_text(
         model,
         jax.device_get(params),
@@ -202,10 +211,6 @@ def _devices(ranks: int | None) -> list[jax.Device]:
 def _printable(text: str) -> str:
     """Replaces what a terminal might obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def _mean(losses: Any) -> float:
-    return float(np.mean([float(loss) for loss in losses]))
 
 
 def main(args: list[str] | None = None) -> None:

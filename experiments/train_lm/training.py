@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments.train_lm.log import Log, Row
+from experiments.train_lm.log import Log, Row, perplexity
 
 # Parameters, then the optimizer's state.
 State = tuple[Any, optax.OptState]
@@ -99,17 +99,17 @@ def fit(
     def seconds() -> float:
         return time.perf_counter() - start
 
-    def evaluate(index: int) -> float:
+    def evaluate(index: int) -> dict[str, float]:
         loss = held_out_loss(state[0])
         progress.console.print(
             f"step {index:>{len(str(num_steps))}}  held-out loss {loss:.3f} nats a byte"
-            f"  {seconds():6.1f} s"
+            f"  perplexity {perplexity(loss):.2f}  {seconds():6.1f} s"
         )
-        return loss
+        return {"held_out_loss": loss, "held_out_perplexity": perplexity(loss)}
 
     with _progress(console) as progress:
         task = progress.add_task("train", total=num_steps, loss="-", speed=0.0)
-        log.add(Row(step=0, held_out_loss=evaluate(0), seconds=seconds()))
+        log.add(Row(step=0, **evaluate(0), seconds=seconds()))
         tokens, train_seconds = 0, 0.0
         for index, learning_rate in enumerate(learning_rates, start=1):
             step_start = time.perf_counter()
@@ -121,10 +121,11 @@ def fit(
             tokens, train_seconds = tokens + step_tokens, train_seconds + step_seconds
             progress.update(task, advance=1, loss=f"{train_loss:.3f}", speed=tokens / train_seconds)
             is_last = index == num_steps
+            held_out = evaluate(index) if is_last or index % eval_every == 0 else {}
             row = Row(
                 step=index,
                 train_loss=train_loss,
-                held_out_loss=evaluate(index) if is_last or index % eval_every == 0 else None,
+                **held_out,
                 learning_rate=learning_rate,
                 tokens_per_second=step_tokens / step_seconds,
                 seconds=seconds(),

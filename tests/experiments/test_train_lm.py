@@ -62,6 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         process = start(f"--output {output}")
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0, printed
+        (output / "printed.txt").write_text(printed, encoding="utf-8")
     return outputs
 
 
@@ -72,6 +73,7 @@ def test_the_loss_falls_and_is_logged(runs: dict[str, Path]) -> None:
         "step",
         "train_loss",
         "held_out_loss",
+        "held_out_perplexity",
         "learning_rate",
         "tokens_per_second",
         "seconds",
@@ -82,6 +84,13 @@ def test_the_loss_falls_and_is_logged(runs: dict[str, Path]) -> None:
     # An untrained model knows nothing: ln 256 = 5.545. 40 steps reach about 3.2.
     assert held_out[0] == pytest.approx(np.log(256), abs=0.2)
     assert held_out[-1] < 3.8
+    # Six digits of each are in the file.
+    perplexities = losses_of(runs["first"], "held_out_perplexity")
+    np.testing.assert_allclose(perplexities, np.exp(held_out), rtol=1e-4)
+    printed = (runs["first"] / "printed.txt").read_text(encoding="utf-8")
+    assert f"perplexity {perplexities[0]:.2f} " in printed
+    last = f"perplexity {perplexities[-1]:.3f} a byte ({held_out[-1]:.3f} nats), over 16 windows"
+    assert last in printed
     assert losses_of(runs["first"], "train_loss")[-5:].mean() < 3.8
     rates = losses_of(runs["first"], "learning_rate")
     assert rates.max() == pytest.approx(0.01)

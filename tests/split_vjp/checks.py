@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from dualpipe_jax._split_vjp import SplitVjp, split_vjp
+from dualpipe_jax._types import Aux
 
 FLOAT0 = jax.dtypes.float0
 
@@ -64,9 +65,9 @@ def reference(block: Callable, params: Any, x: Any, ctx: Any) -> Any:
 def run(parts: SplitVjp, params: Any, x: Any, ctx: Any, *, has_aux: bool = False) -> Any:
     """Leaves of (y and aux, dx, dparams) of a split block; zeros where it has no gradient."""
     y, aux, residual, weight_residual = parts.forward(params, x, ctx)
-    assert (aux is not None) == has_aux
+    assert (aux.loss is not None) == has_aux
     dy = _without_float0(jax.tree.map(cotangent, y))
-    daux = cotangent(aux) if has_aux else None
+    daux = cotangent(aux.loss) if has_aux else None
     dx, stash, _, early = parts.input_grad(params, ctx, residual, weight_residual, dy, daux)
     late = iter(parts.weight_grad(params, ctx, weight_residual, stash))
     early = iter(early)
@@ -133,7 +134,7 @@ def count_parts(name: str, parts: SplitVjp, params: Any, x: Any, ctx: Any = None
     )
     return [
         count(name, parts.forward, params, x, ctx),
-        count(name, parts.input_grad, params, ctx, kept, kept_longer, dy, aux),
+        count(name, parts.input_grad, params, ctx, kept, kept_longer, dy, aux.loss),
         count(name, parts.weight_grad, params, ctx, kept_longer, stash),
     ]
 
@@ -157,4 +158,8 @@ def _without_float0(tree: Any) -> list[Any]:
 
 
 def _with_aux(block: Callable, has_aux: bool) -> Callable:
-    return block if has_aux else lambda params, x, ctx: (block(params, x, ctx), None)
+    def run(params: Any, x: Any, ctx: Any) -> tuple[Any, Aux]:
+        y, loss = block(params, x, ctx) if has_aux else (block(params, x, ctx), None)
+        return y, Aux(loss=loss)
+
+    return run

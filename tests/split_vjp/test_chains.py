@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from dualpipe_jax._split_vjp import split_vjp
+from dualpipe_jax._types import Aux
 
 PARAMS = {"up": jnp.ones((4, 8)), "gate": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
 
@@ -46,6 +47,6 @@ def test_stored_input_needs_none(block: Callable[..., Any]) -> None:
 
 def _barriers(block: Callable[..., Any]) -> int:
     x = jnp.ones((2, 4))
-    split = split_vjp(lambda params, x, ctx: (x + block(params, x), None), PARAMS, x, ())
+    split = split_vjp(lambda params, x, ctx: (x + block(params, x), Aux()), PARAMS, x, ())
     text = str(jax.make_jaxpr(split.forward)(PARAMS, x, ()))
     return text.count("optimization_barrier")

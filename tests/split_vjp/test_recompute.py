@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from dualpipe_jax._split_vjp import SplitVjp, split_vjp
+from dualpipe_jax._types import Aux
 from tests.split_vjp import checks, test_branches, test_loops
 from tests.split_vjp.checks import W, X
 from tests.split_vjp.test_split import FLAX, FLAX_IDS, POLICIES, SEQUENCE, Mlp, flax_block
 
 
 def split(block, params, x, ctx=None) -> SplitVjp:
-    return split_vjp(lambda p, x, c: (block(p, x, c), None), params, x, ctx, recomputes=True)
+    return split_vjp(lambda p, x, c: (block(p, x, c), Aux()), params, x, ctx, recomputes=True)
 
 
 def both_weight_grads(parts, params, x, ctx=None):

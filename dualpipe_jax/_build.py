@@ -1,0 +1,143 @@
+"""Builds steps: from what the user named, and the arguments of a call, to the step to be run.
+
+In: axes, tables, a model and its options. Out: `Builder`, which gives the step for each call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from dualpipe_jax import _kinds, _microbatches, _outputs, _stage_sizes, _validate
+from dualpipe_jax._executor import Step
+from dualpipe_jax._kinds import Kind
+from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._types import Aux, Context, Model, PyTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """What the axes of the mesh are for."""
+
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+    axis: str
+    batch_axes: tuple[str, ...]
+    manual_axes: tuple[str, ...]
+
+    @classmethod
+    def checked(cls, mesh: Any, axis: Any, batch_axes: Any, manual_axes: Any) -> "Axes":
+        """Makes it of what the user named."""
+        _validate.mesh_axis(mesh, axis)
+        return cls(
+            mesh=mesh,
+            axis=axis,
+            batch_axes=_validate.other_axes(mesh, axis, "batch_axes", batch_axes),
+            manual_axes=_validate.other_axes(mesh, axis, "manual_axes", manual_axes),
+        )
+
+
+class Builder:
+    """Checks the arguments of a call and gives the step for them.
+
+    Called outside of any jit the step is jitted, once for each number of layers: as with `jax.jit`,
+    what the model's functions read besides their arguments is read at the first call.
+    """
+
+    def __init__(self, *, axes: Axes, tables: Tables, **options: Any):
+        self._tables = tables
+        self._layout = options["model"].layout
+        self._layers_per_stage = options["layers_per_stage"]
+        self._step = partial(
+            Step,
+            mesh=axes.mesh,
+            axis=axes.axis,
+            batch_axes=axes.batch_axes,
+            manual_axes=axes.manual_axes,
+            tables=tables,
+            **options,
+        )
+        self._num_shards = int(
+            np.prod([axes.mesh.shape[name] for name in axes.batch_axes], dtype=int)
+        )
+        self._shards = ", ".join(map(repr, axes.batch_axes))
+        self._steps: dict[int, Callable[..., Any]] = {}
+
+    def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
+        """Gives the step, jitted outside of any jit."""
+        step = self.traced(params, batch, rng)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
+            # Inside the user's jit: traced as part of it, as often as it is.
+            return step
+        return self._steps.setdefault(step.num_layers, jax.jit(step))
+
+    def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
+        """Gives the step, to be traced."""
+        tables = self._tables
+        where = f" of the schedule over {tables.num_ranks} ranks"
+        num_layers = _validate.num_layers(
+            params, self._layout, num_stages=tables.num_stages, where=where
+        )
+        _stage_sizes.require_sum(self._layers_per_stage, num_layers)
+        num_microbatches = tables.num_microbatches
+        _validate.key(rng)
+        _validate.batch(
+            batch,
+            num_microbatches=num_microbatches,
+            num_shards=self._num_shards,
+            shards=self._shards,
+        )
+        step = self._step(num_layers=num_layers)
+        if step.unroll_layers and not step.layout.has_equal_stages:
+            raise ValueError(
+                f"unroll_layers=True: all stages must have the same kinds of layers in the same "
+                f"order, but {num_layers} layers are spread over {tables.num_stages} unlike stages"
+                f"{where}; leave it None, or change the number of layers, layers_per_stage or the "
+                "layout"
+            )
+        return step
+
+
+def block_of(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable[..., Any]]:
+    """Gives each kind's block one form, `(params, x, ctx) -> (x, Aux)`."""
+    return {
+        kind: _rematerialised(_of_one_form(model, kind), remat) for kind in _kinds.blocks_of(model)
+    }
+
+
+def _of_one_form(model: Model, kind: Kind) -> Callable[..., Any]:
+    users_block = _kinds.blocks_of(model)[kind]
+
+    def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
+        y, aux = _microbatches.block_outputs(model, users_block(params, x, ctx))
+        _outputs.require_same_x(x, y, name=_kinds.block_name(kind))
+        return _microbatches.strong(y), aux
+
+    return block
+
+
+def _rematerialised(
+    block: Callable[..., Any], remat: str | Callable[..., Any]
+) -> Callable[..., Any]:
+    if remat == "none":
+        return block
+    if remat == "block":
+        return jax.checkpoint(block)
+    if callable(remat):
+        policy = remat
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return policy(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(
+                    f"remat={policy!r}: cannot be called as a policy of jax.checkpoint_policies; "
+                    "if it makes a policy of its arguments, call it first"
+                ) from error
+
+        return jax.checkpoint(block, policy=checked)
+    raise ValueError(
+        f'remat={remat!r}: must be "none", "block", or a policy of jax.checkpoint_policies'
+    )

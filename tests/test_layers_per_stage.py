@@ -1,0 +1,179 @@
+"""Stages of the sizes that the user names: the same gradients, and the time that they take."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import dualpipe_jax as dpj
+from dualpipe_jax import schedules
+from tests.models import assert_close, make_batch, make_model, make_params
+from tests.schedules_under_test import has_run
+from tests.test_exact import make_mesh, sequential_value_and_grad
+
+FEATURES = frozenset(["dropout", "weight", "block_has_aux", "has_aux"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "num_ranks", "num_microbatches", "layers_per_stage", "timetable"),
+    [
+        ("dualpipe", 2, 4, (3, 1), "shortest"),
+        ("dualpipe", 3, 6, (1, 4, 2), "shortest"),
+        ("dualpipe", 2, 6, (1, 3), "aligned"),
+        ("dualpipe", 2, 6, (2, 2), "aligned"),  # as without
+        ("dualpipev", 2, 4, (2, 3, 2, 1), "shortest"),
+        ("dualpipev", 2, 5, (1, 1, 1, 3), "aligned"),
+        ("1f1b", 2, 3, (6, 2), "shortest"),
+        ("1f1b", 4, 4, (3, 2, 2, 1), "shortest"),
+    ],
+)
+def test_equals_sequential(
+    schedule: str,
+    num_ranks: int,
+    num_microbatches: int,
+    layers_per_stage: tuple[int, ...],
+    timetable: str,
+) -> None:
+    assert has_run(schedule, num_ranks, num_microbatches, timetable) == (timetable == "aligned")
+    model, rng = make_model(FEATURES), jax.random.key(2)
+    params, batch = make_params(sum(layers_per_stage)), make_batch(num_microbatches)
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(num_ranks),
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        timetable=timetable,
+        layers_per_stage=layers_per_stage,
+    )
+    want = sequential_value_and_grad(model, num_microbatches)(params, batch, rng=rng)
+    assert_close(jax.jit(grad_fn)(params, batch, rng=rng), want)
+
+
+def test_evaluate_and_apply() -> None:
+    model, rng = make_model(FEATURES), jax.random.key(2)
+    params, batch = make_params(6), make_batch(4)
+    options: dict[str, Any] = {"mesh": make_mesh(3), "num_microbatches": 4}
+    evaluate = dpj.evaluate(model, **options, layers_per_stage=np.array([1, 3, 2]).tolist())
+    want = jax.jit(dpj.sequential(model, num_microbatches=4))(params, batch, rng=rng)
+    assert_close(jax.jit(evaluate)(params, batch, rng=rng), want)
+    evenly = dpj.apply(model, **options)
+    apply = dpj.apply(model, **options, layers_per_stage=[3, 2, 1])
+    got, want = (jax.jit(each)(params, batch, rng=rng) for each in (apply, evenly))
+    assert_close(got, want)
+
+
+def test_every_rank_has_room_for_the_fullest_stage_only() -> None:
+    """What a rank holds is that of as many layers as its fullest stage has."""
+
+    def slots_of(layers_per_stage: tuple[int, ...]) -> int:
+        grad_fn = dpj.value_and_grad(
+            make_model(),
+            mesh=make_mesh(2),
+            num_microbatches=4,
+            schedule="1f1b",
+            layers_per_stage=layers_per_stage,
+            unroll_layers=False if len(set(layers_per_stage)) == 1 else None,
+        )
+        params = make_params(sum(layers_per_stage))
+        terms = {term.name: term for term in grad_fn.memory(params, make_batch(4)).terms}
+        return terms["residuals for I and W"].num_bytes
+
+    assert slots_of((5, 2)) == slots_of((5, 5))
+    assert slots_of((4, 3)) * 5 == slots_of((5, 2)) * 4
+
+
+BAD = {
+    "too few": ((2, 2), ValueError, ["4 stages of schedule 'dualpipev' over 2 ranks", "2 numbers"]),
+    "empty stages": (
+        (3, 0, 3, -1),
+        ValueError,
+        ["at least one layer", "stage 1 has 0", "stage 3 has -1"],
+    ),
+    "no integers": (
+        (2, 1.0, 2, "1"),
+        TypeError,
+        ["all integers", "stage 1 has float 1.0", "stage 3 has str '1'"],
+    ),
+    "bools": ((True, 1, 1, 1), TypeError, ["stage 0 has bool True"]),
+    "a number": (3, TypeError, ["layers_per_stage=3", "for each of the 4 stages", "int 3"]),
+    "another sum": ((2, 1, 1, 1), ValueError, ["number of layers, 6", "its sum is 5"]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_refusals(bad: str) -> None:
+    value, error, words = BAD[bad]
+
+    def run() -> None:
+        grad_fn = dpj.value_and_grad(
+            make_model(),
+            mesh=make_mesh(2),
+            num_microbatches=4,
+            schedule="dualpipev",
+            layers_per_stage=value,  # pyrefly: ignore
+        )
+        jax.eval_shape(grad_fn, make_params(6), make_batch(4))
+
+    with pytest.raises(error) as caught:
+        run()
+    for word in ["layers_per_stage=", *words]:
+        assert word in str(caught.value)
+
+
+def test_forwards_alone_have_a_stage_a_rank() -> None:
+    for make in (dpj.evaluate, dpj.apply):
+        with pytest.raises(ValueError, match=r"each of the 2 stages, one a rank.*4 numbers"):
+            make(make_model(), mesh=make_mesh(2), num_microbatches=4, layers_per_stage=(1,) * 4)
+
+
+def test_unrolling_needs_like_stages() -> None:
+    grad_fn = dpj.value_and_grad(
+        make_model(),
+        mesh=make_mesh(2),
+        num_microbatches=4,
+        layers_per_stage=(3, 1),
+        unroll_layers=True,
+    )
+    with pytest.raises(ValueError, match=r"unroll_layers=True.*2 unlike stages"):
+        jax.eval_shape(grad_fn, make_params(4), make_batch(4))
+
+
+# --- the time that they take ------------------------------------------------------------------
+
+
+def test_simulated_work_is_that_of_the_stages() -> None:
+    schedule = schedules.make("1f1b", num_ranks=2, num_microbatches=3)
+    costs = dpj.Costs(forward=1, input_grad=2, weight_grad=3)
+    made = dpj.simulate(schedule, costs=costs, layers_per_stage=(3, 1))
+    # Of two layers' costs, 6 a microbatch, the ranks have 3 / 2 and 1 / 2.
+    assert made.work == (3 * 6 * 1.5, 3 * 6 * 0.5)
+    assert made.published_bubble is None
+    evenly = dpj.simulate(schedule, costs=costs, layers_per_stage=(2, 2))
+    assert evenly == dpj.simulate(schedule, costs=costs)
+    assert dpj.simulate(schedule, costs=costs, num_layers=5) == dpj.simulate(
+        schedule, costs=costs, layers_per_stage=(3, 2)
+    )
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_a_shorter_last_stage_makes_up_for_the_head(name: str) -> None:
+    """A head that costs two layers: the ranks idle less if its stage has a layer less."""
+    schedule = schedules.make(name, num_ranks=4, num_microbatches=16)
+    num_stages = schedule.num_stages
+    evenly, shorter = [4] * num_stages, [4, 5, *[4] * (num_stages - 3), 3]
+    costs = dpj.Costs(head=2 * 4 / sum(evenly))
+    idle = [
+        dpj.simulate(schedule, costs=costs, layers_per_stage=sizes).idle_share
+        for sizes in (shorter, evenly)
+    ]
+    assert idle[0] < idle[1]
+
+
+def test_simulate_refuses() -> None:
+    schedule = schedules.make("1f1b", num_ranks=2, num_microbatches=3)
+    with pytest.raises(ValueError, match=r"layers_per_stage=\(1, 2, 3\): .*2 stages.*3 numbers"):
+        dpj.simulate(schedule, layers_per_stage=(1, 2, 3))
+    with pytest.raises(ValueError, match=r"number of layers, 4, but its sum is 3"):
+        dpj.simulate(schedule, layers_per_stage=(1, 2), num_layers=4)
