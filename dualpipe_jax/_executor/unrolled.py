@@ -68,11 +68,11 @@ def run_beat(
     forward, backward = chunks
     residual, weight_residual = dict(state.residual), dict(state.weight_residual)
     buffers = residual, weight_residual
-    aux, dx = state.aux, cotangent
+    aux, dx, size_of_x = state.aux, cotangent, _size(x)
     metrics = dict(state.block_metrics[forward])
     taken, shared = state.take_grads(backward, gradients.early)
     grads = dict(taken)
-    stashed: list[tuple[Layer, Any]] = []
+    stashed: list[tuple[Layer, Any, Any]] = []
 
     def run_forward(layer: Layer) -> None:
         nonlocal x, aux
@@ -88,11 +88,13 @@ def run_beat(
     def run_input_grad(layer: Layer) -> None:
         nonlocal dx, shared
         kept, kept_longer = (
-            registers.read_layer(buffer[layer.kind], layer.index, i_row[name])
+            order.copied_out(
+                registers.read_layer(buffer[layer.kind], layer.index, i_row[name]), small=size_of_x
+            )
             for buffer, name in zip(buffers, _NAMES, strict=True)
         )
         dx, values, _, early = rank.input_grad_of(layer, dx, kept, kept_longer, i_row, backward)
-        stashed.append((layer, values))
+        stashed.append((layer, kept_longer, values))
         if rank.interleaves:
             for buffer in buffers:
                 buffer[layer.kind] = registers.pass_on(
@@ -125,10 +127,11 @@ def run_beat(
     return state, x, dx, weight_grads
 
 
-# Slots are read where the values are needed, by I and again by W, and not copied out first: with
-# `dualpipe_jax.compiler_options` a contraction reads a slot as fast as an array. (On a TPU v5e,
-# widths 1024 and 2048, copying what is no larger than x took 2 to 3 % more cycles. Without
-# xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.)
+# On TPUs slots are read where the values are needed, by I and again by W, and not copied out first:
+# with `dualpipe_jax.compiler_options` a contraction reads a slot as fast as an array. (TPU v5e,
+# widths 1024 and 2048: copying what is no larger than x took 2 to 3 % more cycles. Without
+# xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.) On GPUs
+# they are copied out: `order.copied_out`.
 #
 # What arrives from the neighbours is waited for before the last layer's W, if that of the others
 # hides it: behind it, it comes from a TPU's memory while W computes, where the next beat's first
@@ -141,24 +144,24 @@ def _run_weight_grads(
     state: State,
     sent: PyTree,
     arrivals: PyTree,
-    stashed: list[tuple[Layer, Any]],
+    stashed: list[tuple[Layer, Any, Any]],
     row: Row,
 ) -> tuple[State, PyTree, PyTree]:
-    """Runs W of the layers in `stashed`, each with I's stash."""
+    """Runs W of the layers in `stashed`, each with what I copied out and I's stash."""
+    size_of_x = _size(sent[0])
     buffers = dict(state.weight_residual)
     taken, shared = state.take_grads(chunk, rank.gradients.late)
     grads = dict(taken)
 
-    def read(layer: Layer) -> Any:
-        return registers.read_layer(buffers[layer.kind], layer.index, row["weight_residual"])
-
     flops = sum(
-        rank.weight_grad_flops(layer, read(layer), values, row, chunk)
-        for layer, values in stashed[:-1]
+        rank.weight_grad_flops(layer, kept, values, row, chunk)
+        for layer, kept, values in stashed[:-1]
     )
     others_hide = not rank.communicates and _can_hide(flops, arrivals)
-    for number, (layer, values) in enumerate(stashed):
-        kind, kept = layer.kind, read(layer)
+    for number, (layer, copied, values) in enumerate(stashed):
+        kind = layer.kind
+        kept = registers.read_layer(buffers[kind], layer.index, row["weight_residual"])
+        kept = order.copied_or_read(copied, kept, small=size_of_x)
         is_last = number == len(stashed) - 1
         if others_hide and is_last:
             values, arrivals = lax.optimization_barrier((values, arrivals))
@@ -176,6 +179,10 @@ def _run_weight_grads(
         sent, arrivals = lax.optimization_barrier((sent, arrivals))
     state = state._replace(weight_residual=buffers)
     return state.put_grads(chunk, rank.gradients.late, (grads, shared)), sent, arrivals
+
+
+def _size(x: PyTree) -> int:
+    return max((leaf.nbytes for leaf in jax.tree.leaves(x)), default=0)
 
 
 def _can_hide(flops: int, arrivals: PyTree) -> bool:
