@@ -94,8 +94,11 @@ def with_mesh(avals: PyTree) -> PyTree:
 
 
 def sum_over(values: PyTree, axes: Iterable[str]) -> PyTree:
-    """Sums arrays over mesh axes; over one that stands twice, twice."""
-    left = list(axes)
+    """Sums arrays over mesh axes; over one that stands twice, twice.
+
+    Axes of one device are left out: where all manual axes are such, XLA's partitioner refuses sums.
+    """
+    left = [name for name in axes if lax.axis_size(name) > 1]
     while left:
         once = tuple(dict.fromkeys(left))
         values = lax.psum(values, once)

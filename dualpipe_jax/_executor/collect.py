@@ -86,7 +86,7 @@ def _scattered(
     """
     out, rest = [], []
     for value, over, dim in zip(values, axes, dims, strict=True):
-        if dim >= 0:
+        if dim >= 0 and lax.axis_size(axis) > 1:
             value = lax.psum_scatter(value, axis, scatter_dimension=dim, tiled=True)
             over = tuple(name for name in over if name != axis)
         out.append(value)

@@ -73,7 +73,9 @@ class Plan:
         def part_of(tree: PyTree, dims: list[int]) -> PyTree:
             leaves, structure = jax.tree.flatten(tree)
             whole = [
-                leaf if dim < 0 else lax.all_gather(leaf, self.axis, axis=dim, tiled=True)
+                lax.all_gather(leaf, self.axis, axis=dim, tiled=True)
+                if dim >= 0 and self.mesh.shape[self.axis] > 1
+                else leaf
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
             return jax.tree.unflatten(structure, whole)

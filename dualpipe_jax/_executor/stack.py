@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dualpipe_jax import _varying
 from dualpipe_jax._executor.spread import Spread
 from dualpipe_jax._executor.travel import Round, plan_travel
 
@@ -149,7 +150,7 @@ class Stack(Spread):
             start = self._slab_start(self._my_stage(chunk))
             mine = lax.dynamic_slice_in_dim(total, start, self.max_layers) + leaf
             total = lax.dynamic_update_slice_in_dim(total, mine, start, 0)
-        return lax.psum(total, self.axis)
+        return _varying.sum_over(total, (self.axis,))
 
     def _return(self, chunks: list[jax.Array]) -> jax.Array:
         """Takes the ways of `_fetch` back, adding what comes to what is there."""

@@ -375,8 +375,8 @@ class Step:
         if is_apart:
             chunks = [layout.unstack(chunk) for chunk in chunks]
         weight = None if self.output else _microbatches.total_weight(model, batches)
-        if weight is not None and self.batch_axes:
-            weight = lax.psum(weight, self.batch_axes)
+        if weight is not None:
+            weight = _varying.sum_over(weight, self.batch_axes)
         count = tables.num_microbatches * self.num_shards
         loss_seed = None
         if outs.loss is not None:
@@ -471,7 +471,7 @@ class Step:
     ) -> tuple[Any, Any]:
         """Sums over ranks and shards, and brings what belongs to layers back to their places."""
         sums = state.loss, state.aux, state.metrics
-        loss, aux, metrics = lax.psum(sums, (self.axis, *self.batch_axes))
+        loss, aux, metrics = _varying.sum_over(sums, (self.axis, *self.batch_axes))
         count = self.tables.num_microbatches * self.num_shards
         loss = _microbatches.loss_of_sums(loss, aux, weight, count)
         grads = None
