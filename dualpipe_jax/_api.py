@@ -90,7 +90,7 @@ def value_and_grad(
         a jit that does not return them.
 
     Returns:
-      `grad_fn(params, batch, *, rng=None) -> (loss, grads)`; with `model.has_aux`,
+      `grad_fn(params, batch, *, rng=None, loss_scale=None) -> (loss, grads)`; with `model.has_aux`,
       `((loss, metrics), grads)`; if blocks give metrics (`Aux`), `((loss, Metrics), grads)`, those
       of blocks sharded over `axis` as their gradients are. It is not itself differentiable by
       `jax.grad`; `sequential` is.
@@ -104,7 +104,10 @@ def value_and_grad(
         in float32 or wider; float0 zeros for integer leaves, as with `allow_int=True`. Gradients
         of blocks leave sharded over `axis` if num_layers divides by its size, else replicated: lay
         blocks so from the start (leading dim `PartitionSpec(axis)`), and no update has to move
-        them.
+        them. loss_scale: a positive number, or an array of one, for float16, whose range cotangents
+        leave downwards: all of them are multiplied by it, and the gradients, once they are added
+        up, divided. So neither loss nor gradients show it, but that gradients are not finite if
+        cotangents left the range upwards: skip such a step, and lower the scale.
 
     Raises:
       ValueError: If an argument has a bad value; from grad_fn, when traced, if params, batch or
@@ -148,14 +151,24 @@ class GradFunction:
     trainable: PyTree | Callable[[PyTree], PyTree]
     dtype: Any
 
-    def __call__(self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
+    def __call__(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        *,
+        rng: jax.Array | None = None,
+        loss_scale: Any = None,
+    ) -> Any:
         """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
+        loss_scale = _validate.loss_scale(loss_scale)
         step = self.build(params, batch, rng)
         _validate.grad_dtype(self.dtype, params)
         wanted = _parameters.wanted(params, self.trainable)
         with _named(self.schedule):
-            result, grads = step(params, batch, rng)
+            result, grads = step(params, batch, rng, loss_scale)
+        if loss_scale is not None:
+            grads = jax.tree.map(lambda grad: grad / loss_scale.astype(grad.dtype), grads)
         return result, _gradients(params, wanted, grads, self.dtype)
 
     def memory(

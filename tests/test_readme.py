@@ -52,6 +52,17 @@ def test_example_of_mesh_axes_runs() -> None:
 
 
 @pytest.mark.slow
+def test_example_of_precision_finds_its_scale() -> None:
+    """From one that float16 does not hold; a step that is skipped leaves the loss as it is."""
+    lines = [line.split() for line in run(example(ROOT / "docs" / "precision.md")).splitlines()]
+    losses, scales = ([line[i] for line in lines] for i in (1, 3))
+    num_skipped = len(set(scales[: losses.index(next(x for x in losses if x != losses[0]))]))
+    assert scales[0] == "2^23"
+    assert 3 < num_skipped < 20
+    assert float(losses[-1]) < float(losses[0]) / 10
+
+
+@pytest.mark.slow
 def test_example_of_preflight_runs() -> None:
     last = run(example(ROOT / "docs" / "preflight.md")).splitlines()[-1]
     assert last == "True 16 True"

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import collect, functions, memory, registers
+from dualpipe_jax._executor import collect, functions, memory
 from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.explicit import (
@@ -33,6 +33,8 @@ from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.plan import Plan, by_kind
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor.seeds import make_seeds
+from dualpipe_jax._executor.start import empty_state
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import SENDS, make_tick
 from dualpipe_jax._kinds import Kind
@@ -119,8 +121,14 @@ class Step:
         """Shards of the batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
-    def __call__(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> tuple[Any, PyTree]:
-        """Runs the step.
+    def __call__(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        rng: jax.Array | None,
+        loss_scale: jax.Array | None = None,
+    ) -> tuple[Any, PyTree]:
+        """Runs the step; `loss_scale` is a factor of all cotangents, and so of the gradients.
 
         Returns:
           The loss, with metrics if the model gives any, and the gradients in accumulation dtype:
@@ -129,7 +137,7 @@ class Step:
         """
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
-            return replace(self, mesh=mesh)(params, batch, rng)
+            return replace(self, mesh=mesh)(params, batch, rng, loss_scale)
         plan, blocks = self._plan(params), params["blocks"]
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
@@ -139,12 +147,13 @@ class Step:
                 params,
                 batch,
                 rng,
+                loss_scale,
                 mesh=self.mesh,
                 out_shardings=self._out_shardings(params, plan),
             )
         else:
             result, (block_metrics, grads) = self._shard_mapped(
-                params, batch, rng, plan=plan, mesh=self.mesh
+                params, batch, rng, loss_scale, plan=plan, mesh=self.mesh
             )
         if self.output is not None:
             return result, None
@@ -238,6 +247,7 @@ class Step:
         params: PyTree,
         batch: PyTree,
         rng: Any,
+        loss_scale: Any,
         *,
         plan: Plan,
         mesh: Mesh | AbstractMesh | None = None,
@@ -256,11 +266,11 @@ class Step:
         return jax.shard_map(
             partial(self._run, traced, plan),
             mesh=mesh,
-            in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated),
+            in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated, replicated),
             out_specs=(self._result_spec(), (self.layout.specs, grads_specs)),
             axis_names={self.axis, *self.batch_axes, *self.manual_axes},
             check_vma=False,
-        )(params, batch, rng)
+        )(params, batch, rng, loss_scale)
 
     def _arguments(self, params: PyTree, batch: PyTree, rng: Any, plan: Plan) -> Arguments:
         """Says what the model's functions are given on one device."""
@@ -303,13 +313,19 @@ class Step:
         return PartitionSpec(tuple(a for a in rows if axes is None or a in axes) or None)
 
     def _run(
-        self, traced: Functions, plan: Plan, params: PyTree, batch: PyTree, rng: Any
+        self,
+        traced: Functions,
+        plan: Plan,
+        params: PyTree,
+        batch: PyTree,
+        rng: Any,
+        loss_scale: Any,
     ) -> tuple[Any, Any]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
         outside = plan.gather({part: params[part] for part in plan.gather_dims})
         params = {**outside, "blocks": params["blocks"]}
-        rank, state, weight = self._start(traced, plan, params, batches, rng)
+        rank, state, weight = self._start(traced, plan, params, batches, rng, loss_scale)
         num_ranks = self.tables.num_ranks
         rows, steady = self._rows(), self.tables.steady
         tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
@@ -360,11 +376,16 @@ class Step:
         return columns | {name: sends[:, i] for i, name in enumerate(SENDS)}
 
     def _start(
-        self, traced: Functions, plan: Plan, params: PyTree, batches: PyTree, rng: Any
+        self,
+        traced: Functions,
+        plan: Plan,
+        params: PyTree,
+        batches: PyTree,
+        rng: Any,
+        loss_scale: Any,
     ) -> tuple[Rank, State, Any]:
         """Brings the parameters to their ranks, and makes empty buffers."""
         model, tables, layout = self.model, self.tables, self.layout
-        outs, gradients = traced.outputs, traced.gradients
         chunks = [
             {kind: (stack, _casts(traced, kind, stack)) for kind, stack in chunk.items()}
             for chunk in layout.fetch(params["blocks"])
@@ -378,12 +399,9 @@ class Step:
         if weight is not None:
             weight = _varying.sum_over(weight, self.batch_axes)
         count = tables.num_microbatches * self.num_shards
-        loss_seed = None
-        if outs.loss is not None:
-            seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
-            # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
-            loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
-            loss_seed = loss_seed.astype(outs.loss.dtype)
+        loss_seed, aux_seed = make_seeds(
+            traced.outputs, count=count, weight=weight, scale=loss_scale
+        )
         rank = Rank(
             functions=traced,
             layout=layout,
@@ -397,72 +415,21 @@ class Step:
             rng=rng,
             shard=lax.axis_index(self.batch_axes) if self.num_shards > 1 else None,
             loss_seed=loss_seed,
-            aux_seed={
-                kind: None if aux.loss is None else jnp.asarray(1 / count, aux.loss.dtype)
-                for kind, aux in outs.aux.items()
-            },
+            aux_seed=aux_seed,
             delivery=self.delivery,
             num_deferred=self.num_deferred,
             interleaves=platform_of(self.mesh) != "cpu",
             communicates=bool(self.manual_axes),
             poison=self.poison,
         )
-        loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
-        slots = self._slots
-
-        def buffers(name: str) -> dict[Kind, PyTree]:
-            return {
-                kind: registers.allocate_layers(
-                    () if gradients is None else getattr(gradients.block[kind], name),
-                    slots[name],
-                    stack.max_layers,
-                    is_apart=is_apart,
-                    poison=self.poison,
-                )
-                for kind, stack in layout.stacks.items()
-            }
-
-        def outside_grads(part: str) -> list[jax.Array]:
-            if gradients is None or part not in params:
-                return []
-            return _microbatches.zeros_for_sum(pick(params[part], plan.wanted[part]))
-
-        def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
-            leaves = [
-                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)
-            ]
-            assert gradients is not None
-            has_grad = gradients.block[kind].has_grad[: len(leaves)]
-            return layout.zero_sums(kind, pick(leaves, has_grad))
-
-        nothing = registers.allocate(outs.x, poison=self.poison)
-        state = State(
-            received=registers.allocate(outs.x, slots["received"], poison=self.poison),
-            residual=buffers("residual"),
-            weight_residual=buffers("weight_residual"),
-            stash=buffers("stash"),
-            deferred=buffers(DEFERRED) if self.num_deferred else dict.fromkeys(layout.stacks, ()),
-            block_grads=[]
-            if gradients is None
-            else [
-                {kind: zero_grads(kind, stack) for kind, stack in params["blocks"].items()}
-                for _ in chunks
-            ],
-            ends_grads=outside_grads("ends"),
-            shared_grads=outside_grads("shared"),
-            loss=loss,
-            aux=aux,
-            metrics=metrics,
-            block_metrics=[
-                {
-                    kind: layout.zero_sums(kind, jax.tree.leaves(aux.metrics))
-                    for kind, aux in outs.aux.items()
-                }
-                for _ in chunks
-            ],
-            from_left=nothing,
-            from_right=nothing,
-            mail=None if self.delivery is None else self.delivery.start(outs.applied),
+        state = empty_state(
+            traced,
+            layout,
+            params,
+            slots=self._slots,
+            wanted=plan.wanted,
+            delivery=self.delivery,
+            poison=self.poison,
         )
         return rank, state, weight
 
