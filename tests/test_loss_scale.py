@@ -30,7 +30,7 @@ def test_a_scale_does_not_show() -> None:
 
 
 def make_half_model(dtype: Any) -> dpj.Model:
-    """Computes in `dtype`, from parameters of float32; the loss is a mean over many small things."""
+    """Computes in `dtype`, from parameters of float32; the loss is a mean of small things."""
 
     def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
         inner = jnp.tanh(x @ params["up"].astype(dtype))
