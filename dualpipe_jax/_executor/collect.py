@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax import _varying
-from dualpipe_jax._executor.leaves import pick
+from dualpipe_jax._executor.leaves import pick, select
 from dualpipe_jax._executor.plan import Plan
 from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
+from dualpipe_jax._parameters import Dims
 
 PyTree = Any
 
@@ -30,13 +31,12 @@ def gradients(rank: Rank, plan: Plan, params: PyTree, state: State) -> dict[str,
     functions, layout = rank.gradients, rank.layout
     specs = plan.of_wanted(plan.specs)
     over = plan.summed_over([*specs["ends"], *specs.get("shared", [])])
-    dims = plan.of_wanted(plan.gather_dims)
+    gathers = plan.of_wanted(plan.gathers)
     summed = _sums(
         *_scattered(
             [*state.ends_grads, *state.shared_grads],
             [(plan.axis, *o, *m) for o, m in zip(over, functions.reduce_axes, strict=True)],
-            [*dims["ends"], *dims.get("shared", [])],
-            axis=plan.axis,
+            [plan.real(dims) for dims in [*gathers["ends"], *gathers.get("shared", [])]],
         )
     )
     num_ends = len(state.ends_grads)
@@ -49,13 +49,17 @@ def gradients(rank: Rank, plan: Plan, params: PyTree, state: State) -> dict[str,
         over = plan.summed_over(pick(plan.specs["blocks"][kind], has_grad))
         manual = functions.block[kind].reduce_axes
         more = [axes for axes, has in zip(manual, has_grad, strict=False) if has]
-        rest = iter(_sums(mine, [(*o, *m) for o, m in zip(over, more, strict=True)]))
+        dims = [plan.real(each) for each in plan.gathers["blocks"][kind]]
+        axes = [(*o, *m) for o, m in zip(over, more, strict=True)]
+        rest = iter(_sums(*_scattered(mine, axes, select(dims, has_grad))))
+        # Leaves without a gradient of their own get zeros, as large as a device's part of them.
         size = layout.stacks[kind].shard_layers
-        # Leaves without a gradient of their own get zeros.
         grads["blocks"][kind] = [
-            next(rest) if has else jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
-            for leaf, has, is_wanted in zip(
-                leaves, has_grad, plan.wanted["blocks"][kind], strict=True
+            next(rest)
+            if has
+            else jnp.zeros(plan.part_of((size, *leaf.shape[1:]), each), leaf.dtype)
+            for leaf, has, each, is_wanted in zip(
+                leaves, has_grad, dims, plan.wanted["blocks"][kind], strict=True
             )
             if is_wanted
         ]
@@ -73,24 +77,20 @@ def block_metrics(rank: Rank, plan: Plan, state: State) -> dict[Kind, PyTree]:
 
 
 def _scattered(
-    values: list[jax.Array],
-    axes: list[tuple[str, ...]],
-    dims: list[int],
-    *,
-    axis: str,
+    values: list[jax.Array], axes: list[tuple[str, ...]], dims: list[Dims]
 ) -> tuple[list[jax.Array], list[tuple[str, ...]]]:
-    """Sums over the pipeline axis what lies over it, each rank getting its part of the dim.
+    """Sums over the axes over which dims lie, each device getting its part of them.
 
     Returns:
       The values, and the axes over which each is still to be summed.
     """
     out, rest = [], []
-    for value, over, dim in zip(values, axes, dims, strict=True):
-        if dim >= 0 and lax.axis_size(axis) > 1:
-            value = lax.psum_scatter(value, axis, scatter_dimension=dim, tiled=True)
-            over = tuple(name for name in over if name != axis)
+    for value, over, lies in zip(values, axes, dims, strict=True):
+        for dim, names in lies.items():
+            value = lax.psum_scatter(value, names, scatter_dimension=dim, tiled=True)
+        done = {name for names in lies.values() for name in names}
         out.append(value)
-        rest.append(over)
+        rest.append(tuple(name for name in over if name not in done))
     return out, rest
 
 

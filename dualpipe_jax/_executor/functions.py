@@ -12,7 +12,7 @@ import jax
 
 from dualpipe_jax import _microbatches, _outputs, _varying
 from dualpipe_jax._executor.accumulators import Places
-from dualpipe_jax._executor.leaves import pick, place
+from dualpipe_jax._executor.leaves import pick, place, select
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._outputs import Outputs
 from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp
@@ -278,7 +278,7 @@ def _gradients(
         skip = len(args.wanted_of_layers[kind])
         shared = zip(block.has_grad[skip:], block.reduce_axes[skip:], strict=True)
         mine = [axes if has else None for has, axes in shared]
-        for i, axes in enumerate(_picked(mine, args.wanted["shared"])):
+        for i, axes in enumerate(select(mine, args.wanted["shared"])):
             uses[num_ends + i].add(axes)
     kinds = [use - {None} for use in uses]
     last = [use.pop() if len(use) == 1 else () for use in kinds]
@@ -291,7 +291,7 @@ def _gradients(
         rest = iter(last[num_ends:])
         at_last = [next(rest) if on else () for on in args.wanted["shared"]]
         axes = [*[None] * skip, *now(block.reduce_axes[skip:], at_last)]
-        early, late = _picked(axes, block.is_early), _picked(axes, block.is_late)
+        early, late = select(axes, block.is_early), select(axes, block.is_late)
         return replace(
             block,
             input_grad=_summed(block.input_grad, early),
@@ -312,13 +312,9 @@ def _gradients(
 def _places(block: SplitVjp, flags: Sequence[bool], args: Arguments) -> Places:
     """Finds the places of the gradients of the flagged leaves of a layer and of shared."""
     skip = len(flags) - len(args.wanted["shared"])
-    of_layer = _picked(flags[:skip], block.has_grad[:skip])
-    of_shared = _picked(flags[skip:], args.wanted["shared"])
+    of_layer = select(flags[:skip], block.has_grad[:skip])
+    of_shared = select(flags[skip:], args.wanted["shared"])
     return Places(*(tuple(i for i, on in enumerate(f) if on) for f in (of_layer, of_shared)))
-
-
-def _picked(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    return [value for value, on in zip(values, flags, strict=True) if on]
 
 
 def _summed(

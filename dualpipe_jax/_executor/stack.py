@@ -53,6 +53,12 @@ class Stack(Spread):
         """Layers of what a rank is given of the stack, and gives back of its gradient."""
         return self.num_layers // (self.stage_of.shape[1] if self.is_sharded else 1)
 
+    def shard_avals(self, layer: PyTree) -> PyTree:
+        """Makes avals of a rank's shard, of those of one layer."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((self.shard_layers, *leaf.shape), leaf.dtype), layer
+        )
+
     @cached_property
     def _rounds(self) -> list[Round]:
         return plan_travel(

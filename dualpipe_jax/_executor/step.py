@@ -172,15 +172,17 @@ class Step:
             mesh=self.mesh,
             axis=self.axis,
             manual_axes=self.manual_axes,
+            batch_axes=self.batch_axes,
         )
         kinds = partial(by_kind, self.model, params["blocks"])
-        outside = [part for part in params if part != "blocks"]
-        gather_dims = {
-            part: [_parameters.dim_over(spec, self.axis) for spec in specs[part]]
-            for part in outside
+        from_axes = {self.axis, *self.batch_axes} - set(self.manual_axes)
+        gathers = {
+            part: [_parameters.dims_over(spec, from_axes) for spec in each]
+            for part, each in specs.items()
         }
-        specs |= {
-            part: [_parameters.without(spec, self.axis) for spec in specs[part]] for part in outside
+        specs = {
+            part: [_parameters.without(spec, from_axes) for spec in each]
+            for part, each in specs.items()
         }
         return Plan(
             mesh=self.mesh,
@@ -189,7 +191,7 @@ class Step:
             manual_axes=self.manual_axes,
             wanted={**wanted, "blocks": kinds(wanted["blocks"])},
             specs={**specs, "blocks": kinds(specs["blocks"])},
-            gather_dims=gather_dims,
+            gathers={**gathers, "blocks": kinds(gathers["blocks"])},
             leads={
                 kind: self.axis if stack.is_sharded else None
                 for kind, stack in self.layout.stacks.items()
@@ -213,11 +215,15 @@ class Step:
             slots=self._slots,
             layers=arguments.layers,
             outside=outside,
-            gathered=[
-                leaf
-                for part, dims in plan.gather_dims.items()
-                for leaf in pick(arguments.outside[part], [dim >= 0 for dim in dims])
-            ],
+            gathered=plan.gathered(
+                {
+                    **arguments.outside,
+                    "blocks": {
+                        kind: self.layout.stacks[kind].shard_avals(layer)
+                        for kind, layer in arguments.layers.items()
+                    },
+                }
+            ),
             is_apart=self.layout.is_unrolled,
         )
 
@@ -323,8 +329,7 @@ class Step:
     ) -> tuple[Any, Any]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
-        outside = plan.gather({part: params[part] for part in plan.gather_dims})
-        params = {**outside, "blocks": params["blocks"]}
+        params = plan.gather(params)
         rank, state, weight = self._start(traced, plan, params, batches, rng, loss_scale)
         num_ranks = self.tables.num_ranks
         rows, steady = self._rows(), self.tables.steady
