@@ -18,7 +18,7 @@ ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare benchmark idle memory ends overlap test lint format clean
+.PHONY: help train compare benchmark idle memory ends zero overlap test lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ memory: $(READY)  ## compile steps for a TPU and compare what they hold (options
 
 ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time (options: ARGS="--ranks 4")
 	@$(BIN)/python experiments/ends/ends.py $(ARGS)
+
+zero: $(READY)  ## count what sharding over the data axis saves on a device (options: ARGS="--shards 2")
+	@$(BIN)/python experiments/zero/zero.py $(ARGS)
 
 overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
 	@$(BIN)/python experiments/overlap/overlap.py $(ARGS)

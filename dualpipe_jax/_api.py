@@ -82,8 +82,9 @@ def value_and_grad(
         for whole branches of params; None for what is the same on all of their devices. The first
         entry for a leaf of blocks is that of the layers' dim. A leaf outside of blocks, such as the
         table of a large vocabulary, may lie over `axis` too, the last name in the entry of any dim:
-        it is gathered once a step, and its gradient leaves scattered alike. (Where `axis` is an
-        Explicit one, the type of the leaf says so by itself.)
+        it is gathered once a step, and its gradient leaves scattered alike. So may any leaf over
+        batch_axes that are not manual_axes (FSDP), in any dim but the layers', named after manual
+        axes. (Where the axis is an Explicit one, the type of the leaf says so by itself.)
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
         branches of params, or a function from params to one (as the masks of optax). For the
         others nothing is computed or kept, and their gradient is zeros, which cost nothing inside

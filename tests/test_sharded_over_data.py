@@ -1,4 +1,4 @@
-"""Parameters that lie over the batch's axes (FSDP): gathered once a step, gradients scattered once."""
+"""Parameters over the batch's axes (FSDP): gathered once a step, their gradients scattered once."""
 
 import math
 from typing import Any
