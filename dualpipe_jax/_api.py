@@ -38,6 +38,7 @@ def value_and_grad(
     manual_axes: str | tuple[str, ...] = (),
     param_specs: PyTree = None,
     trainable: PyTree | Callable[[PyTree], PyTree] = True,
+    overwrite: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> "GradFunction":
     """Makes the pipelined `jax.value_and_grad` of a model's loss.
 
@@ -89,6 +90,12 @@ def value_and_grad(
         branches of params, or a function from params to one (as the masks of optax). For the
         others nothing is computed or kept, and their gradient is zeros, which cost nothing inside
         a jit that does not return them.
+      overwrite: Which parameters are overwritten by what comes as their gradient, such as the
+        scales and the histories of largest values of float8: a tree of bools, or a function, as for
+        `trainable`; None for what lies under a key `"_overwrite_with_gradient"`, as Flax's float8
+        does. Of the new values that microbatches and shards give the largest is taken, in the
+        parameter's own dtype: neither added up nor scaled. Each is to be used once in a layer, and
+        none may be in `"shared"`.
 
     Returns:
       `grad_fn(params, batch, *, rng=None, loss_scale=None) -> (loss, grads)`; with `model.has_aux`,
@@ -136,11 +143,14 @@ def value_and_grad(
         block=block_of(model, remat),
         param_specs=param_specs,
         trainable=trainable,
+        overwrite=overwrite,
         layers_per_stage=layers_per_stage,
         unroll_layers=unroll_layers,
     )
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
-    return GradFunction(build=build, schedule=schedule, trainable=trainable, dtype=dtype)
+    return GradFunction(
+        build=build, schedule=schedule, trainable=trainable, overwrite=overwrite, dtype=dtype
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -150,6 +160,7 @@ class GradFunction:
     build: Builder
     schedule: _schedules.Schedule
     trainable: PyTree | Callable[[PyTree], PyTree]
+    overwrite: PyTree | Callable[[PyTree], PyTree] | None
     dtype: Any
 
     def __call__(
@@ -166,11 +177,10 @@ class GradFunction:
         step = self.build(params, batch, rng)
         _validate.grad_dtype(self.dtype, params)
         wanted = _parameters.wanted(params, self.trainable)
+        overwritten = _parameters.overwritten(params, self.overwrite)
         with _named(self.schedule):
             result, grads = step(params, batch, rng, loss_scale)
-        if loss_scale is not None:
-            grads = jax.tree.map(lambda grad: grad / loss_scale.astype(grad.dtype), grads)
-        return result, _gradients(params, wanted, grads, self.dtype)
+        return result, _gradients(params, wanted, overwritten, grads, self.dtype, loss_scale)
 
     def memory(
         self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
@@ -243,18 +253,29 @@ def _float_dtype(name: str, dtype: Any) -> Any:
 
 
 def _gradients(
-    params: PyTree, wanted: dict[str, list[bool]], grads: dict[str, list[jax.Array]], dtype: Any
+    params: PyTree,
+    wanted: dict[str, list[bool]],
+    overwritten: dict[str, list[bool]],
+    grads: dict[str, list[jax.Array]],
+    dtype: Any,
+    loss_scale: jax.Array | None,
 ) -> PyTree:
     """Gives the gradients the structure of `params`: zeros to frozen leaves, float0 to integers."""
     found = {part: iter(leaves) for part, leaves in grads.items()}
-    flags = {part: iter(leaves) for part, leaves in wanted.items()}
+    flags = {part: zip(wanted[part], overwritten[part], strict=True) for part in wanted}
 
     def one(path: Any, leaf: Any) -> Any:
         part = path[0].key
-        if next(flags[part]):
-            return next(found[part]).astype(dtype or leaf.dtype)
+        is_wanted, is_new_value = next(flags[part])
+        if is_wanted:
+            grad = next(found[part])
+            if is_new_value:
+                return grad.astype(leaf.dtype)
+            if loss_scale is not None:
+                grad = grad / loss_scale.astype(grad.dtype)
+            return grad.astype(dtype or leaf.dtype)
         if not is_differentiable(leaf):
             return np.zeros(leaf.shape, jax.dtypes.float0)
-        return jnp.zeros_like(leaf, dtype=dtype)
+        return jnp.zeros_like(leaf, dtype=None if is_new_value else dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

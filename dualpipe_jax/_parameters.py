@@ -55,6 +55,60 @@ def wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> di
     }
 
 
+def overwritten(
+    params: PyTree, overwrite: PyTree | Callable[[PyTree], PyTree] | None
+) -> dict[str, list[bool]]:
+    """Says for every leaf whether its gradient is a new value, that overwrites it.
+
+    The leaves of each part of `params` stand in a list, as `jax.tree.leaves` gives them.
+
+    Args:
+      params: The parameters.
+      overwrite: A tree of bools whose leaves stand for whole branches of `params`, or a function
+        from params to one; None for what is in a collection of Flax's `OVERWRITE_WITH_GRADIENT`.
+
+    Raises:
+      ValueError: If the tree does not fit params, or names what cannot be overwritten so.
+      TypeError: If it holds anything but bools.
+    """
+    if overwrite is None:
+        overwrite = jax.tree_util.tree_map_with_path(_is_in_flax_collection, dict(params))
+    mask = overwrite(params) if callable(overwrite) else overwrite
+    full = _spread("overwrite", mask, params, is_leaf=lambda leaf: leaf is None)
+    raise_all(
+        "overwrite: must hold True for what its gradient overwrites, else False",
+        (
+            f"overwrite{keystr(path)} is {show(flag)}"
+            for path, _, flag in full
+            if not isinstance(flag, bool | np.bool_)
+        ),
+        error=TypeError,
+    )
+    raise_all(
+        "overwrite: of several new values the largest is taken, so they must be real numbers, of "
+        "one layer or of the ends; leave out what is shared or complex",
+        (
+            f"params{keystr(path)} is {show(leaf)}"
+            for path, leaf, flag in full
+            if flag and (path[0].key == "shared" or np.issubdtype(leaf.dtype, np.complexfloating))
+        ),
+    )
+    return {
+        part: [
+            bool(flag) and is_differentiable(leaf)
+            for path, leaf, flag in full
+            if path[0].key == part
+        ]
+        for part in params
+    }
+
+
+def _is_in_flax_collection(path: Any, leaf: Any) -> bool:
+    del leaf
+    # As flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT, which flax.training.train_state heeds too.
+    return any(getattr(entry, "key", None) == "_overwrite_with_gradient" for entry in path)
+
+
 def specs(
     params: PyTree,
     param_specs: PyTree | None,

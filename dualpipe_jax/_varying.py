@@ -107,6 +107,12 @@ def sum_over(values: PyTree, axes: Iterable[str]) -> PyTree:
     return values
 
 
+def largest_over(values: PyTree, axes: Iterable[str]) -> PyTree:
+    """Finds the largest entries over mesh axes."""
+    several = tuple(dict.fromkeys(name for name in axes if lax.axis_size(name) > 1))
+    return lax.pmax(values, several) if several else values
+
+
 def named_axes(jaxpr: Any) -> set[str]:
     """Collects the mesh axes that the collectives of a jaxpr name."""
     names: set[str] = set()

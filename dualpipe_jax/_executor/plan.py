@@ -32,6 +32,7 @@ class Plan:
       batch_axes: The axes over which the batch is sharded.
       manual_axes: The axes of which the model's functions use collectives.
       wanted: Whether each leaf gets a gradient.
+      overwritten: Whether its gradient is a new value, that overwrites it.
       specs: How each leaf lies over the manual axes.
       gathers: The dims of each leaf that lie over axes from which it is gathered: once, and its
         gradient is scattered over them.
@@ -43,6 +44,7 @@ class Plan:
     batch_axes: tuple[str, ...]
     manual_axes: tuple[str, ...]
     wanted: Parts
+    overwritten: Parts
     specs: Parts
     gathers: Parts
     leads: dict[Kind, str | None]

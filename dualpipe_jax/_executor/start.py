@@ -13,6 +13,7 @@ from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
+from dualpipe_jax._executor.rules import SUM
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import DEFERRED
@@ -56,10 +57,15 @@ def empty_state(
             for kind, stack in layout.stacks.items()
         }
 
-    def outside_grads(part: str) -> list[jax.Array]:
-        if gradients is None or part not in params:
-            return []
-        return _microbatches.zeros_for_sum(pick(params[part], wanted[part]))
+    outside_grads: list[jax.Array] = []
+    if gradients is not None:
+        parts = [part for part in ("ends", "shared") if part in params]
+        leaves = [leaf for part in parts for leaf in pick(params[part], wanted[part])]
+        outside_grads = [
+            rule.start(leaf.shape, _microbatches.accumulator_dtype(leaf.dtype))
+            for leaf, rule in zip(leaves, gradients.outside_rules, strict=True)
+        ]
+    num_ends = sum(wanted["ends"])
 
     def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
         leaves = [
@@ -67,9 +73,10 @@ def empty_state(
         ]
         assert gradients is not None
         has_grad = gradients.block[kind].has_grad[: len(leaves)]
-        return layout.zero_sums(kind, pick(leaves, has_grad))
+        return layout.zero_sums(kind, pick(leaves, has_grad), gradients.layer_rules[kind])
 
     loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
+    metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
     nothing = registers.allocate(outs.x, poison=poison)
     return State(
         received=registers.allocate(outs.x, slots["received"], poison=poison),
@@ -83,15 +90,15 @@ def empty_state(
             {kind: zero_grads(kind, stack) for kind, stack in params["blocks"].items()}
             for _ in range(num_chunks)
         ],
-        ends_grads=outside_grads("ends"),
-        shared_grads=outside_grads("shared"),
+        ends_grads=outside_grads[:num_ends],
+        shared_grads=outside_grads[num_ends:],
         loss=loss,
         aux=aux,
         metrics=metrics,
         block_metrics=[
             {
-                kind: layout.zero_sums(kind, jax.tree.leaves(aux.metrics))
-                for kind, aux in outs.aux.items()
+                kind: layout.zero_sums(kind, metrics, [SUM] * len(metrics))
+                for kind, metrics in metrics_of.items()
             }
             for _ in range(num_chunks)
         ],

@@ -56,6 +56,8 @@ class Step:
       manual_axes: The axes of which the model's functions use collectives by name.
       param_specs: How parameters lie over the axes: a tree as `_parameters.specs` takes it.
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
+      overwrite: Which parameters their gradients overwrite: a tree as `_parameters.overwritten`
+        takes it.
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
@@ -74,6 +76,7 @@ class Step:
     manual_axes: tuple[str, ...] = ()
     param_specs: PyTree = None
     trainable: PyTree = True
+    overwrite: PyTree = None
     layers_per_stage: tuple[int, ...] | None = None
     unroll_layers: bool | None = None
     output: Callable[..., PyTree] | None = None
@@ -166,6 +169,7 @@ class Step:
 
     def _plan(self, params: PyTree) -> Plan:
         wanted = _parameters.wanted(params, self.trainable)
+        overwritten = _parameters.overwritten(params, self.overwrite)
         specs = _parameters.specs(
             params,
             self.param_specs,
@@ -190,6 +194,7 @@ class Step:
             batch_axes=self.batch_axes,
             manual_axes=self.manual_axes,
             wanted={**wanted, "blocks": kinds(wanted["blocks"])},
+            overwritten={**overwritten, "blocks": kinds(overwritten["blocks"])},
             specs={**specs, "blocks": kinds(specs["blocks"])},
             gathers={**gathers, "blocks": kinds(gathers["blocks"])},
             leads={
@@ -302,6 +307,8 @@ class Step:
             shard=shard,
             wanted={"shared": [], **{part: plan.wanted[part] for part in outside}},
             wanted_of_layers=plan.wanted["blocks"],
+            overwritten={"shared": [], **{part: plan.overwritten[part] for part in outside}},
+            overwritten_of_layers=plan.overwritten["blocks"],
             loss_axes=loss_axes,
         )
 
