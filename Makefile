@@ -18,7 +18,7 @@ ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare benchmark idle memory ends zero overlap test lint format clean
+.PHONY: help train compare benchmark idle memory ends zero precision overlap test lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time
 
 zero: $(READY)  ## count what sharding over the data axis saves on a device (options: ARGS="--shards 2")
 	@$(BIN)/python experiments/zero/zero.py $(ARGS)
+
+precision: $(READY)  ## train in float32 and in bfloat16 and draw both losses (options: ARGS="--steps 50")
+	@$(BIN)/python experiments/precision/precision.py $(ARGS)
 
 overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
 	@$(BIN)/python experiments/overlap/overlap.py $(ARGS)
