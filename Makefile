@@ -19,7 +19,8 @@ EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare benchmark idle memory ends overlap test test-outside lint format clean
+.PHONY: help train compare benchmark idle memory ends zero precision overlap test test-outside \
+	lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +42,12 @@ memory: $(READY)  ## compile steps for a TPU and compare what they hold (options
 
 ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time (options: ARGS="--ranks 4")
 	@$(BIN)/python experiments/ends/ends.py $(ARGS)
+
+zero: $(READY)  ## count what sharding over the data axis saves on a device (options: ARGS="--shards 2")
+	@$(BIN)/python experiments/zero/zero.py $(ARGS)
+
+precision: $(READY)  ## train in float32 and in bfloat16 and draw both losses (options: ARGS="--steps 50")
+	@$(BIN)/python experiments/precision/precision.py $(ARGS)
 
 overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
 	@$(BIN)/python experiments/overlap/overlap.py $(ARGS)

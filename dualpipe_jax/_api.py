@@ -38,6 +38,7 @@ def value_and_grad(
     manual_axes: str | tuple[str, ...] = (),
     param_specs: PyTree = None,
     trainable: PyTree | Callable[[PyTree], PyTree] = True,
+    overwrite: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> "GradFunction":
     """Makes the pipelined `jax.value_and_grad` of a model's loss.
 
@@ -82,15 +83,22 @@ def value_and_grad(
         for whole branches of params; None for what is the same on all of their devices. The first
         entry for a leaf of blocks is that of the layers' dim. A leaf outside of blocks, such as the
         table of a large vocabulary, may lie over `axis` too, the last name in the entry of any dim:
-        it is gathered once a step, and its gradient leaves scattered alike. (Where `axis` is an
-        Explicit one, the type of the leaf says so by itself.)
+        it is gathered once a step, and its gradient leaves scattered alike. So may any leaf over
+        batch_axes that are not manual_axes (FSDP), in any dim but the layers', named after manual
+        axes. (Where the axis is an Explicit one, the type of the leaf says so by itself.)
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
         branches of params, or a function from params to one (as the masks of optax). For the
         others nothing is computed or kept, and their gradient is zeros, which cost nothing inside
         a jit that does not return them.
+      overwrite: Which parameters are overwritten by what comes as their gradient, such as the
+        scales and the histories of largest values of float8: a tree of bools, or a function, as for
+        `trainable`; None for what lies under a key `"_overwrite_with_gradient"`, as Flax's float8
+        does. Of the new values that microbatches and shards give the largest is taken, in the
+        parameter's own dtype: neither added up nor scaled. Each is to be used once in a layer, and
+        none may be in `"shared"`.
 
     Returns:
-      `grad_fn(params, batch, *, rng=None) -> (loss, grads)`; with `model.has_aux`,
+      `grad_fn(params, batch, *, rng=None, loss_scale=None) -> (loss, grads)`; with `model.has_aux`,
       `((loss, metrics), grads)`; if blocks give metrics (`Aux`), `((loss, Metrics), grads)`, those
       of blocks sharded over `axis` as their gradients are. It is not itself differentiable by
       `jax.grad`; `sequential` is.
@@ -104,7 +112,10 @@ def value_and_grad(
         in float32 or wider; float0 zeros for integer leaves, as with `allow_int=True`. Gradients
         of blocks leave sharded over `axis` if num_layers divides by its size, else replicated: lay
         blocks so from the start (leading dim `PartitionSpec(axis)`), and no update has to move
-        them.
+        them. loss_scale: a positive number, or an array of one, for float16, whose range cotangents
+        leave downwards: all of them are multiplied by it, and the gradients, once they are added
+        up, divided. So neither loss nor gradients show it, but that gradients are not finite if
+        cotangents left the range upwards: skip such a step, and lower the scale.
 
     Raises:
       ValueError: If an argument has a bad value; from grad_fn, when traced, if params, batch or
@@ -132,11 +143,14 @@ def value_and_grad(
         block=block_of(model, remat),
         param_specs=param_specs,
         trainable=trainable,
+        overwrite=overwrite,
         layers_per_stage=layers_per_stage,
         unroll_layers=unroll_layers,
     )
     dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
-    return GradFunction(build=build, schedule=schedule, trainable=trainable, dtype=dtype)
+    return GradFunction(
+        build=build, schedule=schedule, trainable=trainable, overwrite=overwrite, dtype=dtype
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -146,17 +160,27 @@ class GradFunction:
     build: Builder
     schedule: _schedules.Schedule
     trainable: PyTree | Callable[[PyTree], PyTree]
+    overwrite: PyTree | Callable[[PyTree], PyTree] | None
     dtype: Any
 
-    def __call__(self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
+    def __call__(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        *,
+        rng: jax.Array | None = None,
+        loss_scale: Any = None,
+    ) -> Any:
         """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
+        loss_scale = _validate.loss_scale(loss_scale)
         step = self.build(params, batch, rng)
         _validate.grad_dtype(self.dtype, params)
         wanted = _parameters.wanted(params, self.trainable)
+        overwritten = _parameters.overwritten(params, self.overwrite)
         with _named(self.schedule):
-            result, grads = step(params, batch, rng)
-        return result, _gradients(params, wanted, grads, self.dtype)
+            result, grads = step(params, batch, rng, loss_scale)
+        return result, _gradients(params, wanted, overwritten, grads, self.dtype, loss_scale)
 
     def memory(
         self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
@@ -229,18 +253,29 @@ def _float_dtype(name: str, dtype: Any) -> Any:
 
 
 def _gradients(
-    params: PyTree, wanted: dict[str, list[bool]], grads: dict[str, list[jax.Array]], dtype: Any
+    params: PyTree,
+    wanted: dict[str, list[bool]],
+    overwritten: dict[str, list[bool]],
+    grads: dict[str, list[jax.Array]],
+    dtype: Any,
+    loss_scale: jax.Array | None,
 ) -> PyTree:
     """Gives the gradients the structure of `params`: zeros to frozen leaves, float0 to integers."""
     found = {part: iter(leaves) for part, leaves in grads.items()}
-    flags = {part: iter(leaves) for part, leaves in wanted.items()}
+    flags = {part: zip(wanted[part], overwritten[part], strict=True) for part in wanted}
 
     def one(path: Any, leaf: Any) -> Any:
         part = path[0].key
-        if next(flags[part]):
-            return next(found[part]).astype(dtype or leaf.dtype)
+        is_wanted, is_new_value = next(flags[part])
+        if is_wanted:
+            grad = next(found[part])
+            if is_new_value:
+                return grad.astype(leaf.dtype)
+            if loss_scale is not None:
+                grad = grad / loss_scale.astype(grad.dtype)
+            return grad.astype(dtype or leaf.dtype)
         if not is_differentiable(leaf):
             return np.zeros(leaf.shape, jax.dtypes.float0)
-        return jnp.zeros_like(leaf, dtype=dtype)
+        return jnp.zeros_like(leaf, dtype=None if is_new_value else dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -4,7 +4,7 @@ In: `params`, and the trees that `value_and_grad` takes beside them, which may s
 leaves. Out: the same for every leaf.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,9 @@ from jax.tree_util import keystr
 from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._split_vjp import is_differentiable
 from dualpipe_jax._types import PyTree
+
+# Dims of an array, and the axes over which each lies, the outermost first.
+Dims = dict[int, tuple[str, ...]]
 
 
 def wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> dict[str, list[bool]]:
@@ -52,28 +55,84 @@ def wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> di
     }
 
 
+def overwritten(
+    params: PyTree, overwrite: PyTree | Callable[[PyTree], PyTree] | None
+) -> dict[str, list[bool]]:
+    """Says for every leaf whether its gradient is a new value, that overwrites it.
+
+    The leaves of each part of `params` stand in a list, as `jax.tree.leaves` gives them.
+
+    Args:
+      params: The parameters.
+      overwrite: A tree of bools whose leaves stand for whole branches of `params`, or a function
+        from params to one; None for what is in a collection of Flax's `OVERWRITE_WITH_GRADIENT`.
+
+    Raises:
+      ValueError: If the tree does not fit params, or names what cannot be overwritten so.
+      TypeError: If it holds anything but bools.
+    """
+    if overwrite is None:
+        overwrite = jax.tree_util.tree_map_with_path(_is_in_flax_collection, dict(params))
+    mask = overwrite(params) if callable(overwrite) else overwrite
+    full = _spread("overwrite", mask, params, is_leaf=lambda leaf: leaf is None)
+    raise_all(
+        "overwrite: must hold True for what its gradient overwrites, else False",
+        (
+            f"overwrite{keystr(path)} is {show(flag)}"
+            for path, _, flag in full
+            if not isinstance(flag, bool | np.bool_)
+        ),
+        error=TypeError,
+    )
+    raise_all(
+        "overwrite: of several new values the largest is taken, so they must be real numbers, of "
+        "one layer or of the ends; leave out what is shared or complex",
+        (
+            f"params{keystr(path)} is {show(leaf)}"
+            for path, leaf, flag in full
+            if flag and (path[0].key == "shared" or np.issubdtype(leaf.dtype, np.complexfloating))
+        ),
+    )
+    return {
+        part: [
+            bool(flag) and is_differentiable(leaf)
+            for path, leaf, flag in full
+            if path[0].key == part
+        ]
+        for part in params
+    }
+
+
+def _is_in_flax_collection(path: Any, leaf: Any) -> bool:
+    del leaf
+    # As flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT, which flax.training.train_state heeds too.
+    return any(getattr(entry, "key", None) == "_overwrite_with_gradient" for entry in path)
+
+
 def specs(
     params: PyTree,
     param_specs: PyTree | None,
     *,
     mesh: Mesh | AbstractMesh,
     axis: str,
-    manual_axes: tuple,
+    manual_axes: tuple[str, ...],
+    batch_axes: tuple[str, ...] = (),
 ) -> dict[str, list[PartitionSpec]]:
     """Says for every leaf over which axes its dims lie: a PartitionSpec, an entry a dim.
 
     The leaves of each part of `params` stand in a list, as `jax.tree.leaves` gives them. The
-    layers' dim of `blocks` has the entry None; of the other parts a leaf may lie over the pipeline
-    axis, too: if the specs say so, or on an Explicit axis its type.
+    layers' dim of `blocks` has the entry None. A leaf may also lie over axes from which it is
+    gathered: those of batch_axes that are not manual, and outside of `blocks` the pipeline's. The
+    specs say so, or on an Explicit axis its type.
 
     Args:
       params: The parameters.
       param_specs: A tree of PartitionSpecs whose leaves stand for whole branches of `params`; None
         for what is the same everywhere.
       mesh: The mesh.
-      axis: The pipeline axis, which may be named for the layers' dim, and is ignored there; for a
-        leaf outside of blocks, it may be the last in the entry of any dim.
-      manual_axes: The axes that may be named.
+      axis: The pipeline axis, which may be named for the layers' dim, and is ignored there.
+      manual_axes: The axes of which the model's functions see a device's part.
+      batch_axes: The axes over which the batch is sharded.
 
     Raises:
       ValueError: If the specs do not fit the parameters or the mesh.
@@ -90,6 +149,7 @@ def specs(
         error=TypeError,
     )
     problems: list[str] = []
+    gathered = (*(name for name in batch_axes if name not in manual_axes), axis)
     out: dict[str, list[PartitionSpec]] = {part: [] for part in params}
     for path, leaf, spec in full:
         is_block = path[0].key == "blocks"
@@ -101,44 +161,60 @@ def specs(
         if is_block and entries and entries[0] == (axis,):
             entries[0] = ()
         entries += [()] * (leaf.ndim - len(entries))
-        known = manual_axes if is_block else (*manual_axes, axis)
+        may_gather = gathered[:-1] if is_block else gathered
+        known = (*manual_axes, *may_gather)
         problems += [f"{name}: {problem}" for problem in _problems(leaf, entries, mesh, known)]
-        if not is_block and any(axis in entry[:-1] for entry in entries):
-            problems.append(
-                f"{name}: {axis!r} must come last in its entry, as it is gathered first"
-            )
-        dim = -1 if is_block else _dim_by_type(leaf, mesh, axis)
-        if dim >= 0 and not any(axis in entry for entry in entries):
-            entries[dim] = (*entries[dim], axis)
+        problems += [
+            f"{name}: {each!r} must come last in its entry, as it is gathered first"
+            for entry in entries
+            for place, each in enumerate(entry)
+            if each in may_gather and set(entry[place:]) & set(manual_axes)
+        ]
+        named = {each for entry in entries for each in entry}
+        for dim, each in _places_by_type(leaf, mesh, skip=1 if is_block else 0):
+            if each in may_gather and each not in named:
+                entries[dim] = (*entries[dim], each)
         if is_block and entries and entries[0]:
             problems.append(f"{name}: the layers' dim lies over {axis!r} alone")
         out[path[0].key].append(PartitionSpec(*(entry or None for entry in entries)))
     raise_all(
-        f"param_specs: may name the manual_axes={manual_axes!r}, and outside of blocks "
-        f"axis={axis!r}, each once, and must divide the dims (the layers' dim of blocks counts as "
-        "the first)",
+        f"param_specs: may name the manual_axes={manual_axes!r}, batch_axes={batch_axes!r}, and "
+        f"outside of blocks axis={axis!r}, each once, and must divide the dims (the layers' dim of "
+        "blocks counts as the first)",
         problems,
     )
     return out
 
 
-def dim_over(spec: PartitionSpec, axis: str) -> int:
-    """Finds the dim that lies over an axis, or -1.
+def dims_over(spec: PartitionSpec, axes: Collection[str]) -> Dims:
+    """Finds the dims that lie over some of `axes`, and over which.
 
-    >>> dim_over(PartitionSpec(None, ("model", "pipe")), "pipe")
-    1
+    >>> dims_over(PartitionSpec(None, ("model", "data", "pipe")), ("pipe", "data"))
+    {1: ('data', 'pipe')}
     """
-    dims = [dim for dim, entry in enumerate(spec) if axis in _names(entry)]
-    return dims[0] if dims else -1
+    found = {
+        dim: tuple(name for name in _names(entry) if name in axes) for dim, entry in enumerate(spec)
+    }
+    return {dim: names for dim, names in found.items() if names}
 
 
-def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
-    """Takes an axis out of a spec.
+def without(spec: PartitionSpec, axes: Collection[str]) -> PartitionSpec:
+    """Takes axes out of a spec.
 
-    >>> without(PartitionSpec(None, ("model", "pipe")), "pipe")
+    >>> without(PartitionSpec(None, ("model", "pipe")), ("pipe",))
     P(None, 'model')
     """
-    entries = (tuple(name for name in _names(entry) if name != axis) for entry in spec)
+    entries = (tuple(name for name in _names(entry) if name not in axes) for entry in spec)
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def along(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
+    """Has dims lie over more axes, within the parts that they have.
+
+    >>> along(PartitionSpec(None, "model"), {1: ("data", "pipe")})
+    P(None, ('model', 'data', 'pipe'))
+    """
+    entries = ((*_names(entry), *dims.get(dim, ())) for dim, entry in enumerate(spec))
     return PartitionSpec(*(entry or None for entry in entries))
 
 
@@ -158,12 +234,17 @@ def local_shape(
     return tuple(sizes)
 
 
-def _dim_by_type(leaf: Any, mesh: Mesh | AbstractMesh, axis: str) -> int:
-    """Finds the dim that lies over an Explicit axis, by the leaf's type, or -1."""
+def _places_by_type(leaf: Any, mesh: Mesh | AbstractMesh, *, skip: int) -> list[tuple[int, str]]:
+    """Lists the dims, after the first `skip`, that by the leaf's type lie over an Explicit axis."""
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds[axis] is not AxisType.Explicit:
-        return -1
-    return dim_over(jax.typeof(leaf).sharding.spec, axis)
+    if AxisType.Explicit not in kinds.values():
+        return []
+    return [
+        (dim, name)
+        for dim, entry in enumerate(jax.typeof(leaf).sharding.spec)
+        for name in _names(entry)
+        if dim >= skip and kinds.get(name) is AxisType.Explicit
+    ]
 
 
 def _problems(leaf: Any, entries: list, mesh: Mesh | AbstractMesh, manual_axes: tuple) -> list[str]:

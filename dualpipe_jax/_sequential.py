@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax import _kinds, _microbatches, _outputs, _validate
+from dualpipe_jax import _kinds, _microbatches, _outputs, _parameters, _validate
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._types import Model, PyTree
 
@@ -20,12 +20,19 @@ from dualpipe_jax._types import Model, PyTree
 _MAX_RUNS = 8
 
 
-def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
+def sequential(
+    model: Model,
+    *,
+    num_microbatches: int,
+    overwrite: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> Callable[..., Any]:
     """Makes the loss function that the pipeline computes, without the pipeline.
 
     Args:
       model: The model.
       num_microbatches: Into how many parts the leading dim of the batch is cut.
+      overwrite: Which parameters their gradients overwrite, as for `value_and_grad`: `jax.grad` of
+        the loss is for them the largest of what microbatches give, not the sum.
 
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or
@@ -55,6 +62,7 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
         _validate.key(rng)
         _validate.batch(batch, num_microbatches=num_microbatches)
         batches = _microbatches.split(batch, num_microbatches)
+        params_of = _params_of(params, _parameters.overwritten(params, overwrite), num_microbatches)
         stacks = _kinds.stacks_of(model, params["blocks"])
         layers, microbatch = jax.eval_shape(
             lambda *trees: _microbatches.take(trees, 0), stacks, batches
@@ -89,7 +97,8 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
             loss_sum, aux_sum, metrics_sum, of_blocks = sums
             microbatch = _microbatches.take(batches, index)
             key = _microbatches.microbatch_key(rng, index)
-            ends = params["ends"]
+            mine = params_of(index)
+            ends, stacks = mine["ends"], _kinds.stacks_of(model, mine["blocks"])
             ctx = _microbatches.context(microbatch, key, num_layers, shared=shared)
             x = model.embed(ends, ctx)
             run = functools.partial(run_layer, microbatch=microbatch, key=key)
@@ -117,6 +126,42 @@ def sequential(model: Model, *, num_microbatches: int) -> Callable[..., Any]:
         return _microbatches.result(model, loss, metrics, of_blocks)
 
     return loss_fn
+
+
+def _params_of(
+    params: PyTree, overwritten: dict[str, list[bool]], num_microbatches: int
+) -> Callable[[jax.Array], PyTree]:
+    """Makes the function that gives each microbatch its parameters.
+
+    They are the same for all, but leaves that are overwritten are copies of each microbatch's own,
+    so that what it gives them is not added to what others give.
+    """
+    flags = {part: iter(each) for part, each in overwritten.items()}
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: next(flags[path[0].key]), params)
+    copies = jax.tree.map(
+        lambda leaf, flag: _copies(leaf, num_microbatches) if flag else (), params, mask
+    )
+
+    def params_of(index: jax.Array) -> PyTree:
+        return jax.tree.map(
+            lambda leaf, flag, each: _microbatches.take(each, index) if flag else leaf,
+            params,
+            mask,
+            copies,
+        )
+
+    return params_of
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copies(leaf: jax.Array, count: int) -> jax.Array:
+    """Makes `count` copies, `[count, ...]`, whose cotangents become the largest of them."""
+    return jnp.broadcast_to(leaf, (count, *leaf.shape))
+
+
+_copies.defvjp(
+    lambda leaf, count: (_copies(leaf, count), None), lambda count, _, copies: (copies.max(axis=0),)
+)
 
 
 def _fold(

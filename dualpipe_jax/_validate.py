@@ -103,6 +103,25 @@ def key(rng: Any) -> None:
         raise TypeError(f"rng: must be one key, as of jax.random.key(0), or None; got {show(rng)}")
 
 
+def loss_scale(value: Any) -> Any:
+    """Requires a positive real number, or an array of one, or None; returns an array, or None."""
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"loss_scale={value!r}: must be positive and finite, or None")
+        return jnp.asarray(value, float)
+    if not is_array(value):
+        raise TypeError(f"loss_scale={value!r}: must be a positive number, or None")
+    array = jnp.asarray(value)
+    is_real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    if array.shape or not is_real:
+        raise ValueError(
+            f"loss_scale: must be one positive number, got an array {short(array)}; give a scalar"
+        )
+    return array
+
+
 def grad_dtype(dtype: Any, params: PyTree) -> None:
     """Requires that gradients of `params` fit into `dtype`, if it is not None."""
     if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):

@@ -94,14 +94,23 @@ def with_mesh(avals: PyTree) -> PyTree:
 
 
 def sum_over(values: PyTree, axes: Iterable[str]) -> PyTree:
-    """Sums arrays over mesh axes; over one that stands twice, twice."""
-    left = list(axes)
+    """Sums arrays over mesh axes; over one that stands twice, twice.
+
+    Axes of one device are left out: where all manual axes are such, XLA's partitioner refuses sums.
+    """
+    left = [name for name in axes if lax.axis_size(name) > 1]
     while left:
         once = tuple(dict.fromkeys(left))
         values = lax.psum(values, once)
         for name in once:
             left.remove(name)
     return values
+
+
+def largest_over(values: PyTree, axes: Iterable[str]) -> PyTree:
+    """Finds the largest entries over mesh axes."""
+    several = tuple(dict.fromkeys(name for name in axes if lax.axis_size(name) > 1))
+    return lax.pmax(values, several) if several else values
 
 
 def named_axes(jaxpr: Any) -> set[str]:

@@ -66,6 +66,26 @@ def test_examples_of_flax_run() -> None:
 
 
 @pytest.mark.slow
+def test_example_of_precision_finds_its_scale() -> None:
+    """From one that float16 does not hold; a step that is skipped leaves the loss as it is."""
+    code, _ = examples(ROOT / "docs" / "precision.md")
+    lines = [line.split() for line in run(code).splitlines()]
+    losses, scales = ([line[i] for line in lines] for i in (1, 3))
+    num_skipped = len(set(scales[: losses.index(next(x for x in losses if x != losses[0]))]))
+    assert scales[0] == "2^23"
+    assert 3 < num_skipped < 20
+    assert float(losses[-1]) < float(losses[0]) / 10
+
+
+@pytest.mark.slow
+def test_example_of_float8_learns() -> None:
+    _, code = examples(ROOT / "docs" / "precision.md")
+    losses = [float(line) for line in run(code).split()]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.slow
 def test_example_of_preflight_runs() -> None:
     last = run(example(ROOT / "docs" / "preflight.md")).splitlines()[-1]
     assert last == "True 16 True"

@@ -180,7 +180,7 @@ def test_bytes_on_a_device() -> None:
         terms[name] = {term.name: term.num_bytes for term in grad_fn.memory(given, batch).terms}
     saved = np.subtract(sizes["replicated"], sizes["sharded"])
     assert saved.tolist() == [table * 7 // 8] * 2
-    gathered = "parameters gathered from all ranks"
+    gathered = "parameters gathered from other devices"
     assert gathered not in terms["replicated"]
     assert terms["sharded"].pop(gathered) == table
     assert terms["sharded"] == terms["replicated"]

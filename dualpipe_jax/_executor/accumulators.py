@@ -10,6 +10,7 @@ import jax
 
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
+from dualpipe_jax._executor.rules import SUM, Rule
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._types import Aux
 
@@ -25,10 +26,12 @@ class Places(NamedTuple):
     Attributes:
       layer: Places among the leaves of the layer that have a gradient.
       shared: Places among the wanted leaves of shared.
+      rules: How those of the layer are added up.
     """
 
     layer: tuple[int, ...]
     shared: tuple[int, ...]
+    rules: tuple[Rule, ...]
 
 
 def take(
@@ -50,7 +53,7 @@ def add(
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     """Adds a block's gradients to what was taken; `layer` is the layer's entry in the chunk."""
     count = len(places.layer)
-    layers = registers.accumulate(layers, gradients[:count], layer)
+    layers = registers.accumulate(layers, gradients[:count], layer, places.rules)
     added = zip(places.shared, gradients[count:], strict=True)
     return layers, {**shared, **{i: _microbatches.add(shared[i], grad) for i, grad in added}}
 
@@ -59,7 +62,8 @@ def add_aux(loss: Any, metrics: list[Any], aux: Aux, *, layer: Any) -> tuple[Any
     """Adds what a block's forward gave to the loss of all, and to the metrics of its kind."""
     if aux.loss is not None:
         loss = _microbatches.add(loss, aux.loss)
-    return loss, registers.accumulate(metrics, jax.tree.leaves(aux.metrics), layer)
+    rules = [SUM] * len(metrics)
+    return loss, registers.accumulate(metrics, jax.tree.leaves(aux.metrics), layer, rules)
 
 
 def put(

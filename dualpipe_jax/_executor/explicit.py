@@ -66,7 +66,7 @@ def sharding_like(
     *,
     mesh: Mesh | AbstractMesh,
     without: tuple[str, ...],
-    over: tuple[str, int] | None = None,
+    over: dict[int, tuple[str, ...]],
     after: tuple[str, ...] = (),
 ) -> NamedSharding:
     """Makes a sharding over the Explicit axes on which `leaf` lies.
@@ -75,8 +75,8 @@ def sharding_like(
       leaf: An array.
       mesh: The mesh.
       without: Axes to leave out.
-      over: An axis, and the dim that is to lie over it, if it is Explicit: as it does already, or
-        else within the parts that `after` make of it.
+      over: Dims, and axes over which they are to lie, where Explicit: as they do already, or else
+        within the parts that `after` make of them.
       after: Axes.
     """
     explicit = explicit_axes(mesh)
@@ -88,11 +88,11 @@ def sharding_like(
             [
                 name
                 for name in names
-                if name in explicit and (name not in without or (name, number) == over)
+                if name in explicit and (name not in without or name in over.get(number, ()))
             ]
         )
-    if over is not None:
-        axis, number = over
-        if axis in explicit and axis not in dims[number]:
-            dims[number].insert(sum(name in after for name in dims[number]), axis)
+    for number, axes in over.items():
+        for axis in axes:
+            if axis in explicit and axis not in dims[number]:
+                dims[number].insert(sum(name in (*after, *axes) for name in dims[number]), axis)
     return NamedSharding(mesh, PartitionSpec(*(tuple(dim) or None for dim in dims)))

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+from jax.tree_util import keystr
 
 from dualpipe_jax import _microbatches, _outputs, _varying
 from dualpipe_jax._executor.accumulators import Places
-from dualpipe_jax._executor.leaves import pick, place
+from dualpipe_jax._executor.leaves import pick, place, select
+from dualpipe_jax._executor.rules import Rule, rules_of
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._outputs import Outputs
+from dualpipe_jax._refusals import raise_all
 from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp
 from dualpipe_jax._types import Aux, Context, Model
 
@@ -33,6 +36,8 @@ class Arguments:
       shard: The index of the shard of the batch, or None.
       wanted: For every leaf of ends and shared whether it gets a gradient.
       wanted_of_layers: The same for the leaves of a layer of each kind.
+      overwritten: For every leaf of ends and shared whether its gradient overwrites it.
+      overwritten_of_layers: The same for the leaves of a layer of each kind.
       loss_axes: The manual axes over which microbatches, and so losses, differ.
     """
 
@@ -43,6 +48,8 @@ class Arguments:
     shard: Any
     wanted: dict[str, list[bool]]
     wanted_of_layers: dict[Kind, list[bool]]
+    overwritten: dict[str, list[bool]]
+    overwritten_of_layers: dict[Kind, list[bool]]
     loss_axes: tuple[str, ...]
 
 
@@ -83,6 +90,10 @@ class Gradients:
       late: The same of those that come with the weight gradient.
       reduce_axes: For each of doutside, the manual axes over which what all uses add up to is still
         to be summed.
+      outside_rules: How each of doutside is added up.
+      embed_rules: The same for what embed gives; None for what is left out.
+      head_rules: The same for what head gives.
+      layer_rules: For each kind how the gradients of a layer that it has are added up.
     """
 
     embed: Callable[..., tuple[None, list[jax.Array]]]
@@ -91,6 +102,10 @@ class Gradients:
     early: dict[Kind, Places]
     late: dict[Kind, Places]
     reduce_axes: list[tuple[str, ...]]
+    outside_rules: list[Rule]
+    embed_rules: list[Rule | None]
+    head_rules: list[Rule | None]
+    layer_rules: dict[Kind, tuple[Rule, ...]]
 
 
 def trace(
@@ -225,6 +240,7 @@ def trace(
         )
         for kind, block in plain.items()
     }
+    _require_one_use(by_head[1], by_embed[1], by_block, args)
     return Functions(
         outputs=outs,
         embed=run_embed,
@@ -278,8 +294,13 @@ def _gradients(
         skip = len(args.wanted_of_layers[kind])
         shared = zip(block.has_grad[skip:], block.reduce_axes[skip:], strict=True)
         mine = [axes if has else None for has, axes in shared]
-        for i, axes in enumerate(_picked(mine, args.wanted["shared"])):
+        for i, axes in enumerate(select(mine, args.wanted["shared"])):
             uses[num_ends + i].add(axes)
+    overwritten = [
+        flag
+        for part in ("ends", "shared")
+        for flag in select(args.overwritten[part], args.wanted[part])
+    ]
     kinds = [use - {None} for use in uses]
     last = [use.pop() if len(use) == 1 else () for use in kinds]
 
@@ -291,7 +312,7 @@ def _gradients(
         rest = iter(last[num_ends:])
         at_last = [next(rest) if on else () for on in args.wanted["shared"]]
         axes = [*[None] * skip, *now(block.reduce_axes[skip:], at_last)]
-        early, late = _picked(axes, block.is_early), _picked(axes, block.is_late)
+        early, late = select(axes, block.is_early), select(axes, block.is_late)
         return replace(
             block,
             input_grad=_summed(block.input_grad, early),
@@ -303,22 +324,65 @@ def _gradients(
         head=_summed(head, now(head_axes, last)),
         embed=_summed(embed, now(embed_axes, last)),
         block={kind: block_of(kind) for kind in blocks},
-        early={kind: _places(block, block.is_early, args) for kind, block in blocks.items()},
-        late={kind: _places(block, block.is_late, args) for kind, block in blocks.items()},
+        early={kind: _places(block, kind, block.is_early, args) for kind, block in blocks.items()},
+        late={kind: _places(block, kind, block.is_late, args) for kind, block in blocks.items()},
         reduce_axes=last,
+        outside_rules=rules_of(overwritten),
+        embed_rules=_rules_of_use(overwritten, embed_axes),
+        head_rules=_rules_of_use(overwritten, head_axes),
+        layer_rules={kind: _layer_rules(block, kind, args) for kind, block in blocks.items()},
     )
 
 
-def _places(block: SplitVjp, flags: Sequence[bool], args: Arguments) -> Places:
+def _require_one_use(
+    head_axes: list[Any], embed_axes: list[Any], blocks: dict[Kind, SplitVjp], args: Arguments
+) -> None:
+    """Requires one use of a leaf that its gradient overwrites: two would be added up."""
+
+    def names(tree: PyTree, twice: Sequence[bool], name: str) -> list[str]:
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        return [f"{name}{keystr(path)}" for path in select(paths, twice)]
+
+    in_both = iter(
+        head is not None and embed is not None
+        for head, embed in zip(head_axes, embed_axes, strict=True)
+    )
+    of_ends = [next(in_both) if on else False for on in args.wanted["ends"]]
+    twice = [a and b for a, b in zip(of_ends, args.overwritten["ends"], strict=True)]
+    found = names(args.outside["ends"], twice, "params['ends']")
+    for kind, block in blocks.items():
+        flags = args.overwritten_of_layers[kind]
+        sums = zip(flags, block.is_sum[: len(flags)], strict=True)
+        stack = "params['blocks']" if kind is None else f"params['blocks'][{kind!r}]"
+        found += names(args.layers[kind], [a and b for a, b in sums], stack)
+    raise_all(
+        "overwrite: a leaf that its gradient overwrites must be used once in each microbatch and "
+        "layer, as its new values would be added up; give each use a leaf of its own",
+        (f"{name} is used more than once" for name in found),
+    )
+
+
+def _rules_of_use(overwritten: list[bool], axes: list[Any]) -> list[Rule | None]:
+    """Gives rules to what a use adds: none to a zero that would count as a value."""
+    return [
+        None if flag and each is None else rule
+        for flag, each, rule in zip(overwritten, axes, rules_of(overwritten), strict=True)
+    ]
+
+
+def _layer_rules(block: SplitVjp, kind: Kind, args: Arguments) -> tuple[Rule, ...]:
+    flags = args.overwritten_of_layers[kind]
+    return tuple(rules_of(select(flags, block.has_grad[: len(flags)])))
+
+
+def _places(block: SplitVjp, kind: Kind, flags: Sequence[bool], args: Arguments) -> Places:
     """Finds the places of the gradients of the flagged leaves of a layer and of shared."""
     skip = len(flags) - len(args.wanted["shared"])
-    of_layer = _picked(flags[:skip], block.has_grad[:skip])
-    of_shared = _picked(flags[skip:], args.wanted["shared"])
-    return Places(*(tuple(i for i, on in enumerate(f) if on) for f in (of_layer, of_shared)))
-
-
-def _picked(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    return [value for value, on in zip(values, flags, strict=True) if on]
+    of_layer = select(flags[:skip], block.has_grad[:skip])
+    of_shared = select(flags[skip:], args.wanted["shared"])
+    layer, shared = (tuple(i for i, on in enumerate(f) if on) for f in (of_layer, of_shared))
+    rules = _layer_rules(block, kind, args)
+    return Places(layer=layer, shared=shared, rules=tuple(rules[i] for i in layer))
 
 
 def _summed(

@@ -6,7 +6,7 @@ rank has room for as many layers of each kind as the stage that has the most of 
 has the shapes of another kind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor.rules import Rule
 from dualpipe_jax._executor.spread import Spread, spread
 from dualpipe_jax._executor.stack import Stack
 from dualpipe_jax._kinds import Kind, places_of
@@ -131,10 +132,12 @@ class Layout:
             for chunk in range(len(self.stage_of))
         ]
 
-    def collect(self, grads: list[dict[Kind, list[Any]]]) -> dict[Kind, list[Any]]:
-        """Adds up the chunks' gradients where the layers of each kind lie."""
+    def collect(
+        self, grads: list[dict[Kind, list[Any]]], rules: Mapping[Kind, Sequence[Rule]]
+    ) -> dict[Kind, list[Any]]:
+        """Adds up the chunks' gradients where the layers of each kind lie, each by its rule."""
         return {
-            kind: stack.collect([chunk[kind] for chunk in grads])
+            kind: stack.collect([chunk[kind] for chunk in grads], rules[kind])
             for kind, stack in self.stacks.items()
         }
 
@@ -148,18 +151,20 @@ class Layout:
 
         return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
 
-    def zero_sums(self, kind: Kind, avals: list[Any]) -> list[Any]:
+    def zero_sums(self, kind: Kind, avals: list[Any], rules: Sequence[Rule]) -> list[Any]:
         """Makes the accumulators of a chunk for what a layer of a kind has of `avals`.
 
         Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
         """
         size = self.stacks[kind].max_layers
-        if self.is_unrolled:
-            return [[_microbatches.zeros_for_sum(aval) for _ in range(size)] for aval in avals]
-        return [
-            jnp.zeros((size, *aval.shape), _microbatches.accumulator_dtype(aval.dtype))
-            for aval in avals
-        ]
+        sums: list[Any] = []
+        for aval, rule in zip(avals, rules, strict=True):
+            dtype = _microbatches.accumulator_dtype(aval.dtype)
+            if self.is_unrolled:
+                sums.append([rule.start(aval.shape, dtype) for _ in range(size)])
+            else:
+                sums.append(rule.start((size, *aval.shape), dtype))
+        return sums
 
     def loop(
         self,

@@ -10,11 +10,16 @@ from dualpipe_jax._split_vjp import is_differentiable
 PyTree = Any
 
 
+def select(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """Lists the wanted values, whatever they are."""
+    return [value for value, is_wanted in zip(values, wanted, strict=True) if is_wanted]
+
+
 def pick(tree: PyTree, wanted: Sequence[bool] | None = None) -> list[Any]:
     """Lists the wanted leaves: if not said, those that have a cotangent."""
     leaves = jax.tree.leaves(tree)
     wanted = [is_differentiable(leaf) for leaf in leaves] if wanted is None else wanted
-    return [leaf for leaf, is_wanted in zip(leaves, wanted, strict=True) if is_wanted]
+    return select(leaves, wanted)
 
 
 def place(tree: PyTree, picked: Sequence[Any], wanted: Sequence[bool] | None = None) -> PyTree:

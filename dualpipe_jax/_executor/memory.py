@@ -118,7 +118,7 @@ def report(
         weights += num_layers[kind] * _copies(gradients.block[kind], layer, num_chunks, is_apart)
     terms.append(Term("copies of weights", f"{num_chunks} stages", weights))
     if gathered:
-        terms.append(Term("parameters gathered from all ranks", "", _bytes(gathered)))
+        terms.append(Term("parameters gathered from other devices", "", _bytes(gathered)))
     sums = 0
     for kind, layer in layers.items():
         leaves = jax.tree.leaves(layer)

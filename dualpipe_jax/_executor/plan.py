@@ -13,8 +13,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _parameters, _varying
 from dualpipe_jax._executor.explicit import explicit_axes, sharding_like
-from dualpipe_jax._executor.leaves import pick
+from dualpipe_jax._executor.leaves import pick, select
 from dualpipe_jax._kinds import Kind
+from dualpipe_jax._parameters import Dims
 from dualpipe_jax._types import Model, PyTree
 
 # Lists for the parts of params: {"ends": [...], "blocks": {kind: [...]}}, and "shared" or not.
@@ -31,9 +32,10 @@ class Plan:
       batch_axes: The axes over which the batch is sharded.
       manual_axes: The axes of which the model's functions use collectives.
       wanted: Whether each leaf gets a gradient.
+      overwritten: Whether its gradient is a new value, that overwrites it.
       specs: How each leaf lies over the manual axes.
-      gather_dims: The dim of each leaf outside of blocks that lies over the pipeline axis, or -1:
-        such a leaf is gathered once, and its gradient scattered.
+      gathers: The dims of each leaf that lie over axes from which it is gathered: once, and its
+        gradient is scattered over them.
       leads: The axis over which the layers' dim of each kind's stack lies, or None.
     """
 
@@ -42,8 +44,9 @@ class Plan:
     batch_axes: tuple[str, ...]
     manual_axes: tuple[str, ...]
     wanted: Parts
+    overwritten: Parts
     specs: Parts
-    gather_dims: dict[str, list[int]]
+    gathers: Parts
     leads: dict[Kind, str | None]
 
     @property
@@ -54,38 +57,76 @@ class Plan:
     @property
     def over_mesh(self) -> Parts:
         """As `specs`, over all the axes that the step names."""
+
+        def of(specs: list[PartitionSpec], gathers: list[Dims]) -> list[PartitionSpec]:
+            return list(map(_parameters.along, specs, gathers))
+
         blocks = {
-            kind: [PartitionSpec(self.leads[kind], *spec[1:]) for spec in specs]
+            kind: of(
+                [PartitionSpec(self.leads[kind], *spec[1:]) for spec in specs],
+                self.gathers["blocks"][kind],
+            )
             for kind, specs in self.specs["blocks"].items()
         }
-        outside = {
-            part: [
-                _along(spec, self.axis, dim)
-                for spec, dim in zip(self.specs[part], dims, strict=True)
-            ]
-            for part, dims in self.gather_dims.items()
-        }
+        outside = {part: of(self.specs[part], self.gathers[part]) for part in self.outside}
         return {**outside, "blocks": blocks}
 
-    def gather(self, outside: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Gathers the leaves outside of blocks that lie over the pipeline axis."""
+    @property
+    def outside(self) -> list[str]:
+        """The parts outside of blocks."""
+        return [part for part in self.specs if part != "blocks"]
 
-        def part_of(tree: PyTree, dims: list[int]) -> PyTree:
+    def gather(self, params: Parts) -> Parts:
+        """Gathers the leaves that lie over axes over which nobody computes with their parts."""
+
+        def of(tree: PyTree, gathers: list[Dims]) -> PyTree:
             leaves, structure = jax.tree.flatten(tree)
-            whole = [
-                leaf if dim < 0 else lax.all_gather(leaf, self.axis, axis=dim, tiled=True)
-                for leaf, dim in zip(leaves, dims, strict=True)
-            ]
+            whole = []
+            for leaf, dims in zip(leaves, gathers, strict=True):
+                for dim, axes in self.real(dims).items():
+                    leaf = lax.all_gather(leaf, axes, axis=dim, tiled=True)
+                whole.append(leaf)
             return jax.tree.unflatten(structure, whole)
 
-        return {part: part_of(tree, self.gather_dims[part]) for part, tree in outside.items()}
+        blocks = {
+            kind: of(stack, self.gathers["blocks"][kind])
+            for kind, stack in params["blocks"].items()
+        }
+        outside = {part: of(params[part], self.gathers[part]) for part in self.outside}
+        return {**outside, "blocks": blocks}
+
+    def gathered(self, params: Parts) -> list[Any]:
+        """Lists the leaves of `params`, or of avals in their places, that are gathered."""
+
+        def of(tree: PyTree, gathers: list[Dims]) -> list[Any]:
+            return pick(tree, [bool(dims) for dims in gathers])
+
+        stacks = params["blocks"].items()
+        blocks = [
+            leaf for kind, stack in stacks for leaf in of(stack, self.gathers["blocks"][kind])
+        ]
+        outside = [leaf for part in self.outside for leaf in of(params[part], self.gathers[part])]
+        return [*outside, *blocks]
+
+    def part_of(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+        """Returns the shape of a device's part of an array of which `dims` lie over axes."""
+        spec = _parameters.along(PartitionSpec(*(None,) * len(shape)), dims)
+        return _parameters.local_shape(shape, spec, self.mesh)
+
+    def real(self, dims: Dims) -> Dims:
+        """Leaves out axes of one device."""
+        several = {
+            dim: tuple(name for name in axes if self.mesh.shape[name] > 1)
+            for dim, axes in dims.items()
+        }
+        return {dim: axes for dim, axes in several.items() if axes}
 
     def of_wanted(self, values: Parts) -> Parts:
         """Selects from a value for each leaf those of the leaves that get a gradient."""
         return {
-            part: {k: pick(v, self.wanted["blocks"][k]) for k, v in values["blocks"].items()}
+            part: {k: select(v, self.wanted["blocks"][k]) for k, v in values["blocks"].items()}
             if part == "blocks"
-            else pick(values[part], self.wanted[part])
+            else select(values[part], self.wanted[part])
             for part in values
         }
 
@@ -118,34 +159,24 @@ class Plan:
     def grad_shardings(self, params: Parts) -> Parts:
         """Makes shardings of the gradients over Explicit axes: as their parameters lie."""
 
-        def one(leaf: Any, spec: PartitionSpec, dim: int) -> NamedSharding:
+        def one(leaf: Any, spec: PartitionSpec, over: Dims) -> NamedSharding:
             mine = {self.axis, *self.batch_axes} - set(_parameters.axes_of(spec))
-            over = None if dim < 0 else (self.axis, dim)
             after = _parameters.axes_of(spec)
             return sharding_like(leaf, mesh=self.mesh, without=tuple(mine), over=over, after=after)
 
-        def of(tree: PyTree, specs: Iterable[PartitionSpec], dims: Iterable[int]) -> list[Any]:
-            each = zip(jax.tree.leaves(tree), specs, dims, strict=True)
-            return [one(leaf, spec, dim) for leaf, spec, dim in each]
+        def of(tree: PyTree, specs: Iterable[PartitionSpec], over: Iterable[Dims]) -> list[Any]:
+            return list(map(one, jax.tree.leaves(tree), specs, over))
 
         blocks = {}
         for kind, stack in params["blocks"].items():
-            specs = self.specs["blocks"][kind]
-            blocks[kind] = of(stack, specs, [-1 if self.leads[kind] is None else 0] * len(specs))
+            lead = self.leads[kind]
+            lies: Dims = {} if lead is None else {0: (lead,)}
+            over = [{**lies, **dims} for dims in self.gathers["blocks"][kind]]
+            blocks[kind] = of(stack, self.specs["blocks"][kind], over)
         outside = {
-            part: of(params[part], self.specs[part], dims)
-            for part, dims in self.gather_dims.items()
+            part: of(params[part], self.specs[part], self.gathers[part]) for part in self.outside
         }
         return self.of_wanted({**outside, "blocks": blocks})
-
-
-def _along(spec: PartitionSpec, axis: str, dim: int) -> PartitionSpec:
-    """Has a dim, if it is not -1, lie over one more axis, within the parts that it has."""
-    if dim < 0:
-        return spec
-    entry = spec[dim]
-    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    return PartitionSpec(*spec[:dim], (*names, axis), *spec[dim + 1 :])
 
 
 def by_kind(model: Model, blocks: PyTree, values: list[Any]) -> dict[Kind, list[Any]]:

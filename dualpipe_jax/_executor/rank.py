@@ -101,7 +101,7 @@ class Rank:
         """Adds up the embedding's gradient; dx has the leaves of x that have a cotangent."""
         ctx = self._context(row, self.layout.num_layers)
         _, doutside = self.gradients.embed(self.outside, ctx, dx)
-        return state.add_outside(doutside)
+        return state.add_outside(doutside, self.gradients.embed_rules)
 
     # The head follows the last stage's F: its value and gradient at once, so that its residuals
     # (the logits) never get a slot; what is kept is the cotangent of x.
@@ -124,7 +124,7 @@ class Rank:
             loss, metrics = self.functions.head(self.outside, x, ctx)
         else:
             (loss, metrics, dx), doutside = gradients.head(self.outside, x, ctx, self.loss_seed)
-            state, x = state.add_outside(doutside), place(x, dx)
+            state, x = state.add_outside(doutside, gradients.head_rules), place(x, dx)
         sums = _microbatches.add((state.loss, state.metrics), (loss, metrics))
         return state._replace(loss=sums[0], metrics=sums[1]), x
 

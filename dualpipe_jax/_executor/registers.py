@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dualpipe_jax._executor.rules import Rule
+
 PyTree = Any
 
 
@@ -81,20 +83,22 @@ def write_layer(buffers: PyTree | Layers, values: PyTree, layer: Any, slot: Any)
     return write(buffers, values, slot, layer)
 
 
-def accumulate(sums: Sequence[Any], values: Sequence[jax.Array], index: Any) -> list[Any]:
-    """Returns the sums with `values` added to entry `[index]`, in the dtype of the sums.
+def accumulate(
+    sums: Sequence[Any], values: Sequence[jax.Array], index: Any, rules: Sequence[Rule]
+) -> list[Any]:
+    """Returns the sums with `values` added to entry `[index]`, each by its rule.
 
     A sum is an array `[layer, ...]`, or a list of as many arrays: with the layers unrolled XLA
     would look through one layer's update of an array to the array before it, keep both alive, and
     so copy it.
     """
     out = []
-    for total, value in zip(sums, values, strict=True):
+    for total, value, rule in zip(sums, values, rules, strict=True):
         if isinstance(total, list):
-            mine = total[index] + value.astype(total[index].dtype)
+            mine = rule.add(total[index], value)
             out.append([*total[:index], mine, *total[index + 1 :]])
         else:
-            out.append(write(total, read(total, index) + value.astype(total.dtype), index))
+            out.append(write(total, rule.add(read(total, index), value), index))
     return out
 
 

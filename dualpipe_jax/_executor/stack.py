@@ -6,6 +6,7 @@ second copy that a bidirectional schedule needs exists only inside the step: it 
 and its gradient leaves by a permute and is added, so the copies cannot drift.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dualpipe_jax._executor.rules import Rule
 from dualpipe_jax._executor.spread import Spread
 from dualpipe_jax._executor.travel import Round, plan_travel
 
@@ -51,6 +53,12 @@ class Stack(Spread):
     def shard_layers(self) -> int:
         """Layers of what a rank is given of the stack, and gives back of its gradient."""
         return self.num_layers // (self.stage_of.shape[1] if self.is_sharded else 1)
+
+    def shard_avals(self, layer: PyTree) -> PyTree:
+        """Makes avals of a rank's shard, of those of one layer."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((self.shard_layers, *leaf.shape), leaf.dtype), layer
+        )
 
     @cached_property
     def _rounds(self) -> list[Round]:
@@ -133,30 +141,31 @@ class Stack(Spread):
             return int(values[0])
         return jnp.asarray(values, jnp.int32)[lax.axis_index(self.axis)]
 
-    def collect(self, grads: list[list[Any]]) -> list[jax.Array]:
-        """Adds up the chunks' gradients where the layers lie, as the stack."""
+    def collect(self, grads: list[list[Any]], rules: Sequence[Rule]) -> list[jax.Array]:
+        """Adds up the chunks' gradients where the layers lie, as the stack, each by its rule."""
         stacked = [
             [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in chunk]
             for chunk in grads
         ]
-        return [self._collect(list(leaves)) for leaves in zip(*stacked, strict=True)]
+        leaves = zip(*stacked, strict=True)
+        return [self._collect(list(leaf), rule) for leaf, rule in zip(leaves, rules, strict=True)]
 
-    def _collect(self, chunks: list[jax.Array]) -> jax.Array:
+    def _collect(self, chunks: list[jax.Array], rule: Rule) -> jax.Array:
         if self.is_sharded:
-            return self._return(chunks)
-        total = jnp.zeros((self.num_layers, *chunks[0].shape[1:]), chunks[0].dtype)
+            return self._return(chunks, rule)
+        total = rule.start((self.num_layers, *chunks[0].shape[1:]), chunks[0].dtype)
         for chunk, leaf in enumerate(chunks):
             start = self._slab_start(self._my_stage(chunk))
-            mine = lax.dynamic_slice_in_dim(total, start, self.max_layers) + leaf
+            mine = rule.combine(lax.dynamic_slice_in_dim(total, start, self.max_layers), leaf)
             total = lax.dynamic_update_slice_in_dim(total, mine, start, 0)
-        return lax.psum(total, self.axis)
+        return rule.over([total], (self.axis,))[0]
 
-    def _return(self, chunks: list[jax.Array]) -> jax.Array:
+    def _return(self, chunks: list[jax.Array], rule: Rule) -> jax.Array:
         """Takes the ways of `_fetch` back, adding what comes to what is there."""
         size, num_places = self.max_layers, self.num_chunks * self.max_layers
-        # Behind the last place lie zeros, for ranks that got nothing and so send nothing.
+        # Behind the last place lies nothing, for ranks that got nothing and so send nothing.
         spare = max(way.count for way in self._rounds)
-        stack = _join([*chunks, jnp.zeros((spare, *chunks[0].shape[1:]), chunks[0].dtype)])
+        stack = _join([*chunks, rule.start((spare, *chunks[0].shape[1:]), chunks[0].dtype)])
         total = None
         for way in self._rounds:
             place = self._mine(np.where(way.place < 0, num_places, way.place))
@@ -168,14 +177,17 @@ class Stack(Spread):
                 piece = _slice(stack, place, way.count)
             if not way.stays:
                 piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in way.pairs])
+                if rule.nothing and (way.target < 0).any():
+                    # A rank that sent nothing gets zeros back.
+                    sent = self._mine((way.target >= 0).astype(int)) > 0
+                    piece = jnp.where(sent, piece, rule.nothing)
             if way.count == self.shard_layers:
-                total = piece if total is None else total + piece
+                total = piece if total is None else rule.combine(total, piece)
                 continue
             if total is None:
-                total = jnp.zeros((self.shard_layers, *piece.shape[1:]), piece.dtype)
-            # A rank that sent nothing gets zeros back.
+                total = rule.start((self.shard_layers, *piece.shape[1:]), piece.dtype)
             first = self._mine(way.first)
-            mine = _slice(total, first, way.count) + piece
+            mine = rule.combine(_slice(total, first, way.count), piece)
             total = lax.dynamic_update_slice_in_dim(total, mine, first, 0)
         assert total is not None
         return total

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import accumulators
 from dualpipe_jax._executor.accumulators import LayerGrads, LayerMetrics, Places
 from dualpipe_jax._executor.delivery import Mail
+from dualpipe_jax._executor.rules import Rule
 from dualpipe_jax._kinds import Kind
 
 PyTree = Any
@@ -67,8 +67,12 @@ class State(NamedTuple):
         block_metrics = [metrics if c == chunk else old for c, old in enumerate(self.block_metrics)]
         return self._replace(aux=loss, block_metrics=block_metrics)
 
-    def add_outside(self, gradients: list[jax.Array]) -> "State":
-        """Adds gradients of ends, then of shared."""
+    def add_outside(self, gradients: list[jax.Array], rules: list[Rule | None]) -> "State":
+        """Adds gradients of ends, then of shared, those that have a rule."""
         num_ends = len(self.ends_grads)
-        sums = _microbatches.add([*self.ends_grads, *self.shared_grads], gradients)
+        totals = [*self.ends_grads, *self.shared_grads]
+        sums = [
+            total if rule is None else rule.add(total, gradient)
+            for total, gradient, rule in zip(totals, gradients, rules, strict=True)
+        ]
         return self._replace(ends_grads=sums[:num_ends], shared_grads=sums[num_ends:])

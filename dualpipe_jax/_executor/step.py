@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import collect, functions, memory, registers
+from dualpipe_jax._executor import collect, functions, memory
 from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.explicit import (
@@ -33,6 +33,8 @@ from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.plan import Plan, by_kind
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor.seeds import make_seeds
+from dualpipe_jax._executor.start import empty_state
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import SENDS, make_tick
 from dualpipe_jax._kinds import Kind
@@ -54,6 +56,8 @@ class Step:
       manual_axes: The axes of which the model's functions use collectives by name.
       param_specs: How parameters lie over the axes: a tree as `_parameters.specs` takes it.
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
+      overwrite: Which parameters their gradients overwrite: a tree as `_parameters.overwritten`
+        takes it.
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
@@ -72,6 +76,7 @@ class Step:
     manual_axes: tuple[str, ...] = ()
     param_specs: PyTree = None
     trainable: PyTree = True
+    overwrite: PyTree = None
     layers_per_stage: tuple[int, ...] | None = None
     unroll_layers: bool | None = None
     output: Callable[..., PyTree] | None = None
@@ -119,8 +124,14 @@ class Step:
         """Shards of the batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
-    def __call__(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> tuple[Any, PyTree]:
-        """Runs the step.
+    def __call__(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        rng: jax.Array | None,
+        loss_scale: jax.Array | None = None,
+    ) -> tuple[Any, PyTree]:
+        """Runs the step; `loss_scale` is a factor of all cotangents, and so of the gradients.
 
         Returns:
           The loss, with metrics if the model gives any, and the gradients in accumulation dtype:
@@ -129,7 +140,7 @@ class Step:
         """
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
-            return replace(self, mesh=mesh)(params, batch, rng)
+            return replace(self, mesh=mesh)(params, batch, rng, loss_scale)
         plan, blocks = self._plan(params), params["blocks"]
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
@@ -139,12 +150,13 @@ class Step:
                 params,
                 batch,
                 rng,
+                loss_scale,
                 mesh=self.mesh,
                 out_shardings=self._out_shardings(params, plan),
             )
         else:
             result, (block_metrics, grads) = self._shard_mapped(
-                params, batch, rng, plan=plan, mesh=self.mesh
+                params, batch, rng, loss_scale, plan=plan, mesh=self.mesh
             )
         if self.output is not None:
             return result, None
@@ -157,21 +169,24 @@ class Step:
 
     def _plan(self, params: PyTree) -> Plan:
         wanted = _parameters.wanted(params, self.trainable)
+        overwritten = _parameters.overwritten(params, self.overwrite)
         specs = _parameters.specs(
             params,
             self.param_specs,
             mesh=self.mesh,
             axis=self.axis,
             manual_axes=self.manual_axes,
+            batch_axes=self.batch_axes,
         )
         kinds = partial(by_kind, self.model, params["blocks"])
-        outside = [part for part in params if part != "blocks"]
-        gather_dims = {
-            part: [_parameters.dim_over(spec, self.axis) for spec in specs[part]]
-            for part in outside
+        from_axes = {self.axis, *self.batch_axes} - set(self.manual_axes)
+        gathers = {
+            part: [_parameters.dims_over(spec, from_axes) for spec in each]
+            for part, each in specs.items()
         }
-        specs |= {
-            part: [_parameters.without(spec, self.axis) for spec in specs[part]] for part in outside
+        specs = {
+            part: [_parameters.without(spec, from_axes) for spec in each]
+            for part, each in specs.items()
         }
         return Plan(
             mesh=self.mesh,
@@ -179,8 +194,9 @@ class Step:
             batch_axes=self.batch_axes,
             manual_axes=self.manual_axes,
             wanted={**wanted, "blocks": kinds(wanted["blocks"])},
+            overwritten={**overwritten, "blocks": kinds(overwritten["blocks"])},
             specs={**specs, "blocks": kinds(specs["blocks"])},
-            gather_dims=gather_dims,
+            gathers={**gathers, "blocks": kinds(gathers["blocks"])},
             leads={
                 kind: self.axis if stack.is_sharded else None
                 for kind, stack in self.layout.stacks.items()
@@ -204,11 +220,15 @@ class Step:
             slots=self._slots,
             layers=arguments.layers,
             outside=outside,
-            gathered=[
-                leaf
-                for part, dims in plan.gather_dims.items()
-                for leaf in pick(arguments.outside[part], [dim >= 0 for dim in dims])
-            ],
+            gathered=plan.gathered(
+                {
+                    **arguments.outside,
+                    "blocks": {
+                        kind: self.layout.stacks[kind].shard_avals(layer)
+                        for kind, layer in arguments.layers.items()
+                    },
+                }
+            ),
             is_apart=self.layout.is_unrolled,
         )
 
@@ -238,6 +258,7 @@ class Step:
         params: PyTree,
         batch: PyTree,
         rng: Any,
+        loss_scale: Any,
         *,
         plan: Plan,
         mesh: Mesh | AbstractMesh | None = None,
@@ -256,11 +277,11 @@ class Step:
         return jax.shard_map(
             partial(self._run, traced, plan),
             mesh=mesh,
-            in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated),
+            in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated, replicated),
             out_specs=(self._result_spec(), (self.layout.specs, grads_specs)),
             axis_names={self.axis, *self.batch_axes, *self.manual_axes},
             check_vma=False,
-        )(params, batch, rng)
+        )(params, batch, rng, loss_scale)
 
     def _arguments(self, params: PyTree, batch: PyTree, rng: Any, plan: Plan) -> Arguments:
         """Says what the model's functions are given on one device."""
@@ -286,6 +307,8 @@ class Step:
             shard=shard,
             wanted={"shared": [], **{part: plan.wanted[part] for part in outside}},
             wanted_of_layers=plan.wanted["blocks"],
+            overwritten={"shared": [], **{part: plan.overwritten[part] for part in outside}},
+            overwritten_of_layers=plan.overwritten["blocks"],
             loss_axes=loss_axes,
         )
 
@@ -303,13 +326,18 @@ class Step:
         return PartitionSpec(tuple(a for a in rows if axes is None or a in axes) or None)
 
     def _run(
-        self, traced: Functions, plan: Plan, params: PyTree, batch: PyTree, rng: Any
+        self,
+        traced: Functions,
+        plan: Plan,
+        params: PyTree,
+        batch: PyTree,
+        rng: Any,
+        loss_scale: Any,
     ) -> tuple[Any, Any]:
         """The program of one device."""
         batches = _microbatches.split(batch, self.tables.num_microbatches)
-        outside = plan.gather({part: params[part] for part in plan.gather_dims})
-        params = {**outside, "blocks": params["blocks"]}
-        rank, state, weight = self._start(traced, plan, params, batches, rng)
+        params = plan.gather(params)
+        rank, state, weight = self._start(traced, plan, params, batches, rng, loss_scale)
         num_ranks = self.tables.num_ranks
         rows, steady = self._rows(), self.tables.steady
         tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
@@ -360,11 +388,16 @@ class Step:
         return columns | {name: sends[:, i] for i, name in enumerate(SENDS)}
 
     def _start(
-        self, traced: Functions, plan: Plan, params: PyTree, batches: PyTree, rng: Any
+        self,
+        traced: Functions,
+        plan: Plan,
+        params: PyTree,
+        batches: PyTree,
+        rng: Any,
+        loss_scale: Any,
     ) -> tuple[Rank, State, Any]:
         """Brings the parameters to their ranks, and makes empty buffers."""
         model, tables, layout = self.model, self.tables, self.layout
-        outs, gradients = traced.outputs, traced.gradients
         chunks = [
             {kind: (stack, _casts(traced, kind, stack)) for kind, stack in chunk.items()}
             for chunk in layout.fetch(params["blocks"])
@@ -375,15 +408,12 @@ class Step:
         if is_apart:
             chunks = [layout.unstack(chunk) for chunk in chunks]
         weight = None if self.output else _microbatches.total_weight(model, batches)
-        if weight is not None and self.batch_axes:
-            weight = lax.psum(weight, self.batch_axes)
+        if weight is not None:
+            weight = _varying.sum_over(weight, self.batch_axes)
         count = tables.num_microbatches * self.num_shards
-        loss_seed = None
-        if outs.loss is not None:
-            seed_dtype = _microbatches.accumulator_dtype(outs.loss.dtype)
-            # d loss / d head: 1 / count, or 1 / total weight; d loss / d aux: 1 / count.
-            loss_seed = 1 / (jnp.asarray(count) if weight is None else weight).astype(seed_dtype)
-            loss_seed = loss_seed.astype(outs.loss.dtype)
+        loss_seed, aux_seed = make_seeds(
+            traced.outputs, count=count, weight=weight, scale=loss_scale
+        )
         rank = Rank(
             functions=traced,
             layout=layout,
@@ -397,72 +427,21 @@ class Step:
             rng=rng,
             shard=lax.axis_index(self.batch_axes) if self.num_shards > 1 else None,
             loss_seed=loss_seed,
-            aux_seed={
-                kind: None if aux.loss is None else jnp.asarray(1 / count, aux.loss.dtype)
-                for kind, aux in outs.aux.items()
-            },
+            aux_seed=aux_seed,
             delivery=self.delivery,
             num_deferred=self.num_deferred,
             interleaves=platform_of(self.mesh) != "cpu",
             communicates=bool(self.manual_axes),
             poison=self.poison,
         )
-        loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
-        slots = self._slots
-
-        def buffers(name: str) -> dict[Kind, PyTree]:
-            return {
-                kind: registers.allocate_layers(
-                    () if gradients is None else getattr(gradients.block[kind], name),
-                    slots[name],
-                    stack.max_layers,
-                    is_apart=is_apart,
-                    poison=self.poison,
-                )
-                for kind, stack in layout.stacks.items()
-            }
-
-        def outside_grads(part: str) -> list[jax.Array]:
-            if gradients is None or part not in params:
-                return []
-            return _microbatches.zeros_for_sum(pick(params[part], plan.wanted[part]))
-
-        def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
-            leaves = [
-                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)
-            ]
-            assert gradients is not None
-            has_grad = gradients.block[kind].has_grad[: len(leaves)]
-            return layout.zero_sums(kind, pick(leaves, has_grad))
-
-        nothing = registers.allocate(outs.x, poison=self.poison)
-        state = State(
-            received=registers.allocate(outs.x, slots["received"], poison=self.poison),
-            residual=buffers("residual"),
-            weight_residual=buffers("weight_residual"),
-            stash=buffers("stash"),
-            deferred=buffers(DEFERRED) if self.num_deferred else dict.fromkeys(layout.stacks, ()),
-            block_grads=[]
-            if gradients is None
-            else [
-                {kind: zero_grads(kind, stack) for kind, stack in params["blocks"].items()}
-                for _ in chunks
-            ],
-            ends_grads=outside_grads("ends"),
-            shared_grads=outside_grads("shared"),
-            loss=loss,
-            aux=aux,
-            metrics=metrics,
-            block_metrics=[
-                {
-                    kind: layout.zero_sums(kind, jax.tree.leaves(aux.metrics))
-                    for kind, aux in outs.aux.items()
-                }
-                for _ in chunks
-            ],
-            from_left=nothing,
-            from_right=nothing,
-            mail=None if self.delivery is None else self.delivery.start(outs.applied),
+        state = empty_state(
+            traced,
+            layout,
+            params,
+            slots=self._slots,
+            wanted=plan.wanted,
+            delivery=self.delivery,
+            poison=self.poison,
         )
         return rank, state, weight
 
@@ -471,7 +450,7 @@ class Step:
     ) -> tuple[Any, Any]:
         """Sums over ranks and shards, and brings what belongs to layers back to their places."""
         sums = state.loss, state.aux, state.metrics
-        loss, aux, metrics = lax.psum(sums, (self.axis, *self.batch_axes))
+        loss, aux, metrics = _varying.sum_over(sums, (self.axis, *self.batch_axes))
         count = self.tables.num_microbatches * self.num_shards
         loss = _microbatches.loss_of_sums(loss, aux, weight, count)
         grads = None

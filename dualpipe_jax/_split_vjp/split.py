@@ -55,6 +55,7 @@ class SplitVjp:
       is_early: For every leaf of params, whether its gradient is made with the input gradient, by
         an equation that makes both. Where `is_late` holds too, the gradient is the sum of the two.
       is_late: For every leaf of params, whether its gradient waits for the weight grad's turn.
+      is_sum: For every leaf of params, whether its gradient is a sum over several uses.
       reduce_axes: For every leaf of params, the mesh axes over which its gradient is still to be
         summed.
       casts: The leaves of params that the block casts to smaller dtypes, as (place, dtype): `cast`
@@ -74,6 +75,7 @@ class SplitVjp:
     deferred: tuple[Any, ...]
     is_early: tuple[bool, ...]
     is_late: tuple[bool, ...]
+    is_sum: tuple[bool, ...]
     reduce_axes: tuple[tuple[str, ...], ...]
     casts: tuple[tuple[int, Any], ...]
     is_read: tuple[bool, ...]
@@ -129,6 +131,7 @@ def split_vjp(
     backward = [n for n in nodes if n.when is When.BACKWARD]
     # Not every gradient depends on the cotangents: a custom_vjp may make its own.
     has_grad = tuple(isinstance(v, int) and v not in graph.zeros for v in trace.dparams)
+    sums = {v for n in nodes if n.name == "add_any" for v in n.outputs}
     for_dx = needed(backward, trace.dx)
     parts = [
         part_early(graph, backward, for_dx, v) if h and isinstance(v, int) else (None, None)
@@ -191,6 +194,7 @@ def split_vjp(
         deferred=tuple(sorted(deferred)),
         is_early=tuple(v is not None for v, _ in parts),
         is_late=tuple(v is not None for _, v in parts),
+        is_sum=tuple(v in sums for v in trace.dparams),
         forward_nodes=finish_chains(
             graph,
             with_effects(nodes, needed(known, [*trace.y, *trace.aux, *trace.metrics, *kept])),
@@ -323,6 +327,7 @@ def _assemble(
     deferred: tuple[int, ...],
     is_early: tuple[bool, ...],
     is_late: tuple[bool, ...],
+    is_sum: tuple[bool, ...],
     forward_nodes: list[Node],
     input_nodes: list[Node],
     weight_nodes: list[Node],
@@ -405,6 +410,7 @@ def _assemble(
         deferred=tuple(avals[v] for v in deferred),
         is_early=is_early,
         is_late=is_late,
+        is_sum=is_sum,
         reduce_axes=tuple(trace.reduce_axes),
         casts=tuple(casts),
         is_read=_find_reads(trace.params, casts, (*forward_nodes, *input_nodes, *weight_nodes)),

@@ -23,19 +23,22 @@ class Ends(nn.Module):
 
     width: int
     vocabulary: int = VOCABULARY
+    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         init = nn.initializers.normal(0.02)
-        self.embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
-        self.norm = nn.LayerNorm()
+        self.embedding = nn.Embed(
+            self.vocabulary, self.width, embedding_init=init, dtype=self.dtype
+        )
+        self.norm = nn.LayerNorm(dtype=self.dtype)
 
     def embed(self, text: jax.Array) -> jax.Array:
-        """Maps int32[batch, length] to float32[batch, length, width]."""
+        """Maps int32[batch, length] to dtype[batch, length, width]."""
         return self.embedding(text)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Maps float32[batch, length, width] to float32[batch, length, vocabulary]."""
-        return self.embedding.attend(self.norm(x))
+        """Maps dtype[batch, length, width] to float32[batch, length, vocabulary]."""
+        return self.embedding.attend(self.norm(x)).astype(jnp.float32)
 
     def __call__(self, text: jax.Array) -> jax.Array:
         return self.logits(self.embed(text))
@@ -45,18 +48,21 @@ class Block(nn.Module):
     """One layer: causal self-attention, then an MLP, each behind a norm and beside a residual."""
 
     heads: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, bias = x.shape[-1], _causal_bias(heads=self.heads, length=x.shape[-2])
         attention = nn.MultiHeadDotProductAttention(
             num_heads=self.heads,
+            dtype=self.dtype,
             attention_fn=functools.partial(nn.dot_product_attention, bias=bias),
         )
-        attended: Any = attention(nn.LayerNorm()(x))
+        norm, dense = (functools.partial(c, dtype=self.dtype) for c in (nn.LayerNorm, nn.Dense))
+        attended: Any = attention(norm()(x))
         x = x + attended
-        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
-        return x + nn.Dense(width)(hidden)
+        hidden = nn.gelu(dense(4 * width)(norm()(x)))
+        return x + dense(width)(hidden)
 
 
 def _causal_bias(*, heads: int, length: int) -> jax.Array:
@@ -71,12 +77,13 @@ def _causal_bias(*, heads: int, length: int) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A model of given sizes: its parameters, and what is computed with them."""
+    """A model of given sizes: its parameters, in float32, and what is computed with them."""
 
     layers: int
     width: int
     heads: int
     vocabulary: int = VOCABULARY
+    dtype: Any = jnp.float32
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Makes parameters, those of the blocks stacked over the layers."""
@@ -115,13 +122,13 @@ class LanguageModel:
 
     @property
     def _ends(self) -> Ends:
-        return Ends(width=self.width, vocabulary=self.vocabulary)
+        return Ends(width=self.width, vocabulary=self.vocabulary, dtype=self.dtype)
 
     def _embed(self, ends: Any, text: jax.Array) -> Any:
         return self._ends.apply({"params": ends}, text, method="embed")
 
     def _block(self, block_params: Any, x: jax.Array) -> Any:
-        return Block(heads=self.heads).apply({"params": block_params}, x)
+        return Block(heads=self.heads, dtype=self.dtype).apply({"params": block_params}, x)
 
     def _logits(self, ends: Any, x: jax.Array) -> Any:
         return self._ends.apply({"params": ends}, x, method="logits")

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -36,6 +37,12 @@ SAMPLE_BYTES = 500
 @click.option("--microbatches", type=POSITIVE, default=8, help="Of one step.")
 @click.option("--steps", type=POSITIVE, default=500, help="Updates of the parameters.")
 @flags.language_model(context=128, layers=8, width=96)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="What is computed in; parameters, their gradients and AdamW stay in float32.",
+)
 @click.option(
     "--data",
     "data_path",
@@ -65,6 +72,7 @@ def command(
     heads: int,
     learning_rate: float,
     seed: int,
+    dtype: str,
     data_path: Path | None,
     output: Path,
     eval_every: int,
@@ -107,7 +115,7 @@ def command(
         "ticks"
     )
 
-    model = LanguageModel(layers=layers, width=width, heads=heads)
+    model = LanguageModel(layers=layers, width=width, heads=heads, dtype=jnp.dtype(dtype))
     mesh = jax.make_mesh((len(devices),), (AXIS,), devices=devices)
     pipeline = {"mesh": mesh, "num_microbatches": microbatches, "axis": AXIS}
     optimizer, learning_rate_at = training.make_optimizer(learning_rate=learning_rate, steps=steps)
@@ -121,7 +129,9 @@ def command(
         params = training.place(params, mesh, axis=AXIS)
         state = (params, jax.jit(optimizer.init)(params))
         num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-        console.print(f"model     {num_params:,} parameters, {layers} layers of width {width}")
+        console.print(
+            f"model     {num_params:,} parameters, {layers} layers of width {width}, {dtype}"
+        )
         with console.status("compiling"):
             start = time.perf_counter()
             step = training.compile_step(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dualpipe_jax._executor.rules import LARGEST, SUM
 from dualpipe_jax._executor.spread import spread
 from dualpipe_jax._executor.stack import Stack
 from dualpipe_jax._executor.travel import plan_travel
@@ -101,8 +102,15 @@ def test_fetch_and_collect(name: str, layers_a_rank: int) -> None:
         mine = jnp.asarray(np.where(stage_of < 0, 0, np.diff(firsts)[stage_of]))
         counts = mine[:, jax.lax.axis_index("pipe")]
         inside = [jnp.arange(stack.max_layers) < count for count in counts]
-        grads = [[jnp.where(m[:, None], c, 0)] for m, c in zip(inside, chunks, strict=True)]
-        return [chunk[None] for chunk in chunks], stack.collect(grads)
+        grads = [
+            # Beside gradients to be added up, values below zero of which the largest counts.
+            [
+                jnp.where(m[:, None], value, rule.nothing)
+                for value, rule in ((c, SUM), (-c, LARGEST))
+            ]
+            for m, c in zip(inside, chunks, strict=True)
+        ]
+        return [chunk[None] for chunk in chunks], stack.collect(grads, [SUM, LARGEST])
 
     program = jax.jit(
         jax.shard_map(
@@ -110,7 +118,7 @@ def test_fetch_and_collect(name: str, layers_a_rank: int) -> None:
         )
     )
     blocks = np.stack([np.arange(1.0, num_layers + 1), np.arange(num_layers) ** 2], axis=1)
-    chunks, (total,) = program(blocks)
+    chunks, (total, largest) = program(blocks)
     copies = np.zeros(num_layers)
     for (chunk, rank), stage in np.ndenumerate(stage_of):
         if stage < 0:
@@ -120,6 +128,7 @@ def test_fetch_and_collect(name: str, layers_a_rank: int) -> None:
         np.testing.assert_array_equal(chunks[chunk][rank, : len(want)], want)
         copies[layers] += 1
     np.testing.assert_array_equal(total, blocks * copies[:, None])
+    np.testing.assert_array_equal(largest, -blocks)
     text = program.lower(blocks).compile().as_text()
     assert text is not None
     assert "all-gather" not in text

@@ -1,0 +1,125 @@
+"""bfloat16: what is computed in it, what travels in it, and that nothing is added up in it."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core as jcore
+
+import dualpipe_jax as dpj
+from tests.models import assert_close
+from tests.test_exact import make_mesh, sequential_value_and_grad
+
+WIDTH, HIDDEN, LAYERS, ROWS, NUM_MICROBATCHES = 8, 12, 4, 4, 8
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+
+
+def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    up, down = (params[name].astype(BF16) for name in ("up", "down"))
+    return x + jnp.tanh(x @ up) @ down
+
+
+def head(ends: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    return jnp.square(x @ ends["out"].astype(BF16)).astype(F32).mean()
+
+
+MODEL = dpj.Model(
+    embed=lambda ends, ctx: ctx.microbatch.astype(BF16) @ ends["in"].astype(BF16),
+    block=block,
+    head=head,
+)
+
+
+def make_params(dtype: Any = F32) -> Any:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) / 3, dtype)
+
+    return {
+        "ends": {"in": normal(3, WIDTH), "out": normal(WIDTH, 5)},
+        "blocks": {"up": normal(LAYERS, WIDTH, HIDDEN), "down": normal(LAYERS, HIDDEN, WIDTH)},
+    }
+
+
+def make_batch(num_microbatches: int) -> jax.Array:
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(ROWS * num_microbatches, 3)), F32)
+
+
+def loops(jaxpr: Any) -> list[Any]:
+    """Lists the scans that hold a permute: that over ticks, and that over beats."""
+    found = []
+    for eqn in jaxpr.eqns:
+        for inner in jcore.jaxprs_in_params(eqn.params):
+            if eqn.primitive.name == "scan" and "ppermute" in str(inner):
+                found.append(eqn)
+            found += loops(inner)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("timetable", ["shortest", "aligned"])
+def test_sums_are_carried_in_float32(dtype: Any, timetable: str) -> None:
+    """And x and what a slot keeps of it in bfloat16, whatever the parameters are."""
+    grad_fn = dpj.value_and_grad(
+        MODEL, mesh=make_mesh(2), num_microbatches=NUM_MICROBATCHES, timetable=timetable
+    )
+    params, batch = make_params(dtype), make_batch(NUM_MICROBATCHES)
+    jaxpr = jax.make_jaxpr(grad_fn)(params, batch)
+    # Two layers a stage, two stages a rank.
+    want = dict.fromkeys([(WIDTH, HIDDEN), (HIDDEN, WIDTH)], 4) | dict.fromkeys(
+        [(3, WIDTH), (WIDTH, 5)], 1
+    )
+    found = loops(jaxpr.jaxpr)
+    assert len(found) == (2 if timetable == "aligned" else 1)
+    for scan in found:
+        start, count = scan.params["num_consts"], scan.params["num_carry"]
+        carried = [var.aval for var in scan.invars[start : start + count]]
+        sums = [aval for aval in carried if aval.shape in want]
+        assert {aval.dtype for aval in sums} == {F32}
+        assert {shape: sum(a.shape == shape for a in sums) for shape in want} == want
+        assert BF16 in {aval.dtype for aval in carried if aval.shape[-2:] == (ROWS, WIDTH)}
+        body = str(scan.params["jaxpr"])
+        permuted = re.findall(r":(\w+)\[[\d,]*\] = ppermute", body)
+        assert permuted
+        assert set(permuted) == {"bf16"}
+        # Weights are cast before the loop: in it no array of their size leaves float32.
+        assert not re.findall(rf":bf16\[{WIDTH},{HIDDEN}\] = convert_element_type", body)
+
+
+@pytest.mark.slow
+def test_float32_weights_computed_with_in_bfloat16() -> None:
+    """As the sequential model with the same casts, over two shards of the data."""
+    params, batch = make_params(), make_batch(NUM_MICROBATCHES)
+    grad_fn = dpj.value_and_grad(
+        MODEL,
+        mesh=make_mesh(2, data=2),
+        num_microbatches=NUM_MICROBATCHES // 2,
+        batch_axes="data",
+    )
+    program = jax.jit(grad_fn).lower(params, batch).compile()
+    got = program(params, batch)
+    want = sequential_value_and_grad(MODEL, NUM_MICROBATCHES)(params, batch)
+    # A gradient is rounded to bfloat16 for each microbatch: to 1 in 256, at other places in either
+    # program, where XLA keeps more than it must.
+    assert_close(got, want, tolerance=1 / 256)
+    sums = re.findall(r" = (.*) all-reduce\(", str(program.as_text()))
+    assert sums
+    assert not [each for each in sums if "bf16" in each]
+
+
+def test_a_sum_of_bfloat16_gradients_is_not_rounded_on_the_way() -> None:
+    """A thousand microbatches that say the same: in bfloat16 a sum of them stops growing at 512."""
+    count, params = 1024, make_params(BF16)
+    batch = jnp.tile(make_batch(1), (count, 1))
+    options: dict[str, Any] = {"mesh": make_mesh(2), "grad_dtype": F32}
+    one = dpj.value_and_grad(MODEL, num_microbatches=1, **options)
+    many = dpj.value_and_grad(MODEL, num_microbatches=count, **options)
+    _, want = jax.jit(one)(params, make_batch(1))
+    _, got = jax.jit(many)(params, batch)
+    # Each of the thousand is rounded to 1 in 256 in a few places, but not their sum.
+    assert_close(got, want, tolerance=1 / 64)

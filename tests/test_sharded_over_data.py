@@ -1,0 +1,190 @@
+"""Parameters over the batch's axes (FSDP): gathered once a step, their gradients scattered once."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P
+from jax.sharding import AxisType
+
+import dualpipe_jax as dpj
+from tests.hlo import collectives
+from tests.models import assert_close
+from tests.test_exact import sequential_value_and_grad
+
+VOCABULARY, WIDTH, HIDDEN, ROWS, LENGTH, LAYERS = 8, 4, 6, 2, 3, 4
+SPECS = {
+    "ends": {"table": P("data"), "out": P(None, ("pipe", "data")), "gain": P()},
+    "blocks": {
+        "up": P("pipe", None, "data"),
+        "down": P("pipe", "data"),
+        "unused": P("pipe", "data"),
+        "index": P("pipe", "data"),
+        "gain": P("pipe"),
+    },
+    "shared": P("data"),
+}
+
+
+def embed(ends: Any, ctx: dpj.Context) -> jax.Array:
+    return ends["table"][ctx.microbatch] * ends["gain"]
+
+
+def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    assert params["up"].shape == (WIDTH, HIDDEN)  # whole, whatever lies where
+    inner = jnp.tanh(x @ params["up"] + ctx.shared) * (1 + params["index"].sum() / 100)
+    return x + params["gain"] * (inner @ params["down"])
+
+
+def head(ends: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    logits = x @ ends["table"].T + x @ ends["out"]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), ctx.microbatch[..., None], -1).mean()
+
+
+MODEL = dpj.Model(embed=embed, block=block, head=head)
+
+
+def make_params(num_layers: int = LAYERS) -> Any:
+    rng = np.random.default_rng(0)
+    ends = {"table": (VOCABULARY, WIDTH), "out": (WIDTH, VOCABULARY), "gain": (WIDTH,)}
+    blocks = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH), "unused": (2,), "gain": ()}
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) * 0.5)
+
+    return {
+        "ends": {name: normal(*shape) for name, shape in ends.items()},
+        "blocks": {
+            **{name: normal(num_layers, *shape) for name, shape in blocks.items()},
+            "index": jnp.arange(2 * num_layers).reshape(num_layers, 2),
+        },
+        "shared": normal(HIDDEN),
+    }
+
+
+def make_batch(num_microbatches: int) -> jax.Array:
+    shape = ROWS * num_microbatches, LENGTH
+    return jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, size=shape))
+
+
+def placed(params: Any, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(
+        lambda spec, branch: jax.device_put(branch, jax.NamedSharding(mesh, spec)),
+        SPECS,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, P),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "says", "schedule"),
+    [
+        (AxisType.Auto, "specs", "dualpipe"),
+        (AxisType.Explicit, "types", "dualpipev"),
+        (AxisType.Explicit, "specs", "1f1b"),
+    ],
+)
+def test_gathered_once_and_scattered_once(kind: AxisType, says: str, schedule: str) -> None:
+    axes = {"pipe": 2, "data": 2, "model": 2}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * 3)
+    params, batch = make_params(), make_batch(8)
+    want = sequential_value_and_grad(MODEL, 8)(params, batch)
+    grad_fn = dpj.value_and_grad(
+        MODEL,
+        mesh=mesh,
+        num_microbatches=4,
+        schedule=schedule,
+        batch_axes="data",
+        param_specs=SPECS if says == "specs" else None,
+    )
+    sharded = placed(params, mesh)
+    program = jax.jit(grad_fn).lower(sharded, batch).compile()
+    got = program(sharded, batch)
+    assert_close(got, want)
+    moved = collectives(str(program.as_text()), axes)
+    assert {(each.kind, each.axes) for each in moved if each.in_loop} == {
+        ("collective-permute", ("pipe",))
+    }
+    if says == "specs" and kind is AxisType.Explicit:
+        # Nothing is asked of where they come from.
+        assert_close(jax.jit(grad_fn)(params, batch), want)
+    for part in ("ends", "blocks"):
+        for name, leaf in sharded[part].items():
+            grad = got[1][part][name]
+            if leaf.dtype == np.float64:
+                assert grad.sharding.is_equivalent_to(leaf.sharding, leaf.ndim), (part, name)
+
+    def sizes(kind: str) -> list[int]:
+        return sorted(math.prod(s) for each in moved if each.kind == kind for s in each.shapes)
+
+    # Results in elements: a device's part of two layers, of out, of shared and of the table.
+    layers, ends = 2 * WIDTH * HIDDEN, WIDTH * VOCABULARY
+    whole, parts = [layers, layers, ends, ends, HIDDEN], [layers // 2, layers // 2, ends // 4]
+    integers = 2 * 2
+    assert sizes("all-gather") == sorted([*whole, integers])
+    # The table and shared are scattered over data, and what is left of them is summed over pipe.
+    assert sizes("reduce-scatter") == sorted([*parts, ends // 2, HIDDEN // 2])
+    sums = [s for each in moved if each.kind == "all-reduce" for s in each.shapes]
+    assert (LAYERS // 2, WIDTH, HIDDEN) not in sums
+    assert (VOCABULARY, WIDTH) not in sums
+
+
+@pytest.mark.slow
+def test_layers_that_do_not_divide_and_forwards_alone() -> None:
+    """Then blocks lie over data alone."""
+    mesh = jax.make_mesh((2, 2), ("pipe", "data"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    params, batch = make_params(3), make_batch(4)
+    options: Any = {"mesh": mesh, "num_microbatches": 2, "batch_axes": "data", "param_specs": SPECS}
+    want = sequential_value_and_grad(MODEL, 4)(params, batch)
+    got = jax.jit(dpj.value_and_grad(MODEL, **options))(params, batch)
+    assert_close(got, want)
+    assert got[1]["blocks"]["up"].sharding.spec == P(None, None, "data")
+    assert_close(jax.jit(dpj.evaluate(MODEL, **options))(params, batch), want[0])
+
+
+def test_memory_counts_what_is_gathered() -> None:
+    mesh = jax.make_mesh((2, 2), ("pipe", "data"), devices=jax.devices()[:4])
+    options: Any = {"mesh": mesh, "num_microbatches": 2, "batch_axes": "data"}
+    terms = [
+        {
+            term.name: term.num_bytes
+            for term in dpj.value_and_grad(MODEL, param_specs=specs, **options)
+            .memory(make_params(), make_batch(4))
+            .terms
+        }
+        for specs in (None, SPECS)
+    ]
+    layers = 2 * (2 * WIDTH * HIDDEN + 2 + 2)
+    ends = 2 * WIDTH * VOCABULARY + HIDDEN
+    assert terms[1].pop("parameters gathered from other devices") == 8 * (layers + ends)
+    assert terms[0] == terms[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (P(("pipe", "data")), ["the layers' dim lies over 'pipe' alone"]),
+        (P(None, None, "data", "data"), ["has 4 entries for 3 dims"]),
+        (P(None, ("data", "model")), ["'data' must come last in its entry"]),
+        (P(None, None, ("model", "data")), ["dim 2 is not divisible by 4 devices"]),
+        (P(None, "other"), ["'other' is none of them"]),
+    ],
+)
+def test_refusals(spec: P, words: list[str]) -> None:
+    mesh = jax.make_mesh((1, 2, 2, 2), ("pipe", "data", "model", "other"))
+    grad_fn = dpj.value_and_grad(
+        MODEL,
+        mesh=mesh,
+        num_microbatches=2,
+        batch_axes="data",
+        manual_axes="model",
+        param_specs={**SPECS, "blocks": {**SPECS["blocks"], "up": spec}},
+    )
+    with pytest.raises(ValueError) as caught:
+        jax.eval_shape(grad_fn, make_params(), make_batch(4))
+    for word in ["batch_axes=('data',)", "params['blocks']['up']", *words]:
+        assert word in str(caught.value)
