@@ -90,6 +90,24 @@ def test_data_parallel(kind: AxisType) -> None:
     assert "all-gather" not in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [(AxisType.Explicit,), (AxisType.Explicit, AxisType.Auto)])
+def test_loss_may_be_left_unread(kinds: tuple[AxisType, ...]) -> None:
+    """By a jitted step over arrays that lie on no mesh yet: then only the step names devices."""
+    axes = ("pipe", "data")[: len(kinds)]
+    mesh = jax.make_mesh(
+        (2,) * len(axes), axes, axis_types=kinds, devices=jax.devices()[: 2 ** len(axes)]
+    )
+    params, batch, model = make_params(scale=(WIDTH,)), make_batch(2), model_of(scaled)
+    grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=2, schedule="gpipe")
+    want = jax.grad(dpj.sequential(model, num_microbatches=2))(params, batch)
+    assert_close(jax.jit(lambda *args: grad_fn(*args)[1])(params, batch), want)
+
+
+def scaled(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    return x + jnp.tanh(x * params["scale"])
+
+
 # --- experts: token t of a row goes to expert t, and comes back ------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -50,7 +51,8 @@ def run_as_auto(
     # Says on which devices, and as which mesh: inside auto_axes there is only an abstract one.
     placed = jax.jit(as_auto, out_shardings=(out_shardings[0], None))
     try:
-        return placed(*args)
+        # JAX drops a result that nobody reads, and with the first one's its knowledge of the devices.
+        return lax.optimization_barrier(placed(*args))
     except NotImplementedError as error:
         if "Closing over" not in str(error):
             raise
