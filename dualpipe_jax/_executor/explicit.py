@@ -51,7 +51,7 @@ def run_as_auto(
     # Says on which devices, and as which mesh: inside auto_axes there is only an abstract one.
     placed = jax.jit(as_auto, out_shardings=(out_shardings[0], None))
     try:
-        # JAX drops a result that nobody reads, and with the first one's its knowledge of the devices.
+        # JAX drops a result that nobody reads, and with the first one what it knows of devices.
         return lax.optimization_barrier(placed(*args))
     except NotImplementedError as error:
         if "Closing over" not in str(error):
