@@ -130,8 +130,9 @@ def run(topology: str, *, names: Sequence[str] = (), console: Console) -> None:
     lines = []
     for name in names or CASES:
         case = CASES[name]
+        with console.status(f"compiling: {case.what}"):
+            report = compile_case(case, topology)
         console.rule(case.what)
-        report = compile_case(case, topology)
         console.print(str(report), markup=False)
         lines.append(describe(f"{name:12}", report))
     console.rule("a trip of the loop")

@@ -20,6 +20,7 @@ _COLUMNS = [
     "dropped",
     "seconds",
 ]
+_WINDOW = 10  # steps of which means are drawn
 _MAIN, _MTP, _GRAY = "#0b6bb5", "#bd4400", "#777777"
 
 
@@ -112,36 +113,39 @@ def summary(log: Log, rate: float, *, last: int = 50) -> str:
 def plot(log: Log, path: Path, *, title: str) -> None:
     """Draws the losses of all runs, and for each the loads of the last layer's experts."""
     rates = list(dict.fromkeys(row.rate for row in log.rows))
-    figure = Figure(figsize=(9.5, 2.2 + 2.2 * len(rates)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9.5, 2.2 + 2.2 * len(rates)), dpi=90, layout="constrained")
     grid = figure.add_gridspec(len(rates), 2)
     losses = figure.add_subplot(grid[:, 0])
     for rate, style in zip(rates, ["-", "--", ":", "-."] * len(rates), strict=False):
         rows = [row for row in log.of_rate(rate) if row.main is not None]
         steps = [row.step for row in rows]
-        for name, color, what in (("main", _MAIN, "next byte"), ("mtp", _MTP, "byte after it")):
-            values = _smooth([getattr(row, name) for row in rows])
+        lines = ("main", _MAIN, "next byte"), ("mtp", _MTP, "byte after it")
+        for name, color, what in lines if rows else ():
+            values = _smooth(np.array([getattr(row, name) for row in rows]))
             label = f"{what}, bias rate {rate:g}"
             losses.plot(steps, values, color=color, linewidth=1.2, linestyle=style, label=label)
         held_out = [(r.step, r.held_out) for r in log.of_rate(rate) if r.held_out is not None]
         marker = "o" if style == "-" else "x"
         label = f"held out, {held_out[-1][1]:.3f} at the end"
         losses.plot(*zip(*held_out, strict=True), marker, color="black", markersize=4, label=label)
-    _finish(losses, "loss, nats a byte (mean of 10 steps)")
+    _finish(losses, f"loss, nats a byte (mean of {_WINDOW} steps)")
     losses.set_title(title, loc="left", fontsize=10)
     losses.legend(frameon=False, fontsize=8)
-    top = max((row.shares[-1].max() for row in log.rows if row.load is not None), default=1.0)
+    first = None  # all have one scale
     for place, rate in enumerate(rates):
-        axes = figure.add_subplot(grid[place, 1])
+        axes = figure.add_subplot(grid[place, 1], sharey=first)
+        first = first or axes
         rows = [row for row in log.of_rate(rate) if row.load is not None]
         if rows:
-            shares = np.stack([row.shares[-1] for row in rows])  # [steps, experts]
-            axes.plot([row.step for row in rows], shares, linewidth=0.8)
+            shares = _smooth(np.stack([row.shares[-1] for row in rows]))  # [steps, experts]
+            axes.plot([row.step for row in rows], shares, linewidth=1.0)
         axes.axhline(1.0, color=_GRAY, linewidth=1.0, linestyle="--")
-        axes.set_ylim(0, top * 1.03)
         axes.set_title(
             f"loads of the last layer's experts, bias rate {rate:g}", loc="left", fontsize=10
         )
-        _finish(axes, "x mean load")
+        _finish(axes, f"x mean load (mean of {_WINDOW} steps)")
+    if first is not None:
+        first.set_ylim(bottom=0)
     figure.savefig(path)
 
 
@@ -153,9 +157,9 @@ def _finish(axes: Any, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _smooth(values: list[float], window: int = 10) -> list[float]:
-    """Takes means over the last few values."""
-    return [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Takes means over the last few steps."""
+    return np.stack([values[max(0, i + 1 - _WINDOW) : i + 1].mean(0) for i in range(len(values))])
 
 
 def _cell(value: Any) -> str:

@@ -392,44 +392,58 @@ def test_multi_token_prediction_shares_embedding_and_output() -> None:
 # --- the whole model -------------------------------------------------------------------------
 
 
+NUM_MICROBATCHES = 8  # on all devices of the experts
+MODELS = {
+    "dropless": TINY,
+    "capacity": replace(TINY, dense_layers=0, expert_layers=2, capacity_factor=0.7),
+}
+
+
+@functools.cache
+def expected(name: str) -> Any:
+    """Parameters, a batch, and what the sequential model makes of them."""
+    params = random_params(MODELS[name].init)
+    batch = np.random.default_rng(3).integers(0, 11, size=(2 * NUM_MICROBATCHES, 6))
+    loss_fn = dpj.sequential(MODELS[name].for_pipeline(), num_microbatches=NUM_MICROBATCHES)
+    return params, batch, jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "num_devices", "capacity_factor"), [(1, 2, None), (2, 2, 0.7), (2, 4, None)]
+    ("name", "ranks", "num_devices", "schedule"),
+    [
+        ("dropless", 1, 2, "gpipe"),
+        ("dropless", 2, 4, "dualpipe"),
+        ("capacity", 2, 2, "1f1b"),
+    ],
 )
-def test_equals_sequential(ranks: int, num_devices: int, capacity_factor: float | None) -> None:
+def test_equals_sequential(name: str, ranks: int, num_devices: int, schedule: str) -> None:
     """Over ranks and experts, dropped choices included: loss, metrics, gradients."""
-    num_microbatches = 2 * ranks
-    sizes = replace(TINY, capacity_factor=capacity_factor)
-    params = random_params(sizes.init)
-    rng = np.random.default_rng(3)
-    batch = jnp.asarray(rng.integers(0, 11, size=(num_microbatches * num_devices * 2, 6)))
-    want = sequential(sizes, num_microbatches * num_devices)(params, batch)
+    sizes = MODELS[name]
+    params, batch, want = expected(name)
     mesh = jax.make_mesh(
         (ranks, num_devices), ("pipe", "expert"), devices=jax.devices()[: ranks * num_devices]
     )
     options: Any = {
         "mesh": mesh,
-        "num_microbatches": num_microbatches,
+        "num_microbatches": NUM_MICROBATCHES // num_devices,
         "batch_axes": "expert",
         "manual_axes": "expert",
         "param_specs": sizes.param_specs(params, "expert"),
     }
+    pipelined = sizes.for_pipeline("expert")
     grad_fn = dpj.value_and_grad(
-        sizes.for_pipeline("expert"), trainable=model.is_trained, **options
+        pipelined, schedule=schedule, trainable=model.is_trained, **options
     )
     got = jax.jit(grad_fn)(params, batch)
     assert_close(got, want)
     metrics = got[0][1].blocks["experts"]
-    np.testing.assert_array_equal(metrics["load"].sum(-1), [batch[:, 1:].size * CHOSEN] * 3)
-    assert (metrics["dropped"] > 0).all() == (capacity_factor is not None)
-    if num_devices == 4:
-        evaluate = dpj.evaluate(sizes.for_pipeline("expert"), **options)
-        assert_close(jax.jit(evaluate)(params, batch), want[0])
-
-
-def sequential(sizes: DeepSeekMini, num_microbatches: int) -> Callable[..., Any]:
-    loss_fn = dpj.sequential(sizes.for_pipeline(), num_microbatches=num_microbatches)
-    return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    num_choices = batch[:, 1:].size * CHOSEN
+    np.testing.assert_array_equal(metrics["load"].sum(-1), [num_choices] * sizes.expert_layers)
+    is_short = sizes.capacity_factor is not None
+    np.testing.assert_array_equal(np.asarray(metrics["dropped"]) > 0, is_short)
+    if ranks == 1:
+        assert_close(jax.jit(dpj.evaluate(pipelined, **options))(params, batch), want[0])
 
 
 def test_experts_that_do_not_divide_are_refused() -> None:
