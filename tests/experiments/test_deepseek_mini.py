@@ -18,7 +18,7 @@ import pytest
 from jax import P, lax
 
 import dualpipe_jax as dpj
-from experiments.deepseek_mini import dispatch, model, routing
+from experiments.deepseek_mini import dispatch, model, preflight, routing
 from experiments.deepseek_mini.deepseek_mini import main
 from experiments.deepseek_mini.layers import LatentAttention, rotate
 from experiments.deepseek_mini.model import DeepSeekMini
@@ -455,6 +455,25 @@ def test_experts_that_do_not_divide_are_refused() -> None:
     run = jax.shard_map(lambda x: layer(params, x, None)[0], mesh=mesh, in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match=r"experts=6: must be divisible by the 4 devices .*mesh"):
         jax.eval_shape(run, jnp.zeros((1, 3, 8)))
+
+
+@pytest.mark.slow
+def test_preflight_counts_the_exchanges_of_the_steady_loop() -> None:
+    """Compiled for CPUs, which hide nothing."""
+    case = preflight.Case(
+        what="tiny",
+        sizes=replace(TINY, dense_layers=0, expert_layers=2, capacity_factor=1.0),
+        rows=1,
+        context=4,
+        num_microbatches=6,
+    )
+    report = preflight.compile_case(case, "cpu:4", axes={"pipe": 2, "expert": 2})
+    assert report.loop.kind == "steady"
+    line = preflight.describe("tiny", report)
+    # Two beats of a layer: there and back, in the forward, again in the backward, and its own two.
+    # Of two ranks only one beat sends anything.
+    assert "12 all-to-all (0 asynchronous, 0 hidden)" in line
+    assert "2 collective-permute (0 asynchronous, 0 hidden)" in line
 
 
 # --- the script ------------------------------------------------------------------------------
