@@ -19,14 +19,17 @@ EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare benchmark idle memory ends zero precision overlap test test-outside \
-	lint format clean
+.PHONY: help train deepseek compare benchmark idle memory ends zero precision overlap test \
+	test-outside lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train a small language model with DualPipe (options: ARGS="--steps 10")
 	@$(BIN)/python experiments/train_lm/train_lm.py $(ARGS)
+
+deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape (options: ARGS="--steps 10")
+	@$(BIN)/python experiments/deepseek_mini/deepseek_mini.py $(ARGS)
 
 compare: $(READY)  ## train one small model with every schedule and compare (options: ARGS="--ranks 2")
 	@$(BIN)/python experiments/compare_schedules/compare_schedules.py $(ARGS)

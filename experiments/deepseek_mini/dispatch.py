@@ -1,0 +1,258 @@
+"""Tokens to their experts, on whatever device these are, and back: capacity and dropless modes.
+
+In: tokens, their routing, the kernels of this device's experts. Out: for each token the sum over
+its experts of gate times output, and how many choices were dropped.
+
+A choice is a token beside one of its experts: choice c is token c // chosen. Choices move to slots,
+sorted by expert, and slots to the experts' devices by an all-to-all over a mesh axis. Device e has
+the experts e * local to (e + 1) * local - 1. Each device sorts and counts its own tokens only.
+
+All moves are gathers, forward and backward (`take_rows`), and sizes are static: in capacity mode
+each device has `capacity` slots for each expert; in dropless mode as many for each device as it may
+have choices for it at the worst.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from experiments.deepseek_mini.routing import Routing
+
+# [experts, width, hidden] for "gate" and "up", [experts, hidden, width] for "down".
+Kernels = Mapping[str, jax.Array]
+
+
+def every_expert(x: jax.Array, routing: Routing, kernels: Kernels) -> jax.Array:
+    """Runs every expert on every token: the plain meaning of both modes, at many times the cost.
+
+    Args:
+      x: [tokens, width].
+      routing: As of `routing.route`.
+      kernels: Of all experts.
+    """
+    out = swiglu(jnp.broadcast_to(x, (len(kernels["up"]), *x.shape)), kernels)
+    is_chosen = jax.nn.one_hot(routing.experts, len(out), dtype=routing.gates.dtype)
+    gates = jnp.einsum("tke,tk->te", is_chosen, routing.gates)
+    return jnp.einsum("etd,te->td", out.astype(gates.dtype), gates).astype(x.dtype)
+
+
+def capacity_of(num_tokens: int, *, num_chosen: int, num_experts: int, factor: float) -> int:
+    """Gives the slots for each expert: `factor` times the mean number of choices, rounded up."""
+    return math.ceil(factor * num_tokens * num_chosen / num_experts)
+
+
+def with_capacity(
+    x: jax.Array,
+    routing: Routing,
+    kernels: Kernels,
+    *,
+    num_experts: int,
+    capacity: int,
+    axis: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the chosen experts on up to `capacity` choices each from every device.
+
+    Of too many choices those with the smallest gates are dropped: their expert adds nothing to
+    the token (DeepSeek-V2, arXiv:2405.04434, section 2.2.4).
+
+    Args:
+      x: [tokens, width], this device's.
+      routing: Theirs.
+      kernels: Of this device's experts.
+      num_experts: On all devices.
+      capacity: Slots for each expert.
+      axis: The mesh axis of the experts; None if all are here.
+
+    Returns:
+      y, as x, and how many choices of this device were dropped, an int32 scalar.
+    """
+    num_tokens, num_chosen = routing.experts.shape
+    num_choices, num_slots = num_tokens * num_chosen, num_experts * capacity
+    by_gate = -lax.stop_gradient(routing.gates).reshape(-1)
+    order = jnp.lexsort((by_gate, routing.experts.reshape(-1))).astype(jnp.int32)
+    expert = routing.experts.reshape(-1)[order]
+    counts = _count(routing.experts, num_experts)
+    place = jnp.arange(num_choices, dtype=jnp.int32) - _starts(counts)[expert]
+    slot = jnp.where(place < capacity, expert * capacity + place, num_slots)
+    slot_of_choice = _inverse(order, slot, num_choices)
+    choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
+
+    sent = take_rows(jnp.repeat(x, num_chosen, axis=0), choice_of_slot, slot_of_choice)
+    sent = sent.reshape(-1, len(kernels["up"]), capacity, x.shape[-1])  # [device, local, slot, d]
+    received = _exchange(sent, axis)
+    grouped = received.swapaxes(0, 1).reshape(len(kernels["up"]), -1, x.shape[-1])
+    out = swiglu(grouped, kernels).reshape(received.swapaxes(0, 1).shape)
+    out = _exchange(out.swapaxes(0, 1), axis).reshape(num_slots, -1)
+    chosen = take_rows(out, slot_of_choice, choice_of_slot)
+    dropped = jnp.maximum(counts - capacity, 0).sum(dtype=jnp.int32)
+    return _combine(chosen, routing), dropped
+
+
+def dropless(
+    x: jax.Array,
+    routing: Routing,
+    kernels: Kernels,
+    *,
+    num_experts: int,
+    axis: str | None = None,
+    is_ragged: bool = False,
+) -> jax.Array:
+    """Runs the chosen experts on all choices: matmuls in groups, `jax.lax.ragged_dot`.
+
+    Args:
+      x: [tokens, width], this device's.
+      routing: Theirs.
+      kernels: Of this device's experts.
+      num_experts: On all devices.
+      axis: The mesh axis of the experts; None if all are here.
+      is_ragged: Whether only what is there is sent, by `jax.lax.ragged_all_to_all`, and not the
+        empty slots too. See `has_ragged`.
+
+    Returns:
+      y, as x.
+    """
+    num_choices, num_chosen = routing.experts.size, routing.experts.shape[1]
+    order = jnp.argsort(routing.experts.reshape(-1), stable=True).astype(jnp.int32)
+    counts = _count(routing.experts, num_experts)
+    place = jnp.arange(num_choices, dtype=jnp.int32)
+    if axis is None:
+        place_of_choice = _inverse(order, place, num_choices)
+        sent = take_rows(jnp.repeat(x, num_chosen, axis=0), order, place_of_choice)
+        out = grouped_swiglu(sent, kernels, counts)
+        return _combine(take_rows(out, place_of_choice, order), routing)
+
+    num_devices, num_local = lax.axis_size(axis), len(kernels["up"])
+    limit = len(x) * min(num_chosen, num_local)  # a token's experts are all different
+    counts = counts.reshape(num_devices, num_local)
+    sizes = counts.sum(1, dtype=jnp.int32)
+    device = routing.experts.reshape(-1)[order] // num_local
+    slot = place if is_ragged else device * limit + place - _starts(sizes)[device]
+    num_slots = num_choices if is_ragged else num_devices * limit
+    slot_of_choice = _inverse(order, slot, num_choices)
+    choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
+    sent = take_rows(jnp.repeat(x, num_chosen, axis=0), choice_of_slot, slot_of_choice)
+
+    their_counts = lax.all_to_all(counts, axis, 0, 0, tiled=True)  # [from device, local]
+    their_sizes = their_counts.sum(1, dtype=jnp.int32)
+    if is_ragged:
+        received = _ragged(
+            sent,
+            num_devices * limit,
+            input_offsets=_starts(sizes),
+            send_sizes=sizes,
+            output_offsets=jnp.full_like(sizes, limit) * lax.axis_index(axis),
+            recv_sizes=their_sizes,
+            axis=axis,
+        )
+    else:
+        received = _exchange(sent.reshape(num_devices, limit, -1), axis).reshape(
+            num_devices * limit, -1
+        )
+    # Rows came sorted by expert from each device; empty slots stand for an expert beyond the last.
+    ends = jnp.cumsum(their_counts, 1)
+    expert = (jnp.arange(limit)[:, None] >= ends[:, None]).sum(-1)  # [from device, slot]
+    by_expert = jnp.argsort(expert.reshape(-1), stable=True).astype(jnp.int32)
+    rows = jnp.arange(num_devices * limit, dtype=jnp.int32)
+    back = _inverse(by_expert, rows, len(rows))
+    out = grouped_swiglu(
+        take_rows(received, by_expert, back), kernels, their_counts.sum(0, dtype=jnp.int32)
+    )
+    out = take_rows(out, back, by_expert)
+    if is_ragged:
+        out = _ragged(
+            out,
+            num_slots,
+            input_offsets=jnp.arange(num_devices, dtype=jnp.int32) * limit,
+            send_sizes=their_sizes,
+            output_offsets=lax.all_to_all(_starts(sizes), axis, 0, 0, tiled=True),
+            recv_sizes=sizes,
+            axis=axis,
+        )
+    else:
+        out = _exchange(out.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
+    return _combine(take_rows(out, slot_of_choice, choice_of_slot), routing)
+
+
+def has_ragged(platform: str) -> bool:
+    """Whether `jax.lax.ragged_all_to_all` runs there: on TPUs and GPUs, not on CPUs."""
+    return platform in ("tpu", "gpu", "cuda")
+
+
+def swiglu(x: jax.Array, kernels: Kernels) -> jax.Array:
+    """Runs expert e on `x[e]`: [experts, rows, width] to the same."""
+    gate, up, down = (kernels[name].astype(x.dtype) for name in ("gate", "up", "down"))
+    hidden = jax.nn.silu(jnp.einsum("erd,edh->erh", x, gate))
+    hidden = hidden * jnp.einsum("erd,edh->erh", x, up)
+    return jnp.einsum("erh,ehd->erd", hidden, down)
+
+
+def grouped_swiglu(x: jax.Array, kernels: Kernels, sizes: jax.Array) -> jax.Array:
+    """Runs the first expert on the first `sizes[0]` rows, and so on; [rows, width] to the same.
+
+    What comes of rows beyond the last group is not to be used; nothing else depends on them.
+    """
+    gate, up, down = (kernels[name].astype(x.dtype) for name in ("gate", "up", "down"))
+    hidden = jax.nn.silu(lax.ragged_dot(x, gate, sizes)) * lax.ragged_dot(x, up, sizes)
+    return lax.ragged_dot(hidden, down, sizes)
+
+
+@jax.custom_vjp
+def take_rows(values: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Takes `values[index]`, or zeros where `index` is the number of rows.
+
+    The derivative is a gather too, not the scatter that JAX would make of it.
+
+    Args:
+      values: [rows, width].
+      index: int32[taken]; none but the number of rows stands in it twice.
+      inverse: int32[rows], where in `index` each row stands, or `taken` if it does not.
+    """
+    del inverse
+    return values.at[index].get(mode="fill", fill_value=0)
+
+
+def _take_rows_forward(values: jax.Array, index: jax.Array, inverse: jax.Array) -> Any:
+    return take_rows(values, index, inverse), (index, inverse)
+
+
+def _take_rows_backward(residual: Any, cotangent: jax.Array) -> Any:
+    index, inverse = residual
+    return take_rows(cotangent, inverse, index), None, None
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+def _combine(chosen: jax.Array, routing: Routing) -> jax.Array:
+    """Adds up gate times output: [choices, width] to [tokens, width]."""
+    outputs = chosen.reshape(*routing.gates.shape, -1).astype(routing.gates.dtype)
+    return jnp.einsum("tkd,tk->td", outputs, routing.gates).astype(chosen.dtype)
+
+
+def _exchange(values: jax.Array, axis: str | None) -> jax.Array:
+    """Sends `values[e]` to device e: [to device, ...] to [from device, ...]."""
+    return values if axis is None else lax.all_to_all(values, axis, 0, 0, tiled=True)
+
+
+def _ragged(values: jax.Array, num_rows: int, *, axis: str, **where: jax.Array) -> jax.Array:
+    zeros = jnp.zeros((num_rows, values.shape[1]), values.dtype)
+    zeros = lax.pcast(zeros, axis, to="varying")
+    return lax.ragged_all_to_all(values, zeros, axis_name=axis, **where)
+
+
+def _count(experts: jax.Array, num_experts: int) -> jax.Array:
+    return jax.nn.one_hot(experts, num_experts, dtype=jnp.int32).sum((0, 1), dtype=jnp.int32)
+
+
+def _starts(sizes: jax.Array) -> jax.Array:
+    """Gives where each of groups that follow one another begins."""
+    return jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+
+
+def _inverse(index: jax.Array, values: jax.Array, size: int, missing: int = 0) -> jax.Array:
+    """Puts `values[i]` at `index[i]` of an array of `missing`s, if it is in there."""
+    return jnp.full(size, missing, values.dtype).at[index].set(values, mode="drop")
