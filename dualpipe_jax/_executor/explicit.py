@@ -30,6 +30,12 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
     return None if device is None else device.platform
 
 
+def device_kind_of(mesh: Mesh | AbstractMesh) -> str | None:
+    """Names the kind of a mesh's devices, such as "TPU v5 lite"; None if it is not known."""
+    device = mesh.abstract_mesh.abstract_device
+    return None if device is None else device.device_kind
+
+
 def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Lists the axes of the mesh that are Explicit, as those of `jax.make_mesh` are."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)

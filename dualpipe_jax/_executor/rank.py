@@ -44,6 +44,7 @@ class Rank:
       num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
       interleaves: Whether a beat's F and I are to run side by side, on devices that can.
       communicates: Whether the model's functions may have collectives of their own.
+      device_kind: The kind of the devices, such as "TPU v5 lite", or None.
       poison: Whether to overwrite what is dead with values that spread, in tests.
     """
 
@@ -61,6 +62,7 @@ class Rank:
     num_deferred: int = 0
     interleaves: bool = False
     communicates: bool = False
+    device_kind: str | None = None
     poison: bool = False
 
     @property

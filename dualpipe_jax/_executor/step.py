@@ -23,6 +23,7 @@ from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.explicit import (
     context_mesh,
+    device_kind_of,
     explicit_axes,
     platform_of,
     run_as_auto,
@@ -432,6 +433,7 @@ class Step:
             num_deferred=self.num_deferred,
             interleaves=platform_of(self.mesh) != "cpu",
             communicates=bool(self.manual_axes),
+            device_kind=device_kind_of(self.mesh),
             poison=self.poison,
         )
         state = empty_state(

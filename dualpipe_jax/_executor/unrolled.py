@@ -35,9 +35,10 @@ PyTree = Any
 # reads those waits for the transfers, so that W hides them, and not what the end ranks alone run.
 WeightGrads = Callable[[State, PyTree, PyTree], tuple[State, PyTree, PyTree]]
 _NAMES = "residual", "weight_residual"
-# What a device computes while a link moves a byte, at the published peaks of TPUs: v5e 197 TFLOP/s
-# and 50 GB/s; v5p 459 and 100; v6e 918 and 112.
-_FLOPS_PER_BYTE = 8192
+# What a device computes, in bfloat16 FLOPs, while a link moves a byte, as published: v5e 197
+# TFLOP/s and 50 GB/s; v5p 459 and 100; v6e 918 and 100. Of others much is asked.
+_FLOPS_PER_BYTE = {"TPU v5 lite": 3940, "TPU v5": 4590, "TPU v6 lite": 9180}
+_OF_OTHERS = 10_000
 
 
 def run_beat(
@@ -157,7 +158,7 @@ def _run_weight_grads(
         rank.weight_grad_flops(layer, kept, values, row, chunk)
         for layer, kept, values in stashed[:-1]
     )
-    others_hide = not rank.communicates and _can_hide(flops, arrivals)
+    others_hide = not rank.communicates and _can_hide(flops, arrivals, rank.device_kind)
     for number, (layer, copied, values) in enumerate(stashed):
         kind = layer.kind
         kept = registers.read_layer(buffers[kind], layer.index, row["weight_residual"])
@@ -185,10 +186,10 @@ def _size(x: PyTree) -> int:
     return max((leaf.nbytes for leaf in jax.tree.leaves(x)), default=0)
 
 
-def _can_hide(flops: int, arrivals: PyTree) -> bool:
-    """Whether contractions take longer than the arrivals, one from each side."""
+def _can_hide(flops: int, arrivals: PyTree, device_kind: str | None) -> bool:
+    """Whether contractions take twice as long as the arrivals, one from each side."""
     num_bytes = max(sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in arrivals)
-    return flops >= _FLOPS_PER_BYTE * num_bytes
+    return flops >= 2 * num_bytes * _FLOPS_PER_BYTE.get(device_kind or "", _OF_OTHERS)
 
 
 def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
