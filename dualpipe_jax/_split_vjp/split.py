@@ -194,7 +194,7 @@ def split_vjp(
         deferred=tuple(sorted(deferred)),
         is_early=tuple(v is not None for v, _ in parts),
         is_late=tuple(v is not None for _, v in parts),
-        is_sum=tuple(v in sums for v in trace.dparams),
+        is_sum=tuple(isinstance(v, int) and v in sums for v in trace.dparams),
         forward_nodes=finish_chains(
             graph,
             with_effects(nodes, needed(known, [*trace.y, *trace.aux, *trace.metrics, *kept])),

@@ -75,11 +75,14 @@ def test_bars_of_the_committed_figures() -> None:
 
 @pytest.mark.slow
 def test_small_steps_compiled_for_tpus() -> None:
-    """The pipelined step's transfers are hidden, and the cycles are those of the same layers."""
+    """All transfers have matmuls beside them, and the cycles are those of the same layers.
+
+    Too little to hide them at this width: `test_tpu.py` asks for that at 1024.
+    """
     case = Case(topology="tpu:v5e:2x2", ranks=4, width=256, layers=1, tokens=1024)
     with jax.enable_x64(False):
         row = report.Row.of("permutes", case, steps.pipelined(case), steps.unpipelined(case))
-    assert row.permutes == row.permutes_async == row.permutes_hidden == 4
+    assert row.permutes == row.permutes_async == 4
     assert row.least_cover is not None
     assert row.least_cover > 0
     assert row.cycles is not None
