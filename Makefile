@@ -20,7 +20,7 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help train deepseek compare benchmark idle memory ends zero precision overlap test \
-	test-outside lint format clean
+	test-outside test-gpu lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/
 test-outside:  ## a larger published model, too; brings 1 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \
 		PYTEST_ARGS="tests/flax/outside_qwen3.py" test
+
+test-gpu:  ## what hides collectives on eight H100s; brings 5 GB of packages in an environment of its own
+	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \
+		PYTEST_ARGS="tests/experiments/overlap_on_gpus.py" test
 
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
