@@ -64,7 +64,7 @@ test-outside:  ## a larger published model, too; brings 1 GB of packages in an e
 
 test-gpu:  ## what hides collectives on eight H100s; brings 5 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \
-		PYTEST_ARGS="tests/experiments/overlap_on_gpus.py" test
+		PYTEST_ARGS="tests/experiments/overlap_on_gpus.py tests/preflight/test_gpu.py" test
 
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
