@@ -41,24 +41,15 @@ def evaluate(
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or
       `(loss, Metrics)` if blocks give metrics; equal to `sequential(model, num_microbatches=...)`.
-      It keeps no activations for a backward, so that
-      `jax.grad` cannot go through it; `value_and_grad` is for that.
+      It keeps no activations for a backward, so that `jax.grad` cannot go through it;
+      `value_and_grad` is for that.
 
     Raises:
       ValueError: As `value_and_grad`.
       TypeError: As `value_and_grad`.
     """
-    _validate.is_model(model)
-    axes = Axes.checked(mesh, axis, batch_axes, manual_axes)
-    _validate.positive_int("num_microbatches", num_microbatches)
-    program = forward_only(num_ranks=mesh.shape[axis], num_microbatches=num_microbatches)
-    build = Builder(
-        axes=axes,
-        tables=compile_program(program).tables,
-        model=model,
-        block=block_of(model, "none"),
-        param_specs=param_specs,
-        layers_per_stage=_stage_sizes(layers_per_stage, mesh.shape[axis]),
+    build = _builder(
+        model, mesh, num_microbatches, axis, layers_per_stage, batch_axes, manual_axes, param_specs
     )
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
@@ -113,21 +104,19 @@ def apply(
         microbatch's rows as their leading dim.
       TypeError: As `value_and_grad`.
     """
-    _validate.is_model(model)
-    axes = Axes.checked(mesh, axis, batch_axes, manual_axes)
-    _validate.positive_int("num_microbatches", num_microbatches)
     if output is not None and not callable(output):
         raise TypeError(
             f"output={output!r}: must be a function (ends, x, ctx) -> outputs, or None for x"
         )
-    program = forward_only(num_ranks=mesh.shape[axis], num_microbatches=num_microbatches)
-    build = Builder(
-        axes=axes,
-        tables=compile_program(program).tables,
-        model=model,
-        block=block_of(model, "none"),
-        param_specs=param_specs,
-        layers_per_stage=_stage_sizes(layers_per_stage, mesh.shape[axis]),
+    build = _builder(
+        model,
+        mesh,
+        num_microbatches,
+        axis,
+        layers_per_stage,
+        batch_axes,
+        manual_axes,
+        param_specs,
         output=_hidden if output is None else output,
     )
 
@@ -138,9 +127,33 @@ def apply(
     return apply_fn
 
 
-def _stage_sizes(layers_per_stage: Any, num_ranks: int) -> tuple[int, ...] | None:
-    """Requires a number of layers for each rank, or None: of forwards alone each has a stage."""
-    return stage_sizes(layers_per_stage, num_stages=num_ranks, where=", one a rank")
+def _builder(
+    model: Any,
+    mesh: Any,
+    num_microbatches: Any,
+    axis: Any,
+    layers_per_stage: Any,
+    batch_axes: Any,
+    manual_axes: Any,
+    param_specs: Any,
+    **more: Any,
+) -> Builder:
+    """Checks what the user gave, and compiles the order of forwards from both ends."""
+    _validate.is_model(model)
+    axes = Axes.checked(mesh, axis, batch_axes, manual_axes)
+    _validate.positive_int("num_microbatches", num_microbatches)
+    num_ranks = mesh.shape[axis]
+    program = forward_only(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    return Builder(
+        axes=axes,
+        tables=compile_program(program).tables,
+        model=model,
+        block=block_of(model, "none"),
+        param_specs=param_specs,
+        # Of forwards alone each rank has one stage of a direction.
+        layers_per_stage=stage_sizes(layers_per_stage, num_stages=num_ranks, where=", one a rank"),
+        **more,
+    )
 
 
 def _hidden(ends: PyTree, x: PyTree, ctx: Context) -> PyTree:

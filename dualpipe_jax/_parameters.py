@@ -34,25 +34,8 @@ def wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> di
       ValueError: If the tree does not fit params.
       TypeError: If it holds anything but bools.
     """
-    mask = trainable(params) if callable(trainable) else trainable
-    full = _spread("trainable", mask, params, is_leaf=lambda leaf: leaf is None)
-    raise_all(
-        "trainable: must hold True for what is trained, and False for what is frozen",
-        (
-            f"trainable{keystr(path)} is {show(flag)}"
-            for path, _, flag in full
-            if not isinstance(flag, bool | np.bool_)
-        ),
-        error=TypeError,
-    )
-    return {
-        part: [
-            bool(flag) and is_differentiable(leaf)
-            for path, leaf, flag in full
-            if path[0].key == part
-        ]
-        for part in params
-    }
+    meaning = "True for what is trained, and False for what is frozen"
+    return _differentiable(_flags("trainable", trainable, params, meaning=meaning), params)
 
 
 def overwritten(
@@ -73,17 +56,8 @@ def overwritten(
     """
     if overwrite is None:
         overwrite = jax.tree_util.tree_map_with_path(_is_in_flax_collection, dict(params))
-    mask = overwrite(params) if callable(overwrite) else overwrite
-    full = _spread("overwrite", mask, params, is_leaf=lambda leaf: leaf is None)
-    raise_all(
-        "overwrite: must hold True for what its gradient overwrites, else False",
-        (
-            f"overwrite{keystr(path)} is {show(flag)}"
-            for path, _, flag in full
-            if not isinstance(flag, bool | np.bool_)
-        ),
-        error=TypeError,
-    )
+    meaning = "True for what its gradient overwrites, else False"
+    full = _flags("overwrite", overwrite, params, meaning=meaning)
     raise_all(
         "overwrite: of several new values the largest is taken, so they must be real numbers, of "
         "one layer or of the ends; leave out what is shared or complex",
@@ -93,10 +67,33 @@ def overwritten(
             if flag and (path[0].key == "shared" or np.issubdtype(leaf.dtype, np.complexfloating))
         ),
     )
+    return _differentiable(full, params)
+
+
+def _flags(
+    name: str, flags: PyTree | Callable[[PyTree], PyTree], params: PyTree, *, meaning: str
+) -> list[tuple[Any, Any, Any]]:
+    """Lists the path of every leaf of `params`, the leaf, and the bool that stands for it."""
+    mask = flags(params) if callable(flags) else flags
+    full = _spread(name, mask, params, is_leaf=lambda leaf: leaf is None)
+    raise_all(
+        f"{name}: must hold {meaning}",
+        (
+            f"{name}{keystr(path)} is {show(flag)}"
+            for path, _, flag in full
+            if not isinstance(flag, bool | np.bool_)
+        ),
+        error=TypeError,
+    )
+    return full
+
+
+def _differentiable(flags: list[tuple[Any, Any, Any]], params: PyTree) -> dict[str, list[bool]]:
+    """Says by part which leaves are flagged and can have a gradient."""
     return {
         part: [
             bool(flag) and is_differentiable(leaf)
-            for path, leaf, flag in full
+            for path, leaf, flag in flags
             if path[0].key == part
         ]
         for part in params

@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 
 import dualpipe_jax as dpj
+from experiments import documents
 from experiments.benchmarks import racing, report, variants
 from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
 from experiments.progress import bar
@@ -149,7 +150,7 @@ def command(
     require_agreement(rows)
     console.print(f"agreement {describe_agreement(rows)}", soft_wrap=True)
     if write_readme:
-        report.write_into(HERE / "README.md", table)
+        documents.write_into(HERE / "README.md", table)
         console.print("written   README.md")
 
 

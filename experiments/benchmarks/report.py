@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -11,8 +10,6 @@ from rich.table import Table
 from experiments.benchmarks.racing import Result
 from experiments.benchmarks.tasks import Compiled, Step
 from experiments.benchmarks.variants import LIMITS, RECIPE
-
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +166,3 @@ def to_markdown(rows: Sequence[Row]) -> str:
     rules = ["---" if title in _WORDS else "---:" for title in COLUMNS]
     lines = [COLUMNS, rules, *([cell(row) for cell in COLUMNS.values()] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def write_into(path: Path, text: str) -> None:
-    """Replaces what stands between the two comments of a file.
-
-    Raises:
-      ValueError: If the file has them not once each, in this order.
-    """
-    whole = path.read_text()
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"{path}: must contain {BEGIN} and then {END}, once each; put them back")
-    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")

@@ -48,21 +48,7 @@ from experiments.train_lm.training import make_optimizer
     default=(0.01, 0.0),
     help="By how much a step moves the routers' biases; once for each run.",
 )
-@click.option(
-    "--data",
-    "data_path",
-    type=click.Path(exists=True, path_type=Path),
-    show_default="the sources of Python's standard library",
-    help="A text file, or a folder of them.",
-)
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/deepseek_mini"),
-    help="The folder for the log and the picture.",
-)
-@click.option("--eval-every", type=POSITIVE, default=50, help="Steps between held-out losses.")
-@click.option("--eval-batches", type=POSITIVE, default=8, help="Batches for a held-out loss.")
+@flags.text_and_results(output="runs/deepseek_mini", results="the log and the picture")
 @click.option(
     "--preflight",
     "topology",

@@ -18,10 +18,10 @@ if __name__ == "__main__":  # run as a script, the repository is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dualpipe_jax as dpj
+from experiments import documents
 from experiments.train_lm import flags
 
 README = Path(__file__).with_name("README.md")
-MARKS = "<!-- tables -->", "<!-- end of tables -->"
 AXIS = "pipe"
 # How the ends lie over the ranks: embedding, head.
 LAYOUTS = {
@@ -180,16 +180,11 @@ def idle_table(sizes: Sizes, heads: tuple[float, ...]) -> str:
 def command(write_readme: bool, **options: Any) -> None:
     """Count what embedding and head cost: bytes on a device, and idle time."""
     sizes = Sizes(**options)
-    wrong = [
-        f"{name} {value}: must be a multiple of {count}"
-        for name, value, count in (
-            ("--layers", sizes.layers, 2 * sizes.ranks),
-            ("--vocabulary", sizes.vocabulary, sizes.ranks),
-        )
-        if value % count
-    ]
-    if wrong:
-        raise flags.Refusal(f"{'; '.join(wrong)}, for every stage and rank to have as many")
+    flags.require_multiples(
+        ("--layers", sizes.layers, 2 * sizes.ranks),
+        ("--vocabulary", sizes.vocabulary, sizes.ranks),
+        why="for every stage and rank to have as many",
+    )
     jax.config.update("jax_num_cpu_devices", sizes.ranks)  # read when the backend starts
     tables = "\n\n".join(
         [
@@ -199,9 +194,7 @@ def command(write_readme: bool, **options: Any) -> None:
     )
     click.echo(tables)
     if write_readme:
-        before, _, rest = README.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        README.write_text(f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{after}")
+        documents.write_into(README, tables)
 
 
 def main(args: list[str] | None = None) -> None:

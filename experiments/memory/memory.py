@@ -18,12 +18,12 @@ if __name__ == "__main__":  # run as a script, the repository is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dualpipe_jax as dpj
+from experiments import documents
 from experiments.benchmarks import variants
 from experiments.train_lm import flags
 from experiments.train_lm.model import LanguageModel
 
 README = Path(__file__).with_name("README.md")
-MARKS = "<!-- table -->", "<!-- end of table -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +172,7 @@ def command(write_readme: bool, **options: Any) -> None:
     click.echo(table(rows))
     click.echo(f"\n{account}")
     if write_readme:
-        before, _, rest = README.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        text = f"{MARKS[0]}\n{table(rows)}\n\n```\n{account}\n```\n{MARKS[1]}"
-        README.write_text(before + text + after)
+        documents.write_into(README, f"{table(rows)}\n\n```\n{account}\n```")
 
 
 def main(args: list[str] | None = None) -> None:

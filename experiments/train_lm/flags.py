@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -35,7 +36,7 @@ POSITIVE = click.IntRange(min=1)
 
 def language_model(*, context: int, layers: int, width: int) -> Callable[..., Any]:
     """Adds the flags of the model, its batches and its training, with these defaults."""
-    flags = [
+    return _adding(
         click.option("--batch-size", type=POSITIVE, default=16, help="Windows of text a step."),
         click.option(
             "--context", type=POSITIVE, default=context, help="Bytes that a prediction looks at."
@@ -52,8 +53,51 @@ def language_model(*, context: int, layers: int, width: int) -> Callable[..., An
         click.option(
             "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws."
         ),
-    ]
+    )
 
+
+def text_and_results(*, output: str, results: str) -> Callable[..., Any]:
+    """Adds the flags of the text to learn, of the folder for `results`, and of held-out losses."""
+    return _adding(
+        click.option(
+            "--data",
+            "data_path",
+            type=click.Path(exists=True, path_type=Path),
+            show_default="the sources of Python's standard library",
+            help="A text file, or a folder of them.",
+        ),
+        click.option(
+            "--output",
+            type=click.Path(file_okay=False, path_type=Path),
+            default=Path(output),
+            help=f"The folder for {results}.",
+        ),
+        click.option(
+            "--eval-every", type=POSITIVE, default=50, help="Steps between held-out losses."
+        ),
+        click.option(
+            "--eval-batches", type=POSITIVE, default=8, help="Batches for a held-out loss."
+        ),
+    )
+
+
+def require_multiples(*sizes: tuple[str, int, int], why: str) -> None:
+    """Refuses flags whose value is no multiple of what it has to be.
+
+    Args:
+      *sizes: Each flag, its value, and what it has to be a multiple of.
+      why: What that is for, as the message's end.
+    """
+    wrong = [
+        f"{name} {value}: must be a multiple of {count}"
+        for name, value, count in sizes
+        if value % count
+    ]
+    if wrong:
+        raise Refusal(f"{'; '.join(wrong)}, {why}")
+
+
+def _adding(*flags: Callable[..., Any]) -> Callable[..., Any]:
     def add(command: Any) -> Any:
         for flag in reversed(flags):
             command = flag(command)

@@ -43,21 +43,7 @@ SAMPLE_BYTES = 500
     default="float32",
     help="What is computed in; parameters, their gradients and AdamW stay in float32.",
 )
-@click.option(
-    "--data",
-    "data_path",
-    type=click.Path(exists=True, path_type=Path),
-    show_default="the sources of Python's standard library",
-    help="A text file, or a folder of them.",
-)
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/train_lm"),
-    help="The folder for the log, the pictures and the sample.",
-)
-@click.option("--eval-every", type=POSITIVE, default=50, help="Steps between held-out losses.")
-@click.option("--eval-batches", type=POSITIVE, default=8, help="Batches for a held-out loss.")
+@flags.text_and_results(output="runs/train_lm", results="the log, the pictures and the sample")
 @click.option("--prompt", default="def ", help="What the sample at the end continues.")
 def command(
     *,

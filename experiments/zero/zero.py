@@ -20,10 +20,10 @@ if __name__ == "__main__":  # run as a script, the repository is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dualpipe_jax as dpj
+from experiments import documents
 from experiments.train_lm import flags
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "mesh_axes.md"
-MARKS = "<!-- zero -->", "<!-- end of zero -->"
 P = PartitionSpec
 # How leaves lie when they are the same on all shards of the data, and when they are not.
 WHOLE = {
@@ -215,24 +215,17 @@ def table(rows: dict[str, Bytes]) -> str:
 def command(write_docs: bool, **options: Any) -> None:
     """Count what a device holds, by how much of a step lies over the data axis; in MiB."""
     sizes = Sizes(**options)
-    wrong = [
-        f"{name} {value}: must be a multiple of {count}"
-        for name, value, count in (
-            ("--layers", sizes.layers, sizes.ranks),
-            ("--width", sizes.width, sizes.shards),
-            ("--vocabulary", sizes.vocabulary, sizes.shards),
-        )
-        if value % count
-    ]
-    if wrong:
-        raise flags.Refusal(f"{'; '.join(wrong)}, for every device to have as much")
+    flags.require_multiples(
+        ("--layers", sizes.layers, sizes.ranks),
+        ("--width", sizes.width, sizes.shards),
+        ("--vocabulary", sizes.vocabulary, sizes.shards),
+        why="for every device to have as much",
+    )
     jax.config.update("jax_num_cpu_devices", sizes.ranks * sizes.shards)  # before a backend starts
     text = table({name: measure(sizes, degree) for name, degree in DEGREES.items()})
     click.echo(text)
     if write_docs:
-        before, _, rest = DOCS.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        DOCS.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+        documents.write_into(DOCS, text, name="zero")
 
 
 def main(args: list[str] | None = None) -> None:

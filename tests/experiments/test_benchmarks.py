@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
+from experiments import documents
 from experiments.benchmarks import racing, report, variants
 from experiments.benchmarks.benchmarks import describe_agreement, main, require_agreement
 from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
@@ -190,23 +191,11 @@ def test_what_differs_is_an_error(wrong: dict[str, Any]) -> None:
         require_agreement(rows)
 
 
-def test_the_table_replaces_the_one_before(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
-    path.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
-    for text in ("| a |", "| b |\n"):
-        report.write_into(path, text)
-    assert path.read_text() == f"above\n{report.BEGIN}\n\n| b |\n\n{report.END}\nbelow\n"
-    path.write_text(f"{report.END}\n{report.BEGIN}\n")
-    with pytest.raises(ValueError, match="once each; put them back"):
-        report.write_into(path, "| c |")
-
-
 def test_the_readme_has_a_place_for_the_table() -> None:
-    text = (SCRIPT.parent / "README.md").read_text()
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
-    assert text.index(report.BEGIN) < text.index(report.END)
+    readme = SCRIPT.parent / "README.md"
+    assert documents.read_from(readme).startswith("| ranks")
     for column in list(report.COLUMNS)[3:]:
-        assert column in text or column.endswith("/ recipe")
+        assert column in readme.read_text() or column.endswith("/ recipe")
 
 
 def test_a_task_survives_the_pipe() -> None:
