@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from dualpipe_jax._devices import find_device
 from dualpipe_jax._executor import accumulators, order, registers
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.rank import Rank, Row
@@ -35,10 +36,6 @@ PyTree = Any
 # reads those waits for the transfers, so that W hides them, and not what the end ranks alone run.
 WeightGrads = Callable[[State, PyTree, PyTree], tuple[State, PyTree, PyTree]]
 _NAMES = "residual", "weight_residual"
-# What a device computes, in bfloat16 FLOPs, while a link moves a byte, as published: v5e 197
-# TFLOP/s and 50 GB/s; v5p 459 and 100; v6e 918 and 100. Of others much is asked.
-_FLOPS_PER_BYTE = {"TPU v5 lite": 3940, "TPU v5": 4590, "TPU v6 lite": 9180}
-_OF_OTHERS = 10_000
 
 
 def run_beat(
@@ -187,9 +184,10 @@ def _size(x: PyTree) -> int:
 
 
 def _can_hide(flops: int, arrivals: PyTree, device_kind: str | None) -> bool:
-    """Whether contractions take twice as long as the arrivals, one from each side."""
+    """Whether contractions are known to take twice as long as the arrivals, one from each side."""
+    device = find_device(device_kind)
     num_bytes = max(sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in arrivals)
-    return flops >= 2 * num_bytes * _FLOPS_PER_BYTE.get(device_kind or "", _OF_OTHERS)
+    return device is not None and flops / device.peak_flops >= 2 * num_bytes / device.link
 
 
 def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._preflight.devices import Device
+from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Instruction
 
 Pairs = tuple[tuple[int, int], ...]

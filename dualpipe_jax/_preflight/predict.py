@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from dualpipe_jax import _scopes, schedules
+from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.actions import OTHER, action_of, num_places
-from dualpipe_jax._preflight.devices import Device
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.loops import Found
 from dualpipe_jax._preflight.timing import Collective

@@ -12,8 +12,8 @@ an asynchronous one what its links need beyond the compute between its start and
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.collectives import Found, find_collectives
-from dualpipe_jax._preflight.devices import Device
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.work import Costs, Work, trip_count

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.experimental import topologies as jax_topologies
 
-from dualpipe_jax._preflight.devices import H100, V5E, V5P, V6E, Device
+from dualpipe_jax._devices import H100, V5E, V5P, V6E, Device
 from dualpipe_jax._preflight.h100 import H100_TARGET
 
 _TPUS = {"v5e": V5E, "v5p": V5P, "v6e": V6E}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax._preflight.devices import H100
+from dualpipe_jax._devices import H100
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.timing import Collective, Replay
 from dualpipe_jax._preflight.topologies import is_adjacent_along, num_adjacent

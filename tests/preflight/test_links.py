@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualpipe_jax._preflight.devices import H100
+from dualpipe_jax._devices import H100
 from dualpipe_jax._preflight.hlo import Instruction
 from dualpipe_jax._preflight.links import Network, groups
 from tests.preflight.snippets import TOY, A, network, program

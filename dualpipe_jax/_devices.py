@@ -1,4 +1,4 @@
-"""What is published of the devices that preflight knows: memory, peak, clock, and links.
+"""What is published of some devices: memory, peak, clock, and links.
 
 Links are counted for one direction: what a device can send over one of them while it receives as
 much. Google publishes the sum over a chip's links and both directions.
@@ -13,6 +13,7 @@ class Device:
 
     Attributes:
       name: Its name.
+      kind: What JAX calls it, as `jax.Device.device_kind`.
       memory: Its memory, in bytes.
       peak_flops: Dense bfloat16 FLOPs a second.
       clock: Cycles a second, in which the compiler's estimates count; None without such estimates.
@@ -22,6 +23,7 @@ class Device:
     """
 
     name: str
+    kind: str
     memory: int
     peak_flops: float
     clock: float | None
@@ -44,6 +46,7 @@ _GIB = 2**30
 _MXU_128, _MXU_256 = 2 * 128 * 128, 2 * 256 * 256
 V5E = Device(
     name="TPU v5e",
+    kind="TPU v5 lite",
     memory=16 * _GIB,
     peak_flops=197e12,
     clock=197e12 / (4 * _MXU_128),
@@ -51,6 +54,7 @@ V5E = Device(
 )
 V5P = Device(
     name="TPU v5p",
+    kind="TPU v5",
     memory=95 * _GIB,
     peak_flops=459e12,
     clock=459e12 / (8 * _MXU_128),
@@ -58,6 +62,7 @@ V5P = Device(
 )
 V6E = Device(
     name="TPU v6e",
+    kind="TPU v6 lite",
     memory=32 * _GIB,
     peak_flops=918e12,
     clock=918e12 / (4 * _MXU_256),
@@ -67,9 +72,15 @@ V6E = Device(
 # NVLink 900 GB/s, which is both directions: 450 GB/s each. A host's GPUs share a switch.
 H100 = Device(
     name="H100 SXM",
+    kind="NVIDIA H100 80GB HBM3",
     memory=80 * 10**9,
     peak_flops=989e12,
     clock=None,
     link=900e9 / 2,
     is_switched=True,
 )
+
+
+def find_device(kind: str | None) -> Device | None:
+    """Finds what is published of devices of a kind; None if it is not known here."""
+    return next((each for each in (V5E, V5P, V6E, H100) if each.kind == kind), None)
