@@ -37,6 +37,7 @@ def value_and_grad(
     batch_axes: str | tuple[str, ...] = (),
     manual_axes: str | tuple[str, ...] = (),
     param_specs: PyTree = None,
+    grad_specs: PyTree = None,
     trainable: PyTree | Callable[[PyTree], PyTree] = True,
     overwrite: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> "GradFunction":
@@ -86,6 +87,10 @@ def value_and_grad(
         it is gathered once a step, and its gradient leaves scattered alike. So may any leaf over
         batch_axes that are not manual_axes (FSDP), in any dim but the layers', named after manual
         axes. (Where the axis is an Explicit one, the type of the leaf says so by itself.)
+      grad_specs: How gradients lie: a tree as param_specs; None for as their parameters. A gradient
+        lies as its parameter at least; over more axes, batch_axes and outside of blocks `axis`, it
+        is summed and scattered at once, after the last tick, and not summed on every device (ZeRO's
+        second stage, arXiv:1910.02054, section 5.2).
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
         branches of params, or a function from params to one (as the masks of optax). For the
         others nothing is computed or kept, and their gradient is zeros, which cost nothing inside
@@ -142,6 +147,7 @@ def value_and_grad(
         model=model,
         block=block_of(model, remat),
         param_specs=param_specs,
+        grad_specs=grad_specs,
         trainable=trainable,
         overwrite=overwrite,
         layers_per_stage=layers_per_stage,

@@ -114,6 +114,7 @@ def specs(
     axis: str,
     manual_axes: tuple[str, ...],
     batch_axes: tuple[str, ...] = (),
+    argument: str = "param_specs",
 ) -> dict[str, list[PartitionSpec]]:
     """Says for every leaf over which axes its dims lie: a PartitionSpec, an entry a dim.
 
@@ -130,16 +131,17 @@ def specs(
       axis: The pipeline axis, which may be named for the layers' dim, and is ignored there.
       manual_axes: The axes of which the model's functions see a device's part.
       batch_axes: The axes over which the batch is sharded.
+      argument: What the user calls the tree.
 
     Raises:
       ValueError: If the specs do not fit the parameters or the mesh.
       TypeError: If the tree holds anything but PartitionSpecs.
     """
-    full = _spread("param_specs", param_specs, params, is_leaf=_is_spec)
+    full = _spread(argument, param_specs, params, is_leaf=_is_spec)
     raise_all(
-        "param_specs: must hold a jax.sharding.PartitionSpec for each leaf or branch of params",
+        f"{argument}: must hold a jax.sharding.PartitionSpec for each leaf or branch of params",
         (
-            f"param_specs{keystr(path)} is {show(spec)}"
+            f"{argument}{keystr(path)} is {show(spec)}"
             for path, _, spec in full
             if not _is_spec(spec)
         ),
@@ -175,9 +177,51 @@ def specs(
             problems.append(f"{name}: the layers' dim lies over {axis!r} alone")
         out[path[0].key].append(PartitionSpec(*(entry or None for entry in entries)))
     raise_all(
-        f"param_specs: may name the manual_axes={manual_axes!r}, batch_axes={batch_axes!r}, and "
+        f"{argument}: may name the manual_axes={manual_axes!r}, batch_axes={batch_axes!r}, and "
         f"outside of blocks axis={axis!r}, each once, and must divide the dims (the layers' dim of "
         "blocks counts as the first)",
+        problems,
+    )
+    return out
+
+
+def grad_specs(
+    params: PyTree,
+    grad_specs: PyTree | None,
+    *,
+    like: dict[str, list[PartitionSpec]],
+    **axes: Any,
+) -> dict[str, list[PartitionSpec]]:
+    """Says for every leaf how its gradient lies: as the leaf does, or over more axes than that.
+
+    Args:
+      params: The parameters.
+      grad_specs: A tree of PartitionSpecs as `specs` takes it; None for what lies as its parameter.
+      like: How the parameters lie, as `specs` says.
+      **axes: The axes, as for `specs`.
+
+    Raises:
+      ValueError: If the specs do not fit the parameters, how these lie, or the mesh.
+      TypeError: If the tree holds anything but PartitionSpecs.
+    """
+    if grad_specs is None:
+        return like
+    given = specs(params, grad_specs, argument="grad_specs", **axes)
+    problems: list[str] = []
+    out: dict[str, list[PartitionSpec]] = {part: [] for part in params}
+    rest = {part: zip(given[part], like[part], strict=True) for part in params}
+    for path, leaf, asked in _spread("grad_specs", grad_specs, params, is_leaf=_is_spec):
+        spec, of_leaf = next(rest[path[0].key])
+        out[path[0].key].append(of_leaf if asked is None else spec)
+        entries = [(_names(entry), _names(of)) for entry, of in zip(spec, of_leaf, strict=True)]
+        if asked is not None and any(entry[: len(of)] != of for entry, of in entries):
+            problems.append(
+                f"params{keystr(path)} of shape {leaf.shape}: the gradient's spec is {asked}, that "
+                f"of the parameter {of_leaf}"
+            )
+    raise_all(
+        "grad_specs: a gradient must lie over the axes of its parameter, and may over more, named "
+        "after those in the entry of a dim; None lies as the parameter",
         problems,
     )
     return out

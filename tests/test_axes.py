@@ -241,6 +241,16 @@ TENSOR_SPECS = {
         "down": P(None, "model"),
     },
 }
+# Beside data, gradients lie over it as well.
+TENSOR_GRAD_SPECS = {
+    "ends": {"table": P(None, ("pipe", "data")), "gain": None, "part": P(None, ("model", "data"))},
+    "blocks": {
+        "scale": P("pipe"),
+        "gain": None,
+        "up": P("pipe", "data", "model"),
+        "down": P("pipe", "model", "data"),
+    },
+}
 
 
 @pytest.mark.slow
@@ -262,7 +272,9 @@ def test_tensor_parallel(
     num_shards = axes.get("data", 1)
     batch = make_batch(num_microbatches * num_shards)
     mesh = make_mesh(kind, **axes)
-    more: Any = {"batch_axes": "data"} if num_shards > 1 else {}
+    more: Any = {}
+    if num_shards > 1:
+        more = {"batch_axes": "data", "grad_specs": TENSOR_GRAD_SPECS}
     grad_fn = dpj.value_and_grad(
         model_of(tensor_parallel, head=vocabulary_parallel_head),
         mesh=mesh,
@@ -281,7 +293,11 @@ def test_tensor_parallel(
     want = sequential_value_and_grad(plain, num_microbatches * num_shards)(params, batch)
     params = put(params, mesh, up=P("pipe", None, "model"), down=P("pipe", "model"))
     program = jax.jit(grad_fn).lower(params, batch).compile()
-    assert_close(program(params, batch), want)
+    got = program(params, batch)
+    assert_close(got, want)
+    if num_shards > 1:
+        down, lies = got[1]["blocks"]["down"], jax.NamedSharding(mesh, P("pipe", "model", "data"))
+        assert down.sharding.is_equivalent_to(lies, down.ndim)
     # Activations are summed in the loop, and their cotangents; no gradient of a parameter is.
     sums = [line for line in loop_lines(str(program.as_text())) if " all-reduce(" in line]
     activation = f"f64[{ROWS},{LENGTH},"

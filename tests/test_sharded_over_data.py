@@ -134,6 +134,77 @@ def test_gathered_once_and_scattered_once(kind: AxisType, says: str, schedule: s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [(AxisType.Auto, "dualpipe"), (AxisType.Explicit, "zb-h1")]
+)
+def test_gradients_alone_are_scattered(kind: AxisType, schedule: str) -> None:
+    """ZeRO's second stage: parameters are the same everywhere, gradients are not."""
+    axes = {"pipe": 2, "data": 2, "model": 2}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * 3)
+    params, batch = make_params(), make_batch(8)
+    want = sequential_value_and_grad(MODEL, 8)(params, batch)
+    want[1]["blocks"]["unused"] = jnp.zeros_like(params["blocks"]["unused"])
+    want[1]["shared"] = jnp.zeros_like(params["shared"])
+    grad_fn = dpj.value_and_grad(
+        MODEL,
+        mesh=mesh,
+        num_microbatches=4,
+        schedule=schedule,
+        batch_axes="data",
+        grad_specs={**SPECS, "ends": {**SPECS["ends"], "gain": None}},
+        # What is frozen has zeros as large as its parameter.
+        trainable={"ends": True, "blocks": True, "shared": False},
+    )
+    program = jax.jit(grad_fn).lower(params, batch).compile()
+    got = program(params, batch)
+    assert_close(got, want)
+    for part in ("ends", "blocks"):
+        for name, spec in SPECS[part].items():
+            grad, sharding = got[1][part][name], jax.NamedSharding(mesh, spec)
+            if name != "index":
+                assert grad.sharding.is_equivalent_to(sharding, grad.ndim), (part, name)
+
+    moved = collectives(str(program.as_text()), axes)
+    assert {(each.kind, each.axes) for each in moved if each.in_loop} == {
+        ("collective-permute", ("pipe",))
+    }
+    assert "all-gather" not in {each.kind for each in moved}
+    # A device's part of two layers, of out and of the table, in elements; no whole one is summed.
+    layers, ends = 2 * WIDTH * HIDDEN, WIDTH * VOCABULARY
+    scattered = [math.prod(s) for e in moved if e.kind == "reduce-scatter" for s in e.shapes]
+    assert sorted(scattered) == sorted([layers // 2, layers // 2, ends // 2, ends // 4])
+    sums = [s for each in moved if each.kind == "all-reduce" for s in each.shapes]
+    assert max(map(math.prod, sums)) == ends // 2  # of the table, what is left of it, over pipe
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        (P(), ValueError, ["the gradient's spec is", "that of the parameter"]),
+        (P(None, "data"), ValueError, ["must lie over the axes of its parameter", "['up']"]),
+        (P(None, None, "other"), ValueError, ["grad_specs: may name the", "'other' is none of"]),
+        (P(None, None, "model"), ValueError, ["'model' is none of them"]),
+        (P(None, "data", "data"), ValueError, ["'data' stands twice"]),
+        ("data", TypeError, ["grad_specs['blocks']['up'] is str 'data'"]),
+    ],
+)
+def test_gradients_that_lie_over_less_or_elsewhere(spec: P, error: Any, words: list[str]) -> None:
+    mesh = jax.make_mesh((1, 2, 2, 2), ("pipe", "data", "model", "other"))
+    grad_fn = dpj.value_and_grad(
+        MODEL,
+        mesh=mesh,
+        num_microbatches=2,
+        batch_axes="data",
+        param_specs=SPECS,
+        grad_specs={"ends": None, "blocks": {**SPECS["blocks"], "up": spec}, "shared": None},
+    )
+    with pytest.raises(error) as caught:
+        jax.eval_shape(grad_fn, make_params(), make_batch(4))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.slow
 def test_layers_that_do_not_divide_and_forwards_alone() -> None:
     """Then blocks lie over data alone."""
     mesh = jax.make_mesh((2, 2), ("pipe", "data"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])

@@ -30,12 +30,12 @@ def gradients(rank: Rank, plan: Plan, params: PyTree, state: State) -> dict[str,
       each kind.
     """
     functions, layout = rank.gradients, rank.layout
-    specs, gathers = plan.of_wanted(plan.specs), plan.of_wanted(plan.gathers)
+    specs, scatters = plan.of_wanted(plan.specs), plan.of_wanted(plan.scatters)
     over = plan.summed_over([*specs["ends"], *specs.get("shared", [])])
     summed = _combined(
         [*state.ends_grads, *state.shared_grads],
         [(plan.axis, *o, *m) for o, m in zip(over, functions.reduce_axes, strict=True)],
-        [plan.real(dims) for dims in [*gathers["ends"], *gathers.get("shared", [])]],
+        [plan.real(dims) for dims in [*scatters["ends"], *scatters.get("shared", [])]],
         functions.outside_rules,
     )
     # What neither embed nor head has a gradient of is still what it was at the start.
@@ -52,7 +52,7 @@ def gradients(rank: Rank, plan: Plan, params: PyTree, state: State) -> dict[str,
         has_grad = functions.block[kind].has_grad[: len(leaves)]
         over = plan.summed_over(select(plan.specs["blocks"][kind], has_grad))
         manual = select(functions.block[kind].reduce_axes[: len(leaves)], has_grad)
-        dims = [plan.real(each) for each in plan.gathers["blocks"][kind]]
+        dims = [plan.real(each) for each in plan.scatters["blocks"][kind]]
         axes = [(*o, *m) for o, m in zip(over, manual, strict=True)]
         rules = functions.layer_rules[kind]
         rest = iter(_combined(mine, axes, select(dims, has_grad), rules))

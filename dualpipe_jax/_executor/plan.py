@@ -34,8 +34,8 @@ class Plan:
       wanted: Whether each leaf gets a gradient.
       overwritten: Whether its gradient is a new value, that overwrites it.
       specs: How each leaf lies over the manual axes.
-      gathers: The dims of each leaf that lie over axes from which it is gathered: once, and its
-        gradient is scattered over them.
+      gathers: The dims of each leaf that lie over axes from which it is gathered, once.
+      scatters: The dims of its gradient that are scattered over such axes, once: those, or more.
       leads: The axis over which the layers' dim of each kind's stack lies, or None.
     """
 
@@ -47,6 +47,7 @@ class Plan:
     overwritten: Parts
     specs: Parts
     gathers: Parts
+    scatters: Parts
     leads: dict[Kind, str | None]
 
     @property
@@ -54,21 +55,20 @@ class Plan:
         """The manual axes over which microbatches, and so losses, differ."""
         return tuple(name for name in self.batch_axes if name in self.manual_axes)
 
-    @property
-    def over_mesh(self) -> Parts:
-        """As `specs`, over all the axes that the step names."""
+    def over_mesh(self, dims: Parts) -> Parts:
+        """As `specs`, over all the axes that the step names; `dims` are `gathers` or `scatters`."""
 
-        def of(specs: list[PartitionSpec], gathers: list[Dims]) -> list[PartitionSpec]:
-            return list(map(_parameters.along, specs, gathers))
+        def of(specs: list[PartitionSpec], over: list[Dims]) -> list[PartitionSpec]:
+            return list(map(_parameters.along, specs, over))
 
         blocks = {
             kind: of(
                 [PartitionSpec(self.leads[kind], *spec[1:]) for spec in specs],
-                self.gathers["blocks"][kind],
+                dims["blocks"][kind],
             )
             for kind, specs in self.specs["blocks"].items()
         }
-        outside = {part: of(self.specs[part], self.gathers[part]) for part in self.outside}
+        outside = {part: of(self.specs[part], dims[part]) for part in self.outside}
         return {**outside, "blocks": blocks}
 
     @property
@@ -157,7 +157,7 @@ class Plan:
         }
 
     def grad_shardings(self, params: Parts) -> Parts:
-        """Makes shardings of the gradients over Explicit axes: as their parameters lie."""
+        """Makes shardings of the gradients over Explicit axes: as their parameters, or more."""
 
         def one(leaf: Any, spec: PartitionSpec, over: Dims) -> NamedSharding:
             mine = {self.axis, *self.batch_axes} - set(_parameters.axes_of(spec))
@@ -171,10 +171,10 @@ class Plan:
         for kind, stack in params["blocks"].items():
             lead = self.leads[kind]
             lies: Dims = {} if lead is None else {0: (lead,)}
-            over = [{**lies, **dims} for dims in self.gathers["blocks"][kind]]
+            over = [{**lies, **dims} for dims in self.scatters["blocks"][kind]]
             blocks[kind] = of(stack, self.specs["blocks"][kind], over)
         outside = {
-            part: of(params[part], self.specs[part], self.gathers[part]) for part in self.outside
+            part: of(params[part], self.specs[part], self.scatters[part]) for part in self.outside
         }
         return self.of_wanted({**outside, "blocks": blocks})
 

@@ -56,6 +56,7 @@ class Step:
       batch_axes: The axes over which the batch's leading dim is sharded.
       manual_axes: The axes of which the model's functions use collectives by name.
       param_specs: How parameters lie over the axes: a tree as `_parameters.specs` takes it.
+      grad_specs: How gradients do, as `_parameters.grad_specs` takes it; None for as parameters.
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
       overwrite: Which parameters their gradients overwrite: a tree as `_parameters.overwritten`
         takes it.
@@ -76,6 +77,7 @@ class Step:
     batch_axes: tuple[str, ...] = ()
     manual_axes: tuple[str, ...] = ()
     param_specs: PyTree = None
+    grad_specs: PyTree = None
     trainable: PyTree = True
     overwrite: PyTree = None
     layers_per_stage: tuple[int, ...] | None = None
@@ -171,20 +173,25 @@ class Step:
     def _plan(self, params: PyTree) -> Plan:
         wanted = _parameters.wanted(params, self.trainable)
         overwritten = _parameters.overwritten(params, self.overwrite)
-        specs = _parameters.specs(
-            params,
-            self.param_specs,
-            mesh=self.mesh,
-            axis=self.axis,
-            manual_axes=self.manual_axes,
-            batch_axes=self.batch_axes,
-        )
+        named: dict[str, Any] = {
+            "mesh": self.mesh,
+            "axis": self.axis,
+            "manual_axes": self.manual_axes,
+            "batch_axes": self.batch_axes,
+        }
+        specs = _parameters.specs(params, self.param_specs, **named)
+        grad_specs = _parameters.grad_specs(params, self.grad_specs, like=specs, **named)
         kinds = partial(by_kind, self.model, params["blocks"])
         from_axes = {self.axis, *self.batch_axes} - set(self.manual_axes)
-        gathers = {
-            part: [_parameters.dims_over(spec, from_axes) for spec in each]
-            for part, each in specs.items()
-        }
+
+        def dims(specs: dict[str, list[PartitionSpec]]) -> dict[str, Any]:
+            over = {
+                part: [_parameters.dims_over(spec, from_axes) for spec in each]
+                for part, each in specs.items()
+            }
+            return {**over, "blocks": kinds(over["blocks"])}
+
+        gathers, scatters = dims(specs), dims(grad_specs)
         specs = {
             part: [_parameters.without(spec, from_axes) for spec in each]
             for part, each in specs.items()
@@ -197,7 +204,8 @@ class Step:
             wanted={**wanted, "blocks": kinds(wanted["blocks"])},
             overwritten={**overwritten, "blocks": kinds(overwritten["blocks"])},
             specs={**specs, "blocks": kinds(specs["blocks"])},
-            gathers={**gathers, "blocks": kinds(gathers["blocks"])},
+            gathers=gathers,
+            scatters=scatters,
             leads={
                 kind: self.axis if stack.is_sharded else None
                 for kind, stack in self.layout.stacks.items()
@@ -272,9 +280,13 @@ class Step:
         """
         traced, _ = self._traced(params, batch, rng, plan, mesh)
         replicated = PartitionSpec()
-        specs = jax.tree.leaves(plan.over_mesh, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        specs = jax.tree.leaves(
+            plan.over_mesh(plan.gathers), is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
         in_specs = jax.tree.unflatten(jax.tree.structure(params), specs)
-        grads_specs = None if self.tables.forward_only else plan.of_wanted(plan.over_mesh)
+        grads_specs = None
+        if not self.tables.forward_only:
+            grads_specs = plan.of_wanted(plan.over_mesh(plan.scatters))
         return jax.shard_map(
             partial(self._run, traced, plan),
             mesh=mesh,

@@ -135,11 +135,11 @@ def compile_step(sizes: Sizes, degree: Degree) -> tuple[jax.stages.Compiled, Any
         num_microbatches=sizes.microbatches,
         batch_axes="data",
         param_specs=degree.parameters,
+        grad_specs=degree.gradients,
     )
 
     def step(params: Any, state: Any, batch: jax.Array) -> Any:
         loss, grads = grad_fn(params, batch)
-        grads = jax.lax.with_sharding_constraint(grads, lie(degree.gradients))
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 

@@ -33,7 +33,7 @@ def test_the_table_in_the_docs() -> None:
 MOVED = {
     "nothing": {"all-reduce": 4},
     "optimizer state": {"all-reduce": 4, "all-gather": 4},
-    "and gradients": {"all-reduce": 4, "all-gather": 4},
+    "and gradients": {"reduce-scatter": 4, "all-gather": 4},
     "and parameters": {"all-gather": 4, "reduce-scatter": 4},
 }
 
