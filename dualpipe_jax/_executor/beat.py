@@ -40,6 +40,8 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
       rows: This rank's rows of the tables, int32[num_ticks] for each column.
     """
     ticks_per_trip = 2 * TICKS_PER_BEAT
+    # Beats of unrolled layers have their stash at hand.
+    idle = [name for name in steady.idle if name != "stash" or rank.layout.is_unrolled]
     mine = {name: column[steady.ticks] for name, column in rows.items()}
     trips = {name: column.reshape(-1, ticks_per_trip) for name, column in mine.items()}
 
@@ -66,11 +68,29 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
         if rank.poison:
             for slot in slots:
                 state = state._replace(received=registers.poison(state.received, slot))
+        # What is idle takes no memory in the run: it ends here, and is made again after it.
+        buffers = {name: getattr(state, name) for name in idle}
+        state = state._replace(
+            **{name: dict.fromkeys(kinds, ()) for name, kinds in buffers.items()}
+        )
         carry = (state, x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)
+        state = state._replace(**_again(buffers, after=(x, cotangent), poison=rank.poison))
         return _leave(rank, steady, state, x, cotangent)
 
     return run
+
+
+def _again(buffers: PyTree, *, after: PyTree, poison: bool) -> PyTree:
+    """Makes empty buffers like these, not before `after` is known."""
+    zero = order.zero_after(after)
+
+    def one(buffer: jax.Array) -> jax.Array:
+        value = registers.allocate(jax.ShapeDtypeStruct((), buffer.dtype), poison=poison)
+        # XLA does not know which; what it knows, it would fill before the run.
+        return jnp.broadcast_to(jnp.where(zero == 0, value, jnp.ones_like(value)), buffer.shape)
+
+    return jax.tree.map(one, buffers)
 
 
 def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list) -> State:

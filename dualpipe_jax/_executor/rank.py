@@ -205,7 +205,7 @@ class Rank:
                 layer, dy, kept, kept_longer, row, chunk
             )
             stash = registers.write_layer(stash, values, layer.index, row["stash"])
-            if self.num_deferred:
+            if jax.tree.leaves(deferred):  # none where no W recomputes, or none in a run of beats
                 deferred = registers.write_layer(deferred, put_off, layer.index, row["deferred"])
             residual, weight_residual = (
                 registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)

@@ -20,7 +20,15 @@ keep       [-1, -1, -1, -1, -1] [-1, 0, -1, -1, -1]
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import find_dependencies
-from dualpipe_jax._schedule.ir import FORWARD, Allocation, Steady, Tables, Timeline
+from dualpipe_jax._schedule.ir import (
+    DEFERRED,
+    FORWARD,
+    Allocation,
+    LiveRanges,
+    Steady,
+    Tables,
+    Timeline,
+)
 from dualpipe_jax._schedule.steady import Run
 
 
@@ -94,6 +102,11 @@ def _steady(timeline: Timeline, allocation: Allocation, run: Run) -> Steady:
     is_x = units.opcode[live.consumer] == FORWARD
     of_x[live.rank[is_last & is_x]] = slot[is_last & is_x]
     of_cotangent[live.rank[is_last & ~is_x]] = slot[is_last & ~is_x]
+    idle = [
+        name
+        for name in ("stash", DEFERRED)
+        if name in allocation.live_ranges and _is_idle(allocation.live_ranges[name], run)
+    ]
     return Steady(
         first_tick=run.first_tick,
         num_beats=run.num_beats,
@@ -101,4 +114,12 @@ def _steady(timeline: Timeline, allocation: Allocation, run: Run) -> Steady:
         cotangent_pairs=run.cotangent_pairs,
         x_slot=of_x,
         cotangent_slot=of_cotangent,
+        idle=tuple(idle),
+    )
+
+
+def _is_idle(live: LiveRanges, run: Run) -> bool:
+    """Whether no value lives both in the run and outside of it."""
+    return not any(
+        ((live.start < edge) & (live.end >= edge)).any() for edge in (run.first_tick, run.stop)
     )

@@ -308,6 +308,8 @@ class Steady:
         gives stays on its rank.)
       x_slot: int32[num_ranks], -1 for none.
       cotangent_slot: int32[num_ranks], -1 for none.
+      idle: Those of `stash` and `deferred` of which no rank has a slot in use when the run begins
+        or ends. The W's of the run follow their I's, so that they may do without.
     """
 
     first_tick: int
@@ -316,6 +318,7 @@ class Steady:
     cotangent_pairs: tuple[Pairs, Pairs]
     x_slot: np.ndarray
     cotangent_slot: np.ndarray
+    idle: tuple[str, ...]
 
     @property
     def ticks(self) -> slice:

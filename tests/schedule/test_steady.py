@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,6 +137,8 @@ def run_with_steady(tables: Tables) -> Counter[str]:
 
     def run_beats(steady: Steady) -> None:
         first = steady.first_tick
+        for rank in ranks:
+            assert not [buffer for buffer, _ in saved[rank] if buffer in steady.idle], rank
         x = [received[rank].get(cell(first, rank)["read"]) for rank in ranks]
         cotangent = [received[rank].pop(cell(first + 1, rank)["read"]) for rank in ranks]
         for beat in range(steady.num_beats):
@@ -159,6 +162,7 @@ def run_with_steady(tables: Tables) -> Counter[str]:
             for rank in ranks:
                 if slots[rank] >= 0:
                     received[rank][int(slots[rank])] = values[rank]
+                assert not [buffer for buffer, _ in saved[rank] if buffer in steady.idle], rank
 
     tick, sent = 0, [None for _ in ranks]
     while tick < tables.num_ticks:
@@ -353,6 +357,12 @@ def renumber_chunks() -> Tables:
     return tables
 
 
+def in_use(buffer: str) -> Tables:
+    """Has an I of rank 1 write a slot before the run that no W reads there."""
+    tick = int(np.flatnonzero(TABLES.opcode[:FIRST, 1] == INPUT_GRAD)[-1])
+    return change_cell(change(TABLES, idle=(buffer,)), buffer, tick, 1, 1)
+
+
 def put_off() -> Tables:
     """Has an I and its W of the run leave no stash but what recomputes: legal tables."""
     tables = dataclasses.replace(TABLES, num_slots={**TABLES.num_slots, "deferred": 1})
@@ -421,6 +431,8 @@ FAULTS = {
         change(SHORT, x_pairs=(SHORT_PAIRS, ((1, 1), (2, 2)))),
         "leaves another value than the tables store",
     ),
+    "a stash in use": (in_use("stash"), "on rank 1 .*has a slot of stash in use"),
+    "what is deferred in use": (in_use("deferred"), "on rank 1 .*has a slot of deferred in use"),
     "another last cotangent": (
         change(SHORT, cotangent_pairs=(SHORT_PAIRS, ((1, 1), (2, 2)))),
         "leaves another value than the tables store",
@@ -461,6 +473,9 @@ def changed(draw) -> Tables:
         slots = getattr(steady, name).copy()
         slots[draw(ranks)] = draw(st.integers(-1, tables.num_slots["received"] - 1))
         return change(tables, **{name: slots})
+    if name == "idle":
+        names = st.lists(st.sampled_from(["stash", "deferred"]), unique=True)
+        return change(tables, idle=tuple(draw(names)))
     both = list(getattr(steady, name))
     parity = draw(st.integers(0, 1))
     pairs = dict(both[parity])

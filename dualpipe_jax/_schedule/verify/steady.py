@@ -24,6 +24,8 @@ def verify_steady(tables: Tables) -> None:
       head gave; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
     - What the last beat sends is what the tables store then, in the same slots, and nothing else of
       the run is stored for later.
+    - Of a buffer that is idle, every slot that an I has written before the run a W has read before
+      it. (So has, at its end, whatever the run's own I's wrote: their W's are in the run.)
 
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
@@ -35,6 +37,8 @@ def verify_steady(tables: Tables) -> None:
     assert steady.num_beats % 2 == 0, "a run has as many even beats as odd ones"
     assert 0 <= steady.first_tick <= steady.ticks.stop <= tables.num_ticks, "a run is in its tables"
     _check_actions(tables, steady)
+    for buffer in steady.idle:
+        _check_idle(tables, steady, buffer)
     _check_entry(tables, steady)
     for beat in range(1, steady.num_beats):
         _check_reads(tables, steady, beat, *_arrivals(tables, steady, beat - 1))
@@ -53,6 +57,18 @@ def _check_actions(tables: Tables, steady: Steady) -> None:
         _fail_where(tables, tick + 2, ~same, "must follow the input grad of its microbatch")
         deferred = tables.deferred[tick + 1] >= 0
         _fail_where(tables, tick + 1, deferred, "must stash for the weight grad that follows it")
+
+
+def _check_idle(tables: Tables, steady: Steady, buffer: str) -> None:
+    """Whatever named a slot last before the run is a W."""
+    slots = getattr(tables, buffer)[: steady.first_tick]
+    for rank in range(tables.num_ranks):
+        ticks = np.flatnonzero(slots[:, rank] >= 0)
+        last = dict(zip(slots[ticks, rank].tolist(), ticks.tolist(), strict=True))
+        for tick in last.values():
+            if tables.opcode[tick, rank] != WEIGHT_GRAD:
+                fault = f"has a slot of {buffer} in use, which is idle in the run"
+                fail_at(tables, tick, rank, fault)
 
 
 def _check_entry(tables: Tables, steady: Steady) -> None:
