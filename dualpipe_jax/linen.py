@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from dualpipe_jax import _kinds, _stacks, _validate
 from dualpipe_jax._kinds import Kind
-from dualpipe_jax._linen import metadata
+from dualpipe_jax._linen import metadata, overwriting
 from dualpipe_jax._linen.layers import to_canonical as to_canonical
 from dualpipe_jax._linen.layers import to_flax as to_flax
 from dualpipe_jax._linen.part import Part, part_of
@@ -24,9 +25,6 @@ from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._types import Context, Model, PyTree
 
 __all__ = ["LinenModel", "model", "to_canonical", "to_flax"]
-
-# The collection in which Flax keeps scales that a gradient overwrites (`flax.linen.fp8_ops`).
-_OVERWRITTEN = "_overwrite_with_gradient"
 
 
 def model(
@@ -161,15 +159,17 @@ class LinenModel(Model):
           `{"ends": ..., "blocks": ...}`, plain dicts of what Flax calls "params": leaves of blocks
           are `[num_layers, ...]`. Boxes of `nn.with_partitioning` stay, and those of blocks have
           `axis` as the name of their first dim, so that `nn.get_partition_spec` lays the layers
-          over the pipeline.
+          over the pipeline. What gradients overwrite (the scales of `flax.linen.fp8_ops`) stands
+          among them, in ends and in the blocks of each kind, under `"_overwrite_with_gradient"`,
+          where `value_and_grad` finds it (see `to_variables`).
 
         Raises:
           ValueError: If num_layers does not fit the layout, or if the modules have variables that
             are no parameters (see `init_variables`).
           TypeError: If num_layers is no integer.
         """
-        variables = self.init_variables(key, batch, num_layers=num_layers)
-        others = sorted(set(variables) - {"params", *self.parts.constants})
+        collections = self.init_variables(key, batch, num_layers=num_layers)
+        others = sorted(set(collections) - {"params", *self.parts.constants})
         if others:
             raise ValueError(
                 f"init: the modules have variables that are no parameters, {others}. Constants, "
@@ -179,15 +179,17 @@ class LinenModel(Model):
                 "(LayerNorm, GroupNorm). What modules sow is not collected: return it as an aux "
                 "loss (block_has_aux)"
             )
-        return variables["params"]
+        return collections["params"]
 
     def init_variables(
         self, key: jax.Array, batch: PyTree, *, num_layers: int | None = None
     ) -> dict[str, PyTree]:
         """As `init`, with all collections: `{"params": {"ends": ..., "blocks": ...}, ...}`.
 
+        What gradients overwrite is among the parameters, as `init` has it.
+
         Raises:
-          ValueError: As `init`; and for the scales of float8 matmuls that gradients overwrite.
+          ValueError: As `init`, but for variables that are no parameters.
         """
         kinds = self.parts.kinds(num_layers)
         batch = jax.tree.map(
@@ -198,14 +200,65 @@ class LinenModel(Model):
             ),
             batch,
         )
-        variables = self.parts.init(key, batch, kinds)
-        if _OVERWRITTEN in variables:
-            raise ValueError(
-                f"init: the modules have a collection {_OVERWRITTEN!r} (scales of float8 matmuls), "
-                "whose gradient takes its place; a pipeline adds gradients up. Use a dot_general "
-                "without such state"
-            )
-        return variables
+        collections = self.parts.init(key, batch, kinds)
+        found = {
+            name: collections.pop(name)
+            for name in ("params", OVERWRITE_WITH_GRADIENT)
+            if name in collections
+        }
+        return {"params": self.to_params(found), **collections}
+
+    def to_variables(self, params: PyTree) -> dict[str, PyTree]:
+        """Puts what gradients overwrite beside the parameters, as Flax has its collections.
+
+        The form that `flax.training.train_state.TrainState` takes: its optimizer sees the
+        parameters alone, and what is overwritten takes the place of what was.
+
+        Args:
+          params: The parameters, as `init` returns them, or gradients of them.
+
+        Returns:
+          `{"params": ..., "_overwrite_with_gradient": ...}`, each `{"ends": ..., "blocks": ...}`;
+          without the second if there is nothing of it.
+
+        Raises:
+          ValueError: If the parameters are not of that form.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, dualpipe_jax as dpj
+        >>> layer = nn.Dense(4, dot_general_cls=nn.fp8_ops.Fp8DirectDotGeneralOp)
+        >>> model = dpj.linen.model(
+        ...     embed=nn.Dense(4), block=layer, head=nn.Dense(1), loss=lambda y, _: (y**2).mean()
+        ... )
+        >>> params = model.init(jax.random.key(0), jnp.ones((2, 3)), num_layers=5)
+        >>> sorted(params["blocks"])
+        ['_overwrite_with_gradient', 'bias', 'kernel']
+        >>> variables = model.to_variables(params)
+        >>> jax.tree.map(jnp.shape, variables["params"]["blocks"])
+        {'bias': (5, 4), 'kernel': (5, 4, 4)}
+        >>> scales = variables["_overwrite_with_gradient"]["blocks"]["Fp8DirectDotGeneralOp_0"]
+        >>> scales["kernel_scale"].shape
+        (5, 1)
+        >>> jax.tree.all(jax.tree.map(jnp.array_equal, model.to_params(variables), params))
+        True
+        """
+        return overwriting.to_variables(params, has_kinds=None not in self.parts.blocks)
+
+    def to_params(self, variables: Mapping[str, PyTree]) -> PyTree:
+        """Puts what gradients overwrite among the parameters, where a pipeline takes it.
+
+        The inverse of `to_variables`.
+
+        Args:
+          variables: What `to_variables` returns, or what `to_canonical` makes of all variables of
+            a Flax model: `{"params": ..., "_overwrite_with_gradient": ...}`.
+
+        Returns:
+          `{"ends": ..., "blocks": ...}`, as `init` returns it.
+
+        Raises:
+          ValueError: If the variables are not of that form, or if there are other collections.
+        """
+        return overwriting.to_params(variables, has_kinds=None not in self.parts.blocks)
 
     def with_constants(self, constants: Mapping[str, PyTree]) -> "LinenModel":
         """Makes the same model with variables that its calls read and never change.
@@ -232,6 +285,11 @@ def _constants(collections: Mapping[str, PyTree]) -> dict[str, PyTree]:
     if "params" in collections:
         raise ValueError(
             'constants: must be without "params", which go to the pipeline as its params'
+        )
+    if OVERWRITE_WITH_GRADIENT in collections:
+        raise ValueError(
+            f"constants: must be without {OVERWRITE_WITH_GRADIENT!r}, whose gradients are its next "
+            "values; it goes to the pipeline with its params (model.to_params)"
         )
     raise_all(
         'constants: every collection must be {"ends": .., "blocks": ..}, as model.init_variables '
@@ -290,7 +348,7 @@ class _Parts:
         """Gives a kind's block, as in `Model.block`."""
 
         def run_block(params: PyTree, x: PyTree, ctx: Context) -> Any:
-            variables = {"params": params}
+            variables = overwriting.collections_of(params)
             for name, tree in self.constants.items():
                 stack = tree["blocks"] if kind is None else tree["blocks"].get(kind, {})
                 place = ctx.layer if self.places is None else jnp.asarray(self.places)[ctx.layer]
@@ -301,7 +359,8 @@ class _Parts:
 
     def variables_of_ends(self, name: str, params: PyTree) -> dict[str, PyTree]:
         """Picks the variables of embed, or of head."""
-        trees = {"params": params, **{c: tree["ends"] for c, tree in self.constants.items()}}
+        constants = {c: tree["ends"] for c, tree in self.constants.items()}
+        trees = {**overwriting.collections_of(params), **constants}
         return trees if self.is_tied else {c: tree.get(name, {}) for c, tree in trees.items()}
 
     def kinds(self, num_layers: int | None) -> tuple[Kind, ...]:

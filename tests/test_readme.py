@@ -57,12 +57,13 @@ def test_example_of_mesh_axes_runs() -> None:
 
 @pytest.mark.slow
 def test_examples_of_flax_run() -> None:
-    linen, nnx = examples(ROOT / "docs" / "flax.md")
+    linen, float8, nnx = examples(ROOT / "docs" / "flax.md")
     shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, variables['params']))"
     assert run(f"{linen}\n{shapes}").split() == ["True"]
-    losses = [float(line) for line in run(nnx).split()]
-    assert len(losses) == 10
-    assert losses[-1] < losses[0] - 0.5
+    for code in (float8, nnx):
+        losses = [float(line) for line in run(code).split()]
+        assert len(losses) == 10
+        assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow

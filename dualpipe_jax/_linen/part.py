@@ -50,7 +50,8 @@ class Part:
         """Calls the module with variables, which may be boxed.
 
         Raises:
-          ValueError: If the module writes to a collection, or needs a key that it is not given.
+          ValueError: If the module writes to a collection, or needs a key or variables that it is
+            not given.
         """
         try:
             return self.module.apply(
@@ -68,6 +69,13 @@ class Part:
                 "run in another order, and on several devices; use a layer without running "
                 "statistics (LayerNorm, GroupNorm), or have it read them only "
                 f"(use_running_average=True). Flax says: {error}"
+            ) from error
+        except errors.ScopeCollectionNotFound as error:
+            raise ValueError(
+                f"{self.name}: {type(self.module).__name__} reads variables that it is not given; "
+                "what gradients overwrite (scales of float8) is among the params that model.init "
+                "and model.to_params make, and what is only read goes to model.with_constants. "
+                f"Flax says: {error}"
             ) from error
         except errors.InvalidRngError as error:
             fix = (

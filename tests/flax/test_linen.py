@@ -418,13 +418,6 @@ def test_running_statistics_are_refused_unless_they_are_only_read() -> None:
     assert jnp.isfinite(dpj.sequential(frozen, num_microbatches=2)(params, tokens))
 
 
-def test_scales_of_float8_matmuls_are_refused() -> None:
-    layer = nn.Dense(WIDTH, dot_general_cls=nn.fp8_ops.Fp8DirectDotGeneralOp)
-    model = three_modules(embed=nn.Embed(VOCABULARY, WIDTH), block=layer)
-    with pytest.raises(ValueError, match="gradient takes its place"):
-        model.init(jax.random.key(0), tokens_of(2), num_layers=2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
