@@ -40,8 +40,6 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
       rows: This rank's rows of the tables, int32[num_ticks] for each column.
     """
     ticks_per_trip = 2 * TICKS_PER_BEAT
-    # Beats of unrolled layers have their stash at hand.
-    idle = [name for name in steady.idle if name != "stash" or rank.layout.is_unrolled]
     mine = {name: column[steady.ticks] for name, column in rows.items()}
     trips = {name: column.reshape(-1, ticks_per_trip) for name, column in mine.items()}
 
@@ -69,19 +67,18 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
             for slot in slots:
                 state = state._replace(received=registers.poison(state.received, slot))
         # What is idle takes no memory in the run: it ends here, and is made again after it.
-        buffers = {name: getattr(state, name) for name in idle}
-        state = state._replace(
-            **{name: dict.fromkeys(kinds, ()) for name, kinds in buffers.items()}
-        )
+        idle = {name: getattr(state, name) for name in rank.layout.idle_in(steady)}
+        nothing: dict[str, Any] = {name: dict.fromkeys(kinds, ()) for name, kinds in idle.items()}
+        state = state._replace(**nothing)
         carry = (state, x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)
-        state = state._replace(**_again(buffers, after=(x, cotangent), poison=rank.poison))
+        state = state._replace(**_again(idle, after=(x, cotangent), poison=rank.poison))
         return _leave(rank, steady, state, x, cotangent)
 
     return run
 
 
-def _again(buffers: PyTree, *, after: PyTree, poison: bool) -> PyTree:
+def _again(buffers: dict[str, Any], *, after: PyTree, poison: bool) -> dict[str, Any]:
     """Makes empty buffers like these, not before `after` is known."""
     zero = order.zero_after(after)
 

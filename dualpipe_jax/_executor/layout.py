@@ -25,6 +25,7 @@ from dualpipe_jax._executor.rules import Rule
 from dualpipe_jax._executor.spread import Spread, spread
 from dualpipe_jax._executor.stack import Stack
 from dualpipe_jax._kinds import Kind, places_of
+from dualpipe_jax._schedule.ir import Steady
 
 PyTree = Any
 
@@ -118,6 +119,14 @@ class Layout:
     def has_equal_stages(self) -> bool:
         """Whether all stages have the same kinds of layers in the same order, as many of each."""
         return len(set(self._kinds_of_stages)) == 1
+
+    def idle_in(self, steady: Steady | None) -> tuple[str, ...]:
+        """Names the buffers that a run of beats does without: beats of unrolled layers stash none.
+
+        They end where the run begins, and are made again after it.
+        """
+        names = () if steady is None else steady.idle
+        return tuple(name for name in names if name != "stash" or self.is_unrolled)
 
     @property
     def num_layers_of_each(self) -> int:

@@ -30,35 +30,44 @@ class Term:
       name: What it is.
       count: How many there are, in words.
       num_bytes: Bytes of all of them on one device.
+      phase: `"beats"` of what is there in the run of beats only, `"ticks"` in the ticks before and
+        after it only; empty of what is always there.
     """
 
     name: str
     count: str
     num_bytes: int
+    phase: str = ""
 
 
 @dataclass(frozen=True)
 class MemoryReport:
     """What a step holds on one device beside its arguments, by kind.
 
-    `num_bytes` adds up what is there at once in the loop over ticks; the gradients that the step
-    returns come after it, when the slots are free again.
+    `num_bytes` adds up what is there at once, in the run of beats or in the ticks around it,
+    whichever is more; the gradients that the step returns come after, when slots are free again.
     """
 
     terms: tuple[Term, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all terms."""
-        return sum(term.num_bytes for term in self.terms)
+        """Bytes of all terms that are there at once."""
+        phases = ("beats", "ticks")
+        return max(sum(t.num_bytes for t in self.terms if t.phase in ("", p)) for p in phases)
 
     def __str__(self) -> str:
-        rows = [(t.name, t.count, f"{t.num_bytes / 2**20:,.1f} MiB") for t in self.terms]
-        rows.append(("total beside the arguments", "", f"{self.num_bytes / 2**20:,.1f} MiB"))
+        when = {"": "", "beats": "in beats", "ticks": "in other ticks"}
+        rows = [
+            (t.name, t.count, f"{t.num_bytes / 2**20:,.1f} MiB", when[t.phase]) for t in self.terms
+        ]
+        at_once = "at the most" if any(t.phase for t in self.terms) else ""
+        total = f"{self.num_bytes / 2**20:,.1f} MiB"
+        rows.append(("total beside the arguments", "", total, at_once))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
-            f"{name:{widths[0]}}  {count:{widths[1]}}  {size:>{widths[2]}}".rstrip()
-            for name, count, size in rows
+            f"{name:{widths[0]}}  {count:{widths[1]}}  {size:>{widths[2]}}  {phase}".rstrip()
+            for name, count, size, phase in rows
         )
 
 
@@ -95,6 +104,7 @@ def report(
         blocks = gradients.block.items()
         return sum(num_layers[kind] * _bytes(getattr(block, name)) for kind, block in blocks)
 
+    idle = layout.idle_in(tables.steady)
     terms = [Term("received x and cotangents", f"{slots['received']} slots", slots["received"] * x)]
     for buffer, name in (
         ("residual", "residuals for I"),
@@ -104,10 +114,16 @@ def report(
     ):
         size = slots.get(buffer, 0) * of_layers(buffer)
         if size:
-            terms.append(Term(name, f"{slots[buffer]} slots x {most_layers} layers", size))
+            count = f"{slots[buffer]} slots x {most_layers} layers"
+            terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
     if tables.steady is not None and layout.is_unrolled:
         terms.append(
-            Term("stash of a beat, without a slot", f"{most_layers} layers", of_layers("stash"))
+            Term(
+                "stash of a beat, without a slot",
+                f"{most_layers} layers",
+                of_layers("stash"),
+                "beats" if "stash" in idle else "",
+            )
         )
     in_flight = 2 if tables.steady is None else 4
     terms.append(Term("between ranks", f"{in_flight} x and cotangents", in_flight * x))

@@ -415,7 +415,9 @@ def _assemble(
         casts=tuple(casts),
         is_read=_find_reads(trace.params, casts, (*forward_nodes, *input_nodes, *weight_nodes)),
         working_bytes=max(
-            working_bytes(trace.graph, nodes) for nodes in (forward_nodes, input_nodes, again_nodes)
+            working_bytes(trace.graph, forward_nodes, {*residual, *weight_residual}),
+            working_bytes(trace.graph, input_nodes, {*stash, *deferred}),
+            working_bytes(trace.graph, again_nodes),
         ),
     )
 
