@@ -162,7 +162,12 @@ def command(write_readme: bool, **options: Any) -> None:
     cases = [
         (name, remat, count)
         for remat in variants.REMATS
-        for name, count in (("dualpipe", few), ("dualpipe", many), (variants.RECIPE, few))
+        for name, counts in (
+            ("dualpipe", (few, many)),
+            ("dualpipev", (few,)),
+            (variants.RECIPE, (few, many)),
+        )
+        for count in counts
     ]
     rows, account = [], ""
     for name, remat, count in track(cases, "compiling", transient=True):
