@@ -18,8 +18,8 @@ from experiments.deepseek_mini import model
 from experiments.deepseek_mini.model import DeepSeekMini
 
 AXES = {"pipe": 4, "expert": 2}
-# Beside the library's own (README.md). The scheduler counts a matmul for a quarter, and so puts more
-# of them beside an all-to-all.
+# Beside the library's own (README.md). The scheduler counts a matmul for a quarter, and so puts
+# more of them beside an all-to-all.
 COVER = {"xla_lhs_output_fusion_latency_multiplier": "0.25"}
 # Without it a ragged all-to-all stops its device.
 RAGGED = {"xla_tpu_enable_async_ragged_all_to_all": True}
