@@ -329,7 +329,7 @@ def wide_step(schedule: str, **options: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_what_is_idle_takes_no_memory_in_a_run(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There a beat has its stash; the step holds less by half a slot of it at least, [64, 128] or more.
+    """There a beat has its stash; the step holds less by half a slot, [64, 128], at the least.
 
     The peak is then in the ticks around the run, so that it is not the whole of a slot.
     """
