@@ -88,13 +88,14 @@ def value_and_grad(
         batch_axes that are not manual_axes (FSDP), in any dim but the layers', named after manual
         axes. (Where the axis is an Explicit one, the type of the leaf says so by itself.)
       grad_specs: How gradients lie: a tree as param_specs; None for as their parameters. A gradient
-        lies as its parameter at least; over more axes, batch_axes and outside of blocks `axis`, it
-        is summed and scattered at once, after the last tick, and not summed on every device (ZeRO's
-        second stage, arXiv:1910.02054, section 5.2).
+        lies as its parameter at least; over more axes, batch_axes that are not manual_axes and
+        outside of blocks `axis`, it is summed and scattered at once, after the last tick, and not
+        summed on every device (ZeRO's second stage, arXiv:1910.02054, section 5.2). The zeros of
+        frozen parameters lie as these.
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
         branches of params, or a function from params to one (as the masks of optax). For the
         others nothing is computed or kept, and their gradient is zeros, which cost nothing inside
-        a jit that does not return them.
+        a jit that does not return them; that of one that its gradient overwrites is itself.
       overwrite: Which parameters are overwritten by what comes as their gradient, such as the
         scales and the histories of largest values of float8: a tree of bools, or a function, as for
         `trainable`; None for what lies under a key `"_overwrite_with_gradient"`, as Flax's float8
@@ -266,7 +267,10 @@ def _gradients(
     dtype: Any,
     loss_scale: jax.Array | None,
 ) -> PyTree:
-    """Gives the gradients the structure of `params`: zeros to frozen leaves, float0 to integers."""
+    """Gives the gradients the structure of `params`: zeros to frozen leaves, float0 to integers.
+
+    What is frozen and would be overwritten by its gradient is overwritten by what it is.
+    """
     found = {part: iter(leaves) for part, leaves in grads.items()}
     flags = {part: zip(wanted[part], overwritten[part], strict=True) for part in wanted}
 
@@ -282,6 +286,6 @@ def _gradients(
             return grad.astype(dtype or leaf.dtype)
         if not is_differentiable(leaf):
             return np.zeros(leaf.shape, jax.dtypes.float0)
-        return jnp.zeros_like(leaf, dtype=None if is_new_value else dtype)
+        return leaf if is_new_value else jnp.zeros_like(leaf, dtype=dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

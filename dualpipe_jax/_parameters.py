@@ -4,7 +4,8 @@ In: `params`, and the trees that `value_and_grad` takes beside them, which may s
 leaves. Out: the same for every leaf.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,6 +116,7 @@ def specs(
     manual_axes: tuple[str, ...],
     batch_axes: tuple[str, ...] = (),
     argument: str = "param_specs",
+    only: Mapping[str, Sequence[bool]] | None = None,
 ) -> dict[str, list[PartitionSpec]]:
     """Says for every leaf over which axes its dims lie: a PartitionSpec, an entry a dim.
 
@@ -132,6 +134,7 @@ def specs(
       manual_axes: The axes of which the model's functions see a device's part.
       batch_axes: The axes over which the batch is sharded.
       argument: What the user calls the tree.
+      only: For every leaf whether its spec counts; that of others is as None. None: all count.
 
     Raises:
       ValueError: If the specs do not fit the parameters or the mesh.
@@ -150,8 +153,11 @@ def specs(
     problems: list[str] = []
     gathered = (*(name for name in batch_axes if name not in manual_axes), axis)
     out: dict[str, list[PartitionSpec]] = {part: [] for part in params}
+    counts = {part: iter(flags) for part, flags in (only or {}).items()}
     for path, leaf, spec in full:
         is_block = path[0].key == "blocks"
+        if only is not None and not next(counts[path[0].key]):
+            spec = None
         name = f"params{keystr(path)} of shape {leaf.shape}, spec {spec}"
         if spec is not None and (spec.unreduced or spec.reduced):
             problems.append(f"{name}: unreduced= and reduced= are not for parameters")
@@ -164,7 +170,7 @@ def specs(
         known = (*manual_axes, *may_gather)
         problems += [f"{name}: {problem}" for problem in _problems(leaf, entries, mesh, known)]
         problems += [
-            f"{name}: {each!r} must come last in its entry, as it is gathered first"
+            f"{name}: {each!r} must come last in its entry, within the parts that manual axes make"
             for entry in entries
             for place, each in enumerate(entry)
             if each in may_gather and set(entry[place:]) & set(manual_axes)
@@ -173,6 +179,17 @@ def specs(
         for dim, each in _places_by_type(leaf, mesh, skip=1 if is_block else 0):
             if each in may_gather and each not in named:
                 entries[dim] = (*entries[dim], each)
+        others: dict[int, list[str]] = {}
+        for dim, each in _places_by_type(leaf, mesh, skip=1 if is_block else 0):
+            if entries[dim] and each not in entries[dim]:
+                others.setdefault(dim, []).append(each)
+        for dim, names in others.items():
+            size = math.prod(mesh.shape[each] for each in (*entries[dim], *names))
+            if leaf.shape[dim] % size:
+                too = ", ".join(map(repr, names))
+                problems.append(
+                    f"{name}: dim {dim} lies over {too} too, and is not divisible by {size} devices"
+                )
         if is_block and entries and entries[0]:
             problems.append(f"{name}: the layers' dim lies over {axis!r} alone")
         out[path[0].key].append(PartitionSpec(*(entry or None for entry in entries)))
@@ -185,11 +202,12 @@ def specs(
     return out
 
 
-def grad_specs(
+def specs_of_grads(
     params: PyTree,
     grad_specs: PyTree | None,
     *,
     like: dict[str, list[PartitionSpec]],
+    wanted: dict[str, list[bool]],
     **axes: Any,
 ) -> dict[str, list[PartitionSpec]]:
     """Says for every leaf how its gradient lies: as the leaf does, or over more axes than that.
@@ -198,6 +216,7 @@ def grad_specs(
       params: The parameters.
       grad_specs: A tree of PartitionSpecs as `specs` takes it; None for what lies as its parameter.
       like: How the parameters lie, as `specs` says.
+      wanted: Which leaves have a gradient; what stands for others is not looked at.
       **axes: The axes, as for `specs`.
 
     Raises:
@@ -206,22 +225,29 @@ def grad_specs(
     """
     if grad_specs is None:
         return like
-    given = specs(params, grad_specs, argument="grad_specs", **axes)
+    given = specs(params, grad_specs, argument="grad_specs", only=wanted, **axes)
     problems: list[str] = []
     out: dict[str, list[PartitionSpec]] = {part: [] for part in params}
-    rest = {part: zip(given[part], like[part], strict=True) for part in params}
+    rest = {part: zip(given[part], like[part], wanted[part], strict=True) for part in params}
     for path, leaf, asked in _spread("grad_specs", grad_specs, params, is_leaf=_is_spec):
-        spec, of_leaf = next(rest[path[0].key])
-        out[path[0].key].append(of_leaf if asked is None else spec)
+        spec, of_leaf, is_wanted = next(rest[path[0].key])
+        if asked is None or not is_wanted:
+            out[path[0].key].append(of_leaf)
+            continue
+        out[path[0].key].append(spec)
+        name = f"params{keystr(path)} of shape {leaf.shape}: the gradient's spec is {asked}"
         entries = [(_names(entry), _names(of)) for entry, of in zip(spec, of_leaf, strict=True)]
-        if asked is not None and any(entry[: len(of)] != of for entry, of in entries):
-            problems.append(
-                f"params{keystr(path)} of shape {leaf.shape}: the gradient's spec is {asked}, that "
-                f"of the parameter {of_leaf}"
-            )
+        if any(entry[: len(of)] != of for entry, of in entries):
+            problems.append(f"{name}, that of the parameter {of_leaf}")
+            continue
+        more = {each for entry, of in entries for each in entry[len(of) :]}
+        problems += [
+            f"{name}, and {each!r} is one of the manual_axes, over which the parameter does not lie"
+            for each in sorted(more & set(axes["manual_axes"]))
+        ]
     raise_all(
         "grad_specs: a gradient must lie over the axes of its parameter, and may over more, named "
-        "after those in the entry of a dim; None lies as the parameter",
+        "after those in the entry of a dim, but no manual ones; None lies as the parameter",
         problems,
     )
     return out

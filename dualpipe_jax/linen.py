@@ -189,7 +189,7 @@ class LinenModel(Model):
         What gradients overwrite is among the parameters, as `init` has it.
 
         Raises:
-          ValueError: As `init`, but for variables that are no parameters.
+          ValueError: As `init`; variables that are no parameters are returned with the others.
         """
         kinds = self.parts.kinds(num_layers)
         batch = jax.tree.map(
@@ -241,7 +241,7 @@ class LinenModel(Model):
         >>> jax.tree.all(jax.tree.map(jnp.array_equal, model.to_params(variables), params))
         True
         """
-        return overwriting.to_variables(params, has_kinds=None not in self.parts.blocks)
+        return overwriting.to_variables(params, kinds=self.parts.blocks)
 
     def to_params(self, variables: Mapping[str, PyTree]) -> PyTree:
         """Puts what gradients overwrite among the parameters, where a pipeline takes it.
@@ -258,7 +258,7 @@ class LinenModel(Model):
         Raises:
           ValueError: If the variables are not of that form, or if there are other collections.
         """
-        return overwriting.to_params(variables, has_kinds=None not in self.parts.blocks)
+        return overwriting.to_params(variables, kinds=self.parts.blocks)
 
     def with_constants(self, constants: Mapping[str, PyTree]) -> "LinenModel":
         """Makes the same model with variables that its calls read and never change.

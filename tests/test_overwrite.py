@@ -170,6 +170,25 @@ def test_neither_scaled_nor_cast_and_where_it_lies() -> None:
     assert_close(scaled["blocks"]["low"], want["blocks"]["low"])
 
 
+@pytest.mark.slow
+def test_what_is_frozen_overwrites_itself() -> None:
+    """Zeros, the gradient of what is frozen, would be its next value."""
+    params, batch = make_params(), make_batch(NUM_MICROBATCHES)
+    params["blocks"]["high"] = jnp.full((LAYERS, 4), -7.0)
+    trainable = {"ends": True, "blocks": {"w": True, "low": True, "high": False}}
+    grad_fn = dpj.value_and_grad(
+        MODEL,
+        mesh=make_mesh(2),
+        num_microbatches=NUM_MICROBATCHES,
+        overwrite=overwrite,
+        trainable=trainable,
+    )
+    _, got = jax.jit(grad_fn)(params, batch)
+    _, want = sequential(MODEL, NUM_MICROBATCHES, overwrite=overwrite)(params, batch)
+    want["blocks"]["high"] = params["blocks"]["high"]
+    assert_close(got, want)
+
+
 # --- float8 of Flax --------------------------------------------------------------------------
 
 

@@ -285,6 +285,34 @@ def test_dead_values_are_never_read_in_a_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("late_ranks", [(0, 1), (1,)])
+def test_a_stash_in_use_through_a_run(late_ranks: tuple[int, ...], remat: str) -> None:
+    """A schedule of one's own, some of whose ranks put the W before their pairs off until after."""
+    rows = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=8).to_csv().splitlines()
+    for rank in late_ranks:
+        cells = [cell for cell in rows[rank].split(",") if cell]
+        pairs = [i for i, cell in enumerate(cells) if "OVERLAP" in cell]
+        early = max(i for i, cell in enumerate(cells[: pairs[0]]) if "B" in cell)
+        cells.insert(pairs[-1] + 1, cells[early].replace("B", "W"))
+        cells[early] = cells[early].replace("B", "I")
+        rows[rank] = ",".join(cells)
+    schedule = dpj.Schedule.from_csv("\n".join(rows))
+    tables = compile_program(
+        schedule.program, timetable="aligned", stash_deferred=remat == "none"
+    ).tables
+    assert tables.steady is not None
+    assert tables.steady.idle == (() if remat == "none" else ("stash",))
+    params, batch = make_params(4), make_batch(8)
+    step = make_step(schedule, tables=tables, remat=remat, num_layers=4, poison=True)
+    got = jax.jit(step)(params, batch, None)
+    plain = make_step(
+        schedule, tables=compile_program(schedule.program).tables, remat=remat, num_layers=4
+    )
+    assert_close(got, jax.jit(plain)(params, batch, None))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["x_slot", "cotangent_slot"])
 def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None:
     schedule = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=6)

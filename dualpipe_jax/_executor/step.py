@@ -56,7 +56,7 @@ class Step:
       batch_axes: The axes over which the batch's leading dim is sharded.
       manual_axes: The axes of which the model's functions use collectives by name.
       param_specs: How parameters lie over the axes: a tree as `_parameters.specs` takes it.
-      grad_specs: How gradients do, as `_parameters.grad_specs` takes it; None for as parameters.
+      grad_specs: How gradients do: a tree as `_parameters.specs_of_grads` takes it, or None.
       trainable: Which parameters get a gradient: a tree as `_parameters.wanted` takes it.
       overwrite: Which parameters their gradients overwrite: a tree as `_parameters.overwritten`
         takes it.
@@ -180,7 +180,9 @@ class Step:
             "batch_axes": self.batch_axes,
         }
         specs = _parameters.specs(params, self.param_specs, **named)
-        grad_specs = _parameters.grad_specs(params, self.grad_specs, like=specs, **named)
+        specs_of_grads = _parameters.specs_of_grads(
+            params, self.grad_specs, like=specs, wanted=wanted, **named
+        )
         kinds = partial(by_kind, self.model, params["blocks"])
         from_axes = {self.axis, *self.batch_axes} - set(self.manual_axes)
 
@@ -191,7 +193,7 @@ class Step:
             }
             return {**over, "blocks": kinds(over["blocks"])}
 
-        gathers, scatters = dims(specs), dims(grad_specs)
+        gathers, scatters = dims(specs), dims(specs_of_grads)
         specs = {
             part: [_parameters.without(spec, from_axes) for spec in each]
             for part, each in specs.items()

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.core import freeze
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT, Fp8DirectDotGeneralOp, Fp8Einsum
 from flax.training.train_state import TrainState
 
@@ -141,6 +142,37 @@ class Float8AndStatistics(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return nn.Dense(WIDTH, **Float8)(Normalised()(x))
+
+
+def test_kinds_are_those_of_the_model() -> None:
+    """What stands elsewhere would be lost, or be given to the optimizer."""
+    kinds = {"a": nn.Dense(WIDTH, **Float8), "b": nn.Dense(WIDTH)}
+    model = three_modules(block=kinds, layout=("a", "b"))
+    params = model.init(jax.random.key(0), tokens_of(2))
+    variables = model.to_variables(params)
+    assert jax.tree.structure(model.to_params(freeze(variables))) == jax.tree.structure(params)
+    found = variables[OVERWRITE_WITH_GRADIENT]
+    assert set(found["blocks"]) == {"a", "b"}
+    moved = {**found, "blocks": {"c": found["blocks"]["a"]}}
+    with pytest.raises(ValueError, match=r"(?s)variables: .*each kind.*\['a', 'b'\].*has \['c'\]"):
+        model.to_params({**variables, OVERWRITE_WITH_GRADIENT: moved})
+    fewer = {**found, "blocks": {"a": found["blocks"]["a"]}}
+    assert_close(
+        model.to_params({**variables, OVERWRITE_WITH_GRADIENT: fewer}), params, tolerance=0
+    )
+    with pytest.raises(ValueError, match=r"(?s)params: .*each kind.*'params' has \['a'\]"):
+        model.to_variables({**params, "blocks": {"a": params["blocks"]["a"]}})
+    one = three_modules(block=nn.Dense(WIDTH, **Float8))
+    with pytest.raises(ValueError, match=r"(?s)params: '_overwrite_with_gradient' must stand in"):
+        one.to_variables(params)
+
+
+def test_a_train_state_is_told_from_its_params() -> None:
+    model = three_modules(block=nn.Dense(WIDTH, **Float8))
+    params = model.init(jax.random.key(0), tokens_of(2), num_layers=2)
+    state = TrainState.create(apply_fn=None, params=model.to_variables(params), tx=optax.adam(1e-2))
+    with pytest.raises(ValueError, match="of a TrainState give its params"):
+        model.to_params(state)
 
 
 def test_what_else_a_call_writes_is_refused_as_ever() -> None:
