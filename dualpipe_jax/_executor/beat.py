@@ -11,7 +11,7 @@ are those in loops.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,19 @@ from jax import lax
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import accumulators, order, registers, unrolled
+from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
+from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Steady
 
 PyTree = Any
+# Kinds of layers that meet, F's and I's: each pair's code stands in the program once.
+_MAX_PAIRS = 6
 
 
 def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
@@ -104,6 +108,16 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
     return state._replace(received=received, from_left=nothing, from_right=nothing)
 
 
+class _OfKind(NamedTuple):
+    """What a loop over layers carries for the layers of a kind; see `State`."""
+
+    residual: Any
+    weight_residual: Any
+    stash: Any
+    grads: list[Any]
+    metrics: list[Any]
+
+
 class _Beat:
     """One beat: the forward of chunk `parity`, the backward of the other one."""
 
@@ -132,7 +146,7 @@ class _Beat:
         if layout.is_unrolled:
             chunks = self.forward, self.backward
             beat = functools.partial(unrolled.run_beat, rank, chunks)
-        elif rank.interleaves and layout.has_equal_stages and len(layout.stacks) == 1:
+        elif rank.interleaves and len(layout.pairs(self.forward, self.backward)) <= _MAX_PAIRS:
             beat = self._looped
         else:
             beat = self._one_after_the_other
@@ -188,52 +202,81 @@ class _Beat:
     ) -> tuple[State, PyTree, list, WeightGrads]:
         """Runs F of layer j beside I of layer L-1-j in a loop; W in one of its own."""
         rank, layout = self.rank, self.rank.layout
-        (kind,) = layout.stacks
-        count = layout.num_layers_of_each
         places = rank.gradients.early
 
-        def body(j: Any, loop: Any) -> Any:
-            (x, dx, aux, shared), (residual, weight_residual, stash, grads, metrics) = loop
-            i_layer = layout.layer_of_only_kind(i_row["stage"], count - 1 - j)
+        def input_grad(layer: Layer, dx: list, shared: Any, mine: _OfKind) -> Any:
             kept, kept_longer = (
-                registers.read_layer(buffer, i_layer.index, i_row[name])
+                registers.read_layer(buffer, layer.index, i_row[name])
                 for buffer, name in (
-                    (residual, "residual"),
-                    (weight_residual, "weight_residual"),
+                    (mine.residual, "residual"),
+                    (mine.weight_residual, "weight_residual"),
                 )
             )
             dx, values, _, early = rank.input_grad_of(
-                i_layer, dx, kept, kept_longer, i_row, self.backward
+                layer, dx, kept, kept_longer, i_row, self.backward
             )
-            stash = registers.write_layer(stash, values, i_layer.index, i_row["stash"])
             residual, weight_residual = (
                 registers.pass_on(buffer, after=(dx, values, early))
-                for buffer in (residual, weight_residual)
+                for buffer in (mine.residual, mine.weight_residual)
             )
             grads, shared = accumulators.add(
-                grads, shared, early, places=places[kind], layer=i_layer.place
+                mine.grads, shared, early, places=places[layer.kind], layer=layer.place
             )
-            f_layer = layout.layer_of_only_kind(f_row["stage"], j)
-            x, aux_of_layer, kept, kept_longer = rank.forward_of(f_layer, x, f_row, self.forward)
-            aux, metrics = accumulators.add_aux(aux, metrics, aux_of_layer, layer=f_layer.place)
-            residual = registers.write_layer(residual, kept, f_layer.index, f_row["residual"])
-            weight_residual = registers.write_layer(
-                weight_residual, kept_longer, f_layer.index, f_row["weight_residual"]
+            mine = mine._replace(
+                stash=registers.write_layer(mine.stash, values, layer.index, i_row["stash"]),
+                residual=residual,
+                weight_residual=weight_residual,
+                grads=grads,
             )
-            return (x, dx, aux, shared), (residual, weight_residual, stash, grads, metrics)
+            return dx, shared, mine
+
+        def forward(layer: Layer, x: PyTree, aux: Any, mine: _OfKind) -> Any:
+            x, aux_of_layer, kept, kept_longer = rank.forward_of(layer, x, f_row, self.forward)
+            aux, metrics = accumulators.add_aux(aux, mine.metrics, aux_of_layer, layer=layer.place)
+            mine = mine._replace(
+                residual=registers.write_layer(mine.residual, kept, layer.index, f_row["residual"]),
+                weight_residual=registers.write_layer(
+                    mine.weight_residual, kept_longer, layer.index, f_row["weight_residual"]
+                ),
+                metrics=metrics,
+            )
+            return x, aux, mine
+
+        def both(f_layer: Layer | None, i_layer: Layer | None, loop: Any) -> Any:
+            x, dx, aux, shared, of_kinds = loop
+            if i_layer is not None:
+                dx, shared, mine = input_grad(i_layer, dx, shared, of_kinds[i_layer.kind])
+                of_kinds = {**of_kinds, i_layer.kind: mine}
+            if f_layer is not None:
+                x, aux, mine = forward(f_layer, x, aux, of_kinds[f_layer.kind])
+                of_kinds = {**of_kinds, f_layer.kind: mine}
+            return x, dx, aux, shared, of_kinds
 
         grads, shared = state.take_grads(self.backward, places)
-        buffers = (state.residual[kind], state.weight_residual[kind], state.stash[kind])
-        metrics = state.block_metrics[self.forward][kind]
-        loop = (x, cotangent, state.aux, shared), (*buffers, grads[kind], metrics)
-        (x, dx, aux, shared), buffers = lax.fori_loop(0, count, body, loop)
-        residual, weight_residual, stash, grads_of_kind, metrics = buffers
-        state = state.put_aux(self.forward, aux, {kind: metrics})._replace(
-            residual={kind: residual},
-            weight_residual={kind: weight_residual},
-            stash={kind: stash},
+        of_kinds = {
+            kind: _OfKind(
+                residual=state.residual[kind],
+                weight_residual=state.weight_residual[kind],
+                stash=state.stash[kind],
+                grads=grads[kind],
+                metrics=state.block_metrics[self.forward][kind],
+            )
+            for kind in layout.stacks
+        }
+        loop = x, cotangent, state.aux, shared, of_kinds
+        x, dx, aux, shared, of_kinds = layout.loop_pairs(
+            (self.forward, self.backward), (f_row["stage"], i_row["stage"]), both, loop
         )
-        state = state.put_grads(self.backward, places, ({kind: grads_of_kind}, shared))
+
+        def each(name: str) -> dict[Kind, Any]:
+            return {kind: getattr(mine, name) for kind, mine in of_kinds.items()}
+
+        state = state.put_aux(self.forward, aux, each("metrics"))._replace(
+            residual=each("residual"),
+            weight_residual=each("weight_residual"),
+            stash=each("stash"),
+        )
+        state = state.put_grads(self.backward, places, (each("grads"), shared))
         return state, x, dx, self._weight_grads(i_row)
 
     def _one_after_the_other(

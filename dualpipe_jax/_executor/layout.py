@@ -6,10 +6,12 @@ rank has room for as many layers of each kind as the stage that has the most of 
 has the shapes of another kind.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,8 @@ PyTree = Any
 # Layers are unrolled up to this number a stage: XLA then fuses and schedules across them. Beyond,
 # a loop keeps program size and compile time from growing with depth.
 _MAX_UNROLLED = 4
+# In the place of a kind where a stage has no layer left; None is the kind of a model of one kind.
+NOBODY = object()
 
 
 class Layer(NamedTuple):
@@ -235,6 +239,70 @@ class Layout:
 
         num_trips = count if is_on is True else jnp.where(is_on, count, 0)
         return lax.fori_loop(0, num_trips, step, (carry, buffers))
+
+    def pairs(self, forward: int, backward: int) -> list[tuple[Any, Any]]:
+        """Lists the kinds of layers that meet where one chunk is forward beside another's backward.
+
+        Layer j of a rank's forward stage meets layer L-1-j of its backward one, or nothing if that
+        has fewer; nothing has `NOBODY` in the place of a kind.
+        """
+        met: dict[tuple[Any, Any], None] = {}
+        for stages in zip(self.stage_of[forward], self.stage_of[backward], strict=True):
+            ahead, back = (self._kinds_of_stages[int(stage)] for stage in stages)
+            met |= dict.fromkeys(zip_longest(ahead, back[::-1], fillvalue=NOBODY))
+        return list(met)
+
+    def loop_pairs(
+        self,
+        chunks: tuple[int, int],
+        stages: tuple[Any, Any],
+        body: Callable[[Layer | None, Layer | None, Any], Any],
+        carry: Any,
+    ) -> Any:
+        """Runs `body` for each layer of a forward stage beside one of a backward stage.
+
+        Args:
+          chunks: The chunk that is forward, and the one that is backward.
+          stages: Their stages, int32 scalars.
+          body: `(forward's layer, backward's layer, carry) -> carry`, None for a layer if there is
+            none left. It stands in the program once for each of `pairs`.
+          carry: What goes from one to the next.
+        """
+        pairs = self.pairs(*chunks)
+        counts = [self._layers.num_layers_of(stage) for stage in stages]
+        numbers = {kind: number for number, kind in enumerate(self.stacks)} | {NOBODY: -1}
+
+        def step(j: Any, carry: Any) -> Any:
+            indices = j, counts[1] - 1 - j
+            if len(pairs) == 1:
+                ahead, back = map(self.layer_of_only_kind, stages, indices)
+                return body(ahead, back, carry)
+            found = []
+            for stage, index, count in zip(stages, indices, counts, strict=True):
+                there = (index >= 0) & (index < count)
+                number, place = registers.read(self._tables, stage, jnp.where(there, index, 0))
+                found.append((jnp.where(there, number, -1), place))
+            for pair in pairs:
+                layers = [
+                    None if kind is NOBODY else self._layer(stage, kind, index, place)
+                    for kind, stage, index, (_, place) in zip(
+                        pair, stages, indices, found, strict=True
+                    )
+                ]
+                is_met = functools.reduce(
+                    operator.and_,
+                    (
+                        number == numbers[kind]
+                        for kind, (number, _) in zip(pair, found, strict=True)
+                    ),
+                )
+                carry = when(is_met, functools.partial(body, *layers), carry)
+            return carry
+
+        most = counts[0]
+        if len(pairs) > 1:
+            most = jnp.maximum(*(jnp.asarray(count, jnp.int32) for count in counts))
+        return lax.fori_loop(0, most, step, carry)
 
     def layers_of(self, stage: Any) -> list[Layer]:
         """Describes the layers of a stage, in order, where all stages are alike."""

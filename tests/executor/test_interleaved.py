@@ -7,8 +7,11 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._executor import order, step
+from dualpipe_jax._executor.layout import Layout
 from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
+from tests.test_kinds import make_kinds
+from tests.test_kinds import make_params as make_kinds_params
 
 
 @pytest.mark.slow
@@ -56,3 +59,55 @@ def test_interleaved_beats_equal_the_sequential_model(
 
     got, want = jax.jit(both)(params, batch)
     assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("letters", "num_ranks", "num_microbatches", "options", "num_pairs"),
+    [
+        ("DMMM", 2, 8, {}, 2),
+        ("DMMM", 2, 8, {"remat": "block"}, 2),
+        ("DDMMDMSM", 4, 10, {}, 3),
+        # One stage has two layers more than the others: some meet nothing.
+        ("DMMMMM", 2, 8, {"layers_per_stage": (4, 2)}, 3),
+        ("MMMMMM", 2, 8, {"layers_per_stage": (4, 2)}, 2),
+    ],
+)
+def test_layers_of_unlike_stages_stand_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+    letters: str,
+    num_ranks: int,
+    num_microbatches: int,
+    options: dict[str, Any],
+    num_pairs: int,
+) -> None:
+    """F of each kind beside I of each kind that it meets on some rank."""
+    monkeypatch.setattr(step, "platform_of", lambda mesh: "tpu")
+    met = []
+    loop_pairs = Layout.loop_pairs
+
+    def spy(self: Layout, chunks: Any, *args: Any) -> Any:
+        met.append(self.pairs(*chunks))
+        return loop_pairs(self, chunks, *args)
+
+    monkeypatch.setattr(Layout, "loop_pairs", spy)
+    model = make_kinds(letters, frozenset(["block_has_aux"]))
+    params, batch = make_kinds_params(letters), make_batch(num_microbatches)
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=make_mesh(num_ranks),
+        num_microbatches=num_microbatches,
+        timetable="aligned",
+        **options,
+    )
+    rng = jax.random.key(5)
+    sequential = dpj.sequential(model, num_microbatches=num_microbatches)
+
+    def both(params: Any, batch: Any) -> Any:
+        reference = jax.value_and_grad(sequential, allow_int=True)
+        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
+
+    got, want = jax.jit(both)(params, batch)
+    assert_close(got, want)
+    # In both beats of a trip, as the mirror holds the same stages.
+    assert {len(pairs) for pairs in met} == {num_pairs}
