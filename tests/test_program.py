@@ -285,8 +285,7 @@ def test_dead_values_are_never_read_in_a_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "block"])
-@pytest.mark.parametrize("late_ranks", [(0, 1), (1,)])
+@pytest.mark.parametrize(("late_ranks", "remat"), [((0, 1), "none"), ((1,), "block")])
 def test_a_stash_in_use_through_a_run(late_ranks: tuple[int, ...], remat: str) -> None:
     """A schedule of one's own, some of whose ranks put the W before their pairs off until after."""
     rows = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=8).to_csv().splitlines()

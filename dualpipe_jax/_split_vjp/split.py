@@ -218,7 +218,8 @@ def _find_casts(trace: "_Trace", nodes: Sequence[Node]) -> dict[tuple[int, Any],
     place = {value: i for i, value in enumerate(trace.params)}
     found: dict[tuple[int, Any], list[int]] = {}
     for node in nodes:
-        if node.name != "convert_element_type" or node.inputs[0] not in place:
+        # A cast of what is a constant of the trace reads nothing.
+        if node.name != "convert_element_type" or not set(node.inputs[:1]) & set(place):
             continue
         source, target = (trace.graph.avals[v] for v in (node.reads[0], node.outputs[0]))
         if target.dtype.itemsize < source.dtype.itemsize:

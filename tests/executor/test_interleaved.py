@@ -65,7 +65,6 @@ def test_interleaved_beats_equal_the_sequential_model(
 @pytest.mark.parametrize(
     ("letters", "num_ranks", "num_microbatches", "options", "num_pairs"),
     [
-        ("DMMM", 2, 8, {}, 2),
         ("DMMM", 2, 8, {"remat": "block"}, 2),
         ("DDMMDMSM", 4, 10, {}, 3),
         # One stage has two layers more than the others: some meet nothing.
