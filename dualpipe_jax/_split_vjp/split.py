@@ -219,11 +219,12 @@ def _find_casts(trace: "_Trace", nodes: Sequence[Node]) -> dict[tuple[int, Any],
     found: dict[tuple[int, Any], list[int]] = {}
     for node in nodes:
         # A cast of what is a constant of the trace reads nothing.
-        if node.name != "convert_element_type" or not set(node.inputs[:1]) & set(place):
+        value = node.reads[0] if node.reads else None
+        if node.name != "convert_element_type" or value not in place:
             continue
-        source, target = (trace.graph.avals[v] for v in (node.reads[0], node.outputs[0]))
+        source, target = (trace.graph.avals[v] for v in (value, node.outputs[0]))
         if target.dtype.itemsize < source.dtype.itemsize:
-            found.setdefault((place[node.reads[0]], target.dtype), []).append(node.outputs[0])
+            found.setdefault((place[value], target.dtype), []).append(node.outputs[0])
     return dict(sorted(found.items(), key=lambda item: item[0][0]))
 
 
