@@ -115,6 +115,9 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
     ... }'''
     >>> groups(parse(text).entry.root, 4)
     ((0, 2), (1, 3))
+    >>> named = text.replace("[2,2]<=[2,2]T(1,0)", "mesh['data'=2,'model'=2] {'data'}")
+    >>> groups(parse(named).entry.root, 4)
+    ((0, 2), (1, 3))
     """
     attributes = collective.attributes
     lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes)
@@ -130,4 +133,14 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
         if iota[3]:
             devices = devices.transpose(tuple(map(int, iota[3].split(","))))
         return tuple(map(tuple, devices.reshape(shape[0], -1).tolist()))
+    # Axes of a mesh whose devices are in order: mesh[names and sizes] {the axes of a group}
+    mesh = re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',? ?)+)\}", attributes)
+    if mesh is not None:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        names = re.findall(r"'(\w+)'", mesh[2])
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        last = tuple(range(-len(names), 0))
+        devices = np.moveaxis(devices, [list(sizes).index(name) for name in names], last)
+        size = math.prod(sizes[name] for name in names)
+        return tuple(map(tuple, devices.reshape(-1, size).tolist()))
     return (tuple(range(num_devices)),)

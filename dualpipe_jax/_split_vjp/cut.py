@@ -18,8 +18,8 @@ from dualpipe_jax._split_vjp.graph import Node
 CHEAP = frozenset(
     """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy div eq expand_dims
-    floor ge gt integer_pow iota is_finite le lt max min mul ne neg not or real reshape rev round
-    rsqrt select_n sign slice sqrt square squeeze stop_gradient sub transpose xor
+    floor ge gt integer_pow iota is_finite le lt max min mul ne neg not one_minus_square or real
+    reshape rev round rsqrt select_n sign slice sqrt square squeeze stop_gradient sub transpose xor
     """.split()  # noqa: SIM905
 )
 # Cheap enough to run again in the backward, rather than keep a value for each: elementwise too, and
@@ -28,7 +28,7 @@ CHEAP = frozenset(
 CHEAP_LATER = CHEAP | frozenset(
     """
     acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1
-    lgamma log log1p logistic pow rem sin sinh tan tanh
+    lgamma log log1p log2 logistic pow rem sin sinh tan tanh
     """.split()  # noqa: SIM905
 )
 # What a weight gradient's tail may do early, so that its small result is kept instead of its input.
