@@ -7,7 +7,6 @@ has the shapes of another kind.
 """
 
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,8 +33,6 @@ PyTree = Any
 # Layers are unrolled up to this number a stage: XLA then fuses and schedules across them. Beyond,
 # a loop keeps program size and compile time from growing with depth.
 _MAX_UNROLLED = 4
-# In the place of a kind where a stage has no layer left; None is the kind of a model of one kind.
-NOBODY = object()
 
 
 class Layer(NamedTuple):
@@ -240,16 +237,17 @@ class Layout:
         num_trips = count if is_on is True else jnp.where(is_on, count, 0)
         return lax.fori_loop(0, num_trips, step, (carry, buffers))
 
-    def pairs(self, forward: int, backward: int) -> list[tuple[Any, Any]]:
+    def pairs(self, forward: int, backward: int) -> list[tuple[int, int]]:
         """Lists the kinds of layers that meet where one chunk is forward beside another's backward.
 
-        Layer j of a rank's forward stage meets layer L-1-j of its backward one, or nothing if that
-        has fewer; nothing has `NOBODY` in the place of a kind.
+        Layer j of a rank's forward stage meets layer L-1-j of its backward one, or none if that has
+        fewer. Kinds are numbered as in `stacks`; -1 stands for no layer.
         """
-        met: dict[tuple[Any, Any], None] = {}
+        number = {kind: n for n, kind in enumerate(self.stacks)}
+        met: dict[tuple[int, int], None] = {}
         for stages in zip(self.stage_of[forward], self.stage_of[backward], strict=True):
-            ahead, back = (self._kinds_of_stages[int(stage)] for stage in stages)
-            met |= dict.fromkeys(zip_longest(ahead, back[::-1], fillvalue=NOBODY))
+            ahead, back = ([number[k] for k in self._kinds_of_stages[int(s)]] for s in stages)
+            met |= dict.fromkeys(zip_longest(ahead, back[::-1], fillvalue=-1))
         return list(met)
 
     def loop_pairs(
@@ -268,40 +266,31 @@ class Layout:
             none left. It stands in the program once for each of `pairs`.
           carry: What goes from one to the next.
         """
-        pairs = self.pairs(*chunks)
+        pairs, kinds = self.pairs(*chunks), list(self.stacks)
         counts = [self._layers.num_layers_of(stage) for stage in stages]
-        numbers = {kind: number for number, kind in enumerate(self.stacks)} | {NOBODY: -1}
+
+        def layer(number: int, stage: Any, index: Any, index_in_kind: Any) -> Layer | None:
+            return None if number < 0 else self._layer(stage, kinds[number], index, index_in_kind)
 
         def step(j: Any, carry: Any) -> Any:
             indices = j, counts[1] - 1 - j
             if len(pairs) == 1:
-                ahead, back = map(self.layer_of_only_kind, stages, indices)
+                # Each of the two stages is of one kind, whichever ranks hold them.
+                ahead, back = map(layer, pairs[0], stages, indices, indices)
                 return body(ahead, back, carry)
-            found = []
+            numbers, places = [], []
             for stage, index, count in zip(stages, indices, counts, strict=True):
-                there = (index >= 0) & (index < count)
-                number, place = registers.read(self._tables, stage, jnp.where(there, index, 0))
-                found.append((jnp.where(there, number, -1), place))
+                is_there = (index >= 0) & (index < count)
+                number, place = registers.read(self._tables, stage, jnp.where(is_there, index, 0))
+                numbers.append(jnp.where(is_there, number, -1))
+                places.append(place)
             for pair in pairs:
-                layers = [
-                    None if kind is NOBODY else self._layer(stage, kind, index, place)
-                    for kind, stage, index, (_, place) in zip(
-                        pair, stages, indices, found, strict=True
-                    )
-                ]
-                is_met = functools.reduce(
-                    operator.and_,
-                    (
-                        number == numbers[kind]
-                        for kind, (number, _) in zip(pair, found, strict=True)
-                    ),
-                )
-                carry = when(is_met, functools.partial(body, *layers), carry)
+                ahead, back = map(layer, pair, stages, indices, places)
+                is_met = (numbers[0] == pair[0]) & (numbers[1] == pair[1])
+                carry = when(is_met, functools.partial(body, ahead, back), carry)
             return carry
 
-        most = counts[0]
-        if len(pairs) > 1:
-            most = jnp.maximum(*(jnp.asarray(count, jnp.int32) for count in counts))
+        most = max(counts) if self._layers.is_even else jnp.maximum(*counts)
         return lax.fori_loop(0, most, step, carry)
 
     def layers_of(self, stage: Any) -> list[Layer]:

@@ -66,6 +66,8 @@ def test_interleaved_beats_equal_the_sequential_model(
     ("letters", "num_ranks", "num_microbatches", "options", "num_pairs"),
     [
         ("DMMM", 2, 8, {"remat": "block"}, 2),
+        # Each stage of one kind, but not of the same.
+        ("DDMM", 2, 8, {}, 1),
         ("DDMMDMSM", 4, 10, {}, 3),
         # One stage has two layers more than the others: some meet nothing.
         ("DMMMMM", 2, 8, {"layers_per_stage": (4, 2)}, 3),
