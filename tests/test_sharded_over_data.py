@@ -11,11 +11,12 @@ from jax import P
 from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
-from tests.hlo import collectives
+from tests.hlo import Collective, collectives
 from tests.models import assert_close
 from tests.test_exact import sequential_value_and_grad
 
 VOCABULARY, WIDTH, HIDDEN, ROWS, LENGTH, LAYERS = 8, 4, 6, 2, 3, 4
+AXES = {"pipe": 2, "data": 2, "model": 2}
 SPECS = {
     "ends": {"table": P("data"), "out": P(None, ("pipe", "data")), "gain": P()},
     "blocks": {
@@ -79,6 +80,14 @@ def placed(params: Any, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
+def collectives_of(program: Any) -> list[Collective]:
+    """Lists a program's collectives, of which loops may have the pipeline's permutes alone."""
+    moved = collectives(str(program.as_text()), AXES)
+    in_loops = {(each.kind, each.axes) for each in moved if each.in_loop}
+    assert in_loops == {("collective-permute", ("pipe",))}
+    return moved
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "says", "schedule"),
@@ -89,8 +98,7 @@ def placed(params: Any, mesh: jax.sharding.Mesh) -> Any:
     ],
 )
 def test_gathered_once_and_scattered_once(kind: AxisType, says: str, schedule: str) -> None:
-    axes = {"pipe": 2, "data": 2, "model": 2}
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * 3)
+    mesh = jax.make_mesh(tuple(AXES.values()), tuple(AXES), (kind,) * 3)
     params, batch = make_params(), make_batch(8)
     want = sequential_value_and_grad(MODEL, 8)(params, batch)
     grad_fn = dpj.value_and_grad(
@@ -105,10 +113,7 @@ def test_gathered_once_and_scattered_once(kind: AxisType, says: str, schedule: s
     program = jax.jit(grad_fn).lower(sharded, batch).compile()
     got = program(sharded, batch)
     assert_close(got, want)
-    moved = collectives(str(program.as_text()), axes)
-    assert {(each.kind, each.axes) for each in moved if each.in_loop} == {
-        ("collective-permute", ("pipe",))
-    }
+    moved = collectives_of(program)
     if says == "specs" and kind is AxisType.Explicit:
         # Nothing is asked of where they come from.
         assert_close(jax.jit(grad_fn)(params, batch), want)
@@ -139,8 +144,7 @@ def test_gathered_once_and_scattered_once(kind: AxisType, says: str, schedule: s
 )
 def test_gradients_alone_are_scattered(kind: AxisType, schedule: str) -> None:
     """ZeRO's second stage: parameters are the same everywhere, gradients are not."""
-    axes = {"pipe": 2, "data": 2, "model": 2}
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * 3)
+    mesh = jax.make_mesh(tuple(AXES.values()), tuple(AXES), (kind,) * 3)
     params, batch = make_params(), make_batch(8)
     want = sequential_value_and_grad(MODEL, 8)(params, batch)
     want[1]["blocks"]["unused"] = jnp.zeros_like(params["blocks"]["unused"])
@@ -164,10 +168,7 @@ def test_gradients_alone_are_scattered(kind: AxisType, schedule: str) -> None:
             if name != "index":
                 assert grad.sharding.is_equivalent_to(sharding, grad.ndim), (part, name)
 
-    moved = collectives(str(program.as_text()), axes)
-    assert {(each.kind, each.axes) for each in moved if each.in_loop} == {
-        ("collective-permute", ("pipe",))
-    }
+    moved = collectives_of(program)
     assert "all-gather" not in {each.kind for each in moved}
     # A device's part of two layers, of out and of the table, in elements; no whole one is summed.
     layers, ends = 2 * WIDTH * HIDDEN, WIDTH * VOCABULARY

@@ -76,13 +76,13 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
         state = state._replace(**nothing)
         carry = (state, x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)
-        state = state._replace(**_again(idle, after=(x, cotangent), poison=rank.poison))
+        state = state._replace(**_empty_after(idle, after=(x, cotangent), poison=rank.poison))
         return _leave(rank, steady, state, x, cotangent)
 
     return run
 
 
-def _again(buffers: dict[str, Any], *, after: PyTree, poison: bool) -> dict[str, Any]:
+def _empty_after(buffers: dict[str, Any], *, after: PyTree, poison: bool) -> dict[str, Any]:
     """Makes empty buffers like these, not before `after` is known."""
     zero = order.zero_after(after)
 

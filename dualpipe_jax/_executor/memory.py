@@ -8,7 +8,7 @@ between ranks both ends count. None grows with the number of microbatches.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ class Term:
     name: str
     count: str
     num_bytes: int
-    phase: str = ""
+    phase: Literal["", "beats", "ticks"] = ""
 
 
 @dataclass(frozen=True)

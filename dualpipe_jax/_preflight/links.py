@@ -143,4 +143,8 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
         devices = np.moveaxis(devices, [list(sizes).index(name) for name in names], last)
         size = math.prod(sizes[name] for name in names)
         return tuple(map(tuple, devices.reshape(-1, size).tolist()))
+    # What is not understood is not to pass for all devices.
+    unknown = re.search(r"replica_groups=(?!\{\}).*", attributes)
+    if unknown is not None:
+        raise ValueError(f"a program whose groups of devices cannot be read: {unknown[0]}")
     return (tuple(range(num_devices)),)
