@@ -168,7 +168,9 @@ def specs(
         entries += [()] * (leaf.ndim - len(entries))
         may_gather = gathered[:-1] if is_block else gathered
         known = (*manual_axes, *may_gather)
-        problems += [f"{name}: {problem}" for problem in _problems(leaf, entries, mesh, known)]
+        by_type = _places_by_type(leaf, mesh, skip=1 if is_block else 0)
+        found = _problems(leaf, entries, mesh, known, by_type)
+        problems += [f"{name}: {problem}" for problem in found]
         problems += [
             f"{name}: {each!r} must come last in its entry, within the parts that manual axes make"
             for entry in entries
@@ -176,20 +178,9 @@ def specs(
             if each in may_gather and set(entry[place:]) & set(manual_axes)
         ]
         named = {each for entry in entries for each in entry}
-        for dim, each in _places_by_type(leaf, mesh, skip=1 if is_block else 0):
+        for dim, each in by_type:
             if each in may_gather and each not in named:
                 entries[dim] = (*entries[dim], each)
-        others: dict[int, list[str]] = {}
-        for dim, each in _places_by_type(leaf, mesh, skip=1 if is_block else 0):
-            if entries[dim] and each not in entries[dim]:
-                others.setdefault(dim, []).append(each)
-        for dim, names in others.items():
-            size = math.prod(mesh.shape[each] for each in (*entries[dim], *names))
-            if leaf.shape[dim] % size:
-                too = ", ".join(map(repr, names))
-                problems.append(
-                    f"{name}: dim {dim} lies over {too} too, and is not divisible by {size} devices"
-                )
         if is_block and entries and entries[0]:
             problems.append(f"{name}: the layers' dim lies over {axis!r} alone")
         out[path[0].key].append(PartitionSpec(*(entry or None for entry in entries)))
@@ -314,19 +305,25 @@ def _places_by_type(leaf: Any, mesh: Mesh | AbstractMesh, *, skip: int) -> list[
     ]
 
 
-def _problems(leaf: Any, entries: list, mesh: Mesh | AbstractMesh, manual_axes: tuple) -> list[str]:
+def _problems(
+    leaf: Any,
+    entries: list,
+    mesh: Mesh | AbstractMesh,
+    known: tuple,
+    by_type: list[tuple[int, str]],
+) -> list[str]:
     names = [name for entry in entries for name in entry]
-    problems = [f"{name!r} is none of them" for name in names if name not in manual_axes]
+    problems = [f"{name!r} is none of them" for name in names if name not in known]
     problems += [f"{name!r} stands twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if len(entries) > leaf.ndim:
         problems.append(f"has {len(entries)} entries for {leaf.ndim} dims")
     elif not problems:
         for dim, entry in enumerate(entries):
-            size = 1
-            for name in entry:
-                size *= mesh.shape[name]
+            more = [name for place, name in by_type if place == dim and name not in names]
+            size = math.prod(mesh.shape[name] for name in (*entry, *more))
             if leaf.shape[dim] % size:
-                problems.append(f"dim {dim} is not divisible by {size} devices")
+                too = f"lies over {', '.join(map(repr, more))} too, and " if more else ""
+                problems.append(f"dim {dim} {too}is not divisible by {size} devices")
     return problems
 
 
