@@ -6,12 +6,14 @@ the most loaded link at its published bandwidth, without latency; where the toru
 upper bounds. GPUs of a host reach each other over a switch.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Instruction
@@ -118,6 +120,9 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
     >>> named = text.replace("[2,2]<=[2,2]T(1,0)", "mesh['data'=2,'model'=2] {'data'}")
     >>> groups(parse(named).entry.root, 4)
     ((0, 2), (1, 3))
+    >>> ordered = named.replace("] {", "], device_ids=([2,2]T(1,0)) {")
+    >>> groups(parse(ordered).entry.root, 4)
+    ((0, 1), (2, 3))
     """
     attributes = collective.attributes
     lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes)
@@ -125,26 +130,72 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
         return tuple(
             tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", lists[1])
         )
-    # An iota of shape `dims`, its dims permuted, in rows: [groups,size]<=[dims]T(permutation)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota is not None:
-        shape, dims = (tuple(map(int, text.split(","))) for text in iota.groups()[:2])
-        devices = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            devices = devices.transpose(tuple(map(int, iota[3].split(","))))
-        return tuple(map(tuple, devices.reshape(shape[0], -1).tolist()))
-    # Axes of a mesh whose devices are in order: mesh[names and sizes] {the axes of a group}
-    mesh = re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',? ?)+)\}", attributes)
+        rows = _iota(iota[2]).reshape(_numbers(iota[1])[0], -1)
+        return tuple(map(tuple, rows.tolist()))
+    # A mesh: names and sizes of its axes, its devices where not in order, the axes of a group.
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\(((?:[^()]|\([\d,]+\))+)\))? "
+        r"\{((?:[^{}])+)\}",
+        attributes,
+    )
     if mesh is not None:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        names = re.findall(r"'(\w+)'", mesh[2])
-        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        last = tuple(range(-len(names), 0))
-        devices = np.moveaxis(devices, [list(sizes).index(name) for name in names], last)
-        size = math.prod(sizes[name] for name in names)
-        return tuple(map(tuple, devices.reshape(-1, size).tolist()))
+        return _of_mesh(*mesh.groups())
     # What is not understood is not to pass for all devices.
     unknown = re.search(r"replica_groups=(?!\{\}).*", attributes)
     if unknown is not None:
         raise ValueError(f"a program whose groups of devices cannot be read: {unknown[0]}")
     return (tuple(range(num_devices)),)
+
+
+def _of_mesh(axes: str, devices: str | None, within: str) -> tuple[tuple[int, ...], ...]:
+    """Groups of the devices of a mesh along some of its axes, or along parts of them.
+
+    Args:
+        axes: Names and sizes of the mesh's axes: "'data'=2,'model'=4".
+        devices: Its devices, row by row: a list of their numbers or an iota, "[2,4]T(1,0)"; in
+            order by default.
+        within: The axes of a group; "'model':(2)2" is the part of size 2 of an axis in front of
+            which in that axis, more major, stands a part of size 2.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    parts = [
+        (found[1], int(found[2] or 1), int(found[3] or sizes[found[1]]))
+        for found in re.finditer(r"'([^':]+)'?(?::\((\d+)\)(\d+)'?)?", within)
+    ]
+    # Each axis is cut at the bounds of its parts: dims by (name, the size of what is before).
+    dims = {}
+    for name, size in sizes.items():
+        bounds = {1, size}
+        for _, before, width in (part for part in parts if part[0] == name):
+            bounds |= {before, before * width}
+        for begin, end in itertools.pairwise(sorted(bounds)):
+            dims[name, begin] = end // begin
+    if devices is None:
+        numbers = np.arange(math.prod(sizes.values()))
+    elif devices.startswith("["):
+        numbers = _iota(devices)
+    else:
+        numbers = np.array(_numbers(devices))
+    numbers = numbers.reshape(tuple(dims.values()))
+    inner = [
+        at
+        for name, before, width in parts
+        for at, (of, begin) in enumerate(dims)
+        if of == name and before <= begin < before * width
+    ]
+    size = math.prod(numbers.shape[at] for at in inner)
+    numbers = np.moveaxis(numbers, inner, tuple(range(-len(inner), 0)))
+    return tuple(map(tuple, numbers.reshape(-1, size).tolist()))
+
+
+def _iota(text: str) -> NDArray[np.int_]:
+    """The numbers from 0 in an array of a shape, its dims then permuted: "[2,4]T(1,0)"."""
+    shape, permutation = (_numbers(each) for each in text.split("]"))
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose(permutation) if permutation else numbers
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))

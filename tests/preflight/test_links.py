@@ -74,10 +74,26 @@ def test_nothing_is_said_of_unknown_links() -> None:
         ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
         ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
         ("replica_groups={}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b','a'}", ((0, 2, 1, 3),)),
+        ("replica_groups=mesh['a'=1,'b'=4] {'a'}", ((0,), (1,), (2,), (3,))),
+        (
+            "replica_groups=mesh['_0'=1,'_1'=2,'_2'=2], device_ids=([2,2]T(1,0)) {'_1'}, dim={1}",
+            ((0, 1), (2, 3)),
+        ),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", ((3, 1), (2, 0))),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", ((0, 1), (2, 3))),
     ],
 )
 def test_groups_are_read(attributes: str, expected: tuple[tuple[int, ...], ...]) -> None:
     assert groups(collective(attributes, "all-reduce"), 4) == expected
+
+
+@pytest.mark.parametrize("text", ["mesh(a=2)", "[2,2]", "mesh['a'=4], {'a'}"])
+def test_groups_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ValueError, match="whose groups of devices cannot be read"):
+        groups(collective(f"replica_groups={text}", "all-reduce"), 4)
 
 
 def test_axes_of_groups() -> None:
