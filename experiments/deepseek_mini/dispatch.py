@@ -12,6 +12,7 @@ each device has `capacity` slots for each expert; in dropless mode as many for e
 have choices for it at the worst.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from experiments.deepseek_mini.routing import Routing
 
 # [experts, width, hidden] for "gate" and "up", [experts, hidden, width] for "down".
 Kernels = Mapping[str, jax.Array]
+# What `jax.lax.ragged_all_to_all` takes beside its buffers.
+Route = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def every_expert(x: jax.Array, routing: Routing, kernels: Kernels) -> jax.Array:
@@ -136,18 +139,18 @@ def dropless(
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
     sent = take_rows(jnp.repeat(x, num_chosen, axis=0), choice_of_slot, slot_of_choice)
 
-    their_counts = lax.all_to_all(counts, axis, 0, 0, tiled=True)  # [from device, local]
+    # One small exchange: how many rows for each expert, and where these begin on their device.
+    tables = jnp.concatenate([counts, _starts(sizes)[:, None]], 1)
+    theirs = lax.all_to_all(tables, axis, 0, 0, tiled=True)  # [from device, local + 1]
+    their_counts, their_starts = theirs[:, :-1], theirs[:, -1]
     their_sizes = their_counts.sum(1, dtype=jnp.int32)
+    # Where what goes to each device begins, how much it is, where it is put, how much comes.
+    to_me = jnp.full_like(sizes, limit) * lax.axis_index(axis)
+    from_me = jnp.arange(num_devices, dtype=jnp.int32) * limit
+    there = (_starts(sizes), sizes, to_me, their_sizes)
+    back = (from_me, their_sizes, their_starts, sizes)
     if is_ragged:
-        received = _ragged(
-            sent,
-            num_devices * limit,
-            input_offsets=_starts(sizes),
-            send_sizes=sizes,
-            output_offsets=jnp.full_like(sizes, limit) * lax.axis_index(axis),
-            recv_sizes=their_sizes,
-            axis=axis,
-        )
+        received = send_ragged(axis, (num_slots, num_devices * limit), sent, there, back)
     else:
         received = _exchange(sent.reshape(num_devices, limit, -1), axis).reshape(
             num_devices * limit, -1
@@ -157,21 +160,12 @@ def dropless(
     expert = (jnp.arange(limit)[:, None] >= ends[:, None]).sum(-1)  # [from device, slot]
     by_expert = jnp.argsort(expert.reshape(-1), stable=True).astype(jnp.int32)
     rows = jnp.arange(num_devices * limit, dtype=jnp.int32)
-    back = _inverse(by_expert, rows, len(rows))
-    out = grouped_swiglu(
-        take_rows(received, by_expert, back), kernels, their_counts.sum(0, dtype=jnp.int32)
-    )
-    out = take_rows(out, back, by_expert)
+    as_they_came = _inverse(by_expert, rows, len(rows))
+    grouped = take_rows(received, by_expert, as_they_came)
+    out = grouped_swiglu(grouped, kernels, their_counts.sum(0, dtype=jnp.int32))
+    out = take_rows(out, as_they_came, by_expert)
     if is_ragged:
-        out = _ragged(
-            out,
-            num_slots,
-            input_offsets=jnp.arange(num_devices, dtype=jnp.int32) * limit,
-            send_sizes=their_sizes,
-            output_offsets=lax.all_to_all(_starts(sizes), axis, 0, 0, tiled=True),
-            recv_sizes=sizes,
-            axis=axis,
-        )
+        out = send_ragged(axis, (num_devices * limit, num_slots), out, back, there)
     else:
         out = _exchange(out.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
     return _combine(take_rows(out, slot_of_choice, choice_of_slot), routing)
@@ -227,6 +221,45 @@ def _take_rows_backward(residual: Any, cotangent: jax.Array) -> Any:
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def send_ragged(
+    axis: str, num_rows: tuple[int, int], values: jax.Array, there: Route, back: Route
+) -> jax.Array:
+    """Sends to each device of an axis its rows; rows that nobody sent are zeros.
+
+    The derivative sends the cotangents back the same way. JAX's own derivative exchanges the
+    offsets, twice for each ragged exchange, before it can send anything.
+
+    Args:
+      axis: The mesh axis.
+      num_rows: Of `values` and of what is received.
+      values: [num_rows[0], width].
+      there: For each device, int32[devices]: where its rows begin, how many, where they go to in
+        its memory, and how many it sends here.
+      back: The same for the way back: of what is received, to where in `values` it came from.
+    """
+    del back
+    zeros = jnp.zeros((num_rows[1], values.shape[1]), values.dtype)
+    zeros = lax.pcast(zeros, axis, to="varying")
+    return lax.ragged_all_to_all(values, zeros, *there, axis_name=axis)
+
+
+def _send_ragged_forward(
+    axis: str, num_rows: tuple[int, int], values: jax.Array, there: Route, back: Route
+) -> Any:
+    return send_ragged(axis, num_rows, values, there, back), (there, back)
+
+
+def _send_ragged_backward(
+    axis: str, num_rows: tuple[int, int], residual: Any, cotangent: jax.Array
+) -> Any:
+    there, back = residual
+    return send_ragged(axis, num_rows[::-1], cotangent, back, there), None, None
+
+
+send_ragged.defvjp(_send_ragged_forward, _send_ragged_backward)
+
+
 def _combine(chosen: jax.Array, routing: Routing) -> jax.Array:
     """Adds up gate times output: [choices, width] to [tokens, width]."""
     outputs = chosen.reshape(*routing.gates.shape, -1).astype(routing.gates.dtype)
@@ -236,12 +269,6 @@ def _combine(chosen: jax.Array, routing: Routing) -> jax.Array:
 def _exchange(values: jax.Array, axis: str | None) -> jax.Array:
     """Sends `values[e]` to device e: [to device, ...] to [from device, ...]."""
     return values if axis is None else lax.all_to_all(values, axis, 0, 0, tiled=True)
-
-
-def _ragged(values: jax.Array, num_rows: int, *, axis: str, **where: jax.Array) -> jax.Array:
-    zeros = jnp.zeros((num_rows, values.shape[1]), values.dtype)
-    zeros = lax.pcast(zeros, axis, to="varying")
-    return lax.ragged_all_to_all(values, zeros, axis_name=axis, **where)
 
 
 def _count(experts: jax.Array, num_experts: int) -> jax.Array:

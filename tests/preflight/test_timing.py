@@ -117,6 +117,20 @@ def test_generic_asynchronous_form() -> None:
     assert exchange.is_hidden
 
 
+@pytest.mark.parametrize(("sent", "received"), [("f32[4]", "f32[8]"), ("f32[8]", "f32[4]")])
+def test_ragged_all_to_alls_move_no_more_than_fits_in_both_buffers(
+    sent: str, received: str
+) -> None:
+    module = lines(
+        f"  %s = {sent}{{0}} constant(0)",
+        f"  %t = {received}{{0}} constant(0)",
+        "  %z = s32[2]{0} constant({0,0})",
+        f"  %u = {received}{{0}} ragged-all-to-all(%s, %t, %z, %z, %z, %z), replica_groups={{{{0,1}}}}",
+    )
+    (exchange,) = replay(module)
+    assert (exchange.kind, exchange.num_bytes) == ("ragged-all-to-all", 16)
+
+
 # As the TPU compiler writes it: start and done are fusions, and so is what computes between.
 FUSION_START = """%gather_start (q: f32[4]) -> (f32[4], f32[8], u32[]) {
   %q = f32[4]{0} parameter(0)
