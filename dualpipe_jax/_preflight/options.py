@@ -38,6 +38,11 @@ _OPTIONS: dict[str, tuple[CompilerOption, ...]] = {
             reason="all-to-alls run while others compute; without it every one stops its device",
         ),
         CompilerOption(
+            name="xla_tpu_enable_async_ragged_all_to_all",
+            value=True,
+            reason="the same for ragged ones",
+        ),
+        CompilerOption(
             name="xla_lhs_loop_fusion_latency_multiplier",
             value="0.5",
             reason="the scheduler puts more between an all-to-all's start and its done: it counts "
@@ -79,6 +84,7 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
     ...         print(f"{option.name}={option.value}: {option.reason}")
     xla_tpu_enable_async_all_to_all=True: all-to-alls run while others compute; without it every
       one stops its device
+    xla_tpu_enable_async_ragged_all_to_all=True: the same for ragged ones
     xla_lhs_loop_fusion_latency_multiplier=0.5: the scheduler puts more between an all-to-all's
       start and its done: it counts elementwise work half, which else it takes for longer than the
       transfer
@@ -90,8 +96,8 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
     xla_gpu_collective_permute_combine_threshold_bytes=0: activations and cotangents travel apart;
       combined they were waited for before any matmul in a mixture of experts of width 2048
     >>> compiler_options("tpu")
-    {'xla_tpu_enable_async_all_to_all': True, 'xla_lhs_loop_fusion_latency_multiplier': '0.5',
-     'xla_msa_use_bundle_aware_cost_model': True}
+    {'xla_tpu_enable_async_all_to_all': True, 'xla_tpu_enable_async_ragged_all_to_all': True,
+     'xla_lhs_loop_fusion_latency_multiplier': '0.5', 'xla_msa_use_bundle_aware_cost_model': True}
 
     Args:
       platform: `"tpu"`, `"gpu"` or `"cpu"` (which has none).

@@ -21,8 +21,6 @@ AXES = {"pipe": 4, "expert": 2}
 # Beside the library's own (README.md). The scheduler counts a matmul for a quarter, and so puts
 # more of them beside an all-to-all.
 COVER = {"xla_lhs_output_fusion_latency_multiplier": "0.25"}
-# Without it a ragged all-to-all stops its device.
-RAGGED = {"xla_tpu_enable_async_ragged_all_to_all": True}
 CAPACITY = DeepSeekMini(
     dense_layers=0,
     expert_layers=8,
@@ -68,7 +66,7 @@ CASES = {
     "dropless": Case(
         what="expert layers alone, one a stage, dropless, ragged all-to-alls",
         sizes=replace(CAPACITY, expert_layers=4, capacity_factor=None),
-        tpu_options=COVER | RAGGED,
+        tpu_options=COVER,
     ),
     "dense-first": Case(
         what="a dense layer before seven of experts, capacity 1.25",

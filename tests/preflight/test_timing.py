@@ -125,7 +125,8 @@ def test_ragged_all_to_alls_move_no_more_than_fits_in_both_buffers(
         f"  %s = {sent}{{0}} constant(0)",
         f"  %t = {received}{{0}} constant(0)",
         "  %z = s32[2]{0} constant({0,0})",
-        f"  %u = {received}{{0}} ragged-all-to-all(%s, %t, %z, %z, %z, %z), replica_groups={{{{0,1}}}}",
+        f"  %u = {received}{{0}} ragged-all-to-all(%s, %t, %z, %z, %z, %z), "
+        "replica_groups={{0,1}}",
     )
     (exchange,) = replay(module)
     assert (exchange.kind, exchange.num_bytes) == ("ragged-all-to-all", 16)

@@ -79,6 +79,7 @@ def test_neighbours_far_apart_are_noticed() -> None:
 def test_options_have_reasons() -> None:
     assert compiler_options("tpu") == {
         "xla_tpu_enable_async_all_to_all": True,
+        "xla_tpu_enable_async_ragged_all_to_all": True,
         "xla_lhs_loop_fusion_latency_multiplier": "0.5",
         "xla_msa_use_bundle_aware_cost_model": True,
     }
