@@ -124,9 +124,9 @@ def dropless(
     place = jnp.arange(num_choices, dtype=jnp.int32)
     if axis is None:
         place_of_choice = _inverse(order, place, num_choices)
-        sent = take_rows(jnp.repeat(x, num_chosen, axis=0), order, place_of_choice)
+        sent = take_rows(jnp.repeat(x, num_chosen, axis=0), order, place_of_choice, False, False)
         out = grouped_swiglu(sent, kernels, counts)
-        return _combine(take_rows(out, place_of_choice, order), routing)
+        return _combine(take_rows(out, place_of_choice, order, False, False), routing)
 
     num_devices, num_local = lax.axis_size(axis), len(kernels["up"])
     limit = len(x) * min(num_chosen, num_local)  # a token's experts are all different
@@ -137,7 +137,8 @@ def dropless(
     num_slots = num_choices if is_ragged else num_devices * limit
     slot_of_choice = _inverse(order, slot, num_choices)
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
-    sent = take_rows(jnp.repeat(x, num_chosen, axis=0), choice_of_slot, slot_of_choice)
+    choices = jnp.repeat(x, num_chosen, axis=0)
+    sent = take_rows(choices, choice_of_slot, slot_of_choice, not is_ragged, False)
 
     # One small exchange: how many rows for each expert, and where these begin on their device.
     tables = jnp.concatenate([counts, _starts(sizes)[:, None]], 1)
@@ -155,20 +156,23 @@ def dropless(
         received = _exchange(sent.reshape(num_devices, limit, -1), axis).reshape(
             num_devices * limit, -1
         )
-    # Rows came sorted by expert from each device; empty slots stand for an expert beyond the last.
+    # Rows came sorted by expert from each device. Empty slots, in which anything may be, stand for
+    # an expert beyond the last, and are read as zeros.
     ends = jnp.cumsum(their_counts, 1)
     expert = (jnp.arange(limit)[:, None] >= ends[:, None]).sum(-1)  # [from device, slot]
     by_expert = jnp.argsort(expert.reshape(-1), stable=True).astype(jnp.int32)
     rows = jnp.arange(num_devices * limit, dtype=jnp.int32)
-    as_they_came = _inverse(by_expert, rows, len(rows))
-    grouped = take_rows(received, by_expert, as_they_came)
+    by_expert = jnp.where(rows < their_sizes.sum(), by_expert, len(rows))
+    as_they_came = _inverse(by_expert, rows, len(rows), missing=len(rows))
+    grouped = take_rows(received, by_expert, as_they_came, True, False)
     out = grouped_swiglu(grouped, kernels, their_counts.sum(0, dtype=jnp.int32))
-    out = take_rows(out, as_they_came, by_expert)
+    out = take_rows(out, as_they_came, by_expert, False, True)
     if is_ragged:
         out = send_ragged(axis, (num_devices * limit, num_slots), out, back, there)
     else:
         out = _exchange(out.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
-    return _combine(take_rows(out, slot_of_choice, choice_of_slot), routing)
+    chosen = take_rows(out, slot_of_choice, choice_of_slot, False, not is_ragged)
+    return _combine(chosen, routing)
 
 
 def has_ragged(platform: str) -> bool:
@@ -194,8 +198,14 @@ def grouped_swiglu(x: jax.Array, kernels: Kernels, sizes: jax.Array) -> jax.Arra
     return lax.ragged_dot(hidden, down, sizes)
 
 
-@jax.custom_vjp
-def take_rows(values: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def take_rows(
+    values: jax.Array,
+    index: jax.Array,
+    inverse: jax.Array,
+    has_holes: bool = True,
+    inverse_has_holes: bool = True,
+) -> jax.Array:
     """Takes `values[index]`, or zeros where `index` is the number of rows.
 
     The derivative is a gather too, not the scatter that JAX would make of it.
@@ -204,18 +214,28 @@ def take_rows(values: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Ar
       values: [rows, width].
       index: int32[taken]; none but the number of rows stands in it twice.
       inverse: int32[rows], where in `index` each row stands, or `taken` if it does not.
+      has_holes: Whether there are to be zeros; without, any row may stand in their place, and the
+        result is not read and written once more.
+      inverse_has_holes: The same of the derivative, for rows that are not taken.
     """
-    del inverse
+    del inverse, inverse_has_holes
+    if not has_holes:
+        return values.at[index].get(mode="clip")
     return values.at[index].get(mode="fill", fill_value=0)
 
 
-def _take_rows_forward(values: jax.Array, index: jax.Array, inverse: jax.Array) -> Any:
-    return take_rows(values, index, inverse), (index, inverse)
+def _take_rows_forward(
+    values: jax.Array, index: jax.Array, inverse: jax.Array, *has_holes: bool
+) -> Any:
+    return take_rows(values, index, inverse, *has_holes), (index, inverse)
 
 
-def _take_rows_backward(residual: Any, cotangent: jax.Array) -> Any:
+def _take_rows_backward(
+    has_holes: bool, inverse_has_holes: bool, residual: Any, cotangent: jax.Array
+) -> Any:
     index, inverse = residual
-    return take_rows(cotangent, inverse, index), None, None
+    back = take_rows(cotangent, inverse, index, inverse_has_holes, has_holes)
+    return back, None, None
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
@@ -225,7 +245,7 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 def send_ragged(
     axis: str, num_rows: tuple[int, int], values: jax.Array, there: Route, back: Route
 ) -> jax.Array:
-    """Sends to each device of an axis its rows; rows that nobody sent are zeros.
+    """Sends to each device of an axis its rows; in rows that nobody sent is whatever was there.
 
     The derivative sends the cotangents back the same way. JAX's own derivative exchanges the
     offsets, twice for each ragged exchange, before it can send anything.
@@ -239,9 +259,9 @@ def send_ragged(
       back: The same for the way back: of what is received, to where in `values` it came from.
     """
     del back
-    zeros = jnp.zeros((num_rows[1], values.shape[1]), values.dtype)
-    zeros = lax.pcast(zeros, axis, to="varying")
-    return lax.ragged_all_to_all(values, zeros, *there, axis_name=axis)
+    received = lax.empty((num_rows[1], values.shape[1]), values.dtype)
+    received = lax.pcast(received, axis, to="varying")
+    return lax.ragged_all_to_all(values, received, *there, axis_name=axis)
 
 
 def _send_ragged_forward(

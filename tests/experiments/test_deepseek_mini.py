@@ -154,7 +154,11 @@ def ragged_all_to_all(
     *,
     axis_name: str,
 ) -> jax.Array:
-    """What the documentation of `jax.lax.ragged_all_to_all` says, row by row, from all devices."""
+    """What the documentation of `jax.lax.ragged_all_to_all` says, row by row, from all devices.
+
+    What lies in rows that nobody sent is not to be used.
+    """
+    output = jnp.full_like(output, jnp.nan)
     me = lax.axis_index(axis_name)
     sent, starts, sizes, targets = (
         lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
