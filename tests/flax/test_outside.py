@@ -45,7 +45,7 @@ def mesh_of() -> jax.sharding.Mesh:
 @pytest.mark.parametrize("schedule", ["dualpipe", "zb-h1"])
 def test_gpt2_of_transformers(schedule: str) -> None:
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=8, n_layer=4, n_head=2)
-    gpt = FlaxGPT2LMHeadModule(config, dtype=jnp.float64)
+    gpt = FlaxGPT2LMHeadModule(config, dtype=jnp.dtype("float64"))
     batch, positions = make_batch(), jnp.arange(LENGTH)[None]
 
     def own_loss(params: Any) -> jax.Array:
@@ -64,7 +64,7 @@ def test_gpt2_of_transformers(schedule: str) -> None:
 
     model = dpj.linen.model(
         embed=(gpt, embed),
-        block=(FlaxGPT2Block(config, dtype=jnp.float64), block),
+        block=(FlaxGPT2Block(config, dtype=jnp.dtype("float64")), block),
         head=(gpt, head),
         loss=loss_of,
     )
