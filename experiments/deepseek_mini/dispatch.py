@@ -7,6 +7,9 @@ A choice is a token beside one of its experts: choice c is token c // chosen. Ch
 sorted by expert, and slots to the experts' devices by an all-to-all over a mesh axis. Device e has
 the experts e * local to (e + 1) * local - 1. Each device sorts and counts its own tokens only.
 
+Gates go along, and multiply what is hidden in an expert: so their gradients are made where it is,
+and a backward that recomputes needs neither the experts' outputs nor the way back once more.
+
 All moves are gathers, forward and backward (`take_rows`), and sizes are static: in capacity mode
 each device has `capacity` slots for each expert; in dropless mode as many for each device as it may
 have choices for it at the worst.
@@ -37,10 +40,11 @@ def every_expert(x: jax.Array, routing: Routing, kernels: Kernels) -> jax.Array:
       routing: As of `routing.route`.
       kernels: Of all experts.
     """
-    out = swiglu(jnp.broadcast_to(x, (len(kernels["up"]), *x.shape)), kernels)
-    is_chosen = jax.nn.one_hot(routing.experts, len(out), dtype=routing.gates.dtype)
-    gates = jnp.einsum("tke,tk->te", is_chosen, routing.gates)
-    return jnp.einsum("etd,te->td", out.astype(gates.dtype), gates).astype(x.dtype)
+    num_experts = len(kernels["up"])
+    is_chosen = jax.nn.one_hot(routing.experts, num_experts, dtype=routing.gates.dtype)
+    gates = jnp.einsum("tke,tk->et", is_chosen, routing.gates)
+    out = swiglu(jnp.broadcast_to(x, (num_experts, *x.shape)), kernels, gates)
+    return out.sum(0)
 
 
 def capacity_of(num_tokens: int, *, num_chosen: int, num_experts: int, factor: float) -> int:
@@ -75,6 +79,7 @@ def with_capacity(
     """
     num_tokens, num_chosen = routing.experts.shape
     num_choices, num_slots = num_tokens * num_chosen, num_experts * capacity
+    num_local = len(kernels["up"])
     by_gate = -lax.stop_gradient(routing.gates).reshape(-1)
     order = jnp.lexsort((by_gate, routing.experts.reshape(-1))).astype(jnp.int32)
     expert = routing.experts.reshape(-1)[order]
@@ -83,16 +88,21 @@ def with_capacity(
     slot = jnp.where(place < capacity, expert * capacity + place, num_slots)
     slot_of_choice = _inverse(order, slot, num_choices)
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
+    # Of tokens: which one is in each slot, and in which slots each one is.
+    token, slots = choice_of_slot[:, None] // num_chosen, slot_of_choice.reshape(-1, num_chosen)
 
-    sent = take_rows(jnp.repeat(x, num_chosen, axis=0), choice_of_slot, slot_of_choice)
-    sent = sent.reshape(-1, len(kernels["up"]), capacity, x.shape[-1])  # [device, local, slot, d]
-    received = _exchange(sent, axis)
-    grouped = received.swapaxes(0, 1).reshape(len(kernels["up"]), -1, x.shape[-1])
-    out = swiglu(grouped, kernels).reshape(received.swapaxes(0, 1).shape)
-    out = _exchange(out.swapaxes(0, 1), axis).reshape(num_slots, -1)
-    chosen = take_rows(out, slot_of_choice, choice_of_slot)
+    def to_experts(sent: jax.Array) -> jax.Array:  # [slots, ...] to [local, slots, ...]
+        sent = sent.reshape(-1, num_local, capacity, *sent.shape[1:])  # [device, local, slot, ...]
+        received = _exchange(sent, axis).swapaxes(0, 1)
+        return received.reshape(num_local, -1, *sent.shape[3:])
+
+    gates = routing.gates.reshape(-1)
+    gates = to_experts(take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None]))
+    out = swiglu(to_experts(take_rows(x, token, slots)), kernels, gates)
+    out = out.reshape(num_local, -1, capacity, x.shape[-1]).swapaxes(0, 1)
+    out = _exchange(out, axis).reshape(num_slots, -1)
     dropped = jnp.maximum(counts - capacity, 0).sum(dtype=jnp.int32)
-    return _combine(chosen, routing), dropped
+    return take_rows(out, slots, token), dropped
 
 
 def dropless(
@@ -121,28 +131,36 @@ def dropless(
     num_choices, num_chosen = routing.experts.size, routing.experts.shape[1]
     order = jnp.argsort(routing.experts.reshape(-1), stable=True).astype(jnp.int32)
     counts = _count(routing.experts, num_experts)
+    gates = routing.gates.reshape(-1)
     place = jnp.arange(num_choices, dtype=jnp.int32)
+    # Sorted by expert: which token is in each place, and in which places each one is.
+    place_of_choice = _inverse(order, place, num_choices)
+    token, places = order[:, None] // num_chosen, place_of_choice.reshape(-1, num_chosen)
     if axis is None:
-        place_of_choice = _inverse(order, place, num_choices)
-        sent = take_rows(jnp.repeat(x, num_chosen, axis=0), order, place_of_choice, False, False)
-        out = grouped_swiglu(sent, kernels, counts)
-        return _combine(take_rows(out, place_of_choice, order, False, False), routing)
+        gates = take_rows(gates, order[:, None], place_of_choice[:, None], False, False)
+        sent = take_rows(x, token, places, False, False)
+        out = grouped_swiglu(sent, kernels, gates, counts)
+        return take_rows(out, places, token, False, False)
 
     num_devices, num_local = lax.axis_size(axis), len(kernels["up"])
     limit = len(x) * min(num_chosen, num_local)  # a token's experts are all different
     counts = counts.reshape(num_devices, num_local)
     sizes = counts.sum(1, dtype=jnp.int32)
     device = routing.experts.reshape(-1)[order] // num_local
-    slot = place if is_ragged else device * limit + place - _starts(sizes)[device]
-    num_slots = num_choices if is_ragged else num_devices * limit
+    # For each device as many slots as it may have choices at the worst.
+    num_slots = num_devices * limit
+    slot = device * limit + place - _starts(sizes)[device]
     slot_of_choice = _inverse(order, slot, num_choices)
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
-    choices = jnp.repeat(x, num_chosen, axis=0)
-    sent = take_rows(choices, choice_of_slot, slot_of_choice, not is_ragged, False)
+    gates = take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None], True, False)
+    if not is_ragged:
+        token, places = choice_of_slot[:, None] // num_chosen, slot_of_choice.reshape(places.shape)
+    sent = take_rows(x, token, places, not is_ragged, False)
 
-    # One small exchange: how many rows for each expert, and where these begin on their device.
+    # One small exchange: gates, how many rows for each expert, where these begin on their device.
     tables = jnp.concatenate([counts, _starts(sizes)[:, None]], 1)
-    theirs = lax.all_to_all(tables, axis, 0, 0, tiled=True)  # [from device, local + 1]
+    gates, theirs = exchange_gates(axis, gates.reshape(num_devices, limit), tables)
+    gates = gates.reshape(-1)
     their_counts, their_starts = theirs[:, :-1], theirs[:, -1]
     their_sizes = their_counts.sum(1, dtype=jnp.int32)
     # Where what goes to each device begins, how much it is, where it is put, how much comes.
@@ -151,28 +169,27 @@ def dropless(
     there = (_starts(sizes), sizes, to_me, their_sizes)
     back = (from_me, their_sizes, their_starts, sizes)
     if is_ragged:
-        received = send_ragged(axis, (num_slots, num_devices * limit), sent, there, back)
+        received = send_ragged(axis, (num_choices, num_slots), sent, there, back)
     else:
-        received = _exchange(sent.reshape(num_devices, limit, -1), axis).reshape(
-            num_devices * limit, -1
-        )
+        received = _exchange(sent.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
     # Rows came sorted by expert from each device. Empty slots, in which anything may be, stand for
     # an expert beyond the last, and are read as zeros.
     ends = jnp.cumsum(their_counts, 1)
     expert = (jnp.arange(limit)[:, None] >= ends[:, None]).sum(-1)  # [from device, slot]
     by_expert = jnp.argsort(expert.reshape(-1), stable=True).astype(jnp.int32)
-    rows = jnp.arange(num_devices * limit, dtype=jnp.int32)
+    rows = jnp.arange(num_slots, dtype=jnp.int32)
     by_expert = jnp.where(rows < their_sizes.sum(), by_expert, len(rows))
-    as_they_came = _inverse(by_expert, rows, len(rows), missing=len(rows))
+    as_they_came = _inverse(by_expert, rows, len(rows), missing=len(rows))[:, None]
+    by_expert = by_expert[:, None]
     grouped = take_rows(received, by_expert, as_they_came, True, False)
-    out = grouped_swiglu(grouped, kernels, their_counts.sum(0, dtype=jnp.int32))
+    gates = take_rows(gates, by_expert, as_they_came)
+    out = grouped_swiglu(grouped, kernels, gates, their_counts.sum(0, dtype=jnp.int32))
     out = take_rows(out, as_they_came, by_expert, False, True)
     if is_ragged:
-        out = send_ragged(axis, (num_devices * limit, num_slots), out, back, there)
+        out = send_ragged(axis, (num_slots, num_choices), out, back, there)
     else:
         out = _exchange(out.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
-    chosen = take_rows(out, slot_of_choice, choice_of_slot, False, not is_ragged)
-    return _combine(chosen, routing)
+    return take_rows(out, places, token, False, not is_ragged)
 
 
 def has_ragged(platform: str) -> bool:
@@ -180,22 +197,28 @@ def has_ragged(platform: str) -> bool:
     return platform in ("tpu", "gpu", "cuda")
 
 
-def swiglu(x: jax.Array, kernels: Kernels) -> jax.Array:
-    """Runs expert e on `x[e]`: [experts, rows, width] to the same."""
+def swiglu(x: jax.Array, kernels: Kernels, gates: jax.Array) -> jax.Array:
+    """Gives gate times output of expert e on `x[e]`: [experts, rows, width] to the same.
+
+    Args:
+      x: [experts, rows, width].
+      kernels: Of these experts.
+      gates: [experts, rows].
+    """
     gate, up, down = (kernels[name].astype(x.dtype) for name in ("gate", "up", "down"))
     hidden = jax.nn.silu(jnp.einsum("erd,edh->erh", x, gate))
     hidden = hidden * jnp.einsum("erd,edh->erh", x, up)
-    return jnp.einsum("erh,ehd->erd", hidden, down)
+    return jnp.einsum("erh,ehd->erd", _times(hidden, gates), down)
 
 
-def grouped_swiglu(x: jax.Array, kernels: Kernels, sizes: jax.Array) -> jax.Array:
+def grouped_swiglu(x: jax.Array, kernels: Kernels, gates: jax.Array, sizes: jax.Array) -> jax.Array:
     """Runs the first expert on the first `sizes[0]` rows, and so on; [rows, width] to the same.
 
     What comes of rows beyond the last group is not to be used; nothing else depends on them.
     """
     gate, up, down = (kernels[name].astype(x.dtype) for name in ("gate", "up", "down"))
     hidden = jax.nn.silu(lax.ragged_dot(x, gate, sizes)) * lax.ragged_dot(x, up, sizes)
-    return lax.ragged_dot(hidden, down, sizes)
+    return lax.ragged_dot(_times(hidden, gates), down, sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -206,22 +229,27 @@ def take_rows(
     has_holes: bool = True,
     inverse_has_holes: bool = True,
 ) -> jax.Array:
-    """Takes `values[index]`, or zeros where `index` is the number of rows.
+    """Adds up `values[index[:, i]]` over i, with zeros where `index` is the number of rows.
 
-    The derivative is a gather too, not the scatter that JAX would make of it.
+    The derivative is made of gathers too, not the scatter that JAX would make of it.
 
     Args:
-      values: [rows, width].
-      index: int32[taken]; none but the number of rows stands in it twice.
-      inverse: int32[rows], where in `index` each row stands, or `taken` if it does not.
+      values: [rows, ...].
+      index: int32[taken, n], which rows each one that is made is the sum of.
+      inverse: int32[rows, m], where in `index` each row stands; `taken` for places that it has
+        not.
       has_holes: Whether there are to be zeros; without, any row may stand in their place, and the
         result is not read and written once more.
-      inverse_has_holes: The same of the derivative, for rows that are not taken.
+      inverse_has_holes: The same of the derivative.
     """
     del inverse, inverse_has_holes
-    if not has_holes:
-        return values.at[index].get(mode="clip")
-    return values.at[index].get(mode="fill", fill_value=0)
+    mode: Any = {"mode": "fill", "fill_value": 0} if has_holes else {"mode": "clip"}
+    taken = [values.at[index[:, i]].get(**mode) for i in range(index.shape[1])]
+    if len(taken) == 1:
+        return taken[0]
+    wide = jnp.promote_types(values.dtype, jnp.float32)
+    total = functools.reduce(jnp.add, (each.astype(wide) for each in taken))
+    return total.astype(values.dtype)
 
 
 def _take_rows_forward(
@@ -239,6 +267,37 @@ def _take_rows_backward(
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def exchange_gates(axis: str, gates: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sends `gates[e]` and `tables[e]` to device e of an axis, both in one exchange, as bits.
+
+    Args:
+      axis: The mesh axis.
+      gates: [to device, slots], of four or eight bytes.
+      tables: int32[to device, n].
+
+    Returns:
+      Both, [from device, ...].
+    """
+    bits = lax.bitcast_convert_type(gates, jnp.int32)  # [to device, slots], or [..., 2]
+    flat = bits.reshape(len(bits), -1)
+    both = _exchange(jnp.concatenate([flat, tables], 1), axis)
+    received = both[:, : flat.shape[1]].reshape(bits.shape)
+    return lax.bitcast_convert_type(received, gates.dtype), both[:, flat.shape[1] :]
+
+
+def _exchange_gates_forward(axis: str, gates: jax.Array, tables: jax.Array) -> Any:
+    return exchange_gates(axis, gates, tables), None
+
+
+def _exchange_gates_backward(axis: str, residual: None, cotangents: Any) -> Any:
+    del residual
+    return _exchange(cotangents[0], axis), None
+
+
+exchange_gates.defvjp(_exchange_gates_forward, _exchange_gates_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -280,10 +339,9 @@ def _send_ragged_backward(
 send_ragged.defvjp(_send_ragged_forward, _send_ragged_backward)
 
 
-def _combine(chosen: jax.Array, routing: Routing) -> jax.Array:
-    """Adds up gate times output: [choices, width] to [tokens, width]."""
-    outputs = chosen.reshape(*routing.gates.shape, -1).astype(routing.gates.dtype)
-    return jnp.einsum("tkd,tk->td", outputs, routing.gates).astype(chosen.dtype)
+def _times(hidden: jax.Array, gates: jax.Array) -> jax.Array:
+    """Multiplies rows by their gates, in the wider of the dtypes, and rounds once."""
+    return (hidden * gates[..., None]).astype(hidden.dtype)
 
 
 def _exchange(values: jax.Array, axis: str | None) -> jax.Array:

@@ -74,31 +74,32 @@ def plain_loss(x: jax.Array, logits: jax.Array, kernels: dispatch.Kernels) -> ja
     return jnp.sin(dispatch.every_expert(x, routed(logits), kernels)).sum()
 
 
-def loss_of(mode: str, axis: str | None = None) -> Callable[..., jax.Array]:
-    def loss(x: jax.Array, logits: jax.Array, kernels: dispatch.Kernels) -> jax.Array:
+def output_of(mode: str, axis: str | None = None) -> Callable[..., jax.Array]:
+    def output(x: jax.Array, logits: jax.Array, kernels: dispatch.Kernels) -> jax.Array:
         where: Any = {"num_experts": EXPERTS, "axis": axis}
         if mode == "capacity":
             # Room for all: none chooses an expert twice.
             y, dropped = dispatch.with_capacity(
                 x, routed(logits), kernels, capacity=len(x), **where
             )
-            y = y + dropped
-        else:
-            y = dispatch.dropless(x, routed(logits), kernels, is_ragged=mode == "ragged", **where)
-        return jnp.sin(y).sum()
+            return y + dropped
+        return dispatch.dropless(x, routed(logits), kernels, is_ragged=mode == "ragged", **where)
 
-    return loss
+    return output
 
 
-def over_devices(mode: str, num_devices: int) -> Callable[..., jax.Array]:
-    """The same, tokens and experts spread over devices."""
+def loss_of(output: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda *args: jnp.sin(output(*args)).sum()
+
+
+def on_devices(loss: Callable[..., jax.Array], num_devices: int) -> Callable[..., jax.Array]:
+    """A loss over the axis "expert", tokens and experts spread over devices."""
     mesh = jax.make_mesh(
         (num_devices,),
         ("expert",),
         axis_types=(jax.sharding.AxisType.Auto,),
         devices=jax.devices()[:num_devices],
     )
-    loss = loss_of(mode, "expert")
     return jax.shard_map(
         lambda *args: lax.psum(loss(*args), "expert"),
         mesh=mesh,
@@ -129,7 +130,7 @@ def test_every_expert_is_the_plain_meaning() -> None:
 @pytest.mark.parametrize("mode", ["capacity", "dropless"])
 def test_modes_equal_every_expert(mode: str) -> None:
     args = tokens_and_kernels(TOKENS)
-    assert_close(grads_of(loss_of(mode), *args), grads_of(plain_loss, *args))
+    assert_close(grads_of(loss_of(output_of(mode)), *args), grads_of(plain_loss, *args))
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])
@@ -140,7 +141,7 @@ def test_experts_over_devices_equal_every_expert(
     """Ragged exchanges, which CPUs do not run, with a stand-in that says what they mean."""
     args = tokens_and_kernels(TOKENS * num_devices)
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
-    got = grads_of(over_devices(mode, num_devices), *args)
+    got = grads_of(on_devices(loss_of(output_of(mode, "expert")), num_devices), *args)
     assert_close(got, grads_of(plain_loss, *args))
 
 
@@ -175,25 +176,37 @@ def ragged_all_to_all(
     return jnp.where(total == 0, output, jnp.nan)
 
 
+@pytest.mark.parametrize("is_remat", [False, True], ids=["stored", "rematerialised"])
 @pytest.mark.parametrize(("platform", "kind"), [("tpu", "ragged"), ("cpu", "dense")])
-def test_exchanges_are_ragged_where_the_platform_has_it(platform: str, kind: str) -> None:
+def test_exchanges_are_ragged_where_the_platform_has_it(
+    platform: str, kind: str, is_remat: bool
+) -> None:
     """Lowered for it: tokens there and back, and their cotangents, four in all.
 
-    One exchange of sizes and offsets serves all four.
+    One exchange of gates, sizes and offsets, all as bits, serves all four; the gates' cotangents
+    have one of their own. A backward that recomputes sends tokens and gates there once more, but
+    nothing back.
     """
     mode = "ragged" if dispatch.has_ragged(platform) else "dropless"
-    step = jax.jit(jax.value_and_grad(over_devices(mode, 2)))
-    program = step.trace(*tokens_and_kernels(TOKENS * 2)).lower(lowering_platforms=(platform,))
+    output = output_of(mode, "expert")
+    loss = loss_of(jax.checkpoint(output) if is_remat else output)
+    step = jax.value_and_grad(on_devices(loss, 2), argnums=(0, 1, 2))
+    args = tokens_and_kernels(TOKENS * 2)
+    program = jax.jit(step).trace(*args).lower(lowering_platforms=(platform,))
     lines = program.as_text().splitlines()
+    exchanges = [line for line in lines if "stablehlo.all_to_all" in line]
+    rows = f"x{WIDTH}xf64>"
     found = {
-        "ragged": [line for line in lines if "ragged_all_to_all" in line],
-        "dense": [line for line in lines if "stablehlo.all_to_all" in line and "xf64>" in line],
-        "sizes": [line for line in lines if "stablehlo.all_to_all" in line and "xi32>" in line],
+        "ragged": sum("ragged_all_to_all" in line for line in lines),
+        "dense": sum(rows in line for line in exchanges),
+        "bits": sum("xi32>" in line for line in exchanges),
+        "cotangents": sum("xf64>" in line and rows not in line for line in exchanges),
     }
-    assert {name: len(of_kind) for name, of_kind in found.items()} == {
-        "ragged": 4 if kind == "ragged" else 0,
-        "dense": 4 if kind == "dense" else 0,
-        "sizes": 1,
+    assert found == {
+        "ragged": 4 + is_remat if kind == "ragged" else 0,
+        "dense": 4 + is_remat if kind == "dense" else 0,
+        "bits": 1 + is_remat,
+        "cotangents": 1,
     }
 
 
@@ -479,9 +492,10 @@ def test_preflight_counts_the_exchanges_of_the_steady_loop() -> None:
     report = preflight.compile_case(case, "cpu:4", axes={"pipe": 2, "expert": 2})
     assert report.loop.kind == "steady"
     line = preflight.describe("tiny", report)
-    # Two beats of a layer: there and back, in the forward, again in the backward, and its own two.
+    # Two beats of a layer: tokens go there and back, in the backward there once more, and their
+    # cotangents there and back (five); gates there, again, and their cotangents back (three).
     # Of two ranks only one beat sends anything.
-    assert "12 all-to-all (0 asynchronous, 0 hidden)" in line
+    assert "16 all-to-all (0 asynchronous, 0 hidden)" in line
     assert "2 collective-permute (0 asynchronous, 0 hidden)" in line
 
 
