@@ -145,11 +145,16 @@ class Graph:
     def is_zero(self, value: int | Constant) -> bool:
         """Whether a value is known to be zero everywhere."""
         if isinstance(value, Constant):
-            return (
-                np.ndim(value.value) == 0
-                and not isinstance(value.value, jax.core.Tracer)
-                and (bool(value.value == 0))
-            )
+            constant = value.value
+            if np.ndim(constant) != 0 or isinstance(constant, jax.core.Tracer):
+                return False
+            # Not all constants compare: cotangents of integers, float0, are zeros, and keys
+            # are not.
+            dtype = getattr(constant, "dtype", None)
+            if dtype == jax.dtypes.float0:
+                return True
+            is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+            return not is_key and bool(constant == 0)
         return value in self.zeros
 
     def add(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], *, late: bool = False):

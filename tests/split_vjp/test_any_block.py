@@ -48,6 +48,23 @@ def attach_loss(y, loss):
 attach_loss.defvjp(lambda y, loss: (y, None), lambda _, g: (g, jnp.float64(0.01)))
 
 
+@jax.custom_vjp
+def double_and_count(x, n):
+    return 2 * x, n + 1
+
+
+# The integer comes back with a cotangent, of the dtype float0.
+double_and_count.defvjp(lambda x, n: (double_and_count(x, n), None), lambda _, g: (2 * g[0], None))
+
+
+def counted(p, x, c):
+    y, n = double_and_count(x @ p["w"], jnp.argmax(x, -1))
+    return (y * n[:, None]) @ p["v"]
+
+
+KEY = jax.random.key(0)
+
+
 # Typed as Any: newer releases of JAX declare the result to take one argument.
 own_gradient: Any = jax.custom_gradient(lambda w, a: (a @ w, lambda g: (2 * a.T @ g, 3 * g @ w.T)))
 
@@ -72,6 +89,19 @@ CASES: dict[str, tuple[Any, ...]] = {
         X,
     ),
     "custom_vjp of the cotangent": (lambda p, x, c: clip_gradient(x @ p["w"]) @ p["v"], P, X),
+    "custom_vjp with an integer": (counted, P, X),
+    "custom_vjp with an integer in checkpoint": (jax.checkpoint(counted), P, X),
+    "one key for all rows": (
+        lambda p, x, c: (
+            x
+            @ p["w"]
+            * jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (D,)))(
+                jnp.broadcast_to(KEY, (T,))
+            )
+        ),
+        P,
+        X,
+    ),
     "custom_jvp": (lambda p, x, c: smooth_step(x @ p["w"]) * jax.nn.relu(x @ p["v"]), P, X),
     "custom_jvp in checkpoint": (
         jax.checkpoint(lambda p, x, c: jax.nn.silu(smooth_step(x @ p["w"]) @ p["v"])),
