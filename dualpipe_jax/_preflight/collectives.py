@@ -33,7 +33,8 @@ class Found:
       done: The instruction that waits for it, or None for a synchronous one.
       collective: The instruction that says among which devices.
       num_bytes: Those of a device's operands; of an all-gather, of its result; of a ragged
-        all-to-all, of the smaller of its two buffers, which is the most that may move.
+        all-to-all, of the smaller of its two buffers, which is the most that may move
+        where no row goes to two devices.
     """
 
     kind: str
@@ -150,8 +151,8 @@ def _start_of(module: Module, where: Computation, done: Instruction) -> Instruct
 def _num_bytes(kind: str, collective: Instruction, home: Computation) -> int:
     operands = [shape for each in home.operands_of(collective) for shape in each.shapes]
     if kind == "ragged-all-to-all":
-        # Buffers sent from and received into; what moves is known to neither program nor reader,
-        # and no more than fits in both.
+        # Buffers sent from and received into; what moves the program does not say, but no more
+        # than fits in both where no row goes to two devices.
         return min(operands[0].num_bytes, operands[1].num_bytes)
     if kind != "all-gather":
         return _sum(operands)

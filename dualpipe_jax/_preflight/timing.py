@@ -31,7 +31,8 @@ class Collective:
       count: How often it runs in a trip of the loop.
       is_async: Whether compute goes on between its start and its done.
       num_bytes: Bytes of a device's operands; of an all-gather, of its result; of a ragged
-        all-to-all, of the smaller of its two buffers, which is the most that may move.
+        all-to-all, of the smaller of its two buffers, which is the most that may move
+        where no row goes to two devices.
       flops: FLOPs of the matmuls between its start and its done.
       cycles: Cycles of what lies between them, as the compiler estimates; None without estimates.
       compute_seconds: How long that takes; None where neither cycles nor a peak are known.

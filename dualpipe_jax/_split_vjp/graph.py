@@ -146,13 +146,13 @@ class Graph:
         """Whether a value is known to be zero everywhere."""
         if isinstance(value, Constant):
             constant = value.value
-            if np.ndim(constant) != 0 or isinstance(constant, jax.core.Tracer):
-                return False
             # Not all constants compare: cotangents of integers, float0, are zeros, and keys
             # are not.
             dtype = getattr(constant, "dtype", None)
             if dtype == jax.dtypes.float0:
                 return True
+            if np.ndim(constant) != 0 or isinstance(constant, jax.core.Tracer):
+                return False
             is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
             return not is_key and bool(constant == 0)
         return value in self.zeros

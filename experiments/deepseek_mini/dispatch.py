@@ -17,7 +17,7 @@ have choices for it at the worst.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -132,6 +132,7 @@ def dropless(
     order = jnp.argsort(routing.experts.reshape(-1), stable=True).astype(jnp.int32)
     counts = _count(routing.experts, num_experts)
     gates = routing.gates.reshape(-1)
+    gates = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
     place = jnp.arange(num_choices, dtype=jnp.int32)
     # Sorted by expert: which token is in each place, and in which places each one is.
     place_of_choice = _inverse(order, place, num_choices)
@@ -152,14 +153,16 @@ def dropless(
     slot = device * limit + place - _starts(sizes)[device]
     slot_of_choice = _inverse(order, slot, num_choices)
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
-    gates = take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None], True, False)
+    # In empty slots may be anything, here and below, until `grouped` has zeros for them.
+    gates = take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None], False, False)
     if not is_ragged:
         token, places = choice_of_slot[:, None] // num_chosen, slot_of_choice.reshape(places.shape)
-    sent = take_rows(x, token, places, not is_ragged, False)
+    sent = take_rows(x, token, places, False, False)
 
     # One small exchange: gates, how many rows for each expert, where these begin on their device.
     tables = jnp.concatenate([counts, _starts(sizes)[:, None]], 1)
-    gates, theirs = exchange_gates(axis, gates.reshape(num_devices, limit), tables)
+    gates = _varying(gates.reshape(num_devices, limit), {axis})
+    gates, theirs = exchange_gates(axis, gates, tables)
     gates = gates.reshape(-1)
     their_counts, their_starts = theirs[:, :-1], theirs[:, -1]
     their_sizes = their_counts.sum(1, dtype=jnp.int32)
@@ -169,11 +172,12 @@ def dropless(
     there = (_starts(sizes), sizes, to_me, their_sizes)
     back = (from_me, their_sizes, their_starts, sizes)
     if is_ragged:
+        sent = _varying(sent, {axis})
         received = send_ragged(axis, (num_choices, num_slots), sent, there, back)
     else:
         received = _exchange(sent.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
-    # Rows came sorted by expert from each device. Empty slots, in which anything may be, stand for
-    # an expert beyond the last, and are read as zeros.
+    # Rows came sorted by expert from each device. Empty slots stand for an expert beyond the last,
+    # and are read as zeros; what their outputs' cotangents are is put to zeros, too.
     ends = jnp.cumsum(their_counts, 1)
     expert = (jnp.arange(limit)[:, None] >= ends[:, None]).sum(-1)  # [from device, slot]
     by_expert = jnp.argsort(expert.reshape(-1), stable=True).astype(jnp.int32)
@@ -182,14 +186,14 @@ def dropless(
     as_they_came = _inverse(by_expert, rows, len(rows), missing=len(rows))[:, None]
     by_expert = by_expert[:, None]
     grouped = take_rows(received, by_expert, as_they_came, True, False)
-    gates = take_rows(gates, by_expert, as_they_came)
+    gates = take_rows(gates, by_expert, as_they_came, False, False)
     out = grouped_swiglu(grouped, kernels, gates, their_counts.sum(0, dtype=jnp.int32))
     out = take_rows(out, as_they_came, by_expert, False, True)
     if is_ragged:
         out = send_ragged(axis, (num_slots, num_choices), out, back, there)
     else:
         out = _exchange(out.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
-    return take_rows(out, places, token, False, not is_ragged)
+    return take_rows(out, places, token, False, False)
 
 
 def has_ragged(platform: str) -> bool:
@@ -275,7 +279,7 @@ def exchange_gates(axis: str, gates: jax.Array, tables: jax.Array) -> tuple[jax.
 
     Args:
       axis: The mesh axis.
-      gates: [to device, slots], of four or eight bytes.
+      gates: [to device, slots], float32 or float64.
       tables: int32[to device, n].
 
     Returns:
@@ -319,7 +323,7 @@ def send_ragged(
     """
     del back
     received = lax.empty((num_rows[1], values.shape[1]), values.dtype)
-    received = lax.pcast(received, axis, to="varying")
+    received = _varying(received, _axes_of(values) | {axis})
     return lax.ragged_all_to_all(values, received, *there, axis_name=axis)
 
 
@@ -342,6 +346,17 @@ send_ragged.defvjp(_send_ragged_forward, _send_ragged_backward)
 def _times(hidden: jax.Array, gates: jax.Array) -> jax.Array:
     """Multiplies rows by their gates, in the wider of the dtypes, and rounds once."""
     return (hidden * gates[..., None]).astype(hidden.dtype)
+
+
+def _axes_of(values: jax.Array) -> frozenset[str]:
+    """Gives the manual mesh axes over which values are known to vary."""
+    return jax.typeof(values).manual_axis_type.varying
+
+
+def _varying(values: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """Has values vary over these axes too, as the type of what is made of them says."""
+    missing = tuple(sorted(set(axes) - _axes_of(values)))
+    return lax.pcast(values, missing, to="varying") if missing else values
 
 
 def _exchange(values: jax.Array, axis: str | None) -> jax.Array:

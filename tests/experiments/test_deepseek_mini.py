@@ -92,18 +92,21 @@ def loss_of(output: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda *args: jnp.sin(output(*args)).sum()
 
 
-def on_devices(loss: Callable[..., jax.Array], num_devices: int) -> Callable[..., jax.Array]:
-    """A loss over the axis "expert", tokens and experts spread over devices."""
+def on_devices(
+    loss: Callable[..., jax.Array], num_devices: int, *, num_data: int = 1
+) -> Callable[..., jax.Array]:
+    """A loss over the axis "expert": tokens over all devices, experts over those of this axis."""
     mesh = jax.make_mesh(
-        (num_devices,),
-        ("expert",),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:num_devices],
+        (num_data, num_devices),
+        ("data", "expert"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[: num_data * num_devices],
     )
+    axes = ("data", "expert")
     return jax.shard_map(
-        lambda *args: lax.psum(loss(*args), "expert"),
+        lambda *args: lax.psum(loss(*args), axes),
         mesh=mesh,
-        in_specs=P("expert"),
+        in_specs=(P(axes), P(axes), P("expert")),
         out_specs=P(),
     )
 
@@ -133,16 +136,49 @@ def test_modes_equal_every_expert(mode: str) -> None:
     assert_close(grads_of(loss_of(output_of(mode)), *args), grads_of(plain_loss, *args))
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize(("num_devices", "num_data"), [(2, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("mode", ["capacity", "dropless", "ragged"])
 def test_experts_over_devices_equal_every_expert(
-    mode: str, num_devices: int, monkeypatch: pytest.MonkeyPatch
+    mode: str, num_devices: int, num_data: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged exchanges, which CPUs do not run, with a stand-in that says what they mean."""
-    args = tokens_and_kernels(TOKENS * num_devices)
+    args = tokens_and_kernels(TOKENS * num_devices * num_data)
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
-    got = grads_of(on_devices(loss_of(output_of(mode, "expert")), num_devices), *args)
+    loss = loss_of(output_of(mode, "expert"))
+    got = grads_of(on_devices(loss, num_devices, num_data=num_data), *args)
     assert_close(got, grads_of(plain_loss, *args))
+
+
+def test_what_lies_in_rows_that_nobody_sent_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With grouped matmuls that multiply all rows by zero or one, so that NaN times zero shows."""
+
+    def ragged_dot(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+        group = (jnp.arange(len(x))[:, None] >= jnp.cumsum(sizes)).sum(-1)
+        return jnp.einsum("rd,re,edh->rh", x, jax.nn.one_hot(group, len(sizes)), kernels)
+
+    args = tokens_and_kernels(TOKENS * 2)
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
+    monkeypatch.setattr(lax, "ragged_dot", ragged_dot)
+    got = grads_of(on_devices(loss_of(output_of("ragged", "expert")), 2), *args)
+    assert_close(got, grads_of(plain_loss, *args))
+
+
+def test_gates_of_16_bits_are_exchanged_in_32() -> None:
+    x, logits, kernels = tokens_and_kernels(TOKENS * 2)
+
+    def loss(x: jax.Array, logits: jax.Array, kernels: dispatch.Kernels) -> jax.Array:
+        routes = routed(logits)
+        narrow = routes._replace(gates=routes.gates.astype(jnp.bfloat16))
+        y = dispatch.dropless(x, narrow, kernels, num_experts=EXPERTS, axis="expert")
+        return jnp.sin(y).sum()
+
+    routes = routed(logits)
+    rounded = routes._replace(gates=routes.gates.astype(jnp.bfloat16).astype(x.dtype))
+    got = jax.jit(on_devices(loss, 2))(x, logits, kernels)
+    want = jnp.sin(dispatch.every_expert(x, rounded, kernels)).sum()
+    np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def ragged_all_to_all(

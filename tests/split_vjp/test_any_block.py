@@ -89,9 +89,9 @@ CASES: dict[str, tuple[Any, ...]] = {
         X,
     ),
     "custom_vjp of the cotangent": (lambda p, x, c: clip_gradient(x @ p["w"]) @ p["v"], P, X),
-    "custom_vjp with an integer": (counted, P, X),
-    "custom_vjp with an integer in checkpoint": (jax.checkpoint(counted), P, X),
-    "one key for all rows": (
+    "custom_vjp that counts": (counted, P, X),
+    "custom_vjp that counts, in checkpoint": (jax.checkpoint(counted), P, X),
+    "one random mask for all rows": (
         lambda p, x, c: (
             x
             @ p["w"]
