@@ -165,6 +165,14 @@ def test_what_lies_in_rows_that_nobody_sent_does_not_matter(
     assert_close(got, grads_of(plain_loss, *args))
 
 
+def test_ragged_exchanges_keep_the_axes_over_which_tokens_vary() -> None:
+    """Traced with the exchange itself, whose result varies over what its operands do."""
+    loss = on_devices(loss_of(output_of("ragged", "expert")), 2, num_data=2)
+    args = tokens_and_kernels(TOKENS * 4)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args)
+    assert traced.out_info[0].shape == args[0].shape
+
+
 def test_gates_of_16_bits_are_exchanged_in_32() -> None:
     x, logits, kernels = tokens_and_kernels(TOKENS * 2)
 
