@@ -16,7 +16,8 @@ READY := $(VENV)/.ready
 # Passed on: make train ARGS="--steps 10"; make test PYTEST_ARGS="tests/test_cli.py -x"
 ARGS ?=
 EXTRAS ?= dev
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+# Tests of a file mostly go to one process, and share what it has set up.
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help train deepseek compare benchmark idle memory ends zero precision overlap test \

@@ -23,6 +23,7 @@ from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._simulate import Costs, simulate
 from dualpipe_jax._split_vjp import split_vjp
 from dualpipe_jax._types import Aux
+from tests.hlo import AS_EVER
 from tests.schedules_under_test import NAMES
 
 LAYER = LayerBytes(x=1, residual=10, weight_residual=100, stash=1_000, deferred=10_000, working=7)
@@ -191,7 +192,7 @@ def test_memory_is_about_what_the_program_takes(name: str, remat: str) -> None:
         "blocks": {n: aval((L, *shape), "pipe") for n, shape in shapes.items()},
     }
     step = dpj.value_and_grad(model, mesh=mesh, num_microbatches=N, schedule=name, remat=remat)
-    program = jax.jit(step).lower(params, jax.ShapeDtypeStruct((N, T), jnp.int32)).compile()
+    program = jax.jit(step).lower(params, jax.ShapeDtypeStruct((N, T), jnp.int32)).compile(AS_EVER)
     memory = program.memory_analysis()
     assert memory is not None
     sizes = {"layers": L, "width": D, "context": T, "microbatch_size": 1, "vocabulary": V}

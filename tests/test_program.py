@@ -17,7 +17,7 @@ from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
-from tests.hlo import instructions, loop_lines
+from tests.hlo import AS_EVER, instructions, loop_lines
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 
@@ -44,7 +44,7 @@ def compile_train_step(schedule: str, num_microbatches: int, **options: Any) -> 
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    return jax.jit(step).lower(params, optimizer.init(params), batch).compile()
+    return jax.jit(step).lower(params, optimizer.init(params), batch).compile(AS_EVER)
 
 
 def make_tables(schedule: str, num_microbatches: int, timetable: str) -> Tables:
@@ -229,7 +229,8 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
     params, batch = make_params(11), make_batch(num_microbatches)
     clean, poisoned = (
-        jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
+        jax.jit(make_step(schedule, poison=poison), compiler_options=AS_EVER)(params, batch, None)
+        for poison in (False, True)
     )
     assert_close(poisoned, clean, tolerance=0)
 
@@ -242,9 +243,10 @@ def test_dead_values_are_never_read_by_what_recomputes(name: str) -> None:
     assert tables.num_slots["deferred"]
     params, batch = make_params(11), make_batch(5)
     clean, poisoned = (
-        jax.jit(make_step(schedule, tables=tables, remat="block", poison=poison))(
-            params, batch, None
-        )
+        jax.jit(
+            make_step(schedule, tables=tables, remat="block", poison=poison),
+            compiler_options=AS_EVER,
+        )(params, batch, None)
         for poison in (False, True)
     )
     assert_close(poisoned, clean, tolerance=0)
@@ -277,7 +279,8 @@ def test_dead_values_are_never_read_in_a_run(
                 num_layers=num_layers,
                 unroll_layers=unroll_layers,
                 poison=poison,
-            )
+            ),
+            compiler_options=AS_EVER,
         )(params, batch, None)
         for poison in (False, True)
     )
@@ -350,7 +353,7 @@ def wide_step(schedule: str, **options: Any) -> Any:
     grad_fn = dpj.value_and_grad(
         model, mesh=make_mesh(4), num_microbatches=8, schedule=schedule, **options
     )
-    return jax.jit(grad_fn).lower(params, batch).compile()
+    return jax.jit(grad_fn).lower(params, batch).compile(AS_EVER)
 
 
 @pytest.mark.slow
@@ -405,7 +408,8 @@ def test_evaluation_never_reads_dead_values() -> None:
     schedule = dpj.Schedule(forward_only(num_ranks=4, num_microbatches=5))
     params, batch = make_params(11), make_batch(5)
     clean, poisoned = (
-        jax.jit(make_step(schedule, poison=poison))(params, batch, None) for poison in (False, True)
+        jax.jit(make_step(schedule, poison=poison), compiler_options=AS_EVER)(params, batch, None)
+        for poison in (False, True)
     )
     assert_close(poisoned, clean, tolerance=0)
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
+from tests.hlo import AS_EVER
 from tests.models import WIDTH, assert_close, make_batch, make_model, make_params
 from tests.split_vjp.test_early import fused
 from tests.test_exact import RUN_MICROBATCHES, sequential_value_and_grad
@@ -76,7 +77,7 @@ def test_experts_over_an_axis_left_to_the_partitioner(check_vma: bool) -> None:
     model, params = with_block(block, blocks)
     batch = make_batch(4)
     grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4)
-    program = jax.jit(grad_fn).lower(params, batch).compile()
+    program = jax.jit(grad_fn).lower(params, batch).compile(AS_EVER)
     assert_close(program(params, batch), sequential_value_and_grad(model, 4)(params, batch))
     # For each of two directions: rows to the experts and back, and so their cotangents; nothing is
     # sent for the weight gradients, and what is kept between the parts lies where it was made.
