@@ -88,6 +88,8 @@ def with_capacity(
     slot = jnp.where(place < capacity, expert * capacity + place, num_slots)
     slot_of_choice = _inverse(order, slot, num_choices)
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
+    # Slots are empty, and choices dropped.
+    holes = {"has_holes": True, "inverse_has_holes": True}
     # Of tokens: which one is in each slot, and in which slots each one is.
     token, slots = choice_of_slot[:, None] // num_chosen, slot_of_choice.reshape(-1, num_chosen)
 
@@ -97,12 +99,12 @@ def with_capacity(
         return received.reshape(num_local, -1, *sent.shape[3:])
 
     gates = routing.gates.reshape(-1)
-    gates = to_experts(take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None]))
-    out = swiglu(to_experts(take_rows(x, token, slots)), kernels, gates)
+    gates = to_experts(take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None], **holes))
+    out = swiglu(to_experts(take_rows(x, token, slots, **holes)), kernels, gates)
     out = out.reshape(num_local, -1, capacity, x.shape[-1]).swapaxes(0, 1)
     out = _exchange(out, axis).reshape(num_slots, -1)
     dropped = jnp.maximum(counts - capacity, 0).sum(dtype=jnp.int32)
-    return take_rows(out, slots, token), dropped
+    return take_rows(out, slots, token, **holes), dropped
 
 
 def dropless(
@@ -138,10 +140,10 @@ def dropless(
     place_of_choice = _inverse(order, place, num_choices)
     token, places = order[:, None] // num_chosen, place_of_choice.reshape(-1, num_chosen)
     if axis is None:
-        gates = take_rows(gates, order[:, None], place_of_choice[:, None], False, False)
-        sent = take_rows(x, token, places, False, False)
+        gates = take_rows(gates, order[:, None], place_of_choice[:, None])
+        sent = take_rows(x, token, places)
         out = grouped_swiglu(sent, kernels, gates, counts)
-        return take_rows(out, places, token, False, False)
+        return take_rows(out, places, token)
 
     num_devices, num_local = lax.axis_size(axis), len(kernels["up"])
     limit = len(x) * min(num_chosen, num_local)  # a token's experts are all different
@@ -154,10 +156,10 @@ def dropless(
     slot_of_choice = _inverse(order, slot, num_choices)
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
     # In empty slots may be anything, here and below, until `grouped` has zeros for them.
-    gates = take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None], False, False)
+    gates = take_rows(gates, choice_of_slot[:, None], slot_of_choice[:, None])
     if not is_ragged:
         token, places = choice_of_slot[:, None] // num_chosen, slot_of_choice.reshape(places.shape)
-    sent = take_rows(x, token, places, False, False)
+    sent = take_rows(x, token, places)
 
     # One small exchange: gates, how many rows for each expert, where these begin on their device.
     tables = jnp.concatenate([counts, _starts(sizes)[:, None]], 1)
@@ -185,15 +187,15 @@ def dropless(
     by_expert = jnp.where(rows < their_sizes.sum(), by_expert, len(rows))
     as_they_came = _inverse(by_expert, rows, len(rows), missing=len(rows))[:, None]
     by_expert = by_expert[:, None]
-    grouped = take_rows(received, by_expert, as_they_came, True, False)
-    gates = take_rows(gates, by_expert, as_they_came, False, False)
+    grouped = take_rows(received, by_expert, as_they_came, has_holes=True)
+    gates = take_rows(gates, by_expert, as_they_came)
     out = grouped_swiglu(grouped, kernels, gates, their_counts.sum(0, dtype=jnp.int32))
-    out = take_rows(out, as_they_came, by_expert, False, True)
+    out = take_rows(out, as_they_came, by_expert, inverse_has_holes=True)
     if is_ragged:
         out = send_ragged(axis, (num_slots, num_choices), out, back, there)
     else:
         out = _exchange(out.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
-    return take_rows(out, places, token, False, False)
+    return take_rows(out, places, token)
 
 
 def has_ragged(platform: str) -> bool:
@@ -230,8 +232,8 @@ def take_rows(
     values: jax.Array,
     index: jax.Array,
     inverse: jax.Array,
-    has_holes: bool = True,
-    inverse_has_holes: bool = True,
+    has_holes: bool = False,
+    inverse_has_holes: bool = False,
 ) -> jax.Array:
     """Adds up `values[index[:, i]]` over i, with zeros where `index` is the number of rows.
 
