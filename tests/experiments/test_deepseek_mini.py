@@ -149,6 +149,25 @@ def test_experts_over_devices_equal_every_expert(
     assert_close(got, grads_of(plain_loss, *args))
 
 
+@pytest.mark.parametrize("mode", ["capacity", "dropless", "ragged"])
+def test_tokens_may_be_the_same_on_all_devices_of_the_experts(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "expert"), (jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4]
+    )
+    loss = loss_of(output_of(mode, "expert"))
+    spread = jax.shard_map(
+        lambda *args: lax.pmean(lax.psum(loss(*args), "data"), "expert"),
+        mesh=mesh,
+        in_specs=(P("data"), P("data"), P("expert")),
+        out_specs=P(),
+    )
+    args = tokens_and_kernels(TOKENS * 2)
+    assert_close(grads_of(spread, *args), grads_of(plain_loss, *args))
+
+
 def test_what_lies_in_rows_that_nobody_sent_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
