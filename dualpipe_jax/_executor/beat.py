@@ -230,8 +230,9 @@ class _Beat:
             )
             return dx, shared, mine
 
-        def forward(layer: Layer, x: PyTree, aux: Any, mine: _OfKind) -> Any:
-            x, aux_of_layer, kept, kept_longer = rank.forward_of(layer, x, f_row, self.forward)
+        def forward(layer: Layer, x: PyTree, aux: Any, mine: _OfKind, dx: list) -> Any:
+            x, aux_of_layer, *kept = rank.forward_of(layer, x, f_row, self.forward)
+            kept, kept_longer = order.wait_for(kept, (x, dx))  # as in `unrolled.run_beat`
             aux, metrics = accumulators.add_aux(aux, mine.metrics, aux_of_layer, layer=layer.place)
             mine = mine._replace(
                 residual=registers.write_layer(mine.residual, kept, layer.index, f_row["residual"]),
@@ -248,7 +249,7 @@ class _Beat:
                 dx, shared, mine = input_grad(i_layer, dx, shared, of_kinds[i_layer.kind])
                 of_kinds = {**of_kinds, i_layer.kind: mine}
             if f_layer is not None:
-                x, aux, mine = forward(f_layer, x, aux, of_kinds[f_layer.kind])
+                x, aux, mine = forward(f_layer, x, aux, of_kinds[f_layer.kind], dx)
                 of_kinds = {**of_kinds, f_layer.kind: mine}
             return x, dx, aux, shared, of_kinds
 

@@ -2,10 +2,11 @@
 
 XLA's compilers for TPUs keep barriers until they have decided what to copy; those for GPUs and CPUs
 drop them before. So what barriers are to order in a beat comes apart: on GPUs all weight grads sink
-to the end of the loop, the first forward runs with nothing beside it; on both slot buffers are
-copied, because old and new values live at once. There the order is written into the data. On GPUs a
-value passes through a select whose predicate is true whatever it is computed from; on CPUs, where
-only writes to slots are to wait, a zero is added to the slot.
+to the end of the loop, the first forward runs with nothing beside it, and what runs beside a
+transfer are writes to slots, which could as well be anywhere; on both slot buffers are copied,
+because old and new values live at once. There the order is written into the data. On GPUs a value
+passes through a select whose predicate is true whatever it is computed from; on CPUs, where only
+writes to slots are to wait, a zero is added to the slot.
 """
 
 from collections.abc import Sequence
@@ -36,8 +37,8 @@ def copied_out(values: Sequence[Any], *, small: int) -> tuple[Any, ...]:
 
     There what goes into a library's matmul has to be copied anyway. One copy, for I and W, leaves
     the slot to whoever writes next; read in several places, its readers and that write wait for
-    each other. (Eight H100s, a mixture of experts of two layers a stage and width 1024: with copies
-    16 of a trip's 16 all-to-alls have a matmul beside them, without 12.)
+    each other. (Eight H100s, a mixture of experts of three layers a stage and width 1024: with
+    copies 24 of a trip's 24 all-to-alls have a matmul beside them, without 16.)
     """
 
     def copy(value: Any) -> Any:

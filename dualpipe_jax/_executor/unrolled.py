@@ -72,12 +72,15 @@ def run_beat(
     grads = dict(taken)
     stashed: list[tuple[Layer, Any, Any]] = []
 
-    def run_forward(layer: Layer) -> None:
+    def run_forward(layer: Layer) -> Any:
         nonlocal x, aux
         x, aux_of_layer, *kept = rank.forward_of(layer, x, f_row, forward)
         aux, metrics[layer.kind] = accumulators.add_aux(
             aux, metrics[layer.kind], aux_of_layer, layer=layer.place
         )
+        return kept
+
+    def keep(layer: Layer, kept: Any) -> None:
         for buffer, name, values in zip(buffers, _NAMES, kept, strict=True):
             buffer[layer.kind] = registers.write_layer(
                 buffer[layer.kind], values, layer.index, f_row[name]
@@ -107,12 +110,14 @@ def run_beat(
     if rank.interleaves:
         for f_layer, i_layer in zip(f_layers, i_layers, strict=True):
             run_input_grad(i_layer)
-            run_forward(f_layer)
+            kept = run_forward(f_layer)
             # Each hides the other's collectives only if neither runs ahead by layers.
             x, dx = order.together(x, dx)
+            # Written earlier, it would be what a GPU runs beside them in a matmul's place.
+            keep(f_layer, order.wait_for(kept, (x, dx)))
     else:
         for layer in f_layers:
-            run_forward(layer)
+            keep(layer, run_forward(layer))
         for layer in i_layers:
             run_input_grad(layer)
     state = state._replace(residual=residual, weight_residual=weight_residual)

@@ -8,6 +8,7 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax._executor import order, step
 from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.rank import Rank
 from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 from tests.test_kinds import make_kinds
@@ -20,6 +21,7 @@ from tests.test_kinds import make_params as make_kinds_params
     [
         ("tpu", "dualpipe", 2, 8, 6, {}),
         ("cuda", "dualpipe", 2, 8, 6, {}),
+        ("cuda", "dualpipe", 2, 8, 6, {"unroll_layers": False}),
         ("tpu", "dualpipe", 4, 10, 8, {"unroll_layers": False, "remat": "block"}),
         ("tpu", "dualpipev", 2, 8, 8, {"remat": "block"}),
         ("tpu", "dualpipe", 3, 9, 7, {}),  # unlike stages
@@ -112,3 +114,39 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
     assert_close(got, want)
     # In both beats of a trip, as the mirror holds the same stages.
     assert {len(pairs) for pairs in met} == {num_pairs}
+
+
+@pytest.mark.parametrize(("unroll_layers", "num_pairs"), [(True, 3), (False, 1)])
+def test_what_f_keeps_waits_until_its_pair_is_done(
+    monkeypatch: pytest.MonkeyPatch, unroll_layers: bool, num_pairs: int
+) -> None:
+    """Else a GPU's compiler writes it where a matmul should hide an exchange."""
+    monkeypatch.setattr(step, "platform_of", lambda mesh: "cuda")
+    made, waiting = [], []
+    forward_of = Rank.forward_of
+
+    def make(self: Rank, *args: Any) -> Any:
+        out = forward_of(self, *args)
+        made.append(jax.tree.leaves(out[2:]))
+        return out
+
+    def wait(values: Any, others: Any) -> Any:
+        # Before it the layer's y and the other one's dx are known.
+        if len(jax.tree.leaves(others)) >= 2:
+            waiting.extend(jax.tree.leaves(values))
+        return values
+
+    monkeypatch.setattr(Rank, "forward_of", make)
+    monkeypatch.setattr(order, "wait_for", wait)
+    grad_fn = dpj.value_and_grad(
+        make_model(frozenset()),
+        mesh=make_mesh(2),
+        num_microbatches=8,
+        timetable="aligned",
+        unroll_layers=unroll_layers,
+    )
+    jax.jit(grad_fn).trace(make_params(6), make_batch(8))
+    ids = set(map(id, waiting))
+    waited = [kept for kept in made if kept and ids.issuperset(map(id, kept))]
+    # In both beats of a trip; in the ticks around them nothing waits.
+    assert len(waited) == 2 * num_pairs < len(made)
