@@ -349,7 +349,8 @@ def test_variables_that_a_call_changes_are_refused() -> None:
         dpj.sequential(model, num_microbatches=2)(model.params(net), tokens)
     net.eval()  # reads them only
     got = dpj.sequential(model_of(net), num_microbatches=2)(model.params(net), tokens)
-    assert_close(got, loss_of(net(tokens), tokens))
+    # The norm is float32, and rounds as the compiler likes.
+    assert_close(got, loss_of(net(tokens), tokens), tolerance=1e-6)
 
 
 def test_layers_that_share_parameters_are_refused() -> None:
