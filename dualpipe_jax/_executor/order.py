@@ -27,11 +27,6 @@ def wait_for(values: PyTree, others: PyTree) -> PyTree:
     )
 
 
-def together(*values: PyTree) -> tuple[PyTree, ...]:
-    """Returns the values; on GPUs whoever reads one of them waits for all."""
-    return tuple(wait_for(value, [*values[:i], *values[i + 1 :]]) for i, value in enumerate(values))
-
-
 def copied_out(values: Sequence[Any], *, small: int) -> tuple[Any, ...]:
     """Returns what was read from a slot; on GPUs what is no larger than `small` bytes as a copy.
 

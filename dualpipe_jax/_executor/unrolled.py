@@ -111,10 +111,10 @@ def run_beat(
         for f_layer, i_layer in zip(f_layers, i_layers, strict=True):
             run_input_grad(i_layer)
             kept = run_forward(f_layer)
-            # Each hides the other's collectives only if neither runs ahead by layers.
-            x, dx = order.together(x, dx)
-            # Written earlier, it would be what a GPU runs beside them in a matmul's place.
-            keep(f_layer, order.wait_for(kept, (x, dx)))
+            # Each hides the other's collectives only if neither runs ahead by layers; and what is
+            # kept, if written earlier, would be what a GPU runs beside them in a matmul's place.
+            x, dx, kept = order.wait_for((x, dx, kept), (x, dx))
+            keep(f_layer, kept)
     else:
         for layer in f_layers:
             keep(layer, run_forward(layer))

@@ -42,11 +42,11 @@ def test_what_cannot_be_waited_for_is_left_out() -> None:
 
 def test_programs_for_gpus_have_it() -> None:
     value = jax.ShapeDtypeStruct((4,), jnp.float32)
-    traced = jax.jit(order.together).trace(value, [value])
+    traced = jax.jit(order.wait_for).trace(value, [value])
     assert "select" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_programs_for_others_have_nothing_of_it() -> None:
     value = jax.ShapeDtypeStruct((4,), jnp.float32)
-    text = str(jax.jit(order.together).lower(value, [value]).compile().as_text())
+    text = str(jax.jit(order.wait_for).lower(value, [value]).compile().as_text())
     assert not [name for name in ("select", "multiply", "conditional") if f"{name}(" in text]
