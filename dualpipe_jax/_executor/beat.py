@@ -231,8 +231,8 @@ class _Beat:
             return dx, shared, mine
 
         def forward(layer: Layer, x: PyTree, aux: Any, mine: _OfKind, dx: list) -> Any:
-            x, aux_of_layer, *kept = rank.forward_of(layer, x, f_row, self.forward)
-            kept, kept_longer = order.wait_for(kept, (x, dx))  # as in `unrolled.run_beat`
+            x, aux_of_layer, *made = rank.forward_of(layer, x, f_row, self.forward)
+            kept, kept_longer = order.wait_for(made, (x, dx))  # as in `unrolled.run_beat`
             aux, metrics = accumulators.add_aux(aux, mine.metrics, aux_of_layer, layer=layer.place)
             mine = mine._replace(
                 residual=registers.write_layer(mine.residual, kept, layer.index, f_row["residual"]),

@@ -16,7 +16,7 @@ def test_dense_permutes_have_matmuls_beside_them(layers: int) -> None:
 
 # Six layers a stage are a loop.
 @pytest.mark.parametrize(
-    ("layers", "width"), [(2, 1024), (3, 1024), (2, 2048), (4, 2048), (6, 1024)]
+    ("layers", "width"), [(2, 1024), (3, 1024), (4, 1024), (6, 1024), (2, 2048), (4, 2048)]
 )
 def test_so_do_the_all_to_alls_of_experts(layers: int, width: int) -> None:
     permutes, exchanges = _counts(steps.experts(layers_per_stage=layers, width=width))
