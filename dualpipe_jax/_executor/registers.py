@@ -69,11 +69,38 @@ def write(buffers: PyTree, values: PyTree, *index: Any) -> PyTree:
     return jax.tree.map(one, buffers, values)
 
 
-def read_layer(buffers: PyTree | Layers, layer: Any, slot: Any) -> PyTree:
-    """Reads what a slot holds for a layer."""
+def read_layer(
+    buffers: PyTree | Layers, layer: Any, slot: Any, *, parts: Sequence[int] | None = None
+) -> PyTree:
+    """Reads what a slot holds for a layer.
+
+    Args:
+      buffers: The buffers.
+      layer: The layer.
+      slot: The slot.
+      parts: For each of a tuple of buffers in how many parts along a value's first dim it is read,
+        and put together again; XLA does neither where the readers want the parts.
+    """
     if isinstance(buffers, Layers):
-        return read(buffers.each[layer], slot)
-    return read(buffers, slot, layer)
+        buffers, index = buffers.each[layer], (slot,)
+    else:
+        index = (slot, layer)
+    if parts is None:
+        return read(buffers, *index)
+    return tuple(_read_parts(b, index, n) for b, n in zip(buffers, parts, strict=True))
+
+
+def _read_parts(buffer: jax.Array, index: tuple[Any, ...], parts: int) -> jax.Array:
+    if parts == 1:
+        return read(buffer, *index)
+    rest = buffer.shape[len(index) + 1 :]
+    size = (*(1,) * len(index), buffer.shape[len(index)] // parts, *rest)
+
+    def part(number: int) -> jax.Array:
+        start = _starts((*index, number * size[len(index)], *(0,) * len(rest)))
+        return lax.dynamic_slice(buffer, start, size).reshape(size[len(index) :])
+
+    return jnp.concatenate([part(number) for number in range(parts)])
 
 
 def write_layer(buffers: PyTree | Layers, values: PyTree, layer: Any, slot: Any) -> PyTree:

@@ -19,17 +19,20 @@ after its writes, and only the next beat's writes have to wait.
 How the order is said is `order.py`'s matter.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 
 from dualpipe_jax._devices import find_device
 from dualpipe_jax._executor import accumulators, order, registers
+from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.layout import Layer
+from dualpipe_jax._executor.leaves import select
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.state import State
+from dualpipe_jax._kinds import Kind
 
 PyTree = Any
 # Runs W: `(state, what is sent, what arrives) -> (state, what was sent, what has arrived)`. Whoever
@@ -47,7 +50,7 @@ def run_beat(
     f_row: Row,
     i_row: Row,
 ) -> tuple[State, PyTree, list[jax.Array], WeightGrads]:
-    """Runs F and I of a beat.
+    """Runs F and I of a beat, and W of the layers that nothing is to wait for.
 
     Args:
       rank: The rank.
@@ -56,21 +59,18 @@ def run_beat(
       x: What F reads.
       cotangent: What I reads.
       f_row: The row of F's tick.
-      i_row: The row of I's tick.
+      i_row: The row of I's tick, whose slots W reads as well.
 
     Returns:
-      The state, what F made, what I made, and the function that runs W. What W needs of I is kept
-      without a slot.
+      The state, what F made, what I made, and the function that runs the rest of W. What W needs of
+      I is kept without a slot.
     """
     layout, gradients = rank.layout, rank.gradients
     forward, backward = chunks
-    residual, weight_residual = dict(state.residual), dict(state.weight_residual)
-    buffers = residual, weight_residual
-    aux, dx, size_of_x = state.aux, cotangent, _size(x)
+    aux, dx = state.aux, cotangent
+    size_of_x = _size_of_x(rank)
     metrics = dict(state.block_metrics[forward])
-    taken, shared = state.take_grads(backward, gradients.early)
-    grads = dict(taken)
-    stashed: list[tuple[Layer, Any, Any]] = []
+    waiting: list[_Waiting] = []
 
     def run_forward(layer: Layer) -> Any:
         nonlocal x, aux
@@ -81,51 +81,57 @@ def run_beat(
         return kept
 
     def keep(layer: Layer, kept: Any) -> None:
-        for buffer, name, values in zip(buffers, _NAMES, kept, strict=True):
-            buffer[layer.kind] = registers.write_layer(
-                buffer[layer.kind], values, layer.index, f_row[name]
-            )
+        nonlocal state
+        for name, values in zip(_NAMES, kept, strict=True):
+            buffer = getattr(state, name)[layer.kind]
+            buffer = registers.write_layer(buffer, values, layer.index, f_row[name])
+            state = _with_buffer(state, name, layer, buffer)
 
     def run_input_grad(layer: Layer) -> None:
-        nonlocal dx, shared
+        nonlocal dx, state
         kept, kept_longer = (
-            order.copied_out(
-                registers.read_layer(buffer[layer.kind], layer.index, i_row[name]), small=size_of_x
-            )
-            for buffer, name in zip(buffers, _NAMES, strict=True)
+            order.copied_out(_read(rank, state, name, layer, i_row), small=size_of_x)
+            for name in _NAMES
         )
         dx, values, _, early = rank.input_grad_of(layer, dx, kept, kept_longer, i_row, backward)
-        stashed.append((layer, kept_longer, values))
+        waiting.append(_Waiting(layer, kept_longer, values))
         if rank.interleaves:
-            for buffer in buffers:
-                buffer[layer.kind] = registers.pass_on(
-                    buffer[layer.kind], layer.index, after=(dx, values, early)
-                )
-        places = gradients.early[layer.kind]
-        grads[layer.kind], shared = accumulators.add(
-            grads[layer.kind], shared, early, places=places, layer=layer.place
-        )
+            for name in _NAMES:
+                buffer = getattr(state, name)[layer.kind]
+                buffer = registers.pass_on(buffer, layer.index, after=(dx, values, early))
+                state = _with_buffer(state, name, layer, buffer)
+        state = _add(state, backward, gradients.early, layer, early)
+
+    def run_weight_grads(num_left: int) -> None:
+        nonlocal state
+        while len(waiting) > num_left:
+            state = _run_weight_grad(rank, backward, state, waiting.pop(0), i_row)
 
     f_layers, i_layers = layout.layers_of(f_row["stage"]), layout.layers_of(i_row["stage"])[::-1]
     if rank.interleaves:
-        for f_layer, i_layer in zip(f_layers, i_layers, strict=True):
+        num_early = 0
+        for number, (f_layer, i_layer) in enumerate(zip(f_layers, i_layers, strict=True)):
             run_input_grad(i_layer)
             kept = run_forward(f_layer)
             # Each hides the other's collectives only if neither runs ahead by layers; and what is
             # kept, if written earlier, would be what a GPU runs beside them in a matmul's place.
             x, dx, kept = order.wait_for((x, dx, kept), (x, dx))
             keep(f_layer, kept)
+            if number == 0:
+                num_early = len(i_layers) - _num_held(
+                    rank, i_layers, waiting[0], backward, x, i_row
+                )
+            run_weight_grads(max(0, number + 1 - num_early))
     else:
         for layer in f_layers:
             keep(layer, run_forward(layer))
         for layer in i_layers:
             run_input_grad(layer)
-    state = state._replace(residual=residual, weight_residual=weight_residual)
+            run_weight_grads(0)
     state = state.put_aux(forward, aux, metrics)
-    state = state.put_grads(backward, gradients.early, (grads, shared))
 
     def weight_grads(state: State, sent: PyTree, arrivals: PyTree) -> tuple[State, PyTree, PyTree]:
-        return _run_weight_grads(rank, backward, state, sent, arrivals, stashed, i_row)
+        return _finish_weight_grads(rank, backward, state, sent, arrivals, waiting, i_row)
 
     return state, x, dx, weight_grads
 
@@ -136,63 +142,131 @@ def run_beat(
 # xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.) On GPUs
 # they are copied out: `order.copied_out`.
 #
-# What arrives from the neighbours is waited for before the last layer's W, if that of the others
-# hides it: behind it, it comes from a TPU's memory while W computes, where the next beat's first
-# matmuls would else wait for it (width 1024, two layers: 4 % fewer cycles; before the last
-# contraction only: 1 %). If it does not, all of W waits for what is sent, and hides it; but where
-# blocks have collectives of their own, which W may have to hide, only the last layer's does.
-def _run_weight_grads(
+# W of all layers but the last follows the layer's I and F, so that its stash is gone when the next
+# layer's is made. What is sent at the end has to be hidden: by the last layer's W if that takes
+# long enough, else by that of the last two. All of it then waits for what is sent; but where blocks
+# have collectives of their own, which W may have to hide, only the last layer's does.
+#
+# Of two, if the first hides it, what arrives from the neighbours is waited for before the last one:
+# behind it, it comes from a TPU's memory while W computes, where the next beat's first matmuls
+# would else wait for it (width 1024, two layers: 4 % fewer cycles; before the last contraction
+# only: 1 %).
+MOST_HELD = 2
+
+
+def _num_held(
+    rank: Rank, layers: Sequence[Layer], first: "_Waiting", chunk: int, x: PyTree, row: Row
+) -> int:
+    """Decides of how many of the last layers W waits until the beat's results are sent."""
+    alike = len({layer.kind for layer in layers}) == 1
+    if rank.communicates or not alike:
+        return min(MOST_HELD, len(layers))
+    hides = _can_hide(_flops(rank, first, row, chunk), (x,), rank.device_kind, times=2.5)
+    return min(1 if hides else MOST_HELD, len(layers))
+
+
+def _finish_weight_grads(
     rank: Rank,
     chunk: int,
     state: State,
     sent: PyTree,
     arrivals: PyTree,
-    stashed: list[tuple[Layer, Any, Any]],
+    waiting: Sequence["_Waiting"],
     row: Row,
 ) -> tuple[State, PyTree, PyTree]:
-    """Runs W of the layers in `stashed`, each with what I copied out and I's stash."""
-    size_of_x = _size(sent[0])
-    buffers = dict(state.weight_residual)
-    taken, shared = state.take_grads(chunk, rank.gradients.late)
-    grads = dict(taken)
-
-    flops = sum(
-        rank.weight_grad_flops(layer, kept, values, row, chunk)
-        for layer, kept, values in stashed[:-1]
-    )
-    others_hide = not rank.communicates and _can_hide(flops, arrivals, rank.device_kind)
-    for number, (layer, copied, values) in enumerate(stashed):
-        kind = layer.kind
-        kept = registers.read_layer(buffers[kind], layer.index, row["weight_residual"])
-        kept = order.copied_or_read(copied, kept, small=size_of_x)
-        is_last = number == len(stashed) - 1
+    """Runs W of the layers for which it still waits."""
+    flops = sum(_flops(rank, each, row, chunk) for each in waiting[:-1])
+    others_hide = not rank.communicates and _can_hide(flops, arrivals, rank.device_kind, times=2)
+    for each in waiting:
+        is_last = each is waiting[-1]
         if others_hide and is_last:
-            values, arrivals = lax.optimization_barrier((values, arrivals))
+            each, arrivals = _held_up(rank, each, arrivals)
         elif not others_hide and (is_last or not rank.communicates):
-            values, _ = lax.optimization_barrier((values, sent))
-        late = rank.weight_grad_of(layer, kept, values, row, chunk, "stash")
-        places = rank.gradients.late[kind]
-        grads[kind], shared = accumulators.add(
-            grads[kind], shared, late, places=places, layer=layer.place
-        )
-        if rank.interleaves:
-            sums = [total[layer.place] for total in grads[kind]]
-            buffers[kind] = registers.pass_on(buffers[kind], layer.index, after=sums)
+            each, _ = _held_up(rank, each, sent)
+        state = _run_weight_grad(rank, chunk, state, each, row)
     if not others_hide:
         sent, arrivals = lax.optimization_barrier((sent, arrivals))
-    state = state._replace(weight_residual=buffers)
-    return state.put_grads(chunk, rank.gradients.late, (grads, shared)), sent, arrivals
+    return state, sent, arrivals
 
 
-def _size(x: PyTree) -> int:
-    return max((leaf.nbytes for leaf in jax.tree.leaves(x)), default=0)
+class _Waiting(NamedTuple):
+    """A layer whose W is still to run: what I copied out of its slot, and I's stash."""
+
+    layer: Layer
+    copied: tuple[jax.Array, ...]
+    stash: tuple[jax.Array, ...]
 
 
-def _can_hide(flops: int, arrivals: PyTree, device_kind: str | None) -> bool:
-    """Whether contractions are known to take twice as long as the arrivals, one from each side."""
+def _held_up(rank: Rank, each: _Waiting, others: PyTree) -> tuple[_Waiting, PyTree]:
+    """Has W wait for the others, and whoever reads them for what W reads of I."""
+    may_wait = rank.gradients.block[each.layer.kind].stash_may_wait
+    held, others = lax.optimization_barrier((select(each.stash, may_wait), others))
+    rest = iter(held)
+    stash = (next(rest) if may else value for value, may in zip(each.stash, may_wait, strict=True))
+    return each._replace(stash=tuple(stash)), others
+
+
+def _run_weight_grad(rank: Rank, chunk: int, state: State, each: _Waiting, row: Row) -> State:
+    """Runs a layer's W."""
+    layer, name = each.layer, "weight_residual"
+    kept = _read(rank, state, name, layer, row)
+    kept = order.copied_or_read(each.copied, kept, small=_size_of_x(rank))
+    late = rank.weight_grad_of(layer, kept, each.stash, row, chunk, "stash")
+    state = _add(state, chunk, rank.gradients.late, layer, late)
+    if rank.interleaves:
+        grads, _ = state.take_grads(chunk, rank.gradients.late)
+        sums = [total[layer.place] for total in grads[layer.kind]]
+        buffer = state.weight_residual[layer.kind]
+        state = _with_buffer(state, name, layer, registers.pass_on(buffer, layer.index, after=sums))
+    return state
+
+
+def _read(rank: Rank, state: State, name: str, layer: Layer, row: Row) -> tuple[jax.Array, ...]:
+    """Reads what a slot holds for a layer."""
+    parts = getattr(rank.gradients.block[layer.kind], f"{name}_parts")
+    buffer = getattr(state, name)[layer.kind]
+    return registers.read_layer(buffer, layer.index, row[name], parts=parts)
+
+
+def _with_buffer(state: State, name: str, layer: Layer, buffer: Any) -> State:
+    """Returns the state with another buffer for the layer's kind."""
+    changed: dict[str, Any] = {name: {**getattr(state, name), layer.kind: buffer}}
+    return state._replace(**changed)
+
+
+def _add(
+    state: State, chunk: int, places: dict[Kind, Places], layer: Layer, gradients: list[jax.Array]
+) -> State:
+    """Adds a layer's gradients to the accumulators at `places`."""
+    grads, shared = state.take_grads(chunk, places)
+    mine, shared = accumulators.add(
+        grads[layer.kind], shared, gradients, places=places[layer.kind], layer=layer.place
+    )
+    return state.put_grads(chunk, places, ({**grads, layer.kind: mine}, shared))
+
+
+def _size_of_x(rank: Rank) -> int:
+    """Bytes of the largest leaf of x."""
+    leaves = jax.tree.leaves(rank.functions.outputs.x)
+    return max((leaf.size * leaf.dtype.itemsize for leaf in leaves), default=0)
+
+
+def _flops(rank: Rank, each: _Waiting, row: Row, chunk: int) -> int:
+    return rank.weight_grad_flops(each.layer, each.copied, each.stash, row, chunk)
+
+
+def _can_hide(flops: int, arrivals: PyTree, device_kind: str | None, *, times: float) -> bool:
+    """Whether contractions are known to take so many times as long as the arrivals.
+
+    Args:
+      flops: Of the contractions.
+      arrivals: What arrives at the same time, from each side.
+      device_kind: As `find_device` takes it.
+      times: How many times.
+    """
     device = find_device(device_kind)
     num_bytes = max(sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in arrivals)
-    return device is not None and flops / device.peak_flops >= 2 * num_bytes / device.link
+    return device is not None and flops / device.peak_flops >= times * num_bytes / device.link
 
 
 def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:

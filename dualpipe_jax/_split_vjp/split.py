@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
 from dualpipe_jax._split_vjp.chains import finish_chains
+from dualpipe_jax._split_vjp.crossing import may_wait, parts_of
 from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
@@ -52,6 +53,9 @@ class SplitVjp:
         leaves of params in which `is_late` is True.
       recompute_weight_grad: `(params, ctx, weight_residual, deferred) -> late`, the same from less.
       residual: Avals of `residual`; so are `weight_residual`, `stash` and `deferred` of theirs.
+      residual_parts: For each of `residual` in how many parts its readers take it; so are
+        `weight_residual_parts`. See `crossing.parts_of`.
+      stash_may_wait: For each of `stash` whether a barrier may hold it up: `crossing.may_wait`.
       is_early: For every leaf of params, whether its gradient is made with the input gradient, by
         an equation that makes both. Where `is_late` holds too, the gradient is the sum of the two.
       is_late: For every leaf of params, whether its gradient waits for the weight grad's turn.
@@ -73,6 +77,9 @@ class SplitVjp:
     weight_residual: tuple[Any, ...]
     stash: tuple[Any, ...]
     deferred: tuple[Any, ...]
+    residual_parts: tuple[int, ...]
+    weight_residual_parts: tuple[int, ...]
+    stash_may_wait: tuple[bool, ...]
     is_early: tuple[bool, ...]
     is_late: tuple[bool, ...]
     is_sum: tuple[bool, ...]
@@ -400,6 +407,11 @@ def _assemble(
 
         return jax.jit(weight_grad)
 
+    def parts(values: tuple[int, ...]) -> tuple[int, ...]:
+        outputs = (*trace.dx, *stash, *deferred, *early, *late)
+        wanted = [v for v in outputs if isinstance(v, int)]
+        return parts_of(trace.graph, [*input_nodes, *weight_nodes], values, wanted)
+
     return SplitVjp(
         # Under jit each is traced once however many layers and branches call it.
         forward=jax.jit(forward),
@@ -410,6 +422,9 @@ def _assemble(
         weight_residual=tuple(avals[v] for v in weight_residual),
         stash=tuple(avals[v] for v in stash),
         deferred=tuple(avals[v] for v in deferred),
+        residual_parts=parts(residual),
+        weight_residual_parts=parts(weight_residual),
+        stash_may_wait=may_wait(input_nodes, stash, [*trace.dy, *trace.daux]),
         is_early=is_early,
         is_late=is_late,
         is_sum=is_sum,
