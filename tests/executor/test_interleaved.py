@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax._executor import order, step
+from dualpipe_jax._executor import order, step, unrolled
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.rank import Rank
 from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
@@ -61,6 +61,87 @@ def test_interleaved_beats_equal_the_sequential_model(
 
     got, want = jax.jit(both)(params, batch)
     assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most_times", [2, 2.5])
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_what_weight_grads_hide_changes_no_value(
+    monkeypatch: pytest.MonkeyPatch, most_times: float, remat: str
+) -> None:
+    """Where W of one layer hides what is sent, and where that of the last but one hides it."""
+    monkeypatch.setattr(step, "platform_of", lambda mesh: "tpu")
+    hides = []
+
+    def can_hide(*_: Any, times: float) -> bool:
+        hides.append(times <= most_times)
+        return hides[-1]
+
+    monkeypatch.setattr(unrolled, "_can_hide", can_hide)
+    model, params, batch = make_model(frozenset(FEATURES)), make_params(6), make_batch(8)
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(2), num_microbatches=8, timetable="aligned", remat=remat
+    )
+    rng = jax.random.key(5)
+    reference = jax.value_and_grad(
+        dpj.sequential(model, num_microbatches=8), has_aux=True, allow_int=True
+    )
+
+    def both(params: Any, batch: Any) -> Any:
+        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
+
+    got, want = jax.jit(both)(params, batch)
+    assert_close(got, want)
+    # Asked twice in each beat: how many are held, and what for.
+    assert set(hides) == ({True} if most_times > 2 else {True, False})
+
+
+@pytest.mark.parametrize(
+    ("platform", "most_times", "first", "rest"),
+    [
+        ("cpu", 0, "FFFFIWIWIWIW", ""),
+        ("tpu", 0, "IFWIFWIFIF", "WW"),
+        ("tpu", 2, "IFWIFWIFIF", "WW"),
+        ("tpu", 2.5, "IFWIFWIFWIF", "W"),
+    ],
+)
+def test_weight_grads_follow_their_layer(
+    monkeypatch: pytest.MonkeyPatch, platform: str, most_times: float, first: str, rest: str
+) -> None:
+    """But for those of the last layers, which hide what is sent."""
+    monkeypatch.setattr(step, "platform_of", lambda mesh: platform)
+    monkeypatch.setattr(unrolled, "_can_hide", lambda *_, times: times <= most_times)
+    ran: list[str] = []
+    for name, letter in (("forward_of", "F"), ("input_grad_of", "I"), ("weight_grad_of", "W")):
+        method = getattr(Rank, name)
+
+        def run(self: Rank, *args: Any, method: Any = method, letter: str = letter) -> Any:
+            ran.append(letter)
+            return method(self, *args)
+
+        monkeypatch.setattr(Rank, name, run)
+    beats = []
+    run_beat = unrolled.run_beat
+
+    def spy(*args: Any) -> Any:
+        ran.clear()
+        *out, weight_grads = run_beat(*args)
+        before = "".join(ran)
+
+        def finish(*args: Any) -> Any:
+            ran.clear()
+            result = weight_grads(*args)
+            beats.append((before, "".join(ran)))
+            return result
+
+        return *out, finish
+
+    monkeypatch.setattr(unrolled, "run_beat", spy)
+    grad_fn = dpj.value_and_grad(
+        make_model(frozenset()), mesh=make_mesh(2), num_microbatches=8, timetable="aligned"
+    )
+    jax.jit(grad_fn).trace(make_params(8), make_batch(8))
+    assert set(beats) == {(first, rest)}
 
 
 @pytest.mark.slow

@@ -1,0 +1,113 @@
+"""What of a stash may wait, and what is read from a slot in parts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dualpipe_jax._executor import registers
+from dualpipe_jax._split_vjp import split_vjp
+from dualpipe_jax._types import Aux
+
+PARAMS = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4)), "qkv": jnp.ones((4, 3, 4))}
+ROWS = 2
+
+
+def _mlp(params: Any, x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x @ params["up"]) @ params["down"]
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.nn.softmax(query @ key.T) @ value
+
+
+def _stacked(params: Any, x: jax.Array) -> jax.Array:
+    return _attend(*jnp.einsum("td,dck->ctk", x, params["qkv"]))
+
+
+def _apart(params: Any, x: jax.Array) -> jax.Array:
+    return _attend(*(x @ params["qkv"][:, i] for i in range(3)))
+
+
+def _all_of_it(params: Any, x: jax.Array) -> jax.Array:
+    stacked = jnp.einsum("td,dck->ctk", x, params["qkv"])
+    return _attend(*stacked) + jnp.tanh(stacked).sum(0)
+
+
+def _split(block: Callable[..., Any]) -> Any:
+    x = jnp.ones((ROWS, 4))
+    return split_vjp(lambda params, x, ctx: (x + block(params, x), Aux()), PARAMS, x, ())
+
+
+def _waiting(block: Callable[..., Any]) -> list[tuple[tuple[int, ...], bool]]:
+    split = _split(block)
+    both = zip(split.stash, split.stash_may_wait, strict=True)
+    return sorted((aval.shape, may) for aval, may in both)
+
+
+def test_cotangents_wait() -> None:
+    assert _waiting(_mlp) == [((ROWS, 4), True), ((ROWS, 8), True)]
+
+
+def test_what_is_recomputed_does_not() -> None:
+    """Of the second matmul's operands one is recomputed: the activation."""
+    recomputed = (ROWS, 8), False
+    assert _waiting(jax.checkpoint(_mlp)) == [((ROWS, 4), True), recomputed, ((ROWS, 8), True)]
+
+
+def test_what_is_only_moved_does_not() -> None:
+    """Cotangents of queries, keys and values, put together for one contraction; all else would."""
+    split = _split(lambda params, x: _stacked(params, _mlp(params, x)))
+    moved = [
+        may for aval, may in zip(split.stash, split.stash_may_wait, strict=True) if 3 in aval.shape
+    ]
+    assert moved == [False]
+    assert any(split.stash_may_wait)
+
+
+def test_if_nothing_else_is_left_all_wait() -> None:
+    split = _split(_stacked)
+    assert split.stash
+    assert all(split.stash_may_wait)
+
+
+@pytest.mark.parametrize(
+    ("block", "count"), [(_stacked, 1), (jax.checkpoint(_stacked), 0), (_apart, 0), (_all_of_it, 0)]
+)
+def test_parts(block: Callable[..., Any], count: int) -> None:
+    split = _split(block)
+    parts = (*split.residual_parts, *split.weight_residual_parts)
+    assert len(parts) == len(split.residual) + len(split.weight_residual)
+    assert sorted(set(parts)) == ([1, 3] if count else [1])
+    assert parts.count(3) == count
+
+
+@pytest.mark.parametrize("is_apart", [True, False])
+def test_reading_in_parts_reads_the_same(is_apart: bool) -> None:
+    shapes = (6, 2), (3,), ()
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    buffers = registers.allocate_layers(tuple(shapes), 4, 2, is_apart=is_apart)
+    leaves, structure = jax.tree.flatten(buffers)
+    filled = [jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) for leaf in leaves]
+    buffers = jax.tree.unflatten(structure, filled)
+    whole = registers.read_layer(buffers, 1, jnp.int32(2))
+    parts = registers.read_layer(buffers, 1, jnp.int32(2), parts=(3, 1, 1))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, parts))
+
+
+def test_what_is_read_in_parts_is_not_put_together() -> None:
+    """XLA sees that the readers take it apart again; where they want all of it, it must be."""
+    buffer = jnp.ones((4, 3, 8, 8))
+
+    def text(reader: Callable[..., Any]) -> str:
+        def read(buffer: jax.Array, slot: jax.Array) -> jax.Array:
+            layers = registers.Layers(((buffer,),))
+            (value,) = registers.read_layer(layers, 0, slot, parts=(3,))
+            return reader(value)
+
+        return jax.jit(read).lower(buffer, jnp.int32(1)).compile().as_text()
+
+    assert "concatenate" not in text(lambda value: _attend(value[0], value[1], value[2]))
+    assert "concatenate" in text(lambda value: value)
