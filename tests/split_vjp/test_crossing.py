@@ -107,7 +107,7 @@ def test_what_is_read_in_parts_is_not_put_together() -> None:
             (value,) = registers.read_layer(layers, 0, slot, parts=(3,))
             return reader(value)
 
-        return jax.jit(read).lower(buffer, jnp.int32(1)).compile().as_text()
+        return str(jax.jit(read).lower(buffer, jnp.int32(1)).compile().as_text())
 
     assert "concatenate" not in text(lambda value: _attend(value[0], value[1], value[2]))
     assert "concatenate" in text(lambda value: value)
