@@ -9,12 +9,12 @@ Interleaved, for devices that overlap transfers and compute: F of layer j is bes
 L-1-j, so that what one waits for in the other has its turn earlier anyway. A block's own
 all-to-alls so have the other direction's compute to hide behind. A beat of four layers:
 
-    F  0 1 2 3 -> x to the neighbour        layers 0, 1: F writes, then I reads
-    I  3 2 1 0 -> cotangent to it           layers 3, 2: I reads, then F writes
-    W          3 2 1 0                      x and cotangent travel meanwhile
+    F  0   1   2 3 -> x to the neighbour    layers 0, 1: F writes, then I reads
+    I  3   2   1 0 -> cotangent to it       layers 3, 2: I reads, then F writes
+    W    3   2       1 0                    of the last layers: x and cotangent travel meanwhile
 
-One after the other, for CPUs: F of all layers, then I, then W, so that all reads of a beat come
-after its writes, and only the next beat's writes have to wait.
+One after the other, for CPUs: F of all layers, then of each I and W, so that all reads of a beat
+come after its writes, and only the next beat's writes have to wait.
 
 How the order is said is `order.py`'s matter.
 """
