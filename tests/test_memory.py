@@ -105,19 +105,6 @@ def test_what_is_there_at_times_only(
     assert lines[-1].endswith("  at the most") == bool(in_ticks)
 
 
-@pytest.mark.parametrize(("num_layers", "held"), [(4, 1), (8, 2), (16, 2)])
-def test_a_beat_holds_the_stash_of_two_layers_at_the_most(num_layers: int, held: int) -> None:
-    """Weight grads of the others follow their input grad."""
-    grad_fn = dpj.value_and_grad(
-        make_model(), mesh=make_mesh(4), num_microbatches=16, timetable="aligned"
-    )
-    terms = {t.name: t for t in grad_fn.memory(make_params(num_layers), make_batch(16)).terms}
-    beat, slots = terms["stash of a beat, without a slot"], terms["stashes for W"]
-    num_slots, per_stage = int(slots.count.split()[0]), num_layers // 4
-    assert beat.count == f"{held} layers"
-    assert beat.num_bytes * num_slots * per_stage == slots.num_bytes * held
-
-
 def test_memory_does_not_depend_on_microbatches_and_needs_no_arrays() -> None:
     def memory(num_microbatches: int) -> Any:
         grad_fn = dpj.value_and_grad(

@@ -17,7 +17,6 @@ from dualpipe_jax import _microbatches
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
-from dualpipe_jax._executor.unrolled import MOST_HELD
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import DEFERRED, Tables
 
@@ -119,13 +118,11 @@ def report(
             count = f"{slots[buffer]} slots x {most_layers} layers"
             terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
     if tables.steady is not None and layout.is_unrolled:
-        held = min(most_layers, MOST_HELD)
-        largest = max(_bytes(gradients.block[kind].stash) for kind in num_layers)
         terms.append(
             Term(
                 "stash of a beat, without a slot",
-                f"{held} layers",
-                min(held * largest, of_layers("stash")),
+                f"{most_layers} layers",
+                of_layers("stash"),
                 "beats" if "stash" in idle else "",
             )
         )

@@ -142,27 +142,43 @@ def run_beat(
 # xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.) On GPUs
 # they are copied out: `order.copied_out`.
 #
-# W of all layers but the last follows the layer's I and F, so that its stash is gone when the next
-# layer's is made. What is sent at the end has to be hidden: by the last layer's W if that takes
-# long enough, else by that of the last two. All of it then waits for what is sent; but where blocks
-# have collectives of their own, which W may have to hide, only the last layer's does.
+# W of a layer follows its I and F, unless it has to hide what is sent at the end: that of the last
+# layer if it takes long enough, else that of as many of the last ones as do before the last one.
+# All of it then waits for what is sent. (Four layers of an MLP block, width 2048: 2 % fewer cycles
+# than if all of W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. To have
+# the next I wait for W leaves 9 % less in memory at width 1024, four layers, and takes 0.7 % more
+# cycles.)
+# Where blocks have collectives of their own, which W may have to hide, or layers are of several
+# kinds, all of W is at the end; and of the former only the last layer's waits.
 #
-# Of two, if the first hides it, what arrives from the neighbours is waited for before the last one:
+# If W of the others hides it, what arrives from the neighbours is waited for before the last one's:
 # behind it, it comes from a TPU's memory while W computes, where the next beat's first matmuls
 # would else wait for it (width 1024, two layers: 4 % fewer cycles; before the last contraction
 # only: 1 %).
-MOST_HELD = 2
-
-
 def _num_held(
     rank: Rank, layers: Sequence[Layer], first: "_Waiting", chunk: int, x: PyTree, row: Row
 ) -> int:
-    """Decides of how many of the last layers W waits until the beat's results are sent."""
-    alike = len({layer.kind for layer in layers}) == 1
-    if rank.communicates or not alike:
-        return min(MOST_HELD, len(layers))
-    hides = _can_hide(_flops(rank, first, row, chunk), (x,), rank.device_kind, times=2.5)
-    return min(1 if hides else MOST_HELD, len(layers))
+    """Decides of how many of the last layers W waits until the beat's results are sent.
+
+    Args:
+      rank: The rank.
+      layers: Those of which I runs.
+      first: The first of them, after its I.
+      chunk: The chunk that is backward.
+      x: What is sent.
+      row: The row of I's tick.
+    """
+    if rank.communicates or len({layer.kind for layer in layers}) > 1:
+        return len(layers)
+    flops = _flops(rank, first, row, chunk)
+    if _can_hide(flops, (x,), rank.device_kind, times=2.5):
+        return 1
+    enough = (
+        held
+        for held in range(2, len(layers))
+        if _can_hide((held - 1) * flops, (x,), rank.device_kind, times=2)
+    )
+    return next(enough, len(layers))
 
 
 def _finish_weight_grads(

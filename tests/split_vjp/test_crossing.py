@@ -11,7 +11,12 @@ from dualpipe_jax._executor import registers
 from dualpipe_jax._split_vjp import split_vjp
 from dualpipe_jax._types import Aux
 
-PARAMS = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4)), "qkv": jnp.ones((4, 3, 4))}
+PARAMS = {
+    "up": jnp.ones((4, 8)),
+    "down": jnp.ones((8, 4)),
+    "qkv": jnp.ones((4, 3, 4)),
+    "many": jnp.ones((4, 12, 4)),
+}
 ROWS = 2
 
 
@@ -73,8 +78,21 @@ def test_if_nothing_else_is_left_all_wait() -> None:
     assert all(split.stash_may_wait)
 
 
+def _many(params: Any, x: jax.Array) -> jax.Array:
+    stacked = jnp.einsum("td,dck->ctk", x, params["many"])
+    heads = [_attend(stacked[i], stacked[i + 1], stacked[i + 2]) for i in range(0, 12, 3)]
+    return jnp.stack(heads).sum(0)
+
+
 @pytest.mark.parametrize(
-    ("block", "count"), [(_stacked, 1), (jax.checkpoint(_stacked), 0), (_apart, 0), (_all_of_it, 0)]
+    ("block", "count"),
+    [
+        (_stacked, 1),
+        (jax.checkpoint(_stacked), 0),
+        (_apart, 0),
+        (_all_of_it, 0),
+        (_many, 0),  # twelve would be too many
+    ],
 )
 def test_parts(block: Callable[..., Any], count: int) -> None:
     split = _split(block)
