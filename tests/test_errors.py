@@ -91,7 +91,14 @@ NAMES = [
     *(f"model.{field.name}" for field in fields(dpj.Model)),
 ]
 
+
 # Each: keyword arguments of `trace`; the exception; texts that the message must hold.
+def changing(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    ref = jax.new_ref(jnp.zeros_like(x))
+    ref[...] = x
+    return x + ref[...]
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     # the arguments of value_and_grad
     "unknown axis": (
@@ -553,6 +560,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         {"model": model(has_aux=True, head=lambda e, x, c: (x.sum(), {"name": "abc"}))},
         TypeError,
         ["model.head", "metrics", "['name']", "'abc'"],
+    ),
+    # What changes in place
+    "block with a mutable array": (
+        {"model": model(block=changing)},
+        TypeError,
+        ["model: ", "block", "jax.new_ref", "'new_ref'", "values"],
     ),
     # embed and weight
     "embed returns nothing": (

@@ -15,6 +15,8 @@ import numpy as np
 from jax.extend import core as jcore
 from jax.extend.core import primitives
 
+# Reads and writes of arrays that change in place, which no value orders.
+_OF_REFS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
 # What JAX makes the zero gradient of an unused input of.
 _KEEP_ZERO = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "transpose", "copy"})
 
@@ -221,6 +223,12 @@ def needed(nodes: Sequence[Node], wanted: Iterable[Any], known: Iterable[int] = 
 
 
 def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[int], when: When):
+    effects = {type(effect).__name__ for effect in eqn.effects}
+    if effects & _OF_REFS or eqn.primitive.name == "new_ref":
+        raise TypeError(
+            "model: embed, block and head must not read or write mutable arrays (jax.new_ref; here "
+            f"by {eqn.primitive.name!r}), as their parts run at different times; pass on values"
+        )
     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jcore.Literal)))
     # A jaxpr of this one equation: JAX itself knows how to run it in its context and name scope.
     alone = jaxpr.replace(
@@ -238,7 +246,7 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         outputs=tuple(outs),
         when=when,
         # That it names a mesh axis counts as an effect with JAX, not here.
-        has_effect=any(type(e).__name__ != "NamedAxisEffect" for e in eqn.effects),
+        has_effect=bool(effects - {"NamedAxisEffect"}),
         inner=_inner(eqn, env),
         reduces=_reduced_axes(eqn),
     )
