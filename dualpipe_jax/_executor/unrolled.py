@@ -216,6 +216,8 @@ class _Waiting(NamedTuple):
 def _held_up(rank: Rank, each: _Waiting, others: PyTree) -> tuple[_Waiting, PyTree]:
     """Has W wait for the others, and whoever reads them for what W reads of I."""
     may_wait = rank.gradients.block[each.layer.kind].stash_may_wait
+    if rank.communicates:  # else W may run where an exchange needs it (experts: 1.5 % more cycles)
+        may_wait = (True,) * len(may_wait)
     held, others = lax.optimization_barrier((select(each.stash, may_wait), others))
     rest = iter(held)
     stash = (next(rest) if may else value for value, may in zip(each.stash, may_wait, strict=True))
