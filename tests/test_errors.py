@@ -92,13 +92,13 @@ NAMES = [
 ]
 
 
-# Each: keyword arguments of `trace`; the exception; texts that the message must hold.
 def changing(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
     ref = jax.new_ref(jnp.zeros_like(x))
     ref[...] = x
     return x + ref[...]
 
 
+# Each: keyword arguments of `trace`; the exception; texts that the message must hold.
 MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     # the arguments of value_and_grad
     "unknown axis": (

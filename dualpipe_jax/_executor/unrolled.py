@@ -29,7 +29,7 @@ from dualpipe_jax._devices import find_device
 from dualpipe_jax._executor import accumulators, order, registers
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.layout import Layer
-from dualpipe_jax._executor.leaves import select
+from dualpipe_jax._executor.leaves import place, select
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
@@ -97,9 +97,7 @@ def run_beat(
         waiting.append(_Waiting(layer, kept_longer, values))
         if rank.interleaves:
             for name in _NAMES:
-                buffer = getattr(state, name)[layer.kind]
-                buffer = registers.pass_on(buffer, layer.index, after=(dx, values, early))
-                state = _with_buffer(state, name, layer, buffer)
+                state = _pass_on(state, name, layer, after=(dx, values, early))
         state = _add(state, backward, gradients.early, layer, early)
 
     def run_weight_grads(num_left: int) -> None:
@@ -219,9 +217,7 @@ def _held_up(rank: Rank, each: _Waiting, others: PyTree) -> tuple[_Waiting, PyTr
     if rank.communicates:  # else W may run where an exchange needs it (experts: 1.5 % more cycles)
         may_wait = (True,) * len(may_wait)
     held, others = lax.optimization_barrier((select(each.stash, may_wait), others))
-    rest = iter(held)
-    stash = (next(rest) if may else value for value, may in zip(each.stash, may_wait, strict=True))
-    return each._replace(stash=tuple(stash)), others
+    return each._replace(stash=place(each.stash, held, may_wait)), others
 
 
 def _run_weight_grad(rank: Rank, chunk: int, state: State, each: _Waiting, row: Row) -> State:
@@ -234,8 +230,7 @@ def _run_weight_grad(rank: Rank, chunk: int, state: State, each: _Waiting, row: 
     if rank.interleaves:
         grads, _ = state.take_grads(chunk, rank.gradients.late)
         sums = [total[layer.place] for total in grads[layer.kind]]
-        buffer = state.weight_residual[layer.kind]
-        state = _with_buffer(state, name, layer, registers.pass_on(buffer, layer.index, after=sums))
+        state = _pass_on(state, name, layer, after=sums)
     return state
 
 
@@ -244,6 +239,12 @@ def _read(rank: Rank, state: State, name: str, layer: Layer, row: Row) -> tuple[
     parts = getattr(rank.gradients.block[layer.kind], f"{name}_parts")
     buffer = getattr(state, name)[layer.kind]
     return registers.read_layer(buffer, layer.index, row[name], parts=parts)
+
+
+def _pass_on(state: State, name: str, layer: Layer, *, after: PyTree) -> State:
+    """Hands a layer's slots that were read on to who writes them next, `after` what was made."""
+    buffer = getattr(state, name)[layer.kind]
+    return _with_buffer(state, name, layer, registers.pass_on(buffer, layer.index, after=after))
 
 
 def _with_buffer(state: State, name: str, layer: Layer, buffer: Any) -> State:
