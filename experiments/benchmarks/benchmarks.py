@@ -62,6 +62,11 @@ TOLERANCE = 1e-4
 @click.option("--vocabulary", type=POSITIVE, default=1024, help="Different tokens.")
 @click.option("--microbatch-size", type=POSITIVE, default=2, help="Sequences of a microbatch.")
 @click.option("--microbatches-per-rank", type=POSITIVE, default=4, help="Of one step.")
+@click.option(
+    "--huge-pages/--small-pages",
+    default=True,
+    help="Whether all variants ask for their memory in huge pages, where the system has some.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
 @click.option(
     "--output",
@@ -86,6 +91,7 @@ def command(
     vocabulary: int,
     microbatch_size: int,
     microbatches_per_rank: int,
+    huge_pages: bool,
     seed: int,
     output: Path,
     write_readme: bool,
@@ -115,34 +121,56 @@ def command(
 
     console = Console(highlight=False)
     rows: list[report.Row] = []
-    about = _about(sizes, rounds=rounds, microbatches_per_rank=microbatches_per_rank)
+    huge_pages = huge_pages and racing.can_have_huge_pages()
+    about = {
+        **_about(sizes, rounds=rounds, microbatches_per_rank=microbatches_per_rank),
+        "pages": "huge" if huge_pages else "small",
+    }
+    races = [
+        (
+            num_ranks,
+            remat,
+            [
+                name
+                for name in names
+                if variants.differs(name, remat=remat, num_layers=layers, num_ranks=num_ranks)
+            ],
+        )
+        for num_ranks in ranks
+        for remat in remats
+    ]
     with records, bar(console) as progress:
         _write(records, {"what": "run", **about})
-        num_all = len(ranks) * len(remats) * len(names) * (1 + rounds)
+        num_all = sum(len(racers) for *_, racers in races) * (1 + rounds)
         progress_task = progress.add_task("", total=num_all, what="")
         # All workers of a race stay in memory; so one number of ranks and one remat at a time.
-        for num_ranks in ranks:
-            for remat in remats:
-                progress.update(progress_task, what=f"{num_ranks} ranks, remat {remat}")
-                results = [
-                    racing.Result(
-                        task=Task(
-                            variant=name,
-                            ranks=num_ranks,
-                            microbatches=microbatches_per_rank * num_ranks,
-                            remat=remat,
-                            sizes=sizes,
-                        )
+        for num_ranks, remat, racers in races:
+            if not racers:
+                continue
+            progress.update(progress_task, what=f"{num_ranks} ranks, remat {remat}")
+            results = [
+                racing.Result(
+                    task=Task(
+                        variant=name,
+                        ranks=num_ranks,
+                        microbatches=microbatches_per_rank * num_ranks,
+                        remat=remat,
+                        sizes=sizes,
                     )
-                    for name in names
-                ]
-                for _ in racing.race(
-                    results, num_rounds=rounds, logs=output, record=_recorder(records)
-                ):
-                    progress.advance(progress_task)
-                raced = report.summarize(results)
-                rows += raced
-                console.print(report.to_rich(raced))
+                )
+                for name in racers
+            ]
+            for _ in racing.race(
+                results,
+                num_rounds=rounds,
+                huge_pages=huge_pages,
+                logs=output,
+                record=_recorder(records),
+            ):
+                progress.advance(progress_task)
+            raced = report.summarize(results)
+            rows += raced
+            console.print(report.to_rich(raced))
 
     table = f"{report.to_markdown(rows)}\n{_caption(about)}\n"
     (output / "table.md").write_text(table)
@@ -240,7 +268,7 @@ def _caption(about: dict[str, Any]) -> str:
     return (
         "{layers} layers of width {width}, {heads} heads, vocabulary {vocabulary}; microbatches of "
         "{microbatch_size} x {sequence} tokens, {microbatches_per_rank} a rank; measured steps of "
-        "each: {rounds}; {cpus} CPUs ({machine}), JAX {jax}, Python {python}."
+        "each: {rounds}; {pages} pages; {cpus} CPUs ({machine}), JAX {jax}, Python {python}."
     ).format_map(about)
 
 

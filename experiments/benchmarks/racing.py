@@ -5,6 +5,7 @@ Only one worker ever runs; the others wait for a line on their stdin.
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,12 @@ from experiments.benchmarks.tasks import Compiled, Step, Task
 
 _ROOT = Path(__file__).resolve().parents[2]
 
+# Has glibc ask for huge pages whenever it gets memory from the system. A step's temporaries are
+# mapped anew for each step; in pages of 4 KiB the first touch of each is an interrupt, which costs
+# CPU time in proportion to memory, and which accelerators do not have: they hold all their memory.
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+_SYSTEM_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
 # Called with what came of a task: what it compiled, a step, or why it failed.
 Record = Callable[[Task, Compiled | Step | str], None]
 
@@ -25,13 +32,26 @@ class WorkerError(Exception):
     """A worker ended, or said something else than it was asked."""
 
 
+def can_have_huge_pages() -> bool:
+    """Whether the system gives huge pages to a process that asks for them."""
+    return _SYSTEM_PAGES.exists() and "[never]" not in _SYSTEM_PAGES.read_text()
+
+
+def environment(*, huge_pages: bool) -> dict[str, str]:
+    """Makes a worker's environment: this process's, with its memory in huge pages on demand."""
+    tunables = [one for one in os.environ.get("GLIBC_TUNABLES", "").split(":") if one]
+    if huge_pages:
+        tunables.append(_HUGE_PAGES)
+    return {**os.environ, "GLIBC_TUNABLES": ":".join(tunables)}
+
+
 class Worker:
     """The process of a task, as seen from outside; it ends with the `with`.
 
     What it writes to stderr goes to the file `log`.
     """
 
-    def __init__(self, task: Task, *, log: Path):
+    def __init__(self, task: Task, *, log: Path, huge_pages: bool):
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -45,6 +65,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env=environment(huge_pages=huge_pages),
                 cwd=_ROOT,  # which `-m` puts first on the path: this checkout, whoever runs it
             )
 
@@ -96,7 +117,12 @@ class Result:
 
 
 def race(
-    results: Sequence[Result], *, num_rounds: int, logs: Path, record: Record
+    results: Sequence[Result],
+    *,
+    num_rounds: int,
+    huge_pages: bool,
+    logs: Path,
+    record: Record,
 ) -> Iterator[None]:
     """Compiles the tasks of all results, then takes steps with them in turns; yields after each.
 
@@ -106,6 +132,7 @@ def race(
     Args:
       results: What to run, and where to put what comes of it.
       num_rounds: Steps of each, beside the one that warms up.
+      huge_pages: Whether workers ask for their memory in huge pages.
       logs: The folder for what workers write to stderr.
       record: Called with all that comes, as it comes: a stopped run leaves its figures.
     """
@@ -114,7 +141,9 @@ def race(
         for result in results:
             task = result.task
             log = logs / f"{task.ranks}-{task.remat}-{task.variant}.log"
-            workers[task] = worker = stack.enter_context(Worker(task, log=log))
+            workers[task] = worker = stack.enter_context(
+                Worker(task, log=log, huge_pages=huge_pages)
+            )
             with _noted(result, record):
                 result.compiled = worker.compiled()
                 record(task, result.compiled)

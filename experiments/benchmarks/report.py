@@ -9,7 +9,7 @@ from rich.table import Table
 
 from experiments.benchmarks.racing import Result
 from experiments.benchmarks.tasks import Compiled, Step
-from experiments.benchmarks.variants import LIMITS, RECIPE
+from experiments.benchmarks.variants import LIMITS, RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +17,17 @@ class Row:
     """The figures of one variant; None where one has no meaning, or where it failed.
 
     Seconds a step and their ratios are medians over the rounds; a ratio is of two steps of the
-    same round. The limit is the one of LIMITS that took the least CPU time. Temporary bytes are
-    those of one device, resident bytes those of the process. The differences are the largest of any
-    loss and of the gradient norm of ends or any layer, relative to the limit's.
+    same round. The limit is the one of LIMITS that took the least CPU time, the recipe the one of
+    RECIPES. Temporary bytes are those of one device, resident bytes those of the process. The
+    differences are the largest of any loss and of the gradient norm of ends or any layer, relative
+    to the limit's.
     """
 
     ranks: int
     remat: str
     variant: str
     is_limit: bool = False
+    is_recipe: bool = False
     failure: str | None = None
     wall_seconds: float | None = None
     cpu_seconds: float | None = None
@@ -43,9 +45,14 @@ class Row:
 def summarize(results: Sequence[Result]) -> list[Row]:
     """Makes the rows of those that ran in turns: the same ranks and remat."""
     done = {r.task.variant: r for r in results if r.failure is None}
-    limits = [done[name] for name in LIMITS if name in done]
-    limit = min(limits, key=lambda r: _median(r, _cpu), default=None)
-    recipe = done.get(RECIPE)
+    limit, recipe = (
+        min(
+            (done[name] for name in names if name in done),
+            key=lambda result: _median(result, _cpu),
+            default=None,
+        )
+        for names in (LIMITS, RECIPES)
+    )
     # Where no limit ran, all must still agree with each other.
     reference = limit or next(iter(done.values()), None)
     return [_row(r, limit=limit, recipe=recipe, reference=reference) for r in results]
@@ -67,6 +74,7 @@ def _row(
         remat=task.remat,
         variant=task.variant,
         is_limit=result is limit,
+        is_recipe=result is recipe,
         wall_seconds=_median(result, _wall),
         cpu_seconds=_median(result, _cpu),
         temporary_bytes=compiled.temporary_bytes,
@@ -118,7 +126,7 @@ def _largest_difference(values: Sequence[float], wanted: float | Sequence[float]
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "ranks": lambda row: str(row.ranks),
     "remat": lambda row: row.remat,
-    "variant": lambda row: f"{row.variant} \\*" if row.is_limit else row.variant,
+    "variant": lambda row: f"{row.variant} \\*" if row.is_limit or row.is_recipe else row.variant,
     "wall, s": lambda row: "failed" if row.failure else _cell(row.wall_seconds, ".3f"),
     "CPU, s": lambda row: _cell(row.cpu_seconds, ".3f"),
     "CPU / limit": lambda row: _cell(row.cpu_to_limit, ".2f"),

@@ -23,17 +23,26 @@ OURS: dict[str, dict[str, Any]] = {
     "dualpipev": {"schedule": "dualpipev"},
     "1f1b": {"schedule": "1f1b"},
     "zb-h1": {"schedule": "zb-h1"},
+    "zb-h1-stash": {"schedule": "zb-h1", "stash_deferred": True},
 }
 LIMITS = ("limit-unrolled", "limit-grouped", "limit-scanned")
-RECIPE = "gpipe-recipe"
-NAMES = (*LIMITS, RECIPE, *OURS)
+RECIPES = ("gpipe-recipe", "gpipe-recipe-unrolled")
+NAMES = (*LIMITS, *RECIPES, *OURS)
 
 # As the library does: layers stand one after the other up to this number a stage. The baselines
-# get the same, or it would be the unrolling that is compared.
+# get the same, or it would be the unrolling that is compared; where stages have more, `OURS` has
+# them unrolled too, and so have one of the limits and one of the recipes.
 MAX_UNROLLED = 4
 
 GradFn = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 Block = Callable[[Any, jax.Array], jax.Array]
+
+
+def differs(name: str, *, remat: str, num_layers: int, num_ranks: int) -> bool:
+    """Whether a variant is another program than all before it."""
+    if name == "zb-h1-stash":
+        return remat != "none"  # else there is nothing that zb-h1 recomputes
+    return name != "gpipe-recipe-unrolled" or num_layers // num_ranks > MAX_UNROLLED
 
 
 def make(
@@ -69,8 +78,9 @@ def make(
         )
         return grad_fn, mesh
     per_stage = num_layers // num_ranks
-    if name == RECIPE:
-        unrolled = per_stage if per_stage <= MAX_UNROLLED else 1
+    if name in RECIPES:
+        is_unrolled = per_stage <= MAX_UNROLLED or name == "gpipe-recipe-unrolled"
+        unrolled = per_stage if is_unrolled else 1
         loss = recipe_loss(
             model, mesh=mesh, num_microbatches=num_microbatches, remat=remat, unrolled=unrolled
         )

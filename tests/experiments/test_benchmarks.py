@@ -27,6 +27,8 @@ from tests.experiments.refusals import refusal
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "benchmarks" / "benchmarks.py"
 TINY = "--ranks 2 --rounds 1 --layers 4 --width 16 --heads 2 --sequence 16 --vocabulary 32"
+# Two layers a stage are unrolled by any recipe.
+NAMES = tuple(name for name in variants.NAMES if name != "gpipe-recipe-unrolled")
 # What the library cannot do yet, its variant says when it runs.
 SIZES = Sizes(layers=4, width=16, heads=2, sequence=16, vocabulary=32, microbatch_size=2, seed=0)
 
@@ -58,7 +60,7 @@ def records_of(folder: Path, what: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_all_variants_run_and_agree(output: Path) -> None:
     compiled = {record["variant"]: record for record in records_of(output, "compiled")}
-    assert tuple(compiled) == variants.NAMES
+    assert tuple(compiled) == NAMES
     limit = compiled["limit-scanned"]
     assert limit["loss"] == pytest.approx(np.log(32), abs=0.2)
     assert len(limit["gradient_norms"]) == 1 + 4
@@ -78,7 +80,7 @@ def test_all_variants_run_and_agree(output: Path) -> None:
 @pytest.mark.slow
 def test_every_variant_takes_its_steps(output: Path) -> None:
     steps = records_of(output, "step")
-    assert sorted(step["variant"] for step in steps) == sorted(variants.NAMES)
+    assert sorted(step["variant"] for step in steps) == sorted(NAMES)
     for step in steps:
         assert step["wall_seconds"] > 0
         assert step["cpu_seconds"] > 0
@@ -89,12 +91,13 @@ def test_the_table_has_every_variant(output: Path) -> None:
     head, rule, *lines = (output / "table.md").read_text().split("\n\n")[0].splitlines()
     assert all(line.count("|") == head.count("|") == rule.count("|") for line in lines)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert tuple(row[2].removesuffix(r" \*") for row in cells) == variants.NAMES
-    assert sum(row[2].endswith(r" \*") for row in cells) == 1
+    assert tuple(row[2].removesuffix(r" \*") for row in cells) == NAMES
+    stars = [row[2] for row in cells if row[2].endswith(r" \*")]
+    assert [name.partition("-")[0] for name in stars] == ["limit", "gpipe"]
     assert {(row[0], row[1]) for row in cells} == {("2", "block")}
 
 
-@pytest.mark.parametrize("name", ["limit-grouped", variants.RECIPE])
+@pytest.mark.parametrize("name", ["limit-grouped", *variants.RECIPES])
 def test_what_it_is_held_against_is_the_model(name: str) -> None:
     with jax.enable_x64(False):
         lm = LanguageModel(layers=4, width=8, heads=2, vocabulary=16)
@@ -104,7 +107,7 @@ def test_what_it_is_held_against_is_the_model(name: str) -> None:
         grad_fn, mesh = variants.make(
             name, model=model, num_layers=4, num_ranks=2, num_microbatches=4, remat="none"
         )
-        assert mesh.size == (2 if name == variants.RECIPE else 1)
+        assert mesh.size == (2 if name in variants.RECIPES else 1)
         got = jax.jit(grad_fn)(params, batch)
         want = jax.jit(jax.value_and_grad(dpj.sequential(model, num_microbatches=4)))(params, batch)
         for (path, w), g in zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True):
@@ -120,7 +123,11 @@ def test_a_variant_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> N
     )
     heard: list[Any] = []
     turns = racing.race(
-        [bad, good], num_rounds=1, logs=tmp_path, record=lambda _, came: heard.append(came)
+        [bad, good],
+        num_rounds=1,
+        huge_pages=True,
+        logs=tmp_path,
+        record=lambda _, came: heard.append(came),
     )
     assert len(list(turns)) == 4
     assert bad.failure is not None
