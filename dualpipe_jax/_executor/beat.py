@@ -20,10 +20,12 @@ from jax import lax
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import accumulators, order, registers, unrolled
+from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor.rows import RESIDUALS, in_rows
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
@@ -74,12 +76,19 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
         idle = {name: getattr(state, name) for name in rank.layout.idle_in(steady)}
         nothing: dict[str, Any] = {name: dict.fromkeys(kinds, ()) for name, kinds in idle.items()}
         state = state._replace(**nothing)
-        carry = (state, x, pick(cotangent))
+        carry = (_in_rows(rank.functions, state), x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)
+        state = _in_rows(rank.functions, state)
         state = state._replace(**_empty_after(idle, after=(x, cotangent), poison=rank.poison))
         return _leave(rank, steady, state, x, cotangent)
 
     return run
+
+
+def _in_rows(functions: Functions, state: State) -> State:
+    names = *RESIDUALS, "stash", "deferred"
+    changed: dict[str, Any] = {n: in_rows(functions, n, getattr(state, n)) for n in names}
+    return state._replace(**changed)
 
 
 def _empty_after(buffers: dict[str, Any], *, after: PyTree, poison: bool) -> dict[str, Any]:

@@ -75,6 +75,12 @@ class Functions:
     block: dict[Kind, Callable[..., tuple[PyTree, Aux]]] = field(default_factory=dict)
     gradients: "Gradients | None" = None
 
+    @property
+    def size_of_x(self) -> int:
+        """Bytes of the largest leaf of x."""
+        leaves = jax.tree.leaves(self.outputs.x)
+        return max((leaf.size * leaf.dtype.itemsize for leaf in leaves), default=0)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gradients:

@@ -185,6 +185,7 @@ class Layout:
         buffers: tuple[dict[Kind, Any], ...],
         *,
         reverse: bool = False,
+        leave: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda buffers: buffers,
     ) -> tuple[Any, tuple[dict[Kind, Any], ...]]:
         """Runs `body` for each of a stage's layers, in order or in reverse, if `is_on` holds.
 
@@ -196,6 +197,7 @@ class Layout:
           carry: What goes from layer to layer.
           buffers: Dicts with an entry for each kind.
           reverse: Whether to begin with the last layer.
+          leave: What buffers go through where they leave a loop, but without a choice.
 
         Returns:
           carry and buffers, after the last layer.
@@ -220,11 +222,16 @@ class Layout:
 
             if is_on is True:
                 return unrolled((carry, buffers))
-            return when(is_on, unrolled, (carry, buffers))
+
+            def chosen(loop: Any) -> Any:
+                carry, buffers = unrolled(loop)
+                return carry, leave(buffers)
+
+            return when(is_on, chosen, (carry, buffers))
 
         count = self._layers.num_layers_of(stage)
 
-        def step(i: Any, loop: Any) -> Any:
+        def step_of_kinds(i: Any, loop: Any) -> Any:
             index = count - 1 - i if reverse else i
             if len(self.stacks) == 1:
                 return run(self.layer_of_only_kind(stage, index), None, *loop)
@@ -233,6 +240,10 @@ class Layout:
             for n, kind in enumerate(self.stacks):
                 loop = run(self._layer(stage, kind, index, place), number == n, *loop)
             return loop
+
+        def step(i: Any, loop: Any) -> Any:
+            carry, buffers = step_of_kinds(i, loop)
+            return carry, buffers if is_on is True else leave(buffers)
 
         num_trips = count if is_on is True else jnp.where(is_on, count, 0)
         return lax.fori_loop(0, num_trips, step, (carry, buffers))

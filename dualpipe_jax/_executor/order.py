@@ -60,7 +60,13 @@ def row_major(values: PyTree) -> PyTree:
     So do those that go through a loop of one trip or none (`registers.when`), of which XLA does not
     look through to what would suit: every rank would copy them into that order, though only the
     end ranks enter the loop.
+
+    Where XLA shards values over axes of its own they are left to it: it would gather them first.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    is_sharded = any(size > 1 and axis not in mesh.manual_axes for axis, size in mesh.shape.items())
+    if is_sharded or not jax.tree.leaves(values):
+        return values
     return lax.platform_dependent(
         values,
         tpu=lambda values: jax.tree.map(_row_major, values),
@@ -69,7 +75,10 @@ def row_major(values: PyTree) -> PyTree:
 
 
 def _row_major(value: jax.Array) -> jax.Array:
-    return with_layout_constraint(value, Layout(tuple(range(value.ndim))))
+    first, *rest = range(value.ndim) or (0,)
+    # Innermost, a dim of size one would be padded to the width of a register.
+    dims = (first, *sorted(rest, key=lambda dim: value.shape[dim] != 1))
+    return with_layout_constraint(value, Layout(dims[: value.ndim]))
 
 
 def zero_after(values: PyTree) -> jax.Array:

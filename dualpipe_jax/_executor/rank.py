@@ -4,6 +4,7 @@
 side by side.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import place
+from dualpipe_jax._executor.rows import RESIDUALS, in_rows
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._split_vjp import contraction_flops
@@ -70,6 +72,12 @@ class Rank:
         """The derivatives of the model's functions, in a program that has them."""
         assert self.functions.gradients is not None
         return self.functions.gradients
+
+    def _in_rows(self, *names: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+        """Has buffers of these names lie as `rows.in_rows` says."""
+        return lambda buffers: tuple(
+            in_rows(self.functions, name, each) for name, each in zip(names, buffers, strict=True)
+        )
 
     def _context(self, row: Row, position: Any, *, is_layer: bool = False) -> Context:
         return _microbatches.context(
@@ -187,7 +195,8 @@ class Rank:
             return (x, aux_sum), (residual, weight_residual, metrics)
 
         buffers = state.residual, state.weight_residual, state.block_metrics[chunk]
-        out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers)
+        leave = self._in_rows(*RESIDUALS, "metrics")
+        out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers, leave=leave)
         (x, aux), (residual, weight_residual, metrics) = out
         state = state._replace(residual=residual, weight_residual=weight_residual)
         return state.put_aux(chunk, aux, metrics), x
@@ -216,8 +225,9 @@ class Rank:
 
         grads, shared = state.take_grads(chunk, self.gradients.early)
         buffers = state.stash, state.deferred, state.residual, state.weight_residual, grads
+        leave = self._in_rows("stash", "deferred", *RESIDUALS, "grads")
         (dx, shared), buffers = self.layout.loop(
-            row["stage"], is_on, run, (dy, shared), buffers, reverse=True
+            row["stage"], is_on, run, (dy, shared), buffers, reverse=True, leave=leave
         )
         stash, deferred, residual, weight_residual, grads = buffers
         state = state._replace(
@@ -249,7 +259,10 @@ class Rank:
 
         grads, shared = state.take_grads(chunk, self.gradients.late)
         buffers = grads, state.weight_residual, getattr(state, source)
-        shared, buffers = self.layout.loop(row["stage"], is_on, run, shared, buffers, reverse=True)
+        leave = self._in_rows("grads", "weight_residual", source)
+        shared, buffers = self.layout.loop(
+            row["stage"], is_on, run, shared, buffers, reverse=True, leave=leave
+        )
         grads, weight_residual, values = buffers
         state = state._replace(weight_residual=weight_residual)
         state = (

@@ -31,6 +31,7 @@ from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.leaves import place, select
 from dualpipe_jax._executor.rank import Rank, Row
+from dualpipe_jax._executor.rows import RESIDUALS
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
 
@@ -38,7 +39,6 @@ PyTree = Any
 # Runs W: `(state, what is sent, what arrives) -> (state, what was sent, what has arrived)`. Whoever
 # reads those waits for the transfers, so that W hides them, and not what the end ranks alone run.
 WeightGrads = Callable[[State, PyTree, PyTree], tuple[State, PyTree, PyTree]]
-_NAMES = "residual", "weight_residual"
 
 
 def run_beat(
@@ -68,7 +68,6 @@ def run_beat(
     layout, gradients = rank.layout, rank.gradients
     forward, backward = chunks
     aux, dx = state.aux, cotangent
-    size_of_x = _size_of_x(rank)
     metrics = dict(state.block_metrics[forward])
     waiting: list[_Waiting] = []
 
@@ -82,7 +81,7 @@ def run_beat(
 
     def keep(layer: Layer, kept: Any) -> None:
         nonlocal state
-        for name, values in zip(_NAMES, kept, strict=True):
+        for name, values in zip(RESIDUALS, kept, strict=True):
             buffer = getattr(state, name)[layer.kind]
             buffer = registers.write_layer(buffer, values, layer.index, f_row[name])
             state = _with_buffer(state, name, layer, buffer)
@@ -90,13 +89,13 @@ def run_beat(
     def run_input_grad(layer: Layer) -> None:
         nonlocal dx, state
         kept, kept_longer = (
-            order.copied_out(_read(rank, state, name, layer, i_row), small=size_of_x)
-            for name in _NAMES
+            order.copied_out(_read(rank, state, name, layer, i_row), small=rank.functions.size_of_x)
+            for name in RESIDUALS
         )
         dx, values, _, early = rank.input_grad_of(layer, dx, kept, kept_longer, i_row, backward)
         waiting.append(_Waiting(layer, kept_longer, values))
         if rank.interleaves:
-            for name in _NAMES:
+            for name in RESIDUALS:
                 state = _pass_on(state, name, layer, after=(dx, values, early))
         state = _add(state, backward, gradients.early, layer, early)
 
@@ -224,7 +223,7 @@ def _run_weight_grad(rank: Rank, chunk: int, state: State, each: _Waiting, row: 
     """Runs a layer's W."""
     layer, name = each.layer, "weight_residual"
     kept = _read(rank, state, name, layer, row)
-    kept = order.copied_or_read(each.copied, kept, small=_size_of_x(rank))
+    kept = order.copied_or_read(each.copied, kept, small=rank.functions.size_of_x)
     late = rank.weight_grad_of(layer, kept, each.stash, row, chunk, "stash")
     state = _add(state, chunk, rank.gradients.late, layer, late)
     if rank.interleaves:
@@ -264,12 +263,6 @@ def _add(
     return state.put_grads(chunk, places, ({**grads, layer.kind: mine}, shared))
 
 
-def _size_of_x(rank: Rank) -> int:
-    """Bytes of the largest leaf of x."""
-    leaves = jax.tree.leaves(rank.functions.outputs.x)
-    return max((leaf.size * leaf.dtype.itemsize for leaf in leaves), default=0)
-
-
 def _flops(rank: Rank, each: _Waiting, row: Row, chunk: int) -> int:
     return rank.weight_grad_flops(each.layer, each.copied, each.stash, row, chunk)
 
@@ -295,4 +288,4 @@ def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
     """
     made = state.block_grads, state.ends_grads, state.shared_grads, cotangent
     zero = order.zero_after(made)
-    return {**row, **{name: row[name] + zero for name in _NAMES}}
+    return {**row, **{name: row[name] + zero for name in RESIDUALS}}

@@ -15,6 +15,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._preflight.report import Report
 from dualpipe_jax._preflight.topologies import find_topology
+from experiments.train_lm.model import LanguageModel
 from tests.preflight.steps import make_args, make_mesh, make_step
 
 
@@ -78,6 +79,33 @@ def test_beats_copy_no_slot_buffer() -> None:
     shape = rf"= \(?\w+\[{counts['residual']},4,128,\d+\]"
     mine = [line for line in beats.splitlines() if re.search(shape, line)]
     assert any("dynamic-update-slice" in line for line in mine)
+    assert not [line for line in mine if re.search(r" copy(-start)?\(", line)]
+
+
+@pytest.mark.slow
+def test_ticks_copy_no_slot_buffer_between_their_loops() -> None:
+    """Of an attention, whose matmuls want what they read and write in several layouts."""
+    width, length, heads = 256, 256, 2
+    mesh = jax.sharding.Mesh(np.array(find_topology("tpu:v5e:2x2").devices), ("pipe",))
+
+    def on_mesh(tree: Any, *spec: str) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
+
+    lm = LanguageModel(layers=8, width=width, heads=heads, vocabulary=64)
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    params = {"ends": on_mesh(params["ends"]), "blocks": on_mesh(params["blocks"], "pipe")}
+    batch = on_mesh(jax.ShapeDtypeStruct((16, length + 1), jnp.int32))
+    step = dpj.value_and_grad(
+        lm.for_pipeline(), mesh=mesh, num_microbatches=16, timetable="aligned", remat="block"
+    )
+    text = str(jax.jit(step).lower(params, batch).compile().as_text())
+    # The body of the scan over ticks has a loop for each F, I and W, and one for the run of beats.
+    (ticks,) = [part for part in re.split(r"\n(?=[^\s}])", text) if part.count(" while(") > 6]
+    # A layer's slots of one sequence: what F keeps, and I for W.
+    slots = rf"\w+\[\d+,1,{length},({width}|{heads},{width // heads})\]"
+    mine = [line for line in ticks.splitlines() if re.search(slots, line)]
+    assert any(" while(" in line for line in mine)
     assert not [line for line in mine if re.search(r" copy(-start)?\(", line)]
 
 
