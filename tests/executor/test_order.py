@@ -50,3 +50,33 @@ def test_programs_for_others_have_nothing_of_it() -> None:
     value = jax.ShapeDtypeStruct((4,), jnp.float32)
     text = str(jax.jit(order.wait_for).lower(value, [value]).compile().as_text())
     assert not [name for name in ("select", "multiply", "conditional") if f"{name}(" in text]
+
+
+@pytest.mark.parametrize(
+    ("shape", "minor_to_major"),
+    [
+        ((5, 4, 3), "2, 1, 0"),
+        ((1, 4, 3), "2, 1, 0"),
+        ((5, 4, 1), "1, 2, 0"),
+        ((5, 1, 3), "2, 1, 0"),
+    ],
+)
+def test_values_lie_row_by_row_and_dims_of_size_one_not_innermost(
+    shape: tuple[int, ...], minor_to_major: str
+) -> None:
+    value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    text = jax.jit(order.row_major).trace([value]).lower(lowering_platforms=("tpu",)).as_text()
+    (line,) = [line for line in text.splitlines() if "LayoutConstraint" in line]
+    assert f"dense<[{minor_to_major}]>" in line
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_what_xla_shards_is_left_to_it(is_sharded: bool) -> None:
+    mesh = jax.make_mesh((2, 2 if is_sharded else 1), ("pipe", "model"))
+    spec = jax.sharding.PartitionSpec("pipe")
+    step = jax.shard_map(
+        order.row_major, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"pipe"}
+    )
+    value = jax.ShapeDtypeStruct((2, 4, 3), jnp.float32)
+    text = jax.jit(step).trace(value).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("LayoutConstraint" in text) != is_sharded
