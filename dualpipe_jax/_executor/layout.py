@@ -197,7 +197,7 @@ class Layout:
           carry: What goes from layer to layer.
           buffers: Dicts with an entry for each kind.
           reverse: Whether to begin with the last layer.
-          leave: What buffers go through where they leave a loop, but without a choice.
+          leave: What buffers go through at a loop's end; of straight-line code there is none.
 
         Returns:
           carry and buffers, after the last layer.
@@ -243,7 +243,7 @@ class Layout:
 
         def step(i: Any, loop: Any) -> Any:
             carry, buffers = step_of_kinds(i, loop)
-            return carry, buffers if is_on is True else leave(buffers)
+            return carry, leave(buffers)
 
         num_trips = count if is_on is True else jnp.where(is_on, count, 0)
         return lax.fori_loop(0, num_trips, step, (carry, buffers))

@@ -13,7 +13,10 @@ recompute from, all. Values of one or two dims are left alone: loops mostly agre
 (TPU v5e, estimated cycles of such copies in a tick, without this and with it: a transformer of two
 layers a stage, width 2048, a sequence of 2048, rematerialised, 6.7 and 0.2 million, where F takes
 8.8; width 1024, four sequences of 1024, not rematerialised, 5.2 and 0.2 million. Row by row within
-beats too, they took 8 % more cycles.)
+beats of unrolled layers too, these took 8 % more cycles. Where layers are a loop the residuals do
+lie so in beats: the loops of I and of W copied whole buffers between them there as well. With six
+layers a stage beats took 3 % fewer cycles, ticks copied nothing instead of 12.9 million cycles'
+worth, and the step's temporaries were 6.1 GiB instead of 6.8.)
 """
 
 from typing import Any
