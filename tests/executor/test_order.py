@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from dualpipe_jax._executor import order
 
@@ -72,7 +73,9 @@ def test_values_lie_row_by_row_and_dims_of_size_one_not_innermost(
 
 @pytest.mark.parametrize("is_sharded", [True, False])
 def test_what_xla_shards_is_left_to_it(is_sharded: bool) -> None:
-    mesh = jax.make_mesh((2, 2 if is_sharded else 1), ("pipe", "model"))
+    mesh = jax.make_mesh(
+        (2, 2 if is_sharded else 1), ("pipe", "model"), axis_types=(AxisType.Auto,) * 2
+    )
     spec = jax.sharding.PartitionSpec("pipe")
     step = jax.shard_map(
         order.row_major, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"pipe"}
