@@ -212,6 +212,10 @@ class Layout:
             both = zip(buffers, mine, strict=True)
             return carry, tuple({**each, layer.kind: new} for each, new in both)
 
+        def left(loop: Any) -> Any:
+            carry, buffers = loop
+            return carry, leave(buffers)
+
         if self.is_unrolled:
 
             def unrolled(loop: Any) -> Any:
@@ -222,28 +226,19 @@ class Layout:
 
             if is_on is True:
                 return unrolled((carry, buffers))
-
-            def chosen(loop: Any) -> Any:
-                carry, buffers = unrolled(loop)
-                return carry, leave(buffers)
-
-            return when(is_on, chosen, (carry, buffers))
+            return when(is_on, lambda loop: left(unrolled(loop)), (carry, buffers))
 
         count = self._layers.num_layers_of(stage)
 
-        def step_of_kinds(i: Any, loop: Any) -> Any:
+        def step(i: Any, loop: Any) -> Any:
             index = count - 1 - i if reverse else i
             if len(self.stacks) == 1:
-                return run(self.layer_of_only_kind(stage, index), None, *loop)
+                return left(run(self.layer_of_only_kind(stage, index), None, *loop))
             # Each kind's body stands in the program once, run or passed over.
             number, place = registers.read(self._tables, stage, index)
             for n, kind in enumerate(self.stacks):
                 loop = run(self._layer(stage, kind, index, place), number == n, *loop)
-            return loop
-
-        def step(i: Any, loop: Any) -> Any:
-            carry, buffers = step_of_kinds(i, loop)
-            return carry, leave(buffers)
+            return left(loop)
 
         num_trips = count if is_on is True else jnp.where(is_on, count, 0)
         return lax.fori_loop(0, num_trips, step, (carry, buffers))

@@ -75,10 +75,9 @@ def row_major(values: PyTree) -> PyTree:
 
 
 def _row_major(value: jax.Array) -> jax.Array:
-    first, *rest = range(value.ndim) or (0,)
     # Innermost, a dim of size one would be padded to the width of a register.
-    dims = (first, *sorted(rest, key=lambda dim: value.shape[dim] != 1))
-    return with_layout_constraint(value, Layout(dims[: value.ndim]))
+    dims = sorted(range(value.ndim), key=lambda dim: dim > 0 and value.shape[dim] != 1)
+    return with_layout_constraint(value, Layout(tuple(dims)))
 
 
 def zero_after(values: PyTree) -> jax.Array:

@@ -74,10 +74,13 @@ class Rank:
         return self.functions.gradients
 
     def _in_rows(self, *names: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        """Has buffers of these names lie as `rows.in_rows` says."""
-        return lambda buffers: tuple(
-            in_rows(self.functions, name, each) for name, each in zip(names, buffers, strict=True)
-        )
+        """Has buffers that stand in this order lie as `rows.in_rows` says."""
+
+        def run(buffers: tuple[Any, ...]) -> tuple[Any, ...]:
+            placed = in_rows(self.functions, dict(zip(names, buffers, strict=True)))
+            return tuple(placed[name] for name in names)
+
+        return run
 
     def _context(self, row: Row, position: Any, *, is_layer: bool = False) -> Context:
         return _microbatches.context(

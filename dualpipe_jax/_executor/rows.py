@@ -31,34 +31,41 @@ from dualpipe_jax._kinds import Kind
 
 RESIDUALS = ("residual", "weight_residual")
 _STASHES = ("stash", "deferred")
+SLOTS = (*RESIDUALS, *_STASHES)
 
 
-def in_rows(functions: Functions, name: str, buffers: dict[Kind, Any]) -> dict[Kind, Any]:
+def in_rows(functions: Functions, buffers: dict[str, dict[Kind, Any]]) -> dict[str, Any]:
     """Returns the buffers; on TPUs the slots for which it is cheap lie row by row.
 
     Args:
       functions: The model's functions.
-      name: What the state calls the buffers; others than slots of layers come back as they are.
-      buffers: For each kind its tuple of buffers, or `registers.Layers` of them.
+      buffers: By the name that the state has for them; others than `SLOTS` come back as they are.
+        For each kind its tuple of buffers, or `registers.Layers` of them.
     """
     gradients = functions.gradients
-    if gradients is None or name not in (*RESIDUALS, *_STASHES):
+    if gradients is None:
         return buffers
 
-    def is_cheap(aval: Any, parts: int) -> bool:
+    def is_cheap(name: str, aval: Any, parts: int) -> bool:
         if len(aval.shape) < 3 or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
             return False
         return name in _STASHES or aval.size * aval.dtype.itemsize <= parts * functions.size_of_x
 
-    def flags(kind: Kind, buffers: Any) -> Any:
+    def flags(name: str, kind: Kind, buffers: Any) -> Any:
         if isinstance(buffers, registers.Layers):
-            return tuple(flags(kind, layer) for layer in buffers.each)
+            return tuple(flags(name, kind, layer) for layer in buffers.each)
         if not buffers:  # none in a run of beats, or none at all
             return ()
         avals = getattr(gradients.block[kind], name)
         parts = getattr(gradients.block[kind], f"{name}_parts", (1,) * len(avals))
-        return tuple(map(is_cheap, avals, parts))
+        return tuple(is_cheap(name, *each) for each in zip(avals, parts, strict=True))
 
     # All at once: JAX makes a choice between platforms of every call.
-    wanted = jax.tree.leaves({kind: flags(kind, each) for kind, each in buffers.items()})
-    return place(buffers, order.row_major(pick(buffers, wanted)), wanted)
+    slots = {name: each for name, each in buffers.items() if name in SLOTS}
+    wanted = jax.tree.leaves(
+        {
+            name: {kind: flags(name, kind, of) for kind, of in each.items()}
+            for name, each in slots.items()
+        }
+    )
+    return {**buffers, **place(slots, order.row_major(pick(slots, wanted)), wanted)}

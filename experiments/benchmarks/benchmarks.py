@@ -51,7 +51,7 @@ TOLERANCE = 1e-4
     "names",
     type=click.Choice(variants.NAMES),
     multiple=True,
-    show_default="all",
+    show_default="all that differ",
     help="Once for each to measure.",
 )
 @click.option("--rounds", type=POSITIVE, default=5, help="Measured steps of each.")
@@ -102,8 +102,10 @@ def command(
     """
     ranks = tuple(sorted(set(ranks)))
     remats = tuple(dict.fromkeys(remats))
-    names = tuple(dict.fromkeys(names)) or variants.NAMES
-    _require_flags_fit(names=names, ranks=ranks, layers=layers, width=width, heads=heads)
+    names = tuple(dict.fromkeys(names))
+    _require_flags_fit(
+        names=names or variants.NAMES, ranks=ranks, layers=layers, width=width, heads=heads
+    )
     sizes = Sizes(
         layers=layers,
         width=width,
@@ -126,27 +128,18 @@ def command(
         **_about(sizes, rounds=rounds, microbatches_per_rank=microbatches_per_rank),
         "pages": "huge" if huge_pages else "small",
     }
-    races = [
-        (
-            num_ranks,
-            remat,
-            [
-                name
-                for name in names
-                if variants.differs(name, remat=remat, num_layers=layers, num_ranks=num_ranks)
-            ],
-        )
+    races = {
+        (num_ranks, remat): names
+        or variants.different(remat=remat, num_layers=layers, num_ranks=num_ranks)
         for num_ranks in ranks
         for remat in remats
-    ]
+    }
     with records, bar(console) as progress:
         _write(records, {"what": "run", **about})
-        num_all = sum(len(racers) for *_, racers in races) * (1 + rounds)
+        num_all = sum(map(len, races.values())) * (1 + rounds)
         progress_task = progress.add_task("", total=num_all, what="")
         # All workers of a race stay in memory; so one number of ranks and one remat at a time.
-        for num_ranks, remat, racers in races:
-            if not racers:
-                continue
+        for (num_ranks, remat), racers in races.items():
             progress.update(progress_task, what=f"{num_ranks} ranks, remat {remat}")
             results = [
                 racing.Result(

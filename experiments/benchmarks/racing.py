@@ -39,10 +39,10 @@ def can_have_huge_pages() -> bool:
 
 def environment(*, huge_pages: bool) -> dict[str, str]:
     """Makes a worker's environment: this process's, with its memory in huge pages on demand."""
-    tunables = [one for one in os.environ.get("GLIBC_TUNABLES", "").split(":") if one]
-    if huge_pages:
-        tunables.append(_HUGE_PAGES)
-    return {**os.environ, "GLIBC_TUNABLES": ":".join(tunables)}
+    if not huge_pages:
+        return dict(os.environ)
+    others = os.environ.get("GLIBC_TUNABLES")
+    return {**os.environ, "GLIBC_TUNABLES": ":".join(filter(None, (others, _HUGE_PAGES)))}
 
 
 class Worker:

@@ -26,7 +26,7 @@ OURS: dict[str, dict[str, Any]] = {
     "zb-h1-stash": {"schedule": "zb-h1", "stash_deferred": True},
 }
 LIMITS = ("limit-unrolled", "limit-grouped", "limit-scanned")
-RECIPES = ("gpipe-recipe", "gpipe-recipe-unrolled")
+RECIPE, UNROLLED_RECIPE = RECIPES = ("gpipe-recipe", "gpipe-recipe-unrolled")
 NAMES = (*LIMITS, *RECIPES, *OURS)
 
 # As the library does: layers stand one after the other up to this number a stage. The baselines
@@ -38,11 +38,14 @@ GradFn = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 Block = Callable[[Any, jax.Array], jax.Array]
 
 
-def differs(name: str, *, remat: str, num_layers: int, num_ranks: int) -> bool:
-    """Whether a variant is another program than all before it."""
-    if name == "zb-h1-stash":
-        return remat != "none"  # else there is nothing that zb-h1 recomputes
-    return name != "gpipe-recipe-unrolled" or num_layers // num_ranks > MAX_UNROLLED
+def different(*, remat: str, num_layers: int, num_ranks: int) -> tuple[str, ...]:
+    """Names the variants that are programs of their own."""
+    same = set()
+    if remat == "none":
+        same.add("zb-h1-stash")  # there is nothing that zb-h1 recomputes
+    if num_layers // num_ranks <= MAX_UNROLLED:
+        same.add(UNROLLED_RECIPE)
+    return tuple(name for name in NAMES if name not in same)
 
 
 def make(
@@ -79,7 +82,7 @@ def make(
         return grad_fn, mesh
     per_stage = num_layers // num_ranks
     if name in RECIPES:
-        is_unrolled = per_stage <= MAX_UNROLLED or name == "gpipe-recipe-unrolled"
+        is_unrolled = per_stage <= MAX_UNROLLED or name == UNROLLED_RECIPE
         unrolled = per_stage if is_unrolled else 1
         loss = recipe_loss(
             model, mesh=mesh, num_microbatches=num_microbatches, remat=remat, unrolled=unrolled

@@ -64,7 +64,7 @@ def measure(name: str, sizes: Sizes, *, remat: str, microbatches: int) -> tuple[
     mesh = AbstractMesh((sizes.ranks,), (variants.AXIS,))
     args = _arguments(model, sizes, mesh, microbatches)
     account, terms = "", None
-    if name in variants.RECIPES:
+    if name == variants.RECIPE:
         step = _recipe(model, sizes, remat=remat, microbatches=microbatches)
     else:
         grad_fn = dpj.value_and_grad(
@@ -165,7 +165,7 @@ def command(write_readme: bool, **options: Any) -> None:
         for name, counts in (
             ("dualpipe", (few, many)),
             ("dualpipev", (few,)),
-            (variants.RECIPES[0], (few, many)),
+            (variants.RECIPE, (few, many)),
         )
         for count in counts
     ]

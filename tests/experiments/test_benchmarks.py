@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "benchmarks" / "benchmarks.py"
 TINY = "--ranks 2 --rounds 1 --layers 4 --width 16 --heads 2 --sequence 16 --vocabulary 32"
 # Two layers a stage are unrolled by any recipe.
-NAMES = tuple(name for name in variants.NAMES if name != "gpipe-recipe-unrolled")
+NAMES = tuple(name for name in variants.NAMES if name != variants.UNROLLED_RECIPE)
 # What the library cannot do yet, its variant says when it runs.
 SIZES = Sizes(layers=4, width=16, heads=2, sequence=16, vocabulary=32, microbatch_size=2, seed=0)
 
@@ -95,6 +95,30 @@ def test_the_table_has_every_variant(output: Path) -> None:
     stars = [row[2] for row in cells if row[2].endswith(r" \*")]
     assert [name.partition("-")[0] for name in stars] == ["limit", "gpipe"]
     assert {(row[0], row[1]) for row in cells} == {("2", "block")}
+
+
+@pytest.mark.parametrize(
+    ("remat", "num_ranks", "left_out"),
+    [
+        ("none", 2, {"zb-h1-stash"}),
+        ("block", 2, set()),
+        ("block", 4, {"gpipe-recipe-unrolled"}),
+    ],
+)
+def test_no_program_runs_twice(remat: str, num_ranks: int, left_out: set[str]) -> None:
+    names = variants.different(remat=remat, num_layers=16, num_ranks=num_ranks)
+    assert set(variants.NAMES) - set(names) == left_out
+
+
+def test_workers_ask_for_huge_pages_beside_what_the_user_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    assert racing.environment(huge_pages=False) == dict(os.environ)
+    wanted = "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    assert racing.environment(huge_pages=True) == {**os.environ, "GLIBC_TUNABLES": wanted}
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert racing.environment(huge_pages=True)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 @pytest.mark.parametrize("name", ["limit-grouped", *variants.RECIPES])

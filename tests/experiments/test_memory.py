@@ -30,14 +30,9 @@ def test_a_step_of_the_library_has_an_account_beside_its_peak() -> None:
 def test_table_has_a_line_for_every_row() -> None:
     rows = [
         memory.Row(name="dualpipe", remat="none", microbatches=16, peak=2**21, terms=3 * 2**20),
-        memory.Row(name=variants.RECIPES[0], remat="block", microbatches=4, peak=2**20, terms=None),
+        memory.Row(name=variants.RECIPE, remat="block", microbatches=4, peak=2**20, terms=None),
         memory.Row(
-            name=variants.RECIPES[0],
-            remat="none",
-            microbatches=4,
-            peak=2**30,
-            terms=None,
-            fits=False,
+            name=variants.RECIPE, remat="none", microbatches=4, peak=2**30, terms=None, fits=False
         ),
     ]
     assert memory.table(rows).splitlines()[2:] == [
