@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import dualpipe_jax as dpj
 from dualpipe_jax._executor import Step
@@ -13,6 +15,7 @@ from tests.models import make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 
 NUM_MICROBATCHES = 10
+ARRIVING = "what arrives while it leaves"
 
 
 def bytes_of(avals: Any) -> int:
@@ -79,14 +82,18 @@ def test_terms_are_what_is_carried(
 @pytest.mark.parametrize(
     ("options", "in_beats", "in_ticks"),
     [
-        ({}, ["stash of a beat, without a slot"], ["stashes for W"]),
+        ({}, ["stash of a beat, without a slot", ARRIVING], ["stashes for W"]),
         (
             {"remat": "block"},
-            ["stash of a beat, without a slot"],
+            ["stash of a beat, without a slot", ARRIVING],
             ["stashes for W", "what deferred W recompute from"],
         ),
         # Looped layers stash in the run, too.
-        ({"remat": "block", "unroll_layers": False}, [], ["what deferred W recompute from"]),
+        (
+            {"remat": "block", "unroll_layers": False},
+            [ARRIVING],
+            ["what deferred W recompute from"],
+        ),
         ({"schedule": "zb-h1"}, [], []),  # no run
     ],
 )
@@ -138,6 +145,38 @@ def test_weights_that_are_only_read_cast_count_as_what_they_are_cast_to() -> Non
 
     assert copies(np.float32) == 2 * 8 * 8 * 4
     assert copies(jax.numpy.bfloat16) == 2 * 8 * 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("platform", "precision", "num_bytes"),
+    [("tpu", None, 2), ("tpu", "default", 2), ("tpu", "highest", 4), ("cpu", None, 4)],
+)
+def test_weights_that_a_tpu_rounds_count_as_what_they_are_rounded_to(
+    platform: str, precision: str | None, num_bytes: int
+) -> None:
+    """Those that only contractions read, be it turned; a bias counts as it is."""
+
+    def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        matrix, bias = params
+        return x + jnp.dot(x, matrix.T, precision=precision) + bias
+
+    model = dpj.Model(
+        embed=lambda ends, ctx: ctx.microbatch, block=block, head=lambda ends, x, ctx: x.sum()
+    )
+    device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    grad_fn = dpj.value_and_grad(
+        model,
+        mesh=AbstractMesh((4,), ("pipe",), abstract_device=device),
+        num_microbatches=16,
+        timetable="aligned",
+    )
+    blocks = [jax.ShapeDtypeStruct((4, *shape), np.float32) for shape in ((8, 8), (8,))]
+    report = grad_fn.memory(
+        {"ends": (), "blocks": blocks}, jax.ShapeDtypeStruct((16, 8), np.float32)
+    )
+    copies = next(t.num_bytes for t in report.terms if t.name == "copies of weights")
+    # Of the forward nothing reads the bias but sums: both stages have a copy of it.
+    assert copies == 2 * (8 * 8 * num_bytes + 8 * 4)
 
 
 def test_bad_arguments_are_refused_as_by_a_call() -> None:

@@ -89,8 +89,8 @@ def memory_of(
     chunks = tables.num_chunks * of_stage
     slots = dict(tables.num_slots)
     if DEFERRED in slots:
-        # As the executor does: every I writes a stash and what is deferred, one of them in vain.
-        slots |= {"stash": max(slots["stash"], 1), DEFERRED: slots[DEFERRED] + 1}
+        # As in the executor: every I writes a stash, be its W deferred.
+        slots["stash"] = max(slots["stash"], 1)
     received = slots["received"] + 1
     ends_bytes = parameters.parameter + parameters.gradient + parameters.optimizer
 

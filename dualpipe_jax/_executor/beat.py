@@ -26,6 +26,7 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rows import RESIDUALS, SLOTS, in_rows
+from dualpipe_jax._executor.start import empty_after
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
@@ -79,7 +80,7 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
         carry = (_in_rows(rank.functions, state), x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)
         state = _in_rows(rank.functions, state)
-        state = state._replace(**_empty_after(idle, after=(x, cotangent), poison=rank.poison))
+        state = state._replace(**empty_after(idle, after=(x, cotangent), poison=rank.poison))
         return _leave(rank, steady, state, x, cotangent)
 
     return run
@@ -109,18 +110,6 @@ def _residuals_in_rows(
         kind: mine._replace(**{name: slots[name][kind] for name in RESIDUALS})
         for kind, mine in of_kinds.items()
     }
-
-
-def _empty_after(buffers: dict[str, Any], *, after: PyTree, poison: bool) -> dict[str, Any]:
-    """Makes empty buffers like these, not before `after` is known."""
-    zero = order.zero_after(after)
-
-    def one(buffer: jax.Array) -> jax.Array:
-        value = registers.allocate(jax.ShapeDtypeStruct((), buffer.dtype), poison=poison)
-        # XLA does not know which; what it knows, it would fill before the run.
-        return jnp.broadcast_to(jnp.where(zero == 0, value, jnp.ones_like(value)), buffer.shape)
-
-    return jax.tree.map(one, buffers)
 
 
 def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list) -> State:

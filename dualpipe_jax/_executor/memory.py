@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dualpipe_jax import _microbatches
@@ -19,6 +20,7 @@ from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import DEFERRED, Tables
+from dualpipe_jax._split_vjp import SplitVjp
 
 PyTree = Any
 
@@ -82,6 +84,7 @@ def report(
     outside: list[Any],
     gathered: list[Any],
     is_apart: bool,
+    platform: str | None,
 ) -> MemoryReport:
     """Adds up the arrays of one device.
 
@@ -94,6 +97,7 @@ def report(
       outside: Avals of the wanted leaves outside the stack.
       gathered: Avals of the leaves outside the stack that are gathered over the ranks.
       is_apart: Whether every layer's arrays are its own, as unrolled ones are.
+      platform: The devices', such as "tpu"; None if it is not known.
     """
     gradients = traced.gradients
     assert gradients is not None
@@ -126,13 +130,17 @@ def report(
                 "beats" if "stash" in idle else "",
             )
         )
-    in_flight = 2 if tables.steady is None else 4
-    terms.append(Term("between ranks", f"{in_flight} x and cotangents", in_flight * x))
+    terms.append(Term("between ranks", "2 x and cotangents", 2 * x))
+    if tables.steady is not None:
+        terms.append(Term("what arrives while it leaves", "2 x and cotangents", 2 * x, "beats"))
 
     num_chunks = len(layout.stage_of)
     weights = 0
     for kind, layer in layers.items():
-        weights += num_layers[kind] * _copies(gradients.block[kind], layer, num_chunks, is_apart)
+        block = gradients.block[kind]
+        weights += num_layers[kind] * _copies(
+            block, layer, num_chunks, is_apart=is_apart, rounds=platform == "tpu"
+        )
     terms.append(Term("copies of weights", f"{num_chunks} stages", weights))
     if gathered:
         terms.append(Term("parameters gathered from other devices", "", _bytes(gathered)))
@@ -153,14 +161,31 @@ def report(
     return MemoryReport(tuple(terms))
 
 
-def _copies(block: Any, layer: PyTree, num_chunks: int, is_apart: bool) -> int:
-    """Bytes of the copies of a layer's weights, over all chunks."""
+def _copies(
+    block: SplitVjp, layer: PyTree, num_chunks: int, *, is_apart: bool, rounds: bool
+) -> int:
+    """Bytes of the copies of a layer's weights, over all chunks.
+
+    Args:
+      block: The layer's block.
+      layer: Avals of its weights.
+      num_chunks: The chunks of a rank.
+      is_apart: As `report` takes it.
+      rounds: Whether contractions round float32 to bfloat16, which XLA then does once a step.
+    """
     leaves = jax.tree.leaves(layer)
+    rounded = [
+        rounds and is_on and leaf.dtype == np.float32
+        for leaf, is_on in zip(leaves, block.is_rounded[: len(leaves)], strict=True)
+    ]
+    read = [a and not b for a, b in zip(block.is_read[: len(leaves)], rounded, strict=True)]
     cast = [(leaves[i], dtype) for i, dtype in block.casts if i < len(leaves)]
+    cast += [(leaf, jnp.bfloat16) for leaf in pick(leaves, rounded)]
     casts = sum(math.prod(leaf.shape) * np.dtype(dtype).itemsize for leaf, dtype in cast)
-    read = _bytes(pick(leaves, block.is_read[: len(leaves)]))
     # What lies on the rank as it is needed is no copy.
-    return num_chunks * casts + (num_chunks if is_apart else num_chunks - 1) * read
+    return num_chunks * casts + (num_chunks if is_apart else num_chunks - 1) * _bytes(
+        pick(leaves, read)
+    )
 
 
 def _accumulator_bytes(leaves: Iterable[Any]) -> int:

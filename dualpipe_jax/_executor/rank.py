@@ -16,7 +16,9 @@ from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import place
+from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rows import RESIDUALS, in_rows
+from dualpipe_jax._executor.start import empty_after
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._split_vjp import contraction_flops
@@ -217,8 +219,12 @@ class Rank:
                 layer, dy, kept, kept_longer, row, chunk
             )
             stash = registers.write_layer(stash, values, layer.index, row["stash"])
-            if jax.tree.leaves(deferred):  # none where no W recomputes, or none in a run of beats
-                deferred = registers.write_layer(deferred, put_off, layer.index, row["deferred"])
+            if "is_deferred" in row:  # not in a run of beats, nor where no W recomputes
+
+                def put(buffers: Any) -> Any:
+                    return registers.write_layer(buffers, put_off, layer.index, row["deferred"])
+
+                deferred = when(row["is_deferred"] > 0, put, deferred)
             residual, weight_residual = (
                 registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
             )
@@ -263,12 +269,25 @@ class Rank:
         grads, shared = state.take_grads(chunk, self.gradients.late)
         buffers = grads, state.weight_residual, getattr(state, source)
         leave = self._in_rows("grads", "weight_residual", source)
-        shared, buffers = self.layout.loop(
-            row["stage"], is_on, run, shared, buffers, reverse=True, leave=leave
-        )
-        grads, weight_residual, values = buffers
+
+        def loop(is_on: Any, shared: Any, buffers: Any) -> Any:
+            return self.layout.loop(
+                row["stage"], is_on, run, shared, buffers, reverse=True, leave=leave
+            )
+
+        # What recomputes holds the most of all, and no stash is in use beside it.
+        def without_stash(carry: Any) -> Any:
+            shared, buffers, stash = carry
+            shared, buffers = loop(True, shared, buffers)
+            stash = empty_after(stash, after=(shared, buffers[0]), poison=self.poison)
+            return shared, leave(buffers), *self._in_rows("stash")((stash,))
+
+        if source == "stash":
+            shared, (grads, weight_residual, values) = loop(is_on, shared, buffers)
+            state = state._replace(stash=values)
+        else:
+            carry = shared, buffers, state.stash
+            shared, (grads, weight_residual, values), stash = when(is_on, without_stash, carry)
+            state = state._replace(stash=stash, deferred=values)
         state = state._replace(weight_residual=weight_residual)
-        state = (
-            state._replace(stash=values) if source == "stash" else state._replace(deferred=values)
-        )
         return state.put_grads(chunk, self.gradients.late, (grads, shared))

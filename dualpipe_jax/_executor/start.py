@@ -1,14 +1,15 @@
 """The state in which a rank starts: empty slots, and sums of nothing.
 
-In: the model's functions and where its layers lie. Out: a `State`.
+In: the model's functions and where its layers lie. Out: a `State`; and slots that are empty again.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dualpipe_jax import _microbatches
-from dualpipe_jax._executor import registers
+from dualpipe_jax._executor import order, registers
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layout
@@ -106,3 +107,18 @@ def empty_state(
         from_right=nothing,
         mail=None if delivery is None else delivery.start(outs.applied),
     )
+
+
+def empty_after(buffers: PyTree, *, after: PyTree, poison: bool) -> PyTree:
+    """Makes empty buffers like these, not before `after` is known.
+
+    So slots that nothing is kept in take no memory for a while: they end, and are made again.
+    """
+    zero = order.zero_after(after)
+
+    def one(buffer: jax.Array) -> jax.Array:
+        value = registers.allocate(jax.ShapeDtypeStruct((), buffer.dtype), poison=poison)
+        # XLA does not know which; what it knows, it would fill before.
+        return jnp.broadcast_to(jnp.where(zero == 0, value, jnp.ones_like(value)), buffer.shape)
+
+    return jax.tree.map(one, buffers)

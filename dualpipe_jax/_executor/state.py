@@ -25,8 +25,8 @@ class State(NamedTuple):
       residual: What the forward keeps for the input gradient, `[slot, layer, ...]`.
       weight_residual: What the forward keeps for the weight gradient, `[slot, layer, ...]`.
       stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
-      deferred: What it keeps for a deferred one, which recomputes, `[slot, layer, ...]`; the last
-        slot takes what nobody wants. Empty where none recomputes.
+      deferred: What it keeps for a deferred one, which recomputes, `[slot, layer, ...]`. Empty
+        where none does.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.

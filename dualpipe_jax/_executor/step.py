@@ -113,8 +113,8 @@ class Step:
         slots = dict(self.tables.num_slots)
         slots["received"] += 1
         if self.num_deferred:
-            # Every I writes a stash and what is deferred; one of them to where nobody reads.
-            slots |= {"stash": max(slots["stash"], 1), DEFERRED: slots[DEFERRED] + 1}
+            # Every I writes a stash, be its W deferred.
+            slots["stash"] = max(slots["stash"], 1)
         return slots
 
     @property
@@ -241,6 +241,7 @@ class Step:
                 }
             ),
             is_apart=self.layout.is_unrolled,
+            platform=platform_of(self.mesh),
         )
 
     def _traced(

@@ -42,7 +42,7 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
     def tick(state: State, row: Row) -> State:
         slot = spare_slots(state, row, "read", "keep")
         if rank.num_deferred:
-            slot |= _deferred_slots(row, num_deferred=rank.num_deferred)
+            slot |= _deferred_slots(row)
         state, out = _act(rank, store_arrivals(state, row), {**row, **slot})
         if rank.poison:
             state, out = _poison_dead(state, out, {**row, **slot})
@@ -120,15 +120,16 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
     return state, out
 
 
-def _deferred_slots(row: Row, *, num_deferred: int) -> Row:
-    """Gives an I both kinds of slot: it writes both, where nobody reads it to no harm.
+def _deferred_slots(row: Row) -> Row:
+    """Says whether a W is deferred, of which I has to keep what it recomputes from.
 
-    Of the stash it may be any: what directly follows an I leaves none in use at another.
+    Every I writes a stash, that of a deferred W to no harm: what directly follows an I leaves none
+    in use at another.
     """
     is_deferred = row["deferred"] >= 0
     return {
         "is_deferred": is_deferred.astype(jnp.int32),
-        "deferred": jnp.where(is_deferred, row["deferred"], num_deferred),
+        "deferred": jnp.maximum(row["deferred"], 0),
         "stash": jnp.maximum(row["stash"], 0),
     }
 
@@ -147,8 +148,9 @@ def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
         weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
         stash=overwrite(state.stash, row["stash"], by_weight_grad),
     )
-    if "deferred" in row:
-        deferred = overwrite(state.deferred, row["deferred"], by_weight_grad)
+    if "is_deferred" in row:
+        is_dead = by_weight_grad & (row["is_deferred"] > 0)
+        deferred = overwrite(state.deferred, row["deferred"], is_dead)
         state = state._replace(deferred=deferred)
     sends = (opcode == FORWARD) | by_input_grad
     nothing = registers.allocate(out, poison=True)

@@ -104,6 +104,7 @@ class Node:
       has_effect: Whether it must run even if nobody reads its outputs.
       inner: What is needed to open it, if it is a kind of equation that can be.
       reduces: The mesh axes over which it sums its input, if that is what it does.
+      is_rough: Whether it is a contraction whose precision is left to the platform.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Node:
     has_effect: bool = False
     inner: Scan | Branches | Mapped | None = None
     reduces: tuple[str, ...] = ()
+    is_rough: bool = False
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -249,6 +251,7 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         has_effect=bool(effects - {"NamedAxisEffect"}),
         inner=_inner(eqn, env),
         reduces=_reduced_axes(eqn),
+        is_rough=_is_rough(eqn),
     )
 
 
@@ -291,6 +294,14 @@ def _reduced_axes(eqn: Any) -> tuple[str, ...]:
     axes = eqn.params["axes"]
     is_named = all(isinstance(axis, str) for axis in axes)
     return tuple(axes) if is_named and eqn.params["axis_index_groups"] is None else ()
+
+
+def _is_rough(eqn: Any) -> bool:
+    if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+        return False
+    precision = eqn.params["precision"]
+    of_each = precision if isinstance(precision, tuple) else (precision,)
+    return all(each in (None, jax.lax.Precision.DEFAULT) for each in of_each)
 
 
 def _scan(eqn: Any, env: Mapping[Any, int | Constant]) -> Scan:

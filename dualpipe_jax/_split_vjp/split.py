@@ -21,7 +21,7 @@ from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
 from dualpipe_jax._split_vjp.chains import finish_chains
 from dualpipe_jax._split_vjp.crossing import may_wait, parts_of
-from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_cut
+from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, MOVES, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.mapped import hoist_free
@@ -65,6 +65,8 @@ class SplitVjp:
       casts: The leaves of params that the block casts to smaller dtypes, as (place, dtype): `cast`
         does it once for many calls; each of the functions takes `(params, casts)` for `params`.
       is_read: For every leaf of params, whether it is read other than to be cast.
+      is_rounded: For every leaf of params, whether only contractions read it whose precision is
+        left to the platform: TPUs have what these read rounded to bfloat16.
       working_bytes: An estimate of what one call of the largest part holds besides arguments and
         results: what its contractions and reductions make, as long as it is still to be read.
     """
@@ -86,6 +88,7 @@ class SplitVjp:
     reduce_axes: tuple[tuple[str, ...], ...]
     casts: tuple[tuple[int, Any], ...]
     is_read: tuple[bool, ...]
+    is_rounded: tuple[bool, ...]
     working_bytes: int
 
     def cast(self, leaves: Sequence[Any], places: range) -> list[jax.Array]:
@@ -242,6 +245,22 @@ def _find_reads(
     made_by_casts = {v for values in casts.values() for v in values}
     read = {v for n in nodes if not made_by_casts.intersection(n.outputs) for v in n.reads}
     return tuple(value in read for value in params)
+
+
+def _find_rounded(params: Sequence[int], nodes: Sequence[Node]) -> tuple[bool, ...]:
+    """For every parameter, whether nothing but rough contractions reads it, be it moved first."""
+    readers: dict[int, list[Node]] = {}
+    for node in nodes:
+        for value in node.reads:
+            readers.setdefault(value, []).append(node)
+
+    def is_rounded(value: int) -> bool:
+        return value in readers and all(
+            node.is_rough or (node.name in MOVES and is_rounded(*node.outputs))
+            for node in readers[value]
+        )
+
+    return tuple(map(is_rounded, params))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +450,7 @@ def _assemble(
         reduce_axes=tuple(trace.reduce_axes),
         casts=tuple(casts),
         is_read=_find_reads(trace.params, casts, (*forward_nodes, *input_nodes, *weight_nodes)),
+        is_rounded=_find_rounded(trace.params, (*forward_nodes, *input_nodes, *weight_nodes)),
         working_bytes=max(
             working_bytes(trace.graph, forward_nodes, {*residual, *weight_residual}),
             working_bytes(trace.graph, input_nodes, {*stash, *deferred}),
