@@ -258,6 +258,7 @@ def test_dead_values_are_never_read_by_what_recomputes(name: str) -> None:
     [
         ("dualpipe", 8, "block", None),
         ("dualpipe", 8, "none", False),
+        ("dualpipe", 8, "block", False),
         ("dualpipev", 11, "none", None),  # unlike stages
     ],
 )

@@ -1,8 +1,8 @@
 """What a step holds on one device beside its arguments: slots, copies of weights, accumulators.
 
 In: what the step is made of. Out: a `MemoryReport`. All but two terms are exact, the sizes of the
-arrays that the executor carries from tick to tick: the working set is an estimate, and of what is
-between ranks both ends count. None grows with the number of microbatches.
+arrays that the executor carries from tick to tick: the working set is an estimate, and copies of
+weights are counted as XLA keeps them. None grows with the number of microbatches.
 """
 
 import math

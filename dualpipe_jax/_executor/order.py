@@ -63,9 +63,7 @@ def row_major(values: PyTree) -> PyTree:
 
     Where XLA shards values over axes of its own they are left to it: it would gather them first.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    is_sharded = any(size > 1 and axis not in mesh.manual_axes for axis, size in mesh.shape.items())
-    if is_sharded or not jax.tree.leaves(values):
+    if xla_shards() or not jax.tree.leaves(values):
         return values
     return lax.platform_dependent(
         values,
@@ -78,6 +76,12 @@ def _row_major(value: jax.Array) -> jax.Array:
     # Innermost, a dim of size one would be padded to the width of a register.
     dims = sorted(range(value.ndim), key=lambda dim: dim > 0 and value.shape[dim] != 1)
     return with_layout_constraint(value, Layout(tuple(dims)))
+
+
+def xla_shards() -> bool:
+    """Whether there are mesh axes over which XLA shards values by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 and axis not in mesh.manual_axes for axis, size in mesh.shape.items())
 
 
 def zero_after(values: PyTree) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import order, registers
@@ -114,7 +115,10 @@ def empty_after(buffers: PyTree, *, after: PyTree, poison: bool) -> PyTree:
 
     So slots that nothing is kept in take no memory for a while: they end, and are made again.
     """
-    zero = order.zero_after(after)
+    if order.xla_shards():  # an entry might be fetched from another device
+        zero, _ = lax.optimization_barrier((jnp.zeros((), jnp.int32), after))
+    else:
+        zero = order.zero_after(after)
 
     def one(buffer: jax.Array) -> jax.Array:
         value = registers.allocate(jax.ShapeDtypeStruct((), buffer.dtype), poison=poison)

@@ -216,6 +216,9 @@ class Step:
 
     def memory(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> memory.MemoryReport:
         """Adds up what the step holds on one device beside its arguments; avals will do."""
+        mesh = context_mesh(like=self.mesh)
+        if mesh is not None and mesh != self.mesh:
+            return replace(self, mesh=mesh).memory(params, batch, rng)
         plan = self._plan(params)
         params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
         traced, arguments = self._traced(params, batch, rng, plan, self.mesh)

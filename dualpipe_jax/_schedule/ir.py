@@ -345,7 +345,7 @@ class Tables:
     ====  =======================================  ============================================
 
     An I and its W name a slot in `deferred` and none in `stash` if that W is to recompute: then I
-    keeps the little that W cannot make again.
+    keeps the little that W cannot make again, and no stash is in use on that rank in their ticks.
 
     The output of F is x, of the last stage's F the cotangent that the head's gradient gives, of I
     the cotangent of its x. A slot is free after the last read: of `read` its action, of `residual`

@@ -65,8 +65,8 @@ class SplitVjp:
       casts: The leaves of params that the block casts to smaller dtypes, as (place, dtype): `cast`
         does it once for many calls; each of the functions takes `(params, casts)` for `params`.
       is_read: For every leaf of params, whether it is read other than to be cast.
-      is_rounded: For every leaf of params, whether only contractions read it whose precision is
-        left to the platform: TPUs have what these read rounded to bfloat16.
+      is_rounded: For every leaf of params, whether only contractions read it, as it is or moved,
+        whose precision is left to the platform: TPUs have what these read rounded to bfloat16.
       working_bytes: An estimate of what one call of the largest part holds besides arguments and
         results: what its contractions and reductions make, as long as it is still to be read.
     """
@@ -256,7 +256,7 @@ def _find_rounded(params: Sequence[int], nodes: Sequence[Node]) -> tuple[bool, .
 
     def is_rounded(value: int) -> bool:
         return value in readers and all(
-            node.is_rough or (node.name in MOVES and is_rounded(*node.outputs))
+            node.is_rough or (node.name in MOVES and all(map(is_rounded, node.outputs)))
             for node in readers[value]
         )
 

@@ -25,7 +25,8 @@ OURS: dict[str, dict[str, Any]] = {
     "zb-h1": {"schedule": "zb-h1"},
     "zb-h1-stash": {"schedule": "zb-h1", "stash_deferred": True},
 }
-LIMITS = ("limit-unrolled", "limit-grouped", "limit-scanned")
+CONCURRENT_LIMIT = "limit-unrolled-concurrent"
+LIMITS = ("limit-unrolled", CONCURRENT_LIMIT, "limit-grouped", "limit-scanned")
 RECIPE, UNROLLED_RECIPE = RECIPES = ("gpipe-recipe", "gpipe-recipe-unrolled")
 NAMES = (*LIMITS, *RECIPES, *OURS)
 
@@ -46,6 +47,18 @@ def different(*, remat: str, num_layers: int, num_ranks: int) -> tuple[str, ...]
     if num_layers // num_ranks <= MAX_UNROLLED:
         same.add(UNROLLED_RECIPE)
     return tuple(name for name in NAMES if name not in same)
+
+
+def compiler_options(name: str) -> dict[str, str | bool]:
+    """Returns the options of XLA with which a variant is compiled.
+
+    XLA's default for CPUs is an order of operations in which many can run at once, and so much is
+    alive at once. Here devices run at once already, and those of accelerators run operations in
+    turn: all are compiled for the order that takes the least memory, and one of the limits for the
+    default as well.
+    """
+    order = "CONCURRENCY" if name == CONCURRENT_LIMIT else "MEMORY"
+    return {"xla_cpu_scheduler_type": f"CPU_SCHEDULER_TYPE_{order}_OPTIMIZED"}
 
 
 def make(
@@ -90,6 +103,7 @@ def make(
         return jax.value_and_grad(loss), mesh
     most = {
         "limit-unrolled": num_layers,
+        CONCURRENT_LIMIT: num_layers,
         "limit-grouped": min(MAX_UNROLLED, per_stage),
         "limit-scanned": 1,
     }[name]

@@ -50,7 +50,8 @@ def compile_task(task: Task) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]
     )
     batch = jax.device_put(text, NamedSharding(mesh, PartitionSpec()))
     start = time.perf_counter()
-    step = jax.jit(grad_fn).lower(params, batch).compile()
+    options = variants.compiler_options(task.variant)
+    step = jax.jit(grad_fn).lower(params, batch).compile(options)
     return step, (params, batch), time.perf_counter() - start
 
 

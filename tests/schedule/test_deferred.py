@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax._errors import ScheduleError
-from dualpipe_jax._schedule.ir import INPUT_GRAD, WEIGHT_GRAD
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.ir import INPUT_GRAD, WEIGHT_GRAD, Action, Program
 from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
 from tests.schedules_under_test import NAMES, compiled
@@ -76,3 +77,15 @@ def test_any_changed_slot_is_caught(case, column, data):
     )
     with pytest.raises(ScheduleError):
         verify_tables(dataclasses.replace(tables, **{column: table}))
+
+
+def test_a_stash_in_use_where_another_weight_grad_recomputes_is_caught():
+    """An executor ends stashes there, and makes them again empty."""
+    order = ("F0", "F1", "I0", "I1", "W1", "W0")
+    row = tuple(Action(kind, 0, int(microbatch)) for kind, microbatch in order)
+    program = Program("own", num_ranks=1, num_stages=1, num_microbatches=2, rows=(row,))
+    tables = compile_program(program, stash_deferred=False).tables
+    wrong = dataclasses.replace(tables, stash=tables.deferred, deferred=tables.stash)
+    message = "names a slot in deferred while stash slot 0 holds what chunk 0 saved .* microbatch 0"
+    with pytest.raises(ScheduleError, match=message):
+        verify_tables(wrong)

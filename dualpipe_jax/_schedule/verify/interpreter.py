@@ -81,6 +81,7 @@ class _Interpreter:
             self._load(tick, "weight_residual", local, of=is_i | is_w, free=is_w)
             self._load(tick, "stash", local, of=is_w, free=is_w)
             self._load(tick, DEFERRED, local, of=is_w, free=is_w)
+            self._expect_no_stash(tick, of=(is_i | is_w) & (tables.deferred[tick] >= 0))
             self._store(tick, "residual", local, of=is_f)
             self._store(tick, "weight_residual", local, of=is_f)
             self._store(tick, "stash", local, of=is_i)
@@ -138,6 +139,14 @@ class _Interpreter:
             fail_at(self.tables, tick, rank, f"expects {wanted} in {where} and finds {found}")
         freed = ranks[free[ranks]]
         slots[freed, slot[freed]] = -1
+
+    def _expect_no_stash(self, tick: int, *, of: np.ndarray) -> None:
+        """Expects all stashes free on the ranks `of`, where executors overwrite or end them."""
+        for rank in np.flatnonzero(of).tolist():
+            for slot, token in enumerate(self.slots["stash"][rank].tolist()):
+                if token >= 0:
+                    what = f"names a slot in deferred while stash slot {slot} holds"
+                    fail_at(self.tables, tick, rank, f"{what} {self._describe('stash', token)}")
 
     def _describe(self, buffer: str, token: int) -> str:
         if token < 0:

@@ -27,6 +27,7 @@ def verify_tables(tables: Tables) -> None:
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
       other's on the same rank and chunk.
     - Nothing is stored in a slot whose value is still to be read, and all slots end free.
+    - No stash is in use on a rank that runs an I or a W of the deferred kind.
 
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
