@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
 from dualpipe_jax import _build, _scopes
@@ -382,6 +383,42 @@ def test_what_recomputes_has_no_stash_beside_it(
     monkeypatch.setattr("dualpipe_jax._executor.rank.empty_after", lambda stash, **_: stash)
     carried = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
     assert carried - without >= 64 * 128 * 8
+
+
+@pytest.mark.slow
+def test_slots_made_again_bring_no_collectives_where_xla_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They wait for accumulators, of which an entry may lie on another device."""
+    mesh = jax.make_mesh((2, 2), ("pipe", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def over(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    model = dpj.Model(
+        embed=lambda ends, ctx: ctx.microbatch * ends,
+        block=lambda params, x, ctx: x + jnp.tanh(x @ params["up"]) @ params["down"],
+        head=lambda ends, x, ctx: jnp.square(x).mean(),
+    )
+    shardings = {
+        "ends": over(),
+        "blocks": {"up": over("pipe", None, "model"), "down": over("pipe", "model", None)},
+    }
+    blocks = {"up": jnp.ones((2, 8, 16)), "down": jnp.ones((2, 16, 8))}
+    params = jax.device_put({"ends": jnp.ones(()), "blocks": blocks}, shardings)
+    batch = jax.device_put(jnp.ones((8, 8)), over())
+    grad_fn = dpj.value_and_grad(
+        model, mesh=mesh, num_microbatches=4, schedule="zb-h1", remat="block"
+    )
+
+    def collectives() -> list[str]:
+        text = jax.jit(lambda *args: grad_fn(*args)).lower(params, batch).compile().as_text()
+        return re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)\(", text or "")
+
+    mine = collectives()
+    monkeypatch.setattr("dualpipe_jax._executor.rank.empty_after", lambda stash, **_: stash)
+    assert mine == collectives()
+    assert "all-reduce" in mine
 
 
 @pytest.mark.slow
