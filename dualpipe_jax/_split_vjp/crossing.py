@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 
 from dualpipe_jax._split_vjp.graph import Graph, Node
 
-# They put values elsewhere; what reads their results can as well read what they read.
-_MOVES = frozenset({"concatenate", "pad", "rev", "transpose"})
+# They put values elsewhere; what reads their results can as well read what they read. (JAX 0.12 has
+# `stack`, and `unstack` where an array is iterated over, for what were concatenations and slices.)
+_MOVES = frozenset({"concatenate", "pad", "rev", "stack", "transpose"})
 # Of what was moved they make nothing else: a sum of padded values is a concatenation.
 _KEEPS_MOVED = frozenset({"add_any", "expand_dims", "reshape", "squeeze"})
 
@@ -66,10 +67,11 @@ def parts_of(
     for node in nodes:
         for value in node.reads:
             shape = tuple(graph.avals[value].shape)
-            cut = (1, *shape[1:])
             outputs = [tuple(graph.avals[v].shape) for v in node.outputs]
-            is_cut = len(shape) > 1 and shape[0] <= _MOST_PARTS and outputs == [cut]
-            if node.name != "slice" or not is_cut:
+            is_part = (node.name == "slice" and outputs == [(1, *shape[1:])]) or (
+                node.name == "unstack" and outputs == [shape[1:]] * shape[0]
+            )
+            if len(shape) < 2 or shape[0] > _MOST_PARTS or not is_part:
                 whole.add(value)
     read = {value for node in nodes for value in node.reads}
     return tuple(graph.avals[value].shape[0] if value in read - whole else 1 for value in values)

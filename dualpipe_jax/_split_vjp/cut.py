@@ -19,7 +19,8 @@ CHEAP = frozenset(
     """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy div eq expand_dims
     floor ge gt integer_pow iota is_finite le lt max min mul ne neg not one_minus_square or real
-    reshape rev round rsqrt select_n sign slice sqrt square squeeze stop_gradient sub transpose xor
+    reshape rev round rsqrt select_n sign slice sqrt square squeeze stop_gradient sub transpose
+    unstack xor
     """.split()  # noqa: SIM905
 )
 # Cheap enough to run again in the backward, rather than keep a value for each: elementwise too, and
@@ -32,7 +33,9 @@ CHEAP_LATER = CHEAP | frozenset(
     """.split()  # noqa: SIM905
 )
 # They put values elsewhere, and compute nothing.
-MOVES = frozenset({"copy", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose"})
+MOVES = frozenset(
+    {"copy", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose", "unstack"}
+)
 # What a weight gradient's tail may do early, so that its small result is kept instead of its input.
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"})
 
