@@ -342,18 +342,20 @@ def test_poison_is_found_when_a_dead_deferred_value_is_read() -> None:
     assert any(np.isnan(leaf).any() for leaf in grads["blocks"])
 
 
+WIDE = dpj.Model(
+    embed=lambda ends, ctx: ctx.microbatch * ends,
+    block=lambda params, x, ctx: x + jnp.tanh(x @ params["up"]) @ params["down"],
+    head=lambda ends, x, ctx: jnp.square(x).mean(),
+)
+
+
 def wide_step(schedule: str, **options: Any) -> Any:
     """Compiles loss and gradients of four ranks, a wide layer each."""
-    model = dpj.Model(
-        embed=lambda ends, ctx: ctx.microbatch * ends,
-        block=lambda params, x, ctx: x + jnp.tanh(x @ params["up"]) @ params["down"],
-        head=lambda ends, x, ctx: jnp.square(x).mean(),
-    )
     width, rows = 16, 64
     blocks = {"up": jnp.ones((4, width, 8 * width)), "down": jnp.ones((4, 8 * width, width))}
     params, batch = {"ends": jnp.ones(()), "blocks": blocks}, jnp.ones((8 * rows, width))
     grad_fn = dpj.value_and_grad(
-        model, mesh=make_mesh(4), num_microbatches=8, schedule=schedule, **options
+        WIDE, mesh=make_mesh(4), num_microbatches=8, schedule=schedule, **options
     )
     return jax.jit(grad_fn).lower(params, batch).compile(AS_EVER)
 
@@ -395,11 +397,6 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
     def over(*axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    model = dpj.Model(
-        embed=lambda ends, ctx: ctx.microbatch * ends,
-        block=lambda params, x, ctx: x + jnp.tanh(x @ params["up"]) @ params["down"],
-        head=lambda ends, x, ctx: jnp.square(x).mean(),
-    )
     shardings = {
         "ends": over(),
         "blocks": {"up": over("pipe", None, "model"), "down": over("pipe", "model", None)},
@@ -408,7 +405,7 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
     params = jax.device_put({"ends": jnp.ones(()), "blocks": blocks}, shardings)
     batch = jax.device_put(jnp.ones((8, 8)), over())
     grad_fn = dpj.value_and_grad(
-        model, mesh=mesh, num_microbatches=4, schedule="zb-h1", remat="block"
+        WIDE, mesh=mesh, num_microbatches=4, schedule="zb-h1", remat="block"
     )
 
     def collectives() -> list[str]:

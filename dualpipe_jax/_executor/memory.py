@@ -183,9 +183,8 @@ def _copies(
     cast += [(leaf, jnp.bfloat16) for leaf in pick(leaves, rounded)]
     casts = sum(math.prod(leaf.shape) * np.dtype(dtype).itemsize for leaf, dtype in cast)
     # What lies on the rank as it is needed is no copy.
-    return num_chunks * casts + (num_chunks if is_apart else num_chunks - 1) * _bytes(
-        pick(leaves, read)
-    )
+    num_copies = num_chunks if is_apart else num_chunks - 1
+    return num_chunks * casts + num_copies * _bytes(pick(leaves, read))
 
 
 def _accumulator_bytes(leaves: Iterable[Any]) -> int:

@@ -4,6 +4,7 @@
 side by side.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class Rank:
       loss_seed: The cotangent of each microbatch's loss, a scalar; None without a loss.
       aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
       delivery: Where outputs go, in a program that gives them.
-      num_deferred: The slots for what deferred weight gradients recompute from; 0 if none does.
+      recomputes: Whether some weight gradients are deferred, and recompute what they need.
       interleaves: Whether a beat's F and I are to run side by side, on devices that can.
       communicates: Whether the model's functions may have collectives of their own.
       device_kind: The kind of the devices, such as "TPU v5 lite", or None.
@@ -63,7 +64,7 @@ class Rank:
     loss_seed: jax.Array | None
     aux_seed: dict[Kind, jax.Array | None]
     delivery: Delivery | None = None
-    num_deferred: int = 0
+    recomputes: bool = False
     interleaves: bool = False
     communicates: bool = False
     device_kind: str | None = None
@@ -270,20 +271,21 @@ class Rank:
         buffers = grads, state.weight_residual, getattr(state, source)
         leave = self._in_rows("grads", "weight_residual", source)
 
-        def loop(is_on: Any, shared: Any, buffers: Any) -> Any:
-            return self.layout.loop(
-                row["stage"], is_on, run, shared, buffers, reverse=True, leave=leave
-            )
+        loop = functools.partial(
+            self.layout.loop, row["stage"], body=run, reverse=True, leave=leave
+        )
 
         # What recomputes holds the most of all, and no stash is in use beside it.
         def without_stash(carry: Any) -> Any:
             shared, buffers, stash = carry
-            shared, buffers = loop(True, shared, buffers)
+            shared, buffers = loop(is_on=True, carry=shared, buffers=buffers)
             stash = empty_after(stash, after=(shared, buffers[0]), poison=self.poison)
             return shared, leave(buffers), *self._in_rows("stash")((stash,))
 
         if source == "stash":
-            shared, (grads, weight_residual, values) = loop(is_on, shared, buffers)
+            shared, (grads, weight_residual, values) = loop(
+                is_on=is_on, carry=shared, buffers=buffers
+            )
             state = state._replace(stash=values)
         else:
             carry = shared, buffers, state.stash

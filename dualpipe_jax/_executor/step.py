@@ -103,16 +103,16 @@ class Step:
         return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
 
     @property
-    def num_deferred(self) -> int:
-        """Slots for what deferred weight gradients recompute from; 0 if none does."""
-        return self.tables.num_slots.get(DEFERRED, 0)
+    def recomputes(self) -> bool:
+        """Whether some weight gradients are deferred, and recompute what they need."""
+        return DEFERRED in self.tables.num_slots
 
     @property
     def _slots(self) -> dict[str, int]:
         """The slots of each buffer, with those that take what nobody wants."""
         slots = dict(self.tables.num_slots)
         slots["received"] += 1
-        if self.num_deferred:
+        if self.recomputes:
             # Every I writes a stash, be its W deferred.
             slots["stash"] = max(slots["stash"], 1)
         return slots
@@ -120,7 +120,7 @@ class Step:
     @property
     def columns(self) -> tuple[str, ...]:
         """What a tick needs of the tables."""
-        return tuple(c for c in Tables.columns() if c != DEFERRED or self.num_deferred)
+        return tuple(c for c in Tables.columns() if c != DEFERRED or self.recomputes)
 
     @property
     def num_shards(self) -> int:
@@ -261,7 +261,7 @@ class Step:
                 arguments,
                 forward_only=self.tables.forward_only,
                 output=self.output,
-                recomputes=self.num_deferred > 0,
+                recomputes=self.recomputes,
                 hidden_axes=outer,
             )
             return traced, arguments
@@ -448,7 +448,7 @@ class Step:
             loss_seed=loss_seed,
             aux_seed=aux_seed,
             delivery=self.delivery,
-            num_deferred=self.num_deferred,
+            recomputes=self.recomputes,
             interleaves=platform_of(self.mesh) != "cpu",
             communicates=bool(self.manual_axes),
             device_kind=device_kind_of(self.mesh),

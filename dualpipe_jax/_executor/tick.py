@@ -41,7 +41,7 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
         slot = spare_slots(state, row, "read", "keep")
-        if rank.num_deferred:
+        if rank.recomputes:
             slot |= _deferred_slots(row)
         state, out = _act(rank, store_arrivals(state, row), {**row, **slot})
         if rank.poison:
@@ -101,7 +101,7 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
         state, dx = rank.input_grad(state, pick(out), row, chunk, is_mine & (opcode == INPUT_GRAD))
         out = place(out, dx)
         is_on = is_mine & (opcode == WEIGHT_GRAD)
-        if rank.num_deferred:
+        if rank.recomputes:
             is_put_off = row["is_deferred"] > 0
             state = rank.weight_grad(state, row, chunk, is_on & is_put_off, "deferred")
             is_on &= ~is_put_off

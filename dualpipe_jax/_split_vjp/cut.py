@@ -32,10 +32,6 @@ CHEAP_LATER = CHEAP | frozenset(
     lgamma log log1p log2 logistic pow rem sin sinh tan tanh
     """.split()  # noqa: SIM905
 )
-# They put values elsewhere, and compute nothing.
-MOVES = frozenset(
-    {"copy", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose", "unstack"}
-)
 # What a weight gradient's tail may do early, so that its small result is kept instead of its input.
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"})
 

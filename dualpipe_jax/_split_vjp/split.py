@@ -21,7 +21,7 @@ from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
 from dualpipe_jax._split_vjp.chains import finish_chains
 from dualpipe_jax._split_vjp.crossing import may_wait, parts_of
-from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, MOVES, REDUCTIONS, minimum_cut
+from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.mapped import hoist_free
@@ -32,6 +32,10 @@ from dualpipe_jax._types import Aux
 from dualpipe_jax._varying import eval_shape, without_types
 
 PyTree = Any
+# They give a value or parts of it, in another order or shape.
+_VIEWS = frozenset(
+    "copy expand_dims reshape rev slice split squeeze transpose unstack".split()  # noqa: SIM905
+)
 Arrays = tuple[jax.Array, ...]
 
 
@@ -256,7 +260,7 @@ def _find_rounded(params: Sequence[int], nodes: Sequence[Node]) -> tuple[bool, .
 
     def is_rounded(value: int) -> bool:
         return value in readers and all(
-            node.is_rough or (node.name in MOVES and all(map(is_rounded, node.outputs)))
+            node.is_rough or (node.name in _VIEWS and all(map(is_rounded, node.outputs)))
             for node in readers[value]
         )
 

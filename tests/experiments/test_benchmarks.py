@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -108,6 +109,22 @@ def test_the_table_has_every_variant(output: Path) -> None:
 def test_no_program_runs_twice(remat: str, num_ranks: int, left_out: set[str]) -> None:
     names = variants.different(remat=remat, num_layers=16, num_ranks=num_ranks)
     assert set(variants.NAMES) - set(names) == left_out
+
+
+def test_xla_takes_the_order_that_a_variant_asks_for() -> None:
+    """Of eight independent products, one is alive at a time, or all are at once."""
+
+    def products(x: jax.Array) -> jax.Array:
+        each = (jnp.sort(jnp.tanh(x @ (x + i)), axis=0)[0].sum() for i in range(8))
+        return sum(each, jnp.zeros(()))
+
+    def temporaries(name: str) -> int:
+        step = jax.jit(products).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32))
+        memory = step.compile(variants.compiler_options(name)).memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert 3 * temporaries("dualpipe") < temporaries(variants.CONCURRENT_LIMIT)
 
 
 def test_workers_ask_for_huge_pages_beside_what_the_user_asks_for(
