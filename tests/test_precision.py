@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core as jcore
 
 import dualpipe_jax as dpj
+from tests.jaxprs import loops
 from tests.models import assert_close
 from tests.test_exact import make_mesh, sequential_value_and_grad
 
@@ -48,17 +48,6 @@ def make_params(dtype: Any = F32) -> Any:
 def make_batch(num_microbatches: int) -> jax.Array:
     rng = np.random.default_rng(1)
     return jnp.asarray(rng.normal(size=(ROWS * num_microbatches, 3)), F32)
-
-
-def loops(jaxpr: Any) -> list[Any]:
-    """Lists the scans that hold a permute: that over ticks, and that over beats."""
-    found = []
-    for eqn in jaxpr.eqns:
-        for inner in jcore.jaxprs_in_params(eqn.params):
-            if eqn.primitive.name == "scan" and "ppermute" in str(inner):
-                found.append(eqn)
-            found += loops(inner)
-    return found
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -106,7 +106,16 @@ def test_ticks_copy_no_slot_buffer_between_their_loops() -> None:
     slots = rf"\w+\[\d+,1,{length},({width}|{heads},{width // heads})\]"
     mine = [line for line in ticks.splitlines() if re.search(slots, line)]
     assert any(" while(" in line for line in mine)
-    assert not [line for line in mine if re.search(r" copy(-start)?\(", line)]
+    assert not [line for line in mine if re.search(r" copy\(", line) or _is_copy_in_memory(line)]
+
+
+def _is_copy_in_memory(line: str) -> bool:
+    """Whether an asynchronous copy is none into fast memory, or out of it, in the same layout."""
+    found = re.search(r"= \((\S+?\{\S*?\}), (\S+?\{\S*?\}), .* copy-start\(", line)
+    if found is None:
+        return " copy-start(" in line
+    layouts = [re.sub(r"S\(1\)", "", each) for each in found.groups()]
+    return layouts[0] != layouts[1] or found[1] == found[2]
 
 
 @pytest.mark.slow
@@ -128,7 +137,7 @@ def test_memory_and_time(report: Report) -> None:
 @pytest.mark.slow
 def test_step_too_large_does_not_fit() -> None:
     mesh = make_mesh(4)
-    args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=65536)
+    args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=131072)
     report = dpj.preflight(make_step(mesh, num_microbatches=16), args, "tpu:v5e:2x2")
     assert report.memory.fits is False
     assert (report.memory.needed or 0) > 16 * 2**30
