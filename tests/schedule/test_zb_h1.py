@@ -3,12 +3,12 @@ import pytest
 from dualpipe_jax._schedule.generators.zb_h1 import zb_h1
 from tests.schedules_under_test import WIDE_SIZES, compiled
 
-# By hand: 1F1B's F and I, and W of rank r put off by r microbatches.
+# By hand: 1F1B, of which rank r puts off the first r W to the end.
 BY_HAND = """
 0F0 0F1 0F2 | 0F3 0B0 0F4 0B1 0F5 0B2 | 0B3 0B4 0B5 |
-1F0 1F1 | 1F2 1I0 1F3 1I1 1W0 1F4 1I2 1W1 1F5 1I3 1W2 | 1I4 1W3 1I5 1W4 | 1W5
-2F0 | 2F1 2I0 2F2 2I1 2F3 2I2 2W0 2F4 2I3 2W1 2F5 2I4 2W2 | 2I5 2W3 | 2W4 2W5
-| 3F0 3I0 3F1 3I1 3F2 3I2 3F3 3I3 3W0 3F4 3I4 3W1 3F5 3I5 3W2 | | 3W3 3W4 3W5
+1F0 1F1 | 1F2 1I0 1F3 1B1 1F4 1B2 1F5 1B3 | 1B4 1B5 | 1W0
+2F0 | 2F1 2I0 2F2 2I1 2F3 2B2 2F4 2B3 2F5 2B4 | 2B5 | 2W0 2W1
+| 3F0 3I0 3F1 3I1 3F2 3I2 3F3 3B3 3F4 3B4 3F5 3B5 | | 3W0 3W1 3W2
 """
 
 
