@@ -32,7 +32,7 @@ def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
 
 def _row(rank: int, num_ranks: int, num_microbatches: int) -> Row:
     num_ahead = min(num_ranks - rank - 1, num_microbatches)
-    num_deferred = min(rank, num_microbatches)
+    num_deferred = min(rank, num_microbatches - 1)
     build = RowBuilder([(rank, range(num_microbatches))])
 
     # Warm-up: F
