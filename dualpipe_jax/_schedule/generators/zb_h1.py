@@ -9,9 +9,11 @@ r. Ticks and slots are the same; what recomputes does so for r microbatches and 
 what W reads of I is still at hand.
 """
 
-from dualpipe_jax._schedule.generators.row_builder import RowBuilder
-from dualpipe_jax._schedule.generators.sizes import check_sizes
-from dualpipe_jax._schedule.ir import Program, Row
+from dataclasses import replace
+from itertools import islice
+
+from dualpipe_jax._schedule.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax._schedule.ir import Action, Program, Row
 
 
 def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
@@ -24,26 +26,16 @@ def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
     Raises:
         ValueError: if a size is not a positive integer.
     """
-    sizes = check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches)
-    num_ranks, num_microbatches = sizes
-    rows = tuple(_row(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
-    return Program("zb-h1", num_ranks, num_ranks, num_microbatches, rows)
+    plain = one_f_one_b(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    rows = (
+        _put_off(row, min(rank, plain.num_microbatches - 1)) for rank, row in enumerate(plain.rows)
+    )
+    return replace(plain, name="zb-h1", rows=tuple(rows))
 
 
-def _row(rank: int, num_ranks: int, num_microbatches: int) -> Row:
-    num_ahead = min(num_ranks - rank - 1, num_microbatches)
-    num_deferred = min(rank, num_microbatches - 1)
-    build = RowBuilder([(rank, range(num_microbatches))])
-
-    # Warm-up: F
-    for _ in range(num_ahead):
-        build.forward(0)
-    for i in range(num_microbatches):
-        # Steady state: F B; cool-down: B. The first r B are I.
-        if i < num_microbatches - num_ahead:
-            build.forward(0)
-        build.backward(0, defer=i < num_deferred)
-    # The bubble of 1F1B, filled: W
-    for _ in range(num_deferred):
-        build.weight_grad()
-    return build.row
+def _put_off(row: Row, count: int) -> Row:
+    """Puts off the weight grads of a row's first `count` microbatches to its end."""
+    backwards = (each for each in row if isinstance(each, Action) and each.kind == "B")
+    waiting = list(islice(backwards, count))
+    split = [each._replace(kind="I") if each in waiting else each for each in row]
+    return (*split, *(each._replace(kind="W") for each in waiting))
