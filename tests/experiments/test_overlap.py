@@ -1,12 +1,19 @@
 """The proof of overlap, small: what is compiled, its figures, and that the README has them."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
+from dualpipe_jax._executor import step
+from dualpipe_jax._executor.layout import Layer
+from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._schedule.ir import Steady
 from experiments.overlap import models, overlap, report, steps
 from experiments.overlap.steps import Case
 from tests.experiments.refusals import refusal
@@ -96,6 +103,44 @@ def test_small_steps_compiled_for_tpus() -> None:
     # Six matmuls a layer, a cycle for 131,072 FLOPs at most.
     matmuls = 6 * 2 * 1024 * 256 * 1024 / 131072
     assert matmuls < row.reference_cycles < row.cycles
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _WithBarrier(Rank):
+    """Begins no input grad before all forwards traced so far are done."""
+
+    made: list[Any] = dataclasses.field(default_factory=list)
+
+    def forward_of(self, layer: Layer, x: Any, row: Any, chunk: int) -> Any:
+        out = super().forward_of(layer, x, row, chunk)
+        self.made[:] = [out[0]]
+        return out
+
+    def input_grad_of(self, layer: Layer, dy: list[jax.Array], *rest: Any) -> Any:
+        dy, _ = lax.optimization_barrier((dy, self.made))
+        return super().input_grad_of(layer, dy, *rest)
+
+
+@pytest.mark.slow
+def test_a_barrier_between_forward_and_backward_exposes_the_all_to_alls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of F, then of B; the step as it is, F beside B, is among the committed figures."""
+    make_run = step.make_run
+
+    def with_barrier(rank: Rank, steady: Steady, rows: Any) -> Any:
+        attributes = vars(rank) | {"interleaves": False}
+        return make_run(_WithBarrier(**attributes), steady, rows)
+
+    (case, _) = overlap.cases("experts", widths=(1024,), layers=(2,))
+    monkeypatch.setattr(step, "make_run", with_barrier)
+    with jax.enable_x64(False):
+        row = report.Row.of("experts", case, steps.pipelined(case))
+    assert (row.exchanges, row.permutes) == (16, 4)
+    assert row.exchanges_hidden <= row.exchanges_async < row.exchanges
+    assert row.exposed_us > 100
+    (without,) = (each for each in report.read_csv(FOLDER / "overlap.csv") if each.case == case)
+    assert without.exchanges_hidden == 16
 
 
 @pytest.mark.parametrize(
