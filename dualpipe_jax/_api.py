@@ -14,6 +14,7 @@ from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._build import Axes, Builder, block_of
 from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._sequential import sequential as sequential
 from dualpipe_jax._simulate import fastest_timetable
 from dualpipe_jax._split_vjp import is_differentiable
@@ -33,6 +34,7 @@ def value_and_grad(
     unroll_layers: bool | None = None,
     remat: str | Callable[..., Any] = "none",
     stash_deferred: bool = False,
+    full_backward: bool | None = None,
     grad_dtype: Any = None,
     batch_axes: str | tuple[str, ...] = (),
     manual_axes: str | tuple[str, ...] = (),
@@ -73,6 +75,11 @@ def value_and_grad(
         only and recomputes the rest, lest zero-bubble schedules take the memory that `remat`
         saves; one that follows its input grad at once recomputes nothing. Under `remat="none"`
         nothing is recomputed, and this is without effect.
+      full_backward: Whether an input grad that its weight grad follows at once runs with it, layer
+        by layer, as a full backward (B). It takes no stash of all layers of a stage, but the
+        neighbour gets its cotangent only when all of it is done. The straight-line code of
+        `"aligned"` is left as it is, and so is a weight grad that the schedule puts off. None: on
+        CPUs, whose devices send nothing anywhere.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
@@ -134,9 +141,16 @@ def value_and_grad(
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
     _validate.optional_flag("unroll_layers", unroll_layers)
     stash_deferred = _validate.flag("stash_deferred", stash_deferred) or remat == "none"
+    _validate.optional_flag("full_backward", full_backward)
     if timetable is None:
         timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
-    compiled = compile_program(schedule.program, timetable=timetable, stash_deferred=stash_deferred)
+
+    def tables_of(is_full: bool) -> Tables:
+        # What a deferred weight grad needs has slots of its own where others have none.
+        return compile_program(
+            schedule.program, timetable=timetable, stash_deferred=stash_deferred and not is_full
+        ).tables
+
     layers_per_stage = stage_sizes(
         layers_per_stage,
         num_stages=schedule.num_stages,
@@ -144,7 +158,9 @@ def value_and_grad(
     )
     build = Builder(
         axes=axes,
-        tables=compiled.tables,
+        tables_of=tables_of,
+        full_backward=full_backward,
+        stash_deferred=stash_deferred,
         model=model,
         block=block_of(model, remat),
         param_specs=param_specs,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dualpipe_jax import _kinds, _microbatches, _outputs, _stage_sizes, _validate
-from dualpipe_jax._executor import Step
+from dualpipe_jax._executor import Step, context_mesh, platform_of
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._types import Aux, Context, Model, PyTree
@@ -46,8 +46,18 @@ class Builder:
     what the model's functions read besides their arguments is read at the first call.
     """
 
-    def __init__(self, *, axes: Axes, tables: Tables, **options: Any):
-        self._tables = tables
+    def __init__(
+        self,
+        *,
+        axes: Axes,
+        tables_of: Callable[[bool], Tables],
+        full_backward: bool | None = False,
+        **options: Any,
+    ):
+        self._mesh = axes.mesh
+        self._tables_of = tables_of
+        self._full_backward = full_backward
+        tables_of(self._has_full_backward)  # what cannot be compiled is refused here
         self._layout = options["model"].layout
         self._layers_per_stage = options["layers_per_stage"]
         self._step = partial(
@@ -56,7 +66,6 @@ class Builder:
             axis=axes.axis,
             batch_axes=axes.batch_axes,
             manual_axes=axes.manual_axes,
-            tables=tables,
             **options,
         )
         self._num_shards = int(
@@ -64,6 +73,13 @@ class Builder:
         )
         self._shards = ", ".join(map(repr, axes.batch_axes))
         self._steps: dict[int, Callable[..., Any]] = {}
+
+    @property
+    def _has_full_backward(self) -> bool:
+        """Whether an I runs with the W that follows it: if not asked, on CPUs."""
+        if self._full_backward is not None:
+            return self._full_backward
+        return platform_of(context_mesh(like=self._mesh) or self._mesh) == "cpu"
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
         """Gives the step, jitted outside of any jit."""
@@ -75,7 +91,8 @@ class Builder:
 
     def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
         """Gives the step, to be traced."""
-        tables = self._tables
+        full_backward = self._has_full_backward
+        tables = self._tables_of(full_backward)
         where = f" of the schedule over {tables.num_ranks} ranks"
         num_layers = _validate.num_layers(
             params, self._layout, num_stages=tables.num_stages, where=where
@@ -89,7 +106,7 @@ class Builder:
             num_shards=self._num_shards,
             shards=self._shards,
         )
-        step = self._step(num_layers=num_layers)
+        step = self._step(num_layers=num_layers, tables=tables, full_backward=full_backward)
         if step.unroll_layers and not step.layout.has_equal_stages:
             raise ValueError(
                 f"unroll_layers=True: all stages must have the same kinds of layers in the same "

@@ -349,6 +349,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         TypeError,
         ["stash_deferred=1", "must be True or False"],
     ),
+    "full_backward not a bool": (
+        {"full_backward": 0},
+        TypeError,
+        ["full_backward=0", "must be True, False or None"],
+    ),
     "unknown timetable": (
         {"timetable": "alignd"},
         ValueError,

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     stash_deferred: bool = False
     timetable: str | None = None
     unroll_layers: bool | None = None
+    full_backward: bool | None = None  # None: on CPUs, as here
 
     def __str__(self) -> str:
         name = f"{self.schedule}-P{self.num_ranks}-N{self.num_microbatches}-L{self.num_layers}"
@@ -33,6 +34,7 @@ class Case(NamedTuple):
             "remat": self.remat != "none",
             "stash_deferred": self.stash_deferred,
             "loop": self.unroll_layers is False,
+            "split": self.full_backward is False,
         }
         return "-".join(
             [name, *self.features.split(), *(o for o, is_on in options.items() if is_on)]
@@ -43,44 +45,48 @@ ALL = "dropout weight block_has_aux has_aux pytree"
 DOTS = jax.checkpoint_policies.dots_saveable
 CASES = [
     Case("dualpipe", 1, 1, 1),
-    Case("dualpipe", 1, 4, 3, "dropout weight"),
-    Case("dualpipe", 2, 4, 4, ALL),
+    Case("dualpipe", 1, 4, 3, "dropout weight", full_backward=False),
+    Case("dualpipe", 2, 4, 4, ALL, full_backward=False),
     Case("dualpipe", 2, 5, 3, "pytree block_has_aux", "block"),
-    Case("dualpipe", 2, 8, 12, "weight has_aux"),  # six layers a stage: in a loop
+    Case(
+        "dualpipe", 2, 8, 12, "weight has_aux", full_backward=False
+    ),  # six layers a stage: in a loop
     Case("dualpipe", 3, 2, 3, "has_aux"),
-    Case("dualpipe", 3, 6, 7, ALL),
+    Case("dualpipe", 3, 6, 7, ALL, full_backward=False),
     Case("dualpipe", 3, 12, 3, "weight", DOTS, stash_deferred=True),
     Case("dualpipe", 4, 3, 6, "dropout"),
     Case("dualpipe", 4, 4, 4, "block_has_aux"),
-    Case("dualpipe", 4, 8, 8, ALL, "block"),
-    Case("dualpipe", 4, 9, 4, "pytree"),
+    Case("dualpipe", 4, 8, 8, ALL, "block", full_backward=False),
+    Case("dualpipe", 4, 9, 4, "pytree", full_backward=False),
     Case("dualpipe", 4, 16, 9, "weight block_has_aux"),
     Case("dualpipe", 8, 5, 8, "dropout has_aux"),
-    Case("dualpipe", 8, 8, 11, "pytree weight"),
+    Case("dualpipe", 8, 8, 11, "pytree weight", full_backward=False),
     Case("dualpipe", 8, 16, 8, ALL),
     Case("1f1b", 1, 2, 2, "has_aux pytree"),
     Case("1f1b", 2, 4, 5, ALL, "block"),
-    Case("1f1b", 3, 5, 3, "weight"),
-    Case("1f1b", 4, 4, 8, "dropout block_has_aux"),
+    Case("1f1b", 3, 5, 3, "weight", full_backward=False),
+    Case("1f1b", 4, 4, 8, "dropout block_has_aux", full_backward=False),
     Case("1f1b", 4, 16, 4, ALL),
     Case("1f1b", 8, 3, 8, "pytree"),
     Case("gpipe", 1, 3, 2, "weight"),
-    Case("gpipe", 2, 1, 4, ALL),
-    Case("gpipe", 3, 6, 5, "block_has_aux dropout", "block"),
+    Case("gpipe", 2, 1, 4, ALL, full_backward=False),
+    Case("gpipe", 3, 6, 5, "block_has_aux dropout", "block", full_backward=False),
     Case("gpipe", 4, 8, 4, "pytree has_aux"),
     Case("gpipe", 8, 8, 9, ALL),
     Case("dualpipev", 1, 3, 4, "weight pytree"),  # two stages on one rank
-    Case("dualpipev", 2, 4, 8, ALL),
+    Case("dualpipev", 2, 4, 8, ALL, full_backward=False),
     Case("dualpipev", 3, 2, 6, "has_aux", "block"),
     Case("dualpipev", 4, 8, 12, "dropout block_has_aux"),  # stages of two layers and of one
-    Case("interleaved-1f1b", 2, 3, 5, ALL),
+    Case("interleaved-1f1b", 2, 3, 5, ALL, full_backward=False),
     Case("interleaved-1f1b", 3, 2, 6, "weight"),
     Case("interleaved-1f1b", 4, 8, 8, "pytree has_aux", "block"),
     Case("zb-h1", 2, 5, 4, "weight block_has_aux"),
+    Case("zb-h1", 3, 4, 3, "has_aux", full_backward=False),
+    Case("zb-h1", 3, 6, 7, "pytree", "block"),
     Case("zb-h1", 3, 2, 4, "pytree", "block", stash_deferred=True),
-    Case("zb-h1", 4, 8, 4, ALL, "block"),
+    Case("zb-h1", 4, 8, 4, ALL, "block", full_backward=False),
     Case("chimera", 2, 1, 3, "has_aux weight"),
-    Case("chimera", 3, 6, 3, ALL),
+    Case("chimera", 3, 6, 3, ALL, full_backward=False),
     Case("chimera", 4, 4, 8, "dropout pytree", "block"),
 ]
 # Sizes with a straight-line run of beats: layers unrolled, in one loop, and in loops of their own.
@@ -88,15 +94,19 @@ RUN_CASES = [
     case._replace(timetable="aligned")
     for case in (
         Case("dualpipe", 2, 8, 4, ALL),
-        Case("dualpipe", 2, 8, 12, "weight has_aux pytree", "block"),  # six layers a stage
+        Case(
+            "dualpipe", 2, 8, 12, "weight has_aux pytree", "block", full_backward=False
+        ),  # six layers a stage
         Case("dualpipe", 3, 12, 6, "pytree weight", DOTS, stash_deferred=True),
-        Case("dualpipe", 4, 8, 11, "dropout block_has_aux pytree"),  # unlike stages
+        Case(
+            "dualpipe", 4, 8, 11, "dropout block_has_aux pytree", full_backward=False
+        ),  # unlike stages
         Case("dualpipe", 4, 10, 8, ALL, unroll_layers=False),
         Case("dualpipe", 8, 18, 8, "weight has_aux", "block", stash_deferred=True),
         Case("dualpipev", 1, 4, 4, "dropout block_has_aux"),  # a rank that is its own neighbour
         Case("dualpipev", 2, 5, 8, ALL, "block"),
-        Case("dualpipev", 3, 9, 8, "weight pytree", "block"),  # unlike stages
-        Case("dualpipev", 4, 10, 16, "has_aux", unroll_layers=False),
+        Case("dualpipev", 3, 9, 8, "weight pytree", "block", full_backward=False),  # unlike stages
+        Case("dualpipev", 4, 10, 16, "has_aux", unroll_layers=False, full_backward=False),
     )
 ]
 # How many it takes on two ranks.
@@ -127,6 +137,13 @@ def test_covering_set_covers() -> None:
         assert any(case.num_layers % (case.num_ranks * stages) for case in mine)
         assert any(case.num_microbatches % 2 for case in mine)
         assert any(case.num_microbatches < case.num_ranks for case in mine)
+        assert {case.full_backward for case in mine} == {None, False}
+    # What is put off is kept, in slots among others or its own, or recomputed.
+    put_off = [case for case in CASES if case.schedule in ("dualpipe", "zb-h1")]
+    found = {(case.full_backward, case.remat, case.stash_deferred) for case in put_off}
+    assert found >= {(full, "none", False) for full in (None, False)}
+    assert found >= {(full, "block", False) for full in (None, False)}
+    assert (None, "block", True) in found
 
 
 def test_runs_have_beats() -> None:
@@ -141,8 +158,12 @@ def test_runs_have_beats() -> None:
         mine = [case for case in RUN_CASES if case.schedule == name]
         assert {feature for case in mine for feature in case.features.split()} == set(ALL.split())
         assert {case.unroll_layers for case in mine} == {None, False}
+        assert {case.full_backward for case in mine} == {None, False}
         stages = {"dualpipev": 2}.get(name, 1)
         assert any(case.num_layers % (case.num_ranks * stages) for case in mine)
+    assert {(case.unroll_layers, case.full_backward) for case in RUN_CASES} == {
+        (unroll, full) for unroll in (None, False) for full in (None, False)
+    }
     kept = {(case.remat, case.stash_deferred) for case in RUN_CASES}
     assert kept == {("none", False), ("block", False), ("block", True), (DOTS, True)}
 
@@ -162,6 +183,7 @@ def test_equals_sequential(case: Case) -> None:
         stash_deferred=case.stash_deferred,
         timetable=case.timetable,
         unroll_layers=case.unroll_layers,
+        full_backward=case.full_backward,
     )
     result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
     want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(

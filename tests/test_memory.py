@@ -63,20 +63,31 @@ def look(
         (8, {"schedule": "interleaved-1f1b"}),
     ],
 )
+@pytest.mark.parametrize("full_backward", [False, True])
 def test_terms_are_what_is_carried(
-    monkeypatch: pytest.MonkeyPatch, num_layers: int, options: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch,
+    num_layers: int,
+    options: dict[str, Any],
+    full_backward: bool,
 ) -> None:
-    terms, state = look(monkeypatch, num_layers, **options)
+    terms, state = look(monkeypatch, num_layers, full_backward=full_backward, **options)
     assert terms["received x and cotangents"] == bytes_of(state.received)
     for name, buffers in (
         ("residuals for I", state.residual),
         ("residuals for I and W", state.weight_residual),
         ("stashes for W", state.stash),
-        ("what deferred W recompute from", state.deferred),
     ):
         assert terms.get(name, 0) == bytes_of(buffers), name
+    recomputes = options.get("remat") == "block" and not options.get("stash_deferred", False)
+    of_deferred = "what deferred W recompute from" if recomputes else "stashes for deferred W"
+    assert terms.get(of_deferred, 0) == bytes_of(state.deferred)
+    of_full_backward = terms.get("stash of a full backward, without a slot", 0)
+    assert (of_full_backward > 0) == full_backward == (terms.get("stashes for W", 0) == 0)
     assert terms["gradients added up, of layers"] == bytes_of(state.block_grads)
     assert terms["gradients added up, of the rest"] == bytes_of(state.ends_grads)
+
+
+OF_FULL_BACKWARD = "stash of a full backward, without a slot"
 
 
 @pytest.mark.parametrize(
@@ -95,11 +106,23 @@ def test_terms_are_what_is_carried(
             ["what deferred W recompute from"],
         ),
         ({"schedule": "zb-h1"}, [], []),  # no run
+        (
+            {"full_backward": True},
+            ["stash of a beat, without a slot", ARRIVING],
+            ["stashes for deferred W", OF_FULL_BACKWARD],
+        ),
+        (
+            {"full_backward": True, "remat": "block", "unroll_layers": False},
+            [ARRIVING],
+            ["what deferred W recompute from", OF_FULL_BACKWARD],
+        ),
+        ({"full_backward": True, "schedule": "zb-h1"}, [], []),
     ],
 )
 def test_what_is_there_at_times_only(
     options: dict[str, Any], in_beats: list[str], in_ticks: list[str]
 ) -> None:
+    options = {"full_backward": False, **options}
     grad_fn = dpj.value_and_grad(
         make_model(), mesh=make_mesh(4), num_microbatches=16, timetable="aligned", **options
     )

@@ -15,6 +15,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax import _build, _scopes
 from dualpipe_jax._executor import Step
 from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
@@ -92,19 +93,28 @@ def test_buffers_are_updated_in_place(compiled: Any) -> None:
 
 
 @pytest.mark.slow
-def test_buffers_of_layers_in_loops_are_updated_in_place() -> None:
+@pytest.mark.parametrize("unroll_layers", [True, False])
+@pytest.mark.parametrize("full_backward", [True, False])
+def test_buffers_of_layers_in_loops_are_updated_in_place(
+    unroll_layers: bool, full_backward: bool
+) -> None:
+    """And of unrolled ones."""
     num_slots = make_tables("dualpipe", 8, "shortest").num_slots
-    slots = {num_slots[name] for name in ("residual", "weight_residual", "stash")}
-    text = compile_train_step("dualpipe", 8, timetable="shortest", unroll_layers=False).as_text()
-    _assert_in_place(text, slots, is_apart=False)
+    names = ["residual", "weight_residual"] if full_backward else ["stash"]
+    options = {"unroll_layers": unroll_layers, "full_backward": full_backward}
+    text = compile_train_step("dualpipe", 8, timetable="shortest", **options).as_text()
+    _assert_in_place(text, {num_slots[name] for name in names}, is_apart=unroll_layers)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["dualpipe", "zb-h1"])
-def test_what_is_put_off_is_updated_in_place(schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "full_backward"), [("dualpipe", False), ("zb-h1", False), ("zb-h1", True)]
+)
+def test_what_is_put_off_is_updated_in_place(schedule: str, full_backward: bool) -> None:
     made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=8)
     num_slots = compile_program(made.program, stash_deferred=False).tables.num_slots
-    text = compile_train_step(schedule, 8, timetable="shortest", remat="block").as_text()
+    options = {"remat": "block", "full_backward": full_backward}
+    text = compile_train_step(schedule, 8, timetable="shortest", **options).as_text()
     _assert_in_place(text, {num_slots["weight_residual"], num_slots["deferred"]})
 
 
@@ -158,9 +168,10 @@ def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
     text = compiled_with_run[16].as_text()
     lines = steady_lines(text)
     assert not [line for line in lines if " conditional(" in line]
-    # Every rank runs the head in one of two beats at most, and the embedding's gradient; the third
-    # is what orders the second beat's writes on CPUs, a loop that never runs.
-    assert len([line for line in lines if " while(" in line]) == 3
+    # Every rank runs the head in one of two beats at most, and the embedding's gradient; what
+    # orders slots on CPUs are loops over a number alone, which never run.
+    loops_of_state = [line for line in lines if " while(" in line and "= s32[] while(" not in line]
+    assert len(loops_of_state) == 2
     chosen = [line for line in lines if f"{_scopes.STEADY}/while/" in line]
     for action in (_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD):
         assert any(action in line for line in lines)
@@ -238,15 +249,16 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dualpipe", "dualpipev", "zb-h1"])
-def test_dead_values_are_never_read_by_what_recomputes(name: str) -> None:
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "zb-h1"])
+def test_dead_values_are_never_read_by_full_backwards(name: str) -> None:
+    """With layers in a row, of which stashes are kept for what is put off alone."""
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
     tables = compile_program(schedule.program, stash_deferred=False).tables
-    assert tables.num_slots["deferred"]
-    params, batch = make_params(11), make_batch(5)
+    options = {"num_layers": 8, "full_backward": True, "stash_deferred": True}
+    params, batch = make_params(8), make_batch(5)
     clean, poisoned = (
         jax.jit(
-            make_step(schedule, tables=tables, remat="block", poison=poison),
+            make_step(schedule, tables=tables, poison=poison, **options),
             compiler_options=AS_EVER,
         )(params, batch, None)
         for poison in (False, True)
@@ -256,20 +268,51 @@ def test_dead_values_are_never_read_by_what_recomputes(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_layers", "remat", "unroll_layers"),
+    ("name", "full_backward"),
+    [("dualpipe", False), ("dualpipev", False), ("zb-h1", False), ("zb-h1", True)],
+)
+def test_dead_values_are_never_read_by_what_recomputes(name: str, full_backward: bool) -> None:
+    schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
+    tables = compile_program(schedule.program, stash_deferred=False).tables
+    assert tables.num_slots["deferred"]
+    params, batch = make_params(11), make_batch(5)
+    clean, poisoned = (
+        jax.jit(
+            make_step(
+                schedule,
+                tables=tables,
+                remat="block",
+                full_backward=full_backward,
+                poison=poison,
+            ),
+            compiler_options=AS_EVER,
+        )(params, batch, None)
+        for poison in (False, True)
+    )
+    assert_close(poisoned, clean, tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_layers", "remat", "unroll_layers", "full_backward"),
     [
-        ("dualpipe", 8, "block", None),
-        ("dualpipe", 8, "none", False),
-        ("dualpipe", 8, "block", False),
-        ("dualpipev", 11, "none", None),  # unlike stages
+        ("dualpipe", 8, "block", None, False),
+        ("dualpipe", 8, "none", False, False),
+        ("dualpipe", 8, "block", False, False),
+        ("dualpipe", 8, "block", False, True),
+        ("dualpipev", 11, "none", None, False),  # unlike stages
+        ("dualpipev", 8, "none", None, True),
     ],
 )
 def test_dead_values_are_never_read_in_a_run(
-    name: str, num_layers: int, remat: str, unroll_layers: bool | None
+    name: str, num_layers: int, remat: str, unroll_layers: bool | None, full_backward: bool
 ) -> None:
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=10)
+    stash_deferred = remat == "none"
     tables = compile_program(
-        schedule.program, timetable="aligned", stash_deferred=remat == "none"
+        schedule.program,
+        timetable="aligned",
+        stash_deferred=stash_deferred and not full_backward,
     ).tables
     assert tables.steady is not None
     params, batch = make_params(num_layers), make_batch(10)
@@ -281,6 +324,8 @@ def test_dead_values_are_never_read_in_a_run(
                 remat=remat,
                 num_layers=num_layers,
                 unroll_layers=unroll_layers,
+                stash_deferred=stash_deferred,
+                full_backward=full_backward,
                 poison=poison,
             ),
             compiler_options=AS_EVER,
@@ -350,10 +395,11 @@ WIDE = dpj.Model(
 )
 
 
-def trace_wide_step(schedule: str, **options: Any) -> Any:
-    """Traces loss and gradients of four ranks, a wide layer each."""
+def trace_wide_step(schedule: str, *, num_layers: int = 4, **options: Any) -> Any:
+    """Traces loss and gradients of wide layers over four ranks."""
     width, rows = 16, 64
-    blocks = {"up": jnp.ones((4, width, 8 * width)), "down": jnp.ones((4, 8 * width, width))}
+    shapes = {"up": (width, 8 * width), "down": (8 * width, width)}
+    blocks = {name: jnp.ones((num_layers, *shape)) for name, shape in shapes.items()}
     params, batch = {"ends": jnp.ones(()), "blocks": blocks}, jnp.ones((8 * rows, width))
     grad_fn = dpj.value_and_grad(
         WIDE, mesh=make_mesh(4), num_microbatches=8, schedule=schedule, **options
@@ -371,7 +417,7 @@ def test_what_is_idle_is_not_carried_through_a_run(
     remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There a beat has its stash; the slot it does without is an array [64, 128] at the least."""
-    options: dict[str, Any] = {"timetable": "aligned", "remat": remat}
+    options: dict[str, Any] = {"timetable": "aligned", "remat": remat, "full_backward": False}
     _, without = loops(trace_wide_step("dualpipe", **options).jaxpr)
     monkeypatch.setattr(Layout, "idle_in", lambda self, steady: ())
     _, carries_it = loops(trace_wide_step("dualpipe", **options).jaxpr)
@@ -384,11 +430,24 @@ def test_what_is_idle_takes_no_memory_in_a_run(
     remat: str, num_slots: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without rematerialisation the peak is in the ticks around the run, and falls by less."""
-    options: dict[str, Any] = {"timetable": "aligned", "remat": remat}
+    options: dict[str, Any] = {"timetable": "aligned", "remat": remat, "full_backward": False}
     without = wide_step("dualpipe", **options).memory_analysis().temp_size_in_bytes
     monkeypatch.setattr(Layout, "idle_in", lambda self, steady: ())
     carried = wide_step("dualpipe", **options).memory_analysis().temp_size_in_bytes
     assert carried - without >= num_slots * 64 * 128 * 8
+
+
+@pytest.mark.slow
+def test_layers_of_full_backwards_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what all of a stage recompute is alive at once: hidden units, [64, 128] a layer."""
+    options = {"remat": "block", "full_backward": True}
+    of_size = {}
+    for takes_turns in (True, False):
+        if not takes_turns:
+            monkeypatch.setattr(Rank, "first_turn", lambda self, row: None)
+        step = wide_step("1f1b", num_layers=16, **options)
+        of_size[takes_turns] = step.memory_analysis().temp_size_in_bytes
+    assert of_size[False] - of_size[True] >= 2 * 64 * 128 * 8
 
 
 @pytest.mark.slow
@@ -397,7 +456,7 @@ def test_what_recomputes_has_no_stash_beside_it(
     schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slot of a stash, two arrays [64, 128] at least, ends before it and is made again."""
-    options: dict[str, Any] = {"timetable": "shortest", "remat": "block"}
+    options: dict[str, Any] = {"timetable": "shortest", "remat": "block", "full_backward": False}
     without = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
     monkeypatch.setattr("dualpipe_jax._executor.rank.empty_after", lambda stash, **_: stash)
     carried = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
@@ -422,7 +481,12 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
     params = jax.device_put({"ends": jnp.ones(()), "blocks": blocks}, shardings)
     batch = jax.device_put(jnp.ones((8, 8)), over())
     grad_fn = dpj.value_and_grad(
-        WIDE, mesh=mesh, num_microbatches=4, schedule="zb-h1", remat="block"
+        WIDE,
+        mesh=mesh,
+        num_microbatches=4,
+        schedule="zb-h1",
+        remat="block",
+        full_backward=False,
     )
 
     def collectives() -> list[str]:

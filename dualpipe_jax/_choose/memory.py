@@ -21,7 +21,7 @@ class LayerBytes:
       residual: From the forward to the input grad, if only that reads it.
       weight_residual: From the forward to the weight grad.
       stash: From the input grad to the weight grad.
-      deferred: The same for a deferred weight grad that recomputes; 0 if none does.
+      deferred: The same for a deferred weight grad, which may recompute.
       working: The largest value that is in no buffer, such as the logits.
     """
 

@@ -6,7 +6,7 @@ compares them). In units of one x, tokens x width:
 
     remat     residual            weight_residual                    stash             deferred
     none      q, k, v   3         x, what attention gives, their     cotangents:
-                                  sum: 3; up: 4                      1 + 4 + 1 + 3
+                                  sum: 3; up: 4                      1 + 4 + 1 + 3     the same
     block     x         1         0                                  the same, and     x and its
                                                                      W's inputs: 7     cotangent: 2
 """
@@ -90,7 +90,7 @@ class Transformer:
                 residual=residual,
                 weight_residual=weight_residual,
                 stash=cotangents,
-                deferred=0,
+                deferred=cotangents,
                 working=logits,
             )
         return LayerBytes(

@@ -34,6 +34,19 @@ class Places(NamedTuple):
     rules: tuple[Rule, ...]
 
 
+def either(first: dict[Kind, Places], second: dict[Kind, Places]) -> dict[Kind, Places]:
+    """Joins the places of two actions; some may be of both."""
+    joined = {}
+    for kind, (one, other) in {kind: (first[kind], second[kind]) for kind in first}.items():
+        rule_of = dict(zip((*one.layer, *other.layer), (*one.rules, *other.rules), strict=True))
+        joined[kind] = Places(
+            layer=tuple(sorted(rule_of)),
+            shared=tuple(sorted({*one.shared, *other.shared})),
+            rules=tuple(rule for _, rule in sorted(rule_of.items(), key=lambda item: item[0])),
+        )
+    return joined
+
+
 def take(
     layers: LayerGrads, shared: list[jax.Array], places: dict[Kind, Places]
 ) -> tuple[LayerGrads, dict[int, jax.Array]]:
@@ -50,10 +63,17 @@ def add(
     *,
     places: Places,
     layer: Any,
+    taken: Places | None = None,
 ) -> tuple[list[Any], dict[int, jax.Array]]:
-    """Adds a block's gradients to what was taken; `layer` is the layer's entry in the chunk."""
+    """Adds a block's gradients at `places` to what was taken, there or at the `taken` ones.
+
+    `layer` is the layer's entry in the chunk.
+    """
     count = len(places.layer)
-    layers = registers.accumulate(layers, gradients[:count], layer, places.rules)
+    mine = [(taken or places).layer.index(place) for place in places.layer]
+    sums = registers.accumulate([layers[i] for i in mine], gradients[:count], layer, places.rules)
+    changed = dict(zip(mine, sums, strict=True))
+    layers = [changed.get(i, old) for i, old in enumerate(layers)]
     added = zip(places.shared, gradients[count:], strict=True)
     return layers, {**shared, **{i: _microbatches.add(shared[i], grad) for i, grad in added}}
 

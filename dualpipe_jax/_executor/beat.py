@@ -26,7 +26,7 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rows import RESIDUALS, SLOTS, in_rows
-from dualpipe_jax._executor.start import empty_after
+from dualpipe_jax._executor.start import empty_after, one_slot
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
@@ -75,8 +75,13 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
                 state = state._replace(received=registers.poison(state.received, slot))
         # What is idle takes no memory in the run: it ends here, and is made again after it.
         idle = {name: getattr(state, name) for name in rank.layout.idle_in(steady)}
-        nothing: dict[str, Any] = {name: dict.fromkeys(kinds, ()) for name, kinds in idle.items()}
-        state = state._replace(**nothing)
+        in_run: dict[str, Any] = {name: dict.fromkeys(kinds, ()) for name, kinds in idle.items()}
+        if rank.stashes_in_beats:
+            # Only there: in ticks W of what I has just stashed runs with it.
+            idle["stash"] = state.stash
+            slots = one_slot(rank.gradients, rank.layout, "stash")
+            in_run["stash"] = empty_after(slots, after=(x, cotangent), poison=rank.poison)
+        state = state._replace(**in_run)
         carry = (_in_rows(rank.functions, state), x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)
         state = _in_rows(rank.functions, state)
@@ -303,6 +308,9 @@ class _Beat:
     ) -> tuple[State, PyTree, list, WeightGrads]:
         """Runs F and I in loops of their own, as stages are unlike or nothing is to overlap."""
         state, x = self.rank.forward(state, x, f_row, self.forward, True)
+        if self.rank.full_backward and not self.rank.interleaves:
+            state, dx = self.rank.backward(state, cotangent, i_row, self.backward, True)
+            return state, x, dx, lambda state, *transfers: (state, *transfers)
         state, dx = self.rank.input_grad(state, cotangent, i_row, self.backward, True)
         return state, x, dx, self._weight_grads(i_row)
 
@@ -316,8 +324,6 @@ class _Beat:
 
 def _poison_dead(state: State, row: Row) -> State:
     """Overwrites the slots that the backward has read for the last time."""
-    return state._replace(
-        residual=registers.poison(state.residual, row["residual"]),
-        weight_residual=registers.poison(state.weight_residual, row["weight_residual"]),
-        stash=registers.poison(state.stash, row["stash"]),
-    )
+    names = (*RESIDUALS, "stash")
+    dead = {name: registers.poison(getattr(state, name), row[name]) for name in names}
+    return state._replace(**dead)

@@ -6,12 +6,14 @@ part of everything, and may be called in any loop of the step.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import jax
 from jax.tree_util import keystr
 
 from dualpipe_jax import _microbatches, _outputs, _varying
+from dualpipe_jax._executor import accumulators
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.leaves import pick, place, select
 from dualpipe_jax._executor.rules import Rule, rules_of
@@ -81,6 +83,13 @@ class Functions:
         leaves = jax.tree.leaves(self.outputs.x)
         return max((leaf.size * leaf.dtype.itemsize for leaf in leaves), default=0)
 
+    def casts(self, kind: Kind, tree: PyTree, *, after: PyTree = ()) -> list[jax.Array]:
+        """Casts parameters as a kind's block would; among its own, they stand `after` others."""
+        if self.gradients is None:
+            return []
+        leaves, first = jax.tree.leaves(tree), len(jax.tree.leaves(after))
+        return self.gradients.block[kind].cast(leaves, range(first, first + len(leaves)))
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gradients:
@@ -94,6 +103,7 @@ class Gradients:
         gradients are those of the wanted leaves of the layer, then of shared.
       early: For each kind where the gradients that come with the input gradient are added up.
       late: The same of those that come with the weight gradient.
+      both: The same of those that come with either.
       reduce_axes: For each of doutside, the manual axes over which what all uses add up to is still
         to be summed.
       outside_rules: How each of doutside is added up.
@@ -107,6 +117,7 @@ class Gradients:
     block: dict[Kind, SplitVjp]
     early: dict[Kind, Places]
     late: dict[Kind, Places]
+    both: dict[Kind, Places]
     reduce_axes: list[tuple[str, ...]]
     outside_rules: list[Rule]
     embed_rules: list[Rule | None]
@@ -132,7 +143,7 @@ def trace(
       args: What the functions are given.
       forward_only: Whether there are no gradients.
       output: `(ends, x, ctx) -> outputs`, in the place of head, in a forward-only program.
-      recomputes: Whether some weight gradients are to recompute what they need.
+      recomputes: Whether deferred weight gradients are to recompute what they need.
       hidden_axes: Mesh axes that no function may name.
 
     Raises:
@@ -323,15 +334,20 @@ def _gradients(
             block,
             input_grad=_summed(block.input_grad, early),
             weight_grad=_summed(block.weight_grad, late, is_all=True),
-            recompute_weight_grad=_summed(block.recompute_weight_grad, late, is_all=True),
+            deferred_weight_grad=_summed(block.deferred_weight_grad, late, is_all=True),
         )
 
+    of_early, of_late = (
+        {kind: _places(block, kind, flags(block), args) for kind, block in blocks.items()}
+        for flags in (attrgetter("is_early"), attrgetter("is_late"))
+    )
     return Gradients(
         head=_summed(head, now(head_axes, last)),
         embed=_summed(embed, now(embed_axes, last)),
         block={kind: block_of(kind) for kind in blocks},
-        early={kind: _places(block, kind, block.is_early, args) for kind, block in blocks.items()},
-        late={kind: _places(block, kind, block.is_late, args) for kind, block in blocks.items()},
+        early=of_early,
+        late=of_late,
+        both=accumulators.either(of_early, of_late),
         reduce_axes=last,
         outside_rules=rules_of(overwritten),
         embed_rules=_rules_of_use(overwritten, embed_axes),

@@ -84,6 +84,8 @@ def report(
     outside: list[Any],
     gathered: list[Any],
     is_apart: bool,
+    recomputes: bool,
+    full_backward: bool,
     platform: str | None,
 ) -> MemoryReport:
     """Adds up the arrays of one device.
@@ -97,6 +99,8 @@ def report(
       outside: Avals of the wanted leaves outside the stack.
       gathered: Avals of the leaves outside the stack that are gathered over the ranks.
       is_apart: Whether every layer's arrays are its own, as unrolled ones are.
+      recomputes: Whether deferred weight gradients recompute what they need.
+      full_backward: Whether an I runs with the W that follows it.
       platform: The devices', such as "tpu"; None if it is not known.
     """
     gradients = traced.gradients
@@ -115,21 +119,33 @@ def report(
         ("residual", "residuals for I"),
         ("weight_residual", "residuals for I and W"),
         ("stash", "stashes for W"),
-        (DEFERRED, "what deferred W recompute from"),
+        (DEFERRED, "what deferred W recompute from" if recomputes else "stashes for deferred W"),
     ):
         size = slots.get(buffer, 0) * of_layers(buffer)
         if size:
             count = f"{slots[buffer]} slots x {most_layers} layers"
             terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
+    of_one = max((_bytes(block.stash) for block in gradients.block.values()), default=0)
+    in_turns = "1 layer", of_one
+    of_all = f"{most_layers} layers", of_layers("stash")
     if tables.steady is not None and layout.is_unrolled:
         terms.append(
             Term(
                 "stash of a beat, without a slot",
-                f"{most_layers} layers",
-                of_layers("stash"),
-                "beats" if "stash" in idle else "",
+                *(in_turns if platform == "cpu" else of_all),
+                "beats" if full_backward or "stash" in idle else "",
             )
         )
+    if full_backward:
+        terms.append(
+            Term(
+                "stash of a full backward, without a slot",
+                *in_turns,
+                "" if tables.steady is None else "ticks",
+            )
+        )
+        if tables.steady is not None and not layout.is_unrolled and platform != "cpu":
+            terms.append(Term("stashes for W", *of_all, "beats"))
     terms.append(Term("between ranks", "2 x and cotangents", 2 * x))
     if tables.steady is not None:
         terms.append(Term("what arrives while it leaves", "2 x and cotangents", 2 * x, "beats"))

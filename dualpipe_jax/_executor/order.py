@@ -84,14 +84,26 @@ def xla_shards() -> bool:
     return any(size > 1 and axis not in mesh.manual_axes for axis, size in mesh.shape.items())
 
 
-def zero_after(values: PyTree) -> jax.Array:
+def zero_after(values: PyTree, *, at: jax.Array | None = None) -> jax.Array:
     """Returns an int32 zero that is not known before an entry of each of `values` is.
 
-    To be added to the slot of a write that has to come after all reads of which they were made.
+    To be added to the slot of a write that has to come after all reads of which they were made, or
+    of a read that is not to come before its turn.
     XLA sees neither that nothing is less than -inf, nor that the loop is never run;
     the loop keeps what is before it from being computed again wherever the zero is added.
+
+    Args:
+      values: What is to be known.
+      at: Another such zero, the index of the entry in every dim; None for an index that XLA knows,
+        so that it may compute an entry of a product by itself, and the rest of it later.
     """
-    entries = [v[(0,) * v.ndim] for v in jax.tree.leaves(values) if v.size]
+
+    def entry(value: jax.Array) -> jax.Array:
+        if at is None:
+            return value[(0,) * value.ndim]
+        return lax.dynamic_slice(value, (at,) * value.ndim, (1,) * value.ndim).reshape(())
+
+    entries = [entry(value) for value in jax.tree.leaves(values) if value.size]
     below = [e < -jnp.inf for e in entries if jnp.issubdtype(e.dtype, jnp.floating)]
     count = sum((b.astype(jnp.int32) for b in below), jnp.zeros((), jnp.int32))
     return lax.while_loop(lambda count: count > 0, lambda count: count - 1, count)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dualpipe_jax import _microbatches, _scopes
-from dualpipe_jax._executor import accumulators, registers
+from dualpipe_jax._executor import accumulators, order, registers
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
@@ -22,6 +23,7 @@ from dualpipe_jax._executor.rows import RESIDUALS, in_rows
 from dualpipe_jax._executor.start import empty_after
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
+from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._split_vjp import contraction_flops
 from dualpipe_jax._types import Context
 
@@ -46,7 +48,9 @@ class Rank:
       loss_seed: The cotangent of each microbatch's loss, a scalar; None without a loss.
       aux_seed: The cotangent of each layer's aux loss, for each kind a scalar, or None.
       delivery: Where outputs go, in a program that gives them.
-      recomputes: Whether some weight gradients are deferred, and recompute what they need.
+      full_backward: Whether the I of a W that follows it runs with it, as a full backward; then
+        only what a deferred W needs is kept, in `deferred`.
+      defers: Whether what deferred W need is in `deferred`.
       interleaves: Whether a beat's F and I are to run side by side, on devices that can.
       communicates: Whether the model's functions may have collectives of their own.
       device_kind: The kind of the devices, such as "TPU v5 lite", or None.
@@ -64,7 +68,8 @@ class Rank:
     loss_seed: jax.Array | None
     aux_seed: dict[Kind, jax.Array | None]
     delivery: Delivery | None = None
-    recomputes: bool = False
+    full_backward: bool = False
+    defers: bool = False
     interleaves: bool = False
     communicates: bool = False
     device_kind: str | None = None
@@ -169,7 +174,7 @@ class Rank:
         """Runs a layer's weight grad from what a buffer, `stash` or `deferred`, has for it."""
         params, ctx = self._layer(row, chunk, layer)
         block = self.gradients.block[layer.kind]
-        run = block.weight_grad if source == "stash" else block.recompute_weight_grad
+        run = block.weight_grad if source == "stash" else block.deferred_weight_grad
         return run(params, ctx, kept_longer, values)
 
     def weight_grad_flops(
@@ -207,37 +212,139 @@ class Rank:
         state = state._replace(residual=residual, weight_residual=weight_residual)
         return state.put_aux(chunk, aux, metrics), x
 
-    def input_grad(
+    # B: I and W of a layer, then of the one before it, and nothing in between waits in a slot
+    def backward(
         self, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any
     ) -> tuple[State, list[jax.Array]]:
-        """Runs a stage's input grad, if `is_on`; else dy comes back as it is."""
+        """Runs a stage's full backward, if `is_on`; else dy comes back as it is."""
+        places = self.gradients.both
 
         def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-            (dy, shared), (stash, deferred, residual, weight_residual, grads) = carry, buffers
-            kept = registers.read_layer(residual, layer.index, row["residual"])
-            kept_longer = registers.read_layer(weight_residual, layer.index, row["weight_residual"])
+            (dy, shared, turn), (residual, weight_residual, grads) = carry, buffers
+            mine = self.in_turn(row, turn)
+            kept = registers.read_layer(residual, layer.index, mine["residual"])
+            kept_longer = registers.read_layer(
+                weight_residual, layer.index, mine["weight_residual"]
+            )
+            dx, values, _, early = self.input_grad_of(layer, dy, kept, kept_longer, row, chunk)
+            late = self.weight_grad_of(layer, kept_longer, values, row, chunk, "stash")
+            residual, weight_residual = (
+                registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
+            )
+            for of, gradients in ((self.gradients.early, early), (self.gradients.late, late)):
+                grads, shared = accumulators.add(
+                    grads,
+                    shared,
+                    gradients,
+                    places=of[layer.kind],
+                    layer=layer.place,
+                    taken=places[layer.kind],
+                )
+            turn = self.next_turn(turn, layer, grads, dx)
+            return (dx, shared, turn), (residual, weight_residual, grads)
+
+        grads, shared = state.take_grads(chunk, places)
+        buffers = state.residual, state.weight_residual, grads
+        leave = self._in_rows(*RESIDUALS, "grads")
+        (dx, shared, _), (residual, weight_residual, grads) = self.layout.loop(
+            row["stage"],
+            is_on,
+            run,
+            (dy, shared, self.first_turn(row)),
+            buffers,
+            reverse=True,
+            leave=leave,
+        )
+        state = state._replace(residual=residual, weight_residual=weight_residual)
+        return state.put_grads(chunk, places, (grads, shared)), dx
+
+    @property
+    def stashes_in_beats(self) -> bool:
+        """Whether the run of beats has stashes that ticks have not: W of all layers hides there."""
+        return self.full_backward and self.interleaves and not self.layout.is_unrolled
+
+    # Of layers in a row XLA's CPU compiler runs first what waits for nothing: all that they
+    # recompute. Where XLA shards what they make, no entry of it is picked: it would be gathered.
+    def first_turn(self, row: Row) -> jax.Array | None:
+        """Makes the turn of the layer whose backward is first: a zero, but XLA does not know it.
+
+        None where layers take no turns.
+        """
+        if not self.layout.is_unrolled or self.interleaves or order.xla_shards():
+            return None
+        return jnp.minimum(row["microbatch"], 0)
+
+    def in_turn(self, row: Row, turn: jax.Array | None) -> Row:
+        """Has a row name what a layer's backward reads only when it is its turn."""
+        if turn is None:
+            return row
+        return {**row, **{name: row[name] + turn for name in (*RESIDUALS, DEFERRED) if name in row}}
+
+    def next_turn(
+        self, turn: jax.Array | None, layer: Layer, grads: list[Any], dx: Any = ()
+    ) -> jax.Array | None:
+        """Has the next layer's turn come when a layer's gradients are added, and its dx is made.
+
+        Args:
+          turn: The layer's own.
+          layer: The layer.
+          grads: What gradients are added up to, for the layers of its kind.
+          dx: Its dx.
+        """
+        if turn is None:
+            return None
+        return order.zero_after((dx, [total[layer.place] for total in grads]), at=turn)
+
+    def input_grad(
+        self,
+        state: State,
+        dy: list[jax.Array],
+        row: Row,
+        chunk: int,
+        is_on: Any,
+        target: str = "stash",
+    ) -> tuple[State, list[jax.Array]]:
+        """Runs a stage's input grad, if `is_on`; else dy comes back as it is.
+
+        What W needs goes to `target`, to `stash` or to `deferred`; if to `stash`, what a deferred W
+        needs goes to `deferred` besides.
+        """
+
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            dy, shared, turn = carry
+            stash, deferred, residual, weight_residual, grads = buffers
+            mine = self.in_turn(row, turn)
+            kept = registers.read_layer(residual, layer.index, mine["residual"])
+            kept_longer = registers.read_layer(
+                weight_residual, layer.index, mine["weight_residual"]
+            )
             dx, values, put_off, early = self.input_grad_of(
                 layer, dy, kept, kept_longer, row, chunk
             )
-            stash = registers.write_layer(stash, values, layer.index, row["stash"])
-            if "is_deferred" in row:  # not in a run of beats, nor where no W recomputes
 
-                def put(buffers: Any) -> Any:
-                    return registers.write_layer(buffers, put_off, layer.index, row["deferred"])
+            def put(buffers: Any) -> Any:
+                return registers.write_layer(buffers, put_off, layer.index, row[DEFERRED])
 
-                deferred = when(row["is_deferred"] > 0, put, deferred)
+            if target == DEFERRED:
+                deferred = put(deferred)
+            else:
+                stash = registers.write_layer(stash, values, layer.index, row["stash"])
+                if "is_deferred" in row:  # not in a run of beats, nor where no W recomputes
+                    deferred = when(row["is_deferred"] > 0, put, deferred)
             residual, weight_residual = (
                 registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
             )
             places = self.gradients.early[layer.kind]
             grads, shared = accumulators.add(grads, shared, early, places=places, layer=layer.place)
-            return (dx, shared), (stash, deferred, residual, weight_residual, grads)
+            turn = self.next_turn(turn, layer, grads, dx)
+            return (dx, shared, turn), (stash, deferred, residual, weight_residual, grads)
 
         grads, shared = state.take_grads(chunk, self.gradients.early)
         buffers = state.stash, state.deferred, state.residual, state.weight_residual, grads
         leave = self._in_rows("stash", "deferred", *RESIDUALS, "grads")
-        (dx, shared), buffers = self.layout.loop(
-            row["stage"], is_on, run, (dy, shared), buffers, reverse=True, leave=leave
+        carry = dy, shared, self.first_turn(row) if target == DEFERRED else None
+        (dx, shared, _), buffers = self.layout.loop(
+            row["stage"], is_on, run, carry, buffers, reverse=True, leave=leave
         )
         stash, deferred, residual, weight_residual, grads = buffers
         state = state._replace(
@@ -250,12 +357,13 @@ class Rank:
     ) -> State:
         """Runs a stage's weight grad from a buffer, `stash` or `deferred`, if `is_on`."""
 
-        def run(layer: Layer, shared: Any, buffers: Any) -> Any:
-            grads, weight_residual, values = buffers
+        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
+            (shared, turn), (grads, weight_residual, values) = carry, buffers
+            mine = self.in_turn(row, turn)
             late = self.weight_grad_of(
                 layer,
-                registers.read_layer(weight_residual, layer.index, row["weight_residual"]),
-                registers.read_layer(values, layer.index, row[source]),
+                registers.read_layer(weight_residual, layer.index, mine["weight_residual"]),
+                registers.read_layer(values, layer.index, mine[source]),
                 row,
                 chunk,
                 source,
@@ -265,31 +373,32 @@ class Rank:
             weight_residual, values = (
                 registers.pass_on(buffers, layer.index) for buffers in (weight_residual, values)
             )
-            return shared, (grads, weight_residual, values)
+            turn = self.next_turn(turn, layer, grads)
+            return (shared, turn), (grads, weight_residual, values)
 
         grads, shared = state.take_grads(chunk, self.gradients.late)
         buffers = grads, state.weight_residual, getattr(state, source)
         leave = self._in_rows("grads", "weight_residual", source)
 
-        loop = functools.partial(
+        layers = functools.partial(
             self.layout.loop, row["stage"], body=run, reverse=True, leave=leave
         )
 
         # What recomputes holds the most of all, and no stash is in use beside it.
-        def without_stash(carry: Any) -> Any:
-            shared, buffers, stash = carry
-            shared, buffers = loop(is_on=True, carry=shared, buffers=buffers)
-            stash = empty_after(stash, after=(shared, buffers[0]), poison=self.poison)
-            return shared, leave(buffers), *self._in_rows("stash")((stash,))
+        def without_stash(loop: Any) -> Any:
+            carry, buffers, stash = loop
+            carry, buffers = layers(is_on=True, carry=carry, buffers=buffers)
+            stash = empty_after(stash, after=(carry, buffers[0]), poison=self.poison)
+            return carry, leave(buffers), *self._in_rows("stash")((stash,))
 
-        if source == "stash":
-            shared, (grads, weight_residual, values) = loop(
-                is_on=is_on, carry=shared, buffers=buffers
-            )
-            state = state._replace(stash=values)
+        carry = shared, self.first_turn(row) if source == DEFERRED else None
+        if source == DEFERRED and not self.full_backward:
+            started = carry, buffers, state.stash
+            (shared, _), buffers, stash = when(is_on, without_stash, started)
+            state = state._replace(stash=stash)
         else:
-            carry = shared, buffers, state.stash
-            shared, (grads, weight_residual, values), stash = when(is_on, without_stash, carry)
-            state = state._replace(stash=stash, deferred=values)
-        state = state._replace(weight_residual=weight_residual)
+            (shared, _), buffers = layers(is_on=is_on, carry=carry, buffers=buffers)
+        grads, weight_residual, values = buffers
+        changed: dict[str, Any] = {"weight_residual": weight_residual, source: values}
+        state = state._replace(**changed)
         return state.put_grads(chunk, self.gradients.late, (grads, shared))

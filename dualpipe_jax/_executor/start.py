@@ -12,7 +12,7 @@ from jax import lax
 from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import order, registers
 from dualpipe_jax._executor.delivery import Delivery
-from dualpipe_jax._executor.functions import Functions
+from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.rules import SUM
@@ -48,6 +48,8 @@ def empty_state(
     num_chunks = len(layout.stage_of)
 
     def buffers(name: str) -> dict[Kind, PyTree]:
+        if not slots.get(name):
+            return dict.fromkeys(layout.stacks, ())
         return {
             kind: registers.allocate_layers(
                 () if gradients is None else getattr(gradients.block[kind], name),
@@ -85,7 +87,7 @@ def empty_state(
         residual=buffers("residual"),
         weight_residual=buffers("weight_residual"),
         stash=buffers("stash"),
-        deferred=buffers(DEFERRED) if slots.get(DEFERRED) else dict.fromkeys(layout.stacks, ()),
+        deferred=buffers(DEFERRED),
         block_grads=[]
         if gradients is None
         else [
@@ -108,6 +110,18 @@ def empty_state(
         from_right=nothing,
         mail=None if delivery is None else delivery.start(outs.applied),
     )
+
+
+def one_slot(gradients: Gradients, layout: Layout, name: str) -> dict[Kind, PyTree]:
+    """Makes avals of a slot buffer of looped layers that has one slot."""
+
+    def of(kind: Kind, num_layers: int) -> PyTree:
+        return tuple(
+            jax.ShapeDtypeStruct((1, num_layers, *aval.shape), aval.dtype)
+            for aval in getattr(gradients.block[kind], name)
+        )
+
+    return {kind: of(kind, stack.max_layers) for kind, stack in layout.stacks.items()}
 
 
 def empty_after(buffers: PyTree, *, after: PyTree, poison: bool) -> PyTree:

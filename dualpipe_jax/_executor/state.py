@@ -24,9 +24,10 @@ class State(NamedTuple):
         of x; the last slot takes what nobody wants.
       residual: What the forward keeps for the input gradient, `[slot, layer, ...]`.
       weight_residual: What the forward keeps for the weight gradient, `[slot, layer, ...]`.
-      stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`.
-      deferred: What it keeps for a deferred one, which recomputes, `[slot, layer, ...]`. Empty
-        where none does.
+      stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`. Empty
+        where these run as one.
+      deferred: What it keeps for a deferred one, which may recompute, `[slot, layer, ...]`. Empty
+        where that has no slots of its own.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.

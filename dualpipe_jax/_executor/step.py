@@ -64,6 +64,10 @@ class Step:
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
       unroll_layers: Whether a stage's layers are unrolled; None to leave it to their number.
+      stash_deferred: Whether what a deferred weight grad needs is kept, where tables have slots of
+        its own for it, and not recomputed.
+      full_backward: Whether an input grad that its weight grad follows runs with it; tables then
+        have slots of their own for what deferred ones need.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
@@ -82,6 +86,8 @@ class Step:
     overwrite: PyTree = None
     layers_per_stage: tuple[int, ...] | None = None
     unroll_layers: bool | None = None
+    stash_deferred: bool = False
+    full_backward: bool = False
     output: Callable[..., PyTree] | None = None
     poison: bool = False
 
@@ -103,16 +109,23 @@ class Step:
         return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
 
     @property
+    def defers(self) -> bool:
+        """Whether what deferred weight gradients need has slots of its own."""
+        return DEFERRED in self.tables.num_slots
+
+    @property
     def recomputes(self) -> bool:
         """Whether some weight gradients are deferred, and recompute what they need."""
-        return DEFERRED in self.tables.num_slots
+        return self.defers and not self.stash_deferred
 
     @property
     def _slots(self) -> dict[str, int]:
         """The slots of each buffer, with those that take what nobody wants."""
         slots = dict(self.tables.num_slots)
         slots["received"] += 1
-        if self.recomputes:
+        if self.full_backward:
+            slots["stash"] = 0
+        elif self.defers:
             # Every I writes a stash, be its W deferred.
             slots["stash"] = max(slots["stash"], 1)
         return slots
@@ -120,7 +133,7 @@ class Step:
     @property
     def columns(self) -> tuple[str, ...]:
         """What a tick needs of the tables."""
-        return tuple(c for c in Tables.columns() if c != DEFERRED or self.recomputes)
+        return tuple(c for c in Tables.columns() if c != DEFERRED or self.defers)
 
     @property
     def num_shards(self) -> int:
@@ -244,6 +257,8 @@ class Step:
                 }
             ),
             is_apart=self.layout.is_unrolled,
+            recomputes=self.recomputes,
+            full_backward=self.full_backward,
             platform=platform_of(self.mesh),
         )
 
@@ -418,7 +433,7 @@ class Step:
         """Brings the parameters to their ranks, and makes empty buffers."""
         model, tables, layout = self.model, self.tables, self.layout
         chunks = [
-            {kind: (stack, _casts(traced, kind, stack)) for kind, stack in chunk.items()}
+            {kind: (stack, traced.casts(kind, stack)) for kind, stack in chunk.items()}
             for chunk in layout.fetch(params["blocks"])
         ]
         # Unrolled layers have arrays of their own: none is cut out of a stack again in every tick,
@@ -438,7 +453,7 @@ class Step:
             layout=layout,
             chunks=chunks,
             shared_casts={
-                kind: _casts(traced, kind, params.get("shared"), after=stack)
+                kind: traced.casts(kind, params.get("shared"), after=stack)
                 for kind, stack in params["blocks"].items()
             },
             outside={part: tree for part, tree in params.items() if part != "blocks"},
@@ -448,7 +463,8 @@ class Step:
             loss_seed=loss_seed,
             aux_seed=aux_seed,
             delivery=self.delivery,
-            recomputes=self.recomputes,
+            full_backward=self.full_backward,
+            defers=self.defers,
             interleaves=platform_of(self.mesh) != "cpu",
             communicates=bool(self.manual_axes),
             device_kind=device_kind_of(self.mesh),
@@ -477,11 +493,3 @@ class Step:
         if not self.tables.forward_only:
             grads = collect.gradients(rank, plan, params, state)
         return (loss, metrics), (collect.block_metrics(rank, plan, state), grads)
-
-
-def _casts(traced: Functions, kind: Kind, tree: PyTree, *, after: PyTree = ()) -> list[jax.Array]:
-    """Casts parameters as a kind's block would; among its own, they stand `after` others."""
-    if traced.gradients is None:
-        return []
-    leaves, first = jax.tree.leaves(tree), len(jax.tree.leaves(after))
-    return traced.gradients.block[kind].cast(leaves, range(first, first + len(leaves)))

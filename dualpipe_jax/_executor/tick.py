@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
@@ -25,7 +26,7 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, WEIGHT_GRAD
+from dualpipe_jax._schedule.ir import DEFERRED, FORWARD, INPUT_GRAD, WEIGHT_GRAD
 
 PyTree = Any
 # What a row holds besides the columns of the tables: whether the tick ends in a permute.
@@ -41,11 +42,11 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
         slot = spare_slots(state, row, "read", "keep")
-        if rank.recomputes:
+        if rank.defers:
             slot |= _deferred_slots(row)
         state, out = _act(rank, store_arrivals(state, row), {**row, **slot})
         if rank.poison:
-            state, out = _poison_dead(state, out, {**row, **slot})
+            state, out = _poison_dead(rank, state, out, {**row, **slot})
         state = state._replace(received=registers.write(state.received, out, slot["keep"]))
         if num_ranks == 1:
             return state
@@ -98,14 +99,22 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
         state, out = rank.forward(state, out, row, chunk, is_mine & (opcode == FORWARD))
         if not has_gradients:
             continue
-        state, dx = rank.input_grad(state, pick(out), row, chunk, is_mine & (opcode == INPUT_GRAD))
-        out = place(out, dx)
-        is_on = is_mine & (opcode == WEIGHT_GRAD)
-        if rank.recomputes:
-            is_put_off = row["is_deferred"] > 0
-            state = rank.weight_grad(state, row, chunk, is_on & is_put_off, "deferred")
-            is_on &= ~is_put_off
-        state = rank.weight_grad(state, row, chunk, is_on)
+        is_i, is_w = (is_mine & (opcode == each) for each in (INPUT_GRAD, WEIGHT_GRAD))
+        is_put_off = row["is_deferred"] > 0 if rank.defers else np.False_
+        if rank.full_backward:
+            state, dx = rank.backward(state, pick(out), row, chunk, is_i & ~is_put_off)
+            out = place(out, dx)
+            if rank.defers:
+                is_i &= is_put_off
+                state, dx = rank.input_grad(state, pick(out), row, chunk, is_i, DEFERRED)
+                out = place(out, dx)
+        else:
+            state, dx = rank.input_grad(state, pick(out), row, chunk, is_i)
+            out = place(out, dx)
+        if rank.defers:
+            state = rank.weight_grad(state, row, chunk, is_w & is_put_off, DEFERRED)
+        if not rank.full_backward:
+            state = rank.weight_grad(state, row, chunk, is_w & ~is_put_off)
     state, out = when(
         (opcode == FORWARD) & is_last,
         lambda carry: rank.head(carry[0], carry[1], row),
@@ -121,10 +130,10 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
 
 
 def _deferred_slots(row: Row) -> Row:
-    """Says whether a W is deferred, of which I has to keep what it recomputes from.
+    """Says whether a W is deferred, of which I has to keep what it needs in a slot for those.
 
-    Every I writes a stash, that of a deferred W to no harm: what directly follows an I leaves none
-    in use at another.
+    Without full backwards every I writes a stash too, that of a deferred W to no harm: what
+    directly follows an I leaves none in use at another.
     """
     is_deferred = row["deferred"] >= 0
     return {
@@ -134,7 +143,7 @@ def _deferred_slots(row: Row) -> Row:
     }
 
 
-def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
+def _poison_dead(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
     """Overwrites every slot whose last read was in this tick, and what nobody should send."""
     opcode = row["opcode"]
     by_input_grad, by_weight_grad = opcode == INPUT_GRAD, opcode == WEIGHT_GRAD
@@ -146,8 +155,9 @@ def _poison_dead(state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
         received=registers.poison(state.received, row["read"]),
         residual=overwrite(state.residual, row["residual"], by_input_grad),
         weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
-        stash=overwrite(state.stash, row["stash"], by_weight_grad),
     )
+    if not rank.full_backward:
+        state = state._replace(stash=overwrite(state.stash, row["stash"], by_weight_grad))
     if "is_deferred" in row:
         is_dead = by_weight_grad & (row["is_deferred"] > 0)
         deferred = overwrite(state.deferred, row["deferred"], is_dead)

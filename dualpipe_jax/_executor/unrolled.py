@@ -13,8 +13,8 @@ all-to-alls so have the other direction's compute to hide behind. A beat of four
     I  3   2   1 0 -> cotangent to it       layers 3, 2: I reads, then F writes
     W    3   2       1 0                    of the last layers: x and cotangent travel meanwhile
 
-One after the other, for CPUs: F of all layers, then of each I and W, so that all reads of a beat
-come after its writes, and only the next beat's writes have to wait.
+One after the other, for CPUs: F of all layers, then of each I and W in its turn, so that all reads
+of a beat come after its writes, and only the next beat's writes have to wait.
 
 How the order is said is `order.py`'s matter.
 """
@@ -122,9 +122,13 @@ def run_beat(
     else:
         for layer in f_layers:
             keep(layer, run_forward(layer))
+        row, turn = i_row, rank.first_turn(i_row)
         for layer in i_layers:
+            i_row = rank.in_turn(row, turn)
             run_input_grad(layer)
             run_weight_grads(0)
+            grads, _ = state.take_grads(backward, gradients.late)
+            turn = rank.next_turn(turn, layer, grads[layer.kind], dx)
     state = state.put_aux(forward, aux, metrics)
 
     def weight_grads(state: State, sent: PyTree, arrivals: PyTree) -> tuple[State, PyTree, PyTree]:

@@ -38,8 +38,8 @@ def compile_program(
     Args:
         program: The program.
         timetable: One of `TIMETABLES`.
-        stash_deferred: Whether every I stashes for its W; else an I whose W is deferred keeps in
-            slots of another kind what that W cannot recompute.
+        stash_deferred: Whether every I stashes for its W; else what a deferred W needs has slots of
+            another kind, be it that it recomputes the rest, or that no other W needs any.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.

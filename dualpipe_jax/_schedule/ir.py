@@ -19,8 +19,8 @@ TIMETABLES = ("shortest", "aligned")
 TICKS_PER_BEAT = 3
 # The buffers of an executor, by the name under which `num_slots` counts their slots.
 BUFFERS = ("received", "residual", "weight_residual", "stash")
-# One more, in tables whose deferred W's recompute: a W is deferred if its rank does anything else
-# between its I and it.
+# One more, in tables that keep apart what deferred W's need: a W is deferred if its rank does
+# anything else between its I and it.
 DEFERRED = "deferred"
 
 
@@ -344,8 +344,9 @@ class Tables:
     W     reads `weight_residual` and `stash`      adds to the gradient
     ====  =======================================  ============================================
 
-    An I and its W name a slot in `deferred` and none in `stash` if that W is to recompute: then I
-    keeps the little that W cannot make again, and no stash is in use on that rank in their ticks.
+    In tables that have `deferred`, an I whose W is deferred and that W name a slot in it, and none
+    in `stash`: there I keeps what W needs, or if that recomputes the little that it cannot make
+    again; no stash is in use on that rank in their ticks.
 
     The output of F is x, of the last stage's F the cotangent that the head's gradient gives, of I
     the cotangent of its x. A slot is free after the last read: of `read` its action, of `residual`
@@ -373,7 +374,7 @@ class Tables:
     num_microbatches: int
     num_chunks: int
     stage_of: np.ndarray  # int32[num_chunks, num_ranks]
-    num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if some W recomputes
+    num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if that is kept apart
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
     steady: Steady | None = None

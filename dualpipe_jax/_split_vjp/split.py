@@ -49,13 +49,13 @@ class SplitVjp:
         gradient may read both); tuples of arrays. `aux` is the block's Aux.
       input_grad: `(params, ctx, residual, weight_residual, dy, daux) -> (dx, stash, deferred,
         early)`; dy and dx are lists with an array for every floating-point leaf of x, daux is the
-        aux loss's cotangent, or None, `stash` is
-        what the weight gradient needs of the input gradient's work, `deferred` the same for one
-        that recomputes, and `early` a list of gradients for the leaves of params in which
-        `is_early` is True.
+        aux loss's cotangent, or None, `stash` is what the weight gradient needs of the input
+        gradient's work, `deferred` the same for a deferred one, which may recompute, and `early` a
+        list of gradients for the leaves of params in which `is_early` is True.
       weight_grad: `(params, ctx, weight_residual, stash) -> late`, a list of gradients for the
         leaves of params in which `is_late` is True.
-      recompute_weight_grad: `(params, ctx, weight_residual, deferred) -> late`, the same from less.
+      deferred_weight_grad: `(params, ctx, weight_residual, deferred) -> late`, the same from less
+        if it recomputes.
       residual: Avals of `residual`; so are `weight_residual`, `stash` and `deferred` of theirs.
       residual_parts: For each of `residual` in how many parts its readers take it; so are
         `weight_residual_parts`. See `crossing.parts_of`.
@@ -78,7 +78,7 @@ class SplitVjp:
     forward: Callable[..., tuple[PyTree, Any, Arrays, Arrays]]
     input_grad: Callable[..., tuple[list[jax.Array], Arrays, Arrays, list[jax.Array]]]
     weight_grad: Callable[..., list[jax.Array]]
-    recompute_weight_grad: Callable[..., list[jax.Array]]
+    deferred_weight_grad: Callable[..., list[jax.Array]]
     residual: tuple[Any, ...]
     weight_residual: tuple[Any, ...]
     stash: tuple[Any, ...]
@@ -129,8 +129,7 @@ def split_vjp(
       x: The activation, arrays or avals.
       ctx: The context, arrays or avals; it has no cotangent.
       wanted: For every leaf of params whether it gets a gradient; None for all floating-point ones.
-      recomputes: Whether some weight gradients are to recompute; else `deferred` is empty, and
-        `recompute_weight_grad` not to be called.
+      recomputes: Whether deferred weight gradients are to recompute; else `deferred` is the stash.
 
     Returns:
       A SplitVjp.
@@ -185,11 +184,11 @@ def split_vjp(
     weight_nodes = needed([*known, *weight_nodes], dparams, known={*kept, *stash})
     weight_residual = kept & ({v for n in weight_nodes for v in n.reads} | set(dparams))
 
-    # A weight gradient that recomputes may run everything again, from what is kept for it anyway
-    # and the fewest bytes besides: the cotangents of the block's outputs, or less.
-    deferred: set[int] = set()
-    again = needed([*known, *backward], dparams, known=kept)
+    deferred, deferred_nodes = set(stash), weight_nodes
     if recomputes:
+        # It may run everything again, from what is kept for it anyway and the fewest bytes besides:
+        # the cotangents of the block's outputs, or less.
+        again = needed([*known, *backward], dparams, known=kept)
         in_input_grad = {id(n) for n in input_nodes}
         deferred = minimum_cut(
             again,
@@ -200,6 +199,7 @@ def split_vjp(
             is_free=lambda v: graph.when[v] is When.ALWAYS or v in weight_residual,
             prefer_late=True,
         )
+        deferred_nodes = needed(again, dparams, known={*weight_residual, *deferred})
     return _assemble(
         trace,
         residual=tuple(sorted(kept - weight_residual)),
@@ -216,7 +216,7 @@ def split_vjp(
         ),
         input_nodes=input_nodes,
         weight_nodes=weight_nodes,
-        again_nodes=needed(again, dparams, known={*weight_residual, *deferred}),
+        deferred_nodes=deferred_nodes,
         early=early,
         late=dparams,
         casts=_find_casts(trace, nodes),
@@ -363,7 +363,7 @@ def _assemble(
     forward_nodes: list[Node],
     input_nodes: list[Node],
     weight_nodes: list[Node],
-    again_nodes: list[Node],
+    deferred_nodes: list[Node],
     early: list[int],
     late: list[int],
     casts: dict[tuple[int, Any], list[int]],
@@ -440,7 +440,7 @@ def _assemble(
         forward=jax.jit(forward),
         input_grad=jax.jit(input_grad),
         weight_grad=weight_grad_from(stash, weight_nodes),
-        recompute_weight_grad=weight_grad_from(deferred, again_nodes),
+        deferred_weight_grad=weight_grad_from(deferred, deferred_nodes),
         residual=tuple(avals[v] for v in residual),
         weight_residual=tuple(avals[v] for v in weight_residual),
         stash=tuple(avals[v] for v in stash),
@@ -458,7 +458,7 @@ def _assemble(
         working_bytes=max(
             working_bytes(trace.graph, forward_nodes, {*residual, *weight_residual}),
             working_bytes(trace.graph, input_nodes, {*stash, *deferred}),
-            working_bytes(trace.graph, again_nodes),
+            working_bytes(trace.graph, deferred_nodes),
         ),
     )
 

@@ -25,6 +25,9 @@ from tests.test_kinds import make_params as make_kinds_params
         ("tpu", "dualpipe", 4, 10, 8, {"unroll_layers": False, "remat": "block"}),
         ("tpu", "dualpipev", 2, 8, 8, {"remat": "block"}),
         ("tpu", "dualpipe", 3, 9, 7, {}),  # unlike stages
+        ("tpu", "dualpipe", 4, 10, 8, {"full_backward": True}),
+        ("tpu", "dualpipev", 2, 8, 12, {"full_backward": True, "unroll_layers": False}),
+        ("tpu", "dualpipe", 3, 9, 7, {"full_backward": True, "remat": "block"}),
     ],
 )
 def test_interleaved_beats_equal_the_sequential_model(
@@ -45,13 +48,14 @@ def test_interleaved_beats_equal_the_sequential_model(
     model = make_model(frozenset(FEATURES))
     params, batch = make_params(num_layers), make_batch(num_microbatches)
     rng = jax.random.key(5)
+    more: dict[str, Any] = {"full_backward": False} | options  # as is the default there
     grad_fn = dpj.value_and_grad(
         model,
         mesh=make_mesh(num_ranks),
         num_microbatches=num_microbatches,
         schedule=schedule,
         timetable="aligned",
-        **options,
+        **more,
     )
     sequential = dpj.sequential(model, num_microbatches=num_microbatches)
     reference = jax.value_and_grad(sequential, has_aux=True, allow_int=True)
@@ -80,7 +84,12 @@ def test_what_weight_grads_hide_changes_no_value(
     monkeypatch.setattr(unrolled, "_can_hide", can_hide)
     model, params, batch = make_model(frozenset(FEATURES)), make_params(6), make_batch(8)
     grad_fn = dpj.value_and_grad(
-        model, mesh=make_mesh(2), num_microbatches=8, timetable="aligned", remat=remat
+        model,
+        mesh=make_mesh(2),
+        num_microbatches=8,
+        timetable="aligned",
+        remat=remat,
+        full_backward=False,
     )
     rng = jax.random.key(5)
     reference = jax.value_and_grad(
@@ -181,6 +190,7 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
         mesh=make_mesh(num_ranks),
         num_microbatches=num_microbatches,
         timetable="aligned",
+        full_backward=False,
         **options,
     )
     rng = jax.random.key(5)

@@ -116,9 +116,11 @@ class _WithBarrier(Rank):
         self.made[:] = [out[0]]
         return out
 
-    def input_grad_of(self, layer: Layer, dy: list[jax.Array], *rest: Any) -> Any:
+    def input_grad_of(
+        self, layer: Layer, dy: list[jax.Array], kept: Any, kept_longer: Any, row: Any, chunk: int
+    ) -> Any:
         dy, _ = lax.optimization_barrier((dy, self.made))
-        return super().input_grad_of(layer, dy, *rest)
+        return super().input_grad_of(layer, dy, kept, kept_longer, row, chunk)
 
 
 @pytest.mark.slow

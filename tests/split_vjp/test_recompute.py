@@ -23,7 +23,7 @@ def both_weight_grads(parts, params, x, ctx=None):
     assert [(v.shape, v.dtype) for v in deferred] == [(a.shape, a.dtype) for a in parts.deferred]
     return (
         parts.weight_grad(params, ctx, weight_residual, stash),
-        parts.recompute_weight_grad(params, ctx, weight_residual, deferred),
+        parts.deferred_weight_grad(params, ctx, weight_residual, deferred),
     )
 
 
@@ -77,10 +77,13 @@ def test_only_the_one_put_off_recomputes():
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         for avals in (parts.weight_residual, parts.deferred)
     )
-    dots = checks.count("dot_general", parts.recompute_weight_grad, params, None, kept, deferred)
+    dots = checks.count("dot_general", parts.deferred_weight_grad, params, None, kept, deferred)
     assert dots == 5
 
 
-def test_without_recomputation_nothing_is_deferred():
+def test_without_recomputation_a_deferred_weight_grad_has_its_stash():
     block, params = flax_block(Mlp())
-    assert checks.split(jax.checkpoint(block), params, SEQUENCE).deferred == ()
+    parts = checks.split(jax.checkpoint(block), params, SEQUENCE)
+    assert parts.deferred == parts.stash
+    stashed, deferred = jax.jit(lambda p, x: both_weight_grads(parts, p, x))(params, SEQUENCE)
+    checks.assert_leaves_close("the same", stashed, deferred, 0)
