@@ -77,9 +77,10 @@ def value_and_grad(
         nothing is recomputed, and this is without effect.
       full_backward: Whether an input grad that its weight grad follows at once runs with it, layer
         by layer, as a full backward (B). It takes no stash of all layers of a stage, but the
-        neighbour gets its cotangent only when all of it is done. The straight-line code of
-        `"aligned"` is left as it is, and so is a weight grad that the schedule puts off. None: on
-        CPUs, whose devices send nothing anywhere.
+        neighbour gets its cotangent only when all of it is done: timetables are made for halves,
+        and all but dualpipe and dualpipev lose more than it is worth (`simulate` says how much).
+        The straight-line code of `"aligned"` is left as it is, and so is a weight grad that the
+        schedule puts off. None: on CPUs, whose devices send nothing anywhere.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor

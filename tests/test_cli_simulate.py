@@ -88,6 +88,17 @@ def test_options_reach_the_simulation() -> None:
     assert re.search(rf"^dualpipe +aligned +{expected.makespan:g} ", table, flags=re.MULTILINE)
 
 
+def test_full_backwards_are_simulated_and_named() -> None:
+    sizes = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "16"]
+    split, full = (
+        json.loads(run(*sizes, *more, "--format", "json").output)[0]["makespan"]
+        for more in ((), ("--full-backward",))
+    )
+    assert full > split
+    assert "full backwards" in run(*sizes, "--full-backward").output
+    assert "full backwards" not in run(*sizes).output
+
+
 def test_terminal_gets_the_same_table() -> None:
     colored, code = in_terminal(command="simulate", columns=120)
     assert code == 0

@@ -12,7 +12,7 @@ from dualpipe_jax import schedules
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, Program, Tables
 from dualpipe_jax._simulate import Costs, Simulation, fastest_timetable, simulate
-from dualpipe_jax._simulate.replay import replay, replay_dependencies
+from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax.schedules import Schedule
 from tests.schedule.test_random_programs import programs
 from tests.schedules_under_test import NAMES, WIDE_SIZES
@@ -370,6 +370,32 @@ def test_the_reference_meets_runs(name: str, size: tuple[int, int]) -> None:
     for transfer in (0, 0.1, 3):
         makespan = replay(tables, work, transfer=transfer).max()
         assert math.isclose(makespan, wait_as_told(tables, work, transfer), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("timetable", ["shortest", "aligned"])
+@pytest.mark.parametrize("name", NAMES)
+def test_full_backwards_are_the_same_work_and_waited_for(name: str, timetable: str) -> None:
+    options = {"costs": Costs(forward=2, weight_grad=0.5), "timetable": timetable}
+    for size in ((1, 2), (2, 8), (3, 12), (4, 16)):
+        split = run(name, *size, **options)
+        full = run(name, *size, **options, full_backward=True)
+        assert full.work == pytest.approx(split.work)
+        assert full.makespan >= full.dependency_makespan >= split.dependency_makespan
+        assert (full.makespan > split.makespan) or size[0] <= 2
+    # By hand: 1I0 and 1W0, then 0I0 and 0W0, where 1W0 ran beside 0I0.
+    one = {"costs": Costs(forward=2, input_grad=3, weight_grad=5)}
+    assert run("1f1b", 2, 1, **one).makespan == 2 + 2 + 3 + 3 + 5
+    assert run("1f1b", 2, 1, **one, full_backward=True).makespan == 2 + 2 + (3 + 5) + (3 + 5)
+
+
+def test_beats_of_a_run_are_no_full_backwards() -> None:
+    tables = make("dualpipe", 4, 16).compiled(timetable="aligned").tables
+    assert tables.steady is not None
+    work = np.array([0.0, 2, 3, 5])[tables.opcode]
+    full = as_full_backwards(tables, work)
+    ticks = tables.steady.ticks
+    assert (full[ticks] == work[ticks]).all()
+    assert (full[: ticks.start] != work[: ticks.start]).any()
 
 
 def test_a_ring_waits_all_round() -> None:

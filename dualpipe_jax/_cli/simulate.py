@@ -65,6 +65,11 @@ _NOTES = (
 )
 @click.option("--head", type=float, default=0.0, show_default=True, help="Of the head's forward.")
 @click.option(
+    "--full-backward",
+    is_flag=True,
+    help="Have a weight grad run with the input grad that it follows, outside of the run of beats.",
+)
+@click.option(
     "--layers",
     type=int,
     help="Of the model; the first stages get one more. By default all stages are equal.",
@@ -85,6 +90,7 @@ def simulate(
     transfer: float,
     embed: float,
     head: float,
+    full_backward: bool,
     layers: int | None,
     output_format: str,
 ) -> None:
@@ -110,6 +116,7 @@ def simulate(
                     transfer=transfer,
                     num_layers=layers,
                     timetable=timetable,
+                    full_backward=full_backward,
                 )
             )
         except ValueError as error:
@@ -125,6 +132,7 @@ def simulate(
             f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
             f"W={all_costs.weight_grad:g}; "
             f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
+            f"{', full backwards' if full_backward else ''}"
         )
         rows = [_row(simulation) for simulation in simulations]
         print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), breaks=("waits",))

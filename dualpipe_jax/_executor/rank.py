@@ -213,6 +213,7 @@ class Rank:
         return state.put_aux(chunk, aux, metrics), x
 
     # B: I and W of a layer, then of the one before it, and nothing in between waits in a slot
+    @jax.named_scope(_scopes.FULL_BACKWARD)
     def backward(
         self, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any
     ) -> tuple[State, list[jax.Array]]:

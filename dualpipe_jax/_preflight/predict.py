@@ -56,7 +56,8 @@ def predict(
       outside_seconds: How long what stands outside the loops takes.
       device: What is published of the devices.
     """
-    named = {_scopes.read_schedule(each.op_name) for each in module.within(module.entry)} - {None}
+    names = [each.op_name for each in module.within(module.entry)]
+    named = {_scopes.read_schedule(name) for name in names} - {None}
     if device is None or device.clock is None:
         return Prediction(reason="the compiler gives no cycles on this platform")
     if loop is None or loop.kind != "steady":
@@ -80,7 +81,13 @@ def predict(
     transfer = max(
         (each.link_seconds or 0 for each in collectives if _scopes.SEND in each.op_name), default=0
     )
-    simulation = simulate(made, costs=costs, transfer=transfer * device.clock, timetable="aligned")
+    simulation = simulate(
+        made,
+        costs=costs,
+        transfer=transfer * device.clock,
+        timetable="aligned",
+        full_backward=any(_scopes.FULL_BACKWARD in name for name in names),
+    )
     loop_seconds = simulation.makespan / device.clock
     return Prediction(
         seconds=loop_seconds + (outside_seconds or 0),

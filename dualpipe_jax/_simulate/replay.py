@@ -37,7 +37,42 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Steady, Tables
+from dualpipe_jax._schedule.ir import (
+    INPUT_GRAD,
+    TICKS_PER_BEAT,
+    WEIGHT_GRAD,
+    Pairs,
+    Steady,
+    Tables,
+)
+
+
+def as_full_backwards(tables: Tables, work: np.ndarray) -> np.ndarray:
+    """Has what a weight grad takes be part of the input grad that it follows, outside of the run.
+
+    Arguments and result are as `work` of `replay`.
+
+    >>> from dualpipe_jax import schedules
+    >>> tables = schedules.make("zb-h1", num_ranks=2, num_microbatches=2).compiled().tables
+    >>> work = np.array([0.0, 3, 1, 1])[tables.opcode]
+    >>> for before, after in zip(work.T, as_full_backwards(tables, work).T, strict=True):
+    ...     print(*(f"{ticks:g}" for ticks in before), "->", *(f"{ticks:g}" for ticks in after))
+    3 3 0 1 1 1 1 -> 3 3 0 2 0 2 0
+    0 3 1 3 1 1 1 -> 0 3 1 3 2 0 1
+    """
+    work = work.copy()
+    in_run = np.zeros(tables.num_ticks, bool)
+    if tables.steady is not None:
+        in_run[tables.steady.ticks] = True
+    for rank, opcode in enumerate(tables.opcode.T):
+        acts = np.flatnonzero(opcode)
+        before, here = acts[:-1], acts[1:]
+        follows = (opcode[before] == INPUT_GRAD) & (opcode[here] == WEIGHT_GRAD) & ~in_run[here]
+        for column in (tables.stage, tables.microbatch):
+            follows &= column[before, rank] == column[here, rank]
+        work[before[follows], rank] += work[here[follows], rank]
+        work[here[follows], rank] = 0
+    return work
 
 
 def replay(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._simulate.costs import Costs
 from dualpipe_jax._simulate.published import published_bubble
-from dualpipe_jax._simulate.replay import replay, replay_dependencies
+from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax._stage_sizes import require_sum, stage_sizes
 from dualpipe_jax.schedules import Schedule
 
@@ -66,6 +66,7 @@ def simulate(
     num_layers: int | None = None,
     layers_per_stage: Sequence[int] | None = None,
     timetable: str = FASTEST,
+    full_backward: bool = False,
 ) -> Simulation:
     """Replays the tables of a schedule.
 
@@ -84,6 +85,8 @@ def simulate(
       layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`.
       timetable: As `Schedule.timeline`; or `"fastest"`, whichever is faster at these costs, the
         shortest if they are equally fast or the schedule cannot be aligned.
+      full_backward: As for `value_and_grad`: whether a weight grad runs with the input grad that it
+        follows, so that the neighbour waits for both.
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
@@ -97,6 +100,7 @@ def simulate(
             "transfer": transfer,
             "num_layers": num_layers,
             "layers_per_stage": layers_per_stage,
+            "full_backward": full_backward,
         }
         made = simulate(schedule, timetable="shortest", **options)
         if not (schedule.program.units.pair >= 0).any():
@@ -140,6 +144,8 @@ def simulate(
         share = layers_of_stage * (num_ranks / num_layers)
         recomputes = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
         work = work + recomputes * costs.recompute * share[tables.stage]
+    if full_backward:
+        work = as_full_backwards(tables, work)
     makespan = float(replay(tables, work, transfer=transfer).max())
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)

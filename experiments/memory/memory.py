@@ -56,8 +56,18 @@ class Row:
     fits: bool = True
 
 
-def measure(name: str, sizes: Sizes, *, remat: str, microbatches: int) -> tuple[Row, str]:
-    """Compiles one step; returns its row, and the library's own account of it."""
+def measure(
+    name: str, sizes: Sizes, *, remat: str, microbatches: int, full_backward: bool = False
+) -> tuple[Row, str]:
+    """Compiles one step; returns its row, and the library's own account of it.
+
+    Args:
+      name: A schedule's, or that of the recipe.
+      sizes: The sizes.
+      remat: "none" or "block".
+      microbatches: How many.
+      full_backward: As `dpj.value_and_grad` takes it, where the step is the library's.
+    """
     model = LanguageModel(
         layers=sizes.layers, width=sizes.width, heads=sizes.heads, vocabulary=sizes.vocabulary
     )
@@ -76,6 +86,7 @@ def measure(name: str, sizes: Sizes, *, remat: str, microbatches: int) -> tuple[
             axis=variants.AXIS,
             remat=remat,
             schedule=name,
+            full_backward=full_backward,
         )
         memory = grad_fn.memory(*args)
         account, terms = str(memory), memory.num_bytes
@@ -151,8 +162,35 @@ def table(rows: list[Row]) -> str:
 @click.option("--sequence", type=flags.POSITIVE, default=512, show_default=True)
 @click.option("--vocabulary", type=flags.POSITIVE, default=1024, show_default=True)
 @click.option("--microbatch-size", type=flags.POSITIVE, default=1, show_default=True)
+@click.option(
+    "--schedule",
+    "schedules",
+    type=click.Choice(dpj.schedules.names()),
+    multiple=True,
+    default=("dualpipe", "dualpipev"),
+    show_default=True,
+    help="Once for each; the first with both numbers of microbatches.",
+)
+@click.option(
+    "--remat",
+    "remats",
+    type=click.Choice(variants.REMATS),
+    multiple=True,
+    default=variants.REMATS,
+    show_default=True,
+    help="Once for each.",
+)
+@click.option(
+    "--full-backward", is_flag=True, help="Run an input grad and its weight grad layer by layer."
+)
 @click.option("--write-readme", is_flag=True, help="Put the table into the README.")
-def command(write_readme: bool, **options: Any) -> None:
+def command(
+    schedules: tuple[str, ...],
+    remats: tuple[str, ...],
+    full_backward: bool,
+    write_readme: bool,
+    **options: Any,
+) -> None:
     """Compare what a step holds with its own account, and with GPipe by `jax.grad`."""
     sizes = Sizes(**options)
     if sizes.layers % sizes.ranks:
@@ -161,19 +199,23 @@ def command(write_readme: bool, **options: Any) -> None:
             "rank has as many"
         )
     few, many = 4 * sizes.ranks, 16 * sizes.ranks
+    first, *others = dict.fromkeys(schedules)
+    counts_of = {
+        first: (few, many),
+        **dict.fromkeys(others, (few,)),
+        variants.RECIPE: (few, many),
+    }
     cases = [
         (name, remat, count)
-        for remat in variants.REMATS
-        for name, counts in (
-            ("dualpipe", (few, many)),
-            ("dualpipev", (few,)),
-            (variants.RECIPE, (few, many)),
-        )
+        for remat in dict.fromkeys(remats)
+        for name, counts in counts_of.items()
         for count in counts
     ]
     rows, account = [], ""
     for name, remat, count in track(cases, "compiling", transient=True):
-        row, mine = measure(name, sizes, remat=remat, microbatches=count)
+        row, mine = measure(
+            name, sizes, remat=remat, microbatches=count, full_backward=full_backward
+        )
         account = account or mine
         rows.append(row)
     click.echo(table(rows))

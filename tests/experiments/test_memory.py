@@ -19,12 +19,16 @@ SIZES = memory.Sizes(
 
 
 @pytest.mark.slow
-def test_a_step_of_the_library_has_an_account_beside_its_peak() -> None:
+@pytest.mark.parametrize("full_backward", [False, True])
+def test_a_step_of_the_library_has_an_account_beside_its_peak(full_backward: bool) -> None:
     with jax.enable_x64(False):
-        row, account = memory.measure("dualpipe", SIZES, remat="block", microbatches=16)
+        row, account = memory.measure(
+            "dualpipe", SIZES, remat="block", microbatches=16, full_backward=full_backward
+        )
     assert row.terms is not None
     assert row.peak > 0
     assert f"{row.terms / 2**20:,.1f} MiB" in account.splitlines()[-1]
+    assert ("stash of a full backward" in account) == full_backward
 
 
 def test_table_has_a_line_for_every_row() -> None:
@@ -48,6 +52,8 @@ def test_table_has_a_line_for_every_row() -> None:
         ("--layers 6", "--layers 6: must be a multiple of --ranks 4"),
         ("--width 0", "0 is not in the range"),
         ("--wide 3", "No such option"),
+        ("--schedule gpipes", "'gpipes' is not one of"),
+        ("--remat all", "'all' is not one of"),
     ],
 )
 def test_mistake_is_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,16 @@ def predict(*more: str, limit: str = "constant(5)", entry: str = "") -> Predicti
     return _analysis(module, network(pipe=4))[1]
 
 
-def simulated(**costs: float) -> float:
+def simulated(*, full_backward: bool = False, **costs: float) -> float:
     made = schedules.make("dualpipe", num_ranks=4, num_microbatches=16)
     # Each transfer takes the links 16 s.
-    return simulate(made, costs=Costs(**costs), transfer=16, timetable="aligned").makespan
+    return simulate(
+        made,
+        costs=Costs(**costs),
+        transfer=16,
+        timetable="aligned",
+        full_backward=full_backward,
+    ).makespan
 
 
 def test_costs_are_those_of_a_beat() -> None:
@@ -75,6 +81,16 @@ def test_the_embedding_counts_with_its_gradient() -> None:
     embed = 24 * 100 / (100 + 140)
     expected = simulated(forward=100, input_grad=120, weight_grad=140, embed=embed)
     assert made.seconds == pytest.approx(expected)
+
+
+def test_full_backwards_around_the_run_are_seen() -> None:
+    full = (
+        f'{work("b", 0)}, metadata={{op_name="{SCOPE}/{_scopes.RAMP}/{_scopes.FULL_BACKWARD}/op"}}'
+    )
+    made, split = predict(entry=full), predict()
+    cycles = {"forward": 100, "input_grad": 120, "weight_grad": 140}
+    assert made.seconds == pytest.approx(simulated(**cycles, full_backward=True))
+    assert (made.seconds or 0) > (split.seconds or 0)
 
 
 def test_what_is_outside_the_loops_is_added() -> None:
