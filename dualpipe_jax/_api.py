@@ -79,8 +79,9 @@ def value_and_grad(
         by layer, as a full backward (B). It takes no stash of all layers of a stage, but the
         neighbour gets its cotangent only when all of it is done: timetables are made for halves,
         and all but dualpipe and dualpipev lose more than it is worth (`simulate` says how much).
-        The straight-line code of `"aligned"` is left as it is, and so is a weight grad that the
-        schedule puts off. None: on CPUs, whose devices send nothing anywhere.
+        A weight grad that the schedule puts off is left where it is, and so, but on CPUs, is the
+        straight-line code of `"aligned"`. None: on CPUs, which mostly stand in for accelerators
+        in tests, with no link between them; that step is not what an accelerator would run.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
@@ -217,8 +218,10 @@ class GradFunction:
           rng: As for a call.
 
         Returns:
-          A MemoryReport; `print` it, or see its `terms`. The compiler has the last word:
-          `preflight` asks it.
+          A MemoryReport; `print` it, or see its `terms`. It is of the step as the mesh's devices
+          would run it: one over CPUs has full backwards unless told otherwise (an AbstractMesh
+          without devices, or with TPUs, has not). The compiler has the last word: `preflight`
+          asks it.
 
         Raises:
           ValueError: As a call.

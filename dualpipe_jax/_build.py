@@ -72,7 +72,7 @@ class Builder:
             np.prod([axes.mesh.shape[name] for name in axes.batch_axes], dtype=int)
         )
         self._shards = ", ".join(map(repr, axes.batch_axes))
-        self._steps: dict[int, Callable[..., Any]] = {}
+        self._steps: dict[tuple[int, bool], Callable[..., Any]] = {}
 
     @property
     def _has_full_backward(self) -> bool:
@@ -87,7 +87,7 @@ class Builder:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
             # Inside the user's jit: traced as part of it, as often as it is.
             return step
-        return self._steps.setdefault(step.num_layers, jax.jit(step))
+        return self._steps.setdefault((step.num_layers, step.full_backward), jax.jit(step))
 
     def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
         """Gives the step, to be traced."""

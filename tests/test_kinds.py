@@ -112,6 +112,7 @@ class Case(NamedTuple):
     remat: Any = "none"
     timetable: str | None = None
     unroll_layers: bool | None = None
+    full_backward: bool | None = None  # None: on CPUs, as here
 
     def __str__(self) -> str:
         return "-".join(
@@ -120,18 +121,24 @@ class Case(NamedTuple):
             + ([] if self.remat == "none" else ["remat"])
             + ([] if self.timetable is None else [self.timetable])
             + (["loop"] if self.unroll_layers is False else [])
+            + (["split"] if self.full_backward is False else [])
         )
 
 
 ALL = "dropout weight block_has_aux has_aux"
 CASES = [
-    Case("dualpipe", 2, 4, "DMMDM", ALL),  # both kinds in both stages, odd counts
+    Case(
+        "dualpipe", 2, 4, "DMMDM", ALL, full_backward=False
+    ),  # both kinds in both stages, odd counts
     Case("dualpipe", 3, 5, "DDMMMMM", "block_has_aux", "block"),  # DDM MM MM
     Case("1f1b", 3, 4, "DDDDMMMM", "dropout"),  # DDD DMM MM
+    Case("zb-h1", 3, 4, "DMDMDM", "dropout", "block", full_backward=False),
     Case("dualpipe", 4, 8, "DMDMDMDM", "block_has_aux dropout"),  # every stage the same, unrolled
     Case("gpipe", 4, 3, "DDDDMMMMMMMM", "weight"),  # DDD DMM MMM MMM, both stacks sharded
     Case("dualpipev", 2, 4, "DDMMMMMM", "block_has_aux"),  # a chunk without one of the kinds
-    Case("dualpipev", 2, 3, "MDMDSMSMD", ALL),  # three kinds, one without parameters
+    Case(
+        "dualpipev", 2, 3, "MDMDSMSMD", ALL, full_backward=False
+    ),  # three kinds, one without parameters
     Case("1f1b", 2, 4, "DMMDMMDMMDMM", "dropout"),  # every stage the same, in a loop
     # With a straight-line run of beats: stages alike, unrolled and in loops, and unlike.
     Case("dualpipe", 2, 6, "DMDM", "block_has_aux dropout", "block", "aligned"),
@@ -155,6 +162,7 @@ def test_equals_sequential(case: Case) -> None:
         remat=case.remat,
         timetable=case.timetable,
         unroll_layers=case.unroll_layers,
+        full_backward=case.full_backward,
     )
     result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
     want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(

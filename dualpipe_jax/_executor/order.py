@@ -6,7 +6,7 @@ to the end of the loop, the first forward runs with nothing beside it, and what 
 transfer are writes to slots, which could as well be anywhere; on both slot buffers are copied,
 because old and new values live at once. There the order is written into the data. On GPUs a value
 passes through a select whose predicate is true whatever it is computed from; on CPUs, where only
-writes to slots are to wait, a zero is added to the slot.
+slots are to be written later, or read later, a zero is added to the slot.
 """
 
 from collections.abc import Sequence

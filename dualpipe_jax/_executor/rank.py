@@ -330,7 +330,7 @@ class Rank:
                 deferred = put(deferred)
             else:
                 stash = registers.write_layer(stash, values, layer.index, row["stash"])
-                if "is_deferred" in row:  # not in a run of beats, nor where no W recomputes
+                if "is_deferred" in row:  # not in a run of beats, nor without slots for it
                     deferred = when(row["is_deferred"] > 0, put, deferred)
             residual, weight_residual = (
                 registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)

@@ -259,6 +259,10 @@ class Step:
             is_apart=self.layout.is_unrolled,
             recomputes=self.recomputes,
             full_backward=self.full_backward,
+            xla_shards=any(
+                size > 1 and name not in (self.axis, *self.batch_axes, *self.manual_axes)
+                for name, size in self.mesh.shape.items()
+            ),
             platform=platform_of(self.mesh),
         )
 
