@@ -233,19 +233,29 @@ def make_step(
     )
 
 
+def assert_dead_values_are_never_read(
+    schedule: dpj.Schedule, *, num_layers: int = 11, **options: Any
+) -> None:
+    """NaNs in every slot and message that should not be read change nothing, bit for bit."""
+    params, batch = make_params(num_layers), make_batch(schedule.num_microbatches)
+    clean, poisoned = (
+        jax.jit(
+            make_step(schedule, num_layers=num_layers, poison=poison, **options),
+            compiler_options=AS_EVER,
+        )(params, batch, None)
+        for poison in (False, True)
+    )
+    assert_close(poisoned, clean, tolerance=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_microbatches"), [(name, 5) for name in dpj.schedules.names()] + [("dualpipe", 8)]
 )
 def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
-    """NaNs in every slot and message that should not be read change nothing, bit for bit."""
-    schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
-    params, batch = make_params(11), make_batch(num_microbatches)
-    clean, poisoned = (
-        jax.jit(make_step(schedule, poison=poison), compiler_options=AS_EVER)(params, batch, None)
-        for poison in (False, True)
+    assert_dead_values_are_never_read(
+        dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
     )
-    assert_close(poisoned, clean, tolerance=0)
 
 
 @pytest.mark.slow
@@ -253,17 +263,13 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
 def test_dead_values_are_never_read_by_full_backwards(name: str) -> None:
     """With layers in a row, of which stashes are kept for what is put off alone."""
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
-    tables = compile_program(schedule.program, stash_deferred=False).tables
-    options = {"num_layers": 8, "full_backward": True, "stash_deferred": True}
-    params, batch = make_params(8), make_batch(5)
-    clean, poisoned = (
-        jax.jit(
-            make_step(schedule, tables=tables, poison=poison, **options),
-            compiler_options=AS_EVER,
-        )(params, batch, None)
-        for poison in (False, True)
+    assert_dead_values_are_never_read(
+        schedule,
+        tables=compile_program(schedule.program, stash_deferred=False).tables,
+        num_layers=8,
+        full_backward=True,
+        stash_deferred=True,
     )
-    assert_close(poisoned, clean, tolerance=0)
 
 
 @pytest.mark.slow
@@ -275,21 +281,9 @@ def test_dead_values_are_never_read_by_what_recomputes(name: str, full_backward:
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
     tables = compile_program(schedule.program, stash_deferred=False).tables
     assert tables.num_slots["deferred"]
-    params, batch = make_params(11), make_batch(5)
-    clean, poisoned = (
-        jax.jit(
-            make_step(
-                schedule,
-                tables=tables,
-                remat="block",
-                full_backward=full_backward,
-                poison=poison,
-            ),
-            compiler_options=AS_EVER,
-        )(params, batch, None)
-        for poison in (False, True)
+    assert_dead_values_are_never_read(
+        schedule, tables=tables, remat="block", full_backward=full_backward
     )
-    assert_close(poisoned, clean, tolerance=0)
 
 
 @pytest.mark.slow
@@ -315,24 +309,15 @@ def test_dead_values_are_never_read_in_a_run(
         stash_deferred=stash_deferred and not full_backward,
     ).tables
     assert tables.steady is not None
-    params, batch = make_params(num_layers), make_batch(10)
-    clean, poisoned = (
-        jax.jit(
-            make_step(
-                schedule,
-                tables=tables,
-                remat=remat,
-                num_layers=num_layers,
-                unroll_layers=unroll_layers,
-                stash_deferred=stash_deferred,
-                full_backward=full_backward,
-                poison=poison,
-            ),
-            compiler_options=AS_EVER,
-        )(params, batch, None)
-        for poison in (False, True)
+    assert_dead_values_are_never_read(
+        schedule,
+        tables=tables,
+        num_layers=num_layers,
+        remat=remat,
+        unroll_layers=unroll_layers,
+        stash_deferred=stash_deferred,
+        full_backward=full_backward,
     )
-    assert_close(poisoned, clean, tolerance=0)
 
 
 @pytest.mark.slow
@@ -534,13 +519,7 @@ def test_a_program_that_recomputes_nothing_is_as_it_was(
 
 @pytest.mark.slow
 def test_evaluation_never_reads_dead_values() -> None:
-    schedule = dpj.Schedule(forward_only(num_ranks=4, num_microbatches=5))
-    params, batch = make_params(11), make_batch(5)
-    clean, poisoned = (
-        jax.jit(make_step(schedule, poison=poison), compiler_options=AS_EVER)(params, batch, None)
-        for poison in (False, True)
-    )
-    assert_close(poisoned, clean, tolerance=0)
+    assert_dead_values_are_never_read(dpj.Schedule(forward_only(num_ranks=4, num_microbatches=5)))
 
 
 @pytest.mark.slow

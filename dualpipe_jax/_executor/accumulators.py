@@ -36,15 +36,14 @@ class Places(NamedTuple):
 
 def either(first: dict[Kind, Places], second: dict[Kind, Places]) -> dict[Kind, Places]:
     """Joins the places of two actions; some may be of both."""
-    joined = {}
-    for kind, (one, other) in {kind: (first[kind], second[kind]) for kind in first}.items():
+
+    def join(one: Places, other: Places) -> Places:
         rule_of = dict(zip((*one.layer, *other.layer), (*one.rules, *other.rules), strict=True))
-        joined[kind] = Places(
-            layer=tuple(sorted(rule_of)),
-            shared=tuple(sorted({*one.shared, *other.shared})),
-            rules=tuple(rule for _, rule in sorted(rule_of.items(), key=lambda item: item[0])),
-        )
-    return joined
+        layer = tuple(sorted(rule_of))
+        shared = tuple(sorted({*one.shared, *other.shared}))
+        return Places(layer=layer, shared=shared, rules=tuple(rule_of[i] for i in layer))
+
+    return {kind: join(places, second[kind]) for kind, places in first.items()}
 
 
 def take(

@@ -26,7 +26,7 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rows import RESIDUALS, SLOTS, in_rows
-from dualpipe_jax._executor.start import empty_after, one_slot
+from dualpipe_jax._executor.start import empty_after, one_stash
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
@@ -79,8 +79,8 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
         if rank.stashes_in_beats:
             # Only there: in ticks W of what I has just stashed runs with it.
             idle["stash"] = state.stash
-            slots = one_slot(rank.gradients, rank.layout, "stash")
-            in_run["stash"] = empty_after(slots, after=(x, cotangent), poison=rank.poison)
+            stash = one_stash(rank.gradients, rank.layout)
+            in_run["stash"] = empty_after(stash, after=(x, cotangent), poison=rank.poison)
         state = state._replace(**in_run)
         carry = (_in_rows(rank.functions, state), x, pick(cotangent))
         (state, x, cotangent), _ = lax.scan(two_beats, carry, trips)

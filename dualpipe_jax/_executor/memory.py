@@ -86,7 +86,7 @@ def report(
     is_apart: bool,
     recomputes: bool,
     full_backward: bool,
-    xla_shards: bool,
+    takes_turns: bool,
     platform: str | None,
 ) -> MemoryReport:
     """Adds up the arrays of one device.
@@ -102,7 +102,7 @@ def report(
       is_apart: Whether every layer's arrays are its own, as unrolled ones are.
       recomputes: Whether deferred weight gradients recompute what they need.
       full_backward: Whether an I runs with the W that follows it.
-      xla_shards: Whether XLA shards over axes of its own, where layers in a row take no turns.
+      takes_turns: Whether the backwards of layers in a row wait for each other.
       platform: The devices', such as "tpu"; None if it is not known.
     """
     gradients = traced.gradients
@@ -129,27 +129,19 @@ def report(
             terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
     of_one = max((_bytes(block.stash) for block in gradients.block.values()), default=0)
     of_all = f"{most_layers} layers", of_layers("stash")
-    is_cpu = platform == "cpu"
-    # On CPUs XLA orders layers in a row badly, where nothing else does.
-    in_turns = of_all if is_cpu and xla_shards and layout.is_unrolled else ("1 layer", of_one)
-    if tables.steady is not None and layout.is_unrolled:
-        terms.append(
-            Term(
-                "stash of a beat, without a slot",
-                *(in_turns if is_cpu else of_all),
-                "beats" if full_backward or "stash" in idle else "",
-            )
-        )
+    is_cpu, is_unrolled = platform == "cpu", layout.is_unrolled
+    # Other compilers order layers in a row well by themselves.
+    in_turns = of_all if is_cpu and is_unrolled and not takes_turns else ("1 layer", of_one)
+    if tables.steady is not None and is_unrolled:
+        mine = in_turns if is_cpu else of_all
+        phase = "beats" if full_backward or "stash" in idle else ""
+        terms.append(Term("stash of a beat, without a slot", *mine, phase))
     if full_backward:
-        terms.append(
-            Term(
-                "stash of a full backward, without a slot",
-                *in_turns,
-                # On CPUs looped layers have one in beats too; unrolled ones that of a beat.
-                "" if tables.steady is None or (is_cpu and not layout.is_unrolled) else "ticks",
-            )
-        )
-        if tables.steady is not None and not layout.is_unrolled and not is_cpu:
+        # On CPUs looped layers have one in beats too; unrolled ones that of a beat.
+        has_other_beats = tables.steady is not None and (is_unrolled or not is_cpu)
+        phase = "ticks" if has_other_beats else ""
+        terms.append(Term("stash of a full backward, without a slot", *in_turns, phase))
+        if has_other_beats and not is_unrolled:
             terms.append(Term("stashes for W", *of_all, "beats"))
     terms.append(Term("between ranks", "2 x and cotangents", 2 * x))
     if tables.steady is not None:

@@ -51,6 +51,7 @@ class Rank:
       full_backward: Whether the I of a W that follows it runs with it, as a full backward; then
         only what a deferred W needs is kept, in `deferred`.
       defers: Whether what deferred W need is in `deferred`.
+      takes_turns: Whether of layers in a row the backward of each waits for that of the next.
       interleaves: Whether a beat's F and I are to run side by side, on devices that can.
       communicates: Whether the model's functions may have collectives of their own.
       device_kind: The kind of the devices, such as "TPU v5 lite", or None.
@@ -70,6 +71,7 @@ class Rank:
     delivery: Delivery | None = None
     full_backward: bool = False
     defers: bool = False
+    takes_turns: bool = False
     interleaves: bool = False
     communicates: bool = False
     device_kind: str | None = None
@@ -265,13 +267,13 @@ class Rank:
         return self.full_backward and self.interleaves and not self.layout.is_unrolled
 
     # Of layers in a row XLA's CPU compiler runs first what waits for nothing: all that they
-    # recompute. Where XLA shards what they make, no entry of it is picked: it would be gathered.
+    # recompute. (Where it shards what they make, picking an entry of that would gather it.)
     def first_turn(self, row: Row) -> jax.Array | None:
         """Makes the turn of the layer whose backward is first: a zero, but XLA does not know it.
 
         None where layers take no turns.
         """
-        if not self.layout.is_unrolled or self.interleaves or order.xla_shards():
+        if not self.takes_turns:
             return None
         return jnp.minimum(row["microbatch"], 0)
 

@@ -112,13 +112,13 @@ def empty_state(
     )
 
 
-def one_slot(gradients: Gradients, layout: Layout, name: str) -> dict[Kind, PyTree]:
-    """Makes avals of a slot buffer of looped layers that has one slot."""
+def one_stash(gradients: Gradients, layout: Layout) -> dict[Kind, PyTree]:
+    """Makes avals of a single slot for the stash of looped layers."""
 
     def of(kind: Kind, num_layers: int) -> PyTree:
         return tuple(
             jax.ShapeDtypeStruct((1, num_layers, *aval.shape), aval.dtype)
-            for aval in getattr(gradients.block[kind], name)
+            for aval in gradients.block[kind].stash
         )
 
     return {kind: of(kind, stack.max_layers) for kind, stack in layout.stacks.items()}

@@ -37,7 +37,7 @@ from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.seeds import make_seeds
 from dualpipe_jax._executor.start import empty_state
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._executor.tick import SENDS, make_tick
+from dualpipe_jax._executor.tick import make_tick, rows_of
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import DEFERRED, Tables
 from dualpipe_jax._types import Model, PyTree
@@ -64,10 +64,9 @@ class Step:
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
       unroll_layers: Whether a stage's layers are unrolled; None to leave it to their number.
-      stash_deferred: Whether what a deferred weight grad needs is kept, where tables have slots of
-        its own for it, and not recomputed.
-      full_backward: Whether an input grad that its weight grad follows runs with it; tables then
-        have slots of their own for what deferred ones need.
+      stash_deferred: Whether what has slots of its own for a deferred weight grad is its stash.
+      full_backward: Whether an input grad that its weight grad follows runs with it, so that none
+        but deferred ones have slots for what they need.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
@@ -117,6 +116,13 @@ class Step:
     def recomputes(self) -> bool:
         """Whether some weight gradients are deferred, and recompute what they need."""
         return self.defers and not self.stash_deferred
+
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether the backwards of layers in a row are to wait for each other: `Rank.next_turn`."""
+        named = {self.axis, *self.batch_axes, *self.manual_axes}
+        leaves_none = all(n == 1 for axis, n in self.mesh.shape.items() if axis not in named)
+        return platform_of(self.mesh) == "cpu" and self.layout.is_unrolled and leaves_none
 
     @property
     def _slots(self) -> dict[str, int]:
@@ -259,10 +265,7 @@ class Step:
             is_apart=self.layout.is_unrolled,
             recomputes=self.recomputes,
             full_backward=self.full_backward,
-            xla_shards=any(
-                size > 1 and name not in (self.axis, *self.batch_axes, *self.manual_axes)
-                for name, size in self.mesh.shape.items()
-            ),
+            takes_turns=self._takes_turns,
             platform=platform_of(self.mesh),
         )
 
@@ -377,7 +380,7 @@ class Step:
         params = plan.gather(params)
         rank, state, weight = self._start(traced, plan, params, batches, rng, loss_scale)
         num_ranks = self.tables.num_ranks
-        rows, steady = self._rows(), self.tables.steady
+        rows, steady = rows_of(self.tables, self.columns, self.axis), self.tables.steady
         tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
         if self.delivery is not None:
             none = dict.fromkeys(self.layout.stacks)
@@ -414,16 +417,6 @@ class Step:
         state, _ = lax.scan(tick_and_move, state, (rows, now))
         assert state.mail is not None
         return delivery.finish(state.mail, later)
-
-    def _rows(self) -> dict[str, jax.Array]:
-        """What this rank needs of the tables: int32[num_ticks] for each column."""
-        table = np.stack([getattr(self.tables, name) for name in self.columns], axis=-1)
-        mine = lax.dynamic_index_in_dim(
-            jnp.asarray(table, jnp.int32), lax.axis_index(self.axis), axis=1, keepdims=False
-        )
-        sends = jnp.asarray(self.tables.sends, jnp.int32)
-        columns = {name: mine[:, i] for i, name in enumerate(self.columns)}
-        return columns | {name: sends[:, i] for i, name in enumerate(SENDS)}
 
     def _start(
         self,
@@ -469,6 +462,7 @@ class Step:
             delivery=self.delivery,
             full_backward=self.full_backward,
             defers=self.defers,
+            takes_turns=self._takes_turns,
             interleaves=platform_of(self.mesh) != "cpu",
             communicates=bool(self.manual_axes),
             device_kind=device_kind_of(self.mesh),

@@ -12,7 +12,7 @@ updates what passes through a loop in place. (On CPU, a transformer of width 256
 switch copied every buffer twice a tick; so nothing is copied.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,22 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._schedule.ir import DEFERRED, FORWARD, INPUT_GRAD, WEIGHT_GRAD
+from dualpipe_jax._schedule.ir import DEFERRED, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Tables
 
 PyTree = Any
 # What a row holds besides the columns of the tables: whether the tick ends in a permute.
 SENDS = ("sends_right", "sends_left")
+
+
+def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
+    """Takes what this rank needs of the tables: int32[num_ticks] for each column, and `SENDS`."""
+    table = np.stack([getattr(tables, name) for name in columns], axis=-1)
+    mine = lax.dynamic_index_in_dim(
+        jnp.asarray(table, jnp.int32), lax.axis_index(axis), axis=1, keepdims=False
+    )
+    sends = jnp.asarray(tables.sends, jnp.int32)
+    rows = {name: mine[:, i] for i, name in enumerate(columns)}
+    return rows | {name: sends[:, i] for i, name in enumerate(SENDS)}
 
 
 def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Row], State]:

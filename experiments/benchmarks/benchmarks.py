@@ -22,7 +22,7 @@ from experiments.benchmarks import racing, report, variants
 from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
 from experiments.progress import bar
 from experiments.train_lm import flags
-from experiments.train_lm.flags import POSITIVE, Refusal
+from experiments.train_lm.flags import POSITIVE, Refusal, several
 
 HERE = Path(__file__).resolve().parent
 # Float32 sums in another order: a few 1e-7 of the loss, some 1e-6 of a layer's gradient norm. A
@@ -38,13 +38,12 @@ TOLERANCE = 1e-4
     default=(2, 4, 8),
     help="Fake CPU devices of the pipeline; once for each number to measure.",
 )
-@click.option(
+@several(
     "--remat",
     "remats",
-    type=click.Choice(variants.REMATS),
-    multiple=True,
+    variants.REMATS,
     default=variants.REMATS,
-    help="What a block keeps for its backward; once for each to measure.",
+    text="What a block keeps for its backward.",
 )
 @click.option(
     "--variant",

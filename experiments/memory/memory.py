@@ -162,23 +162,19 @@ def table(rows: list[Row]) -> str:
 @click.option("--sequence", type=flags.POSITIVE, default=512, show_default=True)
 @click.option("--vocabulary", type=flags.POSITIVE, default=1024, show_default=True)
 @click.option("--microbatch-size", type=flags.POSITIVE, default=1, show_default=True)
-@click.option(
+@flags.several(
     "--schedule",
     "schedules",
-    type=click.Choice(dpj.schedules.names()),
-    multiple=True,
+    dpj.schedules.names(),
     default=("dualpipe", "dualpipev"),
-    show_default=True,
-    help="Once for each; the first with both numbers of microbatches.",
+    text="The first with both numbers of microbatches.",
 )
-@click.option(
+@flags.several(
     "--remat",
     "remats",
-    type=click.Choice(variants.REMATS),
-    multiple=True,
+    variants.REMATS,
     default=variants.REMATS,
-    show_default=True,
-    help="Once for each.",
+    text="What a block keeps for its backward.",
 )
 @click.option(
     "--full-backward", is_flag=True, help="Run an input grad and its weight grad layer by layer."

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,21 @@ def text_and_results(*, output: str, results: str) -> Callable[..., Any]:
         click.option(
             "--eval-batches", type=POSITIVE, default=8, help="Batches for a held-out loss."
         ),
+    )
+
+
+def several(
+    flag: str, name: str, choices: Sequence[str], *, default: Sequence[str], text: str
+) -> Callable[..., Any]:
+    """Adds a flag that takes one of the choices, and may be given once for each; `text` helps."""
+    return click.option(
+        flag,
+        name,
+        type=click.Choice(choices),
+        multiple=True,
+        default=default,
+        show_default=True,
+        help=f"{text} Once for each.",
     )
 
 
