@@ -147,10 +147,13 @@ def value_and_grad(
     if timetable is None:
         timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
 
-    def tables_of(is_full: bool) -> Tables:
-        # What a deferred weight grad needs has slots of its own where others have none.
+    def tables_of(*, full_backward: bool, in_halves: bool = True) -> Tables:
         return compile_program(
-            schedule.program, timetable=timetable, stash_deferred=stash_deferred and not is_full
+            schedule.program,
+            timetable=timetable,
+            # What a deferred weight grad needs has slots of its own where others have none.
+            stash_deferred=stash_deferred and not full_backward,
+            full_backward=full_backward and in_halves,
         ).tables
 
     layers_per_stage = stage_sizes(

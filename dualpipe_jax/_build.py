@@ -50,14 +50,15 @@ class Builder:
         self,
         *,
         axes: Axes,
-        tables_of: Callable[[bool], Tables],
+        tables_of: Callable[..., Tables],
         full_backward: bool | None = False,
         **options: Any,
     ):
-        self._mesh = axes.mesh
+        self._mesh, self._axis = axes.mesh, axes.axis
         self._tables_of = tables_of
         self._full_backward = full_backward
-        tables_of(self._has_full_backward)  # what cannot be compiled is refused here
+        # What cannot be compiled is refused here.
+        self._num_stages = tables_of(full_backward=self._has_full_backward).num_stages
         self._layout = options["model"].layout
         self._layers_per_stage = options["layers_per_stage"]
         self._step = partial(
@@ -91,13 +92,13 @@ class Builder:
 
     def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
         """Gives the step, to be traced."""
-        full_backward = self._has_full_backward
-        tables = self._tables_of(full_backward)
-        where = f" of the schedule over {tables.num_ranks} ranks"
-        num_layers = _validate.num_layers(
-            params, self._layout, num_stages=tables.num_stages, where=where
-        )
+        num_stages, num_ranks = self._num_stages, self._mesh.shape[self._axis]
+        where = f" of the schedule over {num_ranks} ranks"
+        num_layers = _validate.num_layers(params, self._layout, num_stages=num_stages, where=where)
         _stage_sizes.require_sum(self._layers_per_stage, num_layers)
+        full_backward = self._has_full_backward
+        has_halves = _stage_sizes.can_halve(num_layers, num_stages, self._layers_per_stage)
+        tables = self._tables_of(full_backward=full_backward, in_halves=has_halves)
         num_microbatches = tables.num_microbatches
         _validate.key(rng)
         _validate.batch(
@@ -110,7 +111,7 @@ class Builder:
         if step.unroll_layers and not step.layout.has_equal_stages:
             raise ValueError(
                 f"unroll_layers=True: all stages must have the same kinds of layers in the same "
-                f"order, but {num_layers} layers are spread over {tables.num_stages} unlike stages"
+                f"order, but {num_layers} layers are spread over {num_stages} unlike stages"
                 f"{where}; leave it None, or change the number of layers, layers_per_stage or the "
                 "layout"
             )

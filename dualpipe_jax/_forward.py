@@ -146,7 +146,7 @@ def _builder(
     program = forward_only(num_ranks=num_ranks, num_microbatches=num_microbatches)
     return Builder(
         axes=axes,
-        tables_of=lambda _: compile_program(program).tables,
+        tables_of=lambda **_: compile_program(program).tables,
         model=model,
         block=block_of(model, "none"),
         param_specs=param_specs,

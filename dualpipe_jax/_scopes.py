@@ -12,8 +12,9 @@ RAMP, STEADY = "dualpipe.ramp", "dualpipe.steady"
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = (
     f"dualpipe.{name}" for name in ("forward", "input_grad", "weight_grad")
 )
-# Around an input grad and the weight grad that runs with it.
+# Around an input grad and the weight grad that runs with it, at once or in two halves.
 FULL_BACKWARD = "dualpipe.full_backward"
+IN_HALVES = f"{FULL_BACKWARD}.halves"
 EMBED, EMBED_GRAD, HEAD = (f"dualpipe.{name}" for name in ("embed", "embed_grad", "head"))
 # Transfers between ranks.
 SEND = "dualpipe.send"

@@ -51,6 +51,24 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
     return tuple(sizes)
 
 
+def first_half(num_layers: Any) -> Any:
+    """Counts the layers in the half of a full backward that runs first: the stage's last ones.
+
+    >>> first_half(4), first_half(5)
+    (2, 3)
+    """
+    return (num_layers + 1) // 2
+
+
+def can_halve(num_layers: int, num_stages: int, sizes: tuple[int, ...] | None) -> bool:
+    """Whether a full backward can run in halves: whether every stage has two layers.
+
+    >>> can_halve(8, 4, None), can_halve(7, 4, None), can_halve(8, 4, (3, 1, 2, 2))
+    (True, False, False)
+    """
+    return (num_layers // num_stages if sizes is None else min(sizes)) >= 2
+
+
 def require_sum(sizes: tuple[int, ...] | None, num_layers: int) -> None:
     """Requires the stages to have all layers of the model."""
     if sizes is not None and sum(sizes) != num_layers:

@@ -26,11 +26,17 @@ def compiled(
     timetable: str = "shortest",
     *,
     stash_deferred: bool = True,
+    full_backward: bool = False,
 ) -> Compiled:
     """Compiles one of them, once for all tests."""
     generate = forward_only if name == "forward-only" else GENERATORS[name]
     program = generate(num_ranks=num_ranks, num_microbatches=num_microbatches)
-    return compile_program(program, timetable=timetable, stash_deferred=stash_deferred)
+    return compile_program(
+        program,
+        timetable=timetable,
+        stash_deferred=stash_deferred,
+        full_backward=full_backward,
+    )
 
 
 def has_run(name: str, num_ranks: int, num_microbatches: int, timetable: str | None) -> bool:

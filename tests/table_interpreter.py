@@ -1,13 +1,22 @@
 """A slow, plain executor of `Tables` in NumPy, and the model it runs: sin(weight @ x) a stage.
 
 The model needs every buffer: I needs what only it needs (the residual, weight @ x), W needs x (the
-weight residual) and the cotangent of weight @ x, which I computes for it (the stash). A slot that
-holds nothing holds NaN, which would spread to loss or gradient.
+weight residual) and the cotangent of weight @ x, which I computes for it (the stash). Of a full
+backward in halves the last layer is the sin, the first one the product. A slot that holds nothing
+holds NaN, which would spread to loss or gradient.
 """
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Tables
+from dualpipe_jax._schedule.ir import (
+    FIRST_LAYERS,
+    FORWARD,
+    IDLE,
+    INPUT_GRAD,
+    LAST_LAYERS,
+    WEIGHT_GRAD,
+    Tables,
+)
 
 WIDTH = 2
 
@@ -77,19 +86,26 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
                     loss += output[rank] @ output[rank] / 2
             elif opcode == INPUT_GRAD:
                 cotangent = take("received", rank, cell["read"])
-                product = take("residual", rank, cell["residual"])
+                is_half = cell["half"] == LAST_LAYERS
+                product = take("residual", rank, cell["residual"], last_read=not is_half)
                 take("weight_residual", rank, cell["weight_residual"], last_read=False)
                 if cell["deferred"] >= 0:
                     put("deferred", rank, cell["deferred"], cotangent)
                 else:
                     put("stash", rank, cell["stash"], cotangent * np.cos(product))
-                output[rank] = weight.T @ (cotangent * np.cos(product))
+                output[rank] = cotangent * np.cos(product)
+                if not is_half:
+                    output[rank] = weight.T @ output[rank]
             elif opcode == WEIGHT_GRAD:
                 x = take("weight_residual", rank, cell["weight_residual"])
                 if cell["deferred"] >= 0:  # what the stash would hold is made again
                     stashed = take("deferred", rank, cell["deferred"]) * np.cos(weight @ x)
                 else:
                     stashed = take("stash", rank, cell["stash"])
+                if cell["half"] == FIRST_LAYERS:  # it makes what the stash would hold of it
+                    take("residual", rank, cell["residual"])
+                    stashed = take("received", rank, cell["read"])
+                    output[rank] = weight.T @ stashed
                 grads[cell["chunk"], rank] += np.outer(stashed, x)
             if cell["keep"] >= 0:
                 put("received", rank, cell["keep"], output[rank])

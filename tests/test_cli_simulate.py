@@ -89,7 +89,7 @@ def test_options_reach_the_simulation() -> None:
 
 
 def test_full_backwards_are_simulated_and_named() -> None:
-    sizes = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "16"]
+    sizes = ["--schedule", "1f1b", "--ranks", "4", "--microbatches", "16"]
     split, full = (
         json.loads(run(*sizes, *more, "--format", "json").output)[0]["makespan"]
         for more in ((), ("--full-backward",))

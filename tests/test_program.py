@@ -259,14 +259,21 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "zb-h1"])
-def test_dead_values_are_never_read_by_full_backwards(name: str) -> None:
-    """With layers in a row, of which stashes are kept for what is put off alone."""
+@pytest.mark.parametrize(
+    ("name", "num_layers", "in_halves"),
+    [("1f1b", 8, True), ("dualpipe", 8, True), ("zb-h1", 8, False), ("zb-h1", 11, True)],
+)
+def test_dead_values_are_never_read_by_full_backwards(
+    name: str, num_layers: int, in_halves: bool
+) -> None:
+    """In a row and in a loop; stashes are kept for what is put off alone."""
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
     assert_dead_values_are_never_read(
         schedule,
-        tables=compile_program(schedule.program, stash_deferred=False).tables,
-        num_layers=8,
+        tables=compile_program(
+            schedule.program, stash_deferred=False, full_backward=in_halves
+        ).tables,
+        num_layers=num_layers,
         full_backward=True,
         stash_deferred=True,
     )
@@ -279,7 +286,9 @@ def test_dead_values_are_never_read_by_full_backwards(name: str) -> None:
 )
 def test_dead_values_are_never_read_by_what_recomputes(name: str, full_backward: bool) -> None:
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
-    tables = compile_program(schedule.program, stash_deferred=False).tables
+    tables = compile_program(
+        schedule.program, stash_deferred=False, full_backward=full_backward
+    ).tables
     assert tables.num_slots["deferred"]
     assert_dead_values_are_never_read(
         schedule, tables=tables, remat="block", full_backward=full_backward
@@ -307,8 +316,10 @@ def test_dead_values_are_never_read_in_a_run(
         schedule.program,
         timetable="aligned",
         stash_deferred=stash_deferred and not full_backward,
+        full_backward=full_backward,
     ).tables
     assert tables.steady is not None
+    assert tables.has_halves == full_backward
     assert_dead_values_are_never_read(
         schedule,
         tables=tables,

@@ -378,21 +378,48 @@ def test_full_backwards_are_the_same_work_and_waited_for(name: str, timetable: s
     options = {"costs": Costs(forward=2, weight_grad=0.5), "timetable": timetable}
     for size in ((1, 2), (2, 8), (3, 12), (4, 16)):
         split = run(name, *size, **options)
-        full = run(name, *size, **options, full_backward=True)
-        assert full.work == pytest.approx(split.work)
-        assert full.makespan >= full.dependency_makespan >= split.dependency_makespan
-        assert (full.makespan > split.makespan) or size[0] <= 2
-    # By hand: 1I0 and 1W0, then 0I0 and 0W0, where 1W0 ran beside 0I0.
+        num_stages = make(name, *size).num_stages
+        for num_layers in (None, num_stages):  # in halves, and at once
+            full = run(name, *size, **options, full_backward=True, num_layers=num_layers)
+            assert full.work == pytest.approx(split.work)
+            assert full.makespan >= full.dependency_makespan >= split.dependency_makespan
+
+
+def test_full_backwards_by_hand() -> None:
+    # 1I0 and 1W0, then 0I0 and 0W0, where 1W0 ran beside 0I0.
     one = {"costs": Costs(forward=2, input_grad=3, weight_grad=5)}
     assert run("1f1b", 2, 1, **one).makespan == 2 + 2 + 3 + 3 + 5
-    assert run("1f1b", 2, 1, **one, full_backward=True).makespan == 2 + 2 + (3 + 5) + (3 + 5)
+    for num_layers in (None, 2, 4, 6):
+        full = run("1f1b", 2, 1, **one, full_backward=True, num_layers=num_layers)
+        assert full.makespan == pytest.approx(2 + 2 + (3 + 5) + (3 + 5))
+    # Three layers a stage: an I's tick is that of two, 4, a W's of one, 2.
+    options = {"costs": Costs(forward=3, input_grad=3, weight_grad=3), "num_layers": 6}
+    # 0F0 | 0F1 1F0 | 1I0 | 1W0 | 0I0 1F1 | 0W0 1I1 | 1W1 | 0I1 | 0W1: of 0W0 and 1I1, 1I1 starts
+    # when 1F1 is done, and 1W1 ends when both are.
+    full = run("1f1b", 2, 2, **options, full_backward=True)
+    assert full.makespan == pytest.approx(3 + 3 + 4 + 2 + (3 + 4 + 2) + 4 + 2)
+    assert run("1f1b", 2, 2, **options).makespan == 24
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "interleaved-1f1b"])
+def test_halves_even_out_what_input_grads_take(name: str) -> None:
+    """Ticks take as long as the longest of their actions."""
+    even, uneven = (
+        [
+            run(name, 4, 16, costs=Costs(input_grad=i, weight_grad=w), full_backward=is_on).makespan
+            for is_on in (False, True)
+        ]
+        for i, w in ((1, 1), (2, 1))
+    )
+    assert even[0] < even[1] < 1.06 * even[0]
+    assert uneven[1] < uneven[0]
 
 
 def test_beats_of_a_run_are_no_full_backwards() -> None:
     tables = make("dualpipe", 4, 16).compiled(timetable="aligned").tables
     assert tables.steady is not None
     work = np.array([0.0, 2, 3, 5])[tables.opcode]
-    full = as_full_backwards(tables, work)
+    full = as_full_backwards(tables, work, last_layers=np.full(tables.num_stages, 0.5))
     ticks = tables.steady.ticks
     assert (full[ticks] == work[ticks]).all()
     assert (full[: ticks.start] != work[: ticks.start]).any()

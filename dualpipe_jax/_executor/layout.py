@@ -27,6 +27,7 @@ from dualpipe_jax._executor.spread import Spread, spread
 from dualpipe_jax._executor.stack import Stack
 from dualpipe_jax._kinds import Kind, places_of
 from dualpipe_jax._schedule.ir import Steady
+from dualpipe_jax._stage_sizes import first_half
 
 PyTree = Any
 
@@ -189,9 +190,12 @@ class Layout:
     ) -> tuple[Any, tuple[dict[Kind, Any], ...]]:
         """Runs `body` for each of a stage's layers, in order or in reverse, if `is_on` holds.
 
+        Given two `is_on`, the first says whether to run the half of them that comes first, which
+        may be one more than the other, the second whether to run the other half.
+
         Args:
           stage: The stage, an int32 scalar.
-          is_on: Whether to run at all, a bool scalar; True without a choice.
+          is_on: Whether to run at all, a bool scalar; True without a choice; or a tuple of two.
           body: `(layer, carry, mine) -> (carry, mine)`; `mine` is what `buffers` have for the
             layer's kind, an entry for each.
           carry: What goes from layer to layer.
@@ -217,16 +221,23 @@ class Layout:
             return carry, leave(buffers)
 
         if self.is_unrolled:
+            layers = self.layers_of(stage)[:: -1 if reverse else 1]
 
-            def unrolled(loop: Any) -> Any:
-                layers = self.layers_of(stage)
-                for layer in reversed(layers) if reverse else layers:
+            def unrolled(loop: Any, layers: Sequence[Layer]) -> Any:
+                for layer in layers:
                     loop = run(layer, None, *loop)
                 return loop
 
+            loop = carry, buffers
             if is_on is True:
-                return unrolled((carry, buffers))
-            return when(is_on, lambda loop: left(unrolled(loop)), (carry, buffers))
+                return unrolled(loop, layers)
+            parts = [(is_on, layers)]
+            if isinstance(is_on, tuple):
+                middle = first_half(len(layers))
+                parts = zip(is_on, (layers[:middle], layers[middle:]), strict=True)
+            for predicate, part in parts:
+                loop = when(predicate, lambda loop, part=part: left(unrolled(loop, part)), loop)
+            return loop
 
         count = self._layers.num_layers_of(stage)
 
@@ -240,8 +251,13 @@ class Layout:
                 loop = run(self._layer(stage, kind, index, place), number == n, *loop)
             return left(loop)
 
-        num_trips = count if is_on is True else jnp.where(is_on, count, 0)
-        return lax.fori_loop(0, num_trips, step, (carry, buffers))
+        start, stop = 0, count
+        if isinstance(is_on, tuple):
+            middle = first_half(count)
+            start, stop = jnp.where(is_on[0], 0, middle), jnp.where(is_on[1], count, middle)
+        elif is_on is not True:
+            stop = jnp.where(is_on, count, 0)
+        return lax.fori_loop(start, stop, step, (carry, buffers))
 
     def pairs(self, forward: int, backward: int) -> list[tuple[int, int]]:
         """Lists the kinds of layers that meet where one chunk is forward beside another's backward.

@@ -215,11 +215,13 @@ class Rank:
         return state.put_aux(chunk, aux, metrics), x
 
     # B: I and W of a layer, then of the one before it, and nothing in between waits in a slot
-    @jax.named_scope(_scopes.FULL_BACKWARD)
     def backward(
         self, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any
     ) -> tuple[State, list[jax.Array]]:
-        """Runs a stage's full backward, if `is_on`; else dy comes back as it is."""
+        """Runs a stage's full backward, if `is_on`; else dy comes back as it is.
+
+        Given two `is_on`, they are of the last layers and of the first ones, in halves.
+        """
         places = self.gradients.both
 
         def run(layer: Layer, carry: Any, buffers: Any) -> Any:
@@ -249,15 +251,17 @@ class Rank:
         grads, shared = state.take_grads(chunk, places)
         buffers = state.residual, state.weight_residual, grads
         leave = self._in_rows(*RESIDUALS, "grads")
-        (dx, shared, _), (residual, weight_residual, grads) = self.layout.loop(
-            row["stage"],
-            is_on,
-            run,
-            (dy, shared, self.first_turn(row)),
-            buffers,
-            reverse=True,
-            leave=leave,
-        )
+        scope = _scopes.IN_HALVES if isinstance(is_on, tuple) else _scopes.FULL_BACKWARD
+        with jax.named_scope(scope):
+            (dx, shared, _), (residual, weight_residual, grads) = self.layout.loop(
+                row["stage"],
+                is_on,
+                run,
+                (dy, shared, self.first_turn(row)),
+                buffers,
+                reverse=True,
+                leave=leave,
+            )
         state = state._replace(residual=residual, weight_residual=weight_residual)
         return state.put_grads(chunk, places, (grads, shared)), dx
 

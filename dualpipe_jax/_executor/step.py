@@ -139,7 +139,8 @@ class Step:
     @property
     def columns(self) -> tuple[str, ...]:
         """What a tick needs of the tables."""
-        return tuple(c for c in Tables.columns() if c != DEFERRED or self.defers)
+        idle = {DEFERRED: not self.defers, "half": not self.tables.has_halves}
+        return tuple(c for c in Tables.columns() if not idle.get(c))
 
     @property
     def num_shards(self) -> int:

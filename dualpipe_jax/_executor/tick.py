@@ -26,7 +26,15 @@ from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._schedule.ir import DEFERRED, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Tables
+from dualpipe_jax._schedule.ir import (
+    DEFERRED,
+    FIRST_LAYERS,
+    FORWARD,
+    INPUT_GRAD,
+    LAST_LAYERS,
+    WEIGHT_GRAD,
+    Tables,
+)
 
 PyTree = Any
 # What a row holds besides the columns of the tables: whether the tick ends in a permute.
@@ -113,7 +121,11 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
         is_i, is_w = (is_mine & (opcode == each) for each in (INPUT_GRAD, WEIGHT_GRAD))
         is_put_off = row["is_deferred"] > 0 if rank.defers else np.False_
         if rank.full_backward:
-            state, dx = rank.backward(state, pick(out), row, chunk, is_i & ~is_put_off)
+            is_full = is_i & ~is_put_off
+            if "half" in row:
+                is_first_half = is_mine & (row["half"] == FIRST_LAYERS)
+                is_full = is_full, is_first_half | (is_full & (row["half"] < 0))
+            state, dx = rank.backward(state, pick(out), row, chunk, is_full)
             out = place(out, dx)
             if rank.defers:
                 is_i &= is_put_off
@@ -133,11 +145,19 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
     )
     if has_gradients:
         state = when(
-            (opcode == INPUT_GRAD) & is_first,
+            _makes_dx(row) & is_first,
             lambda state: rank.embed_grad(state, pick(out), row),
             state,
         )
     return state, out
+
+
+def _makes_dx(row: Row) -> jax.Array:
+    """Whether an action makes the cotangent of a stage's x: an I, or the half of a B that ends it."""
+    is_i = row["opcode"] == INPUT_GRAD
+    if "half" not in row:
+        return is_i
+    return (is_i & (row["half"] != LAST_LAYERS)) | (row["half"] == FIRST_LAYERS)
 
 
 def _deferred_slots(row: Row) -> Row:
@@ -164,7 +184,7 @@ def _poison_dead(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State
 
     state = state._replace(
         received=registers.poison(state.received, row["read"]),
-        residual=overwrite(state.residual, row["residual"], by_input_grad),
+        residual=overwrite(state.residual, row["residual"], _makes_dx(row)),
         weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
     )
     if not rank.full_backward:
@@ -173,6 +193,6 @@ def _poison_dead(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State
         is_dead = by_weight_grad & (row["is_deferred"] > 0)
         deferred = overwrite(state.deferred, row["deferred"], is_dead)
         state = state._replace(deferred=deferred)
-    sends = (opcode == FORWARD) | by_input_grad
+    sends = (opcode == FORWARD) | by_input_grad | _makes_dx(row)
     nothing = registers.allocate(out, poison=True)
     return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)

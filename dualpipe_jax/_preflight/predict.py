@@ -87,6 +87,8 @@ def predict(
         transfer=transfer * device.clock,
         timetable="aligned",
         full_backward=any(_scopes.FULL_BACKWARD in name for name in names),
+        # Stages of one layer each have no halves; how many they have is not looked at otherwise.
+        num_layers=None if any(_scopes.IN_HALVES in name for name in names) else made.num_stages,
     )
     loop_seconds = simulation.makespan / device.clock
     return Prediction(

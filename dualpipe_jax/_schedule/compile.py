@@ -1,6 +1,6 @@
 """Program -> Compiled: runs every pass and its verifier."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dualpipe_jax._schedule.align import align
@@ -31,7 +31,11 @@ class Compiled:
 
 
 def compile_program(
-    program: Program, *, timetable: str = "shortest", stash_deferred: bool = True
+    program: Program,
+    *,
+    timetable: str = "shortest",
+    stash_deferred: bool = True,
+    full_backward: bool = False,
 ) -> Compiled:
     """Compiles a program to tables, verifying the outcome of every pass; once for each choice.
 
@@ -40,6 +44,9 @@ def compile_program(
         timetable: One of `TIMETABLES`.
         stash_deferred: Whether every I stashes for its W; else what a deferred W needs has slots of
             another kind, be it that it recomputes the rest, or that no other W needs any.
+        full_backward: Whether an I and the W that directly follows it are the two halves of a full
+            backward, so that a neighbour gets its cotangent after the W. Not those of the run of
+            beats, nor those before it of which a neighbour reads the cotangent sooner.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
@@ -48,22 +55,30 @@ def compile_program(
     if timetable not in TIMETABLES:
         known = ", ".join(map(repr, TIMETABLES))
         raise ValueError(f"timetable={timetable!r}: must be one of {known}")
-    return _compile(program, timetable, stash_deferred)
+    return _compile(program, timetable, stash_deferred, full_backward)
 
 
 @lru_cache(maxsize=64)
-def _compile(program: Program, timetable: str, stash_deferred: bool) -> Compiled:
+def _compile(
+    program: Program, timetable: str, stash_deferred: bool, full_backward: bool
+) -> Compiled:
     verify_program(program)
-    timeline = place_shortest(program)
-    verify_timeline(timeline)
     run = None
-    if timetable == "aligned":
+    if timetable == "shortest":
+        if full_backward:
+            program = replace(program, full_backward=True)
+        timeline = place_shortest(program)
+        verify_timeline(timeline)
+    else:
+        timeline = place_shortest(program)
+        verify_timeline(timeline)
         timeline = align(timeline)
         verify_timeline(timeline)
         verify_pairs(timeline)
         run = find_run(timeline)
-        timeline = release(timeline, run)
+        timeline = release(timeline, run, full_backward=full_backward)
         verify_timeline(timeline)
+        program = timeline.program
     allocation = allocate(timeline, stash_deferred=stash_deferred)
     verify_allocation(timeline, allocation)
     tables = emit(timeline, allocation, run)

@@ -39,7 +39,8 @@ class Dependencies:
     """Names the producers of what each action reads: int64[num_actions] into `program.units`.
 
     `payload` makes its x or its cotangent, maybe on a neighbour; `own` is the F that an I follows
-    and the I that a W follows, on the same rank. -1 is none.
+    and the I that a W follows, on the same rank. -1 is none. (Of a full backward in halves the W
+    reads the cotangent that its I leaves, and makes the one of x.)
     """
 
     payload: np.ndarray
@@ -60,12 +61,14 @@ def find_dependencies(program: Program) -> Dependencies:
 
     opcode, stage, microbatch = units.opcode, units.stage, units.microbatch
     is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
+    behind = index[INPUT_GRAD, np.minimum(stage + 1, last), microbatch]
     payload = np.select(
-        [is_f & (stage > 0), is_i & (stage == last), is_i],
+        [is_f & (stage > 0), is_i & (stage == last), is_i, is_w & program.in_halves],
         [
             index[FORWARD, stage - 1, microbatch],
             index[FORWARD, last, microbatch],  # the head makes the first cotangent
-            index[INPUT_GRAD, np.minimum(stage + 1, last), microbatch],
+            behind + (program.in_halves[behind] & (behind >= 0)),
+            index[INPUT_GRAD, stage, microbatch],
         ],
         -1,
     )
@@ -115,8 +118,9 @@ def find_live_ranges(
     """Finds when the values of a timeline live, for each of `BUFFERS`.
 
     A payload lives from the tick after its producer, whether it travelled or was kept; a residual
-    from its F to its I, a weight residual from its F to its W, a stash from its I to its W. Unless
-    `stash_deferred`, what a deferred W needs lies not in the stash but in `DEFERRED`.
+    from its F to its I (of a full backward in halves to its W), a weight residual from its F to its
+    W, a stash from its I to its W. Unless `stash_deferred`, what a deferred W needs lies not in the
+    stash but in `DEFERRED`.
     """
     units, needs = program.units, find_dependencies(program)
 
@@ -130,7 +134,7 @@ def find_live_ranges(
     )
     live = {
         "received": ranges(needs.payload[reads], reads, delay=1),
-        "residual": ranges(needs.own[of_i], of_i),
+        "residual": ranges(needs.own[of_i], of_i + program.in_halves[of_i]),
         "weight_residual": ranges(needs.own[needs.own[of_w]], of_w),
     }
     # Actions of a rank are numbered in program order.

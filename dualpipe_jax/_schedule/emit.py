@@ -22,7 +22,11 @@ import numpy as np
 from dualpipe_jax._schedule.dependencies import find_dependencies
 from dualpipe_jax._schedule.ir import (
     DEFERRED,
+    FIRST_LAYERS,
     FORWARD,
+    INPUT_GRAD,
+    LAST_LAYERS,
+    WEIGHT_GRAD,
     Allocation,
     LiveRanges,
     Steady,
@@ -73,9 +77,15 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
         columns[name][live.start, live.rank] = slot
         columns[name][live.end, live.rank] = slot
     # I reads what F saved for W too: a value that both need is stored only once.
-    live, slot = allocation.live_ranges["weight_residual"], allocation.slot_of["weight_residual"]
-    input_grads = find_dependencies(program).own[live.consumer]
-    columns["weight_residual"][tick_of[input_grads], live.rank] = slot
+    own = find_dependencies(program).own
+    for name in ("residual", "weight_residual"):
+        live, slot = allocation.live_ranges[name], allocation.slot_of[name]
+        is_w = units.opcode[live.consumer] == WEIGHT_GRAD
+        columns[name][tick_of[own[live.consumer[is_w]]], live.rank[is_w]] = slot[is_w]
+    halves = np.flatnonzero(program.in_halves)
+    columns["half"][tick_of[halves], units.rank[halves]] = np.where(
+        units.opcode[halves] == INPUT_GRAD, LAST_LAYERS, FIRST_LAYERS
+    )
 
     return Tables(
         **columns,

@@ -22,6 +22,8 @@ BUFFERS = ("received", "residual", "weight_residual", "stash")
 # One more, in tables that keep apart what deferred W's need: a W is deferred if its rank does
 # anything else between its I and it.
 DEFERRED = "deferred"
+# The halves of a full backward, by the layers of the stage that they run.
+LAST_LAYERS, FIRST_LAYERS = range(2)
 
 
 class Action(NamedTuple):
@@ -111,6 +113,10 @@ class Program:
     # Not hashed: hashing a hundred thousand actions takes longer than looking the program up.
     rows: tuple[Row, ...] = field(repr=False, hash=False)
     forward_only: bool = False
+    # Whether an I and the W that directly follows it are the two halves of a full backward; and of
+    # which I's, by their indices in `units`, they are not.
+    full_backward: bool = False
+    at_once: frozenset[int] = field(default=frozenset(), repr=False)
 
     def to_csv(self) -> str:
         """Writes one line a rank in PyTorch's pipelining grammar."""
@@ -134,6 +140,21 @@ class Program:
         rank = np.repeat(np.arange(self.num_ranks), np.diff(row_start))
         arrays = (np.array(a, np.int64) for a in (opcode, stage, microbatch, rank, pair, row_start))
         return UnitActions(*arrays)
+
+    @cached_property
+    def in_halves(self) -> np.ndarray:
+        """bool[num_actions], the I's and W's that are the halves of a full backward."""
+        units = self.units
+        is_half = np.zeros(len(units), bool)
+        if not self.full_backward:
+            return is_half
+        follows = (units.opcode[:-1] == INPUT_GRAD) & (units.opcode[1:] == WEIGHT_GRAD)
+        for of_action in (units.rank, units.stage, units.microbatch):
+            follows &= of_action[:-1] == of_action[1:]
+        follows[list(self.at_once)] = False
+        is_half[:-1] |= follows
+        is_half[1:] |= follows
+        return is_half
 
     @cached_property
     def rank_of(self) -> np.ndarray:
@@ -348,10 +369,14 @@ class Tables:
     in `stash`: there I keeps what W needs, or if that recomputes the little that it cannot make
     again; no stash is in use on that rank in their ticks.
 
+    An I and a W with a `half` are those of a full backward: I runs both for the stage's last
+    layers, and keeps the cotangent of what these read; W reads it and `residual` too, runs both for
+    the first layers, and makes the cotangent of the stage's x.
+
     The output of F is x, of the last stage's F the cotangent that the head's gradient gives, of I
     the cotangent of its x. A slot is free after the last read: of `read` its action, of `residual`
-    the I, of `weight_residual`, `stash` and `deferred` the W. A forward-only program has neither
-    residuals nor cotangents.
+    the I (of a full backward the W), of `weight_residual`, `stash` and `deferred` the W. A
+    forward-only program has neither residuals nor cotangents.
 
     The ticks of `steady` may be run as it says instead, to the same effect.
     """
@@ -368,6 +393,7 @@ class Tables:
     weight_residual: np.ndarray
     stash: np.ndarray
     deferred: np.ndarray
+    half: np.ndarray  # LAST_LAYERS of an I, FIRST_LAYERS of a W, -1 of what is no half
 
     num_ranks: int
     num_stages: int
@@ -385,6 +411,11 @@ class Tables:
         return len(self.opcode)
 
     @cached_property
+    def has_halves(self) -> bool:
+        """Whether any I and W are the halves of a full backward."""
+        return bool((self.half >= 0).any())
+
+    @cached_property
     def sends(self) -> np.ndarray:
         """bool[num_ticks, 2], whether any rank's output of a tick is stored to its right, left."""
         sends = np.zeros((self.num_ticks, 2), bool)
@@ -395,4 +426,4 @@ class Tables:
     @classmethod
     def columns(cls) -> tuple[str, ...]:
         """Names the tables that have a row a tick."""
-        return tuple(f.name for f in fields(cls))[:12]
+        return tuple(f.name for f in fields(cls))[:13]

@@ -47,18 +47,34 @@ from dualpipe_jax._schedule.ir import (
 )
 
 
-def as_full_backwards(tables: Tables, work: np.ndarray) -> np.ndarray:
-    """Has what a weight grad takes be part of the input grad that it follows, outside of the run.
+def as_full_backwards(tables: Tables, work: np.ndarray, *, last_layers: np.ndarray) -> np.ndarray:
+    """Has an input grad and the weight grad that follows it run as one, outside of the run.
 
-    Arguments and result are as `work` of `replay`.
+    In halves, where the tables have them, each takes its share of both; else the input grad's tick
+    takes all of it.
 
     >>> from dualpipe_jax import schedules
-    >>> tables = schedules.make("zb-h1", num_ranks=2, num_microbatches=2).compiled().tables
-    >>> work = np.array([0.0, 3, 1, 1])[tables.opcode]
-    >>> for before, after in zip(work.T, as_full_backwards(tables, work).T, strict=True):
-    ...     print(*(f"{ticks:g}" for ticks in before), "->", *(f"{ticks:g}" for ticks in after))
-    3 3 0 1 1 1 1 -> 3 3 0 2 0 2 0
-    0 3 1 3 1 1 1 -> 0 3 1 3 2 0 1
+    >>> from dualpipe_jax._schedule.compile import compile_program
+    >>> program = schedules.make("zb-h1", num_ranks=2, num_microbatches=2).program
+    >>> for in_halves in (False, True):
+    ...     tables = compile_program(program, full_backward=in_halves).tables
+    ...     before = np.array([0.0, 3, 1, 2])[tables.opcode]
+    ...     after = as_full_backwards(tables, before, last_layers=np.full(2, 0.5))
+    ...     for work in zip(before.T, after.T, strict=True):
+    ...         print(*(" ".join(f"{ticks:g}" for ticks in each) for each in work), sep=" -> ")
+    3 3 0 1 2 1 2 -> 3 3 0 3 0 3 0
+    0 3 1 3 1 2 2 -> 0 3 1 3 3 0 2
+    3 3 0 1 2 0 1 2 -> 3 3 0 1.5 1.5 0 1.5 1.5
+    0 3 1 3 1 2 2 0 -> 0 3 1 3 1.5 1.5 2 0
+
+    Args:
+      tables: The tables.
+      work: As `replay` takes it, of halves apart.
+      last_layers: float64[num_stages], of each stage the share of its layers that stand in the half
+        that runs first.
+
+    Returns:
+      What `replay` takes.
     """
     work = work.copy()
     in_run = np.zeros(tables.num_ticks, bool)
@@ -70,8 +86,11 @@ def as_full_backwards(tables: Tables, work: np.ndarray) -> np.ndarray:
         follows = (opcode[before] == INPUT_GRAD) & (opcode[here] == WEIGHT_GRAD) & ~in_run[here]
         for column in (tables.stage, tables.microbatch):
             follows &= column[before, rank] == column[here, rank]
-        work[before[follows], rank] += work[here[follows], rank]
-        work[here[follows], rank] = 0
+        before, here = before[follows], here[follows]
+        of_both = work[before, rank] + work[here, rank]
+        in_halves = tables.half[before, rank] >= 0
+        work[before, rank] = of_both * np.where(in_halves, last_layers[tables.stage[here, rank]], 1)
+        work[here, rank] = of_both - work[before, rank]
     return work
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualpipe_jax import _stage_sizes
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._simulate.costs import Costs
 from dualpipe_jax._simulate.published import published_bubble
 from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_dependencies
-from dualpipe_jax._stage_sizes import require_sum, stage_sizes
+from dualpipe_jax._stage_sizes import first_half, require_sum, stage_sizes
 from dualpipe_jax.schedules import Schedule
 
 # Whichever of the timetables has the smaller makespan.
@@ -86,7 +87,8 @@ def simulate(
       timetable: As `Schedule.timeline`; or `"fastest"`, whichever is faster at these costs, the
         shortest if they are equally fast or the schedule cannot be aligned.
       full_backward: As for `value_and_grad`: whether a weight grad runs with the input grad that it
-        follows, so that the neighbour waits for both.
+        follows, so that the neighbour waits for both. Stages of a number of layers that is not
+        given have two halves alike.
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
@@ -121,6 +123,8 @@ def simulate(
         num_stages=num_stages,
         where=f" of schedule {schedule.name!r} on {num_ranks} ranks",
     )
+    # Stages of which nothing is said are as large as one likes.
+    can_halve = num_layers is None and sizes is None
     if num_layers is None:
         num_layers = num_stages if sizes is None else sum(sizes)
     require_sum(sizes, num_layers)
@@ -130,7 +134,11 @@ def simulate(
             f"{schedule.name!r} on {num_ranks} ranks"
         )
     tables = compile_program(
-        schedule.program, timetable=timetable, stash_deferred=not costs.recompute
+        schedule.program,
+        timetable=timetable,
+        stash_deferred=not costs.recompute,
+        full_backward=full_backward
+        and (can_halve or _stage_sizes.can_halve(num_layers, num_stages, sizes)),
     ).tables
     fewest, rest = divmod(num_layers, num_stages)
     layers_of_stage = np.array(sizes or fewest + (np.arange(num_stages) < rest))
@@ -145,7 +153,10 @@ def simulate(
         recomputes = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
         work = work + recomputes * costs.recompute * share[tables.stage]
     if full_backward:
-        work = as_full_backwards(tables, work)
+        last_layers = (
+            np.full(num_stages, 0.5) if can_halve else first_half(layers_of_stage) / layers_of_stage
+        )
+        work = as_full_backwards(tables, work, last_layers=last_layers)
     makespan = float(replay(tables, work, transfer=transfer).max())
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)

@@ -34,7 +34,9 @@ def predict(*more: str, limit: str = "constant(5)", entry: str = "") -> Predicti
     return _analysis(module, network(pipe=4))[1]
 
 
-def simulated(*, full_backward: bool = False, **costs: float) -> float:
+def simulated(
+    *, full_backward: bool = False, num_layers: int | None = None, **costs: float
+) -> float:
     made = schedules.make("dualpipe", num_ranks=4, num_microbatches=16)
     # Each transfer takes the links 16 s.
     return simulate(
@@ -43,6 +45,7 @@ def simulated(*, full_backward: bool = False, **costs: float) -> float:
         transfer=16,
         timetable="aligned",
         full_backward=full_backward,
+        num_layers=num_layers,
     ).makespan
 
 
@@ -84,13 +87,17 @@ def test_the_embedding_counts_with_its_gradient() -> None:
 
 
 def test_full_backwards_around_the_run_are_seen() -> None:
-    full = (
-        f'{work("b", 0)}, metadata={{op_name="{SCOPE}/{_scopes.RAMP}/{_scopes.FULL_BACKWARD}/op"}}'
-    )
-    made, split = predict(entry=full), predict()
-    cycles = {"forward": 100, "input_grad": 120, "weight_grad": 140}
-    assert made.seconds == pytest.approx(simulated(**cycles, full_backward=True))
-    assert (made.seconds or 0) > (split.seconds or 0)
+    def seconds(scope: str) -> float:
+        op_name = f"{SCOPE}/{_scopes.RAMP}/{scope}/op"
+        made = predict(entry=f'{work("b", 0)}, metadata={{op_name="{op_name}"}}')
+        assert made.seconds is not None
+        return made.seconds
+
+    cycles = {"forward": 100, "input_grad": 120, "weight_grad": 140, "full_backward": True}
+    at_once, in_halves = seconds(_scopes.FULL_BACKWARD), seconds(_scopes.IN_HALVES)
+    assert at_once == pytest.approx(simulated(**cycles, num_layers=4))
+    assert in_halves == pytest.approx(simulated(**cycles))
+    assert at_once > in_halves > (predict().seconds or 0)
 
 
 def test_what_is_outside_the_loops_is_added() -> None:

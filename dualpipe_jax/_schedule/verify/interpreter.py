@@ -10,9 +10,11 @@ from dualpipe_jax._schedule.excerpt import fail_at
 from dualpipe_jax._schedule.ir import (
     BUFFERS,
     DEFERRED,
+    FIRST_LAYERS,
     FORWARD,
     IDLE,
     INPUT_GRAD,
+    LAST_LAYERS,
     WEIGHT_GRAD,
     Tables,
 )
@@ -21,7 +23,7 @@ from dualpipe_jax._schedule.ir import (
 BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "received"}
 BUFFER_OF |= {"keep": "received"} | {name: name for name in (*BUFFERS[1:], DEFERRED)}
 # What a payload is; of a value that stays on its rank, the token counts the chunk instead.
-_X, _COTANGENT = range(2)
+_X, _COTANGENT, _IN_STAGE = range(3)
 
 
 def run_with_tokens(tables: Tables) -> None:
@@ -47,16 +49,23 @@ class _Interpreter:
         is_f, is_i = opcode == FORWARD, opcode == INPUT_GRAD
         is_last = stage == tables.num_stages - 1
         self.local = self._token(tables.chunk, stage, microbatch)
-        self.expected = self._token(np.where(is_f, _X, _COTANGENT), stage, microbatch)
-        # F sends x to the next stage, I the cotangent of its x to the stage before; the last
-        # stage's F makes its own cotangent, of the loss.
-        ends = (is_f & is_last & tables.forward_only) | (is_i & (stage == 0))
+        self.last_half, self.first_half = (
+            tables.half == half for half in (LAST_LAYERS, FIRST_LAYERS)
+        )
+        read = np.select([is_f, self.first_half], [_X, _IN_STAGE], _COTANGENT)
+        self.expected = self._token(read, stage, microbatch)
+        # F sends x to the next stage, I (or the half of the first layers) the cotangent of its x to
+        # the stage before; the last stage's F makes its own cotangent, of the loss, and the half of
+        # the last layers one that stays in the stage.
+        makes_dx = (is_i & ~self.last_half) | self.first_half
+        ends = (is_f & is_last & tables.forward_only) | (makes_dx & (stage == 0))
         self.output = np.select(
-            [ends, is_f & is_last, is_f, is_i],
+            [ends, is_f & is_last, is_f, self.last_half, makes_dx],
             [
                 -1,
                 self._token(_COTANGENT, stage, microbatch),
                 self._token(_X, stage + 1, microbatch),
+                self._token(_IN_STAGE, stage, microbatch),
                 self._token(_COTANGENT, stage - 1, microbatch),
             ],
             -1,
@@ -77,7 +86,9 @@ class _Interpreter:
             opcode, local = tables.opcode[tick], self.local[tick]
             is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
             self._load(tick, "read", self.expected[tick], free=opcode != IDLE)
-            self._load(tick, "residual", local, of=is_i, free=is_i)
+            last_half, first_half = self.last_half[tick], self.first_half[tick]
+            is_last_read = (is_i & ~last_half) | first_half
+            self._load(tick, "residual", local, of=is_i | first_half, free=is_last_read)
             self._load(tick, "weight_residual", local, of=is_i | is_w, free=is_w)
             self._load(tick, "stash", local, of=is_w, free=is_w)
             self._load(tick, DEFERRED, local, of=is_w, free=is_w)
@@ -155,5 +166,5 @@ class _Interpreter:
         kind, stage = divmod(rest, self.tables.num_stages)
         if buffer == "received":
             what = "the x of" if kind == _X else "the cotangent for"
-            return f"{what} {stage}{'F' if kind == _X else 'I'}{microbatch}"
+            return f"{what} {stage}{'FIW'[kind]}{microbatch}"
         return f"what chunk {kind} saved for stage {stage}, microbatch {microbatch}"

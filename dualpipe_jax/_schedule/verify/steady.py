@@ -18,7 +18,8 @@ def verify_steady(tables: Tables) -> None:
     """Checks the straight-line run of verified tables, if there is one.
 
     - It has an even number of beats, all within the tables; in beat b every rank runs F of chunk
-      b % 2, then I and W of the other chunk and of one microbatch, with a slot in the stash.
+      b % 2, then I and W of the other chunk and of one microbatch, with a slot in the stash, and
+      not as halves of a full backward.
     - What the first beat reads is in its slot when the run begins.
     - Every later x and cotangent is what the beat before sent to that rank, or what the rank's own
       head gave; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
@@ -57,6 +58,8 @@ def _check_actions(tables: Tables, steady: Steady) -> None:
         _fail_where(tables, tick + 2, ~same, "must follow the input grad of its microbatch")
         deferred = tables.deferred[tick + 1] >= 0
         _fail_where(tables, tick + 1, deferred, "must stash for the weight grad that follows it")
+        is_half = tables.half[tick + 1] >= 0
+        _fail_where(tables, tick + 1, is_half, "must make its cotangent before the weight grad")
 
 
 def _check_idle(tables: Tables, steady: Steady, buffer: str) -> None:

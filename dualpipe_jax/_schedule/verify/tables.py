@@ -5,9 +5,11 @@ import numpy as np
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.excerpt import fail_at
 from dualpipe_jax._schedule.ir import (
+    FIRST_LAYERS,
     FORWARD,
     IDLE,
     INPUT_GRAD,
+    LAST_LAYERS,
     OPCODE_LETTERS,
     WEIGHT_GRAD,
     Tables,
@@ -23,6 +25,7 @@ def verify_tables(tables: Tables) -> None:
       on a rank and a chunk that `stage_of` gives that stage.
     - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
       the stash or the deferred kind.
+    - Halves of a full backward are an I of the last layers and a W of the first ones, not deferred.
     - What is stored on arrival was sent by that neighbour in the tick before.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
       other's on the same rank and chunk.
@@ -86,11 +89,16 @@ def _check_actions(tables: Tables) -> None:
 
 def _check_columns(tables: Tables) -> None:
     is_f, is_i, is_w = (tables.opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
+    last_half, first_half = (tables.half == half for half in (LAST_LAYERS, FIRST_LAYERS))
+    is_half = tables.half != -1
+    _fail_where(tables, is_half & ~(last_half | first_half), "half must be -1, 0 or 1")
+    _fail_where(tables, (last_half & ~is_i) | (first_half & ~is_w), "is not that half")
+    _fail_where(tables, is_half & (tables.deferred >= 0), "must not be deferred, being a half")
     saves = is_f & (not tables.forward_only)
     last_f = saves & (tables.stage == tables.num_stages - 1)
     used = {
-        "read": (is_f & (tables.stage > 0)) | is_i,
-        "residual": saves | is_i,
+        "read": (is_f & (tables.stage > 0)) | is_i | first_half,
+        "residual": saves | is_i | first_half,
         "weight_residual": saves | is_i | is_w,
         "stash": (is_i | is_w) & (tables.deferred < 0),
         "deferred": (is_i | is_w) & (tables.stash < 0),
@@ -101,8 +109,10 @@ def _check_columns(tables: Tables) -> None:
         _fail_where(tables, named & ~mask, f"must have no slot in {column}")
     keeps = tables.keep >= 0
     _fail_where(tables, last_f & ~keeps, "must keep the cotangent that the head gives")
-    sends = (is_f & ~last_f & (tables.stage < tables.num_stages - 1)) | (is_i & (tables.stage > 0))
-    _fail_where(tables, keeps & ~(sends | last_f), "has no output to keep")
+    _fail_where(tables, last_half & ~keeps, "must keep the cotangent that the first layers read")
+    sends = is_f & ~last_f & (tables.stage < tables.num_stages - 1)
+    sends |= ((is_i & ~last_half) | first_half) & (tables.stage > 0)
+    _fail_where(tables, keeps & ~(sends | last_f | last_half), "has no output to keep")
     if not tables.wraps:
         wrapped = np.zeros(tables.opcode.shape, bool)
         wrapped[:, 0] |= tables.from_left[:, 0] >= 0

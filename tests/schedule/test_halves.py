@@ -1,0 +1,150 @@
+"""Tables in which an I and the W that directly follows it are the halves of a full backward."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualpipe_jax import schedules
+from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.ir import (
+    FIRST_LAYERS,
+    INPUT_GRAD,
+    LAST_LAYERS,
+    TIMETABLES,
+    WEIGHT_GRAD,
+    Tables,
+)
+from dualpipe_jax._schedule.verify import verify_tables
+from tests import table_interpreter
+from tests.schedule.test_random_programs import programs
+from tests.schedule.test_steady import SIZES as RUN_SIZES
+from tests.schedules_under_test import NAMES, compiled
+
+SIZES = [(1, 3), (2, 4), (2, 8), (3, 2), (3, 7), (4, 8), (4, 16), (5, 11), (8, 16), (8, 24)]
+
+
+def assert_computes_loss_and_grads(tables: Tables) -> None:
+    model = table_interpreter.random_model(tables.num_stages, tables.num_microbatches)
+    loss, grads = table_interpreter.run(tables, *model)
+    expected_loss, expected_grads = table_interpreter.loss_and_grads(*model)
+    # The order of summation differs; float64 keeps 1e-12 with room to spare.
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    np.testing.assert_allclose(grads, expected_grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("timetable", TIMETABLES)
+@pytest.mark.parametrize("stash_deferred", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_compute_loss_and_grads(name: str, stash_deferred: bool, timetable: str) -> None:
+    for size in SIZES:
+        options = {"stash_deferred": stash_deferred, "full_backward": True}
+        assert_computes_loss_and_grads(compiled(name, *size, timetable, **options).tables)
+
+
+@given(programs().filter(lambda program: not program.forward_only), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_random_programs_compute_the_gradients(program, stash_deferred):
+    options = {"stash_deferred": stash_deferred, "full_backward": True}
+    assert_computes_loss_and_grads(compile_program(program, **options).tables)
+
+
+@pytest.mark.parametrize("timetable", TIMETABLES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_directly_follows_is_a_half(name: str, timetable: str) -> None:
+    """But in the run of beats, and in the pairs before it."""
+    for size in SIZES:
+        tables = compiled(name, *size, timetable, full_backward=True).tables
+        assert tables.has_halves
+        for rank in range(tables.num_ranks):
+            acts = np.flatnonzero(tables.opcode[:, rank])
+            of = {c: getattr(tables, c)[acts, rank] for c in Tables.columns()}
+            follows = (of["opcode"][:-1] == INPUT_GRAD) & (of["opcode"][1:] == WEIGHT_GRAD)
+            for column in ("stage", "microbatch"):
+                follows &= of[column][:-1] == of[column][1:]
+            is_half = of["half"][:-1] == LAST_LAYERS
+            assert (is_half == (of["half"][1:] == FIRST_LAYERS)).all()
+            assert not (is_half & ~follows).any()
+            if tables.steady is None:
+                assert (is_half == follows).all()
+            else:
+                ticks = acts[:-1]
+                in_run = (ticks >= tables.steady.ticks.start) & (ticks < tables.steady.ticks.stop)
+                assert not is_half[in_run].any()
+                assert is_half[follows & (ticks >= tables.steady.ticks.stop)].all()
+
+
+@pytest.mark.parametrize(("name", "num_ranks", "num_microbatches"), RUN_SIZES)
+def test_the_run_of_beats_is_the_same(name: str, num_ranks: int, num_microbatches: int) -> None:
+    size = name, num_ranks, num_microbatches
+    split, full = (compiled(*size, "aligned", full_backward=on).tables for on in (False, True))
+    assert split.steady is not None
+    assert full.steady is not None
+    assert full.steady.num_beats == split.steady.num_beats
+    assert full.steady.x_pairs == split.steady.x_pairs
+    assert full.steady.cotangent_pairs == split.steady.cotangent_pairs
+
+
+def test_1f1b_in_halves_is_that_of_the_paper() -> None:
+    """Narayanan et al. 2021, section 2.2: N + P - 1 forwards and backwards (F = 1, B = 2)."""
+    for P in range(2, 9):
+        for N in (P, 2 * P, 4 * P):
+            tables = compiled("1f1b", P, N, full_backward=True).tables
+            assert tables.num_ticks == 3 * (N + P - 1)
+
+
+@pytest.mark.parametrize("timetable", TIMETABLES)
+@pytest.mark.parametrize("name", NAMES)
+def test_halves_take_no_residual_longer(name: str, timetable: str) -> None:
+    """Between the two nothing runs; what travels takes a slot or two more at most."""
+    for size in SIZES:
+        split, full = (
+            compiled(name, *size, timetable, full_backward=on).tables.num_slots
+            for on in (False, True)
+        )
+        for buffer in ("residual", "weight_residual", "stash"):
+            assert full[buffer] <= split[buffer], (size, buffer)
+        assert full["received"] <= split["received"] + 2, size
+
+
+cases = st.tuples(
+    st.sampled_from(NAMES), st.integers(1, 5), st.integers(1, 8), st.sampled_from(TIMETABLES)
+)
+
+
+@given(cases, st.sampled_from(Tables.columns()), st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_changed_entry_is_caught(case, column, data):
+    tables = compiled(*case, full_backward=True).tables
+    table = getattr(tables, column).copy()
+    tick = data.draw(st.integers(0, tables.num_ticks - 1))
+    rank = data.draw(st.integers(0, tables.num_ranks - 1))
+    table[tick, rank] = data.draw(
+        st.integers(-2, max(table.max(), 1) + 1).filter(lambda v: v != table[tick, rank])
+    )
+    with pytest.raises(ScheduleError):
+        verify_tables(dataclasses.replace(tables, **{column: table}))
+
+
+def test_a_lost_cotangent_is_named() -> None:
+    tables = compiled("1f1b", 2, 2, full_backward=True).tables
+    (tick,) = np.flatnonzero((tables.half[:, 0] == FIRST_LAYERS) & (tables.microbatch[:, 0] == 0))
+    read = tables.read.copy()
+    read[tick, 0] = -1
+    with pytest.raises(ScheduleError, match=r"0W0 on rank 0 in tick .*: needs a slot in read"):
+        verify_tables(dataclasses.replace(tables, read=read))
+    keep = tables.keep.copy()
+    keep[tick - 1, 0] = -1
+    with pytest.raises(ScheduleError, match=r"0I0 on rank 0 in .*: must keep the cotangent that"):
+        verify_tables(dataclasses.replace(tables, keep=keep))
+
+
+def test_the_public_timeline_is_of_halves_apart() -> None:
+    made = schedules.make("1f1b", num_ranks=4, num_microbatches=8)
+    ticks = made.timeline().num_ticks
+    compile_program(made.program, full_backward=True)
+    assert made.timeline().num_ticks == ticks == made.compiled().tables.num_ticks
+    assert not made.compiled().tables.has_halves
