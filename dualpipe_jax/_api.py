@@ -76,12 +76,15 @@ def value_and_grad(
         saves; one that follows its input grad at once recomputes nothing. Under `remat="none"`
         nothing is recomputed, and this is without effect.
       full_backward: Whether an input grad that its weight grad follows at once runs with it, layer
-        by layer, as a full backward (B). It takes no stash of all layers of a stage, but the
-        neighbour gets its cotangent only when all of it is done: timetables are made for halves,
-        and all but dualpipe and dualpipev lose more than it is worth (`simulate` says how much).
+        by layer, as a full backward (B): that of the stage's last layers in the input grad's tick,
+        that of the first ones in the weight grad's, which then hands on the cotangent. (Where a
+        stage has one layer, it is not divided, but in the input grad's tick.) It takes no stash of
+        all layers of a stage, and evens out what ticks take: where input grads take longer than
+        weight grads, as with attention and all the more under rematerialisation, 1f1b,
+        interleaved-1f1b and zb-h1 are the faster for it; `simulate` says by how much.
         A weight grad that the schedule puts off is left where it is, and so, but on CPUs, is the
         straight-line code of `"aligned"`. None: on CPUs, which mostly stand in for accelerators
-        in tests, with no link between them; that step is not what an accelerator would run.
+        in tests; that step is not what an accelerator would run.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor

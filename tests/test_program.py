@@ -435,13 +435,13 @@ def test_what_is_idle_takes_no_memory_in_a_run(
 
 @pytest.mark.slow
 def test_layers_of_full_backwards_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else what all of a stage recompute is alive at once: hidden units, [64, 128] a layer."""
-    options = {"remat": "block", "full_backward": True}
+    """Else what the half of a stage recomputes is alive at once: hidden units, [64, 128] a layer."""
+    options = {"remat": "block", "full_backward": True, "unroll_layers": True}
     of_size = {}
     for takes_turns in (True, False):
         if not takes_turns:
             monkeypatch.setattr(Rank, "first_turn", lambda self, row: None)
-        step = wide_step("1f1b", num_layers=16, **options)
+        step = wide_step("1f1b", num_layers=24, **options)  # three layers in a half
         of_size[takes_turns] = step.memory_analysis().temp_size_in_bytes
     assert of_size[False] - of_size[True] >= 2 * 64 * 128 * 8
 
