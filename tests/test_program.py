@@ -435,7 +435,7 @@ def test_what_is_idle_takes_no_memory_in_a_run(
 
 @pytest.mark.slow
 def test_layers_of_full_backwards_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else what the half of a stage recomputes is alive at once: hidden units, [64, 128] a layer."""
+    """Else what half of a stage recomputes is alive at once: hidden units, [64, 128] a layer."""
     options = {"remat": "block", "full_backward": True, "unroll_layers": True}
     of_size = {}
     for takes_turns in (True, False):

@@ -16,14 +16,22 @@ import dualpipe_jax as dpj
 
 AXIS = "pipe"
 REMATS = ("none", "block")
-# Layers unrolled however many a stage has, as in the fastest of the limits.
-OURS: dict[str, dict[str, Any]] = {
+_SCHEDULES: dict[str, dict[str, Any]] = {
     "dualpipe": {"schedule": "dualpipe", "timetable": "shortest"},
     "dualpipe-aligned": {"schedule": "dualpipe", "timetable": "aligned"},
     "dualpipev": {"schedule": "dualpipev"},
     "1f1b": {"schedule": "1f1b"},
     "zb-h1": {"schedule": "zb-h1"},
-    "zb-h1-stash": {"schedule": "zb-h1", "stash_deferred": True},
+}
+# Layers unrolled however many a stage has, as in the fastest of the limits; and where it has many,
+# looped too, as is the library's default then.
+LOOPED = {
+    f"{name}-looped": {**options, "unroll_layers": False} for name, options in _SCHEDULES.items()
+}
+OURS: dict[str, dict[str, Any]] = {
+    **{name: {**options, "unroll_layers": True} for name, options in _SCHEDULES.items()},
+    "zb-h1-stash": {**_SCHEDULES["zb-h1"], "unroll_layers": True, "stash_deferred": True},
+    **LOOPED,
 }
 CONCURRENT_LIMIT = "limit-unrolled-concurrent"
 LIMITS = ("limit-unrolled", CONCURRENT_LIMIT, "limit-grouped", "limit-scanned")
@@ -32,7 +40,7 @@ NAMES = (*LIMITS, *RECIPES, *OURS)
 
 # As the library does: layers stand one after the other up to this number a stage. The baselines
 # get the same, or it would be the unrolling that is compared; where stages have more, `OURS` has
-# them unrolled too, and so have one of the limits and one of the recipes.
+# both, and so have the limits and the recipes.
 MAX_UNROLLED = 4
 
 GradFn = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
@@ -45,7 +53,7 @@ def different(*, remat: str, num_layers: int, num_ranks: int) -> tuple[str, ...]
     if remat == "none":
         same.add("zb-h1-stash")  # there is nothing that zb-h1 recomputes
     if num_layers // num_ranks <= MAX_UNROLLED:
-        same.add(UNROLLED_RECIPE)
+        same |= {UNROLLED_RECIPE, *LOOPED}
     return tuple(name for name in NAMES if name not in same)
 
 
@@ -89,7 +97,6 @@ def make(
             num_microbatches=num_microbatches,
             axis=AXIS,
             remat=remat,
-            unroll_layers=True,
             **OURS[name],
         )
         return grad_fn, mesh
