@@ -66,8 +66,14 @@ def context(
 def accumulator_dtype(dtype: Any) -> Any:
     """Returns the dtype in which values of `dtype` are summed: float32 or wider, ints exactly."""
     if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.promote_types(dtype, jnp.float32)
-    return jnp.promote_types(dtype, jnp.int32)
+        return wider_dtype(dtype, jnp.float32)
+    return wider_dtype(dtype, jnp.int32)
+
+
+def wider_dtype(one: Any, other: Any) -> Any:
+    """Returns the dtype that holds both, even where `jax_numpy_dtype_promotion` is `"strict"`."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
 
 
 def zeros_for_sum(tree: PyTree) -> PyTree:
@@ -116,7 +122,7 @@ def total_weight(model: Model, microbatches: PyTree) -> jax.Array | None:
         return total + jnp.asarray(weight(microbatch)).astype(total.dtype), None
 
     first = jax.eval_shape(weight, jax.eval_shape(lambda tree: take(tree, 0), microbatches))
-    dtype = jnp.promote_types(first.dtype, jnp.float32)
+    dtype = wider_dtype(first.dtype, jnp.float32)
     return lax.scan(body, jnp.zeros((), dtype), microbatches)[0]
 
 
@@ -138,7 +144,7 @@ def loss_of_sums(
     """
     loss = loss_sum / (count if weight is None else weight.astype(loss_sum.dtype))
     if aux_sum is not None:
-        dtype = jnp.promote_types(loss.dtype, aux_sum.dtype)
+        dtype = wider_dtype(loss.dtype, aux_sum.dtype)
         loss = loss.astype(dtype) + aux_sum.astype(dtype) / count
     return loss
 

@@ -254,7 +254,7 @@ def test_the_fastest_comes_first_and_both_timetables_where_they_differ() -> None
         "dualpipe",
         "aligned",
     )
-    found = [(c.simulation.schedule, c.simulation.timetable) for c in choices]
+    found = {(c.simulation.schedule, c.simulation.timetable) for c in choices}
     paired = ("dualpipe", "dualpipev")
     assert sorted(found) == sorted(
         [(name, "shortest") for name in NAMES] + [(name, "aligned") for name in paired]
@@ -263,16 +263,53 @@ def test_the_fastest_comes_first_and_both_timetables_where_they_differ() -> None
 
 
 def test_what_does_not_fit_comes_last_and_says_which_term() -> None:
-    (least,) = choose(("1f1b",))
-    choices = choose(limit=least.num_bytes)
+    most = max(choice.num_bytes for choice in choose(("1f1b",)))
+    choices = choose(limit=most)
     fits = [choice.fits for choice in choices]
     assert fits == sorted(fits, reverse=True)
-    (gpipe,) = (c for c in choices if c.simulation.schedule == "gpipe")
+    *_, gpipe = (c for c in choices if c.simulation.schedule == "gpipe")
     assert not gpipe.fits
     assert "too large: most of it is " in gpipe.why
     last = max(gpipe.terms, key=lambda term: term.num_bytes)
     assert last.name in gpipe.why
     assert last.why in gpipe.why
+
+
+def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
+    """With four layers a stage; stages of one have none."""
+
+    def kinds(costs: Costs, num_layers: int = 16) -> dict[bool, Choice]:
+        made = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
+        sizes = {"num_layers": num_layers, "layer": LAYER, "parameters": PARAMETERS}
+        choices = choices_of(made, costs=costs, transfer=0.1, limit=math.inf, **sizes)
+        return {choice.full_backward: choice for choice in choices}
+
+    even, uneven = kinds(Costs()), kinds(Costs(input_grad=2))
+    assert set(even) == {False, True}
+    assert even[False].simulation.makespan < even[True].simulation.makespan
+    # A slot of a stage's stash, or what is at hand of one layer's.
+    assert even[False].num_bytes - even[True].num_bytes == 3 * 1_000
+    assert set(uneven) == {True}  # the faster in less memory
+    expected = simulate(
+        schedules.make("1f1b", num_ranks=4, num_microbatches=16),
+        costs=Costs(input_grad=2),
+        transfer=0.1,
+        num_layers=16,
+        full_backward=True,
+    )
+    assert uneven[True].simulation == expected
+    assert set(kinds(Costs(input_grad=2), num_layers=4)) == {False}
+    # In a run of beats a stage's stash is needed still.
+    (dualpipe,) = (
+        memory_of(
+            tables_of("dualpipe", 4, 16, timetable="aligned", full_backward=True),
+            num_layers=8,
+            layer=LAYER,
+            parameters=PARAMETERS,
+            full_backward=True,
+        ),
+    )
+    assert {t.name: t.num_bytes for t in dualpipe}["stash"] == 2 * 1_000
 
 
 def test_losses_are_all_that_is_not_work() -> None:

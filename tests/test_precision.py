@@ -113,3 +113,16 @@ def test_a_sum_of_bfloat16_gradients_is_not_rounded_on_the_way() -> None:
     _, got = jax.jit(many)(params, batch)
     # Each of the thousand is rounded to 1 in 256 in a few places, but not their sum.
     assert_close(got, want, tolerance=1 / 64)
+
+
+@pytest.mark.parametrize("dtype", [BF16, jnp.dtype(jnp.float64)], ids=str)
+def test_strict_promotion_is_kept_to(dtype: Any) -> None:
+    """A user's own functions may then mix no dtypes, and neither does the step."""
+    params, batch = make_params(dtype), make_batch(NUM_MICROBATCHES)
+
+    def run(promotion: str) -> Any:
+        with jax.numpy_dtype_promotion(promotion):
+            grad_fn = dpj.value_and_grad(MODEL, mesh=make_mesh(2), num_microbatches=8)
+            return grad_fn(params, batch)
+
+    assert_close(run("strict"), run("standard"), tolerance=0)

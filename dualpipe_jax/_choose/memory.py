@@ -70,7 +70,12 @@ class Term:
 
 
 def memory_of(
-    tables: Tables, *, num_layers: int, layer: LayerBytes, parameters: ParameterBytes
+    tables: Tables,
+    *,
+    num_layers: int,
+    layer: LayerBytes,
+    parameters: ParameterBytes,
+    full_backward: bool = False,
 ) -> tuple[Term, ...]:
     """Lists what the fullest rank holds while the step runs.
 
@@ -79,6 +84,7 @@ def memory_of(
       num_layers: The layers of the model.
       layer: What a layer keeps.
       parameters: The parameters.
+      full_backward: Whether an input grad and the weight grad that follows it run layer by layer.
     """
     P, S = tables.num_ranks, tables.num_stages
     of_stage = -(-num_layers // S)  # every slot and chunk has room for the largest stage
@@ -88,7 +94,11 @@ def memory_of(
     fetched = int((~in_place).sum()) * of_stage
     chunks = tables.num_chunks * of_stage
     slots = dict(tables.num_slots)
-    if DEFERRED in slots:
+    # In a run of beats there is a stash still: weight grads hide the transfers there.
+    by_layer = full_backward and tables.steady is None
+    if full_backward:
+        slots["stash"] = int(not by_layer)
+    elif DEFERRED in slots:
         # As in the executor: every I writes a stash, be its W deferred.
         slots["stash"] = max(slots["stash"], 1)
     received = slots["received"] + 1
@@ -123,7 +133,9 @@ def memory_of(
         ),
         of_slots("residual", layer.residual),
         of_slots("weight_residual", layer.weight_residual),
-        of_slots("stash", layer.stash),
+        Term("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
+        if by_layer
+        else of_slots("stash", layer.stash),
         of_slots(DEFERRED, layer.deferred),
         Term("working", layer.working, "the largest value in no buffer"),
     )

@@ -12,6 +12,7 @@ from dualpipe_jax._choose.memory import (
 )
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._simulate import Costs, Simulation, simulate
+from dualpipe_jax._stage_sizes import can_halve
 from dualpipe_jax.schedules import Schedule, timetables
 
 
@@ -21,12 +22,15 @@ class Choice:
 
     Attributes:
       simulation: What its replay took.
+      full_backward: As for `value_and_grad`: whether a weight grad runs with the input grad that it
+        follows, layer by layer.
       terms: The memory of the fullest rank.
       limit: The memory that there is; in bytes, as all.
       recomputed: What a rank recomputes for deferred weight grads, the mean over ranks, in time.
     """
 
     simulation: Simulation
+    full_backward: bool
     terms: tuple[Term, ...]
     limit: float
     recomputed: float
@@ -87,6 +91,9 @@ def choices_of(
 ) -> list[Choice]:
     """Predicts time and memory of a schedule, in both timetables if they differ.
 
+    Of one with full backwards and without, the slower is left out unless it takes less memory. Of
+    stages with one layer, whose full backwards have no halves, there is only the one without.
+
     Args:
       schedule: The schedule.
       num_layers: The layers of the model.
@@ -100,25 +107,48 @@ def choices_of(
     Raises:
       ValueError: as `simulate`.
     """
-    choices = []
     work = schedule.num_microbatches * costs.of_microbatch(schedule.num_ranks)
-    for timetable in timetables():
+    backwards = (False, True) if can_halve(num_layers, schedule.num_stages, None) else (False,)
+
+    def choice(timetable: str, full_backward: bool) -> Choice:
         tables = compile_program(
-            schedule.program, timetable=timetable, stash_deferred=stash_deferred
+            schedule.program,
+            timetable=timetable,
+            stash_deferred=stash_deferred and not full_backward,
+            full_backward=full_backward,
         ).tables
-        if timetable != "shortest" and tables.steady is None:
-            continue
         simulation = simulate(
-            schedule, costs=costs, transfer=transfer, num_layers=num_layers, timetable=timetable
+            schedule,
+            costs=costs,
+            transfer=transfer,
+            num_layers=num_layers,
+            timetable=timetable,
+            full_backward=full_backward,
         )
-        choices.append(
-            Choice(
-                simulation=simulation,
-                terms=memory_of(tables, num_layers=num_layers, layer=layer, parameters=parameters),
-                limit=limit,
-                recomputed=(sum(simulation.work) - work) / schedule.num_ranks,
-            )
+        return Choice(
+            simulation=simulation,
+            full_backward=full_backward,
+            terms=memory_of(
+                tables,
+                num_layers=num_layers,
+                layer=layer,
+                parameters=parameters,
+                full_backward=full_backward,
+            ),
+            limit=limit,
+            recomputed=(sum(simulation.work) - work) / schedule.num_ranks,
         )
+
+    choices = []
+    for timetable in timetables():
+        compiled = compile_program(
+            schedule.program, timetable=timetable, stash_deferred=stash_deferred
+        )
+        if timetable != "shortest" and compiled.tables.steady is None:
+            continue
+        made = [choice(timetable, is_full) for is_full in backwards]
+        first, *others = sorted(made, key=_time_and_memory)
+        choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
     return choices
 
 
@@ -131,6 +161,9 @@ def in_order(choices: Iterable[Choice]) -> list[Choice]:
 
 
 def _place(choice: Choice) -> tuple[bool, float, float]:
+    return not choice.fits, *_time_and_memory(choice)
+
+
+def _time_and_memory(choice: Choice) -> tuple[float, float]:
     # Sums in different orders differ in their last bits.
-    makespan = float(f"{choice.simulation.makespan:.9g}")
-    return not choice.fits, makespan, choice.num_bytes
+    return float(f"{choice.simulation.makespan:.9g}"), choice.num_bytes

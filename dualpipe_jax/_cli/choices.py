@@ -8,9 +8,11 @@ from dualpipe_jax._cli.table import print_table
 from dualpipe_jax._simulate import Costs
 
 _HEAD = ("", "schedule", "timetable", "step", "against best", "idle", "memory", "why")
+_FULL = "full backwards"
 _NOTES = (
     "uneven: ranks with less work than the busiest; bubble: that one waits for what it needs;",
-    "false waits: for what it does not need yet, or never; recomputed: for deferred weight grads",
+    "false waits: for what it does not need yet, or never; recomputed: for deferred weight grads;",
+    "full backwards: weight grads run with the input grads that they follow, layer by layer",
 )
 
 
@@ -20,6 +22,7 @@ def to_object(choice: Choice) -> dict[str, object]:
     return {
         "schedule": made.schedule,
         "timetable": made.timetable,
+        "full_backward": choice.full_backward,
         "fits": choice.fits,
         "makespan": made.makespan,
         "idle_share": made.idle_share,
@@ -44,13 +47,15 @@ def print_choices(
     rows = [_row(choice, place, best) for place, choice in enumerate(choices, start=1)]
     print_table(_HEAD, rows, notes=(*notes, *_NOTES), left=(1, 2, 7), breaks=("best",))
     made = best.simulation
-    click.echo(f"\nmemory of a rank, {made.schedule}, {made.timetable}:")
+    full = f", {_FULL}" if best.full_backward else ""
+    click.echo(f"\nmemory of a rank, {made.schedule}, {made.timetable}{full}:")
     for term in best.terms:
         if term.num_bytes:
             click.echo(f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  {term.why}")
     if best.fits:
         arguments = f'num_microbatches={made.num_microbatches}, schedule="{made.schedule}"'
         arguments += f', timetable="{made.timetable}", remat="{model.remat}"'
+        arguments += f", full_backward={best.full_backward}"
         click.echo(f"\ndpj.value_and_grad(model, mesh=mesh, {arguments})")
 
 
@@ -65,7 +70,7 @@ def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
         f"{slower:+.1%}" if choice is not best else "",
         f"{made.idle_share:.1%}",
         format_bytes(choice.num_bytes),
-        choice.why,
+        f"{_FULL}; {choice.why}" if choice.full_backward else choice.why,
     )
 
 

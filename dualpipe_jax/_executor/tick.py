@@ -153,7 +153,7 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
 
 
 def _makes_dx(row: Row) -> jax.Array:
-    """Whether an action makes the cotangent of a stage's x: an I, or the last half of a B."""
+    """Whether an action makes the cotangent of a stage's x: an I, or of two halves the W."""
     is_i = row["opcode"] == INPUT_GRAD
     if "half" not in row:
         return is_i

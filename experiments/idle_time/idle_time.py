@@ -111,13 +111,22 @@ def replay(
     num_layers: int,
     transfer: float,
 ) -> report.Row:
-    """Replays one schedule: at equal costs, at the transformer's, and with transfers beside."""
+    """Replays one schedule: at equal costs, at the transformer's, with transfers, and full."""
     schedule = dpj.schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
     equal = dpj.simulate(schedule)
     of_model = flops.costs(num_layers=num_layers, num_ranks=num_ranks)
     model = dpj.simulate(schedule, costs=of_model, num_layers=num_layers)
-    sent = dpj.simulate(schedule, costs=of_model, num_layers=num_layers, transfer=transfer)
-    return report.Row.of(equal, model, sent)
+    sent, full = (
+        dpj.simulate(
+            schedule,
+            costs=of_model,
+            num_layers=num_layers,
+            transfer=transfer,
+            full_backward=full_backward,
+        )
+        for full_backward in (False, True)
+    )
+    return report.Row.of(equal, model, sent, full)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -32,7 +32,8 @@ class Row:
 
     Idle shares are of `ranks * makespan`: the published one (None where none is published), that of
     the replay at F = I = W = 1, at the transformer's costs, and with transfers beside; of the last
-    also the timetable, which part of it is uneven work, and what it were without false waits.
+    also the timetable, which part of it is uneven work, and what it were without false waits; and
+    that with full backwards.
     Activations, those that W reads, are in shares of a rank's layers, as parameter copies are.
     """
 
@@ -46,12 +47,19 @@ class Row:
     timetable: str
     uneven: float
     without_false_waits: float
+    full_backward: float
     parameter_copies: float
     peak_activations: float
 
     @classmethod
-    def of(cls, equal: dpj.Simulation, model: dpj.Simulation, sent: dpj.Simulation) -> "Row":
-        """Makes the row of three replays of one schedule."""
+    def of(
+        cls,
+        equal: dpj.Simulation,
+        model: dpj.Simulation,
+        sent: dpj.Simulation,
+        full: dpj.Simulation,
+    ) -> "Row":
+        """Makes the row of four replays of one schedule."""
         bubble, work = equal.published_bubble, 3 * equal.num_microbatches
         return cls(
             ranks=equal.num_ranks,
@@ -64,6 +72,7 @@ class Row:
             timetable=sent.timetable,
             uneven=(max(sent.work) - float(np.mean(sent.work))) / sent.makespan,
             without_false_waits=1 - float(np.mean(sent.work)) / sent.dependency_makespan,
+            full_backward=full.idle_share,
             parameter_copies=equal.parameter_copies,
             peak_activations=equal.peak_weight_activations * equal.stage_share,
         )
@@ -100,7 +109,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table of the README: published, equal and with transfers, for each size."""
+    """Writes the table of the README: for each size published, equal, with transfers, and full."""
     multiples = list(dict.fromkeys(row.microbatches // row.ranks for row in rows))
     head = ["ranks", "schedule", "copies"]
     head += [f"N = {'' if m == 1 else m}P" for m in multiples]
@@ -116,7 +125,9 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
 def _cell(row: Row) -> str:
     published = "-" if row.published is None else f"{100 * row.published:.1f}"
     mark = "*" if row.timetable == "aligned" else ""
-    return f"{published} / {100 * row.equal:.1f} / {100 * row.with_transfers:.1f}{mark}"
+    shares = row.equal, row.with_transfers
+    model = " / ".join(f"{100 * share:.1f}" for share in shares)
+    return f"{published} / {model}{mark} / {100 * row.full_backward:.1f}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
