@@ -86,6 +86,10 @@ def test_figures_that_the_readme_names() -> None:
     assert "says {}, {}, {} and {} %".format(*equal) in text
     without = [f"{100 * rows[n, 8, 64].without_false_waits:.1f}" for n in ("1f1b", "zb-h1")]
     assert "1F1B would be at {} %, ZB-H1 at {} %".format(*without) in text
+    of_full = "1F1B idles for {} % and not {}, interleaved 1F1B for {} and not {}, ZB-H1 for {} and"
+    of_64 = [rows[n, 8, 64] for n in ("1f1b", "interleaved-1f1b", "zb-h1")]
+    both = [f"{100 * v:.1f}" for row in of_64 for v in (row.full_backward, row.with_transfers)]
+    assert f"{of_full} not {{}}.".format(*both) in text
     late = [f"{100 * rows[n, 32, 64].with_transfers:.1f}" for n in ("dualpipev", "zb-h1")]
     assert "longer ({} %) than ZB-H1 ({} %)".format(*late) in text
 
