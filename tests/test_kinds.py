@@ -136,6 +136,8 @@ CASES = [
     Case("dualpipe", 4, 8, "DMDMDMDM", "block_has_aux dropout"),  # every stage the same, unrolled
     Case("gpipe", 4, 3, "DDDDMMMMMMMM", "weight"),  # DDD DMM MMM MMM, both stacks sharded
     Case("dualpipev", 2, 4, "DDMMMMMM", "block_has_aux"),  # a chunk without one of the kinds
+    Case("dualpipev", 2, 4, "DDMM", "dropout"),  # no chunk with both
+    Case("interleaved-1f1b", 2, 2, "DDMM", "weight"),
     Case(
         "dualpipev", 2, 3, "MDMDSMSMD", ALL, full_backward=False
     ),  # three kinds, one without parameters

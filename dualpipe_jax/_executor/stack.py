@@ -92,9 +92,9 @@ class Stack(Spread):
 
     @cached_property
     def _is_whole(self) -> bool:
-        """Whether in every round every rank gets a whole chunk."""
+        """Whether in every round every rank gets a whole chunk, and so all of them."""
         size = self.max_layers
-        return all(
+        return len(self._rounds) == self.num_chunks and all(
             w.count == size and ((w.place >= 0) & (w.place % size == 0)).all() for w in self._rounds
         )
 
