@@ -150,13 +150,14 @@ def value_and_grad(
     if timetable is None:
         timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
 
-    def tables_of(*, full_backward: bool, in_halves: bool = True) -> Tables:
+    def tables_of(*, full_backward: bool, whole_stages: frozenset[int] = frozenset()) -> Tables:
         return compile_program(
             schedule.program,
             timetable=timetable,
             # What a deferred weight grad needs has slots of its own where others have none.
             stash_deferred=stash_deferred and not full_backward,
-            full_backward=full_backward and in_halves,
+            full_backward=full_backward,
+            whole_stages=whole_stages,
         ).tables
 
     layers_per_stage = stage_sizes(

@@ -60,13 +60,20 @@ def first_half(num_layers: Any) -> Any:
     return (num_layers + 1) // 2
 
 
-def can_halve(num_layers: int, num_stages: int, sizes: tuple[int, ...] | None) -> bool:
-    """Whether a full backward can run in halves: whether every stage has two layers.
+def stages_of_one_layer(
+    num_layers: int, num_stages: int, sizes: tuple[int, ...] | None
+) -> frozenset[int]:
+    """Finds the stages whose full backwards have no halves.
 
-    >>> can_halve(8, 4, None), can_halve(7, 4, None), can_halve(8, 4, (3, 1, 2, 2))
-    (True, False, False)
+    >>> [sorted(stages_of_one_layer(num_layers, 4, None)) for num_layers in (8, 7, 4)]
+    [[], [3], [0, 1, 2, 3]]
+    >>> sorted(stages_of_one_layer(8, 4, (3, 1, 2, 2)))
+    [1]
     """
-    return (num_layers // num_stages if sizes is None else min(sizes)) >= 2
+    if sizes is None:
+        fewest, rest = divmod(num_layers, num_stages)
+        sizes = (fewest + 1,) * rest + (fewest,) * (num_stages - rest)
+    return frozenset(stage for stage, size in enumerate(sizes) if size == 1)
 
 
 def require_sum(sizes: tuple[int, ...] | None, num_layers: int) -> None:

@@ -299,6 +299,21 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
     )
     assert uneven[True].simulation == expected
     assert set(kinds(Costs(input_grad=2), num_layers=4)) == {False}
+    # Of stages with two layers and with one there are some halves.
+    assert set(kinds(Costs(input_grad=2), num_layers=5)) == {False, True}
+    # What is put off has its stash, where that is what it keeps.
+    zb = tables_of("zb-h1", 4, 16, stash_deferred=False, full_backward=True)
+    for stash_deferred, num_bytes in ((True, 1_000), (False, 10_000)):
+        terms = memory_of(
+            zb,
+            num_layers=8,
+            layer=LAYER,
+            parameters=PARAMETERS,
+            full_backward=True,
+            stash_deferred=stash_deferred,
+        )
+        of_name = {term.name: term.num_bytes for term in terms}
+        assert of_name["deferred"] == zb.num_slots["deferred"] * 2 * num_bytes
     # In a run of beats a stage's stash is needed still.
     (dualpipe,) = (
         memory_of(

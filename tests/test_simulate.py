@@ -401,6 +401,17 @@ def test_full_backwards_by_hand() -> None:
     assert run("1f1b", 2, 2, **options).makespan == 24
 
 
+def test_one_stage_of_one_layer_is_no_cliff() -> None:
+    """Eight stages of two layers, but for the last."""
+    costs = Costs(input_grad=2, weight_grad=1)
+    split, full = (
+        run("1f1b", 8, 32, costs=costs, num_layers=15, full_backward=is_on).makespan
+        for is_on in (False, True)
+    )
+    at_once = run("1f1b", 8, 32, costs=costs, num_layers=8, full_backward=True).makespan
+    assert full < split < at_once
+
+
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1", "interleaved-1f1b"])
 def test_halves_even_out_what_input_grads_take(name: str) -> None:
     """Ticks take as long as the longest of their actions."""

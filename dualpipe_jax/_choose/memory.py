@@ -76,6 +76,7 @@ def memory_of(
     layer: LayerBytes,
     parameters: ParameterBytes,
     full_backward: bool = False,
+    stash_deferred: bool = False,
 ) -> tuple[Term, ...]:
     """Lists what the fullest rank holds while the step runs.
 
@@ -85,6 +86,7 @@ def memory_of(
       layer: What a layer keeps.
       parameters: The parameters.
       full_backward: Whether an input grad and the weight grad that follows it run layer by layer.
+      stash_deferred: Whether what has slots of its own for a deferred weight grad is its stash.
     """
     P, S = tables.num_ranks, tables.num_stages
     of_stage = -(-num_layers // S)  # every slot and chunk has room for the largest stage
@@ -136,7 +138,7 @@ def memory_of(
         Term("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
         if by_layer
         else of_slots("stash", layer.stash),
-        of_slots(DEFERRED, layer.deferred),
+        of_slots(DEFERRED, layer.stash if stash_deferred else layer.deferred),
         Term("working", layer.working, "the largest value in no buffer"),
     )
 

@@ -12,7 +12,7 @@ from dualpipe_jax._choose.memory import (
 )
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._simulate import Costs, Simulation, simulate
-from dualpipe_jax._stage_sizes import can_halve
+from dualpipe_jax._stage_sizes import stages_of_one_layer
 from dualpipe_jax.schedules import Schedule, timetables
 
 
@@ -91,8 +91,8 @@ def choices_of(
 ) -> list[Choice]:
     """Predicts time and memory of a schedule, in both timetables if they differ.
 
-    Of one with full backwards and without, the slower is left out unless it takes less memory. Of
-    stages with one layer, whose full backwards have no halves, there is only the one without.
+    Of one with full backwards and without, the slower is left out unless it takes less memory. If
+    all stages have one layer, so that no full backward has halves, there is only the one without.
 
     Args:
       schedule: The schedule.
@@ -108,7 +108,8 @@ def choices_of(
       ValueError: as `simulate`.
     """
     work = schedule.num_microbatches * costs.of_microbatch(schedule.num_ranks)
-    backwards = (False, True) if can_halve(num_layers, schedule.num_stages, None) else (False,)
+    whole_stages = stages_of_one_layer(num_layers, schedule.num_stages, None)
+    backwards = (False, True) if len(whole_stages) < schedule.num_stages else (False,)
 
     def choice(timetable: str, full_backward: bool) -> Choice:
         tables = compile_program(
@@ -116,6 +117,7 @@ def choices_of(
             timetable=timetable,
             stash_deferred=stash_deferred and not full_backward,
             full_backward=full_backward,
+            whole_stages=whole_stages,
         ).tables
         simulation = simulate(
             schedule,
@@ -134,6 +136,7 @@ def choices_of(
                 layer=layer,
                 parameters=parameters,
                 full_backward=full_backward,
+                stash_deferred=stash_deferred,
             ),
             limit=limit,
             recomputed=(sum(simulation.work) - work) / schedule.num_ranks,

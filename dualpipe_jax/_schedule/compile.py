@@ -3,10 +3,19 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+
 from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.emit import emit
-from dualpipe_jax._schedule.ir import TIMETABLES, Allocation, Program, Tables, Timeline
+from dualpipe_jax._schedule.ir import (
+    INPUT_GRAD,
+    TIMETABLES,
+    Allocation,
+    Program,
+    Tables,
+    Timeline,
+)
 from dualpipe_jax._schedule.place import place_shortest
 from dualpipe_jax._schedule.release import release
 from dualpipe_jax._schedule.steady import find_run
@@ -36,6 +45,7 @@ def compile_program(
     timetable: str = "shortest",
     stash_deferred: bool = True,
     full_backward: bool = False,
+    whole_stages: frozenset[int] = frozenset(),
 ) -> Compiled:
     """Compiles a program to tables, verifying the outcome of every pass; once for each choice.
 
@@ -47,6 +57,7 @@ def compile_program(
         full_backward: Whether an I and the W that directly follows it are the two halves of a full
             backward, so that a neighbour gets its cotangent after the W. Not those of the run of
             beats, nor those before it of which a neighbour reads the cotangent sooner.
+        whole_stages: Stages whose full backwards have no halves, but are in the I's ticks.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
@@ -55,14 +66,24 @@ def compile_program(
     if timetable not in TIMETABLES:
         known = ", ".join(map(repr, TIMETABLES))
         raise ValueError(f"timetable={timetable!r}: must be one of {known}")
-    return _compile(program, timetable, stash_deferred, full_backward)
+    return _compile(
+        program, timetable, stash_deferred, full_backward, whole_stages if full_backward else None
+    )
 
 
 @lru_cache(maxsize=64)
 def _compile(
-    program: Program, timetable: str, stash_deferred: bool, full_backward: bool
+    program: Program,
+    timetable: str,
+    stash_deferred: bool,
+    full_backward: bool,
+    whole_stages: frozenset[int] | None,
 ) -> Compiled:
     verify_program(program)
+    if whole_stages:
+        units = program.units
+        is_whole = (units.opcode == INPUT_GRAD) & np.isin(units.stage, list(whole_stages))
+        program = replace(program, at_once=frozenset(np.flatnonzero(is_whole).tolist()))
     run = None
     if timetable == "shortest":
         if full_backward:

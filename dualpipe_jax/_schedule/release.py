@@ -44,7 +44,8 @@ def release(timeline: Timeline, run: Run | None, *, full_backward: bool = False)
     is_kept = timeline.tick_of < stop
     program = timeline.program
     if full_backward:
-        program = replace(program, full_backward=True, at_once=_find_at_once(timeline, run))
+        at_once = program.at_once | _find_at_once(timeline, run)
+        program = replace(program, full_backward=True, at_once=at_once)
     tick_of = run_in_order(
         program, find_dependencies(program), earliest=np.where(is_kept, timeline.tick_of, 0)
     )

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax import _stage_sizes
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._simulate.costs import Costs
 from dualpipe_jax._simulate.published import published_bubble
 from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_dependencies
-from dualpipe_jax._stage_sizes import first_half, require_sum, stage_sizes
+from dualpipe_jax._stage_sizes import (
+    first_half,
+    require_sum,
+    stage_sizes,
+    stages_of_one_layer,
+)
 from dualpipe_jax.schedules import Schedule
 
 # Whichever of the timetables has the smaller makespan.
@@ -124,7 +128,7 @@ def simulate(
         where=f" of schedule {schedule.name!r} on {num_ranks} ranks",
     )
     # Stages of which nothing is said are as large as one likes.
-    can_halve = num_layers is None and sizes is None
+    is_any_size = num_layers is None and sizes is None
     if num_layers is None:
         num_layers = num_stages if sizes is None else sum(sizes)
     require_sum(sizes, num_layers)
@@ -137,8 +141,10 @@ def simulate(
         schedule.program,
         timetable=timetable,
         stash_deferred=not costs.recompute,
-        full_backward=full_backward
-        and (can_halve or _stage_sizes.can_halve(num_layers, num_stages, sizes)),
+        full_backward=full_backward,
+        whole_stages=frozenset()
+        if is_any_size
+        else stages_of_one_layer(num_layers, num_stages, sizes),
     ).tables
     fewest, rest = divmod(num_layers, num_stages)
     layers_of_stage = np.array(sizes or fewest + (np.arange(num_stages) < rest))
@@ -154,7 +160,9 @@ def simulate(
         work = work + recomputes * costs.recompute * share[tables.stage]
     if full_backward:
         last_layers = (
-            np.full(num_stages, 0.5) if can_halve else first_half(layers_of_stage) / layers_of_stage
+            np.full(num_stages, 0.5)
+            if is_any_size
+            else first_half(layers_of_stage) / layers_of_stage
         )
         work = as_full_backwards(tables, work, last_layers=last_layers)
     makespan = float(replay(tables, work, transfer=transfer).max())

@@ -88,6 +88,24 @@ def test_the_run_of_beats_is_the_same(name: str, num_ranks: int, num_microbatche
     assert full.steady.cotangent_pairs == split.steady.cotangent_pairs
 
 
+@pytest.mark.parametrize("timetable", TIMETABLES)
+@pytest.mark.parametrize("name", NAMES)
+def test_some_stages_have_no_halves(name: str, timetable: str) -> None:
+    for size in ((3, 7), (4, 16)):
+        program = compiled(name, *size).program
+        some = compiled(name, *size, timetable, full_backward=True).tables
+        options = {"timetable": timetable, "stash_deferred": False, "full_backward": True}
+        last = some.num_stages - 1
+        tables = compile_program(program, **options, whole_stages=frozenset({1, last})).tables
+        assert_computes_loss_and_grads(tables)
+        found = set(tables.stage[tables.half >= 0].tolist())
+        assert found == set(some.stage[some.half >= 0].tolist()) - {1, last}
+        every = frozenset(range(some.num_stages))
+        none = compile_program(program, **options, whole_stages=every).tables
+        assert not none.has_halves
+        assert none.num_ticks == compiled(name, *size, timetable).tables.num_ticks
+
+
 def test_1f1b_in_halves_is_that_of_the_paper() -> None:
     """Narayanan et al. 2021, section 2.2: N + P - 1 forwards and backwards (F = 1, B = 2)."""
     for P in range(2, 9):
