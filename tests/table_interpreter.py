@@ -42,6 +42,16 @@ def loss_and_grads(weights: np.ndarray, inputs: np.ndarray) -> tuple[float, np.n
     return float((x * x).sum() / 2), grads
 
 
+def assert_computes_loss_and_grads(tables: Tables) -> None:
+    """Runs tables with gradients on a random model."""
+    model = random_model(tables.num_stages, tables.num_microbatches)
+    loss, grads = run(tables, *model)
+    expected_loss, expected_grads = loss_and_grads(*model)
+    # The order of summation differs; float64 keeps 1e-12 with room to spare.
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    np.testing.assert_allclose(grads, expected_grads, rtol=1e-12, atol=1e-12)
+
+
 def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float, np.ndarray]:
     """Computes the same by executing the tables; gradients are zero if they are forward-only."""
     num_ranks, last = tables.num_ranks, tables.num_stages - 1

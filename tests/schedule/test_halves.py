@@ -19,21 +19,13 @@ from dualpipe_jax._schedule.ir import (
     Tables,
 )
 from dualpipe_jax._schedule.verify import verify_tables
-from tests import table_interpreter
+from tests.schedule.mutations import draw_changed
 from tests.schedule.test_random_programs import programs
 from tests.schedule.test_steady import SIZES as RUN_SIZES
 from tests.schedules_under_test import NAMES, compiled
+from tests.table_interpreter import assert_computes_loss_and_grads
 
 SIZES = [(1, 3), (2, 4), (2, 8), (3, 2), (3, 7), (4, 8), (4, 16), (5, 11), (8, 16), (8, 24)]
-
-
-def assert_computes_loss_and_grads(tables: Tables) -> None:
-    model = table_interpreter.random_model(tables.num_stages, tables.num_microbatches)
-    loss, grads = table_interpreter.run(tables, *model)
-    expected_loss, expected_grads = table_interpreter.loss_and_grads(*model)
-    # The order of summation differs; float64 keeps 1e-12 with room to spare.
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
-    np.testing.assert_allclose(grads, expected_grads, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("timetable", TIMETABLES)
@@ -137,14 +129,9 @@ cases = st.tuples(
 @settings(max_examples=300, deadline=None)
 def test_any_changed_entry_is_caught(case, column, data):
     tables = compiled(*case, full_backward=True).tables
-    table = getattr(tables, column).copy()
-    tick = data.draw(st.integers(0, tables.num_ticks - 1))
-    rank = data.draw(st.integers(0, tables.num_ranks - 1))
-    table[tick, rank] = data.draw(
-        st.integers(-2, max(table.max(), 1) + 1).filter(lambda v: v != table[tick, rank])
-    )
+    changed = draw_changed(data, tables, column)
     with pytest.raises(ScheduleError):
-        verify_tables(dataclasses.replace(tables, **{column: table}))
+        verify_tables(changed)
 
 
 def test_a_lost_cotangent_is_named() -> None:

@@ -17,6 +17,7 @@ from dualpipe_jax._schedule.verify import (
     verify_tables,
     verify_timeline,
 )
+from tests.schedule.mutations import draw_changed
 from tests.schedules_under_test import NAMES, compiled
 
 SLOT_COLUMNS = Tables.columns()[4:]
@@ -145,14 +146,9 @@ cases = st.tuples(st.sampled_from(NAMES), st.integers(1, 5), st.integers(1, 8))
 @settings(max_examples=300, deadline=None)
 def test_any_changed_entry_is_caught(case, column, data):
     tables = compiled(*case).tables
-    table = getattr(tables, column).copy()
-    tick = data.draw(st.integers(0, tables.num_ticks - 1))
-    rank = data.draw(st.integers(0, tables.num_ranks - 1))
-    table[tick, rank] = data.draw(
-        st.integers(-2, max(table.max(), 1) + 1).filter(lambda v: v != table[tick, rank])
-    )
+    changed = draw_changed(data, tables, column)
     with pytest.raises(ScheduleError):
-        verify_tables(_mutate(tables, **{column: table}))
+        verify_tables(changed)
 
 
 @given(cases, st.sampled_from(SLOT_COLUMNS), st.data())

@@ -1,0 +1,19 @@
+"""Tables with one wrong entry, for what verifiers must refuse."""
+
+import dataclasses
+from typing import Any
+
+from hypothesis import strategies as st
+
+from dualpipe_jax._schedule.ir import Tables
+
+
+def draw_changed(data: Any, tables: Tables, column: str) -> Tables:
+    """Draws another value for some entry of a column, in its range or just outside."""
+    table = getattr(tables, column).copy()
+    tick = data.draw(st.integers(0, tables.num_ticks - 1))
+    rank = data.draw(st.integers(0, tables.num_ranks - 1))
+    table[tick, rank] = data.draw(
+        st.integers(-2, max(table.max(), 1) + 1).filter(lambda v: v != table[tick, rank])
+    )
+    return dataclasses.replace(tables, **{column: table})
