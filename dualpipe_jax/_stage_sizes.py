@@ -70,10 +70,18 @@ def stages_of_one_layer(
     >>> sorted(stages_of_one_layer(8, 4, (3, 1, 2, 2)))
     [1]
     """
-    if sizes is None:
-        fewest, rest = divmod(num_layers, num_stages)
-        sizes = (fewest + 1,) * rest + (fewest,) * (num_stages - rest)
+    sizes = sizes or spread_evenly(num_layers, num_stages)
     return frozenset(stage for stage, size in enumerate(sizes) if size == 1)
+
+
+def spread_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Counts the layers of each stage, of which the first ones get one more if they do not divide.
+
+    >>> spread_evenly(7, 4)
+    (2, 2, 2, 1)
+    """
+    fewest, rest = divmod(num_layers, num_stages)
+    return (fewest + 1,) * rest + (fewest,) * (num_stages - rest)
 
 
 def require_sum(sizes: tuple[int, ...] | None, num_layers: int) -> None:

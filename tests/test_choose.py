@@ -315,16 +315,14 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
         of_name = {term.name: term.num_bytes for term in terms}
         assert of_name["deferred"] == zb.num_slots["deferred"] * 2 * num_bytes
     # In a run of beats a stage's stash is needed still.
-    (dualpipe,) = (
-        memory_of(
-            tables_of("dualpipe", 4, 16, timetable="aligned", full_backward=True),
-            num_layers=8,
-            layer=LAYER,
-            parameters=PARAMETERS,
-            full_backward=True,
-        ),
+    terms = memory_of(
+        tables_of("dualpipe", 4, 16, timetable="aligned", full_backward=True),
+        num_layers=8,
+        layer=LAYER,
+        parameters=PARAMETERS,
+        full_backward=True,
     )
-    assert {t.name: t.num_bytes for t in dualpipe}["stash"] == 2 * 1_000
+    assert {term.name: term.num_bytes for term in terms}["stash"] == 2 * 1_000
 
 
 def test_losses_are_all_that_is_not_work() -> None:

@@ -15,6 +15,7 @@ from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_depe
 from dualpipe_jax._stage_sizes import (
     first_half,
     require_sum,
+    spread_evenly,
     stage_sizes,
     stages_of_one_layer,
 )
@@ -146,8 +147,7 @@ def simulate(
         if is_any_size
         else stages_of_one_layer(num_layers, num_stages, sizes),
     ).tables
-    fewest, rest = divmod(num_layers, num_stages)
-    layers_of_stage = np.array(sizes or fewest + (np.arange(num_stages) < rest))
+    layers_of_stage = np.array(sizes or spread_evenly(num_layers, num_stages))
     cost = costs.of_stages(
         num_ranks=num_ranks,
         layers_of_stage=layers_of_stage,
