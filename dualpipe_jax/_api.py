@@ -16,7 +16,7 @@ from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._sequential import sequential as sequential
-from dualpipe_jax._simulate import fastest_timetable
+from dualpipe_jax._simulate import fastest_timetable, prefers_full_backward
 from dualpipe_jax._split_vjp import is_differentiable
 from dualpipe_jax._stage_sizes import stage_sizes
 from dualpipe_jax._types import Model, PyTree
@@ -79,12 +79,13 @@ def value_and_grad(
         by layer, as a full backward (B): that of the stage's last layers in the input grad's tick,
         that of the first ones in the weight grad's, which then hands on the cotangent. (Where a
         stage has one layer, it is not divided, but in the input grad's tick.) It takes no stash of
-        all layers of a stage, and evens out what ticks take: where input grads take longer than
-        weight grads, as with attention and all the more under rematerialisation, 1f1b,
-        interleaved-1f1b and zb-h1 are the faster for it; `simulate` says by how much.
+        all layers of a stage, nor the time to write and read one, and evens out what ticks take:
+        where input grads take longer than weight grads, as with attention and all the more under
+        rematerialisation, most schedules are the faster for it; `simulate` says by how much.
         A weight grad that the schedule puts off is left where it is, and so, but on CPUs, is the
-        straight-line code of `"aligned"`. None: on CPUs, which mostly stand in for accelerators
-        in tests; that step is not what an accelerator would run.
+        straight-line code of `"aligned"`. None: where that is not in the program and a transformer
+        is faster with it by simulation; and on CPUs, which mostly stand in for accelerators in
+        tests, everywhere: that step is not always what an accelerator would run.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
@@ -165,10 +166,23 @@ def value_and_grad(
         num_stages=schedule.num_stages,
         where=f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks",
     )
+
+    def has_full_backward(*, on_cpu: bool, num_layers: int | None = None) -> bool:
+        if full_backward is not None or on_cpu:
+            return full_backward is not False
+        return prefers_full_backward(
+            schedule,
+            timetable=timetable,
+            recomputes=remat != "none",
+            stash_deferred=stash_deferred,
+            num_layers=num_layers,
+            layers_per_stage=layers_per_stage,
+        )
+
     build = Builder(
         axes=axes,
         tables_of=tables_of,
-        full_backward=full_backward,
+        has_full_backward=has_full_backward,
         stash_deferred=stash_deferred,
         model=model,
         block=block_of(model, remat),
@@ -226,9 +240,9 @@ class GradFunction:
 
         Returns:
           A MemoryReport; `print` it, or see its `terms`. It is of the step as the mesh's devices
-          would run it: one over CPUs has full backwards unless told otherwise (an AbstractMesh
-          without devices, or with TPUs, has not). The compiler has the last word: `preflight`
-          asks it.
+          would run it: one over CPUs has full backwards unless told otherwise, one over an
+          AbstractMesh without devices, or with TPUs, where they are faster by simulation. The
+          compiler has the last word: `preflight` asks it.
 
         Raises:
           ValueError: As a call.

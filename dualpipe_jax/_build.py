@@ -51,14 +51,15 @@ class Builder:
         *,
         axes: Axes,
         tables_of: Callable[..., Tables],
-        full_backward: bool | None = False,
+        has_full_backward: Callable[..., bool],
         **options: Any,
     ):
         self._mesh, self._axis = axes.mesh, axes.axis
         self._tables_of = tables_of
-        self._full_backward = full_backward
+        self._has_full_backward = has_full_backward
         # What cannot be compiled is refused here.
-        self._num_stages = tables_of(full_backward=self._has_full_backward).num_stages
+        full_backward = has_full_backward(on_cpu=self._is_on_cpu)
+        self._num_stages = tables_of(full_backward=full_backward).num_stages
         self._layout = options["model"].layout
         self._layers_per_stage = options["layers_per_stage"]
         self._step = partial(
@@ -76,10 +77,7 @@ class Builder:
         self._steps: dict[tuple[int, bool], Callable[..., Any]] = {}
 
     @property
-    def _has_full_backward(self) -> bool:
-        """Whether an I runs with the W that follows it: if not asked, on CPUs."""
-        if self._full_backward is not None:
-            return self._full_backward
+    def _is_on_cpu(self) -> bool:
         return platform_of(context_mesh(like=self._mesh) or self._mesh) == "cpu"
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
@@ -96,7 +94,7 @@ class Builder:
         where = f" of the schedule over {num_ranks} ranks"
         num_layers = _validate.num_layers(params, self._layout, num_stages=num_stages, where=where)
         _stage_sizes.require_sum(self._layers_per_stage, num_layers)
-        full_backward = self._has_full_backward
+        full_backward = self._has_full_backward(on_cpu=self._is_on_cpu, num_layers=num_layers)
         tables = self._tables_of(
             full_backward=full_backward,
             whole_stages=_stage_sizes.stages_of_one_layer(

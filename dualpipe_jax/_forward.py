@@ -147,6 +147,7 @@ def _builder(
     return Builder(
         axes=axes,
         tables_of=lambda **_: compile_program(program).tables,
+        has_full_backward=lambda **_: False,
         model=model,
         block=block_of(model, "none"),
         param_specs=param_specs,

@@ -42,9 +42,9 @@ def test_table_ranks_explains_and_ends_with_the_call() -> None:
     best, timetable = rows[0].split()[1:3]
     assert lines[-1] == (
         f'dpj.value_and_grad(model, mesh=mesh, num_microbatches=32, schedule="{best}", '
-        f'timetable="{timetable}", remat="none", full_backward=False)'
+        f'timetable="{timetable}", remat="none", full_backward=True)'
     )
-    assert f"memory of a rank, {best}, {timetable}:" in lines
+    assert f"memory of a rank, {best}, {timetable}, full backwards:" in lines
 
 
 def test_full_backwards_are_named() -> None:
@@ -77,7 +77,7 @@ def test_options_reach_the_simulation(tmp_path: Path) -> None:
     report.write_text(json.dumps({"costs": COSTS, "more": 1}))
     sizes = ["--ranks", "4", "--microbatches", "8", "--layers", "10", "--transfer", "0.3"]
     made = choices_of(*sizes, "--costs-from", str(report), "--memory", "1TiB")
-    assert made["costs"] == {**COSTS, "recompute": 0.0}
+    assert made["costs"] == {**COSTS, "recompute": 0.0, "full_backward": None}
     for choice in made["choices"]:
         expected = simulate(
             schedules.make(choice["schedule"], num_ranks=4, num_microbatches=8),

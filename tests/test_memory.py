@@ -53,6 +53,41 @@ def look(
 
 
 @pytest.mark.parametrize(
+    ("num_layers", "options", "is_full"),
+    [
+        (8, {"schedule": "1f1b"}, True),
+        (8, {"schedule": "1f1b", "full_backward": False}, False),
+        (4, {"schedule": "1f1b"}, False),  # one layer has no halves
+        (
+            8,
+            {"schedule": "interleaved-1f1b", "remat": "block", "layers_per_stage": (1,) * 8},
+            False,
+        ),
+        (16, {"schedule": "interleaved-1f1b", "remat": "block"}, True),
+        (8, {"schedule": "chimera"}, False),
+        (8, {"schedule": "dualpipe", "timetable": "aligned"}, False),
+        (8, {"schedule": "dualpipe", "timetable": "aligned", "full_backward": True}, True),
+        (8, {"schedule": "dualpipe", "timetable": "shortest", "remat": "block"}, True),
+    ],
+)
+def test_full_backwards_by_default(num_layers: int, options: dict[str, Any], is_full: bool) -> None:
+    """For accelerators where they are predicted to be faster; on CPUs, which stand in, always."""
+    args = make_params(num_layers), make_batch(8)
+    on_accelerators, on_cpus = (
+        dpj.value_and_grad(
+            make_model(frozenset(["pytree"])), mesh=mesh, num_microbatches=8, **options
+        )
+        for mesh in (AbstractMesh((4,), ("pipe",)), make_mesh(4))
+    )
+    terms = {term.name for term in on_accelerators.memory(*args).terms}
+    assert ("stash of a full backward, without a slot" in terms) == is_full
+    terms = {term.name for term in on_cpus.memory(*args).terms}
+    assert ("stash of a full backward, without a slot" in terms) == options.get(
+        "full_backward", True
+    )
+
+
+@pytest.mark.parametrize(
     ("num_layers", "options"),
     [
         (8, {"schedule": "dualpipe", "timetable": "aligned"}),

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, Program, Tables
-from dualpipe_jax._simulate import Costs, Simulation, fastest_timetable, simulate
+from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Program, Tables
+from dualpipe_jax._simulate import (
+    Costs,
+    Simulation,
+    fastest_timetable,
+    prefers_full_backward,
+    simulate,
+)
 from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax.schedules import Schedule
 from tests.schedule.test_random_programs import programs
@@ -401,6 +407,50 @@ def test_full_backwards_by_hand() -> None:
     assert run("1f1b", 2, 2, **options).makespan == 24
 
 
+def test_full_backwards_of_a_cost_of_their_own() -> None:
+    apart = {"forward": 2, "input_grad": 3, "weight_grad": 5}
+    # As above; 4 and not 3 + 5, in two halves of 2.
+    costs = Costs(**apart, full_backward=4)
+    assert costs.full_backward_share == 0.5
+    assert run("1f1b", 2, 1, costs=costs, full_backward=True).makespan == 2 + 2 + 4 + 4
+    # Halves apart do not ask for it, nor does a run of beats.
+    assert run("1f1b", 2, 1, costs=costs) == run("1f1b", 2, 1, costs=Costs(**apart))
+    times = [
+        run("dualpipe", 4, 32, costs=each, full_backward=True, timetable="aligned").work
+        for each in (costs, Costs(**apart))
+    ]
+    run_of_beats = (32 - 2 * 4) * (2 + 3 + 5)
+    assert run_of_beats < min(times[0]) < min(times[1]) == 32 * (2 + 3 + 5)
+    same = Costs(**apart, full_backward=8)
+    assert same.full_backward_share == Costs(**apart).full_backward_share == 1
+    assert Costs(input_grad=0, weight_grad=0, full_backward=1).full_backward_share == 1
+    with pytest.raises(ValueError, match="full_backward=-1: a cost must be a finite number"):
+        Costs(full_backward=-1)
+
+
+def test_the_gradient_of_an_embedding_comes_last() -> None:
+    """In W's tick of the first stage if that has a half, else in I's; and takes as long as ever."""
+    costs = Costs(forward=2, input_grad=3, weight_grad=5, full_backward=4, embed=1)
+    assert costs.embed_grad == 2.5
+    for num_layers in (None, 2):
+        made = run("1f1b", 2, 1, costs=costs, full_backward=True, num_layers=num_layers)
+        assert made.makespan == (2 + 1) + 2 + 4 + (4 + 2.5)
+    program = make("1f1b", 2, 3).program
+    for whole_stages, ticks in ((frozenset(), (2, 2 + 2.5)), (frozenset({0, 1}), (4 + 2.5, 0))):
+        tables = compile_program(program, full_backward=True, whole_stages=whole_stages).tables
+        embeds = (tables.opcode == INPUT_GRAD) & (tables.stage == 0)
+        full = as_full_backwards(
+            tables,
+            np.array([0, 2, 3, 5.0])[tables.opcode] + 2.5 * embeds,
+            last_layers=np.full(2, 0.5),
+            cost=0.5,
+            embed_grad=2.5,
+        )
+        for opcode, expected in zip((INPUT_GRAD, WEIGHT_GRAD), ticks, strict=True):
+            of_first = (tables.opcode == opcode) & (tables.stage == 0)
+            assert set(full[of_first]) == {expected}
+
+
 def test_one_stage_of_one_layer_is_no_cliff() -> None:
     """Eight stages of two layers, but for the last."""
     costs = Costs(input_grad=2, weight_grad=1)
@@ -514,6 +564,36 @@ def test_many_microbatches_are_faster_aligned(
     # 1e-9: a few hundred sums of tenths.
     is_faster = makespans[1] < makespans[0] * (1 - 1e-9)
     assert is_faster == (expected == "aligned")
+
+
+@pytest.mark.parametrize(
+    ("name", "timetable", "expected"),
+    [
+        # Without rematerialisation and with it.
+        ("gpipe", "shortest", (True, True)),
+        ("1f1b", "shortest", (True, True)),
+        ("interleaved-1f1b", "shortest", (True, True)),
+        ("zb-h1", "shortest", (True, True)),
+        ("chimera", "shortest", (False, False)),
+        ("dualpipe", "shortest", (True, True)),
+        ("dualpipe", "aligned", (False, False)),  # it has a run of beats
+        ("dualpipev", "aligned", (False, False)),
+    ],
+)
+def test_full_backwards_where_they_are_faster(
+    name: str, timetable: str, expected: tuple[bool, bool]
+) -> None:
+    schedule = make(name, 8, 32)
+    for recomputes, is_full in zip((False, True), expected, strict=True):
+        options = {"timetable": timetable, "recomputes": recomputes}
+        of_any_size = prefers_full_backward(schedule, **options)
+        assert of_any_size == is_full
+        num_layers = 2 * schedule.num_stages
+        assert prefers_full_backward(schedule, **options, num_layers=num_layers) == is_full
+        # Stages of one layer have no halves: all of a backward is in a tick. In GPipe, where all
+        # ranks are backward at the same time, nobody waits for that.
+        one = {"num_layers": schedule.num_stages, "layers_per_stage": (1,) * schedule.num_stages}
+        assert prefers_full_backward(schedule, **options, **one) == (name == "gpipe")
 
 
 def test_what_cannot_be_aligned_is_not() -> None:

@@ -1,7 +1,8 @@
 """Schedules, costs and bytes -> choices: those that fit by step time, then those that do not."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from dualpipe_jax._choose.memory import (
     LayerBytes,
@@ -107,7 +108,6 @@ def choices_of(
     Raises:
       ValueError: as `simulate`.
     """
-    work = schedule.num_microbatches * costs.of_microbatch(schedule.num_ranks)
     whole_stages = stages_of_one_layer(num_layers, schedule.num_stages, None)
     backwards = (False, True) if len(whole_stages) < schedule.num_stages else (False,)
 
@@ -119,14 +119,19 @@ def choices_of(
             full_backward=full_backward,
             whole_stages=whole_stages,
         ).tables
-        simulation = simulate(
+        simulated = partial(
+            simulate,
             schedule,
-            costs=costs,
             transfer=transfer,
             num_layers=num_layers,
             timetable=timetable,
             full_backward=full_backward,
         )
+        simulation = simulated(costs=costs)
+        recomputed = 0.0
+        if costs.recompute:
+            work = simulated(costs=replace(costs, recompute=0.0)).work
+            recomputed = (sum(simulation.work) - sum(work)) / schedule.num_ranks
         return Choice(
             simulation=simulation,
             full_backward=full_backward,
@@ -139,7 +144,7 @@ def choices_of(
                 stash_deferred=stash_deferred,
             ),
             limit=limit,
-            recomputed=(sum(simulation.work) - work) / schedule.num_ranks,
+            recomputed=recomputed,
         )
 
     choices = []

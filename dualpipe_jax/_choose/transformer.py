@@ -14,7 +14,7 @@ compares them). In units of one x, tokens x width:
 from dataclasses import dataclass
 
 from dualpipe_jax._choose.memory import LayerBytes
-from dualpipe_jax._simulate import Costs
+from dualpipe_jax._simulate import Costs, of_transformer
 
 ATTENTIONS = ("fused", "plain")
 REMATS = ("none", "block")
@@ -106,9 +106,8 @@ class Transformer:
     def costs(self, num_ranks: int) -> Costs:
         """Counts multiplications, in those of the forward of a rank's share of the layers.
 
-        A matmul's input grad and weight grad cost as much as its forward; attention, two matmuls of
-        activations, has no weight grad, and twice the input grad. Under remat I runs the forward
-        again, and a deferred W forward and input grad.
+        Under remat I runs the forward again, and a deferred W forward and input grad. As one, I and
+        W take a tenth less than apart.
 
         >>> sizes = dict(layers=8, width=2, context=6, microbatch_size=1, vocabulary=9, heads=1)
         >>> Transformer(**sizes).costs(num_ranks=4)
@@ -117,13 +116,9 @@ class Transformer:
         of_weights = 12 * self.width**2
         of_attention = 2 * self.context * self.width
         forward = of_weights + of_attention
-        input_grad = (of_weights + 2 * of_attention) / forward
-        share = self.layers / num_ranks * forward
-        is_block = self.remat == "block"
-        return Costs(
-            forward=1.0,
-            input_grad=input_grad + is_block,
-            weight_grad=of_weights / forward,
-            head=self.vocabulary * self.width / share,
-            recompute=(1 + input_grad) * is_block,
+        return of_transformer(
+            attention=of_attention / forward,
+            recomputes=self.remat == "block",
+            stash_deferred=False,
+            head=self.vocabulary * self.width / (self.layers / num_ranks * forward),
         )

@@ -86,8 +86,8 @@ def _inputs(
     sizes = f"ranks {made.num_ranks}, microbatches {made.num_microbatches}, {model.layers} layers"
     sizes += f" of {parameters.layer / 1e6:,.4g} M parameters, {parameters.ends / 1e6:,.4g} M in"
     times = f"costs of a rank's layers: F={costs.forward:.3g}, I={costs.input_grad:.3g}, "
-    times += f"W={costs.weight_grad:.3g}; transfer {transfer:.3g}, embed {costs.embed:.3g}, "
-    times += f"head {costs.head:.3g}"
+    times += f"W={costs.weight_grad:.3g}, as one {costs.full_backward_share * costs.backward:.3g}; "
+    times += f"transfer {transfer:.3g}, embed {costs.embed:.3g}, head {costs.head:.3g}"
     if costs.recompute:
         times += f", recomputing a deferred W {costs.recompute:.3g}"
     kept = ", ".join(

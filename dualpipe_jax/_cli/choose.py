@@ -36,7 +36,9 @@ _TRANSFER = 0.1
     "--memory", type=Size(), default="80GiB", show_default=True, help="Of a device, for the step."
 )
 @click.option(
-    "--costs", help="F=..,I=..,W=.. of a rank's share of the layers. By default from the sizes."
+    "--costs",
+    help="F=..,I=..,W=.. of a rank's share of the layers, B=.. of I and W as one. By default from "
+    "the sizes.",
 )
 @click.option(
     "--costs-from",
@@ -199,10 +201,10 @@ def _costs(
     if text is not None:
         stated = {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0, **parse_costs(text)}
     elif path is not None:
-        stated = {"embed": 0.0, **read_costs(path)}
+        stated = read_costs(path)
     if stated:
         # Those of a layer are in another unit than the sizes'.
-        known = {**known, "head": known["head"] * stated["forward"]}
+        known = {"head": known["head"] * stated["forward"]}
     ends = {name: v for name, v in (("embed", embed), ("head", head)) if v is not None}
     costs = Costs(**{**known, **stated, **ends})
     # A deferred W runs again what I does, its forward included.

@@ -8,8 +8,9 @@ import click
 
 from dualpipe_jax._cli.refusal import Refusal
 
-_FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad"}
-_IN_REPORT = (*_FIELDS.values(), "embed", "head")
+_FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad", "B": "full_backward"}
+_OPTIONAL = ("full_backward", "embed", "head")
+_REQUIRED = tuple(name for name in _FIELDS.values() if name not in _OPTIONAL)
 _UNITS = {
     "": 1,
     "B": 1,
@@ -40,7 +41,7 @@ class Size(click.ParamType):
 
 
 def parse_costs(text: str) -> dict[str, float]:
-    """Reads `F=1,I=1,W=1`, each once or not at all.
+    """Reads `F=1,I=1,W=1,B=2`, each once or not at all.
 
     Raises:
       Refusal: naming all that cannot be read.
@@ -59,7 +60,7 @@ def parse_costs(text: str) -> dict[str, float]:
             costs[_FIELDS[kind]] = value
     if wrong:
         raise Refusal(
-            f"--costs {text!r}: {', '.join(wrong)} must be F, I or W, each once, with a number: "
+            f"--costs {text!r}: {', '.join(wrong)} must be F, I, W or B, each once, with a number: "
             "F=1,I=1,W=1"
         )
     return costs
@@ -83,13 +84,15 @@ def read_costs(path: Path) -> dict[str, float]:
     wrong = [
         f"{name}={value!r}"
         for name, value in costs.items()
-        if name not in _IN_REPORT or isinstance(value, bool) or not isinstance(value, int | float)
+        if name not in (*_REQUIRED, *_OPTIONAL)
+        or isinstance(value, bool)
+        or not isinstance(value, int | float)
     ]
-    wrong += [f"no {name}" for name in _FIELDS.values() if name not in costs]
+    wrong += [f"no {name}" for name in _REQUIRED if name not in costs]
     if wrong:
-        known = ", ".join(_IN_REPORT)
+        known = ", ".join((*_REQUIRED, *_OPTIONAL))
         raise Refusal(
             f'--costs-from {path}: {", ".join(wrong)}; "costs" must have numbers for {known} (the '
-            "last two may be left out), and nothing else"
+            "last three may be left out), and nothing else"
         )
     return {name: float(value) for name, value in costs.items()}

@@ -55,7 +55,8 @@ _NOTES = (
     "--costs",
     default="F=1,I=1,W=1",
     show_default=True,
-    help="Of a rank's whole share of the layers; those left out are 1.",
+    help="Of a rank's whole share of the layers; those left out are 1, and B (I and W as one) the "
+    "sum of the two.",
 )
 @click.option(
     "--transfer", type=float, default=0.0, show_default=True, help="Of a value to a neighbour."
@@ -127,12 +128,14 @@ def simulate(
         content = ",\n".join("  " + json.dumps(_to_object(s)) for s in simulations)
         click.echo(f"[\n{content}\n]")
     else:
+        both = all_costs.full_backward_share * all_costs.backward
+        full = f", full backwards {both:g}" if full_backward else ""
         caption = (
             f"ranks {ranks}, microbatches {microbatches}; a rank's layers cost "
             f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
             f"W={all_costs.weight_grad:g}; "
             f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
-            f"{', full backwards' if full_backward else ''}"
+            f"{full}"
         )
         rows = [_row(simulation) for simulation in simulations]
         print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), breaks=("waits",))

@@ -1,4 +1,4 @@
-"""Schedule -> the timetable in which its program is predicted to run faster."""
+"""Schedule -> in which timetable, and with which backwards, it is predicted to run faster."""
 
 from functools import lru_cache
 
@@ -7,7 +7,9 @@ import numpy as np
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import IDLE, TIMETABLES, Program
+from dualpipe_jax._simulate.costs import of_transformer
 from dualpipe_jax._simulate.replay import replay
+from dualpipe_jax._simulate.simulation import simulate
 from dualpipe_jax.schedules import Schedule
 
 # At a width of 1024 or more an activation takes up to about a tenth of a stage's forward to reach a
@@ -62,3 +64,56 @@ def _predict(program: Program, timetable: str, stash_deferred: bool) -> float:
     compiled = compile_program(program, timetable=timetable, stash_deferred=stash_deferred)
     work = np.where(compiled.tables.opcode == IDLE, 0.0, TICK)
     return float(replay(compiled.tables, work, transfer=TRANSFER).max())
+
+
+@lru_cache(maxsize=64)
+def prefers_full_backward(
+    schedule: Schedule,
+    *,
+    timetable: str,
+    recomputes: bool,
+    stash_deferred: bool = True,
+    num_layers: int | None = None,
+    layers_per_stage: tuple[int, ...] | None = None,
+) -> bool:
+    """Predicts whether full backwards are faster, at the costs of a transformer.
+
+    For them speaks that nothing is stashed for a whole stage, and that the two halves take as long
+    as each other; against them, that the neighbour gets its cotangent later. A timetable with a run
+    of beats, in which neither holds, keeps input grads and weight grads apart.
+
+    >>> from dualpipe_jax import schedules
+    >>> for name in ("1f1b", "chimera"):
+    ...     made = schedules.make(name, num_ranks=4, num_microbatches=16)
+    ...     print(name, prefers_full_backward(made, timetable="shortest", recomputes=False))
+    1f1b True
+    chimera False
+
+    Args:
+      schedule: The schedule.
+      timetable: One of `schedules.timetables()`.
+      recomputes: Whether an input grad runs the blocks forward again.
+      stash_deferred: As `compile_program`, of halves apart.
+      num_layers: As `simulate`.
+      layers_per_stage: As `simulate`.
+
+    Raises:
+      ValueError: if the schedule cannot run, or the layers do not fit.
+    """
+    apart = compile_program(schedule.program, timetable=timetable, stash_deferred=stash_deferred)
+    if apart.tables.steady is not None:
+        return False
+    costs = of_transformer(attention=1 / 7, recomputes=recomputes, stash_deferred=stash_deferred)
+
+    def makespan(*, full_backward: bool) -> float:
+        return simulate(
+            schedule,
+            costs=costs,
+            transfer=TRANSFER / TICK,
+            num_layers=num_layers,
+            layers_per_stage=layers_per_stage,
+            timetable=timetable,
+            full_backward=full_backward,
+        ).makespan
+
+    return makespan(full_backward=True) < makespan(full_backward=False)

@@ -47,7 +47,14 @@ from dualpipe_jax._schedule.ir import (
 )
 
 
-def as_full_backwards(tables: Tables, work: np.ndarray, *, last_layers: np.ndarray) -> np.ndarray:
+def as_full_backwards(
+    tables: Tables,
+    work: np.ndarray,
+    *,
+    last_layers: np.ndarray,
+    cost: float = 1.0,
+    embed_grad: float = 0.0,
+) -> np.ndarray:
     """Has an input grad and the weight grad that follows it run as one, outside of the run.
 
     In halves, where the tables have them, each takes its share of both; else the input grad's tick
@@ -72,6 +79,9 @@ def as_full_backwards(tables: Tables, work: np.ndarray, *, last_layers: np.ndarr
       work: As `replay` takes it, of halves apart.
       last_layers: float64[num_stages], of each stage the share of its layers that stand in the half
         that runs first.
+      cost: How long the two take as one, beside the two apart.
+      embed_grad: What an input grad of the first stage spends on the embedding's gradient, which
+        follows all of its layers' and is not to be multiplied.
 
     Returns:
       What `replay` takes.
@@ -87,10 +97,12 @@ def as_full_backwards(tables: Tables, work: np.ndarray, *, last_layers: np.ndarr
         for column in (tables.stage, tables.microbatch):
             follows &= column[before, rank] == column[here, rank]
         before, here = before[follows], here[follows]
-        of_both = work[before, rank] + work[here, rank]
-        in_halves = tables.half[before, rank] >= 0
-        work[before, rank] = of_both * np.where(in_halves, last_layers[tables.stage[here, rank]], 1)
-        work[here, rank] = of_both - work[before, rank]
+        stage, in_halves = tables.stage[here, rank], tables.half[before, rank] >= 0
+        embedding = np.where(stage == 0, embed_grad, 0.0)
+        of_layers = cost * (work[before, rank] + work[here, rank] - embedding)
+        of_last = of_layers * np.where(in_halves, last_layers[stage], 1)
+        work[before, rank] = of_last + np.where(in_halves, 0, embedding)
+        work[here, rank] = of_layers - of_last + np.where(in_halves, embedding, 0)
     return work
 
 

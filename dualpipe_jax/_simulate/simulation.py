@@ -164,7 +164,13 @@ def simulate(
             if is_any_size
             else first_half(layers_of_stage) / layers_of_stage
         )
-        work = as_full_backwards(tables, work, last_layers=last_layers)
+        work = as_full_backwards(
+            tables,
+            work,
+            last_layers=last_layers,
+            cost=costs.full_backward_share,
+            embed_grad=costs.embed_grad,
+        )
     makespan = float(replay(tables, work, transfer=transfer).max())
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)

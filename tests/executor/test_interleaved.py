@@ -6,6 +6,7 @@ import jax
 import pytest
 
 import dualpipe_jax as dpj
+from dualpipe_jax import _build
 from dualpipe_jax._executor import order, step, unrolled
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.rank import Rank
@@ -59,6 +60,39 @@ def test_interleaved_beats_equal_the_sequential_model(
     )
     sequential = dpj.sequential(model, num_microbatches=num_microbatches)
     reference = jax.value_and_grad(sequential, has_aux=True, allow_int=True)
+
+    def both(params: Any, batch: Any) -> Any:
+        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
+
+    got, want = jax.jit(both)(params, batch)
+    assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "num_layers", "options"),
+    [
+        ("1f1b", 7, {"remat": "block"}),
+        ("zb-h1", 6, {"remat": "block", "unroll_layers": False}),
+        ("interleaved-1f1b", 12, {}),
+    ],
+)
+def test_full_backwards_as_accelerators_run_them_by_default(
+    monkeypatch: pytest.MonkeyPatch, schedule: str, num_layers: int, options: dict[str, Any]
+) -> None:
+    """In ticks, where layers take no turns as on CPUs."""
+    for module in (step, _build):
+        monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
+    model, params, batch = make_model(frozenset(FEATURES)), make_params(num_layers), make_batch(12)
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(3), num_microbatches=12, schedule=schedule, **options
+    )
+    rng = jax.random.key(5)
+    names = {term.name for term in grad_fn.memory(params, batch, rng=rng).terms}
+    assert "stash of a full backward, without a slot" in names
+    reference = jax.value_and_grad(
+        dpj.sequential(model, num_microbatches=12), has_aux=True, allow_int=True
+    )
 
     def both(params: Any, batch: Any) -> Any:
         return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
