@@ -20,7 +20,7 @@ EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help train deepseek compare benchmark idle memory ends zero precision overlap test \
+.PHONY: help train deepseek compare benchmark idle memory ends zero precision overlap backwards test \
 	test-outside test-gpu lint format clean
 
 help:  ## say what there is
@@ -55,6 +55,9 @@ precision: $(READY)  ## train in float32 and in bfloat16 and draw both losses (o
 
 overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
 	@$(BIN)/python experiments/overlap/overlap.py $(ARGS)
+
+backwards: $(READY)  ## what a TPU's compiler makes of full backwards, and of halves apart (minutes)
+	@$(BIN)/python experiments/full_backward/full_backward.py $(ARGS)
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

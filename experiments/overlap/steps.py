@@ -52,8 +52,13 @@ class Case:
         return 4 * self.ranks
 
 
-def pipelined(case: Case) -> Any:
-    """Compiles the whole pipelined step, and gives preflight's report."""
+def pipelined(case: Case, *, full_backward: bool | None = None) -> Any:
+    """Compiles the whole pipelined step, and gives preflight's report.
+
+    Args:
+      case: What to compile.
+      full_backward: As `dpj.value_and_grad` takes it.
+    """
     family = models.FAMILIES[case.family]
     other = "expert" if family.has_experts else "data"
     sizes = (case.ranks,) if case.beside == 1 else (case.ranks, case.beside)
@@ -72,6 +77,7 @@ def pipelined(case: Case) -> Any:
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         remat=case.remat,
+        full_backward=full_backward,
         **more,
     )
 

@@ -10,6 +10,8 @@ ROOT = Path(documents.__file__).resolve().parents[1]
 PLACES = [
     ("experiments/benchmarks/README.md", "table"),
     ("experiments/ends/README.md", "table"),
+    ("experiments/full_backward/README.md", "ticks"),
+    ("experiments/full_backward/README.md", "beats"),
     ("experiments/memory/README.md", "table"),
     ("docs/mesh_axes.md", "zero"),
 ]

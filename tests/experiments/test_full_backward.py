@@ -1,0 +1,118 @@
+"""The experiment on full backwards: its figures, its tables, and what it refuses."""
+
+import dataclasses
+
+import jax
+import pytest
+
+import dualpipe_jax as dpj
+from experiments import documents
+from experiments.full_backward import full_backward
+from experiments.full_backward.full_backward import Beats, Row
+
+CASE = full_backward.cases("1f1b", widths=(256,), layers=(2,), tokens=512)[0]
+ROW = Row(
+    case=CASE,
+    forward=2e6,
+    input_grad=3e6,
+    weight_grad=1e6,
+    full_backward=3e6,
+    temporaries=2**30,
+    temporaries_full=2**29,
+)
+
+
+def test_what_is_compiled() -> None:
+    sizes = {"widths": (1024, 2048), "layers": (2, 8), "tokens": 4096}
+    ticks = full_backward.cases("1f1b", **sizes)
+    assert len(set(ticks)) == 12
+    assert {(case.width, case.layers) for case in ticks} == {(1024, 2), (1024, 8), (2048, 2)}
+    assert {(case.family, case.remat) for case in ticks} == {
+        (family, remat) for family in ("mlp", "transformer") for remat in ("none", "block")
+    }
+
+
+def test_time_at_the_costs_of_a_row() -> None:
+    assert ROW.share == 0.75
+    made = dpj.schedules.make("1f1b", num_ranks=4, num_microbatches=16)
+    apart = dpj.simulate(
+        made, costs=dpj.Costs(forward=2, input_grad=3, weight_grad=1), transfer=0.2
+    )
+    full = dpj.simulate(
+        made,
+        costs=dpj.Costs(forward=2, input_grad=2, weight_grad=1),
+        transfer=0.2,
+        full_backward=True,
+    )
+    expected = full.makespan / apart.makespan - 1
+    assert ROW.change_of_time("1f1b", ranks=4) == pytest.approx(expected)
+    # Under rematerialisation what ZB-H1 puts off costs more in both, so that the share is less.
+    with_remat = dataclasses.replace(ROW, case=dataclasses.replace(CASE, remat="block"))
+    changes = [row.change_of_time("zb-h1", ranks=4) for row in (ROW, with_remat)]
+    assert changes[0] < changes[1] < 0
+
+
+def test_tables() -> None:
+    costs, times = full_backward.tables_of_ticks([ROW]).split("\n\n")
+    assert costs.splitlines()[2] == (
+        "| mlp | none | 256 | 2 | 2.00 | 3.00 | 1.00 | 3.00 | 0.75 | 1,024 | 512 |"
+    )
+    cells = times.splitlines()[2].split(" | ")[4:]
+    assert len(cells) == len(full_backward.SCHEDULES)
+    assert cells[1] == ", ".join(
+        f"{100 * ROW.change_of_time('1f1b', ranks=ranks):+.0f}" for ranks in (4, 8, 16)
+    )
+    beats = Beats(case=CASE, cycles=(1e6, 1.5e6), temporaries=(2**20, 2**21), seconds=(0.1, 0.098))
+    assert full_backward.table_of_beats([beats]).splitlines()[2] == (
+        "| mlp | none | 256 | 2 | 1,000,000 | 1,500,000 | 1 | 2 | -2.0 |"
+    )
+
+
+def test_the_committed_figures_are_what_the_library_counts_with() -> None:
+    """A full backward as 0.9 of the two apart, in the middle of what was compiled."""
+    readme = documents.read_from(full_backward.README, name="ticks").split("\n\n")[0]
+    lines = [line.strip("| ").split(" | ") for line in readme.splitlines()[2:]]
+    assert len(lines) == 12
+    shares = sorted(float(line[8]) for line in lines)
+    assert shares[0] > 0.8
+    assert shares[-2] < 1
+    assert sum(shares) / len(shares) == pytest.approx(0.9, abs=0.02)
+    for line in lines:
+        (input_grad, weight_grad, both), (apart, full) = (
+            [float(cell.replace(",", "")) for cell in cells] for cells in (line[5:8], line[9:11])
+        )
+        assert both / (input_grad + weight_grad) == pytest.approx(float(line[8]), abs=0.01)
+        assert full < apart
+
+
+@pytest.mark.slow
+def test_small_steps_compiled_for_tpus() -> None:
+    beats = full_backward.cases("dualpipe", widths=(256,), layers=(2,), tokens=512)[0]
+    with jax.enable_x64(False):
+        ticks, steady = full_backward.measure_ticks(CASE), full_backward.measure_beats(beats)
+    # A matrix unit's cycle is 131,072 FLOPs at most; two matmuls each, of two layers.
+    matmuls = 2 * 2 * 2 * 512 * 256 * 1024 / 131072
+    assert min(ticks.forward, ticks.input_grad, ticks.weight_grad) > matmuls
+    assert ticks.full_backward > 2 * matmuls
+    assert 0.5 < ticks.share < 1.2
+    assert ticks.temporaries_full < ticks.temporaries
+    assert min(steady.cycles) > 3 * matmuls / 2
+    assert min(steady.seconds) > 0
+    assert steady.temporaries[0] != steady.temporaries[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--width 130", "--width 130: must be a multiple of 128"),
+        ("--layers 1", "1 is not in the range"),
+        ("--ranks 4", "No such option"),
+    ],
+)
+def test_mistake_is_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        full_backward.main(flags.split())
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
