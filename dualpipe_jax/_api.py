@@ -13,7 +13,7 @@ from dualpipe_jax import _microbatches, _parameters, _scopes, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._build import Axes, Builder, block_of
 from dualpipe_jax._executor import MemoryReport
-from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.compile import compile_program, require_timetable
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._sequential import sequential as sequential
 from dualpipe_jax._simulate import fastest_timetable, prefers_full_backward
@@ -83,9 +83,10 @@ def value_and_grad(
         where input grads take longer than weight grads, as with attention and all the more under
         rematerialisation, most schedules are the faster for it; `simulate` says by how much.
         A weight grad that the schedule puts off is left where it is, and so, but on CPUs, is the
-        straight-line code of `"aligned"`. None: where that is not in the program and a transformer
-        is faster with it by simulation; and on CPUs, which mostly stand in for accelerators in
-        tests, everywhere: that step is not always what an accelerator would run.
+        straight-line code of `"aligned"`. None: where that code is not in the program (what gains
+        is then its smaller part) and a simulation with a transformer's costs is the faster for it;
+        and on CPUs, which mostly stand in for accelerators in tests, everywhere: that step is not
+        always what an accelerator would run.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
@@ -150,6 +151,7 @@ def value_and_grad(
     _validate.optional_flag("full_backward", full_backward)
     if timetable is None:
         timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
+    require_timetable(timetable)
 
     def tables_of(*, full_backward: bool, whole_stages: frozenset[int] = frozenset()) -> Tables:
         return compile_program(

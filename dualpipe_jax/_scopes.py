@@ -20,6 +20,25 @@ EMBED, EMBED_GRAD, HEAD = (f"dualpipe.{name}" for name in ("embed", "embed_grad"
 SEND = "dualpipe.send"
 
 
+def of_layers(count: int) -> str:
+    """Makes the name under which a loop over so many layers of a stage stands.
+
+    Which ranks run it in a tick, and over which of them, the loop is told as it runs.
+    """
+    return f"dualpipe.layers.{count}"
+
+
+def read_layers(op_name: str) -> int | None:
+    """Reads over how many layers a loop runs off its name.
+
+    >>> read_layers("jit(step)/dualpipe.ramp/dualpipe.layers.8/while")
+    8
+    >>> read_layers("jit(step)/dualpipe.ramp/dualpipe.layers.8/while/body/while")
+    """
+    found = re.search(r"dualpipe\.layers\.(\d+)/while$", op_name)
+    return int(found[1]) if found else None
+
+
 def of_schedule(name: str, *, num_ranks: int, num_microbatches: int) -> str:
     """Makes the name under which a step of one of the named schedules stands.
 

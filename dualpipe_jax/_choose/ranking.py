@@ -92,8 +92,7 @@ def choices_of(
 ) -> list[Choice]:
     """Predicts time and memory of a schedule, in both timetables if they differ.
 
-    Of one with full backwards and without, the slower is left out unless it takes less memory. If
-    all stages have one layer, so that no full backward has halves, there is only the one without.
+    Of one with full backwards and without, the slower is left out unless it takes less memory.
 
     Args:
       schedule: The schedule.
@@ -109,7 +108,6 @@ def choices_of(
       ValueError: as `simulate`.
     """
     whole_stages = stages_of_one_layer(num_layers, schedule.num_stages, None)
-    backwards = (False, True) if len(whole_stages) < schedule.num_stages else (False,)
 
     def choice(timetable: str, full_backward: bool) -> Choice:
         tables = compile_program(
@@ -154,7 +152,7 @@ def choices_of(
         )
         if timetable != "shortest" and compiled.tables.steady is None:
             continue
-        made = [choice(timetable, is_full) for is_full in backwards]
+        made = [choice(timetable, is_full) for is_full in (False, True)]
         first, *others = sorted(made, key=_time_and_memory)
         choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
     return choices

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from dualpipe_jax import _microbatches
+from dualpipe_jax import _microbatches, _scopes
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rules import Rule
@@ -257,7 +257,8 @@ class Layout:
             start, stop = jnp.where(is_on[0], 0, middle), jnp.where(is_on[1], count, middle)
         elif is_on is not True:
             stop = jnp.where(is_on, count, 0)
-        return lax.fori_loop(start, stop, step, (carry, buffers))
+        with jax.named_scope(_scopes.of_layers(self._layers.max_layers)):
+            return lax.fori_loop(start, stop, step, (carry, buffers))
 
     def pairs(self, forward: int, backward: int) -> list[tuple[int, int]]:
         """Lists the kinds of layers that meet where one chunk is forward beside another's backward.

@@ -117,8 +117,8 @@ class Rank:
         """Runs the embedding."""
         return self.functions.embed(self.outside, self._context(row, self.layout.num_layers))
 
-    # The embedding's gradient follows the first stage's I. Its forward runs again rather than
-    # keeping its residuals in a slot; of a table look-up nothing is left of it.
+    # The embedding's gradient follows what makes dx in the first stage. Its forward runs again
+    # rather than keeping its residuals in a slot; of a table look-up nothing is left of it.
     @jax.named_scope(_scopes.EMBED_GRAD)
     def embed_grad(self, state: State, dx: list[jax.Array], row: Row) -> State:
         """Adds up the embedding's gradient; dx has the leaves of x that have a cotangent."""

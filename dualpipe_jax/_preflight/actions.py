@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
-from dualpipe_jax._preflight.work import Costs, Work, trip_count
+from dualpipe_jax._preflight.work import Costs, Work, most_trips, trip_count
 
 ACTIONS = tuple(
     getattr(_scopes, name)
@@ -42,7 +42,7 @@ def work_by_action(module: Module, costs: Costs, body: Computation) -> dict[str,
             callees = module.callees(instruction)
             match instruction.opcode:
                 case "while":
-                    trips = trip_count(module, instruction, where) or 1
+                    trips = trip_count(module, instruction, where) or most_trips(instruction)
                     for callee in callees:
                         add(callee, times * trips, _only_action(module, callees) or unnamed)
                 case "conditional":

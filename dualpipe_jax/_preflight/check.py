@@ -160,6 +160,7 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
     prediction = predict(
         module,
         found,
+        costs_of=costs,
         work=work,
         collectives=collectives,
         outside_seconds=_outside_seconds(module, costs, replay, found),

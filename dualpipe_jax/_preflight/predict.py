@@ -7,7 +7,9 @@ from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.actions import OTHER, action_of, num_places
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.loops import Found
+from dualpipe_jax._preflight.ticks import costs_of_ticks
 from dualpipe_jax._preflight.timing import Collective
+from dualpipe_jax._preflight.work import Costs as CostsOf
 from dualpipe_jax._preflight.work import Work
 from dualpipe_jax._simulate import Costs, simulate
 
@@ -41,16 +43,18 @@ def predict(
     module: Module,
     loop: Found | None,
     *,
+    costs_of: CostsOf,
     work: dict[str, Work],
     collectives: list[Collective],
     outside_seconds: float | None,
     device: Device | None,
 ) -> Prediction:
-    """Predicts the time of a step whose steady loop is known.
+    """Predicts the time of a step whose steady loop, or scan over ticks, is known.
 
     Args:
       module: The program.
       loop: Its loop.
+      costs_of: What its instructions cost.
       work: The work of one trip by action.
       collectives: Those of one trip.
       outside_seconds: How long what stands outside the loops takes.
@@ -60,24 +64,34 @@ def predict(
     named = {_scopes.read_schedule(name) for name in names} - {None}
     if device is None or device.clock is None:
         return Prediction(reason="the compiler gives no cycles on this platform")
-    if loop is None or loop.kind != "steady":
-        return Prediction(reason="the program has no steady loop of beats")
+    if loop is None or loop.kind not in ("steady", "ramp"):
+        return Prediction(reason="the program has no loop of a pipelined step's beats or ticks")
     if len(named) != 1:
         return Prediction(
             reason="the program does not name one schedule of dualpipe_jax.schedules.names()"
         )
     ((name, num_ranks, num_microbatches),) = (each for each in named if each is not None)
     made = schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    cycles = {action: each.cycles for action, each in work.items()}
+    exposed: dict[str, float] = {}
     for each in collectives:
         # A model's own collectives belong to their action; the simulator knows the transfers.
         action = action_of(each.op_name)
         if action != _scopes.SEND:
-            exposed = (each.exposed_seconds or 0) * each.count * device.clock
-            cycles[action] = cycles.get(action, 0.0) + exposed
-    costs = _costs(module, loop, cycles, stages_per_rank=made.num_stages / num_ranks)
+            waited = (each.exposed_seconds or 0) * each.count * device.clock
+            exposed[action] = exposed.get(action, 0.0) + waited
+    stages_per_rank = made.num_stages / num_ranks
+    if loop.kind == "steady":
+        cycles = {
+            action: work.get(action, Work()).cycles + exposed.get(action, 0.0)
+            for action in {*work, *exposed}
+        }
+        costs = _costs_of_beats(module, loop, cycles, stages_per_rank=stages_per_rank)
+    else:
+        costs = costs_of_ticks(
+            module, costs_of, loop.body, exposed=exposed, stages_per_rank=stages_per_rank
+        )
     if costs is None:
-        return Prediction(reason="no instruction of the steady loop stands under a forward's name")
+        return Prediction(reason="no instruction of the loop stands under a forward's name")
     transfer = max(
         (each.link_seconds or 0 for each in collectives if _scopes.SEND in each.op_name), default=0
     )
@@ -85,7 +99,7 @@ def predict(
         made,
         costs=costs,
         transfer=transfer * device.clock,
-        timetable="aligned",
+        timetable="aligned" if loop.kind == "steady" else "shortest",
         full_backward=any(_scopes.FULL_BACKWARD in name for name in names),
         # Stages of one layer each have no halves; how many they have is not looked at otherwise.
         num_layers=None if any(_scopes.IN_HALVES in name for name in names) else made.num_stages,
@@ -100,7 +114,7 @@ def predict(
     )
 
 
-def _costs(
+def _costs_of_beats(
     module: Module, loop: Found, cycles: dict[str, float], *, stages_per_rank: float
 ) -> Costs | None:
     """Makes the simulator's costs of the cycles of each action in a trip of two beats."""

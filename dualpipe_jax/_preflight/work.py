@@ -2,8 +2,9 @@
 
 An instruction costs what it calls, a loop's body as often as it runs. What runs on some ranks only
 are the branches of conditionals, and loops whose number of trips is not in the text (the step
-passes over what is not a rank's by a loop that runs once or not at all). What is spent at most has
-the most expensive branch, and such loops once; what is spent at least, the cheapest, and none.
+passes over what is not a rank's by a loop that runs once or not at all, or for all of a stage's
+layers or none). What is spent at most has the most expensive branch, and such loops once, or for
+all layers; what is spent at least, the cheapest, and none.
 """
 
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
+from dualpipe_jax._scopes import read_layers
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Costs:
             case "while":
                 trips = trip_count(self._module, instruction, where)
                 if trips is None:
-                    trips = 0 if self._at_least else 1
+                    trips = 0 if self._at_least else most_trips(instruction)
                 called = sum(inside, Work()) * trips
             case "conditional":
                 choose = min if self._at_least else max
@@ -84,6 +86,11 @@ def trip_count(module: Module, loop: Instruction, where: Computation) -> int | N
     index, limit = compare
     start = _initial(where, loop, index)
     return None if start is None else max(0, limit - start)
+
+
+def most_trips(loop: Instruction) -> int:
+    """How often a `while` runs its body at most, whose number of trips is not in the text."""
+    return read_layers(loop.op_name) or 1
 
 
 def _compare(module: Module, condition: Computation) -> tuple[int, int] | None:

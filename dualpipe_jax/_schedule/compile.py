@@ -63,12 +63,21 @@ def compile_program(
         ScheduleError: if the program is not legal, or deadlocks.
         ValueError: if there is no timetable of that name.
     """
-    if timetable not in TIMETABLES:
-        known = ", ".join(map(repr, TIMETABLES))
-        raise ValueError(f"timetable={timetable!r}: must be one of {known}")
+    require_timetable(timetable)
     return _compile(
         program, timetable, stash_deferred, full_backward, whole_stages if full_backward else None
     )
+
+
+def require_timetable(timetable: object) -> None:
+    """Requires one of `TIMETABLES`.
+
+    Raises:
+      ValueError: if there is no timetable of that name.
+    """
+    if timetable not in TIMETABLES:
+        known = ", ".join(map(repr, TIMETABLES))
+        raise ValueError(f"timetable={timetable!r}: must be one of {known}")
 
 
 @lru_cache(maxsize=64)

@@ -26,14 +26,17 @@ class Costs:
       input_grad: I of as many.
       weight_grad: W of as many.
       embed: The embedding's forward. It belongs to the first stage's F; its gradient, which is a
-        weight gradient alone, to the first stage's I, at `weight_grad / forward` times the cost.
+        weight gradient alone, at `weight_grad / forward` times the cost, to the first stage's I,
+        or to the half of a full backward that makes the cotangent of x.
       head: The head's forward. It belongs to the last stage's F and so does its gradient, at
         `(input_grad + weight_grad) / forward` times the cost.
       recompute: What a deferred W of as many layers as F costs beside, if it recomputes.
-      full_backward: B of as many, where I and W run as one; None for as long as the two take.
+      full_backward: B of as many, where I and W run as one (`simulate(full_backward=True)`, outside
+        of a run of beats); None for as long as the two take.
 
     Raises:
-      ValueError: if one is negative or not finite, or `forward` is zero, naming all such.
+      ValueError: if one is negative or not finite, naming all such; if `forward` is zero, or
+        `full_backward` is not where I and W are.
     """
 
     forward: float = 1.0
@@ -51,6 +54,11 @@ class Costs:
             raise ValueError(f"{', '.join(wrong)}: a cost must be a finite number, 0 or more")
         if self.forward == 0:
             raise ValueError(f"forward={self.forward!r}: a forward must cost more than 0")
+        if self.full_backward and not self.backward:
+            raise ValueError(
+                f"full_backward={self.full_backward!r}: must be 0 or left out, as input_grad and "
+                "weight_grad are 0"
+            )
 
     @property
     def backward(self) -> float:

@@ -110,5 +110,116 @@ def test_what_is_outside_the_loops_is_added() -> None:
 def test_why_there_is_none() -> None:
     module = program(A)
     assert _analysis(module, network(pipe=4))[1].reason == (
-        "the program has no steady loop of beats"
+        "the program has no loop of a pipelined step's beats or ticks"
     )
+
+
+def in_ticks(
+    schedule: str, places: list[tuple[str, int]], *, beside: int = 0, layers: int | None = None
+) -> Prediction:
+    """Predicts the time of a step in ticks.
+
+    Args:
+      schedule: Its name.
+      places: The scopes and the cycles of what ranks run or pass over, in the order of the program.
+      beside: The cycles of what all of them run in every tick.
+      layers: If given, places are loops over so many layers, of which each takes the cycles.
+    """
+    ramp = f"jit(step)/{_scopes.of_schedule(schedule, num_ranks=4, num_microbatches=16)}/while/body"
+    ramp = f"{ramp}/{_scopes.RAMP}"
+    computations = []
+    sent = f"  %s = (f32[4]{{0}}, f32[4]{{0}}) collective-permute-start(%a), {SWAP}"
+    lines = [f'{sent}, metadata={{op_name="{ramp}/{_scopes.SEND}/op"}}']
+    for number, (scope, cycles) in enumerate(places):
+        line = work(f"w{number}", cycles, operand=f"p{number}").replace("  %", "  ROOT %")
+        computations.append(
+            f"%run.{number} (p{number}: f32[4]) -> f32[4] {{\n"
+            f"  %p{number} = f32[4]{{0}} parameter(0)\n"
+            f'{line}, metadata={{op_name="{ramp}/{scope}/op"}}\n}}\n\n'
+            f"%other.{number} (q{number}: f32[4]) -> pred[] {{\n"
+            f"  ROOT %q{number} = f32[4]{{0}} parameter(0)\n}}"
+        )
+        if layers is None:
+            lines.append(
+                f"  %c{number} = f32[4]{{0}} conditional(%i, %a, %a), "
+                f"branch_computations={{%run.{number}, %other.{number}}}"
+            )
+        else:
+            lines.append(
+                f"  %c{number} = f32[4]{{0}} while(%a), condition=%other.{number}, "
+                f"body=%run.{number}, "
+                f'metadata={{op_name="{ramp}/{_scopes.of_layers(layers)}/while"}}'
+            )
+    lines += [work("each", beside), "  %x = f32[4]{0} collective-permute-done(%s)"]
+    loop = LOOP.format(inside="\n".join(lines), limit="constant(50)")
+    module = program(f"{A}\n{WHILE.format(start=0, more='')}", FUSED, *computations, loop)
+    return _analysis(module, network(pipe=4))[1]
+
+
+FORWARD, INPUT_GRAD, WEIGHT_GRAD = _scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_costs_are_those_of_a_tick(layers: int | None) -> None:
+    made = in_ticks(
+        "1f1b", [(FORWARD, 100), (INPUT_GRAD, 120), (WEIGHT_GRAD, 140)], beside=9, layers=layers
+    )
+    times = layers or 1
+    costs = Costs(forward=100 * times + 9, input_grad=120 * times + 9, weight_grad=140 * times + 9)
+    schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
+    expected = simulate(schedule, costs=costs, transfer=16)
+    assert (made.schedule, made.reason) == ("1f1b", "")
+    assert made.loop_seconds == pytest.approx(expected.makespan)
+    assert made.idle_share == pytest.approx(expected.idle_share)
+
+
+@pytest.mark.parametrize(("name", "stages"), [("interleaved-1f1b", 2), ("chimera", 1)])
+def test_every_chunk_of_a_tick_has_its_places(name: str, stages: int) -> None:
+    """Two chunks: half of a rank's share of the layers each, or, of two directions, all of it."""
+    one = [(FORWARD, 100), (INPUT_GRAD, 120), (WEIGHT_GRAD, 140)]
+    made = in_ticks(name, [*one, *one])
+    schedule = schedules.make(name, num_ranks=4, num_microbatches=16)
+    costs = Costs(forward=100 * stages, input_grad=120 * stages, weight_grad=140 * stages)
+    assert made.loop_seconds == pytest.approx(simulate(schedule, costs=costs, transfer=16).makespan)
+
+
+def test_weight_grads_that_are_put_off_may_recompute() -> None:
+    schedule = schedules.make("zb-h1", num_ranks=4, num_microbatches=16)
+    made = in_ticks(
+        "zb-h1", [(FORWARD, 100), (INPUT_GRAD, 220), (WEIGHT_GRAD, 360), (WEIGHT_GRAD, 140)]
+    )
+    costs = Costs(forward=100, input_grad=220, weight_grad=140, recompute=220)
+    assert made.loop_seconds == pytest.approx(simulate(schedule, costs=costs, transfer=16).makespan)
+    # With full backwards, only those have a place of their own.
+    halves = f"{_scopes.IN_HALVES}/{INPUT_GRAD}", f"{_scopes.IN_HALVES}/{WEIGHT_GRAD}"
+    made = in_ticks(
+        "zb-h1",
+        [(FORWARD, 100), (halves[0], 170), (halves[1], 150), (INPUT_GRAD, 220), (WEIGHT_GRAD, 360)],
+    )
+    costs = Costs(forward=100, input_grad=220, weight_grad=360, full_backward=320)
+    full = simulate(schedule, costs=costs, transfer=16, full_backward=True)
+    assert made.loop_seconds == pytest.approx(full.makespan)
+
+
+def test_full_backwards_of_ticks_at_once_and_in_halves() -> None:
+    schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
+    for scope, num_layers in ((_scopes.FULL_BACKWARD, 4), (_scopes.IN_HALVES, None)):
+        made = in_ticks("1f1b", [(FORWARD, 100), (f"{scope}/{INPUT_GRAD}", 240)], beside=5)
+        costs = Costs(forward=105, input_grad=125, weight_grad=125, full_backward=250)
+        full = simulate(
+            schedule, costs=costs, transfer=16, full_backward=True, num_layers=num_layers
+        )
+        assert made.loop_seconds == pytest.approx(full.makespan)
+
+
+def test_ends_of_ticks_count_with_their_gradients() -> None:
+    ends = [(_scopes.EMBED, 20), (_scopes.EMBED_GRAD, 28), (_scopes.HEAD, 90)]
+    made = in_ticks("1f1b", [(FORWARD, 100), (INPUT_GRAD, 120), (WEIGHT_GRAD, 140), *ends])
+    schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
+    costs = Costs(forward=100, input_grad=120, weight_grad=140, embed=20, head=25)
+    assert costs.embed_grad == 28
+    assert made.loop_seconds == pytest.approx(simulate(schedule, costs=costs, transfer=16).makespan)
+
+
+def test_a_step_without_a_backward_is_not_predicted() -> None:
+    assert in_ticks("1f1b", [(FORWARD, 100)]).seconds is None

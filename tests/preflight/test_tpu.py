@@ -64,6 +64,31 @@ def test_actions_have_their_matmuls_and_cycles(report: Report) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [8, 24])  # a stage has two in a row, and six in a loop
+def test_steps_in_ticks_are_predicted(num_layers: int) -> None:
+    mesh = make_mesh(4)
+    args = make_args(mesh, width=256, num_layers=num_layers, rows=16 * 4, length=128)
+    step = make_step(mesh, schedule="zb-h1", timetable="shortest", num_microbatches=16)
+    report = dpj.preflight(step, args, "tpu:v5e:2x2")
+    assert report.loop is not None
+    assert report.loop.kind == "ramp"
+    flops = {action.name: action.flops for action in report.loop.actions}
+    matmuls = num_layers // 4 * 2 * (2 * 4 * 128 * 256 * 1024)
+    assert flops["forward"] == matmuls
+    # A full backward, and beside it the input grad of a weight grad that is put off, and that.
+    assert flops["input_grad"] == flops["weight_grad"] == 2 * matmuls
+    made = report.prediction
+    assert (made.schedule, made.reason) == ("zb-h1", "")
+    # F, I and W of 16 microbatches at the published peak; and far from all actions in every tick.
+    least = 16 * 3 * matmuls / 197e12
+    most = schedules.make("zb-h1", num_ranks=4, num_microbatches=16).compiled().tables.num_ticks
+    assert report.loop.compute_seconds is not None
+    assert made.loop_seconds is not None
+    assert least < made.loop_seconds < most * report.loop.compute_seconds / 2
+    assert 0 < (made.idle_share or 0) < 0.5
+
+
+@pytest.mark.slow
 def test_beats_copy_no_slot_buffer() -> None:
     """Of straight-line code; each layer's buffers are `[slot, rows, length, ...]`."""
     made = schedules.dualpipe(num_ranks=4, num_microbatches=16)
