@@ -37,8 +37,8 @@ _TRANSFER = 0.1
 )
 @click.option(
     "--costs",
-    help="F=..,I=..,W=.. of a rank's share of the layers, B=.. of I and W as one. By default from "
-    "the sizes.",
+    help="F=..,I=..,W=.. of a rank's share of the layers, and B=.., of I and W as one, if not the "
+    "sum. By default from the sizes.",
 )
 @click.option(
     "--costs-from",

@@ -91,7 +91,7 @@ def predict(
             module, costs_of, loop.body, exposed=exposed, stages_per_rank=stages_per_rank
         )
     if costs is None:
-        return Prediction(reason="no instruction of the loop stands under a forward's name")
+        return Prediction(reason="the loop has no instructions of a forward, or none of a backward")
     transfer = max(
         (each.link_seconds or 0 for each in collectives if _scopes.SEND in each.op_name), default=0
     )

@@ -55,7 +55,8 @@ def costs_of_ticks(
             layers = work.most_trips(instruction)
             places[kind].append(cycles + layers * sum(waits.get(name, 0.0) for name in names))
     num_chunks = len(places[_scopes.FORWARD])
-    if not num_chunks or not (places[_scopes.INPUT_GRAD] or places[_scopes.FULL_BACKWARD]):
+    has_backward = places[_scopes.INPUT_GRAD] or places[_scopes.FULL_BACKWARD]
+    if not sum(places[_scopes.FORWARD]) or not has_backward:
         return None
 
     def of_chunk(kind: str, *, ticks: int) -> float | None:

@@ -222,4 +222,7 @@ def test_ends_of_ticks_count_with_their_gradients() -> None:
 
 
 def test_a_step_without_a_backward_is_not_predicted() -> None:
-    assert in_ticks("1f1b", [(FORWARD, 100)]).seconds is None
+    for places in ([(FORWARD, 100)], [(FORWARD, 0), (INPUT_GRAD, 5)], [(WEIGHT_GRAD, 5)]):
+        made = in_ticks("1f1b", places)
+        assert made.seconds is None
+        assert "none of a backward" in made.reason
