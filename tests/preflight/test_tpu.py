@@ -79,12 +79,16 @@ def test_steps_in_ticks_are_predicted(num_layers: int) -> None:
     assert flops["input_grad"] == flops["weight_grad"] == 2 * matmuls
     made = report.prediction
     assert (made.schedule, made.reason) == ("zb-h1", "")
-    # F, I and W of 16 microbatches at the published peak; and far from all actions in every tick.
+    # F, I and W of 16 microbatches at the published peak; and less than all actions and a transfer
+    # in every tick.
     least = 16 * 3 * matmuls / 197e12
-    most = schedules.make("zb-h1", num_ranks=4, num_microbatches=16).compiled().tables.num_ticks
+    num_ticks = (
+        schedules.make("zb-h1", num_ranks=4, num_microbatches=16).compiled().tables.num_ticks
+    )
+    transfer = max(each.link_seconds or 0 for each in report.loop.collectives)
     assert report.loop.compute_seconds is not None
     assert made.loop_seconds is not None
-    assert least < made.loop_seconds < most * report.loop.compute_seconds / 2
+    assert least < made.loop_seconds < num_ticks * (report.loop.compute_seconds + transfer)
     assert 0 < (made.idle_share or 0) < 0.5
 
 
