@@ -362,7 +362,8 @@ def test_deferred_weight_grads_cost_what_they_recompute() -> None:
         limit=0,
         stash_deferred=False,
     )
-    assert choice.recomputed == pytest.approx(2 * num_deferred / 4)
+    assert made.recomputed == choice.simulation.recomputed == pytest.approx(2 * num_deferred / 4)
+    assert choice.losses["recomputed"] == pytest.approx(made.recomputed / made.makespan)
     # Nothing is deferred here.
     plain = schedules.make("1f1b", num_ranks=4, num_microbatches=8)
     assert simulate(plain, costs=Costs(recompute=2)).work == simulate(plain).work

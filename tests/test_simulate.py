@@ -128,6 +128,7 @@ def test_1f1b_by_hand() -> None:
         makespan=8.0,
         dependency_makespan=8.0,
         work=(6.0, 6.0),
+        recomputed=0.0,
         idle_share=0.25,
         bubble=2.0,
         published_bubble=3.0,

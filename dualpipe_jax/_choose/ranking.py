@@ -1,8 +1,7 @@
 """Schedules, costs and bytes -> choices: those that fit by step time, then those that do not."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 from dualpipe_jax._choose.memory import (
     LayerBytes,
@@ -27,14 +26,12 @@ class Choice:
         follows, layer by layer.
       terms: The memory of the fullest rank.
       limit: The memory that there is; in bytes, as all.
-      recomputed: What a rank recomputes for deferred weight grads, the mean over ranks, in time.
     """
 
     simulation: Simulation
     full_backward: bool
     terms: tuple[Term, ...]
     limit: float
-    recomputed: float
 
     @property
     def num_bytes(self) -> float:
@@ -57,7 +54,7 @@ class Choice:
         made = self.simulation
         mean, most = sum(made.work) / made.num_ranks, max(made.work)
         parts = {
-            "recomputed": self.recomputed,
+            "recomputed": made.recomputed,
             "uneven": most - mean,
             "bubble": made.dependency_makespan - most,
             "false_waits": made.makespan - made.dependency_makespan,
@@ -117,19 +114,14 @@ def choices_of(
             full_backward=full_backward,
             whole_stages=whole_stages,
         ).tables
-        simulated = partial(
-            simulate,
+        simulation = simulate(
             schedule,
+            costs=costs,
             transfer=transfer,
             num_layers=num_layers,
             timetable=timetable,
             full_backward=full_backward,
         )
-        simulation = simulated(costs=costs)
-        recomputed = 0.0
-        if costs.recompute:
-            work = simulated(costs=replace(costs, recompute=0.0)).work
-            recomputed = (sum(simulation.work) - sum(work)) / schedule.num_ranks
         return Choice(
             simulation=simulation,
             full_backward=full_backward,
@@ -142,7 +134,6 @@ def choices_of(
                 stash_deferred=stash_deferred,
             ),
             limit=limit,
-            recomputed=recomputed,
         )
 
     choices = []

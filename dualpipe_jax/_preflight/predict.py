@@ -136,12 +136,6 @@ def _costs_of_beats(
         sum(each(action, num_places(module, loop.body, action) or _BEATS) for action in actions)
         for actions in ((_scopes.EMBED, _scopes.EMBED_GRAD), (_scopes.HEAD,))
     )
-    # The simulator is given what forwards cost, and counts gradients in proportion: an embedding's
-    # like a weight grad, the head's like a whole backward.
-    return Costs(
-        forward=forward,
-        input_grad=input_grad,
-        weight_grad=weight_grad,
-        embed=embed * forward / (forward + weight_grad),
-        head=head * forward / (forward + input_grad + weight_grad),
+    return Costs.with_whole_ends(
+        forward=forward, input_grad=input_grad, weight_grad=weight_grad, embed=embed, head=head
     )

@@ -14,9 +14,17 @@ from dualpipe_jax._preflight.actions import action_of
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._simulate import Costs
 
-_ENDS = (_scopes.EMBED, _scopes.EMBED_GRAD, _scopes.HEAD)
-# In which order a place's actions say what it is.
-_KINDS = (_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD, *_ENDS)
+# In which order what stands in a place says what it is: a full backward has an I and a W.
+_KINDS = (
+    _scopes.FULL_BACKWARD,
+    _scopes.FORWARD,
+    _scopes.INPUT_GRAD,
+    _scopes.WEIGHT_GRAD,
+    _scopes.EMBED,
+    _scopes.EMBED_GRAD,
+    _scopes.HEAD,
+)
+_CALLS = ("while", "conditional")
 
 
 def costs_of_ticks(
@@ -48,7 +56,7 @@ def costs_of_ticks(
     beside = 0.0
     for instruction in body.instructions:
         names, cycles = inside.get(instruction, set()), costs.of(instruction, body).cycles
-        kind = next((k for k in (_scopes.FULL_BACKWARD, *_KINDS) if k in names), None)
+        kind = next((kind for kind in _KINDS if kind in names), None)
         if kind is None:
             beside += cycles
         else:
@@ -59,37 +67,26 @@ def costs_of_ticks(
     if not sum(places[_scopes.FORWARD]) or not has_backward:
         return None
 
-    def of_chunk(kind: str, *, ticks: int) -> float | None:
-        if not places[kind]:
-            return None
-        return (sum(places[kind]) / num_chunks + ticks * beside) * stages_per_rank
+    def of_chunk(cycles: list[float], *, ticks: int = 1) -> float:
+        return (sum(cycles) / num_chunks + ticks * beside) * stages_per_rank
 
-    both = of_chunk(_scopes.FULL_BACKWARD, ticks=2)
     # A W that is put off, which may recompute, has a place beside the one that is not.
-    recompute, each = 0.0, sorted(places[_scopes.WEIGHT_GRAD])
-    if len(each) == 2 * num_chunks:
-        places[_scopes.WEIGHT_GRAD] = each[:num_chunks]
-        recompute = (sum(each[num_chunks:]) - sum(each[:num_chunks])) / num_chunks * stages_per_rank
-    forward = of_chunk(_scopes.FORWARD, ticks=1) or 0.0
-    input_grad = of_chunk(_scopes.INPUT_GRAD, ticks=1)
-    weight_grad = of_chunk(_scopes.WEIGHT_GRAD, ticks=1)
+    late = sorted(places[_scopes.WEIGHT_GRAD])
+    at_once, put_off = late[:num_chunks], late[num_chunks:]
+    both = places[_scopes.FULL_BACKWARD]
+    full_backward = of_chunk(both, ticks=2) if both else None
     # Where all run as one, how much of it is I's does not matter.
-    input_grad = (both or 0.0) / 2 if input_grad is None else input_grad
-    weight_grad = (both or 0.0) / 2 if weight_grad is None else weight_grad
-    embed, head = (sum(sum(places[kind]) for kind in kinds) for kinds in (_ENDS[:2], _ENDS[2:]))
-    # The simulator is given what forwards cost, and counts gradients in proportion.
-    return Costs(
-        forward=forward,
-        input_grad=input_grad,
-        weight_grad=weight_grad,
-        embed=embed * forward / (forward + weight_grad),
-        head=head * forward / (forward + input_grad + weight_grad),
-        recompute=recompute,
-        full_backward=both,
+    half = (full_backward or 0.0) / 2
+    early = places[_scopes.INPUT_GRAD]
+    return Costs.with_whole_ends(
+        forward=of_chunk(places[_scopes.FORWARD]),
+        input_grad=of_chunk(early) if early else half,
+        weight_grad=of_chunk(at_once) if at_once else half,
+        embed=sum(places[_scopes.EMBED]) + sum(places[_scopes.EMBED_GRAD]),
+        head=sum(places[_scopes.HEAD]),
+        recompute=of_chunk(put_off) - of_chunk(at_once) if put_off else 0.0,
+        full_backward=full_backward,
     )
-
-
-_CALLS = ("while", "conditional")
 
 
 def _inside(module: Module, instruction: Instruction) -> set[str]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,31 @@ class Costs:
                 f"full_backward={self.full_backward!r}: must be 0 or left out, as input_grad and "
                 "weight_grad are 0"
             )
+
+    @classmethod
+    def with_whole_ends(
+        cls,
+        *,
+        forward: float,
+        input_grad: float,
+        weight_grad: float,
+        embed: float,
+        head: float,
+        **more: Any,
+    ) -> "Costs":
+        """Makes the costs of `embed` and `head` that are known with their gradients only.
+
+        >>> Costs.with_whole_ends(forward=2, input_grad=2, weight_grad=4, embed=3, head=4)
+        Costs(forward=2, input_grad=2, weight_grad=4, embed=1.0, head=1.0, ...)
+        """
+        return cls(
+            forward=forward,
+            input_grad=input_grad,
+            weight_grad=weight_grad,
+            embed=embed * forward / (forward + weight_grad),
+            head=head * forward / (forward + input_grad + weight_grad),
+            **more,
+        )
 
     @property
     def backward(self) -> float:

@@ -37,6 +37,7 @@ class Simulation:
       makespan: From the first action's start to the last one's end, as the program waits.
       dependency_makespan: The same if ranks waited for stored values only: without false waits.
       work: For each rank the time in which it acts.
+      recomputed: Of it, what deferred weight grads recompute, the mean over ranks.
       idle_share: The share of `num_ranks * makespan` in which ranks do not act.
       bubble: The idle time of a rank, the mean over ranks.
       published_bubble: What the schedule's paper says of it; None where it says nothing.
@@ -54,6 +55,7 @@ class Simulation:
     makespan: float
     dependency_makespan: float
     work: tuple[float, ...]
+    recomputed: float
     idle_share: float
     bubble: float
     published_bubble: float | None
@@ -154,10 +156,10 @@ def simulate(
         forward_only=tables.forward_only,
     )
     work = cost[tables.opcode, tables.stage]  # an idle tick has stage -1, and costs 0 there too
-    if costs.recompute:
-        share = layers_of_stage * (num_ranks / num_layers)
-        recomputes = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
-        work = work + recomputes * costs.recompute * share[tables.stage]
+    share = layers_of_stage * (num_ranks / num_layers)
+    is_deferred = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
+    recomputed = is_deferred * costs.recompute * share[tables.stage]
+    work = work + recomputed
     if full_backward:
         last_layers = (
             np.full(num_stages, 0.5)
@@ -184,6 +186,7 @@ def simulate(
         makespan=makespan,
         dependency_makespan=float(replay_dependencies(tables, work, transfer=transfer).max()),
         work=tuple(work.sum(axis=0).tolist()),
+        recomputed=float(recomputed.sum()) / num_ranks,
         idle_share=bubble / makespan,
         bubble=bubble,
         published_bubble=published_bubble(schedule, costs) if is_even else None,

@@ -5,7 +5,7 @@ In: flags. Out, printed: tables. See README.md beside it.
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import click
-from rich.console import Console
+from rich.progress import track
 
 import dualpipe_jax as dpj
 from experiments import documents
-from experiments.overlap import steps
+from experiments.overlap import sizes, steps
 from experiments.overlap.steps import Case
-from experiments.progress import bar
 from experiments.train_lm import flags
 
 README = Path(__file__).parent / "README.md"
@@ -204,53 +203,28 @@ def _table(head: str, rows: Sequence[Row | Beats], cells: Sequence[tuple[str, ..
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option(
-    "--width",
-    "widths",
-    type=click.IntRange(min=128),
-    multiple=True,
-    default=(1024, 2048),
-    help="A multiple of 128. Once for each.",
-)
-@click.option(
-    "--layers",
-    type=click.IntRange(min=2),
-    multiple=True,
-    default=(2, 8),
-    help="A stage; once for each number.",
-)
+@sizes.widths
+@sizes.layers(default=(2, 8), fewest=2)
 @click.option("--tokens", type=flags.POSITIVE, default=4096, help="A microbatch.")
 @click.option("--write-readme", is_flag=True, help="Put the tables into the README.")
 def command(
     *, widths: tuple[int, ...], layers: tuple[int, ...], tokens: int, write_readme: bool
 ) -> None:
     """Compare full backwards with input grads and weight grads apart, in programs for TPUs."""
-    for width in widths:
-        if width % 128:
-            raise flags.Refusal(f"--width {width}: must be a multiple of 128, the size of a head")
-    console = Console(highlight=False, soft_wrap=True)
-    sizes = {"widths": widths, "tokens": tokens}
-    parts: list[tuple[str, Case, Callable[[Case], Any]]] = []
-    parts += (("ticks", c, measure_ticks) for c in cases("1f1b", layers=layers, **sizes))
-    parts += (("beats", c, measure_beats) for c in cases("dualpipe", layers=layers[:1], **sizes))
-    made: dict[str, list[Any]] = {"ticks": [], "beats": []}
-    with bar(console) as progress:
-        task = progress.add_task("", total=len(parts), what="")
-        for part, case, measure in parts:
-            what = f"{case.schedule}, {case.family}, remat {case.remat}, width {case.width}"
-            progress.update(task, what=f"{what}, {case.layers} layers")
-            try:
-                made[part].append(measure(case))
-            except ModuleNotFoundError as error:
-                raise flags.Refusal(str(error)) from error
-            progress.advance(task)
-    for part, text in (
-        ("ticks", tables_of_ticks(made["ticks"])),
-        ("beats", table_of_beats(made["beats"])),
-    ):
-        console.print(f"{text}\n")
+    sizes.require_whole_heads(widths)
+    ticks = cases("1f1b", widths=widths, layers=layers, tokens=tokens)
+    beats = cases("dualpipe", widths=widths, layers=layers[:1], tokens=tokens)
+    try:
+        texts = {
+            "ticks": tables_of_ticks([measure_ticks(c) for c in track(ticks, "1f1b")]),
+            "beats": table_of_beats([measure_beats(c) for c in track(beats, "dualpipe")]),
+        }
+    except ModuleNotFoundError as error:
+        raise flags.Refusal(str(error)) from error
+    for name, text in texts.items():
+        click.echo(f"{text}\n")
         if write_readme:
-            documents.write_into(README, text, name=part)
+            documents.write_into(README, text, name=name)
 
 
 def main(args: list[str] | None = None) -> None:

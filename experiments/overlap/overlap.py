@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import click
 from rich.console import Console
 
-from experiments.overlap import report, steps
+from experiments.overlap import report, sizes, steps
 from experiments.overlap.steps import Case
 from experiments.train_lm import flags
 from experiments.train_lm.flags import Refusal
@@ -72,21 +72,8 @@ def measure(question: str, case: Case) -> report.Row:
     multiple=True,
     help="Once for each; all by default.",
 )
-@click.option(
-    "--width",
-    "widths",
-    type=click.IntRange(min=128),
-    multiple=True,
-    default=(1024, 2048),
-    help="Once for each.",
-)
-@click.option(
-    "--layers",
-    type=click.IntRange(min=1),
-    multiple=True,
-    default=(2, 4),
-    help="A stage; once for each number.",
-)
+@sizes.widths
+@sizes.layers(default=(2, 4), fewest=1)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -97,9 +84,7 @@ def command(
     *, questions: tuple[str, ...], widths: tuple[int, ...], layers: tuple[int, ...], output: Path
 ) -> None:
     """Compile training steps for TPUs, and read whether compute hides their communication."""
-    for width in widths:
-        if width % 128:
-            raise Refusal(f"--width {width}: must be a multiple of 128, the size of a head")
+    sizes.require_whole_heads(widths)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,6 +16,20 @@ from tests.test_kinds import make_kinds
 from tests.test_kinds import make_params as make_kinds_params
 
 
+def assert_equals_sequential(grad_fn: Any, model: dpj.Model, params: Any, batch: Any) -> None:
+    """Runs both in one program, on the same key."""
+    num_microbatches = grad_fn.schedule.num_microbatches
+    sequential = dpj.sequential(model, num_microbatches=num_microbatches)
+    reference = jax.value_and_grad(sequential, has_aux=True, allow_int=True)
+    rng = jax.random.key(5)
+
+    def both(params: Any, batch: Any) -> Any:
+        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
+
+    got, want = jax.jit(both)(params, batch)
+    assert_close(got, want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "schedule", "num_ranks", "num_microbatches", "num_layers", "options"),
@@ -48,7 +62,6 @@ def test_interleaved_beats_equal_the_sequential_model(
     assert made.compiled(timetable="aligned").tables.steady is not None
     model = make_model(frozenset(FEATURES))
     params, batch = make_params(num_layers), make_batch(num_microbatches)
-    rng = jax.random.key(5)
     more: dict[str, Any] = {"full_backward": False} | options  # as is the default there
     grad_fn = dpj.value_and_grad(
         model,
@@ -58,14 +71,7 @@ def test_interleaved_beats_equal_the_sequential_model(
         timetable="aligned",
         **more,
     )
-    sequential = dpj.sequential(model, num_microbatches=num_microbatches)
-    reference = jax.value_and_grad(sequential, has_aux=True, allow_int=True)
-
-    def both(params: Any, batch: Any) -> Any:
-        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
-
-    got, want = jax.jit(both)(params, batch)
-    assert_close(got, want)
+    assert_equals_sequential(grad_fn, model, params, batch)
 
 
 @pytest.mark.slow
@@ -87,18 +93,9 @@ def test_full_backwards_as_accelerators_run_them_by_default(
     grad_fn = dpj.value_and_grad(
         model, mesh=make_mesh(3), num_microbatches=12, schedule=schedule, **options
     )
-    rng = jax.random.key(5)
-    names = {term.name for term in grad_fn.memory(params, batch, rng=rng).terms}
-    assert "stash of a full backward, without a slot" in names
-    reference = jax.value_and_grad(
-        dpj.sequential(model, num_microbatches=12), has_aux=True, allow_int=True
-    )
-
-    def both(params: Any, batch: Any) -> Any:
-        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
-
-    got, want = jax.jit(both)(params, batch)
-    assert_close(got, want)
+    report = grad_fn.memory(params, batch, rng=jax.random.key(5))
+    assert "stash of a full backward, without a slot" in {term.name for term in report.terms}
+    assert_equals_sequential(grad_fn, model, params, batch)
 
 
 @pytest.mark.slow
@@ -125,16 +122,7 @@ def test_what_weight_grads_hide_changes_no_value(
         remat=remat,
         full_backward=False,
     )
-    rng = jax.random.key(5)
-    reference = jax.value_and_grad(
-        dpj.sequential(model, num_microbatches=8), has_aux=True, allow_int=True
-    )
-
-    def both(params: Any, batch: Any) -> Any:
-        return grad_fn(params, batch, rng=rng), reference(params, batch, rng=rng)
-
-    got, want = jax.jit(both)(params, batch)
-    assert_close(got, want)
+    assert_equals_sequential(grad_fn, model, params, batch)
     assert set(hides) == ({True, False} if most_times == 2 else {True})
 
 
