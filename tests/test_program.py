@@ -67,8 +67,8 @@ def test_one_executable_with_permutes_both_ways(compiled: Any) -> None:
     assert len(executable.hlo_modules()) == 1
     text = compiled[8].as_text()
     pairs = set(re.findall(r"collective-permute\(.*source_target_pairs=(\{\{.*?\}\})", text))
-    assert any("{0,1},{1,2},{2,3}" in pair for pair in pairs)
-    assert any("{1,0},{2,1},{3,2}" in pair for pair in pairs)
+    for neighbours in ("0,1", "1,2", "2,3", "1,0", "2,1", "3,2"):
+        assert any(f"{{{neighbours}}}" in pair for pair in pairs)
     mirror = "{{0,3},{1,2},{2,1},{3,0}}"
     assert (mirror in pairs) == (compiled["name"] in ("dualpipe", "chimera"))
     # Blocks stay where they are: nobody gathers them, and no gradient is reduced in the loop.

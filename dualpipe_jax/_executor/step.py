@@ -380,9 +380,8 @@ class Step:
         batches = _microbatches.split(batch, self.tables.num_microbatches)
         params = plan.gather(params)
         rank, state, weight = self._start(traced, plan, params, batches, rng, loss_scale)
-        num_ranks = self.tables.num_ranks
         rows, steady = rows_of(self.tables, self.columns, self.axis), self.tables.steady
-        tick = make_tick(rank, num_ranks=num_ranks, wraps=self.tables.wraps)
+        tick = make_tick(rank, self.tables.exchanges)
         if self.delivery is not None:
             none = dict.fromkeys(self.layout.stacks)
             return self._deliver(self.delivery, tick, state, rows), (none, None)

@@ -2,17 +2,18 @@
 
 The tables say what to do; everything but the rank is static. Each kind of action of each chunk
 stands in the program once, run or passed over by the rank's opcode, and holds no collective over
-the pipeline axis. The two permutes that move activations and cotangents right and left follow on
-every rank, in the ticks in which anybody stores what they bring: all ranks know which, so that all
-take part or none.
+the pipeline axis. The tick's exchange follows, two permutes that move activations and cotangents
+right and left between the ranks of its pairs: a branch for each exchange that the tables have. All
+ranks know which, so that all take the same.
 
-The choice is made by loops that run their body once or not at all (`when`), not by `lax.switch`:
-XLA copies whatever passes through a conditional, on every tick all slots and accumulators, but
-updates what passes through a loop in place. (On CPU, a transformer of width 256 on two ranks: a
-switch copied every buffer twice a tick; so nothing is copied.)
+The choice of actions is made by loops that run their body once or not at all (`when`), not by
+`lax.switch`: XLA copies whatever passes through a conditional, on every tick all slots and
+accumulators, but updates what passes through a loop in place. (On CPU, a transformer of width 256
+on two ranks: a switch copied every buffer twice a tick; so nothing is copied.)
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,30 +34,26 @@ from dualpipe_jax._schedule.ir import (
     INPUT_GRAD,
     LAST_LAYERS,
     WEIGHT_GRAD,
+    Exchange,
+    Pairs,
     Tables,
 )
 
 PyTree = Any
-# What a row holds besides the columns of the tables: whether the tick ends in a permute.
-SENDS = ("sends_right", "sends_left")
 
 
 def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
-    """Takes what this rank needs of the tables: int32[num_ticks] for each column, and `SENDS`."""
+    """Takes what this rank needs of the tables: int32[num_ticks] for each column and `exchange`."""
     table = np.stack([getattr(tables, name) for name in columns], axis=-1)
     mine = lax.dynamic_index_in_dim(
         jnp.asarray(table, jnp.int32), lax.axis_index(axis), axis=1, keepdims=False
     )
-    sends = jnp.asarray(tables.sends, jnp.int32)
     rows = {name: mine[:, i] for i, name in enumerate(columns)}
-    return rows | {name: sends[:, i] for i, name in enumerate(SENDS)}
+    return {**rows, "exchange": jnp.asarray(tables.exchange)}
 
 
-def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Row], State]:
-    """Makes the function that runs one row of the tables."""
-    axis = rank.layout.axis
-    right = [(r, (r + 1) % num_ranks) for r in range(num_ranks if wraps else num_ranks - 1)]
-    left = [(target, source) for source, target in right]
+def make_tick(rank: Rank, exchanges: Sequence[Exchange]) -> Callable[[State, Row], State]:
+    """Makes the function that runs one row of the tables, which have these exchanges."""
 
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
@@ -67,12 +64,9 @@ def make_tick(rank: Rank, *, num_ranks: int, wraps: bool) -> Callable[[State, Ro
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
         state = state._replace(received=registers.write(state.received, out, slot["keep"]))
-        if num_ranks == 1:
-            return state
-        return state._replace(
-            from_left=_send(out, axis, right, row["sends_right"], rank.poison),
-            from_right=_send(out, axis, left, row["sends_left"], rank.poison),
-        )
+        branches = [partial(_exchange, rank, exchange) for exchange in exchanges]
+        from_left, from_right = lax.switch(row["exchange"], branches, out)
+        return state._replace(from_left=from_left, from_right=from_right)
 
     return tick
 
@@ -91,12 +85,24 @@ def spare_slots(state: State, row: Row, *columns: str) -> Row:
     return {name: jnp.where(row[name] < 0, last, row[name]) for name in columns}
 
 
-def _send(out: PyTree, axis: str, pairs: Any, is_on: jax.Array, poison: bool) -> PyTree:
-    def permute() -> PyTree:
-        with jax.named_scope(_scopes.SEND):
-            return lax.ppermute(out, axis, pairs)
+def _exchange(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTree]:
+    """Sends to the right and to the left, and returns what has come from the left and right."""
+    axis, nothing = rank.layout.axis, registers.allocate(out, poison=rank.poison)
 
-    return lax.cond(is_on > 0, permute, lambda: registers.allocate(out, poison=poison))
+    def permute(pairs: Pairs) -> PyTree:
+        if not pairs:
+            return nothing
+        with jax.named_scope(_scopes.SEND):
+            arrived = lax.ppermute(out, axis, pairs)
+        if not rank.poison:
+            return arrived
+        # A permute gives zeros to those to whom nothing is sent.
+        is_target = np.isin(np.arange(lax.axis_size(axis)), [target for _, target in pairs])
+        is_mine = jnp.asarray(is_target)[lax.axis_index(axis)]
+        return jax.tree.map(lambda a, b: jnp.where(is_mine, a, b), arrived, nothing)
+
+    to_right, to_left = exchange
+    return permute(to_right), permute(to_left)
 
 
 def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:

@@ -8,6 +8,7 @@ import numpy as np
 from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.emit import emit
+from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.ir import (
     INPUT_GRAD,
     TIMETABLES,
@@ -111,7 +112,7 @@ def _compile(
         program = timeline.program
     allocation = allocate(timeline, stash_deferred=stash_deferred)
     verify_allocation(timeline, allocation)
-    tables = emit(timeline, allocation, run)
+    tables = add_exchanges(emit(timeline, allocation, run))
     verify_tables(tables)
     verify_steady(tables)
     return Compiled(program, timeline, allocation, tables)

@@ -22,6 +22,8 @@ BUFFERS = ("received", "residual", "weight_residual", "stash")
 # One more, in tables that keep apart what deferred W's need: a W is deferred if its rank does
 # anything else between its I and it.
 DEFERRED = "deferred"
+# The most sets of (source, target) ranks that permutes to one side have: see `exchanges`.
+MOST_SETS = 12
 # The halves of a full backward, by the layers of the stage that they run.
 LAST_LAYERS, FIRST_LAYERS = range(2)
 
@@ -309,6 +311,8 @@ class Allocation:
 
 # (source, target) ranks of a permute.
 Pairs = tuple[tuple[int, int], ...]
+# Those of the permute to the right, then to the left.
+Exchange = tuple[Pairs, Pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,8 +359,8 @@ class Tables:
     (1) stores what its neighbours sent in the tick before into the received slots `from_left`
     (from rank - 1) and `from_right` (from rank + 1, both modulo the number of ranks),
     (2) runs its action, and
-    (3) stores the output in the received slot `keep` and sends it both ways; who wants it, stores
-    it.
+    (3) stores the output in the received slot `keep`, and takes part in the tick's exchange: it
+    sends the output to the ranks with which it is a pair there.
 
     ====  =======================================  ============================================
     F     reads `read`, its x (stage 0: none)      writes `residual`, `weight_residual`
@@ -378,7 +382,7 @@ class Tables:
     the I (of a full backward the W), of `weight_residual`, `stash` and `deferred` the W. A
     forward-only program has neither residuals nor cotangents.
 
-    The ticks of `steady` may be run as it says instead, to the same effect.
+    The ticks of `steady` are run as it says, to the effect of the tables. They have no exchange.
     """
 
     opcode: np.ndarray
@@ -404,6 +408,9 @@ class Tables:
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
     steady: Steady | None = None
+    exchanges: tuple[Exchange, ...] = (((), ()),)
+    # int32[num_ticks], an index in `exchanges` that all ranks share; -1 in the ticks of `steady`.
+    exchange: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def num_ticks(self) -> int:
@@ -415,15 +422,14 @@ class Tables:
         """Whether any I and W are the halves of a full backward."""
         return bool((self.half >= 0).any())
 
-    @cached_property
-    def sends(self) -> np.ndarray:
-        """bool[num_ticks, 2], whether any rank's output of a tick is stored to its right, left."""
-        sends = np.zeros((self.num_ticks, 2), bool)
-        sends[:-1, 0] = (self.from_left[1:] >= 0).any(axis=1)
-        sends[:-1, 1] = (self.from_right[1:] >= 0).any(axis=1)
-        return sends
+    def is_target(self, exchange: int) -> np.ndarray:
+        """bool[2, num_ranks], who is sent something from the left, and from the right, in one."""
+        is_target = np.zeros((2, self.num_ranks), bool)
+        for side, pairs in enumerate(self.exchanges[exchange]):
+            is_target[side, [target for _, target in pairs]] = True
+        return is_target
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
-        """Names the tables that have a row a tick."""
+        """Names the tables that have a row a tick and a column a rank."""
         return tuple(f.name for f in fields(cls))[:13]

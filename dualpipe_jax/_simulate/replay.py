@@ -1,14 +1,18 @@
 """Tables -> when each action ends, each rank waiting as the program waits.
 
-In a ramp tick a rank runs its action; then the program permutes to the right if any rank stores
-what comes from its left, and to the left if any stores what comes from its right
-(`Tables.sends`). Where a permute runs, every rank waits for that neighbour before its next tick,
-even if it reads the value later or never: a false wait. Where none runs, nobody waits, and an idle
-tick costs nothing by itself.
+In a ramp tick a rank runs its action; then come the permutes of the tick's exchange. A permute is a
+rendezvous: a sender waits until its receiver has come to the same permute, then both wait for the
+transfer; the two directions of one exchange are under way together. So a rank waits for each rank
+with which it is a pair, even if it reads the value later or, where sets of pairs were merged,
+never: a false wait. A rank in no pair waits for nobody, and an idle tick costs nothing by itself.
+(So it is on CPUs, by the clock, and on TPUs, where a permute's start waits for the target, and its
+done for what is sent as for what is received: read in a v5e's low-level code. On GPUs sends have a
+stream of their own, and nobody but the receiver waits: `rendezvous=False`.)
 
-In the run of beats (`Tables.steady`) what an F makes leaves at once and is awaited by the next
-beat's F on the rank to which it goes, and what an I makes by its I. Nobody else waits, so that a
-value travels while its receiver computes. What the last beat sends is awaited at the run's end.
+In the run of beats (`Tables.steady`) the F of a beat makes an x that travels behind the beat's I
+and W, and the I a cotangent that travels behind W and the next beat's F. Their senders wait for
+their receivers where the transfer starts, and the next beat's F, or I, for its end. The last beat's
+transfers are awaited at the run's end.
 
 A second replay waits for stored values only, and only where they are read: no program that keeps
 each rank's order can be faster. Sending takes no time from a rank, and a value may arrive before
@@ -34,6 +38,7 @@ F3 F6 .6 I8 W9 F12 I13 W14 I17 W18
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -41,8 +46,6 @@ from dualpipe_jax._schedule.ir import (
     INPUT_GRAD,
     TICKS_PER_BEAT,
     WEIGHT_GRAD,
-    Pairs,
-    Steady,
     Tables,
 )
 
@@ -106,77 +109,84 @@ def as_full_backwards(
     return work
 
 
-def replay(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:
+def replay(
+    tables: Tables, work: np.ndarray, *, transfer: float, rendezvous: bool = True
+) -> np.ndarray:
     """Finds when each tick ends if ranks wait as the program does.
 
     Args:
       tables: The tables.
       work: float64[num_ticks, num_ranks], how long each tick's action takes; idle ones 0.
       transfer: How long a value travels to a neighbour; what a rank sends itself, not at all.
+      rendezvous: Whether a sender waits for its receiver.
 
     Returns:
       float64[num_ticks, num_ranks].
     """
     end = np.empty(work.shape)
-    steady = tables.steady
+    permutes = partial(_Permutes, num_ranks=tables.num_ranks, transfer=transfer, meet=rendezvous)
+    exchanges = [permutes([*right, *left]) for right, left in tables.exchanges]
+
+    def run_ramp(ticks: Iterable[int], ready: np.ndarray) -> np.ndarray:
+        for tick in ticks:
+            end[tick] = ready + work[tick]
+            ready = np.maximum(end[tick], exchanges[tables.exchange[tick]].over(end[tick]))
+        return ready
+
     # When each rank is free and has all that it awaits.
     ready = np.zeros(tables.num_ranks)
+    steady = tables.steady
     if steady is None:
-        _replay_ramp(tables, work, end, range(tables.num_ticks), ready, transfer)
+        run_ramp(range(tables.num_ticks), ready)
         return end
-    before, after = range(steady.ticks.start), range(steady.ticks.stop, tables.num_ticks)
-    ready = _replay_ramp(tables, work, end, before, ready, transfer)
-    ready = _replay_run(steady, work, end, ready, transfer)
-    _replay_ramp(tables, work, end, after, ready, transfer)
-    return end
-
-
-def _replay_ramp(
-    tables: Tables,
-    work: np.ndarray,
-    end: np.ndarray,
-    ticks: Iterable[int],
-    ready: np.ndarray,
-    transfer: float,
-) -> np.ndarray:
-    """Fills `end` at some ticks, and returns when each rank is ready for what follows them."""
-    for tick in ticks:
-        end[tick] = ready + work[tick]
-        ready, sent = end[tick].copy(), end[tick] + transfer
-        sends_right, sends_left = tables.sends[tick]
-        if sends_right:
-            np.maximum(ready[1:], sent[:-1], out=ready[1:])
-            if tables.wraps:
-                ready[0] = max(ready[0], sent[-1])
-        if sends_left:
-            np.maximum(ready[:-1], sent[1:], out=ready[:-1])
-            if tables.wraps:
-                ready[-1] = max(ready[-1], sent[0])
-    return ready
-
-
-def _replay_run(
-    steady: Steady, work: np.ndarray, end: np.ndarray, ready: np.ndarray, transfer: float
-) -> np.ndarray:
-    """The same of the run of beats."""
-    x_came = cotangent_came = ready
+    ready = run_ramp(range(steady.ticks.start), ready)
+    sends_x, sends_cotangent = (
+        [permutes(pairs) for pairs in both] for both in (steady.x_pairs, steady.cotangent_pairs)
+    )
+    x_over = cotangent_over = ready
     for beat in range(steady.num_beats):
         forward = steady.first_tick + TICKS_PER_BEAT * beat
         input_grad, weight_grad = forward + 1, forward + 2
-        end[forward] = np.maximum(ready, x_came) + work[forward]
-        end[input_grad] = np.maximum(end[forward], cotangent_came) + work[input_grad]
-        ready = end[weight_grad] = end[input_grad] + work[weight_grad]
-        x_came = _arrival(steady.x_pairs[beat % 2], end[forward], transfer)
-        cotangent_came = _arrival(steady.cotangent_pairs[beat % 2], end[input_grad], transfer)
-    return np.maximum(ready, np.maximum(x_came, cotangent_came))
+        x, cotangent = sends_x[beat % 2], sends_cotangent[beat % 2]
+        end[forward] = np.maximum(ready, x_over) + work[forward]
+        ready = np.maximum(x.begun(end[forward]), cotangent_over)
+        end[input_grad] = ready + work[input_grad]
+        end[weight_grad] = cotangent.begun(end[input_grad]) + work[weight_grad]
+        ready = end[weight_grad]
+        x_over, cotangent_over = x.over(end[forward]), cotangent.over(end[input_grad])
+    ready = np.maximum(ready, np.maximum(x_over, cotangent_over))
+    run_ramp(range(steady.ticks.stop, tables.num_ticks), ready)
+    return end
 
 
-def _arrival(pairs: Pairs, sent: np.ndarray, transfer: float) -> np.ndarray:
-    """When what is sent between pairs of ranks arrives: 0 where nothing does."""
-    came = np.zeros_like(sent)
-    for source, target in pairs:
-        came[target] = sent[source] + (transfer if source != target else 0)
-    return came
+class _Permutes:
+    """Permutes that are under way together: who waits in them for whom."""
+
+    def __init__(
+        self, pairs: Iterable[tuple[int, int]], *, num_ranks: int, transfer: float, meet: bool
+    ):
+        pairs = np.array(list(pairs), np.int64).reshape(-1, 2)
+        self._source, self._target = pairs.T
+        self._transfer = np.where(self._source == self._target, 0.0, transfer)
+        self._num_ranks, self._meet = num_ranks, meet
+
+    def begun(self, end: np.ndarray) -> np.ndarray:
+        """When each rank that comes at `end`, float64[num_ranks], goes on beside the transfer."""
+        begun = end.copy()
+        if self._meet:
+            np.maximum.at(begun, self._source, end[self._target])
+        return begun
+
+    def over(self, end: np.ndarray) -> np.ndarray:
+        """When those that ranks take part in are over, float64[num_ranks]; 0 for those in none."""
+        over = np.zeros(self._num_ranks)
+        if not self._meet:
+            np.maximum.at(over, self._target, end[self._source] + self._transfer)
+            return over
+        met = np.maximum(end[self._source], end[self._target]) + self._transfer
+        np.maximum.at(over, self._source, met)
+        np.maximum.at(over, self._target, met)
+        return over
 
 
 def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:

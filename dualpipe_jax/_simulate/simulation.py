@@ -34,6 +34,7 @@ class Simulation:
       num_ranks: The ranks.
       num_microbatches: The microbatches of a step.
       timetable: The timetable that was replayed: for `"fastest"` the faster one.
+      rendezvous: Whether senders were taken to wait for their receivers.
       makespan: From the first action's start to the last one's end, as the program waits.
       dependency_makespan: The same if ranks waited for stored values only: without false waits.
       work: For each rank the time in which it acts.
@@ -52,6 +53,7 @@ class Simulation:
     num_ranks: int
     num_microbatches: int
     timetable: str
+    rendezvous: bool
     makespan: float
     dependency_makespan: float
     work: tuple[float, ...]
@@ -75,6 +77,7 @@ def simulate(
     layers_per_stage: Sequence[int] | None = None,
     timetable: str = FASTEST,
     full_backward: bool = False,
+    rendezvous: bool = True,
 ) -> Simulation:
     """Replays the tables of a schedule.
 
@@ -96,6 +99,7 @@ def simulate(
       full_backward: As for `value_and_grad`: whether a weight grad runs with the input grad that it
         follows, so that the neighbour waits for both. Stages of a number of layers that is not
         given have two halves alike.
+      rendezvous: Whether a sender waits for its receiver, as on CPUs and TPUs; not on GPUs.
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
@@ -110,6 +114,7 @@ def simulate(
             "num_layers": num_layers,
             "layers_per_stage": layers_per_stage,
             "full_backward": full_backward,
+            "rendezvous": rendezvous,
         }
         made = simulate(schedule, timetable="shortest", **options)
         if not (schedule.program.units.pair >= 0).any():
@@ -173,7 +178,7 @@ def simulate(
             cost=costs.full_backward_share,
             embed_grad=costs.embed_grad,
         )
-    makespan = float(replay(tables, work, transfer=transfer).max())
+    makespan = float(replay(tables, work, transfer=transfer, rendezvous=rendezvous).max())
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)
     has_ends = costs.embed or costs.head or costs.recompute
@@ -183,6 +188,7 @@ def simulate(
         num_ranks=num_ranks,
         num_microbatches=schedule.num_microbatches,
         timetable=timetable,
+        rendezvous=rendezvous,
         makespan=makespan,
         dependency_makespan=float(replay_dependencies(tables, work, transfer=transfer).max()),
         work=tuple(work.sum(axis=0).tolist()),

@@ -1,7 +1,9 @@
 """Executes Tables with tokens in place of arrays.
 
 It knows nothing of the timeline or of the allocator: only what `Tables` says an executor does. A
-token is a number for one value, such as "the x that enters stage 3 with microbatch 7".
+token is a number for one value, such as "the x that enters stage 3 with microbatch 7". An exchange
+hands on what its pairs carry, and nothing else; in the run of beats every neighbour's value is at
+hand, as `verify_steady` holds `Steady` to the tables.
 """
 
 import numpy as np
@@ -45,6 +47,8 @@ class _Interpreter:
             buffer: np.full((tables.num_ranks, tables.num_slots.get(buffer, 0)), -1)
             for buffer in (*BUFFERS, DEFERRED)
         }
+        # bool[num_exchanges, 2, num_ranks]; pairs are known to be neighbours.
+        self.is_target = np.stack(list(map(tables.is_target, range(len(tables.exchanges)))))
         opcode, stage, microbatch = tables.opcode, tables.stage, tables.microbatch
         is_f, is_i = opcode == FORWARD, opcode == INPUT_GRAD
         is_last = stage == tables.num_stages - 1
@@ -78,10 +82,10 @@ class _Interpreter:
     def run(self) -> None:
         """Executes every tick."""
         tables = self.tables
-        sent = np.full(tables.num_ranks, -1)
+        arrived = np.full((2, tables.num_ranks), -1)
         for tick in range(tables.num_ticks):
-            self._store(tick, "from_left", np.roll(sent, 1))
-            self._store(tick, "from_right", np.roll(sent, -1))
+            for column, tokens in zip(("from_left", "from_right"), arrived, strict=True):
+                self._store(tick, column, tokens)
 
             opcode, local = tables.opcode[tick], self.local[tick]
             is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
@@ -98,14 +102,22 @@ class _Interpreter:
             self._store(tick, "stash", local, of=is_i)
             self._store(tick, DEFERRED, local, of=is_i)
 
-            sent = self.output[tick]
-            self._store(tick, "keep", sent)
+            self._store(tick, "keep", self.output[tick])
+            arrived = self._exchange(tick)
         for buffer, slots in self.slots.items():
             for rank, slot in np.argwhere(slots >= 0).tolist():
                 what = (
                     f"{buffer} slot {slot} still holds {self._describe(buffer, slots[rank, slot])}"
                 )
                 fail_at(tables, tables.num_ticks - 1, rank, f"{what} after the last tick")
+
+    def _exchange(self, tick: int) -> np.ndarray:
+        """Hands on what a tick makes: int64[2, num_ranks], from the left and from the right."""
+        sent, number = self.output[tick], int(self.tables.exchange[tick])
+        from_neighbours = np.stack([np.roll(sent, 1), np.roll(sent, -1)])
+        if number < 0:
+            return from_neighbours
+        return np.where(self.is_target[number], from_neighbours, -1)
 
     def _store(
         self, tick: int, column: str, tokens: np.ndarray, *, of: np.ndarray | bool = True

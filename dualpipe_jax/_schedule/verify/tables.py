@@ -10,6 +10,7 @@ from dualpipe_jax._schedule.ir import (
     IDLE,
     INPUT_GRAD,
     LAST_LAYERS,
+    MOST_SETS,
     OPCODE_LETTERS,
     WEIGHT_GRAD,
     Tables,
@@ -26,7 +27,11 @@ def verify_tables(tables: Tables) -> None:
     - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
       the stash or the deferred kind.
     - Halves of a full backward are an I of the last layers and a W of the first ones, not deferred.
-    - What is stored on arrival was sent by that neighbour in the tick before.
+    - Every tick outside of the run of beats has an exchange, those in it none. Pairs of an exchange
+      are neighbours, on the ring where the tables wrap; no rank is twice a source or a target of
+      one direction. A direction has at most `MOST_SETS` distinct sets of pairs, empty ones apart.
+    - What is stored on arrival was sent by that neighbour in the tick before, in a pair of that
+      tick's exchange.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
       other's on the same rank and chunk.
     - Nothing is stored in a slot whose value is still to be read, and all slots end free.
@@ -38,6 +43,7 @@ def verify_tables(tables: Tables) -> None:
     _check_shapes(tables)
     _check_actions(tables)
     _check_columns(tables)
+    _check_exchanges(tables)
     run_with_tokens(tables)
 
 
@@ -118,6 +124,38 @@ def _check_columns(tables: Tables) -> None:
         wrapped[:, 0] |= tables.from_left[:, 0] >= 0
         wrapped[:, -1] |= tables.from_right[:, -1] >= 0
         _fail_where(tables, wrapped, "receives around the ring, but the tables do not wrap")
+
+
+def _check_exchanges(tables: Tables) -> None:
+    exchange = tables.exchange
+    if exchange.shape != (tables.num_ticks,) or exchange.dtype != np.int32:
+        found = f"{exchange.dtype}{exchange.shape}"
+        raise ScheduleError(f"exchange is {found}, not int32({tables.num_ticks},)")
+    lowest = np.zeros(tables.num_ticks, np.int32)
+    if tables.steady is not None:
+        lowest[tables.steady.ticks] = -1
+    known = np.where(lowest < 0, exchange == -1, exchange >= 0)
+    for tick in np.flatnonzero(~known | (exchange >= len(tables.exchanges))).tolist():
+        fault = f"exchange {exchange[tick]} must be "
+        limit = len(tables.exchanges) - 1
+        fail_at(tables, tick, 0, fault + ("-1" if lowest[tick] < 0 else f"in 0..{limit}"))
+    for direction, step in enumerate((1, -1)):
+        sets = {each[direction] for each in tables.exchanges} - {()}
+        if len(sets) > MOST_SETS:
+            raise ScheduleError(
+                f"exchanges have {len(sets)} distinct sets of pairs to one side, more than "
+                f"{MOST_SETS}, beyond which TPUs may have every core wait"
+            )
+        for pairs in sets:
+            for source, target in pairs:
+                there = source + step
+                if tables.wraps and 0 <= source < tables.num_ranks:
+                    there %= tables.num_ranks
+                if target != there or not {source, there} <= set(range(tables.num_ranks)):
+                    raise ScheduleError(f"exchanges pair {source} and {target}: no neighbours")
+            # As neighbours, sources are distinct where targets are.
+            if len(set(pairs)) < len(pairs):
+                raise ScheduleError(f"exchanges have a pair twice: {pairs}")
 
 
 def _fail_where(tables: Tables, mask: np.ndarray, fault: str) -> None:
