@@ -20,8 +20,8 @@ EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help train deepseek compare benchmark idle memory ends zero precision overlap backwards test \
-	test-outside test-gpu lint format clean
+.PHONY: help train deepseek compare benchmark idle clock memory ends zero precision overlap backwards \
+	test test-outside test-gpu lint format clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ compare: $(READY)  ## train one small model with every schedule and compare (opt
 
 idle: $(READY)  ## replay every schedule over many sizes and compare idle time (options: ARGS="--ranks 8")
 	@$(BIN)/python experiments/idle_time/idle_time.py $(ARGS)
+
+clock: $(READY)  ## time a step of every schedule over processes that sleep (options: ARGS="--ranks 4")
+	@$(BIN)/python experiments/by_the_clock/by_the_clock.py $(ARGS)
 
 benchmark: $(READY)  ## measure a step beside the limit and the usual recipe (options: ARGS="--ranks 2")
 	@$(BIN)/python experiments/benchmarks/benchmarks.py $(ARGS)

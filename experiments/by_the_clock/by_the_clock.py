@@ -1,0 +1,151 @@
+"""Times a step of every schedule over processes that sleep, and compares it with its prediction.
+
+In: flags. Out, in a folder: clock.csv, table.md, clock.png. See README.md beside it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+
+import dualpipe_jax as dpj
+from experiments.by_the_clock import picture, processes, report, tasks
+from experiments.progress import bar
+from experiments.train_lm import flags
+from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal, several
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=(2, 4, 8),
+    help="Processes of the pipeline; once for each number to measure.",
+)
+@several(
+    "--schedules",
+    "names",
+    dpj.schedules.names(),
+    default=dpj.schedules.names(),
+    text="To measure.",
+)
+@click.option("--repeats", type=POSITIVE, default=3, help="Measured steps of each.")
+@click.option(
+    "--scale", type=PositiveFloat(), default=1.0, help="By which all sleeps are multiplied."
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/by_the_clock"),
+    help="The folder for the figures, the table and the picture.",
+)
+def command(
+    *, ranks: tuple[int, ...], names: tuple[str, ...], repeats: int, scale: float, output: Path
+) -> None:
+    """Time a step of every schedule by the clock, and compare it with its prediction.
+
+    Every rank is a process that sleeps for as long as its work is to take; sleeping needs no core.
+    """
+    ranks, names = tuple(sorted(set(ranks))), tuple(dict.fromkeys(names))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--output {output}: {error.strerror}") from error
+
+    console = Console(highlight=False)
+    all_tasks = [
+        tasks.make_task(names, num_ranks=num_ranks, scale=scale, repeats=repeats)
+        for num_ranks in ranks
+    ]
+    rows: list[report.Row] = []
+    total = sum(len(task.programs) for task in all_tasks) * (1 + len(tasks.COSTS))
+    with bar(console) as progress:
+        bar_task = progress.add_task("", total=total, what="")
+        for task in all_tasks:
+
+            def show(text: str, *, done: int, task: tasks.Task = task) -> None:
+                progress.update(bar_task, what=f"{task.num_ranks} ranks: {text}", advance=done)
+
+            try:
+                measured = list(measure(task, show))
+            except processes.WorkerError as error:
+                raise click.ClickException(f"{task.num_ranks} ranks: {error}") from error
+            made = make_rows(measured, num_ranks=task.num_ranks, scale=scale)
+            rows += made
+            for _, _, group in report.groups(made):
+                console.print(report.to_rich(group))
+                console.print(report.describe_faster(group), soft_wrap=True)
+    report.write_csv(rows, output / "clock.csv")
+    report.write_markdown(rows, output / "table.md")
+    picture.plot(rows, output / "clock.png")
+    console.print(f"written   {output}: clock.csv, table.md, clock.png")
+    require_possible(rows)
+
+
+def measure(task: tasks.Task, show: Callable[..., None]) -> Iterator[tasks.Measured]:
+    """Runs the workers of a task; gives their measurements, and shows which program is on."""
+    with processes.measuring(task) as answers:
+        for program in task.programs:
+            name = f"{program.schedule}, {program.timetable}"
+            show(f"compiling {name}", done=0)
+            for _ in range(1 + len(task.sleeps)):
+                yield next(answers)
+                show(name, done=1)
+        assert next(answers, None) is None, "workers end after the last program, without a failure"
+
+
+def make_rows(
+    measured: Sequence[tasks.Measured], *, num_ranks: int, scale: float
+) -> list[report.Row]:
+    """Puts the predictions beside the medians of the clock, costs by costs."""
+    medians = {
+        (each.schedule, each.timetable, each.costs): float(np.median(each.seconds))
+        for each in measured
+    }
+    rows = []
+    for name in tasks.COSTS:
+        costs = tasks.scaled_costs(name, num_ranks=num_ranks, scale=scale)
+        for schedule, timetable in dict.fromkeys((m.schedule, m.timetable) for m in measured):
+            program = tasks.Program(schedule=schedule, timetable=timetable)
+            simulation = tasks.predict(program, costs, num_ranks=num_ranks)
+            rows.append(
+                report.Row(
+                    ranks=num_ranks,
+                    costs=name,
+                    schedule=schedule,
+                    timetable=timetable,
+                    clock=medians[schedule, timetable, name],
+                    predicted=simulation.makespan,
+                    ideal=simulation.dependency_makespan,
+                    work=sum(simulation.work) / num_ranks,
+                    without_sleeps=medians[schedule, timetable, tasks.NO_SLEEPS],
+                )
+            )
+    return rows
+
+
+def require_possible(rows: Sequence[report.Row]) -> None:
+    """Raises if a step was faster than any that sleeps one action at a time can be."""
+    wrong = [
+        f"{row.schedule} ({row.timetable}) on {row.ranks} ranks {row.costs}: {row.clock:.4f} s, "
+        f"ideal {row.ideal:.4f} s"
+        for row in rows
+        if not row.clock >= row.ideal  # not <, so that NaN is wrong
+    ]
+    if wrong:
+        raise click.ClickException(
+            f"FASTER THAN THE IDEAL, so a rank's sleeps overlapped, or the replay's order is not "
+            f"the program's; nothing measured here counts: {'; '.join(wrong)}"
+        )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; a mistake in the flags is one line and exit code 2."""
+    flags.run(command, args, name="by_the_clock")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A device that sleeps instead of computing -> a model whose layers run on it.
+
+The values are real, and small: a wrong order or a lost transfer changes the loss.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import dualpipe_jax as dpj
+from experiments.by_the_clock.tasks import ACTIONS
+
+# 4 KiB a value: XLA runs programs of 512 bytes and less in another way.
+WIDTH = 1024
+
+
+class Device:
+    """Sleeps for as long as its actions are to take, one after the other.
+
+    The seconds are read when an action runs, so that one compiled program serves all costs.
+
+    Attributes:
+      seconds: How long each action of a layer sleeps, by its name.
+      num_sleeps: The actions that have run.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(ACTIONS, 0.0)
+        self.num_sleeps = 0
+        # Of two operations that do not depend on each other, XLA may run both at once on a CPU's
+        # threads. A device that computes would be full with one of them.
+        self._busy = threading.Lock()
+
+    def taking(self, action: str) -> Callable[[jax.Array], jax.Array]:
+        """Makes the identity that takes as long as an action."""
+
+        def sleep(value: Any) -> np.ndarray:
+            with self._busy:
+                time.sleep(self.seconds[action])
+                self.num_sleeps += 1
+            return np.asarray(value)
+
+        def run(value: jax.Array) -> jax.Array:
+            return jax.pure_callback(sleep, jax.ShapeDtypeStruct(value.shape, value.dtype), value)
+
+        return run
+
+
+def make_model(device: Device) -> dpj.Model:
+    """Makes a model of layers `y = x * weights`; embedding and head do not sleep.
+
+    Input grad and weight grad sleep in callbacks of their own, so that the library's split of the
+    backward takes them apart.
+    """
+    forward, input_grad, weight_grad = (device.taking(action) for action in ACTIONS)
+
+    @jax.custom_vjp
+    def layer(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return forward(x * weights)
+
+    def with_residuals(weights: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
+        return forward(x * weights), (weights, x)
+
+    def backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights, x = residuals
+        return weight_grad((dy * x).sum(0)), input_grad(dy * weights)
+
+    layer.defvjp(with_residuals, backward)
+    return dpj.Model(
+        embed=lambda ends, ctx: ctx.microbatch * ends,
+        block=lambda weights, x, ctx: layer(weights, x),
+        head=lambda ends, x, ctx: (x * ends).mean(),
+    )
+
+
+def make_arguments(*, num_layers: int, num_microbatches: int) -> tuple[Any, np.ndarray]:
+    """Draws parameters and a batch of one row a microbatch, the same in every process."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        # Around 1, so that no layer's part of the loss vanishes beside another's.
+        return rng.uniform(0.8, 1.2, size=shape).astype(np.float32)
+
+    params = {"ends": draw(WIDTH), "blocks": draw(num_layers, WIDTH)}
+    return params, draw(num_microbatches, WIDTH)
+
+
+def loss_of(params: Any, batch: np.ndarray) -> float:
+    """Computes the loss without JAX."""
+    ends = params["ends"].astype(np.float64)
+    return float((batch * ends**2 * params["blocks"].astype(np.float64).prod(0)).mean())
