@@ -16,9 +16,16 @@ from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._schedule.compile import compile_program, require_timetable
 from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._sequential import sequential as sequential
-from dualpipe_jax._simulate import fastest_timetable, prefers_full_backward
+from dualpipe_jax._simulate import (
+    TRANSFER,
+    Costs,
+    durations_of,
+    fastest_timetable,
+    prefers_full_backward,
+    usual_costs,
+)
 from dualpipe_jax._split_vjp import is_differentiable
-from dualpipe_jax._stage_sizes import stage_sizes
+from dualpipe_jax._stage_sizes import spread_evenly, stage_sizes, stages_of_one_layer
 from dualpipe_jax._types import Model, PyTree
 
 
@@ -35,6 +42,7 @@ def value_and_grad(
     remat: str | Callable[..., Any] = "none",
     stash_deferred: bool = False,
     full_backward: bool | None = None,
+    costs: Costs | None = None,
     grad_dtype: Any = None,
     batch_axes: str | tuple[str, ...] = (),
     manual_axes: str | tuple[str, ...] = (),
@@ -60,7 +68,7 @@ def value_and_grad(
         by the tables. `"aligned"`: all ranks start their pairs together; as long as every rank has
         one, they run straight-line code in which XLA hides the transfers behind compute (dualpipe
         and dualpipev; for other schedules the two are the same). None: the faster one by
-        simulation, the shortest for few microbatches.
+        simulation at `costs`, the shortest for few microbatches.
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
       layers_per_stage: How many layers each stage has, in model order, as many numbers as the
         schedule has stages; fewer for the last one, say, whose head takes time, too. Every rank
@@ -84,9 +92,13 @@ def value_and_grad(
         rematerialisation, most schedules are the faster for it; `simulate` says by how much.
         A weight grad that the schedule puts off is left where it is, and so, but on CPUs, is the
         straight-line code of `"aligned"`. None: where that code is not in the program (what gains
-        is then its smaller part) and a simulation with a transformer's costs is the faster for it;
+        is then its smaller part) and a simulation at `costs` is the faster for it;
         and on CPUs, which mostly stand in for accelerators in tests, everywhere: that step is not
         always what an accelerator would run.
+      costs: How long actions take, in any one unit of time, by which they are placed in ticks, so
+        that ranks wait less for each other, and by which None is decided for timetable and
+        full_backward; a transfer is taken to be a tenth of the forward. None: a transformer's,
+        rematerialised if `remat` says so. Gradients are the same whatever they are.
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
@@ -149,11 +161,31 @@ def value_and_grad(
     _validate.optional_flag("unroll_layers", unroll_layers)
     stash_deferred = _validate.flag("stash_deferred", stash_deferred) or remat == "none"
     _validate.optional_flag("full_backward", full_backward)
+    if costs is None:
+        costs = usual_costs(recomputes=remat != "none", stash_deferred=stash_deferred)
+    elif not isinstance(costs, Costs):
+        raise TypeError(f"costs={costs!r}: must be a dualpipe_jax.Costs, or None")
+    layers_per_stage = stage_sizes(
+        layers_per_stage,
+        num_stages=schedule.num_stages,
+        where=f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks",
+    )
     if timetable is None:
-        timetable = fastest_timetable(schedule, stash_deferred=stash_deferred)
+        timetable = fastest_timetable(schedule, costs=costs, layers_per_stage=layers_per_stage)
     require_timetable(timetable)
 
-    def tables_of(*, full_backward: bool, whole_stages: frozenset[int] = frozenset()) -> Tables:
+    def tables_of(*, full_backward: bool, num_layers: int | None = None) -> Tables:
+        whole_stages, durations = frozenset[int](), None
+        if num_layers is not None:
+            num_stages = schedule.num_stages
+            whole_stages = stages_of_one_layer(num_layers, num_stages, layers_per_stage)
+            durations = durations_of(
+                schedule,
+                costs,
+                transfer=TRANSFER * costs.forward,
+                layers_of_stage=layers_per_stage or spread_evenly(num_layers, num_stages),
+                full_backward=full_backward,
+            )
         return compile_program(
             schedule.program,
             timetable=timetable,
@@ -161,13 +193,8 @@ def value_and_grad(
             stash_deferred=stash_deferred and not full_backward,
             full_backward=full_backward,
             whole_stages=whole_stages,
+            durations=durations,
         ).tables
-
-    layers_per_stage = stage_sizes(
-        layers_per_stage,
-        num_stages=schedule.num_stages,
-        where=f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks",
-    )
 
     def has_full_backward(*, on_cpu: bool, num_layers: int | None = None) -> bool:
         if full_backward is not None or on_cpu:
@@ -175,8 +202,7 @@ def value_and_grad(
         return prefers_full_backward(
             schedule,
             timetable=timetable,
-            recomputes=remat != "none",
-            stash_deferred=stash_deferred,
+            costs=costs,
             num_layers=num_layers,
             layers_per_stage=layers_per_stage,
         )

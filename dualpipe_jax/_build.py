@@ -95,12 +95,7 @@ class Builder:
         num_layers = _validate.num_layers(params, self._layout, num_stages=num_stages, where=where)
         _stage_sizes.require_sum(self._layers_per_stage, num_layers)
         full_backward = self._has_full_backward(on_cpu=self._is_on_cpu, num_layers=num_layers)
-        tables = self._tables_of(
-            full_backward=full_backward,
-            whole_stages=_stage_sizes.stages_of_one_layer(
-                num_layers, num_stages, self._layers_per_stage
-            ),
-        )
+        tables = self._tables_of(full_backward=full_backward, num_layers=num_layers)
         num_microbatches = tables.num_microbatches
         _validate.key(rng)
         _validate.batch(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dualpipe_jax import schedules
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Program, Tables
+from dualpipe_jax._schedule.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax._simulate import (
     Costs,
     Simulation,
@@ -18,7 +19,6 @@ from dualpipe_jax._simulate import (
     prefers_full_backward,
     simulate,
 )
-from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax.schedules import Schedule
 from tests.schedule.test_random_programs import programs
 from tests.schedules_under_test import NAMES, WIDE_SIZES

@@ -47,7 +47,8 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
       rows: This rank's rows of the tables, int32[num_ticks] for each column.
     """
     ticks_per_trip = 2 * TICKS_PER_BEAT
-    mine = {name: column[steady.ticks] for name, column in rows.items()}
+    # (A beat's transfers are those of `Steady`.)
+    mine = {name: column[steady.ticks] for name, column in rows.items() if name != "exchange"}
     trips = {name: column.reshape(-1, ticks_per_trip) for name, column in mine.items()}
 
     def tick_of(rows: Row, tick: int) -> Row:

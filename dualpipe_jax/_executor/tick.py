@@ -2,9 +2,9 @@
 
 The tables say what to do; everything but the rank is static. Each kind of action of each chunk
 stands in the program once, run or passed over by the rank's opcode, and holds no collective over
-the pipeline axis. The tick's exchange follows, two permutes that move activations and cotangents
-right and left between the ranks of its pairs: a branch for each exchange that the tables have. All
-ranks know which, so that all take the same.
+the pipeline axis. The tick's exchange follows, two permutes that move activations and cotangents to
+the right and to the left between the ranks of its pairs: a branch for each exchange that a part of
+the line of ranks has. All ranks know which, so that all take the same.
 
 The choice of actions is made by loops that run their body once or not at all (`when`), not by
 `lax.switch`: XLA copies whatever passes through a conditional, on every tick all slots and
@@ -52,8 +52,8 @@ def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
     return {**rows, "exchange": jnp.asarray(tables.exchange)}
 
 
-def make_tick(rank: Rank, exchanges: Sequence[Exchange]) -> Callable[[State, Row], State]:
-    """Makes the function that runs one row of the tables, which have these exchanges."""
+def make_tick(rank: Rank, exchanges: Sequence[Sequence[Exchange]]) -> Callable[[State, Row], State]:
+    """Makes the function that runs one row of the tables, which have these exchanges by part."""
 
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
@@ -64,8 +64,7 @@ def make_tick(rank: Rank, exchanges: Sequence[Exchange]) -> Callable[[State, Row
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
         state = state._replace(received=registers.write(state.received, out, slot["keep"]))
-        branches = [partial(_exchange, rank, exchange) for exchange in exchanges]
-        from_left, from_right = lax.switch(row["exchange"], branches, out)
+        from_left, from_right = _exchange(rank, exchanges, row["exchange"], out)
         return state._replace(from_left=from_left, from_right=from_right)
 
     return tick
@@ -85,24 +84,43 @@ def spare_slots(state: State, row: Row, *columns: str) -> Row:
     return {name: jnp.where(row[name] < 0, last, row[name]) for name in columns}
 
 
-def _exchange(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTree]:
+def _exchange(
+    rank: Rank, exchanges: Sequence[Sequence[Exchange]], numbers: jax.Array, out: PyTree
+) -> tuple[PyTree, PyTree]:
     """Sends to the right and to the left, and returns what has come from the left and right."""
-    axis, nothing = rank.layout.axis, registers.allocate(out, poison=rank.poison)
+    nothing = registers.allocate(out, poison=rank.poison)
+    arrived = nothing, nothing
+    for part, of_part in enumerate(exchanges):
+        is_only = len(exchanges) == 1 and not rank.poison
+        branches = [partial(_permute, rank, out, each, is_only=is_only) for each in of_part]
+        run = partial(lax.switch, numbers[part], branches)
+        arrived = run(arrived) if is_only else when(numbers[part] > 0, run, arrived)
+    return arrived
 
-    def permute(pairs: Pairs) -> PyTree:
+
+def _permute(
+    rank: Rank, out: PyTree, exchange: Exchange, arrived: tuple[PyTree, PyTree], *, is_only: bool
+) -> tuple[PyTree, PyTree]:
+    """Runs the permutes of an exchange; what they bring takes its place in `arrived`.
+
+    If there `is_only` this exchange, whoever is no target may as well get the zeros that a permute
+    gives: nobody stores them.
+    """
+    axis = rank.layout.axis
+
+    def permute(pairs: Pairs, old: PyTree) -> PyTree:
         if not pairs:
-            return nothing
+            return old
         with jax.named_scope(_scopes.SEND):
-            arrived = lax.ppermute(out, axis, pairs)
-        if not rank.poison:
-            return arrived
-        # A permute gives zeros to those to whom nothing is sent.
+            new = lax.ppermute(out, axis, pairs)
+        if is_only:
+            return new
         is_target = np.isin(np.arange(lax.axis_size(axis)), [target for _, target in pairs])
         is_mine = jnp.asarray(is_target)[lax.axis_index(axis)]
-        return jax.tree.map(lambda a, b: jnp.where(is_mine, a, b), arrived, nothing)
+        return jax.tree.map(partial(jnp.where, is_mine), new, old)
 
-    to_right, to_left = exchange
-    return permute(to_right), permute(to_left)
+    from_left, from_right = map(permute, exchange, arrived)
+    return from_left, from_right
 
 
 def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:

@@ -7,9 +7,12 @@ import numpy as np
 
 from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.allocate import allocate
+from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.emit import emit
 from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.ir import (
+    FORWARD,
+    IDLE,
     INPUT_GRAD,
     TIMETABLES,
     Allocation,
@@ -18,8 +21,10 @@ from dualpipe_jax._schedule.ir import (
     Timeline,
 )
 from dualpipe_jax._schedule.place import place_shortest
+from dualpipe_jax._schedule.place_by_clock import place_by_clock
 from dualpipe_jax._schedule.release import release
-from dualpipe_jax._schedule.steady import find_run
+from dualpipe_jax._schedule.replay import replay
+from dualpipe_jax._schedule.steady import Run, find_run
 from dualpipe_jax._schedule.verify import (
     verify_allocation,
     verify_pairs,
@@ -28,6 +33,15 @@ from dualpipe_jax._schedule.verify import (
     verify_tables,
     verify_timeline,
 )
+
+# How patient ranks are, and into how many parts the line of ranks is cut, in what is tried.
+_PATIENCE = (np.inf, 2.0, 0.5)
+_PARTS = (1, 2, 4)
+# Programs of more actions take seconds to be placed by the clock, and are not.
+_MOST_PLACED = 20_000
+# How long an idle tick takes a rank, beside a forward of a stage: the scan over ticks passes over
+# all actions. (TPU v5e: see experiments/by_the_clock.)
+_IDLE_TICK = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +61,7 @@ def compile_program(
     stash_deferred: bool = True,
     full_backward: bool = False,
     whole_stages: frozenset[int] = frozenset(),
+    durations: Durations | None = None,
 ) -> Compiled:
     """Compiles a program to tables, verifying the outcome of every pass; once for each choice.
 
@@ -59,15 +74,16 @@ def compile_program(
             backward, so that a neighbour gets its cotangent after the W. Not those of the run of
             beats, nor those before it of which a neighbour reads the cotangent sooner.
         whole_stages: Stages whose full backwards have no halves, but are in the I's ticks.
+        durations: How long actions take, by which they are placed, so that ranks wait less for each
+            other; None to have each take a tick, and be placed as soon as it can.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
         ValueError: if there is no timetable of that name.
     """
     require_timetable(timetable)
-    return _compile(
-        program, timetable, stash_deferred, full_backward, whole_stages if full_backward else None
-    )
+    whole = whole_stages if full_backward else None
+    return _compile(program, timetable, stash_deferred, full_backward, whole, durations)
 
 
 def require_timetable(timetable: object) -> None:
@@ -88,6 +104,7 @@ def _compile(
     stash_deferred: bool,
     full_backward: bool,
     whole_stages: frozenset[int] | None,
+    durations: Durations | None,
 ) -> Compiled:
     verify_program(program)
     if whole_stages:
@@ -99,7 +116,6 @@ def _compile(
         if full_backward:
             program = replace(program, full_backward=True)
         timeline = place_shortest(program)
-        verify_timeline(timeline)
     else:
         timeline = place_shortest(program)
         verify_timeline(timeline)
@@ -108,11 +124,67 @@ def _compile(
         verify_pairs(timeline)
         run = find_run(timeline)
         timeline = release(timeline, run, full_backward=full_backward)
-        verify_timeline(timeline)
-        program = timeline.program
+    verify_timeline(timeline)
+    made = _lower(timeline, run, stash_deferred)
+    if durations is None or len(program.units) > _MOST_PLACED:
+        made = replace(made, tables=add_exchanges(made.tables))
+    else:
+        made = _fastest(made, run, stash_deferred, durations)
+        verify_timeline(made.timeline)
+    verify_allocation(made.timeline, made.allocation)
+    verify_tables(made.tables)
+    verify_steady(made.tables)
+    return made
+
+
+def _lower(timeline: Timeline, run: Run | None, stash_deferred: bool) -> Compiled:
+    """Makes tables of a timeline, without exchanges."""
     allocation = allocate(timeline, stash_deferred=stash_deferred)
-    verify_allocation(timeline, allocation)
-    tables = add_exchanges(emit(timeline, allocation, run))
-    verify_tables(tables)
-    verify_steady(tables)
-    return Compiled(program, timeline, allocation, tables)
+    return Compiled(timeline.program, timeline, allocation, emit(timeline, allocation, run))
+
+
+def _fastest(
+    made: Compiled, run: Run | None, stash_deferred: bool, durations: Durations
+) -> Compiled:
+    """Places actions by the clock, in several ways, and takes what replays fastest."""
+    timeline, tables = made.timeline, made.tables
+    work = durations.work(tables)
+    ends = replay(add_exchanges(tables), work, transfer=durations.transfer)
+    placed, ticks = [made], [timeline.tick_of]
+    for patience in _PATIENCE:
+        again, run_then = place_by_clock(
+            timeline,
+            run,
+            took=work[timeline.tick_of, timeline.program.units.rank],
+            after_run=ends[0 if run is None else run.stop - 1],
+            transfer=durations.transfer,
+            patience=patience,
+        )
+        if not any((again.tick_of == tick_of).all() for tick_of in ticks):
+            ticks.append(again.tick_of)
+            placed.append(_lower(again, run_then, stash_deferred))
+
+    def seconds(each: Compiled) -> float:
+        work = durations.work(each.tables)
+        work[each.tables.opcode == IDLE] = _IDLE_TICK * max(durations.of_opcode[FORWARD])
+        return float(
+            replay(
+                each.tables,
+                work,
+                transfer=durations.transfer,
+                rendezvous=durations.rendezvous,
+            ).max()
+        )
+
+    candidates = [
+        replace(each, tables=add_exchanges(each.tables, num_parts=num_parts))
+        for each in placed
+        for num_parts in _PARTS
+    ]
+    # Equal sums in different orders may differ in their last bits: the first one of equals.
+    fastest, shortest = candidates[0], seconds(candidates[0])
+    for each in candidates[1:]:
+        takes = seconds(each)
+        if takes < shortest * (1 - 1e-9):
+            fastest, shortest = each, takes
+    return fastest

@@ -17,6 +17,8 @@ read       [-1, -1, -1, 0, -1] [-1, 0, 0, -1, -1]
 keep       [-1, -1, -1, -1, -1] [-1, 0, -1, -1, -1]
 """
 
+from typing import Any
+
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import find_dependencies
@@ -45,7 +47,9 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
     program = timeline.program
     units, tick_of, num_ranks = program.units, timeline.tick_of, program.num_ranks
     direction = program.direction_of[units.microbatch]
-    columns = {name: np.full(timeline.index.shape, -1, np.int32) for name in Tables.columns()}
+    columns: dict[str, Any] = {
+        name: np.full(timeline.index.shape, -1, np.int32) for name in Tables.columns()
+    }
     here = tick_of, units.rank
     columns["opcode"][:] = timeline.opcode
     chunk, stage_of = program.chunk_of[direction, units.stage], program.stage_of

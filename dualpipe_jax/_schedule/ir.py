@@ -22,7 +22,7 @@ BUFFERS = ("received", "residual", "weight_residual", "stash")
 # One more, in tables that keep apart what deferred W's need: a W is deferred if its rank does
 # anything else between its I and it.
 DEFERRED = "deferred"
-# The most sets of (source, target) ranks that permutes to one side have: see `exchanges`.
+# The most distinct sets of (source, target) ranks that permutes to one side have: see `exchanges`.
 MOST_SETS = 12
 # The halves of a full backward, by the layers of the stage that they run.
 LAST_LAYERS, FIRST_LAYERS = range(2)
@@ -359,8 +359,8 @@ class Tables:
     (1) stores what its neighbours sent in the tick before into the received slots `from_left`
     (from rank - 1) and `from_right` (from rank + 1, both modulo the number of ranks),
     (2) runs its action, and
-    (3) stores the output in the received slot `keep`, and takes part in the tick's exchange: it
-    sends the output to the ranks with which it is a pair there.
+    (3) stores the output in the received slot `keep`, and takes part in the tick's exchange, part
+    after part: it sends the output to the ranks with which it is a pair there.
 
     ====  =======================================  ============================================
     F     reads `read`, its x (stage 0: none)      writes `residual`, `weight_residual`
@@ -408,9 +408,10 @@ class Tables:
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
     steady: Steady | None = None
-    exchanges: tuple[Exchange, ...] = (((), ()),)
-    # int32[num_ticks], an index in `exchanges` that all ranks share; -1 in the ticks of `steady`.
-    exchange: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    # For each part of the line of ranks its exchanges, the first of them empty.
+    exchanges: tuple[tuple[Exchange, ...], ...] = ()
+    # int32[num_ticks, num_parts], indices in `exchanges`; -1 in the ticks of `steady`.
+    exchange: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))
 
     @property
     def num_ticks(self) -> int:
@@ -421,13 +422,6 @@ class Tables:
     def has_halves(self) -> bool:
         """Whether any I and W are the halves of a full backward."""
         return bool((self.half >= 0).any())
-
-    def is_target(self, exchange: int) -> np.ndarray:
-        """bool[2, num_ranks], who is sent something from the left, and from the right, in one."""
-        is_target = np.zeros((2, self.num_ranks), bool)
-        for side, pairs in enumerate(self.exchanges[exchange]):
-            is_target[side, [target for _, target in pairs]] = True
-        return is_target
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD
 
 # A full backward stashes nothing for all layers of a stage. Compiled for a TPU v5e it takes 0.81 to
@@ -112,7 +113,7 @@ class Costs:
         >>> costs.of_stages(num_ranks=2, layers_of_stage=np.array([2, 1, 1])).tolist()
         [[0.0, 0.0, 0.0], [3.0, 1.0, 5.0], [4.0, 1.0, 1.0], [4.0, 2.0, 2.0]]
         """
-        share = layers_of_stage * (num_ranks / layers_of_stage.sum())
+        share = _share(num_ranks, layers_of_stage)
         of_opcode = np.array([0.0, self.forward, self.input_grad, self.weight_grad])
         cost = of_opcode[:, None] * share
         cost[FORWARD, 0] += self.embed
@@ -121,6 +122,48 @@ class Costs:
             cost[INPUT_GRAD, 0] += self.embed_grad
             cost[FORWARD, -1] += self.head * self.backward / self.forward
         return cost
+
+    def durations(
+        self,
+        *,
+        num_ranks: int,
+        layers_of_stage: np.ndarray,
+        last_layers: np.ndarray,
+        transfer: float,
+        full_backward: bool,
+        rendezvous: bool = True,
+        forward_only: bool = False,
+    ) -> Durations:
+        """Spreads them over stages, as the schedule's compiler takes them.
+
+        Args:
+          num_ranks: The ranks.
+          layers_of_stage: int[num_stages].
+          last_layers: float64[num_stages], the share of them in the half of a full backward that
+            runs first.
+          transfer: How long a value travels to a neighbour.
+          full_backward: Whether weight grads run with the input grads that they follow.
+          rendezvous: Whether a sender waits for its receiver.
+          forward_only: Whether there are no gradients.
+        """
+        of_opcode = self.of_stages(
+            num_ranks=num_ranks, layers_of_stage=layers_of_stage, forward_only=forward_only
+        )
+        recompute = self.recompute * _share(num_ranks, layers_of_stage)
+        return Durations(
+            of_opcode=tuple(map(tuple, of_opcode.tolist())),
+            recompute=tuple(recompute.tolist()),
+            last_layers=tuple(last_layers.tolist()),
+            full_backward=self.full_backward_share if full_backward else None,
+            embed_grad=self.embed_grad,
+            transfer=transfer,
+            rendezvous=rendezvous,
+        )
+
+
+def _share(num_ranks: int, layers_of_stage: np.ndarray) -> np.ndarray:
+    """The size of each stage, beside a rank's whole share of the layers."""
+    return layers_of_stage * (num_ranks / layers_of_stage.sum())
 
 
 def of_transformer(

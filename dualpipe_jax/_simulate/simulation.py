@@ -8,10 +8,10 @@ import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import WEIGHT_GRAD
+from dualpipe_jax._schedule.durations import Durations
+from dualpipe_jax._schedule.replay import replay, replay_dependencies
 from dualpipe_jax._simulate.costs import Costs
 from dualpipe_jax._simulate.published import published_bubble
-from dualpipe_jax._simulate.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax._stage_sizes import (
     first_half,
     require_sum,
@@ -68,6 +68,41 @@ class Simulation:
     num_transfers: int
 
 
+def durations_of(
+    schedule: Schedule,
+    costs: Costs,
+    *,
+    transfer: float,
+    layers_of_stage: Sequence[int] | None = None,
+    full_backward: bool = False,
+    rendezvous: bool = True,
+) -> Durations:
+    """Spreads costs over a schedule's stages, as its compiler takes them to place actions.
+
+    Args:
+      schedule: The schedule.
+      costs: How long actions take.
+      transfer: How long a value travels to a neighbour.
+      layers_of_stage: The layers of each stage; None if they are alike, and have two equal halves.
+      full_backward: As `simulate`.
+      rendezvous: As `simulate`.
+    """
+    layers = np.ones(schedule.num_stages, int) if layers_of_stage is None else layers_of_stage
+    layers = np.array(layers)
+    last_layers = np.full(schedule.num_stages, 0.5)
+    if layers_of_stage is not None:
+        last_layers = first_half(layers) / layers
+    return costs.durations(
+        num_ranks=schedule.num_ranks,
+        layers_of_stage=layers,
+        last_layers=last_layers,
+        transfer=transfer,
+        full_backward=full_backward,
+        rendezvous=rendezvous,
+        forward_only=schedule.program.forward_only,
+    )
+
+
 def simulate(
     schedule: Schedule,
     *,
@@ -78,6 +113,7 @@ def simulate(
     timetable: str = FASTEST,
     full_backward: bool = False,
     rendezvous: bool = True,
+    placed_by: Costs | None = None,
 ) -> Simulation:
     """Replays the tables of a schedule.
 
@@ -85,7 +121,7 @@ def simulate(
     >>> schedule = schedules.make("zb-h1", num_ranks=2, num_microbatches=3)
     >>> simulation = simulate(schedule, costs=Costs(forward=3))
     >>> simulation.makespan, simulation.dependency_makespan, simulation.published_bubble
-    (20.0, 18.0, 3.0)
+    (19.0, 18.0, 3.0)
 
     Args:
       schedule: The schedule.
@@ -100,6 +136,9 @@ def simulate(
         follows, so that the neighbour waits for both. Stages of a number of layers that is not
         given have two halves alike.
       rendezvous: Whether a sender waits for its receiver, as on CPUs and TPUs; not on GPUs.
+      placed_by: The costs by which actions are placed in ticks, where those of the program are
+        others, as a step placed by a transformer's costs (`value_and_grad(costs=None)`) may have;
+        None for `costs`.
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
@@ -115,6 +154,7 @@ def simulate(
             "layers_per_stage": layers_per_stage,
             "full_backward": full_backward,
             "rendezvous": rendezvous,
+            "placed_by": placed_by,
         }
         made = simulate(schedule, timetable="shortest", **options)
         if not (schedule.program.units.pair >= 0).any():
@@ -145,6 +185,18 @@ def simulate(
             f"num_layers={num_layers}: must be at least the {num_stages} stages of schedule "
             f"{schedule.name!r} on {num_ranks} ranks"
         )
+    layers_of_stage = sizes or spread_evenly(num_layers, num_stages)
+
+    def spread(costs: Costs) -> Durations:
+        return durations_of(
+            schedule,
+            costs,
+            transfer=transfer,
+            layers_of_stage=None if is_any_size else layers_of_stage,
+            full_backward=full_backward,
+            rendezvous=rendezvous,
+        )
+
     tables = compile_program(
         schedule.program,
         timetable=timetable,
@@ -153,31 +205,10 @@ def simulate(
         whole_stages=frozenset()
         if is_any_size
         else stages_of_one_layer(num_layers, num_stages, sizes),
+        durations=spread(placed_by or costs),
     ).tables
-    layers_of_stage = np.array(sizes or spread_evenly(num_layers, num_stages))
-    cost = costs.of_stages(
-        num_ranks=num_ranks,
-        layers_of_stage=layers_of_stage,
-        forward_only=tables.forward_only,
-    )
-    work = cost[tables.opcode, tables.stage]  # an idle tick has stage -1, and costs 0 there too
-    share = layers_of_stage * (num_ranks / num_layers)
-    is_deferred = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
-    recomputed = is_deferred * costs.recompute * share[tables.stage]
-    work = work + recomputed
-    if full_backward:
-        last_layers = (
-            np.full(num_stages, 0.5)
-            if is_any_size
-            else first_half(layers_of_stage) / layers_of_stage
-        )
-        work = as_full_backwards(
-            tables,
-            work,
-            last_layers=last_layers,
-            cost=costs.full_backward_share,
-            embed_grad=costs.embed_grad,
-        )
+    durations = spread(costs)
+    work, recomputed = durations.work(tables), durations.recomputed(tables)
     makespan = float(replay(tables, work, transfer=transfer, rendezvous=rendezvous).max())
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)

@@ -47,8 +47,7 @@ class _Interpreter:
             buffer: np.full((tables.num_ranks, tables.num_slots.get(buffer, 0)), -1)
             for buffer in (*BUFFERS, DEFERRED)
         }
-        # bool[num_exchanges, 2, num_ranks]; pairs are known to be neighbours.
-        self.is_target = np.stack(list(map(tables.is_target, range(len(tables.exchanges)))))
+        self.is_target = _find_targets(tables)
         opcode, stage, microbatch = tables.opcode, tables.stage, tables.microbatch
         is_f, is_i = opcode == FORWARD, opcode == INPUT_GRAD
         is_last = stage == tables.num_stages - 1
@@ -113,11 +112,11 @@ class _Interpreter:
 
     def _exchange(self, tick: int) -> np.ndarray:
         """Hands on what a tick makes: int64[2, num_ranks], from the left and from the right."""
-        sent, number = self.output[tick], int(self.tables.exchange[tick])
+        sent = self.output[tick]
         from_neighbours = np.stack([np.roll(sent, 1), np.roll(sent, -1)])
-        if number < 0:
+        if (self.tables.exchange[tick] < 0).all():
             return from_neighbours
-        return np.where(self.is_target[number], from_neighbours, -1)
+        return np.where(self.is_target[tick], from_neighbours, -1)
 
     def _store(
         self, tick: int, column: str, tokens: np.ndarray, *, of: np.ndarray | bool = True
@@ -180,3 +179,15 @@ class _Interpreter:
             what = "the x of" if kind == _X else "the cotangent for"
             return f"{what} {stage}{'FIW'[kind]}{microbatch}"
         return f"what chunk {kind} saved for stage {stage}, microbatch {microbatch}"
+
+
+def _find_targets(tables: Tables) -> np.ndarray:
+    """bool[num_ticks, 2, num_ranks], who is sent something from the left, and from the right."""
+    is_target = np.zeros((tables.num_ticks, 2, tables.num_ranks), bool)
+    for part, exchanges in enumerate(tables.exchanges):
+        for number, both in enumerate(exchanges):
+            ticks = np.flatnonzero(tables.exchange[:, part] == number)
+            for side, pairs in enumerate(both):
+                # They are known to be neighbours.
+                is_target[ticks[:, None], side, [target for _, target in pairs]] = True
+    return is_target

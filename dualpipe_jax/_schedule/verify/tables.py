@@ -27,9 +27,9 @@ def verify_tables(tables: Tables) -> None:
     - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
       the stash or the deferred kind.
     - Halves of a full backward are an I of the last layers and a W of the first ones, not deferred.
-    - Every tick outside of the run of beats has an exchange, those in it none. Pairs of an exchange
-      are neighbours, on the ring where the tables wrap; no rank is twice a source or a target of
-      one direction. A direction has at most `MOST_SETS` distinct sets of pairs, empty ones apart.
+    - Every tick outside of the run of beats has an exchange in every part, those in it none. Pairs
+      are neighbours, on the ring where the tables wrap; no rank is twice a source or a target to
+      one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a side.
     - What is stored on arrival was sent by that neighbour in the tick before, in a pair of that
       tick's exchange.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
@@ -127,35 +127,36 @@ def _check_columns(tables: Tables) -> None:
 
 
 def _check_exchanges(tables: Tables) -> None:
-    exchange = tables.exchange
-    if exchange.shape != (tables.num_ticks,) or exchange.dtype != np.int32:
-        found = f"{exchange.dtype}{exchange.shape}"
-        raise ScheduleError(f"exchange is {found}, not int32({tables.num_ticks},)")
-    lowest = np.zeros(tables.num_ticks, np.int32)
+    exchange, shape = tables.exchange, (tables.num_ticks, len(tables.exchanges))
+    if exchange.shape != shape or exchange.dtype != np.int32:
+        raise ScheduleError(f"exchange is {exchange.dtype}{exchange.shape}, not int32{shape}")
+    in_run = np.zeros(tables.num_ticks, bool)
     if tables.steady is not None:
-        lowest[tables.steady.ticks] = -1
-    known = np.where(lowest < 0, exchange == -1, exchange >= 0)
-    for tick in np.flatnonzero(~known | (exchange >= len(tables.exchanges))).tolist():
-        fault = f"exchange {exchange[tick]} must be "
-        limit = len(tables.exchanges) - 1
-        fail_at(tables, tick, 0, fault + ("-1" if lowest[tick] < 0 else f"in 0..{limit}"))
-    for direction, step in enumerate((1, -1)):
-        sets = {each[direction] for each in tables.exchanges} - {()}
-        if len(sets) > MOST_SETS:
+        in_run[tables.steady.ticks] = True
+    limits = np.array([len(of_part) for of_part in tables.exchanges])
+    known = np.where(in_run[:, None], exchange == -1, (exchange >= 0) & (exchange < limits))
+    for tick, part in np.argwhere(~known).tolist():
+        wanted = "-1" if in_run[tick] else f"in 0..{limits[part] - 1}"
+        fail_at(tables, tick, 0, f"exchange {exchange[tick, part]} must be {wanted}")
+    for side, step in enumerate((1, -1)):
+        sets = [{each[side] for each in of_part} - {()} for of_part in tables.exchanges]
+        num_sets = sum(map(len, sets))
+        if num_sets > MOST_SETS:
             raise ScheduleError(
-                f"exchanges have {len(sets)} distinct sets of pairs to one side, more than "
+                f"exchanges have {num_sets} distinct sets of pairs to one side, more than "
                 f"{MOST_SETS}, beyond which TPUs may have every core wait"
             )
-        for pairs in sets:
-            for source, target in pairs:
-                there = source + step
-                if tables.wraps and 0 <= source < tables.num_ranks:
-                    there %= tables.num_ranks
-                if target != there or not {source, there} <= set(range(tables.num_ranks)):
-                    raise ScheduleError(f"exchanges pair {source} and {target}: no neighbours")
-            # As neighbours, sources are distinct where targets are.
-            if len(set(pairs)) < len(pairs):
-                raise ScheduleError(f"exchanges have a pair twice: {pairs}")
+        pairs_of = [{pair for pairs in of_part for pair in pairs} for of_part in sets]
+        for source, target in sorted(set().union(*pairs_of)):
+            there = source + step
+            if tables.wraps and 0 <= source < tables.num_ranks:
+                there %= tables.num_ranks
+            if target != there or not {source, there} <= set(range(tables.num_ranks)):
+                raise ScheduleError(f"exchanges pair {source} and {target}: no neighbours")
+        # As neighbours, sources are distinct where targets are.
+        in_a_set = any(len(set(pairs)) < len(pairs) for of_part in sets for pairs in of_part)
+        if in_a_set or len(set().union(*pairs_of)) < sum(map(len, pairs_of)):
+            raise ScheduleError("exchanges have a pair twice in a set, or in two parts")
 
 
 def _fail_where(tables: Tables, mask: np.ndarray, fault: str) -> None:

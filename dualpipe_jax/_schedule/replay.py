@@ -2,9 +2,10 @@
 
 In a ramp tick a rank runs its action; then come the permutes of the tick's exchange. A permute is a
 rendezvous: a sender waits until its receiver has come to the same permute, then both wait for the
-transfer; the two directions of one exchange are under way together. So a rank waits for each rank
-with which it is a pair, even if it reads the value later or, where sets of pairs were merged,
-never: a false wait. A rank in no pair waits for nobody, and an idle tick costs nothing by itself.
+transfer; the two directions of one exchange are under way together, its parts one after the other.
+So a rank waits for each rank with which it is a pair, even if it reads the value later or, where
+sets of pairs were merged, never: a false wait. A rank in no pair waits for nobody, and an idle tick
+costs nothing by itself.
 (So it is on CPUs, by the clock, and on TPUs, where a permute's start waits for the target, and its
 done for what is sent as for what is received: read in a v5e's low-level code. On GPUs sends have a
 stream of their own, and nobody but the receiver waits: `rendezvous=False`.)
@@ -125,12 +126,16 @@ def replay(
     """
     end = np.empty(work.shape)
     permutes = partial(_Permutes, num_ranks=tables.num_ranks, transfer=transfer, meet=rendezvous)
-    exchanges = [permutes([*right, *left]) for right, left in tables.exchanges]
+    exchanges = [
+        [permutes([*right, *left]) for right, left in of_part] for of_part in tables.exchanges
+    ]
 
     def run_ramp(ticks: Iterable[int], ready: np.ndarray) -> np.ndarray:
         for tick in ticks:
-            end[tick] = ready + work[tick]
-            ready = np.maximum(end[tick], exchanges[tables.exchange[tick]].over(end[tick]))
+            ready = end[tick] = ready + work[tick]
+            for part, number in enumerate(tables.exchange[tick].tolist()):
+                if number:
+                    ready = np.maximum(ready, exchanges[part][number].over(ready))
         return ready
 
     # When each rank is free and has all that it awaits.

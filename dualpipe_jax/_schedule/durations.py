@@ -1,0 +1,51 @@
+"""How long actions take: what places them by the clock, and replays them, is given."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
+from dualpipe_jax._schedule.replay import as_full_backwards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Durations:
+    """Says how long the actions of each stage take, in any one unit of time.
+
+    Attributes:
+      of_opcode: For each opcode the durations over stages; idling takes none.
+      recompute: What a deferred W of each stage takes beside.
+      last_layers: The share of each stage's layers that stand in the half of a full backward that
+        runs first.
+      full_backward: How long I and W take as one, beside the two apart; None if none do.
+      embed_grad: What the first stage's I spends on the embedding's gradient.
+      transfer: How long a value travels to a neighbour.
+      rendezvous: Whether a sender waits for its receiver.
+    """
+
+    of_opcode: tuple[tuple[float, ...], ...]
+    recompute: tuple[float, ...]
+    last_layers: tuple[float, ...]
+    full_backward: float | None
+    embed_grad: float
+    transfer: float
+    rendezvous: bool = True
+
+    def recomputed(self, tables: Tables) -> np.ndarray:
+        """What deferred weight grads recompute: float64[num_ticks, num_ranks]."""
+        is_deferred = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
+        return is_deferred * np.array(self.recompute)[tables.stage]
+
+    def work(self, tables: Tables) -> np.ndarray:
+        """How long each tick's action takes: float64[num_ticks, num_ranks], 0 for idle ones."""
+        # An idle tick has stage -1, and costs 0 there too.
+        work = np.array(self.of_opcode)[tables.opcode, tables.stage] + self.recomputed(tables)
+        if self.full_backward is None:
+            return work
+        return as_full_backwards(
+            tables,
+            work,
+            last_layers=np.array(self.last_layers),
+            cost=self.full_backward,
+            embed_grad=self.embed_grad,
+        )
