@@ -35,7 +35,6 @@ without; in a tick with `0F2` and not before it, rank 0 does not wait for it fro
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -144,8 +143,7 @@ class _Walk:
                 ranks.add(heapq.heappop(events)[1])
             for rank in ranks:
                 self._end(rank, now)
-            near = sorted({(r + step) % self.num_ranks for r in ranks for step in (-1, 0, 1)})
-            for rank in near:
+            for rank in self._find_meeting():
                 for who in self._hand_over(rank, now):
                     heapq.heappush(events, (self.free[who], who))
             for rank in sorted(ranks):
@@ -168,12 +166,23 @@ class _Walk:
         else:
             self.held[rank] = action
 
-    def _hand_over(self, rank: int, now: float) -> Sequence[int]:
-        """Hands over what holds a rank, if its receiver is between two actions; says who meets."""
-        action = self.held[rank]
-        if action is None or self.ends[self.receiver[action]] < math.inf:
-            return ()
-        receiver, self.held[rank] = self.receiver[action], None
+    def _find_meeting(self) -> list[int]:
+        """Finds the ranks that may hand over: to one between two actions, and not held itself.
+
+        Or held no longer, as it hands over too: so a value is never handed over before one that its
+        receiver has made earlier, and in no earlier tick.
+        """
+        receiver = {r: self.receiver[a] for r, a in enumerate(self.held) if a is not None}
+        meeting = {r for r, other in receiver.items() if self.ends[other] == math.inf}
+        while late := {r for r in meeting if receiver[r] in receiver.keys() - meeting}:
+            meeting -= late
+        return sorted(meeting)
+
+    def _hand_over(self, rank: int, now: float) -> tuple[int, int]:
+        """Hands over what holds a rank, and says who takes part."""
+        action, self.held[rank] = self.held[rank], None
+        assert action is not None, "it is held by a value"
+        receiver = self.receiver[action]
         self.is_there[action] = True
         row, following = self.rows[receiver], self.next[receiver]
         self.handed[action] = (
