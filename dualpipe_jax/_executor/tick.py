@@ -1,4 +1,4 @@
-"""One tick of one rank: store what arrived, run this rank's action, send.
+"""One tick of one rank: run this rank's action, send, store what arrives.
 
 The tables say what to do; everything but the rank is static. Each kind of action of each chunk
 stands in the program once, run or passed over by the rank's opcode, and holds no collective over
@@ -40,11 +40,19 @@ from dualpipe_jax._schedule.ir import (
 )
 
 PyTree = Any
+# The columns of the slots in which values from the left and from the right are stored.
+ARRIVALS = ("from_left", "from_right")
 
 
 def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
-    """Takes what this rank needs of the tables: int32[num_ticks] for each column and `exchange`."""
+    """Takes what this rank needs of the tables: int32[num_ticks] for each column and `exchange`.
+
+    A tick stores what arrives at its end: the slots of the next tick, which finds it there.
+    """
     table = np.stack([getattr(tables, name) for name in columns], axis=-1)
+    for name in ARRIVALS:
+        column = table[:, :, columns.index(name)]
+        column[:-1], column[-1] = column[1:].copy(), -1
     mine = lax.dynamic_index_in_dim(
         jnp.asarray(table, jnp.int32), lax.axis_index(axis), axis=1, keepdims=False
     )
@@ -57,25 +65,19 @@ def make_tick(rank: Rank, exchanges: Sequence[Sequence[Exchange]]) -> Callable[[
 
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
-        slot = spare_slots(state, row, "read", "keep")
+        slot = spare_slots(state, row, "read", "keep", *ARRIVALS)
         if rank.defers:
             slot |= _deferred_slots(row)
-        state, out = _act(rank, store_arrivals(state, row), {**row, **slot})
+        state, out = _act(rank, state, {**row, **slot})
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
-        state = state._replace(received=registers.write(state.received, out, slot["keep"]))
-        from_left, from_right = _exchange(rank, exchanges, row["exchange"], out)
-        return state._replace(from_left=from_left, from_right=from_right)
+        received = registers.write(state.received, out, slot["keep"])
+        for part, of_part in enumerate(exchanges):
+            arrive = partial(_exchange, rank, of_part, out, row["exchange"][part], slot)
+            received = when(row["exchange"][part] > 0, arrive, received)
+        return state._replace(received=received)
 
     return tick
-
-
-def store_arrivals(state: State, row: Row) -> State:
-    """Stores what the neighbours sent in the tick before."""
-    slot = spare_slots(state, row, "from_left", "from_right")
-    received = registers.write(state.received, state.from_left, slot["from_left"])
-    received = registers.write(received, state.from_right, slot["from_right"])
-    return state._replace(received=received)
 
 
 def spare_slots(state: State, row: Row, *columns: str) -> Row:
@@ -85,42 +87,46 @@ def spare_slots(state: State, row: Row, *columns: str) -> Row:
 
 
 def _exchange(
-    rank: Rank, exchanges: Sequence[Sequence[Exchange]], numbers: jax.Array, out: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Sends to the right and to the left, and returns what has come from the left and right."""
-    nothing = registers.allocate(out, poison=rank.poison)
-    arrived = nothing, nothing
-    for part, of_part in enumerate(exchanges):
-        is_only = len(exchanges) == 1 and not rank.poison
-        branches = [partial(_permute, rank, out, each, is_only=is_only) for each in of_part]
-        run = partial(lax.switch, numbers[part], branches)
-        arrived = run(arrived) if is_only else when(numbers[part] > 0, run, arrived)
-    return arrived
+    rank: Rank,
+    exchanges: Sequence[Exchange],
+    out: PyTree,
+    number: jax.Array,
+    slot: Row,
+    received: PyTree,
+) -> PyTree:
+    """Runs an exchange of a part: sends to the right and to the left, and stores what arrives.
 
-
-def _permute(
-    rank: Rank, out: PyTree, exchange: Exchange, arrived: tuple[PyTree, PyTree], *, is_only: bool
-) -> tuple[PyTree, PyTree]:
-    """Runs the permutes of an exchange; what they bring takes its place in `arrived`.
-
-    If there `is_only` this exchange, whoever is no target may as well get the zeros that a permute
-    gives: nobody stores them.
+    A rank stores what its links in this part bring; what comes over others is stored elsewhere.
     """
-    axis = rank.layout.axis
+    me, spare = lax.axis_index(rank.layout.axis), jax.tree.leaves(received)[0].shape[0] - 1
+    arrived = lax.switch(number, [partial(_permute, rank, each, out) for each in exchanges])
+    for side, (name, values) in enumerate(zip(ARRIVALS, arrived, strict=True)):
+        targets = {target for exchange in exchanges for _, target in exchange[side]}
+        is_mine = jnp.asarray(np.isin(np.arange(rank.layout.stage_of.shape[1]), list(targets)))[me]
+        received = registers.write(received, values, jnp.where(is_mine, slot[name], spare))
+    return received
 
-    def permute(pairs: Pairs, old: PyTree) -> PyTree:
+
+def _permute(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns what comes from the left and from the right, to those to whom something comes."""
+    nothing = registers.allocate(out, poison=rank.poison)
+
+    def permute(pairs: Pairs) -> PyTree:
         if not pairs:
-            return old
+            return nothing
         with jax.named_scope(_scopes.SEND):
-            new = lax.ppermute(out, axis, pairs)
-        if is_only:
-            return new
-        is_target = np.isin(np.arange(lax.axis_size(axis)), [target for _, target in pairs])
-        is_mine = jnp.asarray(is_target)[lax.axis_index(axis)]
-        return jax.tree.map(partial(jnp.where, is_mine), new, old)
+            arrived = lax.ppermute(out, rank.layout.axis, pairs)
+        if not rank.poison:
+            return arrived
+        # A permute gives zeros to all others.
+        is_target = np.isin(
+            np.arange(rank.layout.stage_of.shape[1]), [target for _, target in pairs]
+        )
+        is_mine = jnp.asarray(is_target)[lax.axis_index(rank.layout.axis)]
+        return jax.tree.map(partial(jnp.where, is_mine), arrived, nothing)
 
-    from_left, from_right = map(permute, exchange, arrived)
-    return from_left, from_right
+    to_right, to_left = exchange
+    return permute(to_right), permute(to_left)
 
 
 def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
