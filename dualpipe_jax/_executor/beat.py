@@ -28,7 +28,7 @@ from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rows import RESIDUALS, SLOTS, in_rows
 from dualpipe_jax._executor.start import empty_after, one_stash
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._executor.tick import spare_slots
+from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Steady
@@ -67,6 +67,7 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
 
     def run(state: State) -> State:
         first = tick_of(mine, 0), tick_of(mine, 1)
+        state = store_arrivals(state, first[0])
         # A rank that embeds reads nothing: the last slot, which nobody else reads.
         slots = [spare_slots(state, row, "read")["read"] for row in first]
         x, cotangent = (registers.read(state.received, slot) for slot in slots)
@@ -127,7 +128,8 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
 
     received = registers.write(state.received, x, slot(steady.x_slot))
     received = registers.write(received, place(x, cotangent), slot(steady.cotangent_slot))
-    return state._replace(received=received)
+    nothing = registers.allocate(x, poison=rank.poison)
+    return state._replace(received=received, from_left=nothing, from_right=nothing)
 
 
 class _OfKind(NamedTuple):

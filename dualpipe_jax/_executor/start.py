@@ -81,6 +81,7 @@ def empty_state(
 
     loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
     metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
+    nothing = registers.allocate(outs.x, poison=poison)
     return State(
         received=registers.allocate(outs.x, slots["received"], poison=poison),
         residual=buffers("residual"),
@@ -105,6 +106,8 @@ def empty_state(
             }
             for _ in range(num_chunks)
         ],
+        from_left=nothing,
+        from_right=nothing,
         mail=None if delivery is None else delivery.start(outs.applied),
     )
 

@@ -1,4 +1,4 @@
-"""One tick of one rank: run this rank's action, send, store what arrives.
+"""One tick of one rank: store what arrived, run this rank's action, send.
 
 The tables say what to do; everything but the rank is static. Each kind of action of each chunk
 stands in the program once, run or passed over by the rank's opcode, and holds no collective over
@@ -12,7 +12,7 @@ accumulators, but updates what passes through a loop in place. (On CPU, a transf
 on two ranks: a switch copied every buffer twice a tick; so nothing is copied.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,19 +40,11 @@ from dualpipe_jax._schedule.ir import (
 )
 
 PyTree = Any
-# The columns of the slots in which values from the left and from the right are stored.
-ARRIVALS = ("from_left", "from_right")
 
 
 def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
-    """Takes what this rank needs of the tables: int32[num_ticks] for each column and `exchange`.
-
-    A tick stores what arrives at its end: the slots of the next tick, which finds it there.
-    """
+    """Takes what this rank needs of the tables: int32[num_ticks] for each column and `exchange`."""
     table = np.stack([getattr(tables, name) for name in columns], axis=-1)
-    for name in ARRIVALS:
-        column = table[:, :, columns.index(name)]
-        column[:-1], column[-1] = column[1:].copy(), -1
     mine = lax.dynamic_index_in_dim(
         jnp.asarray(table, jnp.int32), lax.axis_index(axis), axis=1, keepdims=False
     )
@@ -65,19 +57,25 @@ def make_tick(rank: Rank, exchanges: Sequence[Sequence[Exchange]]) -> Callable[[
 
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
-        slot = spare_slots(state, row, "read", "keep", *ARRIVALS)
+        slot = spare_slots(state, row, "read", "keep")
         if rank.defers:
             slot |= _deferred_slots(row)
-        state, out = _act(rank, state, {**row, **slot})
+        state, out = _act(rank, store_arrivals(state, row), {**row, **slot})
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
-        received = registers.write(state.received, out, slot["keep"])
-        for part, of_part in enumerate(exchanges):
-            arrive = partial(_exchange, rank, of_part, out, row["exchange"][part], slot)
-            received = when(row["exchange"][part] > 0, arrive, received)
-        return state._replace(received=received)
+        state = state._replace(received=registers.write(state.received, out, slot["keep"]))
+        from_left, from_right = _exchange(rank, exchanges, row["exchange"], out)
+        return state._replace(from_left=from_left, from_right=from_right)
 
     return tick
+
+
+def store_arrivals(state: State, row: Row) -> State:
+    """Stores what the neighbours sent in the tick before."""
+    slot = spare_slots(state, row, "from_left", "from_right")
+    received = registers.write(state.received, state.from_left, slot["from_left"])
+    received = registers.write(received, state.from_right, slot["from_right"])
+    return state._replace(received=received)
 
 
 def spare_slots(state: State, row: Row, *columns: str) -> Row:
@@ -87,28 +85,42 @@ def spare_slots(state: State, row: Row, *columns: str) -> Row:
 
 
 def _exchange(
-    rank: Rank,
-    exchanges: Sequence[Exchange],
-    out: PyTree,
-    number: jax.Array,
-    slot: Row,
-    received: PyTree,
-) -> PyTree:
-    """Runs an exchange of a part: sends to the right and to the left, and stores what arrives.
+    rank: Rank, exchanges: Sequence[Sequence[Exchange]], numbers: jax.Array, out: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Sends to the right and to the left, and returns what has come from the left and right.
 
-    A rank stores what its links in this part bring; what comes over others is stored elsewhere.
+    What comes over a link comes in the part that the link belongs to.
     """
-    me, spare = lax.axis_index(rank.layout.axis), jax.tree.leaves(received)[0].shape[0] - 1
-    arrived = lax.switch(number, [partial(_permute, rank, each, out) for each in exchanges])
-    for side, (name, values) in enumerate(zip(ARRIVALS, arrived, strict=True)):
-        targets = {target for exchange in exchanges for _, target in exchange[side]}
-        is_mine = jnp.asarray(np.isin(np.arange(rank.layout.stage_of.shape[1]), list(targets)))[me]
-        received = registers.write(received, values, jnp.where(is_mine, slot[name], spare))
-    return received
+    first, *others = exchanges
+    if not others:
+        return lax.switch(numbers[0], [partial(_permute, rank, each, out) for each in first])
+
+    def in_part(
+        part: Sequence[Exchange], number: jax.Array, arrived: tuple[PyTree, PyTree]
+    ) -> tuple[PyTree, PyTree]:
+        new = lax.switch(number, [partial(_permute, rank, each, out) for each in part])
+        from_left, from_right = (
+            jax.tree.map(partial(jnp.where, _is_target(rank, links)), *both)
+            for links, *both in zip(_links(part), new, arrived, strict=True)
+        )
+        return from_left, from_right
+
+    nothing = registers.allocate(out, poison=rank.poison)
+    arrived = nothing, nothing
+    for number, part in zip(numbers, exchanges, strict=True):
+        # Passed over where nothing is sent: a part's arrivals are not merged in every tick.
+        arrived = when(number > 0, partial(in_part, part, number), arrived)
+    return arrived
+
+
+def _links(part: Sequence[Exchange]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """Lists the pairs of a part's exchanges, to the right and to the left."""
+    right, left = ({pair for each in part for pair in each[side]} for side in range(2))
+    return right, left
 
 
 def _permute(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTree]:
-    """Returns what comes from the left and from the right, to those to whom something comes."""
+    """Runs the permutes of an exchange."""
     nothing = registers.allocate(out, poison=rank.poison)
 
     def permute(pairs: Pairs) -> PyTree:
@@ -118,15 +130,19 @@ def _permute(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTre
             arrived = lax.ppermute(out, rank.layout.axis, pairs)
         if not rank.poison:
             return arrived
-        # A permute gives zeros to all others.
-        is_target = np.isin(
-            np.arange(rank.layout.stage_of.shape[1]), [target for _, target in pairs]
-        )
-        is_mine = jnp.asarray(is_target)[lax.axis_index(rank.layout.axis)]
-        return jax.tree.map(partial(jnp.where, is_mine), arrived, nothing)
+        # A permute gives zeros to those to whom nothing is sent.
+        mine = _is_target(rank, pairs)
+        return jax.tree.map(partial(jnp.where, mine), arrived, nothing)
 
     to_right, to_left = exchange
     return permute(to_right), permute(to_left)
+
+
+def _is_target(rank: Rank, pairs: Collection[tuple[int, int]]) -> jax.Array:
+    """Whether something is sent to this rank."""
+    ranks = np.arange(rank.layout.stage_of.shape[1])
+    is_target = np.isin(ranks, [target for _, target in pairs])
+    return jnp.asarray(is_target)[lax.axis_index(rank.layout.axis)]
 
 
 def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
