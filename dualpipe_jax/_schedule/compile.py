@@ -37,6 +37,9 @@ from dualpipe_jax._schedule.verify import (
 # How patient ranks are, and into how many parts the line of ranks is cut, in what is tried.
 _PATIENCE = (np.inf, 2.0, 0.5)
 _PARTS = (1, 2, 4)
+# How much less time something else than the simplest has to take: more parts are more program, and
+# more ticks more to pass over.
+_WORTH = 0.99
 # Programs of more actions take seconds to be placed by the clock, and are not.
 _MOST_PLACED = 20_000
 # How long an idle tick takes a rank, beside a forward of a stage: the scan over ticks passes over
@@ -181,10 +184,9 @@ def _fastest(
         for each in placed
         for num_parts in _PARTS
     ]
-    # Equal sums in different orders may differ in their last bits: the first one of equals.
     fastest, shortest = candidates[0], seconds(candidates[0])
     for each in candidates[1:]:
         takes = seconds(each)
-        if takes < shortest * (1 - 1e-9):
+        if takes < _WORTH * shortest:
             fastest, shortest = each, takes
     return fastest
