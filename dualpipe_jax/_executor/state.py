@@ -33,6 +33,7 @@ class State(NamedTuple):
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
       loss, aux, metrics: Sums over microbatches: of what head gives, and of the layers' aux losses.
       block_metrics: For each chunk the metrics of its layers, summed, laid out as block_grads.
+      outbox: What this rank made in the tick before, an x; empty if tables are not lazy.
       mail: Outputs that are kept or on their way, in a program that gives them.
     """
 
@@ -48,6 +49,7 @@ class State(NamedTuple):
     aux: jax.Array | None
     metrics: PyTree
     block_metrics: list[LayerMetrics]
+    outbox: PyTree
     mail: Mail | None = None
 
     def take_grads(self, chunk: int, places: dict[Kind, Places]) -> Any:

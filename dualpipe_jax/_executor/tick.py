@@ -6,6 +6,10 @@ the pipeline axis. The tick's exchange follows, two permutes that move activatio
 the right and to the left between the ranks of its pairs: a branch for each exchange that a part of
 the line of ranks has. All ranks know which, so that all take the same.
 
+Lazy tables have no exchanges: a tick begins with two permutes between all neighbours, which move
+what was made in the tick before, and ends with storing what they bring. Nothing in between reads
+it, so that a compiler may start them before all of the action and await them after it.
+
 The choice of actions is made by loops that run their body once or not at all (`when`), not by
 `lax.switch`: XLA copies whatever passes through a conditional, on every tick all slots and
 accumulators, but updates what passes through a loop in place. (On CPU, a transformer of width 256
@@ -47,10 +51,11 @@ ARRIVALS = ("from_left", "from_right")
 def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
     """Takes what this rank needs of the tables: int32[num_ticks] for each column and `exchange`.
 
-    A tick stores what arrives at its end: the slots of the next tick, which finds it there.
+    A tick stores what arrives at its end: the slots of the next tick, which finds it there. (The
+    rows of lazy tables are those of the ticks that store it.)
     """
     table = np.stack([getattr(tables, name) for name in columns], axis=-1)
-    for name in ARRIVALS:
+    for name in () if tables.is_lazy else ARRIVALS:
         column = table[:, :, columns.index(name)]
         column[:-1], column[-1] = column[1:].copy(), -1
     mine = lax.dynamic_index_in_dim(
@@ -60,19 +65,24 @@ def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
     return {**rows, "exchange": jnp.asarray(tables.exchange)}
 
 
-def make_tick(rank: Rank, exchanges: Sequence[Sequence[Exchange]]) -> Callable[[State, Row], State]:
-    """Makes the function that runs one row of the tables, which have these exchanges by part."""
+def make_tick(rank: Rank, tables: Tables) -> Callable[[State, Row], State]:
+    """Makes the function that runs one row of the tables."""
 
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
         slot = spare_slots(state, row, "read", "keep", *ARRIVALS)
         if rank.defers:
             slot |= _deferred_slots(row)
+        arrived = _permute(rank, tables.neighbours, state.outbox) if tables.is_lazy else None
         state, out = _act(rank, state, {**row, **slot})
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
         received = registers.write(state.received, out, slot["keep"])
-        for part, of_part in enumerate(exchanges):
+        if arrived is not None:
+            for name, values in zip(ARRIVALS, arrived, strict=True):
+                received = registers.write(received, values, slot[name])
+            return state._replace(received=received, outbox=out)
+        for part, of_part in enumerate(tables.exchanges):
             arrive = partial(_exchange, rank, of_part, out, row["exchange"][part], slot)
             received = when(row["exchange"][part] > 0, arrive, received)
         return state._replace(received=received)
