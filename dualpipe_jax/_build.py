@@ -77,8 +77,12 @@ class Builder:
         self._steps: dict[tuple[int, bool], Callable[..., Any]] = {}
 
     @property
+    def _platform(self) -> str | None:
+        return platform_of(context_mesh(like=self._mesh) or self._mesh)
+
+    @property
     def _is_on_cpu(self) -> bool:
-        return platform_of(context_mesh(like=self._mesh) or self._mesh) == "cpu"
+        return self._platform == "cpu"
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
         """Gives the step, jitted outside of any jit."""
@@ -96,6 +100,13 @@ class Builder:
         _stage_sizes.require_sum(self._layers_per_stage, num_layers)
         full_backward = self._has_full_backward(on_cpu=self._is_on_cpu, num_layers=num_layers)
         tables = self._tables_of(full_backward=full_backward, num_layers=num_layers)
+        if tables.is_lazy and self._platform == "tpu":
+            raise ValueError(
+                "timetable='two-tick': must not be used on TPUs, where a permute does not start "
+                "until the rank that it sends to has come to it, so that every rank would wait for "
+                "its neighbours in every tick, and a step take up to 1.5 times as long as its "
+                "order needs, by simulation; leave timetable out, or pass 'shortest'"
+            )
         num_microbatches = tables.num_microbatches
         _validate.key(rng)
         _validate.batch(

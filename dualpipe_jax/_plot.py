@@ -97,12 +97,12 @@ def summarize(timeline: Timeline) -> str:
     """Says in one line what a timeline is and how much of it is idle."""
     program = timeline.program
     idle = (timeline.opcode == 0).mean()
-    is_aligned = timeline.timetable == "aligned"
-    aligned = f", aligned: {_count(len(timeline.beats), 'beat')}" if is_aligned else ""
+    name = "" if timeline.timetable == "shortest" else f", {timeline.timetable}"
+    beats = f": {_count(len(timeline.beats), 'beat')}" if timeline.timetable == "aligned" else ""
     return (
         f"{program.name}: {_count(timeline.num_ranks, 'rank')}, "
         f"{_count(program.num_microbatches, 'microbatch', 'es')}, "
-        f"{_count(timeline.num_ticks, 'tick')}, {idle:.1%} idle{aligned}"
+        f"{_count(timeline.num_ticks, 'tick')}, {idle:.1%} idle{name}{beats}"
     )
 
 

@@ -93,7 +93,8 @@ class Schedule:
             timetable: `"shortest"`, every action as soon as it can; or `"aligned"`, up to the end
                 of a run of beats, in which every rank runs a pair, a pair in three adjacent ticks
                 and all pairs at the same tick modulo 3. Where there is no such run, and without
-                pairs, the two are the same.
+                pairs, the two are the same. Or `"two-tick"`, for GPUs: every action as soon as it
+                can, but what another rank makes is read in the second tick after that or later.
 
         Raises:
             ValueError: if the schedule cannot run or be aligned, or there is no such timetable.

@@ -73,15 +73,19 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
         assert np.isnan(buffers[name][rank, slot]).all(), (name, rank, slot)
         buffers[name][rank, slot] = value
 
+    def put_arrivals(row: dict[str, np.ndarray], sent: np.ndarray) -> None:
+        for column, step in (("from_left", -1), ("from_right", 1)):
+            for rank in np.flatnonzero(row[column] >= 0).tolist():
+                put("received", rank, int(row[column][rank]), sent[(rank + step) % num_ranks])
+
     for tick in range(tables.num_ticks):
         row = {column: getattr(tables, column)[tick] for column in Tables.columns()}
         output = np.full((num_ranks, WIDTH), np.nan)
+        if not tables.is_lazy:
+            put_arrivals(row, sent)
         for rank in range(num_ranks):
             cell = {column: int(values[rank]) for column, values in row.items()}
             opcode, stage, microbatch = cell["opcode"], cell["stage"], cell["microbatch"]
-            for column, sender in (("from_left", rank - 1), ("from_right", rank + 1)):
-                if cell[column] >= 0:
-                    put("received", rank, cell[column], sent[sender % num_ranks])
             if opcode == IDLE:
                 continue
             weight = weights[tables.stage_of[cell["chunk"], rank]]
@@ -119,6 +123,8 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
                 grads[cell["chunk"], rank] += np.outer(stashed, x)
             if cell["keep"] >= 0:
                 put("received", rank, cell["keep"], output[rank])
+        if tables.is_lazy:
+            put_arrivals(row, sent)
         sent = output
 
     assert all(np.isnan(buffer).all() for buffer in buffers.values())

@@ -46,7 +46,8 @@ def test_fastest_is_the_default_and_named() -> None:
     for timetable in schedules.timetables():
         for m in json.loads(run(*sizes, "--timetable", timetable).output):
             assert m["timetable"] == timetable
-            assert m["makespan"] >= made[m["schedule"]]["makespan"]
+            if timetable != "two-tick":  # it is taken on request only
+                assert m["makespan"] >= made[m["schedule"]]["makespan"]
 
 
 def test_all_is_the_default_and_goes_over_every_schedule() -> None:
@@ -71,7 +72,7 @@ def test_options_reach_the_simulation() -> None:
     sizes = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "10"]
     sizes += ["--timetable", "aligned"]
     options = ["--costs", "F=1.5,I=2,W=0.5", "--transfer", "0.25", "--layers", "6"]
-    options += ["--embed", "0.5", "--head", "2"]
+    options += ["--embed", "0.5", "--head", "2", "--no-rendezvous"]
     (made,) = json.loads(run(*sizes, *options, "--format", "json").output)
     expected = simulate(
         schedules.make("dualpipe", num_ranks=4, num_microbatches=10),
@@ -79,6 +80,7 @@ def test_options_reach_the_simulation() -> None:
         transfer=0.25,
         num_layers=6,
         timetable="aligned",
+        rendezvous=False,
     )
     assert made["timetable"] == "aligned"
     assert made["makespan"] == expected.makespan

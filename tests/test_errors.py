@@ -21,6 +21,13 @@ import dualpipe_jax as dpj
 D = 4
 MESH = jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2])
 WIDE_MESH = jax.make_mesh((2, 2), ("pipe", "model"), devices=jax.devices()[:4])
+TPU_MESH = jax.sharding.AbstractMesh(
+    (2,),
+    ("pipe",),
+    abstract_device=jax.sharding.AbstractDevice(
+        device_kind="TPU v5 lite", num_cores=None, platform="tpu"
+    ),
+)
 PARAMS = {
     "ends": {"table": jnp.ones((D, D)), "out": jnp.ones(D)},
     "blocks": {"w": jnp.ones((2, D, D)), "b": jnp.ones((2, D))},
@@ -358,6 +365,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         {"timetable": "alignd"},
         ValueError,
         ["timetable='alignd': must be one of 'shortest', 'aligned'"],
+    ),
+    "two-tick on TPUs": (
+        {"timetable": "two-tick", "mesh": TPU_MESH},
+        ValueError,
+        [
+            "timetable='two-tick': must not be used on TPUs",
+            "every rank would wait for its neighbours in every tick",
+            "leave timetable out, or pass 'shortest'",
+        ],
     ),
     "timetable not a name": ({"timetable": 3}, ValueError, ["timetable=3: must be one of"]),
     "unroll_layers not a bool": (

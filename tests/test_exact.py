@@ -35,6 +35,7 @@ class Case(NamedTuple):
             "stash_deferred": self.stash_deferred,
             "loop": self.unroll_layers is False,
             "split": self.full_backward is False,
+            "two-tick": self.timetable == "two-tick",
         }
         return "-".join(
             [name, *self.features.split(), *(o for o, is_on in options.items() if is_on)]
@@ -109,6 +110,20 @@ RUN_CASES = [
         Case("dualpipev", 4, 10, 16, "has_aux", unroll_layers=False, full_backward=False),
     )
 ]
+# Every schedule, on two to four ranks, an odd number of microbatches.
+TWO_TICK_CASES = [
+    case._replace(timetable="two-tick")
+    for case in (
+        Case("gpipe", 3, 5, 4, "weight"),
+        Case("1f1b", 4, 7, 8, "dropout"),
+        Case("1f1b", 2, 3, 12, "has_aux", full_backward=False),  # six layers a stage: in a loop
+        Case("interleaved-1f1b", 3, 5, 6, "pytree"),  # round the ring
+        Case("zb-h1", 4, 5, 8, "weight", "block"),
+        Case("chimera", 2, 5, 4, "pytree block_has_aux"),
+        Case("dualpipe", 3, 7, 7, "has_aux weight", full_backward=False),
+        Case("dualpipev", 4, 9, 8, ALL),
+    )
+]
 # How many it takes on two ranks.
 RUN_MICROBATCHES = 8
 
@@ -168,8 +183,14 @@ def test_runs_have_beats() -> None:
     assert kept == {("none", False), ("block", False), ("block", True), (DOTS, True)}
 
 
+def test_two_tick_cases_cover() -> None:
+    assert {case.schedule for case in TWO_TICK_CASES} == set(dpj.schedules.names())
+    assert {case.num_ranks for case in TWO_TICK_CASES} == {2, 3, 4}
+    assert all(case.num_microbatches % 2 for case in TWO_TICK_CASES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, *RUN_CASES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *RUN_CASES, *TWO_TICK_CASES], ids=str)
 def test_equals_sequential(case: Case) -> None:
     model = make_model(frozenset(case.features.split()))
     params, batch = make_params(case.num_layers), make_batch(case.num_microbatches)

@@ -96,6 +96,7 @@ def test_full_backwards_by_default(num_layers: int, options: dict[str, Any], is_
         (8, {"schedule": "zb-h1", "remat": "block"}),
         (8, {"schedule": "zb-h1", "remat": "block", "stash_deferred": True}),
         (8, {"schedule": "interleaved-1f1b"}),
+        (8, {"schedule": "1f1b", "timetable": "two-tick"}),
     ],
 )
 @pytest.mark.parametrize("full_backward", [False, True])
@@ -118,6 +119,8 @@ def test_terms_are_what_is_carried(
     assert terms.get(of_deferred, 0) == bytes_of(state.deferred)
     of_full_backward = terms.get("stash of a full backward, without a slot", 0)
     assert (of_full_backward > 0) == full_backward == (terms.get("stashes for W", 0) == 0)
+    is_lazy = options.get("timetable") == "two-tick"
+    assert bytes_of(state.outbox) == (terms["between ranks"] if is_lazy else 0)
     assert terms["gradients added up, of layers"] == bytes_of(state.block_grads)
     assert terms["gradients added up, of the rest"] == bytes_of(state.ends_grads)
 

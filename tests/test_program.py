@@ -259,6 +259,31 @@ def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "full_backward"), [("interleaved-1f1b", False), ("zb-h1", True)])
+def test_dead_values_are_never_read_in_two_ticks(name: str, full_backward: bool) -> None:
+    schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
+    tables = compile_program(
+        schedule.program,
+        timetable="two-tick",
+        stash_deferred=not full_backward,
+        full_backward=full_backward,
+    ).tables
+    assert_dead_values_are_never_read(
+        schedule, tables=tables, full_backward=full_backward, stash_deferred=True
+    )
+
+
+@pytest.mark.slow
+def test_poison_is_found_when_a_lazy_arrival_is_read_too_soon() -> None:
+    """In the tick after the one that makes it, when it is on its way."""
+    schedule = dpj.schedules.make("1f1b", num_ranks=2, num_microbatches=3)
+    wrong = dataclasses.replace(schedule.compiled().tables, is_lazy=True)
+    step = make_step(schedule, tables=wrong, num_layers=2, poison=True)
+    _, grads = jax.jit(step)(make_params(2), make_batch(3), None)
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(grads["blocks"]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_layers", "in_halves"),
     [("1f1b", 8, True), ("dualpipe", 8, True), ("zb-h1", 8, False), ("zb-h1", 11, True)],

@@ -15,5 +15,6 @@ timetable = click.option(
     type=click.Choice(schedules.timetables()),
     default="shortest",
     show_default=True,
-    help="aligned: there is a run of beats, in which every rank runs a pair.",
+    help="aligned: there is a run of beats, in which every rank runs a pair. two-tick, for GPUs: "
+    "what a rank makes is read by another in the second tick after.",
 )

@@ -49,7 +49,14 @@ _NOTES = (
     type=click.Choice([*schedules.timetables(), FASTEST]),
     default=FASTEST,
     show_default=True,
-    help="aligned: there is a run of beats, in which every rank runs a pair.",
+    help="aligned: there is a run of beats, in which every rank runs a pair. two-tick, for GPUs: "
+    "what a rank makes is read by another in the second tick after. fastest: of the two others.",
+)
+@click.option(
+    "--rendezvous/--no-rendezvous",
+    default=True,
+    show_default=True,
+    help="Whether a sender waits for its receiver, as on TPUs; not on GPUs.",
 )
 @click.option(
     "--costs",
@@ -87,6 +94,7 @@ def simulate(
     ranks: int,
     microbatches: int,
     timetable: str,
+    rendezvous: bool,
     costs: str,
     transfer: float,
     embed: float,
@@ -118,6 +126,7 @@ def simulate(
                     num_layers=layers,
                     timetable=timetable,
                     full_backward=full_backward,
+                    rendezvous=rendezvous,
                 )
             )
         except ValueError as error:

@@ -67,7 +67,7 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
 
     def run(state: State) -> State:
         first = tick_of(mine, 0), tick_of(mine, 1)
-        state = store_arrivals(state, first[0])
+        state = store_arrivals(state, first[0], state.messages)
         # A rank that embeds reads nothing: the last slot, which nobody else reads.
         slots = [spare_slots(state, row, "read")["read"] for row in first]
         x, cotangent = (registers.read(state.received, slot) for slot in slots)
@@ -129,7 +129,7 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
     received = registers.write(state.received, x, slot(steady.x_slot))
     received = registers.write(received, place(x, cotangent), slot(steady.cotangent_slot))
     nothing = registers.allocate(x, poison=rank.poison)
-    return state._replace(received=received, from_left=nothing, from_right=nothing)
+    return state._replace(received=received, messages=(nothing, nothing))
 
 
 class _OfKind(NamedTuple):

@@ -143,9 +143,11 @@ def report(
         terms.append(Term("stash of a full backward, without a slot", *in_turns, phase))
         if has_other_beats and not is_unrolled:
             terms.append(Term("stashes for W", *of_all, "beats"))
-    terms.append(Term("between ranks", "2 x and cotangents", 2 * x))
-    if tables.steady is not None:
-        terms.append(Term("what arrives while it leaves", "2 x and cotangents", 2 * x, "beats"))
+    between = 1 if tables.is_lazy else 2
+    terms.append(Term("between ranks", f"{between} x and cotangents", between * x))
+    if tables.steady is not None or tables.is_lazy:
+        phase = "" if tables.is_lazy else "beats"
+        terms.append(Term("what arrives while it leaves", "2 x and cotangents", 2 * x, phase))
 
     num_chunks = len(layout.stage_of)
     weights = 0

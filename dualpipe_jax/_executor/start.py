@@ -31,6 +31,7 @@ def empty_state(
     slots: dict[str, int],
     wanted: dict[str, Any],
     delivery: Delivery | None,
+    is_lazy: bool,
     poison: bool,
 ) -> State:
     """Makes the state.
@@ -42,6 +43,7 @@ def empty_state(
       slots: The slots of each buffer.
       wanted: For each part outside of blocks whether its leaves get a gradient.
       delivery: Where outputs go, in a program that gives them.
+      is_lazy: Whether the tables are.
       poison: Whether slots start as values that spread, in tests.
     """
     outs, gradients = functions.outputs, functions.gradients
@@ -106,8 +108,7 @@ def empty_state(
             }
             for _ in range(num_chunks)
         ],
-        from_left=nothing,
-        from_right=nothing,
+        messages=(nothing,) if is_lazy else (nothing, nothing),
         mail=None if delivery is None else delivery.start(outs.applied),
     )
 

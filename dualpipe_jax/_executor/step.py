@@ -381,7 +381,7 @@ class Step:
         params = plan.gather(params)
         rank, state, weight = self._start(traced, plan, params, batches, rng, loss_scale)
         rows, steady = rows_of(self.tables, self.columns, self.axis), self.tables.steady
-        tick = make_tick(rank, self.tables.exchanges)
+        tick = make_tick(rank, self.tables)
         if self.delivery is not None:
             none = dict.fromkeys(self.layout.stacks)
             return self._deliver(self.delivery, tick, state, rows), (none, None)
@@ -475,6 +475,7 @@ class Step:
             slots=self._slots,
             wanted=plan.wanted,
             delivery=self.delivery,
+            is_lazy=tables.is_lazy,
             poison=self.poison,
         )
         return rank, state, weight

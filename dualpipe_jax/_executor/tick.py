@@ -6,6 +6,10 @@ the pipeline axis. The tick's exchange follows, two permutes that move activatio
 the right and to the left between the ranks of its pairs: a branch for each exchange that a part of
 the line of ranks has. All ranks know which, so that all take the same.
 
+Lazy tables have no exchanges: a tick begins with two permutes between all neighbours, which move
+what was made in the tick before, and ends with storing what they bring. Nothing in between reads
+it, so that a compiler may start them before all of the action and await them after it.
+
 The choice of actions is made by loops that run their body once or not at all (`when`), not by
 `lax.switch`: XLA copies whatever passes through a conditional, on every tick all slots and
 accumulators, but updates what passes through a loop in place. (On CPU, a transformer of width 256
@@ -40,6 +44,8 @@ from dualpipe_jax._schedule.ir import (
 )
 
 PyTree = Any
+# The columns of the slots in which values from the left and from the right are stored.
+ARRIVALS = ("from_left", "from_right")
 
 
 def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
@@ -52,29 +58,35 @@ def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
     return {**rows, "exchange": jnp.asarray(tables.exchange)}
 
 
-def make_tick(rank: Rank, exchanges: Sequence[Sequence[Exchange]]) -> Callable[[State, Row], State]:
-    """Makes the function that runs one row of the tables, which have these exchanges by part."""
+def make_tick(rank: Rank, tables: Tables) -> Callable[[State, Row], State]:
+    """Makes the function that runs one row of the tables."""
 
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
         slot = spare_slots(state, row, "read", "keep")
         if rank.defers:
             slot |= _deferred_slots(row)
-        state, out = _act(rank, store_arrivals(state, row), {**row, **slot})
+        if tables.is_lazy:
+            arrived = _permute(rank, tables.neighbours, *state.messages)
+        else:
+            state, arrived = store_arrivals(state, row, state.messages), ()
+        state, out = _act(rank, state, {**row, **slot})
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
         state = state._replace(received=registers.write(state.received, out, slot["keep"]))
-        from_left, from_right = _exchange(rank, exchanges, row["exchange"], out)
-        return state._replace(from_left=from_left, from_right=from_right)
+        if tables.is_lazy:
+            return store_arrivals(state, row, arrived)._replace(messages=(out,))
+        return state._replace(messages=_exchange(rank, tables.exchanges, row["exchange"], out))
 
     return tick
 
 
-def store_arrivals(state: State, row: Row) -> State:
-    """Stores what the neighbours sent in the tick before."""
-    slot = spare_slots(state, row, "from_left", "from_right")
-    received = registers.write(state.received, state.from_left, slot["from_left"])
-    received = registers.write(received, state.from_right, slot["from_right"])
+def store_arrivals(state: State, row: Row, arrived: Sequence[PyTree]) -> State:
+    """Stores what has come from the left and from the right."""
+    slot = spare_slots(state, row, *ARRIVALS)
+    received = state.received
+    for name, values in zip(ARRIVALS, arrived, strict=True):
+        received = registers.write(received, values, slot[name])
     return state._replace(received=received)
 
 

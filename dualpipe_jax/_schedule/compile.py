@@ -78,7 +78,8 @@ def compile_program(
             beats, nor those before it of which a neighbour reads the cotangent sooner.
         whole_stages: Stages whose full backwards have no halves, but are in the I's ticks.
         durations: How long actions take, by which they are placed, so that ranks wait less for each
-            other; None to have each take a tick, and be placed as soon as it can.
+            other; None to have each take a tick, and be placed as soon as it can, as in a timetable
+            in which no transfer is urgent.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
@@ -115,10 +116,10 @@ def _compile(
         is_whole = (units.opcode == INPUT_GRAD) & np.isin(units.stage, list(whole_stages))
         program = replace(program, at_once=frozenset(np.flatnonzero(is_whole).tolist()))
     run = None
-    if timetable == "shortest":
+    if timetable != "aligned":
         if full_backward:
             program = replace(program, full_backward=True)
-        timeline = place_shortest(program)
+        timeline = place_shortest(program, timetable=timetable)
     else:
         timeline = place_shortest(program)
         verify_timeline(timeline)
@@ -129,7 +130,7 @@ def _compile(
         timeline = release(timeline, run, full_backward=full_backward)
     verify_timeline(timeline)
     made = _lower(timeline, run, stash_deferred)
-    if durations is None or len(program.units) > _MOST_PLACED:
+    if durations is None or made.tables.is_lazy or len(program.units) > _MOST_PLACED:
         made = replace(made, tables=add_exchanges(made.tables))
     else:
         made = _fastest(made, run, stash_deferred, durations)

@@ -78,8 +78,14 @@ def find_dependencies(program: Program) -> Dependencies:
     return Dependencies(payload, own)
 
 
+def find_travelling(program: Program, needs: Dependencies) -> np.ndarray:
+    """Finds the actions whose x or cotangent another rank makes: bool[num_actions]."""
+    rank = program.units.rank
+    return (needs.payload >= 0) & (rank[needs.payload] != rank)
+
+
 def run_in_order(
-    program: Program, needs: Dependencies, *, earliest: np.ndarray | None = None
+    program: Program, needs: Dependencies, *, earliest: np.ndarray | None = None, lag: int = 1
 ) -> np.ndarray:
     """Runs a program as far as it goes, every action as soon as it can, in program order.
 
@@ -87,6 +93,7 @@ def run_in_order(
         program: The program.
         needs: What its actions need.
         earliest: int64[num_actions], the tick before which each must not run; by default 0.
+        lag: How many ticks after another rank has made a value an action may read it.
 
     Returns:
         int64[num_actions], the tick of each action; `NEVER` where ranks wait for each other.
@@ -97,15 +104,17 @@ def run_in_order(
     tick_of[-1] = -1
     if earliest is None:
         earliest = np.zeros(len(units), np.int64)
-    all_may_run = earliest.max(initial=0)
+    travels = find_travelling(program, needs)
     upcoming, stop = units.row_start[:-1].copy(), units.row_start[1:]
     tick = 0
     while (waiting := np.flatnonzero(upcoming < stop)).size:
         action = upcoming[waiting]
-        ready = np.maximum(tick_of[needs.payload[action]], tick_of[needs.own[action]]) < tick
-        ready &= earliest[action] <= tick
-        if not ready.any() and tick >= all_may_run:
+        payload = tick_of[needs.payload[action]]
+        made = np.maximum(payload, tick_of[needs.own[action]])
+        if (made == NEVER).all():
             break
+        ready = (made < tick) & (earliest[action] <= tick)
+        ready &= (payload <= tick - lag) | ~travels[action]
         tick_of[action[ready]] = tick
         upcoming[waiting[ready]] += 1
         tick += 1

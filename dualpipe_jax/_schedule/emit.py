@@ -101,6 +101,7 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
         num_slots=allocation.num_slots,
         forward_only=program.forward_only,
         wraps=bool(wraps.any()),
+        is_lazy=timeline.lag > 1,
         steady=None if run is None else _steady(timeline, allocation, run),
     )
 

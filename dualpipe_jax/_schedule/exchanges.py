@@ -2,7 +2,7 @@
 
 A permute makes a sender wait for its receiver, and a receiver for its sender; a rank in no pair
 waits for nobody. So a tick's exchange has the pairs whose value is stored, and no others. In the
-run of beats transfers are those of `Steady`.
+run of beats transfers are those of `Steady`; lazy tables have no exchanges.
 
 A compiler for TPUs has about 35 barriers between pairs of cores, one for each distinct set of
 pairs that permutes have; beyond, every core waits. So the permutes to one side have at most
@@ -56,6 +56,8 @@ def add_exchanges(tables: Tables, *, num_parts: int = 1, most_sets: int = MOST_S
         num_parts: Into how many parts the line of ranks is cut, if there are as many links.
         most_sets: How many distinct sets of pairs the permutes to one side may have.
     """
+    if tables.is_lazy:
+        return replace(tables, exchange=np.empty((tables.num_ticks, 0), np.int32))
     is_ramp = np.ones(tables.num_ticks, bool)
     if tables.steady is not None:
         is_ramp[tables.steady.ticks] = False

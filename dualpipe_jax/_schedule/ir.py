@@ -14,8 +14,9 @@ import numpy as np
 # What a rank does in one tick; the opcodes of `Tables` and `UnitActions`.
 IDLE, FORWARD, INPUT_GRAD, WEIGHT_GRAD = range(4)
 OPCODE_LETTERS = ".FIW"
-# When actions run: as soon as they can, or with every rank's pairs at the same tick modulo 3.
-TIMETABLES = ("shortest", "aligned")
+# When actions run: as soon as they can; with every rank's pairs at the same tick modulo 3; or as
+# soon as they can if a value takes two ticks to another rank.
+TIMETABLES = ("shortest", "aligned", "two-tick")
 TICKS_PER_BEAT = 3
 # The buffers of an executor, by the name under which `num_slots` counts their slots.
 BUFFERS = ("received", "residual", "weight_residual", "stash")
@@ -26,6 +27,11 @@ DEFERRED = "deferred"
 MOST_SETS = 12
 # The halves of a full backward, by the layers of the stage that they run.
 LAST_LAYERS, FIRST_LAYERS = range(2)
+
+
+def lag_of(timetable: str) -> int:
+    """Says how many ticks after another rank has made a value a rank may read it."""
+    return 2 if timetable == "two-tick" else 1
 
 
 class Action(NamedTuple):
@@ -223,6 +229,11 @@ class Timeline:
         """The number of ranks of the program."""
         return self.program.num_ranks
 
+    @property
+    def lag(self) -> int:
+        """How many ticks after another rank has made a value a rank may read it."""
+        return lag_of(self.timetable)
+
     @cached_property
     def num_ticks(self) -> int:
         """The number of ticks up to the last action of any rank."""
@@ -383,6 +394,15 @@ class Tables:
     forward-only program has neither residuals nor cotangents.
 
     The ticks of `steady` are run as it says, to the effect of the tables. They have no exchange.
+
+    Tables that are lazy (`is_lazy`) have neither exchanges nor a `steady`: a value travels behind
+    the whole action of the tick after the one that makes it. In each tick a rank
+    (1) starts to send what it made in the tick before to both neighbours, wanted or not,
+    (2) runs its action, and
+    (3) stores the output in `keep`, and what its neighbours started to send in this tick in
+    `from_left` and `from_right`.
+    So the row of an arrival is that of other tables, the tick after the one in which the neighbour
+    makes it; but it is stored at the end of that tick, and may be read from the next one on.
     """
 
     opcode: np.ndarray
@@ -407,10 +427,12 @@ class Tables:
     num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if that is kept apart
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
+    is_lazy: bool = False
     steady: Steady | None = None
     # For each part of the line of ranks its exchanges, the first of them empty.
     exchanges: tuple[tuple[Exchange, ...], ...] = ()
-    # int32[num_ticks, num_parts], indices in `exchanges`; -1 in the ticks of `steady`.
+    # int32[num_ticks, num_parts], indices in `exchanges`; -1 in the ticks of `steady`. Lazy tables
+    # have no parts.
     exchange: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))
 
     @property
@@ -422,6 +444,14 @@ class Tables:
     def has_halves(self) -> bool:
         """Whether any I and W are the halves of a full backward."""
         return bool((self.half >= 0).any())
+
+    @property
+    def neighbours(self) -> Exchange:
+        """All pairs of ranks that are neighbours: what lazy tables send between in every tick."""
+        num_ranks = self.num_ranks
+        sources = range(num_ranks if self.wraps else num_ranks - 1)
+        right = tuple((source, (source + 1) % num_ranks) for source in sources)
+        return right, tuple((target, source) for source, target in right)
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:

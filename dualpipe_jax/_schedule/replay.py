@@ -15,6 +15,10 @@ and W, and the I a cotangent that travels behind W and the next beat's F. Their 
 their receivers where the transfer starts, and the next beat's F, or I, for its end. The last beat's
 transfers are awaited at the run's end.
 
+Lazy tables (`Tables.is_lazy`) have two permutes a tick between all neighbours, which start before
+its action and are awaited after it. As a rendezvous they make every rank wait for its neighbours at
+the start of every tick.
+
 A second replay waits for stored values only, and only where they are read: no program that keeps
 each rank's order can be faster. Sending takes no time from a rank, and a value may arrive before
 its receiver is ready for it.
@@ -140,6 +144,13 @@ def replay(
 
     # When each rank is free and has all that it awaits.
     ready = np.zeros(tables.num_ranks)
+    if tables.is_lazy:
+        right, left = tables.neighbours
+        lazy = permutes([*right, *left])
+        for tick in range(tables.num_ticks):
+            end[tick] = lazy.begun(ready) + work[tick]
+            ready = np.maximum(end[tick], lazy.over(ready))
+        return end
     steady = tables.steady
     if steady is None:
         run_ramp(range(tables.num_ticks), ready)

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.ir import lag_of
 from dualpipe_jax._simulate.costs import Costs, of_transformer
 from dualpipe_jax._simulate.simulation import simulate
 from dualpipe_jax.schedules import Schedule
@@ -49,8 +50,8 @@ def fastest_timetable(
       layers_per_stage: As `simulate`.
 
     Returns:
-      One of `schedules.timetables()`; `"shortest"` if they are equally fast, or if the schedule
-      cannot be aligned.
+      `"aligned"`; or `"shortest"` also if the two are equally fast, or the schedule cannot be
+      aligned.
 
     Raises:
       ValueError: if the schedule cannot run.
@@ -109,6 +110,8 @@ def prefers_full_backward(
             layers_per_stage=layers_per_stage,
             timetable=timetable,
             full_backward=full_backward,
+            # The two-tick one is for GPUs, where senders do not wait.
+            rendezvous=lag_of(timetable) == 1,
         ).makespan
 
     return makespan(full_backward=True) < makespan(full_backward=False)

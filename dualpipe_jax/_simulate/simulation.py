@@ -130,8 +130,9 @@ def simulate(
       num_layers: The layers of the model, of which the first stages get one more if they do not
         divide; by default all stages are equal.
       layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`.
-      timetable: As `Schedule.timeline`; or `"fastest"`, whichever is faster at these costs, the
-        shortest if they are equally fast or the schedule cannot be aligned.
+      timetable: As `Schedule.timeline`; or `"fastest"`, whichever of `"shortest"` and `"aligned"`
+        is faster at these costs, the shortest if they are equally fast or the schedule cannot be
+        aligned.
       full_backward: As for `value_and_grad`: whether a weight grad runs with the input grad that it
         follows, so that the neighbour waits for both. Stages of a number of layers that is not
         given have two halves alike.

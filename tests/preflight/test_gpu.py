@@ -5,18 +5,28 @@ The compiler is 4 GB and not part of the tests' extra: pip install 'dualpipe-jax
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
+from dualpipe_jax import _scopes
 from dualpipe_jax._devices import H100
+from dualpipe_jax._preflight.hlo import parse
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.timing import Collective, Replay
-from dualpipe_jax._preflight.topologies import is_adjacent_along, num_adjacent
+from dualpipe_jax._preflight.topologies import (
+    find_topology,
+    is_adjacent_along,
+    make_mesh,
+    num_adjacent,
+)
 from experiments.overlap_gpu import gpu, steps
 from tests.preflight.snippets import program
+from tests.preflight.steps import make_args, make_step
 
 GEMM = """%gemm_fusion_dot.14_computation (p: bf16[1024,4096], q: bf16[4096,1024]) -> bf16[1024,1024] {
   %p = bf16[1024,4096]{1,0} parameter(0)
@@ -135,3 +145,30 @@ def test_all_to_alls_of_a_mixture_of_experts_are_hidden() -> None:
     # Two in F and two in I, of two layers in two beats.
     assert exchanges.total == exchanges.num_async == 16
     assert exchanges.num_hidden >= 0.9 * exchanges.total
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_as_users_compute")
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
+def test_both_transfers_of_a_two_tick_step_stand_around_the_whole_action(schedule: str) -> None:
+    mesh = make_mesh(find_topology("gpu:h100:4"), {"pipe": 4}, (AxisType.Auto,))
+    step = jax.jit(make_step(mesh, schedule=schedule, timetable="two-tick"))
+    args = make_args(mesh, width=1024, num_layers=8, rows=16 * 4, length=128)
+    lowered = step.trace(*args).lower(lowering_platforms=("cuda",))
+    options: dict[str, Any] = dpj.compiler_options("gpu")
+    compiled = lowered.compile(compiler_options=options)
+    (body,) = [
+        each
+        for each in parse(compiled.as_text() or "").computations.values()
+        if any("start" in i.opcode and _scopes.RAMP in i.op_name for i in each.instructions)
+    ]
+    at: dict[str, list[int]] = {}
+    for place, instruction in enumerate(body.instructions):
+        at.setdefault(instruction.opcode, []).append(place)
+        assert '"is_sync":true' not in instruction.attributes
+    starts, dones = (at[f"collective-permute-{end}"] for end in ("start", "done"))
+    assert len(starts) == len(dones) == 2
+    # F, the backward's halves, W and the ends are loops of a trip or none; embed is conditional.
+    action = at["while"] + at["conditional"]
+    assert len(action) >= 5
+    assert max(starts) < min(action) <= max(action) < min(dones)

@@ -203,7 +203,7 @@ def test_unknown_timetable_names_the_known() -> None:
     schedule = schedules.dualpipe(num_ranks=2, num_microbatches=4)
     with pytest.raises(ValueError, match="timetable='long': must be one of 'shortest', 'aligned'"):
         schedule.timeline(timetable="long")
-    assert schedules.timetables() == ("shortest", "aligned")
+    assert schedules.timetables() == ("shortest", "aligned", "two-tick")
 
 
 def test_each_timetable_is_compiled_once() -> None:

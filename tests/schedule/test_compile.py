@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.dependencies import count_live
+from dualpipe_jax._schedule.dependencies import count_live, find_dependencies
 from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.ir import BUFFERS
 from tests import table_interpreter
@@ -31,6 +31,39 @@ def test_tables_compute_loss_and_grads(name, num_ranks):
         if name == "forward-only":
             expected_grads = np.zeros_like(grads)
         np.testing.assert_allclose(grads, expected_grads, rtol=1e-12, atol=1e-12, err_msg=str(case))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "forward-only"])
+def test_two_tick_tables_compute_loss_and_grads(name):
+    for num_ranks, num_microbatches in ((1, 3), (2, 5), (3, 2), (4, 9), (5, 11), (8, 20)):
+        tables = compiled(name, num_ranks, num_microbatches, "two-tick").tables
+        assert tables.is_lazy
+        assert tables.steady is None
+        model = table_interpreter.random_model(tables.num_stages, tables.num_microbatches)
+        loss, grads = table_interpreter.run(tables, *model)
+        expected_loss, expected_grads = table_interpreter.loss_and_grads(*model)
+        # As above.
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+        if name != "forward-only":
+            np.testing.assert_allclose(grads, expected_grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ticks_lie_between_ranks_and_no_more_than_need_be(name):
+    """Whatever is not in its first tick waits for its rank, or for what it reads."""
+    for num_ranks, num_microbatches in ((2, 5), (4, 9), (5, 11)):
+        timeline = compiled(name, num_ranks, num_microbatches, "two-tick").timeline
+        units, tick_of = timeline.program.units, timeline.tick_of
+        needs = find_dependencies(timeline.program)
+        for action, tick in enumerate(tick_of.tolist()):
+            before, payload = action - 1, needs.payload[action]
+            soonest = [0]
+            if before >= 0 and units.rank[before] == units.rank[action]:
+                soonest.append(tick_of[before] + 1)
+            if payload >= 0:
+                lag = 1 if units.rank[payload] == units.rank[action] else 2
+                soonest.append(tick_of[payload] + lag)
+            assert tick == max(soonest), units.name(action)
 
 
 @pytest.mark.parametrize("name", NAMES)

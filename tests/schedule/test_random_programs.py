@@ -42,10 +42,10 @@ def programs(draw) -> Program:
     return Program("random", P, S, N, tuple(map(tuple, rows)), forward_only)
 
 
-@given(programs())
+@given(programs(), st.sampled_from(["shortest", "two-tick"]))
 @settings(max_examples=200, deadline=None)
-def test_random_programs_compute_the_gradients(program):
-    tables = compile_program(program).tables
+def test_random_programs_compute_the_gradients(program, timetable):
+    tables = compile_program(program, timetable=timetable).tables
     model = table_interpreter.random_model(program.num_stages, program.num_microbatches)
     loss, grads = table_interpreter.run(tables, *model)
     expected_loss, expected_grads = table_interpreter.loss_and_grads(*model)

@@ -74,6 +74,16 @@ def test_timeline_with_an_early_action():
     assert "\n  rank 1 [1F0]" in str(error.value)
 
 
+def test_timeline_with_an_urgent_transfer_is_no_two_tick_one():
+    timeline = compiled("1f1b", 2, 2).timeline
+    message = (
+        "0I0 on rank 0 in tick 3 needs 1I0, which runs on rank 1 only in tick 2, and whose value "
+        "takes 2 ticks"
+    )
+    with pytest.raises(ScheduleError, match=message):
+        verify_timeline(dataclasses.replace(timeline, timetable="two-tick"))
+
+
 def test_timeline_with_two_actions_at_once():
     timeline = compiled("1f1b", 2, 2).timeline
     tick_of = timeline.tick_of.copy()
@@ -139,7 +149,30 @@ def test_tables_say_which_value_was_found():
         verify_tables(_mutate(tables, residual=swapped))
 
 
-cases = st.tuples(st.sampled_from(NAMES), st.integers(1, 5), st.integers(1, 8))
+def test_a_lazy_arrival_is_not_there_in_the_next_tick():
+    tables = compiled("1f1b", 2, 2).tables
+    lazy = {"is_lazy": True, "exchange": tables.exchange[:, :0], "exchanges": ()}
+    message = "1F0 on rank 1 in tick 1: expects the x of 1F0 in received slot 0 and finds nothing"
+    with pytest.raises(ScheduleError, match=message):
+        verify_tables(_mutate(tables, **lazy))
+
+
+def test_lazy_tables_have_neither_exchanges_nor_beats():
+    tables = compiled("dualpipe", 2, 8, "two-tick").tables
+    steady = compiled("dualpipe", 2, 8, "aligned").tables.steady
+    exchange = np.zeros((tables.num_ticks, 1), np.int32)
+    one = {"exchange": exchange, "exchanges": ((((), ()),),)}
+    for more in ({"steady": steady}, one):
+        with pytest.raises(ScheduleError, match="lazy tables have exchanges, or a run of beats"):
+            verify_tables(_mutate(tables, **more))
+
+
+cases = st.tuples(
+    st.sampled_from(NAMES),
+    st.integers(1, 5),
+    st.integers(1, 8),
+    st.sampled_from(["shortest", "two-tick"]),
+)
 
 
 @given(cases, st.sampled_from(Tables.columns()), st.data())

@@ -2,8 +2,8 @@
 
 It knows nothing of the timeline or of the allocator: only what `Tables` says an executor does. A
 token is a number for one value, such as "the x that enters stage 3 with microbatch 7". An exchange
-hands on what its pairs carry, and nothing else; in the run of beats every neighbour's value is at
-hand, as `verify_steady` holds `Steady` to the tables.
+hands on what its pairs carry, and nothing else. In lazy tables every neighbour's value is sent; in
+the run of beats it is at hand, as `verify_steady` holds `Steady` to the tables.
 """
 
 import numpy as np
@@ -83,9 +83,8 @@ class _Interpreter:
         tables = self.tables
         arrived = np.full((2, tables.num_ranks), -1)
         for tick in range(tables.num_ticks):
-            for column, tokens in zip(("from_left", "from_right"), arrived, strict=True):
-                self._store(tick, column, tokens)
-
+            if not tables.is_lazy:
+                self._store_arrivals(tick, arrived)
             opcode, local = tables.opcode[tick], self.local[tick]
             is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
             self._load(tick, "read", self.expected[tick], free=opcode != IDLE)
@@ -102,6 +101,8 @@ class _Interpreter:
             self._store(tick, DEFERRED, local, of=is_i)
 
             self._store(tick, "keep", self.output[tick])
+            if tables.is_lazy:
+                self._store_arrivals(tick, arrived)
             arrived = self._exchange(tick)
         for buffer, slots in self.slots.items():
             for rank, slot in np.argwhere(slots >= 0).tolist():
@@ -109,6 +110,10 @@ class _Interpreter:
                     f"{buffer} slot {slot} still holds {self._describe(buffer, slots[rank, slot])}"
                 )
                 fail_at(tables, tables.num_ticks - 1, rank, f"{what} after the last tick")
+
+    def _store_arrivals(self, tick: int, arrived: np.ndarray) -> None:
+        for column, tokens in zip(("from_left", "from_right"), arrived, strict=True):
+            self._store(tick, column, tokens)
 
     def _exchange(self, tick: int) -> np.ndarray:
         """Hands on what a tick makes: int64[2, num_ranks], from the left and from the right."""

@@ -30,8 +30,9 @@ def verify_tables(tables: Tables) -> None:
     - Every tick outside of the run of beats has an exchange in every part, those in it none. Pairs
       are neighbours, on the ring where the tables wrap; no rank is twice a source or a target to
       one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a side.
-    - What is stored on arrival was sent by that neighbour in the tick before, in a pair of that
-      tick's exchange.
+    - Lazy tables have no exchanges, and no run of beats.
+    - What is stored on arrival was made by that neighbour in the tick before, and sent in a pair of
+      that tick's exchange, or lazily.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
       other's on the same rank and chunk.
     - Nothing is stored in a slot whose value is still to be read, and all slots end free.
@@ -130,6 +131,8 @@ def _check_exchanges(tables: Tables) -> None:
     exchange, shape = tables.exchange, (tables.num_ticks, len(tables.exchanges))
     if exchange.shape != shape or exchange.dtype != np.int32:
         raise ScheduleError(f"exchange is {exchange.dtype}{exchange.shape}, not int32{shape}")
+    if tables.is_lazy and (tables.exchanges or tables.steady is not None):
+        raise ScheduleError("lazy tables have exchanges, or a run of beats")
     in_run = np.zeros(tables.num_ticks, bool)
     if tables.steady is not None:
         in_run[tables.steady.ticks] = True

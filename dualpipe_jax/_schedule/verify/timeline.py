@@ -3,7 +3,7 @@
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
-from dualpipe_jax._schedule.dependencies import find_dependencies
+from dualpipe_jax._schedule.dependencies import find_dependencies, find_travelling
 from dualpipe_jax._schedule.excerpt import show_timeline
 from dualpipe_jax._schedule.ir import FORWARD, TICKS_PER_BEAT, Timeline
 
@@ -13,7 +13,8 @@ def verify_timeline(timeline: Timeline) -> None:
 
     - A rank runs its actions in program order, one a tick, from tick 0 on.
     - Every action runs after the tick of each action that it needs: its I or F on the same rank,
-      the producer of its x or its cotangent.
+      the producer of its x or its cotangent. If that is on another rank, it runs `timeline.lag`
+      ticks after it at the soonest.
 
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
@@ -28,11 +29,14 @@ def verify_timeline(timeline: Timeline) -> None:
         _fail(timeline, i + 1, f"must run after {units.name(i)}, which precedes it in the program")
 
     needs = find_dependencies(timeline.program)
-    for producer in (needs.payload, needs.own):
-        late = (producer >= 0) & (tick_of[producer] >= tick_of)
+    lag = np.where(find_travelling(timeline.program, needs), timeline.lag, 1)
+    for producer, least in ((needs.payload, lag), (needs.own, 1)):
+        late = (producer >= 0) & (tick_of[producer] + least > tick_of)
         for i in np.flatnonzero(late).tolist():
             p = producer[i]
             where = f"rank {units.rank[p]} only in tick {tick_of[p]}"
+            if tick_of[p] < tick_of[i]:
+                where += f", and whose value takes {timeline.lag} ticks"
             _fail(timeline, i, f"needs {units.name(p)}, which runs on {where}")
 
 
