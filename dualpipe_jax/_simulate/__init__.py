@@ -1,7 +1,8 @@
 """Schedule and costs -> how long the program takes: a replay of its tables, without JAX.
 
-One file an idea: `costs`, `replay` (which waits as the program does), `simulation`, `published`
-(what the papers say), `fastest` (which timetable, and whether with full backwards).
+One file an idea: `costs`, `work` (of each tick), `replay` (which waits as the program does),
+`waits` (for whom, and why), `simulation`, `published` (what the papers say), `fastest` (which
+timetable, and whether with full backwards).
 """
 
 from dualpipe_jax._simulate.costs import Costs as Costs
