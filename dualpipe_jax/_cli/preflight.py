@@ -124,3 +124,5 @@ def _print_in_color(report: Any) -> None:
             table.add_row(*row, style=color if row[-1] else None)
         console.print()
         console.print(table)
+    for line in ("", *report.notes()) if report.notes() else ():
+        console.print(line, style="dim", markup=False)

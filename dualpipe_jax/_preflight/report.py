@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualpipe_jax._preflight.actions import Action
+from dualpipe_jax._preflight.exposure import Collective
 from dualpipe_jax._preflight.predict import Prediction
-from dualpipe_jax._preflight.timing import Collective
+from dualpipe_jax._preflight.waits_text import LEGEND, quiet_ticks, sums_table, ticks_table
+from dualpipe_jax._simulate.waits import Waits
 
 _LOOPS = {
     "steady": "the steady state, two beats a trip",
@@ -50,10 +52,13 @@ class Program:
     Attributes:
       num_instructions: Those of all computations, fused ones included.
       code_bytes: What a device loads; None where the compiler does not say.
+      global_permutes: The names of permutes in which every core waits, since a TPU's compiler has
+        no barrier left for their pairs.
     """
 
     num_instructions: int
     code_bytes: int | None
+    global_permutes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,9 @@ class Loop:
       flops: FLOPs of the matmuls of one trip, on the rank that has most.
       cycles: The compiler's estimate of its cycles; None without.
       compute_seconds: How long they take; None where neither cycles nor a peak are known.
-      exposed_seconds: For how long compute stands still for collectives.
+      exposed_seconds: For how long compute stands still for collectives; of those in the branches
+        of a conditional, the mean over a step's trips, or where it is not known how many take which
+        branch, of the most expensive one.
       actions: What each action costs.
       collectives: The collectives.
     """
@@ -100,6 +107,8 @@ class Report:
       program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
       prediction: The time of a step.
+      waits: Of a step in ticks that is predicted, after each tick who waits, for which rank, how
+        long and why, in microseconds; None of others.
       failure: What the compiler said if the step does not fit; "" if it does.
     """
 
@@ -113,11 +122,13 @@ class Report:
     program: Program | None
     loop: Loop | None
     prediction: Prediction
+    waits: Waits | None = None
     failure: str = ""
 
     def __str__(self) -> str:
         """The report as plain text."""
         tables = [text_table(head, rows) for head, rows in self.tables()]
+        tables += ["\n".join(self.notes())] if self.waits is not None else []
         return "\n\n".join(["\n".join(self.summary()), *tables])
 
     def summary(self) -> list[str]:
@@ -130,7 +141,7 @@ class Report:
             ("", options),
             ("memory", _memory_lines(self.memory)),
             ("", [f"the compiler: {self.failure}"] if self.failure else []),
-            ("program", [] if self.program is None else [_program_line(self.program)]),
+            ("program", [] if self.program is None else _program_lines(self.program)),
             ("step", [_prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
         ]
@@ -147,32 +158,31 @@ class Report:
             for index, line in enumerate(lines)
         ]
 
+    def notes(self) -> list[str]:
+        """The lines below the tables."""
+        if self.waits is None:
+            return []
+        return [
+            *LEGEND,
+            f"ticks without waits: {quiet_ticks(self.waits) or 'none'}",
+            f"without false waits the schedule takes {_time(self.prediction.dependency_seconds)}",
+        ]
+
     def tables(self) -> list[_Table]:
-        """Heads and rows of the tables: actions, then collectives."""
+        """Heads and rows of the tables: actions, collectives, ticks with waits, their sums."""
         if self.loop is None:
             return []
         actions = [
             (action.name, _number(action.cycles), _flops(action.flops))
             for action in self.loop.actions
         ]
-        collectives = [
-            (
-                each.kind if each.count == 1 else f"{each.kind} x{each.count}",
-                ", ".join(each.axes) or "-",
-                "async" if each.is_async else "sync",
-                _bytes(each.num_bytes),
-                _time(each.link_seconds),
-                _number(each.cycles),
-                _flops(each.flops),
-                _time(each.compute_seconds),
-                _verdict(each),
-            )
-            for each in self.loop.collectives
-        ]
         tables: list[_Table] = [(("action", "cycles", "matmuls"), actions)]
-        if collectives:
+        if self.loop.collectives:
             head = ("collective", "axes", "", "bytes", "link", "cycles", "matmuls", "compute", "")
-            tables.append((head, collectives))
+            tables.append((head, _collective_rows(self.loop)))
+        if self.waits is not None:
+            seconds = self.prediction.loop_seconds or 0.0
+            tables += [ticks_table(self.waits), sums_table(self.waits, seconds)]
         return tables
 
 
@@ -204,9 +214,17 @@ def _memory_lines(memory: Memory) -> list[str]:
     return lines
 
 
-def _program_line(program: Program) -> str:
+def _program_lines(program: Program) -> list[str]:
     code = "" if program.code_bytes is None else f", {_bytes(program.code_bytes)} of code"
-    return f"{program.num_instructions:,} instructions{code}"
+    lines = [f"{program.num_instructions:,} instructions{code}"]
+    found = program.global_permutes
+    if found:
+        number = "1 permute makes" if len(found) == 1 else f"{len(found)} permutes make"
+        lines.append(
+            f"{number} every core wait: the compiler has no pairwise barrier left for them:"
+        )
+        lines += [f"  {name}" for name in found]
+    return lines
 
 
 def _prediction_line(made: Prediction) -> str:
@@ -229,10 +247,59 @@ def _loop_lines(loop: Loop) -> list[str]:
             f"{_time(loop.compute_seconds)} of compute, {_time(loop.exposed_seconds)} exposed"
         ),
         f"{hidden} of {len(loop.collectives)} collectives hidden",
+        *_branch_lines(loop),
     ]
 
 
+def _branch_lines(loop: Loop) -> list[str]:
+    """Says of collectives in branches that a trip takes one branch."""
+    in_branches = [each for each in loop.collectives if each.branch is not None]
+    if not in_branches:
+        return []
+    number = f"{len(in_branches)} of them stand in the branches of a conditional: a trip takes one"
+    if any(each.num_runs is None for each in in_branches):
+        return [number, "branch; counted as exposed is the most expensive"]
+    return [number, "branch; counted as exposed is the mean over the step's trips"]
+
+
+def _collective_rows(loop: Loop) -> list[Sequence[str]]:
+    """Makes a row for each collective, one for all in branches of which the same is said."""
+    alike: dict[tuple[str, ...], list[Collective]] = {}
+    for each in loop.collectives:
+        cells = (
+            ", ".join(each.axes) or "-",
+            "async" if each.is_async else "sync",
+            _bytes(each.num_bytes),
+            _time(each.link_seconds),
+            _number(each.cycles),
+            _flops(each.flops),
+            _time(each.compute_seconds),
+            _verdict(each),
+        )
+        # Outside of branches each has a row of its own.
+        key = (each.name,) if each.conditional is None else (each.conditional, *cells)
+        alike.setdefault((*key, each.kind, str(each.count), *cells), []).append(each)
+    return [(_title(group), *key[-8:]) for key, group in alike.items()]
+
+
+def _title(alike: Sequence[Collective]) -> str:
+    """Names collectives of which the same is said, and how often a trip has one."""
+    first = alike[0]
+    title = first.kind if first.count == 1 else f"{first.kind} x{first.count}"
+    if first.branch is None:
+        return title
+    branches = {each.branch: each.num_runs for each in alike}
+    runs = [number for number in branches.values() if number is not None]
+    trips = f", {sum(runs)} trips" if len(runs) == len(branches) else ""
+    of = f"branch {first.branch}" if len(branches) == 1 else f"{len(branches)} branches"
+    return f"{title} ({len(alike)} in {of}{trips})"
+
+
 def _verdict(each: Collective) -> str:
+    if each.is_hidden and each.most_exposed_seconds:
+        return "hidden where ranks act"
+    if each.is_hidden and (each.compute_seconds or 0) < (each.link_seconds or 0):
+        return "beside another"
     if each.is_hidden:
         return "hidden"
     if each.exposed_seconds is None:

@@ -12,8 +12,9 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._devices import H100
+from dualpipe_jax._preflight.exposure import Collective
 from dualpipe_jax._preflight.links import Network
-from dualpipe_jax._preflight.timing import Collective, Replay
+from dualpipe_jax._preflight.timing import Replay
 from dualpipe_jax._preflight.topologies import is_adjacent_along, num_adjacent
 from experiments.overlap_gpu import gpu, steps
 from tests.preflight.snippets import program
