@@ -1,7 +1,7 @@
 """What preflight found, as data and as plain text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dualpipe_jax._preflight.actions import Action
 from dualpipe_jax._preflight.exposure import Collective
@@ -53,12 +53,12 @@ class Program:
       num_instructions: Those of all computations, fused ones included.
       code_bytes: What a device loads; None where the compiler does not say.
       global_permutes: The names of permutes in which every core waits, since a TPU's compiler has
-        no barrier left for their pairs.
+        no barrier left for their pairs, and the JAX functions and scopes that they stand for.
     """
 
     num_instructions: int
     code_bytes: int | None
-    global_permutes: tuple[str, ...] = ()
+    global_permutes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ def _program_lines(program: Program) -> list[str]:
         lines.append(
             f"{number} every core wait: the compiler has no pairwise barrier left for them:"
         )
-        lines += [f"  {name}" for name in found]
+        lines += [f"  {name}  {op_name}".rstrip() for name, op_name in found.items()]
     return lines
 
 

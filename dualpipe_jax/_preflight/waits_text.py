@@ -20,7 +20,7 @@ LEGEND = (
 _LEAST = 0.05
 # The most rows that are looked for again.
 _LONGEST = 24
-_Rows = list[Sequence[str]]
+_Rows = list[list[str]]
 
 
 def ticks_table(waits: Waits) -> tuple[Sequence[str], _Rows]:
@@ -108,7 +108,7 @@ def sums_table(waits: Waits, seconds: float) -> tuple[Sequence[str], _Rows]:
     }
     sums = {"acts": whole - sum(idle.values()), **idle}
     rows: _Rows = [
-        (name, f"{time / num_ranks:,.1f}", f"{time / whole:.1%}") for name, time in sums.items()
+        [name, f"{time / num_ranks:,.1f}", f"{time / whole:.1%}"] for name, time in sums.items()
     ]
     return ("a rank", "us, the mean", "share"), rows
 
