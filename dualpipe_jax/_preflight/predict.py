@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.actions import OTHER, action_of, num_places
-from dualpipe_jax._preflight.exposure import Collective
+from dualpipe_jax._preflight.exposure import Collective, exposed_seconds
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.loops import Found
 from dualpipe_jax._preflight.ticks import costs_of_ticks
@@ -101,9 +101,10 @@ def predict(
         )
     if costs is None:
         return Prediction(reason=_NO_ACTIONS), None
-    transfer = max(
-        (each.link_seconds or 0 for each in collectives if _scopes.SEND in each.op_name), default=0
-    )
+    sends = [each for each in collectives if _scopes.SEND in each.op_name]
+    # An x of several arrays has a permute for each, which share a tick's links.
+    in_ticks = exposed_seconds([each for each in sends if each.branch is not None]) or 0
+    transfer = max([in_ticks, *(each.link_seconds or 0 for each in sends)])
     full_backward = any(_scopes.FULL_BACKWARD in name for name in names)
     # Stages of one layer each have no halves; how many they have is not looked at otherwise.
     num_layers = None if any(_scopes.IN_HALVES in name for name in names) else made.num_stages

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualpipe_jax._preflight.actions import Action
+from dualpipe_jax._preflight.collectives_text import HEAD, branch_lines, collective_rows
 from dualpipe_jax._preflight.exposure import Collective
 from dualpipe_jax._preflight.predict import Prediction
+from dualpipe_jax._preflight.units import show_bytes, show_flops, show_number, show_time
 from dualpipe_jax._preflight.waits_text import LEGEND, quiet_ticks, sums_table, ticks_table
 from dualpipe_jax._simulate.waits import Waits
 
@@ -162,10 +164,11 @@ class Report:
         """The lines below the tables."""
         if self.waits is None:
             return []
+        least = show_time(self.prediction.dependency_seconds)
         return [
             *LEGEND,
             f"ticks without waits: {quiet_ticks(self.waits) or 'none'}",
-            f"without false waits the schedule takes {_time(self.prediction.dependency_seconds)}",
+            f"without false waits the schedule takes {least}",
         ]
 
     def tables(self) -> list[_Table]:
@@ -173,13 +176,12 @@ class Report:
         if self.loop is None:
             return []
         actions = [
-            (action.name, _number(action.cycles), _flops(action.flops))
+            (action.name, show_number(action.cycles), show_flops(action.flops))
             for action in self.loop.actions
         ]
         tables: list[_Table] = [(("action", "cycles", "matmuls"), actions)]
         if self.loop.collectives:
-            head = ("collective", "axes", "", "bytes", "link", "cycles", "matmuls", "compute", "")
-            tables.append((head, _collective_rows(self.loop)))
+            tables.append((HEAD, collective_rows(self.loop.collectives)))
         if self.waits is not None:
             seconds = self.prediction.loop_seconds or 0.0
             tables += [ticks_table(self.waits), sums_table(self.waits, seconds)]
@@ -201,21 +203,22 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _memory_lines(memory: Memory) -> list[str]:
     verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity not known"}[memory.fits]
-    capacity = "" if memory.capacity is None else f" of {_bytes(memory.capacity)}"
-    lines = [f"{_bytes(memory.needed)}{capacity} a device: {verdict}"]
+    capacity = "" if memory.capacity is None else f" of {show_bytes(memory.capacity)}"
+    lines = [f"{show_bytes(memory.needed)}{capacity} a device: {verdict}"]
     if memory.arguments is not None:
         lines.append(
-            f"arguments {_bytes(memory.arguments)}, outputs {_bytes(memory.outputs)} "
-            f"({_bytes(memory.aliased)} in place of arguments)"
+            f"arguments {show_bytes(memory.arguments)}, outputs {show_bytes(memory.outputs)} "
+            f"({show_bytes(memory.aliased)} in place of arguments)"
         )
         lines.append(
-            f"temporaries {_bytes(memory.temporaries)}; live at the peak {_bytes(memory.peak)}"
+            f"temporaries {show_bytes(memory.temporaries)}; "
+            f"live at the peak {show_bytes(memory.peak)}"
         )
     return lines
 
 
 def _program_lines(program: Program) -> list[str]:
-    code = "" if program.code_bytes is None else f", {_bytes(program.code_bytes)} of code"
+    code = "" if program.code_bytes is None else f", {show_bytes(program.code_bytes)} of code"
     lines = [f"{program.num_instructions:,} instructions{code}"]
     found = program.global_permutes
     if found:
@@ -230,106 +233,24 @@ def _program_lines(program: Program) -> list[str]:
 def _prediction_line(made: Prediction) -> str:
     if made.seconds is None:
         return f"not predicted: {made.reason}"
+    loop, outside = show_time(made.loop_seconds), show_time(made.outside_seconds)
     return (
-        f"{_time(made.seconds)} predicted: {made.schedule} {_time(made.loop_seconds)}, ranks idle "
-        f"{made.idle_share or 0:.1%}; outside its loops {_time(made.outside_seconds)}"
+        f"{show_time(made.seconds)} predicted: {made.schedule} {loop}, ranks idle "
+        f"{made.idle_share or 0:.1%}; outside its loops {outside}"
     )
 
 
 def _loop_lines(loop: Loop) -> list[str]:
     trips = "an unknown number of" if loop.num_trips is None else f"{loop.num_trips:,}"
     hidden = sum(each.is_hidden is True for each in loop.collectives)
-    cycles = "" if loop.cycles is None else f"{_number(loop.cycles)} cycles, "
+    cycles = "" if loop.cycles is None else f"{show_number(loop.cycles)} cycles, "
     return [
         f"{_LOOPS[loop.kind]}; {trips} trips",
         (
-            f"a trip: {cycles}{_flops(loop.flops)} of matmuls, "
-            f"{_time(loop.compute_seconds)} of compute, {_time(loop.exposed_seconds)} exposed"
+            f"a trip: {cycles}{show_flops(loop.flops)} of matmuls, "
+            f"{show_time(loop.compute_seconds)} of compute, "
+            f"{show_time(loop.exposed_seconds)} exposed"
         ),
         f"{hidden} of {len(loop.collectives)} collectives hidden",
-        *_branch_lines(loop),
+        *branch_lines(loop.collectives),
     ]
-
-
-def _branch_lines(loop: Loop) -> list[str]:
-    """Says of collectives in branches that a trip takes one branch."""
-    in_branches = [each for each in loop.collectives if each.branch is not None]
-    if not in_branches:
-        return []
-    number = f"{len(in_branches)} of them stand in the branches of a conditional: a trip takes one"
-    if any(each.num_runs is None for each in in_branches):
-        return [number, "branch; counted as exposed is the most expensive"]
-    return [number, "branch; counted as exposed is the mean over the step's trips"]
-
-
-def _collective_rows(loop: Loop) -> list[Sequence[str]]:
-    """Makes a row for each collective, one for all in branches of which the same is said."""
-    alike: dict[tuple[str, ...], list[Collective]] = {}
-    for each in loop.collectives:
-        cells = (
-            ", ".join(each.axes) or "-",
-            "async" if each.is_async else "sync",
-            _bytes(each.num_bytes),
-            _time(each.link_seconds),
-            _number(each.cycles),
-            _flops(each.flops),
-            _time(each.compute_seconds),
-            _verdict(each),
-        )
-        # Outside of branches each has a row of its own.
-        key = (each.name,) if each.conditional is None else (each.conditional, *cells)
-        alike.setdefault((*key, each.kind, str(each.count), *cells), []).append(each)
-    return [(_title(group), *key[-8:]) for key, group in alike.items()]
-
-
-def _title(alike: Sequence[Collective]) -> str:
-    """Names collectives of which the same is said, and how often a trip has one."""
-    first = alike[0]
-    title = first.kind if first.count == 1 else f"{first.kind} x{first.count}"
-    if first.branch is None:
-        return title
-    branches = {each.branch: each.num_runs for each in alike}
-    runs = [number for number in branches.values() if number is not None]
-    trips = f", {sum(runs)} trips" if len(runs) == len(branches) else ""
-    of = f"branch {first.branch}" if len(branches) == 1 else f"{len(branches)} branches"
-    return f"{title} ({len(alike)} in {of}{trips})"
-
-
-def _verdict(each: Collective) -> str:
-    if each.is_hidden and each.most_exposed_seconds:
-        return "hidden where ranks act"
-    if each.is_hidden and (each.compute_seconds or 0) < (each.link_seconds or 0):
-        return "beside another"
-    if each.is_hidden:
-        return "hidden"
-    if each.exposed_seconds is None:
-        return "exposed" if not each.is_async else "not known"
-    return f"exposed {_time(each.exposed_seconds)}"
-
-
-def _bytes(number: int | None) -> str:
-    return "-" if number is None else _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _flops(number: float) -> str:
-    units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
-    return _scaled(number, 1000, units) if number else "-"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds == 0:
-        return "0"
-    return f"{seconds:.3g} s" if seconds >= 1 else _scaled(seconds * 1e9, 1000, ("ns", "us", "ms"))
-
-
-def _scaled(number: float, base: int, units: Sequence[str]) -> str:
-    index = 0
-    while number >= base and index + 1 < len(units):
-        number, index = number / base, index + 1
-    return f"{number:,.0f} {units[index]}" if number >= 100 else f"{number:.3g} {units[index]}"
-
-
-def _number(number: float | None) -> str:
-    return "-" if number is None else f"{number:,.0f}"

@@ -93,8 +93,9 @@ class Replay:
                     out[name] = self._collective(each, Work(), arrives - clock)
                     clock = arrives
             else:
-                is_run = part is not None and part.instruction == name
-                work = part.work if is_run else self._costs.of(instruction, where)
+                work = self._costs.of(instruction, where)
+                if part is not None and part.instruction == name:
+                    work = part.work
                 done_work += work
                 clock += self.seconds(work) or 0.0
                 clock += exposed_seconds(inside.get(name, []), choose=min) or 0.0

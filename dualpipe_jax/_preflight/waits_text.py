@@ -56,7 +56,7 @@ def _once(rows: _Rows) -> _Rows:
         at += len(block)
         if times > 2:
             at += period * (times - 1)
-            title = f"the same {times - 1} times more, up to tick {rows[at - 1][0]}"
+            title = f"{times - 1} times more, up to tick {rows[at - 1][0]}"
             out.append(["...", title, *[""] * (len(rows[0]) - 2)])
     return out
 

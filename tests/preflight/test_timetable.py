@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from dualpipe_jax import _scopes, schedules
-from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.check import _analysis
 from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.links import Network
@@ -25,8 +24,9 @@ def tables_of_1f1b() -> Tables:
     return schedules.make("1f1b", num_ranks=P, num_microbatches=N).compiled().tables
 
 
-def branch(number: int, exchange: Exchange, width: int) -> str:
+def branch(number: int, exchange: Exchange, width: int, num_arrays: int) -> str:
     """Writes the permutes of an exchange, over a pipeline axis of which each place has a line."""
+    b = f"%b{number}"
     sends = []
     for side, pairs in zip(("right", "left"), exchange, strict=True):
         if pairs:
@@ -35,11 +35,12 @@ def branch(number: int, exchange: Exchange, width: int) -> str:
                 for i in range(width)
                 for source, target in pairs
             )
-            sends.append(
-                f"  %{side}.{number} = (f32[4]{{0}}, f32[4]{{0}}) "
-                f"collective-permute-start(%b{number}), source_target_pairs={{{devices}}}, "
+            sends += [
+                f"  %{side}.{number}.{array} = (f32[4]{{0}}, f32[4]{{0}}) "
+                f"collective-permute-start({b}), source_target_pairs={{{devices}}}, "
                 f'metadata={{op_name="{RAMP}/{_scopes.SEND}/ppermute"}}'
-            )
+                for array in range(num_arrays)
+            ]
     dones = [
         f"  %done.{line.split()[0][1:]} = f32[4]{{0}} collective-permute-done({line.split()[0]})"
         for line in sends
@@ -49,8 +50,14 @@ def branch(number: int, exchange: Exchange, width: int) -> str:
     return "\n".join([f"%exchange.{number} (b{number}: f32[4]) -> f32[4] {{", *lines, "}"])
 
 
-def step(exchanges: tuple[Exchange, ...], *, width: int = 1, device: Device = TOY) -> Report:
-    """Reads a step whose scan over ticks has the three actions and these exchanges."""
+def step(exchanges: tuple[Exchange, ...], *, width: int = 1, num_arrays: int = 1) -> Report:
+    """Reads a step whose scan over ticks has the three actions and these exchanges.
+
+    Args:
+      exchanges: The (source, target) ranks of the permutes of each branch.
+      width: The size of a second mesh axis.
+      num_arrays: The arrays of an x.
+    """
     computations, lines = [], []
     for number, (action, cycles) in enumerate(ACTIONS.items()):
         inside = work(f"w{number}", cycles, f"p{number}").replace("  %", "  ROOT %")
@@ -64,7 +71,9 @@ def step(exchanges: tuple[Exchange, ...], *, width: int = 1, device: Device = TO
         lines.append(
             f"  %c{number} = f32[4]{{0}} while(%a), condition=%is_on.{number}, body=%run.{number}"
         )
-    computations += [branch(number, each, width) for number, each in enumerate(exchanges)]
+    computations += [
+        branch(number, each, width, num_arrays) for number, each in enumerate(exchanges)
+    ]
     names = ", ".join(f"%exchange.{number}" for number in range(len(exchanges)))
     operands = ", ".join(["%a"] * (len(exchanges) + 1))
     lines.append(f"  %x = f32[4]{{0}} conditional({operands}), branch_computations={{{names}}}")
@@ -72,7 +81,7 @@ def step(exchanges: tuple[Exchange, ...], *, width: int = 1, device: Device = TO
     loop = LOOP.format(inside="\n".join(lines), limit=f"constant({ticks})")
     module = program(f"{A}\n{WHILE.format(start=0, more='')}", FUSED, *computations, loop)
     axes = {"pipe": P} if width == 1 else {"pipe": P, "expert": width}
-    loop_found, prediction, waits = _analysis(module, Network(axes=axes, device=device))
+    loop_found, prediction, waits = _analysis(module, Network(axes=axes, device=TOY))
     return Report(
         topology="toy",
         device="toy",
@@ -136,6 +145,13 @@ def test_waits_are_those_of_the_predicted_time_in_microseconds() -> None:
     assert made.dependency_seconds < made.loop_seconds
 
 
+def test_all_arrays_of_an_x_travel() -> None:
+    waits = step(tables_of_1f1b().exchanges, num_arrays=3).waits
+    assert waits is not None
+    times = [wait.time for wait in waits.ticks[0].waits if wait.reason == "transfer"]
+    assert times == pytest.approx([3 * 16e6] * 2)
+
+
 def test_report_has_a_table_tick_by_tick() -> None:
     report = step(tables_of_1f1b().exchanges)
     assert report.waits is not None
@@ -164,7 +180,7 @@ def test_ticks_that_come_again_are_written_once() -> None:
     _, rows = ticks_table(waits)
     again = [row for row in rows if row[0].startswith("...")]
     assert again
-    assert all("times more, up to tick" in row[1] for row in again)
+    assert all(" times more, up to tick " in row[1] for row in again)
     whole = replace(waits, ticks=waits.ticks[:4])
     assert not [row for row in ticks_table(whole)[1] if row[0].startswith("...")]
 
