@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 class Collective:
     """Tells of a collective.
 
-    What is said of the time between its start and its done is said of a rank that acts (`timing`).
+    FLOPs, cycles and times between its start and its done are those of a rank that acts (`timing`).
 
     Attributes:
       kind: `"collective-permute"`, `"all-to-all"`, ...
@@ -84,8 +84,8 @@ def exposed_seconds(
 ) -> float | None:
     """Sums up for how long compute stands still in a trip; None where times are unknown.
 
-    Of a conditional a trip takes one branch: what counts is the mean over a step's trips, where it
-    is known how many take which, else the branch that costs most.
+    A trip takes one branch of a conditional. The mean over a step's trips counts, where it is known
+    how many take which, else the branch that costs most.
 
     Args:
       collectives: Those of a trip.

@@ -109,8 +109,8 @@ class Report:
       program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
       prediction: The time of a step.
-      waits: Of a step in ticks that is predicted, after each tick who waits, for which rank, how
-        long and why, in microseconds; None of others.
+      waits: After each tick of a predicted step in ticks, who waits, for which rank, how long and
+        why, in microseconds; None for others.
       failure: What the compiler said if the step does not fit; "" if it does.
     """
 

@@ -7,13 +7,13 @@ one after the other. A loop inside counts as often as it runs.
 What is exposed is the time for which compute stands still: all of a synchronous collective, and of
 an asynchronous one what its links need beyond the compute between its start and its done.
 
-A rank hides a transfer behind what it runs itself. All ranks run the straight-line code, loops of a
+A rank hides a transfer behind its own work. All ranks run the straight-line code, loops of a
 known number of trips, and of a conditional at least the cheapest branch. Beside these a rank that
 acts runs one of the `parts` that ranks run or pass over: the actions of a tick. So a trip is
 replayed once for each part, with that one run and the others passed over, and the worst of these
-replays is told: that of the rank that acts and has least to hide a collective behind. Of one more
-replay, of a rank that passes over all parts, the report has `most_exposed_seconds`. Without parts
-the two are the same.
+replays counts: that of the rank that acts and has least to hide a collective behind. One more
+replay, of a rank that passes over all parts, gives `most_exposed_seconds`. Without parts the two
+are the same.
 """
 
 from dataclasses import replace

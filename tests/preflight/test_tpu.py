@@ -106,7 +106,7 @@ def test_steps_in_ticks_are_predicted(num_layers: int) -> None:
 
 @pytest.mark.slow
 def test_no_permute_makes_every_core_wait() -> None:
-    """Of the schedule with most sets of pairs, which has 74 before they are merged."""
+    """In the schedule with most sets of pairs: 74, before they are merged."""
     mesh = make_mesh(8)
     args = make_args(mesh, width=128, num_layers=32, rows=64, length=128)
     step = make_step(mesh, schedule="dualpipev", timetable="shortest", num_microbatches=32)
