@@ -54,7 +54,7 @@ def _verdict(each: Collective) -> str:
     """Says whether a collective is hidden, or for how long it is exposed."""
     if each.is_hidden and each.most_exposed_seconds:
         return "hidden where ranks act"
-    if each.is_hidden and (each.compute_seconds or 0) < (each.link_seconds or 0):
+    if each.is_beside_another:
         return "beside another"
     if each.is_hidden:
         return "hidden"

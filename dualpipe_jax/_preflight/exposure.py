@@ -58,6 +58,11 @@ class Collective:
             return False
         return None if self.exposed_seconds is None else self.exposed_seconds == 0
 
+    @property
+    def is_beside_another(self) -> bool:
+        """Whether it costs no time since another one is waited for, and not for enough compute."""
+        return self.is_hidden is True and (self.compute_seconds or 0) < (self.link_seconds or 0)
+
 
 def with_runs(
     collectives: Iterable[Collective], runs: Mapping[str, Sequence[int]]

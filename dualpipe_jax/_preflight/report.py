@@ -243,6 +243,8 @@ def _prediction_line(made: Prediction) -> str:
 def _loop_lines(loop: Loop) -> list[str]:
     trips = "an unknown number of" if loop.num_trips is None else f"{loop.num_trips:,}"
     hidden = sum(each.is_hidden is True for each in loop.collectives)
+    number = sum(each.is_beside_another for each in loop.collectives)
+    beside = f", {number} beside another that is exposed" if number else ""
     cycles = "" if loop.cycles is None else f"{show_number(loop.cycles)} cycles, "
     return [
         f"{_LOOPS[loop.kind]}; {trips} trips",
@@ -251,6 +253,6 @@ def _loop_lines(loop: Loop) -> list[str]:
             f"{show_time(loop.compute_seconds)} of compute, "
             f"{show_time(loop.exposed_seconds)} exposed"
         ),
-        f"{hidden} of {len(loop.collectives)} collectives hidden",
+        f"{hidden} of {len(loop.collectives)} collectives hidden{beside}",
         *branch_lines(loop.collectives),
     ]

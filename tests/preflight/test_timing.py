@@ -214,7 +214,9 @@ def test_both_ways_are_under_way_together() -> None:
         done("d", "s"),
         done("e", "t"),
     )
-    assert [each.exposed_seconds for each in replay(module)] == [16, 0]
+    found = replay(module)
+    assert [each.exposed_seconds for each in found] == [16, 0]
+    assert [each.is_beside_another for each in found] == [False, True]
 
 
 def test_branches_of_true_and_false_are_numbered() -> None:
