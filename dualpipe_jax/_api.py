@@ -202,6 +202,11 @@ def value_and_grad(
             durations=durations,
         ).tables
 
+    def placement_of(num_layers: int) -> str:
+        """Names the costs and the stages by which actions are placed."""
+        layers = layers_per_stage or spread_evenly(num_layers, schedule.num_stages)
+        return _scopes.of_placement(tuple(vars(costs).values()), layers)
+
     def has_full_backward(*, on_cpu: bool, num_layers: int | None = None) -> bool:
         if full_backward is not None or on_cpu:
             return full_backward is not False
@@ -216,6 +221,7 @@ def value_and_grad(
     build = Builder(
         axes=axes,
         tables_of=tables_of,
+        placement_of=placement_of,
         has_full_backward=has_full_backward,
         stash_deferred=stash_deferred,
         model=model,

@@ -51,11 +51,13 @@ class Builder:
         *,
         axes: Axes,
         tables_of: Callable[..., Tables],
+        placement_of: Callable[[int], str] = lambda num_layers: "",
         has_full_backward: Callable[..., bool],
         **options: Any,
     ):
         self._mesh, self._axis = axes.mesh, axes.axis
         self._tables_of = tables_of
+        self._placement_of = placement_of
         self._has_full_backward = has_full_backward
         # What cannot be compiled is refused here.
         full_backward = has_full_backward(on_cpu=self._is_on_cpu)
@@ -115,7 +117,12 @@ class Builder:
             num_shards=self._num_shards,
             shards=self._shards,
         )
-        step = self._step(num_layers=num_layers, tables=tables, full_backward=full_backward)
+        step = self._step(
+            num_layers=num_layers,
+            tables=tables,
+            full_backward=full_backward,
+            placement=self._placement_of(num_layers),
+        )
         if step.unroll_layers and not step.layout.has_equal_stages:
             raise ValueError(
                 f"unroll_layers=True: all stages must have the same kinds of layers in the same "

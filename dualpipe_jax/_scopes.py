@@ -5,6 +5,7 @@ segment of the timetable, then the action. What reads compiled programs finds th
 """
 
 import re
+from collections.abc import Sequence
 
 # Segments: ticks that each rank runs by its opcode, and beats, the same code on all ranks.
 RAMP, STEADY = "dualpipe.ramp", "dualpipe.steady"
@@ -14,7 +15,6 @@ FORWARD, INPUT_GRAD, WEIGHT_GRAD = (
 )
 # Around an input grad and the weight grad that runs with it, at once or in two halves.
 FULL_BACKWARD = "dualpipe.full_backward"
-IN_HALVES = f"{FULL_BACKWARD}.halves"
 EMBED, EMBED_GRAD, HEAD = (f"dualpipe.{name}" for name in ("embed", "embed_grad", "head"))
 # Transfers between ranks.
 SEND = "dualpipe.send"
@@ -56,3 +56,26 @@ def read_schedule(op_name: str) -> tuple[str, int, int] | None:
     """
     found = re.search(r"dualpipe\.schedule\.([\w-]+)\.(\d+)\.(\d+)", op_name)
     return (found[1], int(found[2]), int(found[3])) if found else None
+
+
+def of_placement(costs: Sequence[float | None], layers_of_stage: Sequence[int]) -> str:
+    """Makes the name under which a step stands whose actions were placed by these costs.
+
+    >>> of_placement([1.0, 2.25, 0.75, None], [2, 2])
+    'dualpipe.placed.1.0_2.25_0.75_none.2_2'
+    """
+    written = "_".join("none" if cost is None else repr(float(cost)) for cost in costs)
+    return f"dualpipe.placed.{written}.{'_'.join(map(str, layers_of_stage))}"
+
+
+def read_placement(op_name: str) -> tuple[tuple[float | None, ...], tuple[int, ...]] | None:
+    """Reads costs and the layers of stages off an instruction's name.
+
+    >>> read_placement("jit(step)/dualpipe.placed.1.0_2.25_0.75_none.2_2/shard_map/while")
+    ((1.0, 2.25, 0.75, None), (2, 2))
+    """
+    found = re.search(r"dualpipe\.placed\.([^/]+)\.([\d_]+)(?:/|$)", op_name)
+    if found is None:
+        return None
+    costs = tuple(None if cost == "none" else float(cost) for cost in found[1].split("_"))
+    return costs, tuple(map(int, found[2].split("_")))

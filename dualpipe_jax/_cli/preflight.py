@@ -73,9 +73,10 @@ def preflight(output_format: str, has_options: bool, **step: Any) -> None:
     """Compile the training step of a GPT for hardware that need not be there.
 
     Loss, gradients and AdamW's update, with float32 parameters. Says how much memory a device
-    needs, which collectives the steady loop has and whether compute hides them, and how long a
-    step should take. Nothing runs; times are the compiler's and the makers' figures, not
-    measurements. For a step of your own: dualpipe_jax.preflight.
+    needs, which collectives the steady loop has and whether compute hides them, how long a step
+    should take, and of a step in ticks which rank waits when, and why. Nothing runs; times are the
+    compiler's and the makers' figures, not measurements. For a step of your own:
+    dualpipe_jax.preflight.
 
     TPUs need pip install 'dualpipe-jax[tpu-aot]', GPUs 'dualpipe-jax[gpu-aot]'.
     """
@@ -124,3 +125,5 @@ def _print_in_color(report: Any) -> None:
             table.add_row(*row, style=color if row[-1] else None)
         console.print()
         console.print(table)
+    for line in ("", *report.notes()) if report.notes() else ():
+        console.print(line, style="dim", markup=False)

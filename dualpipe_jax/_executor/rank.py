@@ -251,8 +251,7 @@ class Rank:
         grads, shared = state.take_grads(chunk, places)
         buffers = state.residual, state.weight_residual, grads
         leave = self._in_rows(*RESIDUALS, "grads")
-        scope = _scopes.IN_HALVES if isinstance(is_on, tuple) else _scopes.FULL_BACKWARD
-        with jax.named_scope(scope):
+        with jax.named_scope(_scopes.FULL_BACKWARD):
             (dx, shared, _), (residual, weight_residual, grads) = self.layout.loop(
                 row["stage"],
                 is_on,

@@ -7,6 +7,7 @@ its own that begins when its tick has come; program size does not depend on thei
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -68,6 +69,7 @@ class Step:
       full_backward: Whether an input grad that its weight grad follows runs with it, so that none
         but deferred ones have slots for what they need.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
+      placement: The name in the compiled program of how the tables were placed; "" for none.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
 
@@ -88,6 +90,7 @@ class Step:
     stash_deferred: bool = False
     full_backward: bool = False
     output: Callable[..., PyTree] | None = None
+    placement: str = ""
     poison: bool = False
 
     @cached_property
@@ -164,6 +167,12 @@ class Step:
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
             return replace(self, mesh=mesh)(params, batch, rng, loss_scale)
+        with jax.named_scope(self.placement) if self.placement else nullcontext():
+            return self._call(params, batch, rng, loss_scale)
+
+    def _call(
+        self, params: PyTree, batch: PyTree, rng: jax.Array | None, loss_scale: jax.Array | None
+    ) -> tuple[Any, PyTree]:
         plan, blocks = self._plan(params), params["blocks"]
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}

@@ -10,13 +10,16 @@ import jax
 
 from dualpipe_jax._preflight.actions import Action, work_by_action
 from dualpipe_jax._preflight.arguments import find_axes, place
+from dualpipe_jax._preflight.collectives import find_global_permutes
+from dualpipe_jax._preflight.exposure import exposed_seconds, with_runs
 from dualpipe_jax._preflight.hlo import Module, parse
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.loops import Found, find_loop
 from dualpipe_jax._preflight.options import compiler_options as options_of
 from dualpipe_jax._preflight.predict import Prediction, predict
 from dualpipe_jax._preflight.report import Loop, Memory, Program, Report
-from dualpipe_jax._preflight.timing import Collective, Replay
+from dualpipe_jax._preflight.timetable import runs_of_branches
+from dualpipe_jax._preflight.timing import Replay
 from dualpipe_jax._preflight.topologies import (
     Topology,
     find_topology,
@@ -24,6 +27,7 @@ from dualpipe_jax._preflight.topologies import (
     make_mesh,
 )
 from dualpipe_jax._preflight.work import Costs, Work
+from dualpipe_jax._simulate.waits import Waits
 from dualpipe_jax._types import PyTree
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -137,7 +141,7 @@ def preflight(
         )
     module = parse(compiled.as_text() or "")
     network = Network(axes=axes.sizes, device=found.device)
-    loop, prediction = _analysis(module, network)
+    loop, prediction, waits = _analysis(module, network)
     analysis = compiled.memory_analysis()
     return Report(
         **common,
@@ -146,18 +150,20 @@ def preflight(
             num_instructions=sum(len(each.instructions) for each in module.computations.values()),
             # The CPU's compiler says nothing of it.
             code_bytes=getattr(analysis, "generated_code_size_in_bytes", None) or None,
+            global_permutes=find_global_permutes(module),
         ),
         loop=loop,
         prediction=prediction,
+        waits=waits,
     )
 
 
-def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction]:
+def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction, Waits | None]:
     costs, replay = Costs(module), Replay(module, network)
     found = find_loop(module, costs)
     work = {} if found is None else work_by_action(module, costs, found.body)
     collectives = [] if found is None else replay.run(found.body)
-    prediction = predict(
+    prediction, timetable = predict(
         module,
         found,
         costs_of=costs,
@@ -167,7 +173,10 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
         device=network.device,
     )
     if found is None:
-        return None, prediction
+        return None, prediction, None
+    if timetable is not None:
+        runs = runs_of_branches(module, found.body, network, timetable.tables)
+        collectives = with_runs(collectives, runs)
     total = costs.of_computation(found.body)
     has_cycles = network.device is not None and network.device.clock is not None
     loop = Loop(
@@ -177,7 +186,7 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
         flops=total.flops,
         cycles=total.cycles if has_cycles else None,
         compute_seconds=replay.seconds(total),
-        exposed_seconds=_exposed_seconds(collectives),
+        exposed_seconds=exposed_seconds(collectives, num_trips=found.num_trips),
         actions=tuple(
             Action(
                 name=name.removeprefix("dualpipe."),
@@ -191,13 +200,7 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
         ),
         collectives=tuple(collectives),
     )
-    return loop, prediction
-
-
-def _exposed_seconds(collectives: list[Collective]) -> float | None:
-    if any(each.exposed_seconds is None for each in collectives):
-        return None
-    return sum((each.exposed_seconds or 0.0) * each.count for each in collectives)
+    return loop, prediction, None if timetable is None else timetable.waits()
 
 
 def _outside_seconds(
@@ -211,7 +214,7 @@ def _outside_seconds(
         inside = [each.name for c in module.callees(instruction) for each in module.within(c)]
         if loop.instruction.name not in (instruction.name, *inside):
             total += costs.of(instruction, module.entry)
-    exposed = _exposed_seconds(replay.run(module.entry, loops=False))
+    exposed = exposed_seconds(replay.run(module.entry, loops=False))
     compute = replay.seconds(total)
     return None if exposed is None or compute is None else compute + exposed
 

@@ -54,6 +54,21 @@ def is_collective(instruction: Instruction) -> bool:
     return _kind(instruction.opcode) is not None
 
 
+def find_global_permutes(module: Module) -> dict[str, str]:
+    """Maps the name of each permute in which every core waits for every other to its `op_name`.
+
+    A TPU's compiler has 36 barriers between pairs of cores, of which each distinct set of pairs
+    takes one. A permute for whose pairs none is left gets the one of all cores.
+    """
+    return {
+        each.name: each.op_name
+        for computation in module.computations.values()
+        for each in computation.instructions
+        if _kind(each.opcode) == "collective-permute"
+        and '"barrier_type":"GLOBAL"' in each.attributes
+    }
+
+
 def find_collectives(module: Module, where: Computation) -> list[Found]:
     """Lists the collectives of a computation and of its fusions, in the order of their starts.
 

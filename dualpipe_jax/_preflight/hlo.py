@@ -156,6 +156,13 @@ class Module:
         """Lists the computations that an instruction calls."""
         return [self.computations[n] for n in instruction.callees if n in self.computations]
 
+    def branches(self, conditional: Instruction) -> list[Computation]:
+        """Lists the branches of a conditional by their numbers; of two, that of false first."""
+        called = conditional.called
+        if "true_computation" not in called:
+            return self.callees(conditional)
+        return [self.computations[called[f"{key}_computation"][0]] for key in ("false", "true")]
+
     def within(self, computation: Computation, *, loops: bool = True) -> Iterator[Instruction]:
         """Yields the instructions of a computation and of all that it calls, each once.
 

@@ -19,6 +19,8 @@ from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Instruction
 
 Pairs = tuple[tuple[int, int], ...]
+# A mesh axis, and which way along it: 1, -1, or 0 where both ways share a device's links.
+Lane = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,21 @@ class Network:
             for axis in np.nonzero(np.ptp(self.places(tuple(devices)), axis=0))[0]
         }
         return tuple(name for name in names if name in used)
+
+    def lanes_of(self, collective: Instruction) -> set[Lane]:
+        """Names the ways along mesh axes that a collective takes; those of one share its links.
+
+        Along a line of chips each link carries as much each way. Over a switch a device has as many
+        links in all, whoever it sends to.
+        """
+        axes, pairs = self.axes_of(collective), source_target_pairs(collective)
+        if self.device is not None and self.device.is_switched:
+            return {(axis, 0) for axis in axes}
+        if pairs is None:
+            return {(axis, way) for axis in axes for way in (1, -1)}
+        ways = np.sign([np.diff(self.places(pair), axis=0)[0] for pair in pairs])
+        names = list(self.axes)
+        return {(names[axis], int(way)) for step in ways for axis, way in enumerate(step) if way}
 
     def seconds(self, kind: str, collective: Instruction, num_bytes: int) -> float | None:
         """Says how long the links need; None if nothing is published of them.

@@ -1,20 +1,26 @@
 """Predicts the time of a step: replays the schedule with the costs of the compiled actions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.actions import OTHER, action_of, num_places
+from dualpipe_jax._preflight.exposure import Collective, exposed_seconds
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.loops import Found
 from dualpipe_jax._preflight.ticks import costs_of_ticks
-from dualpipe_jax._preflight.timing import Collective
+from dualpipe_jax._preflight.timetable import Timetable, find_timetable
 from dualpipe_jax._preflight.work import Costs as CostsOf
 from dualpipe_jax._preflight.work import Work
 from dualpipe_jax._simulate import Costs, simulate
 
 # The steady loop runs two beats in a trip: two forwards, input grads and weight grads a rank.
 _BEATS = 2
+
+_NO_LOOP = "the program has no loop of a pipelined step's beats or ticks"
+_NO_NAME = "the program does not name one schedule of dualpipe_jax.schedules.names()"
+_NO_ACTIONS = "the loop has no instructions of a forward, or none of a backward"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,8 @@ class Prediction:
         update: its compute, and the collectives that compute waits for.
       schedule: The schedule's name.
       idle_share: The share of the schedule's time in which ranks do not act.
+      dependency_seconds: How long the schedule's part would take if ranks waited only for values
+        that they read next: without false waits.
     """
 
     seconds: float | None = None
@@ -37,6 +45,7 @@ class Prediction:
     outside_seconds: float | None = None
     schedule: str | None = None
     idle_share: float | None = None
+    dependency_seconds: float | None = None
 
 
 def predict(
@@ -48,7 +57,7 @@ def predict(
     collectives: list[Collective],
     outside_seconds: float | None,
     device: Device | None,
-) -> Prediction:
+) -> tuple[Prediction, Timetable | None]:
     """Predicts the time of a step whose steady loop, or scan over ticks, is known.
 
     Args:
@@ -59,17 +68,18 @@ def predict(
       collectives: Those of one trip.
       outside_seconds: How long what stands outside the loops takes.
       device: What is published of the devices.
+
+    Returns:
+      The prediction, and of a step in ticks what it runs.
     """
     names = [each.op_name for each in module.within(module.entry)]
     named = {_scopes.read_schedule(name) for name in names} - {None}
     if device is None or device.clock is None:
-        return Prediction(reason="the compiler gives no cycles on this platform")
+        return Prediction(reason="the compiler gives no cycles on this platform"), None
     if loop is None or loop.kind not in ("steady", "ramp"):
-        return Prediction(reason="the program has no loop of a pipelined step's beats or ticks")
+        return Prediction(reason=_NO_LOOP), None
     if len(named) != 1:
-        return Prediction(
-            reason="the program does not name one schedule of dualpipe_jax.schedules.names()"
-        )
+        return Prediction(reason=_NO_NAME), None
     ((name, num_ranks, num_microbatches),) = (each for each in named if each is not None)
     made = schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
     exposed: dict[str, float] = {}
@@ -91,27 +101,50 @@ def predict(
             module, costs_of, loop.body, exposed=exposed, stages_per_rank=stages_per_rank
         )
     if costs is None:
-        return Prediction(reason="the loop has no instructions of a forward, or none of a backward")
-    transfer = max(
-        (each.link_seconds or 0 for each in collectives if _scopes.SEND in each.op_name), default=0
-    )
+        return Prediction(reason=_NO_ACTIONS), None
+    sends = [each for each in collectives if _scopes.SEND in each.op_name]
+    # An x of several arrays has a permute for each, which share a tick's links.
+    in_ticks = exposed_seconds([each for each in sends if each.branch is not None]) or 0
+    transfer = max([in_ticks, *(each.link_seconds or 0 for each in sends)])
+    full_backward = any(_scopes.FULL_BACKWARD in name for name in names)
+    placed = next(filter(None, map(_scopes.read_placement, names)), None)
+    placed_by, layers = (None, None) if placed is None else (_costs_of(placed[0]), placed[1])
+    timetable = "aligned" if loop.kind == "steady" else "shortest"
     simulation = simulate(
         made,
         costs=costs,
         transfer=transfer * device.clock,
-        timetable="aligned" if loop.kind == "steady" else "shortest",
-        full_backward=any(_scopes.FULL_BACKWARD in name for name in names),
-        # Stages of one layer each have no halves; how many they have is not looked at otherwise.
-        num_layers=None if any(_scopes.IN_HALVES in name for name in names) else made.num_stages,
+        timetable=timetable,
+        full_backward=full_backward,
+        layers_per_stage=layers,
+        placed_by=placed_by,
     )
     loop_seconds = simulation.makespan / device.clock
-    return Prediction(
+    prediction = Prediction(
         seconds=loop_seconds + (outside_seconds or 0),
         loop_seconds=loop_seconds,
         outside_seconds=outside_seconds,
         schedule=name,
         idle_share=simulation.idle_share,
+        dependency_seconds=simulation.dependency_makespan / device.clock,
     )
+    if loop.kind == "steady":
+        return prediction, None
+    return prediction, find_timetable(
+        made,
+        costs,
+        transfer=transfer * device.clock,
+        clock=device.clock,
+        full_backward=full_backward,
+        layers_of_stage=layers,
+        placed_by=placed_by,
+    )
+
+
+def _costs_of(values: tuple[float | None, ...]) -> Costs:
+    """Makes the costs that a program names, in the order in which they are written."""
+    named: dict[str, Any] = dict(zip((each.name for each in fields(Costs)), values, strict=True))
+    return Costs(**named)
 
 
 def _costs_of_beats(

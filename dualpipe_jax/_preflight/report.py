@@ -1,11 +1,15 @@
 """What preflight found, as data and as plain text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dualpipe_jax._preflight.actions import Action
+from dualpipe_jax._preflight.collectives_text import HEAD, branch_lines, collective_rows
+from dualpipe_jax._preflight.exposure import Collective
 from dualpipe_jax._preflight.predict import Prediction
-from dualpipe_jax._preflight.timing import Collective
+from dualpipe_jax._preflight.units import show_bytes, show_flops, show_number, show_time
+from dualpipe_jax._preflight.waits_text import LEGEND, quiet_ticks, sums_table, ticks_table
+from dualpipe_jax._simulate.waits import Waits
 
 _LOOPS = {
     "steady": "the steady state, two beats a trip",
@@ -50,10 +54,13 @@ class Program:
     Attributes:
       num_instructions: Those of all computations, fused ones included.
       code_bytes: What a device loads; None where the compiler does not say.
+      global_permutes: The names of permutes in which every core waits, since a TPU's compiler has
+        no barrier left for their pairs, and the JAX functions and scopes that they stand for.
     """
 
     num_instructions: int
     code_bytes: int | None
+    global_permutes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,9 @@ class Loop:
       flops: FLOPs of the matmuls of one trip, on the rank that has most.
       cycles: The compiler's estimate of its cycles; None without.
       compute_seconds: How long they take; None where neither cycles nor a peak are known.
-      exposed_seconds: For how long compute stands still for collectives.
+      exposed_seconds: For how long compute stands still for collectives; of those in the branches
+        of a conditional, the mean over a step's trips, or where it is not known how many take which
+        branch, of the most expensive one.
       actions: What each action costs.
       collectives: The collectives.
     """
@@ -100,6 +109,8 @@ class Report:
       program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
       prediction: The time of a step.
+      waits: After each tick of a predicted step in ticks, who waits, for which rank, how long and
+        why, in microseconds; None for others.
       failure: What the compiler said if the step does not fit; "" if it does.
     """
 
@@ -113,11 +124,13 @@ class Report:
     program: Program | None
     loop: Loop | None
     prediction: Prediction
+    waits: Waits | None = None
     failure: str = ""
 
     def __str__(self) -> str:
         """The report as plain text."""
         tables = [text_table(head, rows) for head, rows in self.tables()]
+        tables += ["\n".join(self.notes())] if self.waits is not None else []
         return "\n\n".join(["\n".join(self.summary()), *tables])
 
     def summary(self) -> list[str]:
@@ -130,7 +143,7 @@ class Report:
             ("", options),
             ("memory", _memory_lines(self.memory)),
             ("", [f"the compiler: {self.failure}"] if self.failure else []),
-            ("program", [] if self.program is None else [_program_line(self.program)]),
+            ("program", [] if self.program is None else _program_lines(self.program)),
             ("step", [_prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
         ]
@@ -147,32 +160,31 @@ class Report:
             for index, line in enumerate(lines)
         ]
 
+    def notes(self) -> list[str]:
+        """The lines below the tables."""
+        if self.waits is None:
+            return []
+        least = show_time(self.prediction.dependency_seconds)
+        return [
+            *LEGEND,
+            f"ticks without waits: {quiet_ticks(self.waits) or 'none'}",
+            f"without false waits the schedule takes {least}",
+        ]
+
     def tables(self) -> list[_Table]:
-        """Heads and rows of the tables: actions, then collectives."""
+        """Heads and rows of the tables: actions, collectives, ticks with waits, their sums."""
         if self.loop is None:
             return []
         actions = [
-            (action.name, _number(action.cycles), _flops(action.flops))
+            (action.name, show_number(action.cycles), show_flops(action.flops))
             for action in self.loop.actions
         ]
-        collectives = [
-            (
-                each.kind if each.count == 1 else f"{each.kind} x{each.count}",
-                ", ".join(each.axes) or "-",
-                "async" if each.is_async else "sync",
-                _bytes(each.num_bytes),
-                _time(each.link_seconds),
-                _number(each.cycles),
-                _flops(each.flops),
-                _time(each.compute_seconds),
-                _verdict(each),
-            )
-            for each in self.loop.collectives
-        ]
         tables: list[_Table] = [(("action", "cycles", "matmuls"), actions)]
-        if collectives:
-            head = ("collective", "axes", "", "bytes", "link", "cycles", "matmuls", "compute", "")
-            tables.append((head, collectives))
+        if self.loop.collectives:
+            tables.append((HEAD, collective_rows(self.loop.collectives)))
+        if self.waits is not None:
+            seconds = self.prediction.loop_seconds or 0.0
+            tables += [ticks_table(self.waits), sums_table(self.waits, seconds)]
         return tables
 
 
@@ -191,78 +203,56 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _memory_lines(memory: Memory) -> list[str]:
     verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity not known"}[memory.fits]
-    capacity = "" if memory.capacity is None else f" of {_bytes(memory.capacity)}"
-    lines = [f"{_bytes(memory.needed)}{capacity} a device: {verdict}"]
+    capacity = "" if memory.capacity is None else f" of {show_bytes(memory.capacity)}"
+    lines = [f"{show_bytes(memory.needed)}{capacity} a device: {verdict}"]
     if memory.arguments is not None:
         lines.append(
-            f"arguments {_bytes(memory.arguments)}, outputs {_bytes(memory.outputs)} "
-            f"({_bytes(memory.aliased)} in place of arguments)"
+            f"arguments {show_bytes(memory.arguments)}, outputs {show_bytes(memory.outputs)} "
+            f"({show_bytes(memory.aliased)} in place of arguments)"
         )
         lines.append(
-            f"temporaries {_bytes(memory.temporaries)}; live at the peak {_bytes(memory.peak)}"
+            f"temporaries {show_bytes(memory.temporaries)}; "
+            f"live at the peak {show_bytes(memory.peak)}"
         )
     return lines
 
 
-def _program_line(program: Program) -> str:
-    code = "" if program.code_bytes is None else f", {_bytes(program.code_bytes)} of code"
-    return f"{program.num_instructions:,} instructions{code}"
+def _program_lines(program: Program) -> list[str]:
+    code = "" if program.code_bytes is None else f", {show_bytes(program.code_bytes)} of code"
+    lines = [f"{program.num_instructions:,} instructions{code}"]
+    found = program.global_permutes
+    if found:
+        number = "1 permute makes" if len(found) == 1 else f"{len(found)} permutes make"
+        lines.append(
+            f"{number} every core wait: the compiler has no pairwise barrier left for them:"
+        )
+        lines += [f"  {name}  {op_name}".rstrip() for name, op_name in found.items()]
+    return lines
 
 
 def _prediction_line(made: Prediction) -> str:
     if made.seconds is None:
         return f"not predicted: {made.reason}"
+    loop, outside = show_time(made.loop_seconds), show_time(made.outside_seconds)
     return (
-        f"{_time(made.seconds)} predicted: {made.schedule} {_time(made.loop_seconds)}, ranks idle "
-        f"{made.idle_share or 0:.1%}; outside its loops {_time(made.outside_seconds)}"
+        f"{show_time(made.seconds)} predicted: {made.schedule} {loop}, ranks idle "
+        f"{made.idle_share or 0:.1%}; outside its loops {outside}"
     )
 
 
 def _loop_lines(loop: Loop) -> list[str]:
     trips = "an unknown number of" if loop.num_trips is None else f"{loop.num_trips:,}"
     hidden = sum(each.is_hidden is True for each in loop.collectives)
-    cycles = "" if loop.cycles is None else f"{_number(loop.cycles)} cycles, "
+    number = sum(each.is_beside_another for each in loop.collectives)
+    beside = f", {number} beside another that is exposed" if number else ""
+    cycles = "" if loop.cycles is None else f"{show_number(loop.cycles)} cycles, "
     return [
         f"{_LOOPS[loop.kind]}; {trips} trips",
         (
-            f"a trip: {cycles}{_flops(loop.flops)} of matmuls, "
-            f"{_time(loop.compute_seconds)} of compute, {_time(loop.exposed_seconds)} exposed"
+            f"a trip: {cycles}{show_flops(loop.flops)} of matmuls, "
+            f"{show_time(loop.compute_seconds)} of compute, "
+            f"{show_time(loop.exposed_seconds)} exposed"
         ),
-        f"{hidden} of {len(loop.collectives)} collectives hidden",
+        f"{hidden} of {len(loop.collectives)} collectives hidden{beside}",
+        *branch_lines(loop.collectives),
     ]
-
-
-def _verdict(each: Collective) -> str:
-    if each.is_hidden:
-        return "hidden"
-    if each.exposed_seconds is None:
-        return "exposed" if not each.is_async else "not known"
-    return f"exposed {_time(each.exposed_seconds)}"
-
-
-def _bytes(number: int | None) -> str:
-    return "-" if number is None else _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _flops(number: float) -> str:
-    units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
-    return _scaled(number, 1000, units) if number else "-"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds == 0:
-        return "0"
-    return f"{seconds:.3g} s" if seconds >= 1 else _scaled(seconds * 1e9, 1000, ("ns", "us", "ms"))
-
-
-def _scaled(number: float, base: int, units: Sequence[str]) -> str:
-    index = 0
-    while number >= base and index + 1 < len(units):
-        number, index = number / base, index + 1
-    return f"{number:,.0f} {units[index]}" if number >= 100 else f"{number:.3g} {units[index]}"
-
-
-def _number(number: float | None) -> str:
-    return "-" if number is None else f"{number:,.0f}"

@@ -9,6 +9,10 @@ import numpy as np
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD
 
+# How long a transfer is taken to be, beside a rank's forward, where nothing is said of it: at a
+# width of 1024 or more an activation takes up to about a tenth of it over today's links. (Without
+# transfers no alignment would pay: what it buys is that they run behind the beats' own compute.)
+TRANSFER = 0.1
 # A full backward stashes nothing for all layers of a stage. Compiled for a TPU v5e it takes 0.81 to
 # 0.96 of the cycles of I and W apart in eleven of twelve stages of transformers and MLPs, 1.01 in
 # one of two layers of an MLP, without rematerialisation (experiments/full_backward).

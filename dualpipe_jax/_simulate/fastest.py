@@ -4,14 +4,10 @@ from functools import lru_cache
 
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import lag_of
-from dualpipe_jax._simulate.costs import Costs, of_transformer
+from dualpipe_jax._simulate.costs import TRANSFER, Costs, of_transformer
 from dualpipe_jax._simulate.simulation import simulate
 from dualpipe_jax.schedules import Schedule
 
-# At a width of 1024 or more an activation takes up to about a tenth of a stage's forward to reach a
-# neighbour over today's links. (Without transfers no alignment would pay: what it buys is that they
-# run behind the beats' own compute.)
-TRANSFER = 0.1
 # Of a transformer's forward, where the context is as long as the model is wide: 2 of 12 + 2.
 _ATTENTION = 1 / 7
 

@@ -9,15 +9,15 @@ import numpy as np
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.durations import Durations
+from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
-from dualpipe_jax._simulate.costs import Costs
+from dualpipe_jax._simulate.costs import TRANSFER, Costs
 from dualpipe_jax._simulate.published import published_bubble
 from dualpipe_jax._stage_sizes import (
     first_half,
     require_sum,
     spread_evenly,
     stage_sizes,
-    stages_of_one_layer,
 )
 from dualpipe_jax.schedules import Schedule
 
@@ -103,6 +103,47 @@ def durations_of(
     )
 
 
+def compile_for(
+    schedule: Schedule,
+    *,
+    costs: Costs,
+    transfer: float,
+    layers_of_stage: tuple[int, ...] | None,
+    timetable: str,
+    full_backward: bool,
+    rendezvous: bool = True,
+    placed_by: Costs | None = None,
+) -> tuple[Tables, Durations]:
+    """Compiles a schedule as a step with these costs would be, and says how long its actions take.
+
+    Arguments are those of `simulate`, and the layers of each stage as for `durations_of`.
+    """
+
+    def spread(costs: Costs, transfer: float) -> Durations:
+        return durations_of(
+            schedule,
+            costs,
+            transfer=transfer,
+            layers_of_stage=layers_of_stage,
+            full_backward=full_backward,
+            rendezvous=rendezvous,
+        )
+
+    durations = placed = spread(costs, transfer)
+    if placed_by is not None:
+        placed = spread(placed_by, TRANSFER * placed_by.forward)
+    layers = layers_of_stage or ()
+    compiled = compile_program(
+        schedule.program,
+        timetable=timetable,
+        stash_deferred=not costs.recompute,
+        full_backward=full_backward,
+        whole_stages=frozenset(stage for stage, size in enumerate(layers) if size == 1),
+        durations=placed,
+    )
+    return compiled.tables, durations
+
+
 def simulate(
     schedule: Schedule,
     *,
@@ -137,9 +178,8 @@ def simulate(
         follows, so that the neighbour waits for both. Stages of a number of layers that is not
         given have two halves alike.
       rendezvous: Whether a sender waits for its receiver, as on CPUs and TPUs; not on GPUs.
-      placed_by: The costs by which actions are placed in ticks, where those of the program are
-        others, as a step placed by a transformer's costs (`value_and_grad(costs=None)`) may have;
-        None for `costs`.
+      placed_by: The costs by which the step's actions were placed in ticks, if not these: those of
+        `value_and_grad(costs=)`, with a transfer of a tenth of the forward as there.
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
@@ -187,28 +227,16 @@ def simulate(
             f"{schedule.name!r} on {num_ranks} ranks"
         )
     layers_of_stage = sizes or spread_evenly(num_layers, num_stages)
-
-    def spread(costs: Costs) -> Durations:
-        return durations_of(
-            schedule,
-            costs,
-            transfer=transfer,
-            layers_of_stage=None if is_any_size else layers_of_stage,
-            full_backward=full_backward,
-            rendezvous=rendezvous,
-        )
-
-    tables = compile_program(
-        schedule.program,
+    tables, durations = compile_for(
+        schedule,
+        costs=costs,
+        transfer=transfer,
+        layers_of_stage=None if is_any_size else layers_of_stage,
         timetable=timetable,
-        stash_deferred=not costs.recompute,
         full_backward=full_backward,
-        whole_stages=frozenset()
-        if is_any_size
-        else stages_of_one_layer(num_layers, num_stages, sizes),
-        durations=spread(placed_by or costs),
-    ).tables
-    durations = spread(costs)
+        rendezvous=rendezvous,
+        placed_by=placed_by,
+    )
     work, recomputed = durations.work(tables), durations.recomputed(tables)
     makespan = float(replay(tables, work, transfer=transfer, rendezvous=rendezvous).max())
     # Where nobody idles, sums in different orders differ in their last bit.

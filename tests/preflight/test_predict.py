@@ -35,7 +35,11 @@ def predict(*more: str, limit: str = "constant(5)", entry: str = "") -> Predicti
 
 
 def simulated(
-    *, full_backward: bool = False, num_layers: int | None = None, **costs: float
+    *,
+    full_backward: bool = False,
+    num_layers: int | None = None,
+    placed_by: Costs | None = None,
+    **costs: float,
 ) -> float:
     made = schedules.make("dualpipe", num_ranks=4, num_microbatches=16)
     # Each transfer takes the links 16 s.
@@ -46,6 +50,7 @@ def simulated(
         timetable="aligned",
         full_backward=full_backward,
         num_layers=num_layers,
+        placed_by=placed_by,
     ).makespan
 
 
@@ -86,17 +91,25 @@ def test_the_embedding_counts_with_its_gradient() -> None:
     assert made.seconds == pytest.approx(expected)
 
 
+def placed(num_layers: int) -> str:
+    """Names a placement of four stages by other costs, at which other ticks are the best."""
+    return _scopes.of_placement([1.0, 1.2, 1.4, 0.0, 0.0, 0.0, None], [num_layers] * 4)
+
+
+PLACED_BY = Costs(forward=1, input_grad=1.2, weight_grad=1.4)
+
+
 def test_full_backwards_around_the_run_are_seen() -> None:
-    def seconds(scope: str) -> float:
-        op_name = f"{SCOPE}/{_scopes.RAMP}/{scope}/op"
+    def seconds(num_layers: int) -> float:
+        op_name = f"{SCOPE}/{placed(num_layers)}/{_scopes.RAMP}/{_scopes.FULL_BACKWARD}/op"
         made = predict(entry=f'{work("b", 0)}, metadata={{op_name="{op_name}"}}')
         assert made.seconds is not None
         return made.seconds
 
     cycles = {"forward": 100, "input_grad": 120, "weight_grad": 140, "full_backward": True}
-    at_once, in_halves = seconds(_scopes.FULL_BACKWARD), seconds(_scopes.IN_HALVES)
-    assert at_once == pytest.approx(simulated(**cycles, num_layers=4))
-    assert in_halves == pytest.approx(simulated(**cycles))
+    at_once, in_halves = seconds(1), seconds(2)
+    assert at_once == pytest.approx(simulated(**cycles, num_layers=4, placed_by=PLACED_BY))
+    assert in_halves == pytest.approx(simulated(**cycles, placed_by=PLACED_BY))
     assert at_once > in_halves > (predict().seconds or 0)
 
 
@@ -191,7 +204,7 @@ def test_weight_grads_that_are_put_off_may_recompute() -> None:
     costs = Costs(forward=100, input_grad=220, weight_grad=140, recompute=220)
     assert made.loop_seconds == pytest.approx(simulate(schedule, costs=costs, transfer=16).makespan)
     # With full backwards, only those have a place of their own.
-    halves = f"{_scopes.IN_HALVES}/{INPUT_GRAD}", f"{_scopes.IN_HALVES}/{WEIGHT_GRAD}"
+    halves = f"{_scopes.FULL_BACKWARD}/{INPUT_GRAD}", f"{_scopes.FULL_BACKWARD}/{WEIGHT_GRAD}"
     made = in_ticks(
         "zb-h1",
         [(FORWARD, 100), (halves[0], 170), (halves[1], 150), (INPUT_GRAD, 220), (WEIGHT_GRAD, 360)],
@@ -203,11 +216,17 @@ def test_weight_grads_that_are_put_off_may_recompute() -> None:
 
 def test_full_backwards_of_ticks_at_once_and_in_halves() -> None:
     schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
-    for scope, num_layers in ((_scopes.FULL_BACKWARD, 4), (_scopes.IN_HALVES, None)):
-        made = in_ticks("1f1b", [(FORWARD, 100), (f"{scope}/{INPUT_GRAD}", 240)], beside=5)
+    for num_layers in (1, 2):
+        scope = f"{placed(num_layers)}/{_scopes.FULL_BACKWARD}/{INPUT_GRAD}"
+        made = in_ticks("1f1b", [(FORWARD, 100), (scope, 240)], beside=5)
         costs = Costs(forward=105, input_grad=125, weight_grad=125, full_backward=250)
         full = simulate(
-            schedule, costs=costs, transfer=16, full_backward=True, num_layers=num_layers
+            schedule,
+            costs=costs,
+            transfer=16,
+            full_backward=True,
+            num_layers=4 * num_layers,
+            placed_by=PLACED_BY,
         )
         assert made.loop_seconds == pytest.approx(full.makespan)
 

@@ -1,9 +1,13 @@
 """Which collectives are hidden: short programs where a cycle, and a byte, takes a second."""
 
+from typing import Any
+
 import pytest
 
+from dualpipe_jax import _scopes
+from dualpipe_jax._preflight.exposure import Collective, exposed_seconds, with_runs
 from dualpipe_jax._preflight.hlo import Module
-from dualpipe_jax._preflight.timing import Collective, Replay
+from dualpipe_jax._preflight.timing import Replay
 from tests.preflight.snippets import FUSED, SWAP, A, network, program, work
 from tests.preflight.test_work import LOOP, WHILE
 
@@ -76,13 +80,149 @@ def test_a_wait_for_one_gives_the_other_time() -> None:
     assert [each.exposed_seconds for each in replay(module, expert=2, pipe=2)] == [16, 0]
 
 
-def test_compute_of_some_ranks_only_hides_nothing() -> None:
-    branch = "%{} (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n{}\n}}"
-    conditional = "  %c = f32[4]{0} conditional(%a, %a, %a), branch_computations={%one, %two}"
-    nothing = "  ROOT %n = f32[4]{0} negate(%a)"
-    others = branch.format("one", work("x", 99)), branch.format("two", nothing)
-    (permute,) = replay(lines(start("s"), conditional, done("d", "s"), others=others))
-    assert (permute.cycles, permute.exposed_seconds) == (0, 16)
+def conditional(*cycles: int, scopes: tuple[str, ...] = ()) -> tuple[str, tuple[str, ...]]:
+    """Writes a conditional whose branches take so many cycles, and the branches."""
+    names = [f"%branch_{number}" for number in range(len(cycles))]
+    branches = [
+        f"{name} (b: f32[4]) -> f32[4] {{\n  %b = f32[4]{{0}} parameter(0)\n"
+        + work(f"w{number}_{name[1:]}", each, "b").replace("  %", "  ROOT %")
+        + (f', metadata={{op_name="{scopes[number]}"}}' if scopes else "")
+        + "\n}"
+        for number, (name, each) in enumerate(zip(names, cycles, strict=True))
+    ]
+    called = ", ".join(names)
+    operands = ", ".join(["%a"] * (len(cycles) + 1))
+    line = f"  %c = f32[4]{{0}} conditional({operands}), branch_computations={{{called}}}"
+    return line, tuple(branches)
+
+
+def places(*cycles: int, scopes: tuple[str, ...] = ()) -> tuple[str, tuple[str, ...]]:
+    """Writes loops of which each rank decides itself whether to run them, and their bodies."""
+    lines, computations = [], []
+    for number, each in enumerate(cycles):
+        name = f', metadata={{op_name="{scopes[number]}"}}' if scopes else ""
+        computations.append(
+            f"%run.{number} (r{number}: f32[4]) -> f32[4] {{\n"
+            f"  %r{number} = f32[4]{{0}} parameter(0)\n"
+            + work(f"v{number}", each, f"r{number}").replace("  %", "  ROOT %")
+            + name
+            + f"\n}}\n\n%is_on.{number} (q{number}: f32[4]) -> pred[] {{\n"
+            f"  ROOT %q{number} = f32[4]{{0}} parameter(0)\n}}"
+        )
+        lines.append(
+            f"  %p{number} = f32[4]{{0}} while(%a), condition=%is_on.{number}, body=%run.{number}"
+        )
+    return "\n".join(lines), tuple(computations)
+
+
+RAMP, ENDS = f"{_scopes.RAMP}/", f"{_scopes.RAMP}/{_scopes.HEAD}/op"
+ACTIONS = tuple(
+    f"{RAMP}{name}/op" for name in (_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD)
+)
+
+
+@pytest.mark.parametrize("between", [places(30, 20, 99), conditional(30, 20, 99, 0)])
+def test_a_rank_hides_a_transfer_behind_what_it_runs_itself(
+    between: tuple[str, tuple[str, ...]],
+) -> None:
+    (permute,) = replay(lines(start("s"), between[0], done("d", "s"), others=between[1]))
+    # The one that acts and has least to do takes 20; who passes over all waits for the whole time.
+    assert (permute.cycles, permute.compute_seconds, permute.exposed_seconds) == (20, 20, 0)
+    assert permute.most_exposed_seconds == 16
+    assert permute.is_hidden
+
+
+def test_what_a_rank_runs_before_hides_nothing() -> None:
+    """Of two actions one stands before the start: the rank that runs it has nothing left."""
+    first, others = places(99, 98)
+    before, after = first.splitlines()
+    (permute,) = replay(lines(before, start("s"), after, done("d", "s"), others=others))
+    assert (permute.cycles, permute.exposed_seconds, permute.most_exposed_seconds) == (0, 16, 16)
+
+
+def test_too_little_of_an_action_is_what_is_missing() -> None:
+    between, others = places(10, 99)
+    (permute,) = replay(
+        lines(start("s"), work("all", 2), between, done("d", "s"), others=others),
+    )
+    assert (permute.cycles, permute.exposed_seconds, permute.most_exposed_seconds) == (12, 4, 14)
+
+
+@pytest.mark.parametrize("make", [places, conditional])
+def test_ends_of_a_step_hide_nothing(make: Any) -> None:
+    between, others = make(99, 0, scopes=(ENDS, ENDS))
+    (permute,) = replay(lines(start("s"), between, done("d", "s"), others=others))
+    assert (permute.cycles, permute.exposed_seconds, permute.most_exposed_seconds) == (0, 16, 16)
+    # Beside them, actions do.
+    between, others = make(99, 18, 20, 22, scopes=(ENDS, *ACTIONS))
+    (permute,) = replay(lines(start("s"), between, done("d", "s"), others=others))
+    # A conditional's cheapest branch is all ranks': one of the others stands in its place.
+    least = 18 if make is places else 20
+    assert (permute.cycles, permute.exposed_seconds) == (least, 0)
+
+
+def test_all_ranks_run_the_cheapest_branch() -> None:
+    between, others = conditional(9, 7)
+    (permute,) = replay(lines(start("s"), between, done("d", "s"), others=others))
+    assert (permute.cycles, permute.exposed_seconds, permute.most_exposed_seconds) == (9, 7, 9)
+
+
+def in_branches(*branches: str, called: str = "branch_computations={{{}}}") -> Module:
+    """Makes a conditional whose branches have these lines, and a parameter of their number."""
+    computations = [
+        f"%branch_{number} (b{number}: f32[4]) -> f32[4] {{\n"
+        f"  %b{number} = f32[4]{{0}} parameter(0)\n{text}\n"
+        f"  ROOT %n{number} = f32[4]{{0}} negate(%b{number})\n}}"
+        for number, text in enumerate(branches)
+    ]
+    names = ", ".join(f"%branch_{number}" for number in range(len(branches)))
+    line = f"  ROOT %c = f32[4]{{0}} conditional(%a, %a, %a), {called.format(names)}"
+    return lines(line, others=tuple(computations))
+
+
+def pair(number: int, pairs: str) -> str:
+    name = f"s{number}"
+    return "\n".join([start(name, f"b{number}").replace(SWAP, pairs), done(f"d{number}", name)])
+
+
+RIGHT, LEFT = "source_target_pairs={{0,1}}", "source_target_pairs={{1,0}}"
+
+
+def test_a_trip_takes_one_branch() -> None:
+    both = "\n".join(
+        [
+            start("s2", "b2").replace(SWAP, RIGHT),
+            start("s3", "b2").replace(SWAP, RIGHT),
+            done("d2", "s2"),
+            done("d3", "s3"),
+        ]
+    )
+    found = replay(in_branches("", pair(1, RIGHT), both))
+    assert [(each.conditional, each.branch) for each in found] == [("c", 1), ("c", 2), ("c", 2)]
+    assert [each.exposed_seconds for each in found] == [16, 16, 16]
+    # One of them: of which nothing is known the most expensive, else as often as each is taken.
+    assert exposed_seconds(found) == 32
+    found = with_runs(found, {"c": (5, 3, 2)})
+    assert [each.num_runs for each in found] == [3, 2, 2]
+    assert exposed_seconds(found, num_trips=10) == pytest.approx(0.3 * 16 + 0.2 * 32)
+
+
+def test_both_ways_are_under_way_together() -> None:
+    module = lines(
+        start("s").replace(SWAP, RIGHT),
+        start("t").replace(SWAP, LEFT),
+        done("d", "s"),
+        done("e", "t"),
+    )
+    found = replay(module)
+    assert [each.exposed_seconds for each in found] == [16, 0]
+    assert [each.is_beside_another for each in found] == [False, True]
+
+
+def test_branches_of_true_and_false_are_numbered() -> None:
+    called = "true_computation=%branch_1, false_computation=%branch_0"
+    (permute,) = replay(in_branches("", pair(1, RIGHT), called=called))
+    assert (permute.conditional, permute.branch) == ("c", 1)
 
 
 def test_a_loop_between_hides_with_all_its_trips() -> None:

@@ -90,6 +90,29 @@ def test_steps_in_ticks_are_predicted(num_layers: int) -> None:
     assert made.loop_seconds is not None
     assert least < made.loop_seconds < num_ticks * (report.loop.compute_seconds + transfer)
     assert 0 < (made.idle_share or 0) < 0.5
+    # The permutes stand in the branches of a conditional, of which each tick takes the one that the
+    # tables say; and all idle time has its reasons.
+    waits = report.waits
+    assert waits is not None
+    assert len(waits.ticks) == report.loop.num_trips
+    runs = {each.branch: each.num_runs for each in report.loop.collectives}
+    sends = [tick for tick in waits.ticks if tick.exchange != ((), ())]
+    assert sum(number or 0 for number in runs.values()) == len(sends)
+    idle = sum(waits.by_reason().values()) + sum(waits.finished)
+    assert idle == pytest.approx(4 * made.loop_seconds * (made.idle_share or 0) * 1e6)
+    assert report.program is not None
+    assert report.program.global_permutes == {}
+
+
+@pytest.mark.slow
+def test_no_permute_makes_every_core_wait() -> None:
+    """In the schedule with most sets of pairs: 74, before they are merged."""
+    mesh = make_mesh(8)
+    args = make_args(mesh, width=128, num_layers=32, rows=64, length=128)
+    step = make_step(mesh, schedule="dualpipev", timetable="shortest", num_microbatches=32)
+    program = dpj.preflight(step, args, "tpu:v5e:2x4").program
+    assert program is not None
+    assert program.global_permutes == {}
 
 
 @pytest.mark.slow
