@@ -10,6 +10,7 @@ import jax
 
 from dualpipe_jax._preflight.actions import Action, work_by_action
 from dualpipe_jax._preflight.arguments import find_axes, place
+from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.hlo import Module, parse
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.loops import Found, find_loop
@@ -132,12 +133,13 @@ def preflight(
             memory=_exhausted(found, failure),
             program=None,
             loop=None,
+            copies=(),
             prediction=Prediction(reason="the step does not fit"),
             failure=failure.splitlines()[0],
         )
     module = parse(compiled.as_text() or "")
     network = Network(axes=axes.sizes, device=found.device)
-    loop, prediction = _analysis(module, network)
+    loop, prediction, copies = _analysis(module, network)
     analysis = compiled.memory_analysis()
     return Report(
         **common,
@@ -148,11 +150,12 @@ def preflight(
             code_bytes=getattr(analysis, "generated_code_size_in_bytes", None) or None,
         ),
         loop=loop,
+        copies=copies,
         prediction=prediction,
     )
 
 
-def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction]:
+def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction, tuple[Copy, ...]]:
     costs, replay = Costs(module), Replay(module, network)
     found = find_loop(module, costs)
     work = {} if found is None else work_by_action(module, costs, found.body)
@@ -166,8 +169,9 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
         outside_seconds=_outside_seconds(module, costs, replay, found),
         device=network.device,
     )
+    copies = find_copies(module, costs, found)
     if found is None:
-        return None, prediction
+        return None, prediction, copies
     total = costs.of_computation(found.body)
     has_cycles = network.device is not None and network.device.clock is not None
     loop = Loop(
@@ -191,7 +195,7 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
         ),
         collectives=tuple(collectives),
     )
-    return loop, prediction
+    return loop, prediction, copies
 
 
 def _exposed_seconds(collectives: list[Collective]) -> float | None:

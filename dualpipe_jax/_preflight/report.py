@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualpipe_jax._preflight.actions import Action
+from dualpipe_jax._preflight.copies import Copy
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._preflight.timing import Collective
 
@@ -13,6 +14,13 @@ _LOOPS = {
     "other": "the outermost with collectives: the program has none of a pipelined step",
     "plain": "the outermost of most work: no loop has collectives",
 }
+_PLACES = {
+    "steady": "a trip of the steady loop",
+    "tick": "a tick",
+    "once": "a step, around the steady loop",
+    "loop": "a trip of a loop",
+}
+_MOST_COPIES = 4  # lines
 # A head, and rows.
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -99,6 +107,8 @@ class Report:
       memory: A device's memory.
       program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
+      copies: The copies of whole slot buffers in loops, of which there should be none: see
+        `_preflight/copies.py`.
       prediction: The time of a step.
       failure: What the compiler said if the step does not fit; "" if it does.
     """
@@ -112,6 +122,7 @@ class Report:
     memory: Memory
     program: Program | None
     loop: Loop | None
+    copies: tuple[Copy, ...]
     prediction: Prediction
     failure: str = ""
 
@@ -133,6 +144,7 @@ class Report:
             ("program", [] if self.program is None else [_program_line(self.program)]),
             ("step", [_prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
+            ("copies", [] if self.program is None else _copies_lines(self.copies)),
         ]
         if self.apart:
             parts.append(
@@ -230,6 +242,19 @@ def _loop_lines(loop: Loop) -> list[str]:
         ),
         f"{hidden} of {len(loop.collectives)} collectives hidden",
     ]
+
+
+def _copies_lines(copies: Sequence[Copy]) -> list[str]:
+    if not copies:
+        return ["none of a whole slot buffer in a loop"]
+    lines = [
+        f"{each.count} of a whole slot buffer {_PLACES[each.where]}"
+        f"{'' if each.action == 'other' else f', in {each.action}'}: {each.shape}, "
+        f"{_bytes(each.num_bytes)}{'' if each.cycles is None else f', {each.cycles:,.0f} cycles'}"
+        for each in copies[:_MOST_COPIES]
+    ]
+    more = sum(each.count for each in copies[_MOST_COPIES:])
+    return [*lines, *([f"{more} more of other shapes, or in other places"] if more else [])]
 
 
 def _verdict(each: Collective) -> str:
