@@ -236,6 +236,7 @@ class _Beat:
                     (mine.weight_residual, "weight_residual"),
                 )
             )
+            kept, kept_longer = rank.like_slots(layer, residual=kept, weight_residual=kept_longer)
             dx, values, _, early = rank.input_grad_of(
                 layer, dx, kept, kept_longer, i_row, self.backward
             )
@@ -257,6 +258,7 @@ class _Beat:
         def forward(layer: Layer, x: PyTree, aux: Any, mine: _OfKind, dx: list) -> Any:
             x, aux_of_layer, *made = rank.forward_of(layer, x, f_row, self.forward)
             kept, kept_longer = order.wait_for(made, (x, dx))  # as in `unrolled.run_beat`
+            kept, kept_longer = rank.like_slots(layer, residual=kept, weight_residual=kept_longer)
             aux, metrics = accumulators.add_aux(aux, mine.metrics, aux_of_layer, layer=layer.place)
             mine = mine._replace(
                 residual=registers.write_layer(mine.residual, kept, layer.index, f_row["residual"]),

@@ -54,7 +54,7 @@ def copied_or_read(copied: Sequence[Any], read: Sequence[Any], *, small: int) ->
     return tuple(either(old, new) if new.nbytes <= small else new for old, new in both)
 
 
-def row_major(values: PyTree) -> PyTree:
+def row_major(values: PyTree, dims: Sequence[tuple[int, ...] | None] | None = None) -> PyTree:
     """Returns the values; on TPUs they lie in memory row by row.
 
     So do those that go through a loop of one trip or none (`registers.when`), of which XLA does not
@@ -62,20 +62,36 @@ def row_major(values: PyTree) -> PyTree:
     end ranks enter the loop.
 
     Where XLA shards values over axes of its own they are left to it: it would gather them first.
+
+    Args:
+      values: The values.
+      dims: For each leaf its dims, the outermost first, if it is to lie in another order, or None
+        for a leaf that is left as it is.
     """
-    if xla_shards() or not jax.tree.leaves(values):
+    leaves, structure = jax.tree.flatten(values)
+    orders = [tuple(range(leaf.ndim)) for leaf in leaves] if dims is None else dims
+    both = zip(leaves, orders, strict=True)
+    placed = [(leaf, order) for leaf, order in both if order is not None]
+    if xla_shards() or not placed:
         return values
-    return lax.platform_dependent(
-        values,
-        tpu=lambda values: jax.tree.map(_row_major, values),
-        default=lambda values: values,
+    ordered = [order for _, order in placed]
+    out = iter(
+        lax.platform_dependent(
+            [leaf for leaf, _ in placed],
+            tpu=lambda leaves: list(map(_in_order, leaves, ordered)),
+            default=lambda leaves: leaves,
+        )
+    )
+    both = zip(leaves, orders, strict=True)
+    return jax.tree.unflatten(
+        structure, [leaf if order is None else next(out) for leaf, order in both]
     )
 
 
-def _row_major(value: jax.Array) -> jax.Array:
+def _in_order(value: jax.Array, dims: tuple[int, ...]) -> jax.Array:
     # Innermost, a dim of size one would be padded to the width of a register.
-    dims = sorted(range(value.ndim), key=lambda dim: dim > 0 and value.shape[dim] != 1)
-    return with_layout_constraint(value, Layout(tuple(dims)))
+    dims = tuple(sorted(dims, key=lambda dim: dim > 0 and value.shape[dim] != 1))
+    return with_layout_constraint(value, Layout(dims))
 
 
 def xla_shards() -> bool:

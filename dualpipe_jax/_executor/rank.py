@@ -19,7 +19,7 @@ from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import place
 from dualpipe_jax._executor.registers import when
-from dualpipe_jax._executor.rows import RESIDUALS, in_rows
+from dualpipe_jax._executor.rows import RESIDUALS, in_rows, like_slots
 from dualpipe_jax._executor.start import empty_after
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
@@ -91,6 +91,23 @@ class Rank:
             return tuple(placed[name] for name in names)
 
         return run
+
+    def like_slots(self, layer: Layer, **values: Any) -> tuple[Any, ...]:
+        """Has what slots hold for a layer lie as they do.
+
+        Args:
+          layer: The layer.
+          **values: By the names of their buffers.
+        """
+        return tuple(
+            like_slots(self.functions, layer.kind, name, each) for name, each in values.items()
+        )
+
+    def _like_slots(self, is_on: Any, layer: Layer, **values: Any) -> tuple[Any, ...]:
+        """Does as `like_slots`, but in beats, where `is_on` is True, of unrolled layers."""
+        if is_on is True and self.layout.is_unrolled:
+            return tuple(values.values())
+        return self.like_slots(layer, **values)
 
     def _context(self, row: Row, position: Any, *, is_layer: bool = False) -> Context:
         return _microbatches.context(
@@ -200,6 +217,9 @@ class Rank:
                 x, aux = self.functions.block[layer.kind](params, x, ctx)
             else:
                 x, aux, kept, kept_longer = self.forward_of(layer, x, row, chunk)
+                kept, kept_longer = self._like_slots(
+                    is_on, layer, residual=kept, weight_residual=kept_longer
+                )
                 residual = registers.write_layer(residual, kept, layer.index, row["residual"])
                 weight_residual = registers.write_layer(
                     weight_residual, kept_longer, layer.index, row["weight_residual"]
@@ -230,6 +250,9 @@ class Rank:
             kept = registers.read_layer(residual, layer.index, mine["residual"])
             kept_longer = registers.read_layer(
                 weight_residual, layer.index, mine["weight_residual"]
+            )
+            kept, kept_longer = self._like_slots(
+                is_on, layer, residual=kept, weight_residual=kept_longer
             )
             dx, values, _, early = self.input_grad_of(layer, dy, kept, kept_longer, row, chunk)
             late = self.weight_grad_of(layer, kept_longer, values, row, chunk, "stash")
@@ -324,9 +347,13 @@ class Rank:
             kept_longer = registers.read_layer(
                 weight_residual, layer.index, mine["weight_residual"]
             )
+            kept, kept_longer = self._like_slots(
+                is_on, layer, residual=kept, weight_residual=kept_longer
+            )
             dx, values, put_off, early = self.input_grad_of(
                 layer, dy, kept, kept_longer, row, chunk
             )
+            values, put_off = self._like_slots(is_on, layer, stash=values, deferred=put_off)
 
             def put(buffers: Any) -> Any:
                 return registers.write_layer(buffers, put_off, layer.index, row[DEFERRED])
@@ -366,14 +393,15 @@ class Rank:
         def run(layer: Layer, carry: Any, buffers: Any) -> Any:
             (shared, turn), (grads, weight_residual, values) = carry, buffers
             mine = self.in_turn(row, turn)
-            late = self.weight_grad_of(
+            kept_longer, stashed = self._like_slots(
+                is_on,
                 layer,
-                registers.read_layer(weight_residual, layer.index, mine["weight_residual"]),
-                registers.read_layer(values, layer.index, mine[source]),
-                row,
-                chunk,
-                source,
+                weight_residual=registers.read_layer(
+                    weight_residual, layer.index, mine["weight_residual"]
+                ),
+                **{source: registers.read_layer(values, layer.index, mine[source])},
             )
+            late = self.weight_grad_of(layer, kept_longer, stashed, row, chunk, source)
             places = self.gradients.late[layer.kind]
             grads, shared = accumulators.add(grads, shared, late, places=places, layer=layer.place)
             weight_residual, values = (

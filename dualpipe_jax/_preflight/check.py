@@ -11,6 +11,7 @@ import jax
 from dualpipe_jax._preflight.actions import Action, work_by_action
 from dualpipe_jax._preflight.arguments import find_axes, place
 from dualpipe_jax._preflight.collectives import find_global_permutes
+from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.exposure import exposed_seconds, with_runs
 from dualpipe_jax._preflight.hlo import Module, parse
 from dualpipe_jax._preflight.links import Network
@@ -136,12 +137,13 @@ def preflight(
             memory=_exhausted(found, failure),
             program=None,
             loop=None,
+            copies=(),
             prediction=Prediction(reason="the step does not fit"),
             failure=failure.splitlines()[0],
         )
     module = parse(compiled.as_text() or "")
     network = Network(axes=axes.sizes, device=found.device)
-    loop, prediction, waits = _analysis(module, network)
+    loop, prediction, waits, copies = _analysis(module, network)
     analysis = compiled.memory_analysis()
     return Report(
         **common,
@@ -153,12 +155,15 @@ def preflight(
             global_permutes=find_global_permutes(module),
         ),
         loop=loop,
+        copies=copies,
         prediction=prediction,
         waits=waits,
     )
 
 
-def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction, Waits | None]:
+def _analysis(
+    module: Module, network: Network
+) -> tuple[Loop | None, Prediction, Waits | None, tuple[Copy, ...]]:
     costs, replay = Costs(module), Replay(module, network)
     found = find_loop(module, costs)
     work = {} if found is None else work_by_action(module, costs, found.body)
@@ -172,8 +177,9 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
         outside_seconds=_outside_seconds(module, costs, replay, found),
         device=network.device,
     )
+    copies = find_copies(module, costs, found)
     if found is None:
-        return None, prediction, None
+        return None, prediction, None, copies
     if timetable is not None:
         runs = runs_of_branches(module, found.body, network, timetable.tables)
         collectives = with_runs(collectives, runs)
@@ -200,7 +206,7 @@ def _analysis(module: Module, network: Network) -> tuple[Loop | None, Prediction
         ),
         collectives=tuple(collectives),
     )
-    return loop, prediction, None if timetable is None else timetable.waits()
+    return loop, prediction, None if timetable is None else timetable.waits(), copies
 
 
 def _outside_seconds(

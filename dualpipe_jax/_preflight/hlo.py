@@ -18,7 +18,7 @@ computation is the order in which a device starts them. Only what the analysis n
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 # Bits of an element; what is not here (token, opaque) has none.
@@ -27,7 +27,8 @@ _WIDTH = re.compile(r"(?:bf|[suf])(\d+)")
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+_MEMORY_SPACE = re.compile(r"S\(\d+\)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
@@ -41,10 +42,18 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 
 @dataclass(frozen=True)
 class Shape:
-    """Tells the shape of one array."""
+    """Tells the shape of one array.
+
+    Attributes:
+      dtype: As in the text: `bf16`.
+      dims: Its dims.
+      layout: How it lies in memory, as in the text but for the memory space. Shapes are equal
+        whatever their layouts.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    layout: str = field(default="", compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -216,8 +225,12 @@ def parse(text: str) -> Module:
 def _instruction(name: str, rest: str) -> Instruction:
     end = _end_of_shape(rest)
     shapes = tuple(
-        Shape(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim))
-        for dtype, dims in _SHAPE.findall(rest[:end])
+        Shape(
+            dtype,
+            tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim),
+            _MEMORY_SPACE.sub("", layout),
+        )
+        for dtype, dims, layout in _SHAPE.findall(rest[:end])
     )
     opcode = _OPCODE.match(rest, end)
     assert opcode, rest

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dualpipe_jax._preflight.actions import Action
 from dualpipe_jax._preflight.collectives_text import HEAD, branch_lines, collective_rows
+from dualpipe_jax._preflight.copies import Copy
 from dualpipe_jax._preflight.exposure import Collective
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._preflight.units import show_bytes, show_flops, show_number, show_time
@@ -17,6 +18,13 @@ _LOOPS = {
     "other": "the outermost with collectives: the program has none of a pipelined step",
     "plain": "the outermost of most work: no loop has collectives",
 }
+_PLACES = {
+    "steady": "a trip of the steady loop",
+    "tick": "a tick",
+    "once": "a step, around the steady loop",
+    "loop": "a trip of a loop",
+}
+_MOST_COPIES = 4  # lines
 # A head, and rows.
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -108,6 +116,8 @@ class Report:
       memory: A device's memory.
       program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
+      copies: The copies of whole slot buffers in loops, of which there should be none: see
+        `_preflight/copies.py`.
       prediction: The time of a step.
       waits: After each tick of a predicted step in ticks, who waits, for which rank, how long and
         why, in microseconds; None for others.
@@ -123,6 +133,7 @@ class Report:
     memory: Memory
     program: Program | None
     loop: Loop | None
+    copies: tuple[Copy, ...]
     prediction: Prediction
     waits: Waits | None = None
     failure: str = ""
@@ -146,6 +157,7 @@ class Report:
             ("program", [] if self.program is None else _program_lines(self.program)),
             ("step", [_prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
+            ("copies", [] if self.program is None else _copies_lines(self.copies)),
         ]
         if self.apart:
             parts.append(
@@ -256,3 +268,20 @@ def _loop_lines(loop: Loop) -> list[str]:
         f"{hidden} of {len(loop.collectives)} collectives hidden{beside}",
         *branch_lines(loop.collectives),
     ]
+
+
+def _copies_lines(copies: Sequence[Copy]) -> list[str]:
+    if not copies:
+        return ["none of a whole slot buffer in a loop"]
+    lines = [_copy_line(each) for each in copies[:_MOST_COPIES]]
+    more = sum(each.count for each in copies[_MOST_COPIES:])
+    return [*lines, *([f"{more} more of other shapes, or in other places"] if more else [])]
+
+
+def _copy_line(copy: Copy) -> str:
+    action = "" if copy.action == "other" else f", in {copy.action}"
+    cycles = "" if copy.cycles is None else f", {copy.cycles:,.0f} cycles"
+    return (
+        f"{copy.count} of a whole slot buffer {_PLACES[copy.where]}{action}: {copy.shape}, "
+        f"{show_bytes(copy.num_bytes)}{cycles}"
+    )

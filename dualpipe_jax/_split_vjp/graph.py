@@ -19,6 +19,8 @@ from jax.extend.core import primitives
 _OF_REFS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
 # What JAX makes the zero gradient of an unused input of.
 _KEEP_ZERO = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "transpose", "copy"})
+# Parameters of equations that say which dims they are about.
+_PARAMS = ("axes", "dimension_numbers", "permutation")
 
 
 class When(enum.IntEnum):
@@ -105,6 +107,7 @@ class Node:
       inner: What is needed to open it, if it is a kind of equation that can be.
       reduces: The mesh axes over which it sums its input, if that is what it does.
       is_rough: Whether it is a contraction whose precision is left to the platform.
+      params: Which dims it contracts, reduces or transposes, as the equation says it.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Node:
     inner: Scan | Branches | Mapped | None = None
     reduces: tuple[str, ...] = ()
     is_rough: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -252,6 +256,7 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         inner=_inner(eqn, env),
         reduces=_reduced_axes(eqn),
         is_rough=_is_rough(eqn),
+        params={name: eqn.params[name] for name in _PARAMS if name in eqn.params},
     )
 
 

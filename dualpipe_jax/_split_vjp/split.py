@@ -25,6 +25,7 @@ from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_
 from dualpipe_jax._split_vjp.early import part_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.mapped import hoist_free
+from dualpipe_jax._split_vjp.memory_order import MemoryOrder, memory_orders
 from dualpipe_jax._split_vjp.nested import split_nested
 from dualpipe_jax._split_vjp.reductions import without_reductions
 from dualpipe_jax._split_vjp.working import working_bytes
@@ -59,6 +60,8 @@ class SplitVjp:
       residual: Avals of `residual`; so are `weight_residual`, `stash` and `deferred` of theirs.
       residual_parts: For each of `residual` in how many parts its readers take it; so are
         `weight_residual_parts`. See `crossing.parts_of`.
+      residual_orders: For each of `residual` how it lies best in memory; so are
+        `weight_residual_orders`.
       stash_may_wait: For each of `stash` whether a barrier may hold it up: `crossing.may_wait`.
       is_early: For every leaf of params, whether its gradient is made with the input gradient, by
         an equation that makes both. Where `is_late` holds too, the gradient is the sum of the two.
@@ -85,6 +88,8 @@ class SplitVjp:
     deferred: tuple[Any, ...]
     residual_parts: tuple[int, ...]
     weight_residual_parts: tuple[int, ...]
+    residual_orders: tuple[MemoryOrder, ...]
+    weight_residual_orders: tuple[MemoryOrder, ...]
     stash_may_wait: tuple[bool, ...]
     is_early: tuple[bool, ...]
     is_late: tuple[bool, ...]
@@ -435,6 +440,7 @@ def _assemble(
         wanted = [v for v in outputs if isinstance(v, int)]
         return parts_of(trace.graph, [*input_nodes, *weight_nodes], values, wanted)
 
+    readers = [*forward_nodes, *input_nodes, *weight_nodes]
     return SplitVjp(
         # Under jit each is traced once however many layers and branches call it.
         forward=jax.jit(forward),
@@ -447,14 +453,16 @@ def _assemble(
         deferred=tuple(avals[v] for v in deferred),
         residual_parts=parts(residual),
         weight_residual_parts=parts(weight_residual),
+        residual_orders=memory_orders(trace.graph, readers, residual),
+        weight_residual_orders=memory_orders(trace.graph, readers, weight_residual),
         stash_may_wait=may_wait(input_nodes, stash, [*trace.dy, *trace.daux]),
         is_early=is_early,
         is_late=is_late,
         is_sum=is_sum,
         reduce_axes=tuple(trace.reduce_axes),
         casts=tuple(casts),
-        is_read=_find_reads(trace.params, casts, (*forward_nodes, *input_nodes, *weight_nodes)),
-        is_rounded=_find_rounded(trace.params, (*forward_nodes, *input_nodes, *weight_nodes)),
+        is_read=_find_reads(trace.params, casts, readers),
+        is_rounded=_find_rounded(trace.params, readers),
         working_bytes=max(
             working_bytes(trace.graph, forward_nodes, {*residual, *weight_residual}),
             working_bytes(trace.graph, input_nodes, {*stash, *deferred}),

@@ -71,6 +71,18 @@ def test_values_lie_row_by_row_and_dims_of_size_one_not_innermost(
     assert f"dense<[{minor_to_major}]>" in line
 
 
+def test_values_lie_in_the_order_that_is_given_or_as_they_are() -> None:
+    values = [jax.ShapeDtypeStruct((5, size, 3), jnp.float32) for size in (4, 2)]
+
+    def run(values: list[jax.Array]) -> list[jax.Array]:
+        return order.row_major(values, [None, (0, 2, 1)])
+
+    text = jax.jit(run).trace(values).lower(lowering_platforms=("tpu",)).as_text()
+    (line,) = [line for line in text.splitlines() if "LayoutConstraint" in line]
+    assert "dense<[1, 2, 0]>" in line
+    assert "tensor<5x2x3xf32>" in line
+
+
 @pytest.mark.parametrize("is_sharded", [True, False])
 def test_what_xla_shards_is_left_to_it(is_sharded: bool) -> None:
     mesh = jax.make_mesh(

@@ -81,7 +81,7 @@ def step(exchanges: tuple[Exchange, ...], *, width: int = 1, num_arrays: int = 1
     loop = LOOP.format(inside="\n".join(lines), limit=f"constant({ticks})")
     module = program(f"{A}\n{WHILE.format(start=0, more='')}", FUSED, *computations, loop)
     axes = {"pipe": P} if width == 1 else {"pipe": P, "expert": width}
-    loop_found, prediction, waits = _analysis(module, Network(axes=axes, device=TOY))
+    loop_found, prediction, waits, copies = _analysis(module, Network(axes=axes, device=TOY))
     return Report(
         topology="toy",
         device="toy",
@@ -94,6 +94,7 @@ def step(exchanges: tuple[Exchange, ...], *, width: int = 1, num_arrays: int = 1
             num_instructions=0, code_bytes=None, global_permutes=find_global_permutes(module)
         ),
         loop=loop_found,
+        copies=copies,
         prediction=prediction,
         waits=waits,
     )
@@ -207,5 +208,5 @@ def test_permutes_of_all_cores_are_named() -> None:
 
 
 def test_programs_that_are_not_predicted_have_no_waits() -> None:
-    loop, _, waits = _analysis(program(A), network(pipe=P))
+    loop, _, waits, _ = _analysis(program(A), network(pipe=P))
     assert (loop, waits) == (None, None)

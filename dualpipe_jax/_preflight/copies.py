@@ -1,0 +1,188 @@
+"""Copies of whole buffers inside loops: time and memory for nothing.
+
+A buffer is an array that a loop carries and that the program writes an entry at a time: some
+`dynamic-update-slice` puts one entry along a dim at an index that is not a constant. So are the
+slots of the executor, `[slot, ...]` and `[slot, layer, ...]`. A copy of one is an instruction in
+the body of a loop, or in what that calls, whose result has the shape of a buffer, that reads as
+many elements, and that is no write in place: a copy, a transpose, a select, or a fusion. Moves into
+fast memory and out of it that keep the layout are none, as they run beside compute; nor is what is
+smaller than `LEAST_BYTES`.
+
+>>> from dualpipe_jax._preflight.hlo import parse
+>>> module = parse('''
+... %body (p: (s32[], f32[9,64,512])) -> (s32[], f32[9,64,512]) {
+...   %p = (s32[], f32[9,64,512]{2,1,0}) parameter(0)
+...   %slot = s32[] get-tuple-element(%p), index=0
+...   %slots = f32[9,64,512]{2,1,0} get-tuple-element(%p), index=1
+...   %turned = f32[9,64,512]{1,2,0} copy(%slots)
+...   %entry = f32[1,64,512]{1,2,0} broadcast(%slot), dimensions={}
+...   %written = f32[9,64,512]{1,2,0} dynamic-update-slice(%turned, %entry, %slot, %slot, %slot)
+...   %back = f32[9,64,512]{2,1,0} copy(%written)
+...   ROOT %out = (s32[], f32[9,64,512]{2,1,0}) tuple(%slot, %back)
+... }
+...
+... ENTRY %main (a: (s32[], f32[9,64,512])) -> (s32[], f32[9,64,512]) {
+...   %a = (s32[], f32[9,64,512]{2,1,0}) parameter(0)
+...   ROOT %while = (s32[], f32[9,64,512]{2,1,0}) while(%a), condition=%c, body=%body
+... }
+... ''')
+>>> [(each.shape, each.num_bytes, each.count) for each in find_copies(module, Costs(module), None)]
+[('f32[9,64,512]', 1179648, 2)]
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dualpipe_jax import _scopes
+from dualpipe_jax._preflight.actions import OTHER, action_of
+from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
+from dualpipe_jax._preflight.loops import Found
+from dualpipe_jax._preflight.work import Costs, most_trips, trip_count
+
+LEAST_BYTES = 2**20
+# They give a whole array anew; a fusion may.
+_COPIES = ("copy", "transpose", "select", "copy-start", "fusion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """Tells of the copies of buffers of one shape, in one place.
+
+    Attributes:
+      where: `"steady"`, in the steady loop; `"tick"`, in the scan over ticks; `"once"`, in that
+        scan but around the steady loop, once a step; `"loop"`, in another loop.
+      action: `"forward"`, `"input_grad"`, `"full_backward"`, ...; `"other"` in what belongs to no
+        action alone.
+      shape: The buffer's, such as `"bf16[5,4,1024,1024]"`.
+      num_bytes: Its size.
+      count: How many of them a trip makes, on a rank whose action it is; of `"once"`, a step.
+      cycles: The cycles of all of these, as the compiler estimates; None without estimates.
+    """
+
+    where: str
+    action: str
+    shape: str
+    num_bytes: int
+    count: int
+    cycles: float | None
+
+
+def find_copies(module: Module, costs: Costs, loop: Found | None) -> tuple[Copy, ...]:
+    """Lists the copies of whole buffers in loops, those of most cycles, then of most bytes first.
+
+    Args:
+      module: The program.
+      costs: What its instructions cost.
+      loop: The steady loop, or the scan over ticks; None if there is neither.
+    """
+    buffers = _find_buffers(module)
+    found: dict[tuple[str, str, Shape], tuple[int, float]] = {}
+    for instruction, times, where, action in _in_loops(module, loop):
+        for shape in _copied(module, instruction, buffers):
+            cycles = costs.of(instruction, module.entry).cycles
+            count, total = found.get((where, action, shape), (0, 0.0))
+            found[where, action, shape] = count + times, total + times * cycles
+    copies = (
+        Copy(
+            where=where,
+            action=action.removeprefix("dualpipe."),
+            shape=f"{shape.dtype}[{','.join(map(str, shape.dims))}]",
+            num_bytes=shape.num_bytes,
+            count=count,
+            cycles=cycles or None,
+        )
+        for (where, action, shape), (count, cycles) in found.items()
+    )
+    return tuple(sorted(copies, key=lambda each: (-(each.cycles or 0), -each.num_bytes)))
+
+
+def _find_buffers(module: Module) -> set[Shape]:
+    """The shapes of all buffers that are large enough."""
+    written, carried = set(), set()
+    for where in module.computations.values():
+        for each in where.instructions:
+            if each.opcode == "while":
+                carried.update(each.shapes)
+            elif each.opcode == "dynamic-update-slice":
+                buffer, update, *indices = where.operands_of(each)
+                sizes = zip(buffer.shapes[0].dims, update.shapes[0].dims, indices, strict=True)
+                if any(a > b == 1 and i.opcode != "constant" for a, b, i in sizes):
+                    written.add(buffer.shapes[0])
+    return {shape for shape in written & carried if shape.num_bytes >= LEAST_BYTES}
+
+
+def _in_loops(module: Module, loop: Found | None) -> Iterator[tuple[Instruction, int, str, str]]:
+    """Yields what stands in loops: each with how often it runs, where, and for which action."""
+
+    def within(
+        here: Computation, times: int, where: str, action: str
+    ) -> Iterator[tuple[Instruction, int, str, str]]:
+        for each in here.instructions:
+            if each.opcode == "while":
+                body = module.computations[each.called["body"][0]]
+                inside, again = _place(module, each, body, where, loop)
+                trips = trip_count(module, each, here) or most_trips(each)
+                mine = _action(module, body, action) if again else OTHER
+                yield from within(body, times * trips if again else 1, inside, mine)
+            elif each.opcode in ("conditional", "call"):
+                for callee in module.callees(each):
+                    yield from within(callee, times, where, _action(module, callee, action))
+            elif where:
+                yield each, times, where, action
+
+    yield from within(module.entry, 1, "", OTHER)
+
+
+def _place(
+    module: Module, instruction: Instruction, body: Computation, where: str, loop: Found | None
+) -> tuple[str, bool]:
+    """Names the place that a loop's body is, and whether its trips count for the place around."""
+    if loop is None or loop.kind not in ("steady", "ramp"):
+        return "loop", where == "loop"
+    if instruction is loop.instruction:
+        return ("steady", False) if loop.kind == "steady" else ("tick", False)
+    holds_it = any(each is loop.instruction for each in module.within(body))
+    if holds_it:
+        return ("once" if where == "tick" else "tick"), False
+    return (where or "loop"), bool(where)
+
+
+def _action(module: Module, inside: Computation, around: str) -> str:
+    """Names the action of a loop or branch; that of what is around it if it has several or none."""
+    names = {action_of(each.op_name) for each in module.within(inside)} - {OTHER, _scopes.SEND}
+    if names == {_scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}:
+        return _scopes.FULL_BACKWARD
+    return names.pop() if len(names) == 1 else around
+
+
+def _copied(module: Module, instruction: Instruction, buffers: set[Shape]) -> list[Shape]:
+    """Lists the shapes of the buffers that an instruction copies."""
+    if instruction.opcode not in _COPIES:
+        return []
+    if instruction.opcode == "copy-start":
+        to, of = instruction.shapes[:2]
+        return [to] if to in buffers and to.layout != of.layout else []
+    if instruction.opcode != "fusion":
+        return [shape for shape in instruction.shapes if shape in buffers]
+    (fused,) = module.callees(instruction)
+    root = fused.root
+    results = fused.operands_of(root) if root.opcode == "tuple" else [root]
+    sizes = {
+        _size(each) for each in fused.instructions if each.opcode == "parameter" and each.shapes
+    }
+    return [
+        shape
+        for result, shape in zip(results, instruction.shapes, strict=True)
+        if shape in buffers and _size(result) in sizes and not _is_in_place(fused, result)
+    ]
+
+
+def _size(instruction: Instruction) -> tuple[str, int]:
+    return instruction.shapes[0].dtype, instruction.shapes[0].num_bytes
+
+
+def _is_in_place(fused: Computation, result: Instruction) -> bool:
+    """Whether a result is a parameter, with nothing or some entries of it written over."""
+    while result.opcode in ("bitcast", "dynamic-update-slice"):
+        result = fused.operands_of(result)[0]
+    return result.opcode == "parameter"
