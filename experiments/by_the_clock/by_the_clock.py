@@ -110,13 +110,14 @@ def make_rows(
         costs = tasks.scaled_costs(name, num_ranks=num_ranks, scale=scale)
         for schedule, timetable in dict.fromkeys((m.schedule, m.timetable) for m in measured):
             program = tasks.Program(schedule=schedule, timetable=timetable)
-            simulation = tasks.predict(program, costs, num_ranks=num_ranks)
+            simulation, full_backward = tasks.predict(program, costs, num_ranks=num_ranks)
             rows.append(
                 report.Row(
                     ranks=num_ranks,
                     costs=name,
                     schedule=schedule,
                     timetable=timetable,
+                    full_backward=full_backward,
                     clock=medians[schedule, timetable, name],
                     predicted=simulation.makespan,
                     ideal=simulation.dependency_makespan,

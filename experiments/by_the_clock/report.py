@@ -19,6 +19,7 @@ class Row:
       costs: A name of `tasks.COSTS`.
       schedule: Its name.
       timetable: Its timetable.
+      full_backward: Whether its input grads and weight grads run as one.
       clock: Measured, the median.
       predicted: By the replay, waiting as the program waits.
       ideal: By the replay, each rank waiting for nothing but the values that it reads.
@@ -30,6 +31,7 @@ class Row:
     costs: str
     schedule: str
     timetable: str
+    full_backward: bool
     clock: float
     predicted: float
     ideal: float
@@ -56,6 +58,7 @@ class Row:
 COLUMNS: dict[str, tuple[Callable[[Row], str], str]] = {
     "schedule": (lambda row: row.schedule, "left"),
     "timetable": (lambda row: row.timetable, "left"),
+    "backward": (lambda row: "full" if row.full_backward else "split", "left"),
     "P": (lambda row: str(row.ranks), "right"),
     "costs": (lambda row: row.costs, "left"),
     "clock, s": (lambda row: f"{row.clock:.3f}", "right"),
@@ -116,6 +119,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def read_csv(path: Path) -> list[Row]:
     """Reads a file of `write_csv`."""
     kinds: dict[str, Any] = {"ranks": int, "costs": str, "schedule": str, "timetable": str}
+    kinds["full_backward"] = "True".__eq__
     with path.open(newline="") as file:
         return [
             Row(**{name: kinds.get(name, float)(value) for name, value in line.items()})

@@ -21,7 +21,7 @@ WIDTH = 1024
 class Device:
     """Sleeps for as long as its actions are to take, one after the other.
 
-    The seconds are read when an action runs, so that one compiled program serves all costs.
+    The seconds are read when an action runs, so that a program may be compiled without sleeping.
 
     Attributes:
       seconds: How long each action of a layer sleeps, by its name.

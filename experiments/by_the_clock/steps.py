@@ -22,6 +22,7 @@ from experiments.by_the_clock.tasks import (
     Measured,
     Program,
     Task,
+    predict,
 )
 
 AXIS = "pipe"
@@ -46,26 +47,30 @@ def run(task: Task) -> Iterator[Measured]:
     arguments = placed, place(batch, mesh, PartitionSpec())
     meet = _make_meeting(mesh)
     for program in task.programs:
-        step = make_step(program, mesh=mesh, device=device, num_microbatches=num_microbatches)
-
-        def take(step: Callable[..., Any] = step, program: Program = program) -> float:
-            before = device.num_sleeps
-            seconds, found = take_step(step, arguments, meet=meet)
-            require_right(
-                program,
-                loss=(found, loss),
-                num_sleeps=(
-                    device.num_sleeps - before,
-                    # Every rank has as much work, whatever the schedule.
-                    len(ACTIONS) * LAYERS_A_RANK * num_microbatches,
-                ),
+        for number, (name, seconds) in enumerate(task.sleeps.items()):
+            costs = dpj.Costs(**{each: LAYERS_A_RANK * seconds[each] for each in ACTIONS})
+            step = make_step(
+                program, costs, mesh=mesh, device=device, num_microbatches=num_microbatches
             )
-            return seconds
 
-        device.seconds = dict.fromkeys(ACTIONS, 0.0)
-        take()  # compiles
-        yield Measured(**vars(program), costs=NO_SLEEPS, seconds=[take()])
-        for name, seconds in task.sleeps.items():
+            def take(step: Callable[..., Any] = step, program: Program = program) -> float:
+                before = device.num_sleeps
+                seconds, found = take_step(step, arguments, meet=meet)
+                require_right(
+                    program,
+                    loss=(found, loss),
+                    num_sleeps=(
+                        device.num_sleeps - before,
+                        # Every rank has as much work, whatever the schedule.
+                        len(ACTIONS) * LAYERS_A_RANK * num_microbatches,
+                    ),
+                )
+                return seconds
+
+            device.seconds = dict.fromkeys(ACTIONS, 0.0)
+            take()  # compiles
+            if number == 0:
+                yield Measured(**vars(program), costs=NO_SLEEPS, seconds=[take()])
             device.seconds = seconds
             yield Measured(
                 **vars(program), costs=name, seconds=[take() for _ in range(task.repeats)]
@@ -73,9 +78,10 @@ def run(task: Task) -> Iterator[Measured]:
 
 
 def make_step(
-    program: Program, *, mesh: Mesh, device: Device, num_microbatches: int
+    program: Program, costs: dpj.Costs, *, mesh: Mesh, device: Device, num_microbatches: int
 ) -> Callable[..., Any]:
-    """Makes the step, input grads and weight grads apart, as the schedules are published."""
+    """Makes the step, placed by these costs, with the backwards that are predicted to be faster."""
+    _, full_backward = predict(program, costs, num_ranks=mesh.size)
     return jax.jit(
         dpj.value_and_grad(
             make_model(device),
@@ -83,7 +89,8 @@ def make_step(
             num_microbatches=num_microbatches,
             schedule=program.schedule,
             timetable=program.timetable,
-            full_backward=False,
+            full_backward=full_backward,
+            costs=costs,
         )
     )
 

@@ -29,7 +29,7 @@ _MANY_RANKS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A schedule in one of its timetables, which is compiled once and serves all costs."""
+    """A schedule in one of its timetables."""
 
     schedule: str
     timetable: str
@@ -41,7 +41,8 @@ class Task:
 
     Attributes:
       num_ranks: Processes, each with one device.
-      programs: Each is compiled once, by a step without sleeps; another one is measured.
+      programs: Each is compiled once for each costs, by which its actions are placed, by a step
+        without sleeps; the first time another one is measured.
       sleeps: For each costs the seconds that F, I and W of one layer sleep.
       repeats: Measured steps with each costs.
     """
@@ -105,23 +106,33 @@ def scaled_costs(name: str, *, num_ranks: int, scale: float) -> dpj.Costs:
     return dpj.Costs(**{action: scale * getattr(COSTS[name], action) for action in ACTIONS})
 
 
-def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> dpj.Simulation:
-    """Replays the program; a value that a neighbour sends arrives at once."""
-    return dpj.simulate(
-        _make(program.schedule, num_ranks=num_ranks),
-        costs=costs,
-        transfer=0.0,
-        num_layers=LAYERS_A_RANK * num_ranks,
-        timetable=program.timetable,
-        full_backward=False,
-    )
+def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> tuple[dpj.Simulation, bool]:
+    """Replays the program, placed by these costs; what a neighbour sends arrives at once.
+
+    Returns:
+      The faster replay of two, and whether it is the one with full backwards.
+    """
+
+    def simulate(*, full_backward: bool) -> dpj.Simulation:
+        return dpj.simulate(
+            _make(program.schedule, num_ranks=num_ranks),
+            costs=costs,
+            transfer=0.0,
+            num_layers=LAYERS_A_RANK * num_ranks,
+            timetable=program.timetable,
+            full_backward=full_backward,
+            placed_by=costs,
+        )
+
+    split, full = (simulate(full_backward=each) for each in (False, True))
+    is_full = full.makespan < split.makespan
+    return (full if is_full else split), is_full
 
 
 def _timetables(name: str, *, num_ranks: int) -> tuple[str, ...]:
     """Lists those that differ: without a run of beats the aligned one is the shortest."""
-    shortest, *others = dpj.schedules.timetables()
-    schedule = _make(name, num_ranks=num_ranks)
-    return shortest, *(name for name in others if len(schedule.timeline(timetable=name).beats))
+    has_beats = len(_make(name, num_ranks=num_ranks).timeline(timetable="aligned").beats) > 0
+    return ("shortest", "aligned") if has_beats else ("shortest",)
 
 
 def _make(name: str, *, num_ranks: int) -> dpj.Schedule:
