@@ -3,7 +3,8 @@
 The model needs every buffer: I needs what only it needs (the residual, weight @ x), W needs x (the
 weight residual) and the cotangent of weight @ x, which I computes for it (the stash). Of a full
 backward in halves the last layer is the sin, the first one the product. A slot that holds nothing
-holds NaN, which would spread to loss or gradient.
+holds NaN, which would spread to loss or gradient. Exchanges bring to each rank the values of their
+pairs, and NaN in place of others.
 """
 
 import numpy as np
@@ -60,7 +61,8 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
         for name, num_slots in tables.num_slots.items()
     }
     loss, grads = 0.0, np.zeros((tables.num_chunks, *weights[tables.stage_of[0]].shape))
-    sent = np.full((num_ranks, WIDTH), np.nan)
+    # By the sender's side: what has come from the left neighbour, and from the right one.
+    arrived = {side: np.full((num_ranks, WIDTH), np.nan) for side in ("from_left", "from_right")}
 
     def take(name: str, rank: int, slot: int, *, last_read: bool = True) -> np.ndarray:
         value = buffers[name][rank, slot].copy()
@@ -73,16 +75,16 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
         assert np.isnan(buffers[name][rank, slot]).all(), (name, rank, slot)
         buffers[name][rank, slot] = value
 
-    def put_arrivals(row: dict[str, np.ndarray], sent: np.ndarray) -> None:
-        for column, step in (("from_left", -1), ("from_right", 1)):
+    def put_arrivals(row: dict[str, np.ndarray]) -> None:
+        for column, values in arrived.items():
             for rank in np.flatnonzero(row[column] >= 0).tolist():
-                put("received", rank, int(row[column][rank]), sent[(rank + step) % num_ranks])
+                put("received", rank, int(row[column][rank]), values[rank])
 
     for tick in range(tables.num_ticks):
         row = {column: getattr(tables, column)[tick] for column in Tables.columns()}
         output = np.full((num_ranks, WIDTH), np.nan)
         if not tables.is_lazy:
-            put_arrivals(row, sent)
+            put_arrivals(row)
         for rank in range(num_ranks):
             cell = {column: int(values[rank]) for column, values in row.items()}
             opcode, stage, microbatch = cell["opcode"], cell["stage"], cell["microbatch"]
@@ -124,11 +126,47 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
             if cell["keep"] >= 0:
                 put("received", rank, cell["keep"], output[rank])
         if tables.is_lazy:
-            put_arrivals(row, sent)
-        sent = output
+            put_arrivals(row)
+        arrived = _exchange(tables, tick, output)
 
     assert all(np.isnan(buffer).all() for buffer in buffers.values())
     total = np.zeros_like(weights)
     held = tables.stage_of >= 0
     np.add.at(total, tables.stage_of[held], grads[held])
     return loss, total
+
+
+def _exchange(tables: Tables, tick: int, output: np.ndarray) -> dict[str, np.ndarray]:
+    """Hands on the values of a tick's pairs, from rank to rank."""
+    to_right, to_left = _pairs_of(tables, tick)
+    arrived = {side: np.full_like(output, np.nan) for side in ("from_left", "from_right")}
+    for side, pairs in (("from_left", to_right), ("from_right", to_left)):
+        for source, target in pairs:
+            assert np.isnan(arrived[side][target]).all(), "a rank is a target twice"
+            arrived[side][target] = output[source]
+    return arrived
+
+
+def _pairs_of(tables: Tables, tick: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Lists who sends to whom to the right, and to the left, in a tick."""
+    if tables.is_lazy:
+        right, left = tables.neighbours
+        return list(right), list(left)
+    steady = tables.steady
+    if steady is None or not steady.ticks.start <= tick < steady.ticks.stop:
+        exchanges = [
+            of_part[number]
+            for of_part, number in zip(tables.exchanges, tables.exchange[tick], strict=True)
+            if number
+        ]
+        right, left = ([pair for each in exchanges for pair in each[side]] for side in (0, 1))
+        return right, left
+    assert not tables.wraps, "runs of beats are on a line of ranks"
+    beat, phase = divmod(tick - steady.first_tick, 3)
+    if phase == 2:  # nothing follows a W
+        return [], []
+    pairs = (steady.x_pairs, steady.cotangent_pairs)[phase][beat % 2]
+    # A value that a rank sends itself is kept, by the tables.
+    right = [(source, target) for source, target in pairs if target == source + 1]
+    left = [(source, target) for source, target in pairs if target == source - 1]
+    return right, left

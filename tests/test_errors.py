@@ -356,6 +356,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         TypeError,
         ["stash_deferred=1", "must be True or False"],
     ),
+    "costs not Costs": (
+        {"costs": {"forward": 1}},
+        TypeError,
+        ["costs={'forward': 1}", "must be a dualpipe_jax.Costs, or None"],
+    ),
     "full_backward not a bool": (
         {"full_backward": 0},
         TypeError,

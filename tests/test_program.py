@@ -17,12 +17,14 @@ from dualpipe_jax._executor import Step
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
+from dualpipe_jax._simulate import TRANSFER, durations_of, usual_costs
 from tests.hlo import AS_EVER, instructions, loop_lines
 from tests.jaxprs import bytes_in, loops
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
-from tests.test_exact import make_mesh
+from tests.test_exact import make_mesh, sequential_value_and_grad
 
 NUM_RANKS, STAGE_LAYERS = 4, 3
 
@@ -393,6 +395,40 @@ def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None
     wrong = dataclasses.replace(tables, steady=dataclasses.replace(tables.steady, **nowhere))
     step = make_step(schedule, tables=wrong, num_layers=2, poison=True)
     _, grads = jax.jit(step)(make_params(2), make_batch(6), None)
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(grads["blocks"]))
+
+
+@pytest.mark.slow
+def test_exchanges_in_parts_hand_on_all_values() -> None:
+    """Eight ranks in a ring, in four parts: exact with NaN in place of all that is not sent."""
+    schedule = dpj.schedules.make("interleaved-1f1b", num_ranks=8, num_microbatches=16)
+    durations = durations_of(schedule, usual_costs(recomputes=False), transfer=TRANSFER)
+    tables = compile_program(schedule.program, durations=durations).tables
+    assert tables.wraps
+    assert len(tables.exchanges) == 4
+    params, batch = make_params(16), make_batch(16)
+    step = make_step(schedule, tables=tables, num_layers=16, poison=True)
+    loss, grads = jax.jit(step)(params, batch, None)
+    want, want_grads = sequential_value_and_grad(step.model, 16)(params, batch)
+    assert_close(loss, want)
+    # A step has the gradients of the leaves that have any.
+    for part in ("ends", "blocks"):
+        leaves = jax.tree.leaves(want_grads[part])
+        assert_close(grads[part], [leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_poison_is_found_when_a_pair_is_dropped(num_parts: int) -> None:
+    schedule = dpj.schedules.make("1f1b", num_ranks=4, num_microbatches=5)
+    tables = add_exchanges(schedule.compiled().tables, num_parts=num_parts)
+    exchange = tables.exchange.copy()
+    # Empty in one tick and one part: what was to be sent there is not.
+    tick, part = (numbers[len(numbers) // 2] for numbers in np.nonzero(exchange))
+    exchange[tick, part] = 0
+    wrong = dataclasses.replace(tables, exchange=exchange)
+    step = make_step(schedule, tables=wrong, num_layers=4, poison=True)
+    _, grads = jax.jit(step)(make_params(4), make_batch(5), None)
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(grads["blocks"]))
 
 

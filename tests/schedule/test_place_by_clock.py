@@ -1,0 +1,260 @@
+"""Placement by the clock: the same program, in ticks in which ranks wait less for each other."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualpipe_jax._schedule import compile as compiling
+from dualpipe_jax._schedule.compile import Compiled, compile_program
+from dualpipe_jax._schedule.durations import Durations
+from dualpipe_jax._schedule.generators import GENERATORS
+from dualpipe_jax._schedule.ir import TIMETABLES, Program
+from dualpipe_jax._schedule.replay import replay, replay_dependencies
+from tests import table_interpreter
+from tests.schedule.test_random_programs import programs
+from tests.schedules_under_test import NAMES
+
+# Odd and even sizes, with a run of beats in the aligned timetable and without.
+SIZES = ((1, 1), (1, 5), (2, 3), (2, 8), (3, 4), (3, 10), (4, 9), (5, 16), (8, 18))
+
+
+def make_durations(num_stages: int, **changed: Any) -> Durations:
+    """Makes those of equal stages that take 1 each, but for what is changed."""
+    equal: dict[str, Any] = {
+        "of_opcode": ((0.0,) * num_stages, *[(1.0,) * num_stages] * 3),
+        "recompute": (0.0,) * num_stages,
+        "last_layers": (0.5,) * num_stages,
+        "full_backward": None,
+        "embed_grad": 0.0,
+        "transfer": 0.0,
+        "rendezvous": True,
+    }
+    return Durations(**equal | changed)
+
+
+@st.composite
+def durations(draw: Any, num_stages: int, *, full_backward: bool = False) -> Durations:
+    """Draws those of unlike stages, some of whose actions take no time."""
+    # Not too small: sums of very unlike terms lose what the small ones are.
+    each = st.integers(0, 3).map(float) | st.floats(0.01, 3)
+
+    def of_stages(values: st.SearchStrategy[float]) -> tuple[float, ...]:
+        return tuple(draw(st.lists(values, min_size=num_stages, max_size=num_stages)))
+
+    forward, input_grad, weight_grad = (of_stages(each) for _ in range(3))
+    return make_durations(
+        num_stages,
+        of_opcode=((0.0,) * num_stages, forward, input_grad, weight_grad),
+        recompute=of_stages(st.just(0.0) | st.just(1.0)),
+        last_layers=of_stages(st.sampled_from([0.5, 2 / 3, 1.0])),
+        full_backward=draw(st.sampled_from([0.8, 1.0])) if full_backward else None,
+        transfer=draw(st.sampled_from([0.0, 0.1, 2.0])),
+        rendezvous=draw(st.booleans()),
+    )
+
+
+def order_of(made: Compiled) -> list[list[str]]:
+    """Lists what each rank does, tick after tick: knows no program."""
+    return [
+        [action for action in row if action] for row in zip(*made.timeline.actions, strict=True)
+    ]
+
+
+def seconds(made: Compiled, durations: Durations, *, idle: float = 0.0) -> float:
+    work = durations.work(made.tables)
+    work[made.tables.opcode == 0] = idle
+    options = {"transfer": durations.transfer, "rendezvous": durations.rendezvous}
+    return float(replay(made.tables, work, **options).max())
+
+
+def assert_only_waits_less(program: Program, durations: Durations, **options: Any) -> Compiled:
+    """Compiles a program with and without durations; all verifiers run there."""
+    plain = compile_program(program, **options)
+    placed = compile_program(program, **options, durations=durations)
+    assert order_of(placed) == order_of(plain)
+    one, other = plain.tables.steady, placed.tables.steady
+    assert (one is None) == (other is None)
+    if one is not None and other is not None:
+        for name in ("num_beats", "x_pairs", "cotangent_pairs", "idle"):
+            assert getattr(one, name) == getattr(other, name), name
+        assert plain.timeline.actions[one.ticks] == placed.timeline.actions[other.ticks]
+    # How many live at once hangs on each rank's order alone, but for what is on its way.
+    for name in plain.tables.num_slots.keys() - {"received"}:
+        assert plain.tables.num_slots[name] == placed.tables.num_slots[name], name
+    # Idle ticks cost a little, by the compiler's measure.
+    idle = 0.02 * max(durations.of_opcode[1])
+    assert seconds(placed, durations, idle=idle) <= seconds(plain, durations, idle=idle) + 1e-9
+    # With the same order all values can be there as soon as without.
+    least = [
+        replay_dependencies(m.tables, durations.work(m.tables), transfer=durations.transfer).max()
+        for m in (plain, placed)
+    ]
+    np.testing.assert_allclose(*least, rtol=1e-12)
+    assert least[1] <= seconds(placed, durations) * (1 + 1e-12)
+    return placed
+
+
+# ---- of all programs
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_random_programs_only_wait_less(data: Any) -> None:
+    program = data.draw(programs())
+    full_backward = data.draw(st.booleans())
+    drawn = data.draw(durations(program.num_stages, full_backward=full_backward))
+    stash_deferred = data.draw(st.booleans())
+    placed = assert_only_waits_less(
+        program, drawn, full_backward=full_backward, stash_deferred=stash_deferred
+    )
+    if not program.forward_only:
+        table_interpreter.assert_computes_loss_and_grads(placed.tables)
+
+
+@pytest.mark.parametrize("timetable", TIMETABLES)
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_schedules_only_wait_less(name: str, timetable: str, data: Any) -> None:
+    size = data.draw(st.sampled_from(SIZES))
+    program = GENERATORS[name](num_ranks=size[0], num_microbatches=size[1])
+    full_backward = data.draw(st.booleans())
+    drawn = data.draw(durations(program.num_stages, full_backward=full_backward))
+    placed = assert_only_waits_less(
+        program,
+        drawn,
+        timetable=timetable,
+        full_backward=full_backward,
+        stash_deferred=data.draw(st.booleans()),
+    )
+    table_interpreter.assert_computes_loss_and_grads(placed.tables)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_durations_leave_ticks_as_they_were(name: str) -> None:
+    for num_ranks, num_microbatches in SIZES:
+        program = GENERATORS[name](num_ranks=num_ranks, num_microbatches=num_microbatches)
+        for timetable in ("shortest", "aligned"):
+            plain = compile_program(program, timetable=timetable)
+            equal = make_durations(program.num_stages)
+            placed = compile_program(program, timetable=timetable, durations=equal)
+            # Alignment costs ticks before a run of odd sizes; by the clock, these are given back.
+            odd_run = plain.tables.steady is not None and (num_ranks % 2 or num_microbatches % 2)
+            if odd_run and placed.timeline.num_ticks < plain.timeline.num_ticks:
+                continue
+            assert (placed.timeline.tick_of == plain.timeline.tick_of).all(), (num_ranks, timetable)
+            assert len(placed.tables.exchanges) == 1
+
+
+@pytest.mark.parametrize("name", ["interleaved-1f1b", "dualpipe", "dualpipev"])
+def test_is_made_once_and_made_the_same_again(name: str) -> None:
+    program = GENERATORS[name](num_ranks=4, num_microbatches=10)
+    unlike = make_durations(
+        program.num_stages,
+        of_opcode=tuple((each,) * program.num_stages for each in (0, 1, 2.08, 0.923)),
+        transfer=0.1,
+    )
+    made = []
+    for _ in range(2):
+        compiling._compile.cache_clear()
+        made.append(compile_program(program, timetable="aligned", durations=unlike))
+        again = dataclasses.replace(unlike)
+        assert compile_program(program, timetable="aligned", durations=again) is made[-1]
+    first, second = made
+    assert first is not second
+    assert (first.timeline.tick_of == second.timeline.tick_of).all()
+    assert first.tables.exchanges == second.tables.exchanges
+    assert (first.tables.exchange == second.tables.exchange).all()
+
+
+def test_large_programs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = GENERATORS["interleaved-1f1b"](num_ranks=4, num_microbatches=8)
+    unlike = make_durations(
+        program.num_stages, of_opcode=tuple((each,) * program.num_stages for each in (0, 1, 3, 2))
+    )
+    plain = compile_program(program)
+
+    def is_left_alone(most_placed: int) -> bool:
+        monkeypatch.setattr(compiling, "_MOST_PLACED", most_placed)
+        compiling._compile.cache_clear()
+        placed = compile_program(program, durations=unlike)
+        compiling._compile.cache_clear()
+        return bool(
+            placed.timeline.num_ticks == plain.timeline.num_ticks
+            and (placed.timeline.tick_of == plain.timeline.tick_of).all()
+            and placed.tables.exchanges == plain.tables.exchanges
+        )
+
+    assert is_left_alone(len(program.units) - 1)
+    assert not is_left_alone(len(program.units))
+
+
+def _of_opcode(*of_each: float, embed_grad: float = 0.0, num_stages: int = 8) -> Any:
+    rows = [[each] * num_stages for each in (0.0, *of_each)]
+    rows[2][0] += embed_grad
+    return tuple(map(tuple, rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "field", "value", "more", "options"),
+    [
+        ("gpipe", (4, 6), "transfer", 1.0, {}, {}),
+        ("dualpipev", (4, 6), "recompute", (2.0,) * 8, {}, {"stash_deferred": False}),
+        ("dualpipev", (4, 8), "last_layers", (0.9,) * 8, {}, {"full_backward": True}),
+        ("dualpipev", (4, 8), "full_backward", 0.5, {}, {"full_backward": True}),
+        (
+            *("dualpipev", (4, 8), "embed_grad", 2.0),
+            {"of_opcode": _of_opcode(1, 1, 1, embed_grad=2)},
+            {"full_backward": True},
+        ),
+        (
+            *("dualpipev", (3, 6), "rendezvous", False),
+            {"of_opcode": _of_opcode(3, 1, 1, num_stages=6), "transfer": 1.0},
+            {},
+        ),
+    ],
+)
+def test_each_of_the_durations_counts(
+    name: str, size: tuple[int, int], field: str, value: Any, more: Any, options: Any
+) -> None:
+    """A program placed by them is faster than one placed without one of them."""
+    program = GENERATORS[name](num_ranks=size[0], num_microbatches=size[1])
+    if options.get("full_backward"):
+        more = {"full_backward": 1.0, **more}
+    without = make_durations(program.num_stages, **more)
+    those = dataclasses.replace(without, **{field: value})
+    made, of_those = (
+        compile_program(program, durations=each, **options) for each in (without, those)
+    )
+    assert seconds(of_those, those) < seconds(made, those) * (1 - 1e-3)
+
+
+# ---- by hand
+
+
+def test_false_waits_by_hand() -> None:
+    """Forwards take three: rank 0 need not wait for 1I1 before 0F2, but after it, for less."""
+    program = GENERATORS["zb-h1"](num_ranks=2, num_microbatches=3)
+    forward_3 = make_durations(2, of_opcode=_of_opcode(3, 1, 1, num_stages=2))
+    plain, placed = (compile_program(program, durations=each) for each in (None, forward_3))
+    # 1I1 ends at 11. As early as can be it is handed over between 0W0, which ends at 9, and 0F2:
+    # that ends at 11 + 3. Placed by the clock, 0F2 ends at 9 + 3, and rank 1 waits from 11 to 12.
+    assert show(plain) == [
+        "0F0 0F1 ... 0I0 0W0 0F2 0I1 0W1 0I2 0W2",
+        "... 1F0 1I0 1F1 1I1 1W1 1F2 1I2 1W2 1W0",
+    ]
+    assert show(placed) == [
+        "0F0 0F1 ... 0I0 0W0 0F2 0I1 0W1 ... 0I2 0W2",
+        "... 1F0 1I0 1F1 ... 1I1 1W1 1F2 1I2 1W2 1W0",
+    ]
+    assert (seconds(plain, forward_3), seconds(placed, forward_3)) == (20, 19)
+
+
+def show(made: Compiled) -> list[str]:
+    """Draws a timeline, a line a rank."""
+    rows = zip(*made.timeline.actions, strict=True)
+    return [" ".join(action or "..." for action in row) for row in rows]
