@@ -419,7 +419,7 @@ def test_makespan_grows_with_every_cost(
         schedule = schedules.make(name, num_ranks=sizes[0], num_microbatches=sizes[1])
     except ValueError:
         return
-    before = simulate(schedule, costs=costs)
+    before = simulate(schedule, costs=costs, placed_by=costs)
     # Not `forward`: embedding and head go by the ratio of its backward to it.
     for field in ("input_grad", "weight_grad", "embed", "head"):
         raised = Costs(**{**vars(costs), field: getattr(costs, field) + more})
