@@ -105,9 +105,10 @@ def simulate(
 ) -> None:
     """Replay schedules with the costs of your model.
 
-    Each rank waits as the compiled program does: for a neighbour where anybody stores what comes
-    from there, in the aligned timetable's run of beats for what it needs only. "no false waits" is
-    the makespan if it always waited so. Costs are in any one unit of time.
+    Actions are placed in ticks by these costs, and each rank waits as the compiled program does: at
+    the end of a tick for the ranks with which it exchanges values, a sender for its receiver too.
+    "no false waits" is the makespan if ranks waited only for values that they read. Costs are in
+    any one unit of time.
     The gradients of embedding and head are counted in proportion.
     """
     simulations, left_out = [], []
@@ -144,7 +145,7 @@ def simulate(
             f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
             f"W={all_costs.weight_grad:g}; "
             f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
-            f"{full}"
+            f"{full}; senders {'wait' if rendezvous else 'do not wait'} for receivers"
         )
         rows = [_row(simulation) for simulation in simulations]
         print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), breaks=("waits",))
