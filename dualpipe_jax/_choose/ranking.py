@@ -11,8 +11,8 @@ from dualpipe_jax._choose.memory import (
     memory_of,
 )
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._simulate import Costs, Simulation, simulate
-from dualpipe_jax._stage_sizes import stages_of_one_layer
+from dualpipe_jax._simulate import Costs, Simulation, durations_of, simulate
+from dualpipe_jax._stage_sizes import spread_evenly, stages_of_one_layer
 from dualpipe_jax.schedules import Schedule
 
 
@@ -113,6 +113,13 @@ def choices_of(
             stash_deferred=stash_deferred and not full_backward,
             full_backward=full_backward,
             whole_stages=whole_stages,
+            durations=durations_of(
+                schedule,
+                costs,
+                transfer=transfer,
+                layers_of_stage=spread_evenly(num_layers, schedule.num_stages),
+                full_backward=full_backward,
+            ),
         ).tables
         simulation = simulate(
             schedule,

@@ -46,8 +46,8 @@ def test_committed_figures_are_reproduced() -> None:
     rows = report.read_csv(FOLDER / "idle.csv")
     assert len(rows) == 4 * 4 * len(dpj.schedules.names())
     flops = costs.count(SIZES)
-    small = [row for row in rows if row.ranks <= 8 and row.microbatches <= 32]
-    assert len(small) == 6 * len(dpj.schedules.names()) + len(dpj.schedules.names())
+    small = [row for row in rows if row.ranks <= 8 and row.microbatches <= 16]
+    assert len(small) == 5 * len(dpj.schedules.names())
     for row in small:
         made = replay(
             row.schedule,
@@ -91,7 +91,7 @@ def test_figures_that_the_readme_names() -> None:
     both = [f"{100 * v:.1f}" for row in of_64 for v in (row.full_backward, row.with_transfers)]
     assert f"{of_full} not {{}}.".format(*both) in text
     late = [f"{100 * rows[n, 32, 64].with_transfers:.1f}" for n in ("dualpipev", "zb-h1")]
-    assert "longer ({} %) than ZB-H1 ({} %)".format(*late) in text
+    assert "hardly less ({} %) than ZB-H1 ({} %)".format(*late) in text
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ def verify_tables(tables: Tables) -> None:
     - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
       the stash or the deferred kind.
     - Halves of a full backward are an I of the last layers and a W of the first ones, not deferred.
-    - Every tick outside of the run of beats has an exchange in every part, those in it none. Pairs
+    - Every tick outside of the run of beats has an exchange in every part, those in it none. The
+      first one of a part is empty: executors pass over it. Pairs
       are neighbours, on the ring where the tables wrap; no rank is twice a source or a target to
       one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a side.
     - Lazy tables have no exchanges, and no run of beats.
@@ -141,6 +142,9 @@ def _check_exchanges(tables: Tables) -> None:
     for tick, part in np.argwhere(~known).tolist():
         wanted = "-1" if in_run[tick] else f"in 0..{limits[part] - 1}"
         fail_at(tables, tick, 0, f"exchange {exchange[tick, part]} must be {wanted}")
+    for of_part in tables.exchanges:
+        if of_part[0] != ((), ()):
+            raise ScheduleError(f"the first exchange of a part is {of_part[0]}, not an empty one")
     for side, step in enumerate((1, -1)):
         sets = [{each[side] for each in of_part} - {()} for of_part in tables.exchanges]
         num_sets = sum(map(len, sets))
