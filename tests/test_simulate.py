@@ -396,6 +396,23 @@ def test_ranks_hardly_wait_for_nothing(name: str, split: float, full: float) -> 
                 assert made.makespan <= bar * made.dependency_makespan, (size, costs)
 
 
+def test_placed_as_ranks_wait() -> None:
+    """Where senders do not wait, a program is placed for that."""
+    schedule = make("dualpipev", 3, 6)
+    costs = Costs(forward=6, input_grad=2, weight_grad=2)
+    waits, alone = (
+        simulate(
+            schedule, costs=costs, transfer=1, rendezvous=rendezvous, timetable="shortest"
+        ).makespan
+        for rendezvous in (True, False)
+    )
+    durations = durations_of(schedule, costs, transfer=1)
+    tables = compile_program(schedule.program, durations=durations).tables
+    work = np.array([0.0, 3, 1, 1])[tables.opcode]
+    as_others = wait_as_told(tables, work, transfer=1, rendezvous=False).max()
+    assert alone < as_others <= waits
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_placed_by_the_costs_of_the_program_is_as_without(name: str) -> None:
     options = {"costs": TRANSFORMERS[1], "transfer": 0.1}
@@ -477,6 +494,12 @@ def test_the_timetable_hangs_on_costs_and_layers() -> None:
     assert found == ["aligned", "shortest"]
     uneven = fastest_timetable(schedule, costs=remat, layers_per_stage=(1, 2, 2, 1))
     assert uneven == "aligned"
+    # A transfer takes a tenth of a forward, whatever that is.
+    assert fastest_timetable(schedule, costs=_times(0.05, remat)) == "shortest"
+    chimera = make("chimera", 4, 16)
+    for factor in (1, 10):
+        costs = _times(factor, remat)
+        assert not prefers_full_backward(chimera, timetable="shortest", costs=costs)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,34 @@ def test_each_of_the_durations_counts(
     assert seconds(of_those, those) < seconds(made, those) * (1 - 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("constant", "fewer", "name", "size", "of_each"),
+    [
+        ("_PATIENCE", (np.inf,), "dualpipe", (5, 20), (1, 1.14, 0.857)),
+        ("_PARTS", (1,), "interleaved-1f1b", (8, 16), (0.5, 1.04, 0.4615)),
+    ],
+)
+def test_what_is_tried_pays(
+    constant: str,
+    fewer: Any,
+    name: str,
+    size: tuple[int, int],
+    of_each: tuple[float, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Patience, and exchanges in parts, by two hundredths at the least."""
+    program = GENERATORS[name](num_ranks=size[0], num_microbatches=size[1])
+    of_opcode = _of_opcode(*of_each, num_stages=program.num_stages)
+    those = make_durations(program.num_stages, of_opcode=of_opcode, transfer=0.1)
+    compiling._compile.cache_clear()
+    tried = compile_program(program, timetable="aligned", durations=those)
+    monkeypatch.setattr(compiling, constant, fewer)
+    compiling._compile.cache_clear()
+    without = compile_program(program, timetable="aligned", durations=those)
+    compiling._compile.cache_clear()
+    assert seconds(tried, those) * 1.02 < seconds(without, those)
+
+
 # ---- by hand
 
 
