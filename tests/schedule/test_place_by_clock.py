@@ -12,12 +12,14 @@ from dualpipe_jax._schedule import compile as compiling
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.generators import GENERATORS
-from dualpipe_jax._schedule.ir import TIMETABLES, Program
+from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
 from tests import table_interpreter
 from tests.schedule.test_random_programs import programs
 from tests.schedules_under_test import NAMES
 
+# The timetables in which a value may be read a tick after it is made.
+TIMETABLES = ("shortest", "aligned")
 # Odd and even sizes, with a run of beats in the aligned timetable and without.
 SIZES = ((1, 1), (1, 5), (2, 3), (2, 8), (3, 4), (3, 10), (4, 9), (5, 16), (8, 18))
 
@@ -189,6 +191,9 @@ def test_large_programs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             and placed.tables.exchanges == plain.tables.exchanges
         )
 
+    # So are timetables in which no transfer is urgent.
+    lazy = [compile_program(program, timetable="two-tick", durations=d) for d in (None, unlike)]
+    assert (lazy[0].timeline.tick_of == lazy[1].timeline.tick_of).all()
     assert is_left_alone(len(program.units) - 1)
     assert not is_left_alone(len(program.units))
 
