@@ -556,6 +556,17 @@ def test_full_backwards_hang_on_sizes_and_stashes() -> None:
     assert found == (False, True)
 
 
+def test_full_backwards_as_fast_are_not_preferred() -> None:
+    """Equal sums in different orders differ in their last bits."""
+    schedule, costs = make("chimera", 2, 4), Costs()
+    split, full = (
+        simulate(schedule, costs=costs, transfer=0.1, full_backward=is_on).makespan
+        for is_on in (False, True)
+    )
+    assert math.isclose(split, full, rel_tol=1e-12)
+    assert not prefers_full_backward(schedule, timetable="shortest", costs=costs)
+
+
 def test_what_cannot_be_aligned_is_not() -> None:
     # 0I0 awaits 1I0, which needs the 0F1 of its own pair to have come back from rank 1.
     schedule = Schedule.from_csv("0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1F1,1B0,1B1")
