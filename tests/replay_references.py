@@ -1,4 +1,4 @@
-"""Slow references of the replay: ranks as processes that meet, and actions that wait for values."""
+"""Slow references of the replay: ranks that meet, or send lazily; actions that wait for values."""
 
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -91,6 +91,25 @@ def wait_as_told(
         alive = [each for each in alive if next(each, "done") != "done"]
         assert (len(came), len(alive)) != before, "ranks wait for each other"
     return end
+
+
+def wait_lazily(tables: Tables, work: np.ndarray, transfer: float, *, meets: bool) -> float:
+    """Runs ranks that send to both neighbours as a tick starts, and await both as it ends."""
+    P = tables.num_ranks
+    near = [
+        [(r + step) % P for step in (-1, 1) if P > 1 and (tables.wraps or 0 <= r + step < P)]
+        for r in range(P)
+    ]
+    free, end = [0.0] * P, [0.0] * P
+    for took in work.tolist():
+        start = [
+            max([free[r], *(free[n] for n in near[r])]) if meets else free[r] for r in range(P)
+        ]
+        end = [start[r] + took[r] for r in range(P)]
+        # As a rendezvous a transfer begins when both have come to it.
+        begun = [[max(free[n], free[r]) if meets else free[n] for n in near[r]] for r in range(P)]
+        free = [max([end[r], *(b + transfer for b in begun[r])]) for r in range(P)]
+    return max(end)
 
 
 def follow_dependencies(program: Program, cost: np.ndarray, transfer: float) -> float:

@@ -20,7 +20,7 @@ from dualpipe_jax._choose import (
 )
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import Tables
-from dualpipe_jax._simulate import Costs, simulate
+from dualpipe_jax._simulate import Costs, durations_of, simulate
 from dualpipe_jax._split_vjp import split_vjp
 from dualpipe_jax._types import Aux
 from tests.hlo import AS_EVER
@@ -261,6 +261,25 @@ def test_the_fastest_comes_first_and_both_timetables_where_they_differ() -> None
         [(name, "shortest") for name in NAMES] + [(name, "aligned") for name in paired]
     )
     assert all(choice.fits for choice in choices)
+
+
+def test_slots_are_those_of_the_program_that_is_timed() -> None:
+    """Placed by its costs, a program may have more values on their way."""
+    made = schedules.make("dualpipev", num_ranks=4, num_microbatches=8)
+    costs = Costs(input_grad=1.14, weight_grad=0.857)
+    durations = durations_of(made, costs, transfer=0.1, layers_of_stage=(2,) * 8)
+    sizes = {"num_layers": 16, "layer": LAYER, "parameters": PARAMETERS}
+    (choice,) = (
+        each
+        for each in choices_of(made, costs=costs, transfer=0.1, limit=math.inf, **sizes)
+        if each.simulation.timetable == "shortest" and not each.full_backward
+    )
+    placed, plain = (
+        compile_program(made.program, durations=each).tables for each in (durations, None)
+    )
+    assert placed.num_slots["received"] > plain.num_slots["received"]
+    (received,) = (term.num_bytes for term in choice.terms if term.name == "received")
+    assert received == terms_of(placed, 16)["received"]
 
 
 def test_what_does_not_fit_comes_last_and_says_which_term() -> None:

@@ -32,8 +32,10 @@ def test_table_has_a_row_a_schedule() -> None:
     assert len(set(map(len, lines[:2]))) == 1
     assert lines[2:4] == [
         "",
-        "ranks 2, microbatches 3; a rank's layers cost F=3, I=1, W=1; transfer 0, embed 0, head 0; "
-        "senders wait for receivers",
+        (
+            "ranks 2, microbatches 3; a rank's layers cost F=3, I=1, W=1; "
+            "transfer 0, embed 0, head 0; senders wait for receivers"
+        ),
     ]
 
 

@@ -228,13 +228,13 @@ def test_equals_sequential(case: Case) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Tables]:
-    """Collects the tables that are compiled for steps; the last ones are run."""
-    tables: list[Tables] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tables, Any]]:
+    """Collects the tables that are compiled for steps, and by which durations; the last are run."""
+    tables: list[tuple[Tables, Any]] = []
 
     def compile_and_keep(*args: Any, **options: Any) -> Compiled:
         compiled = compile_program(*args, **options)
-        tables.append(compiled.tables)
+        tables.append((compiled.tables, options["durations"]))
         return compiled
 
     monkeypatch.setattr(_api, "compile_program", compile_and_keep)
@@ -242,7 +242,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Tables]:
 
 
 @pytest.mark.slow
-def test_placed_by_odd_costs_is_as_exact(made: list[Tables]) -> None:
+def test_placed_by_odd_costs_is_as_exact(made: list[tuple[Tables, Any]]) -> None:
     # Stages of three layers, two and two.
     schedule = dpj.schedules.dualpipe(num_ranks=3, num_microbatches=6)
     costs = dpj.Costs(forward=0.3, input_grad=5, weight_grad=0.01, embed=2, head=7)
@@ -258,18 +258,27 @@ def test_placed_by_odd_costs_is_as_exact(made: list[Tables]) -> None:
     assert_close(got, sequential_value_and_grad(model, 6)(params, batch))
     # That is another program than one placed as if all took as long.
     plain = compile_program(schedule.program, full_backward=True).tables
-    assert made[-1].num_ticks > plain.num_ticks
+    assert made[-1][0].num_ticks > plain.num_ticks
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-@pytest.mark.parametrize("costs", [None, dpj.Costs(forward=3, input_grad=1, weight_grad=2)])
+@pytest.mark.parametrize(
+    ("costs", "remat", "sizes"),
+    [
+        (None, "none", None),
+        (None, "block", None),
+        (dpj.Costs(forward=3, input_grad=6.4, weight_grad=2.6), "none", None),
+        (dpj.Costs(forward=3, input_grad=1, weight_grad=2), "block", (2, 1, 2, 1)),
+    ],
+)
 def test_steps_are_placed_by_costs_as_simulate_has_them(
-    costs: dpj.Costs | None, remat: str, made: list[Tables]
+    costs: dpj.Costs | None,
+    remat: str,
+    sizes: tuple[int, ...] | None,
+    made: list[tuple[Tables, Any]],
 ) -> None:
-    """And by the timetable that is the faster at these."""
+    """And in the timetable that is the faster at these."""
     schedule = dpj.schedules.dualpipe(num_ranks=4, num_microbatches=8)
     params, batch = make_params(6), make_batch(8)
-    sizes = (2, 1, 2, 1)
     grad_fn = dpj.value_and_grad(
         make_model(),
         mesh=make_mesh(4),
@@ -281,14 +290,34 @@ def test_steps_are_placed_by_costs_as_simulate_has_them(
         costs=costs,
     )
     jax.jit(grad_fn).trace(params, batch)
+    tables, placed_by = made[-1]
     if costs is None:
         costs = usual_costs(recomputes=remat == "block", stash_deferred=remat == "none")
     transfer = 0.1 * costs.forward
-    expected = simulate(schedule, costs=costs, transfer=transfer, layers_per_stage=sizes)
-    assert (made[-1].steady is None) == (expected.timetable == "shortest")
-    durations = durations_of(schedule, costs, transfer=transfer, layers_of_stage=sizes)
-    ends = replay(made[-1], durations.work(made[-1]), transfer=transfer)
-    np.testing.assert_allclose(ends.max(), expected.makespan, rtol=1e-12)
+    assert placed_by == durations_of(
+        schedule, costs, transfer=transfer, layers_of_stage=sizes or (2, 2, 1, 1)
+    )
+    # Which timetable is decided before the number of layers is known.
+    options = {"costs": costs, "transfer": transfer}
+    timetable = simulate(schedule, **options, layers_per_stage=sizes).timetable
+    assert (tables.steady is None) == (timetable == "shortest")
+    # As stashes are asked for by what recomputes in `simulate`, and here by `remat`.
+    if costs.recompute > 0 or remat == "none":
+        expected = simulate(
+            schedule, **options, layers_per_stage=sizes or (2, 2, 1, 1), timetable=timetable
+        )
+        ends = replay(tables, placed_by.work(tables), transfer=transfer)
+        np.testing.assert_allclose(ends.max(), expected.makespan, rtol=1e-12)
+
+
+def test_which_timetables_are_met_above() -> None:
+    schedule = dpj.schedules.dualpipe(num_ranks=4, num_microbatches=8)
+    costs = dpj.Costs(forward=3, input_grad=6.4, weight_grad=2.6)
+    found = [
+        simulate(schedule, costs=each, transfer=0.1 * each.forward).timetable
+        for each in (usual_costs(recomputes=False), costs)
+    ]
+    assert found == ["aligned", "shortest"]
 
 
 # Written by hand: two half-size stages a rank, there and back, and round the ring.

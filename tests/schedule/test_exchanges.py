@@ -296,6 +296,15 @@ def test_numbers_and_shapes_of_exchanges_are_caught() -> None:
     refuse(two_parts, "exchange is .*, not int32")
 
 
+def test_a_first_exchange_that_is_not_empty_is_caught() -> None:
+    """Replay and executor pass over number 0, so that nothing would be handed on in its ticks."""
+    tables = compiled("1f1b", 4, 4).tables
+    (one, two, *others), exchange = tables.exchanges[0], tables.exchange
+    swapped = np.where(exchange < 2, 1 - exchange, exchange).astype(np.int32)
+    wrong = dataclasses.replace(tables, exchanges=((two, one, *others),), exchange=swapped)
+    refuse(wrong, "exchange")
+
+
 cases = st.tuples(st.sampled_from(NAMES), st.integers(2, 5), st.integers(1, 8))
 
 

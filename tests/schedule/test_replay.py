@@ -14,7 +14,7 @@ from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Program, Tables
 from dualpipe_jax._schedule.replay import as_full_backwards, replay, replay_dependencies
-from tests.replay_references import follow_dependencies, wait_as_told
+from tests.replay_references import follow_dependencies, wait_as_told, wait_lazily
 from tests.schedule.test_random_programs import programs
 from tests.schedules_under_test import compiled
 
@@ -211,6 +211,25 @@ def test_the_reference_meets_runs(name: str, size: tuple[int, int]) -> None:
     assert tables.steady is not None
     for transfer in (0, 0.1, 3):
         assert_replays_as_told(tables, work_at_random(tables, 0), transfer=transfer)
+
+
+@given(
+    programs().filter(lambda program: not program.forward_only),
+    durations,
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_two_tick_replay_agrees_with_the_reference(
+    program: Program, transfer: float, meets: bool, seed: int
+) -> None:
+    tables = compile_program(program, timetable="two-tick").tables
+    work = np.random.default_rng(seed).random(tables.opcode.shape) * (tables.opcode > 0)
+    makespan = replay(tables, work, transfer=transfer, rendezvous=meets).max()
+    expected = wait_lazily(tables, work, transfer, meets=meets)
+    assert math.isclose(makespan, expected, rel_tol=1e-12)
+    least = replay_dependencies(tables, work, transfer=transfer).max()
+    assert least <= makespan * (1 + 1e-12)
 
 
 @given(programs(), st.randoms(use_true_random=False), durations, durations)
