@@ -232,7 +232,6 @@ def test_a_step_faster_than_the_ideal_is_an_error() -> None:
         require_possible([row(clock=np.nan)])
 
 
-@pytest.mark.skipif(not (FOLDER / "clock.csv").exists(), reason="nothing is measured yet")
 def test_the_readme_has_the_table_of_the_committed_figures(tmp_path: Path) -> None:
     rows = report.read_csv(FOLDER / "clock.csv")
     report.write_markdown(rows, tmp_path / "table.md")
