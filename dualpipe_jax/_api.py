@@ -103,8 +103,10 @@ def value_and_grad(
         always what an accelerator would run.
       costs: How long actions take, in any one unit of time, by which they are placed in ticks, so
         that ranks wait less for each other, and by which None is decided for timetable and
-        full_backward; a transfer is taken to be a tenth of the forward. None: a transformer's,
-        rematerialised if `remat` says so. Gradients are the same whatever they are.
+        full_backward; a transfer is taken to be a tenth of the forward. They must be the same on
+        every process, as the program is: measure them on one. None: a transformer's, rematerialised
+        if `remat` says so. Gradients are the same whatever they are. (A step of more than 20,000
+        actions is not placed by any, as that takes seconds, nor is one in the two-tick timetable.)
       grad_dtype: The dtype of the gradients; None for that of each parameter.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor

@@ -4,6 +4,7 @@ Every instruction that XLA keeps has them in its metadata (`op_name`), one after
 segment of the timetable, then the action. What reads compiled programs finds them by these.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -62,20 +63,22 @@ def of_placement(costs: Sequence[float | None], layers_of_stage: Sequence[int]) 
     """Makes the name under which a step stands whose actions were placed by these costs.
 
     >>> of_placement([1.0, 2.25, 0.75, None], [2, 2])
-    'dualpipe.placed.1.0_2.25_0.75_none.2_2'
+    'dualpipe.placed.1.0_2.25_0.75_none.2x2'
     """
     written = "_".join("none" if cost is None else repr(float(cost)) for cost in costs)
-    return f"dualpipe.placed.{written}.{'_'.join(map(str, layers_of_stage))}"
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(layers_of_stage)]
+    return f"dualpipe.placed.{written}.{'_'.join(f'{count}x{size}' for size, count in runs)}"
 
 
 def read_placement(op_name: str) -> tuple[tuple[float | None, ...], tuple[int, ...]] | None:
     """Reads costs and the layers of stages off an instruction's name.
 
-    >>> read_placement("jit(step)/dualpipe.placed.1.0_2.25_0.75_none.2_2/shard_map/while")
-    ((1.0, 2.25, 0.75, None), (2, 2))
+    >>> read_placement("jit(step)/dualpipe.placed.1.0_2.25_0.75_none.2x2_1x3/shard_map/while")
+    ((1.0, 2.25, 0.75, None), (2, 2, 3))
     """
-    found = re.search(r"dualpipe\.placed\.([^/]+)\.([\d_]+)(?:/|$)", op_name)
+    found = re.search(r"dualpipe\.placed\.([^/)]+)\.([\dx_]+)(?:[/)]|$)", op_name)
     if found is None:
         return None
     costs = tuple(None if cost == "none" else float(cost) for cost in found[1].split("_"))
-    return costs, tuple(map(int, found[2].split("_")))
+    runs = (map(int, run.split("x")) for run in found[2].split("_"))
+    return costs, tuple(size for count, size in runs for _ in range(count))

@@ -259,7 +259,7 @@ def test_agrees_with_the_references(
     options = {"transfer": transfer, "rendezvous": rendezvous}
     schedule = Schedule(program)
     made = simulate(schedule, costs=costs, num_layers=num_layers, **options)
-    durations = durations_of(schedule, costs, layers_of_stage=layers.tolist(), **options)
+    durations = durations_of(schedule, costs, layers_of_stage=layers.tolist(), transfer=transfer)
     tables = compile_program(program, durations=durations).tables
     cost = costs.of_stages(
         num_ranks=program.num_ranks, layers_of_stage=layers, forward_only=program.forward_only

@@ -33,8 +33,8 @@ class State(NamedTuple):
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
       loss, aux, metrics: Sums over microbatches: of what head gives, and of the layers' aux losses.
       block_metrics: For each chunk the metrics of its layers, summed, laid out as block_grads.
-      messages: What the neighbours sent in the tick before, from the left and from the right, an x
-        each; of lazy tables the x that this rank made then, and has not sent yet.
+      messages: The values of the tick before from the left and the right neighbour, an x each; of
+        lazy tables the x that this rank made then, and has not sent yet.
       mail: Outputs that are kept or on their way, in a program that gives them.
     """
 

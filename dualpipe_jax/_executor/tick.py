@@ -105,12 +105,14 @@ def _exchange(
     """
     first, *others = exchanges
     if not others:
+        # Without a loop around it: in one, 1F1B took 262 MiB for 179 (TPU v5e, MLP of width 1024).
         return lax.switch(numbers[0], [partial(_permute, rank, each, out) for each in first])
 
     def in_part(
         part: Sequence[Exchange], number: jax.Array, arrived: tuple[PyTree, PyTree]
     ) -> tuple[PyTree, PyTree]:
-        new = lax.switch(number, [partial(_permute, rank, each, out) for each in part])
+        # Not the first one, which is empty.
+        new = lax.switch(number - 1, [partial(_permute, rank, each, out) for each in part[1:]])
         from_left, from_right = (
             jax.tree.map(partial(jnp.where, _is_target(rank, links)), *both)
             for links, *both in zip(_links(part), new, arrived, strict=True)

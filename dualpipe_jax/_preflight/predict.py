@@ -104,8 +104,12 @@ def predict(
         return Prediction(reason=_NO_ACTIONS), None
     sends = [each for each in collectives if _scopes.SEND in each.op_name]
     # An x of several arrays has a permute for each, which share a tick's links.
-    in_ticks = exposed_seconds([each for each in sends if each.branch is not None]) or 0
-    transfer = max([in_ticks, *(each.link_seconds or 0 for each in sends)])
+    # (Parts of an exchange have a conditional each, one after the other, and links of their own.)
+    in_ticks = [
+        exposed_seconds([each for each in sends if each.conditional == conditional]) or 0
+        for conditional in {each.conditional for each in sends if each.branch is not None}
+    ]
+    transfer = max([0, *in_ticks, *(each.link_seconds or 0 for each in sends)])
     full_backward = any(_scopes.FULL_BACKWARD in name for name in names)
     placed = next(filter(None, map(_scopes.read_placement, names)), None)
     placed_by, layers = (None, None) if placed is None else (_costs_of(placed[0]), placed[1])

@@ -1,4 +1,4 @@
-"""How long actions take: what places them by the clock, and replays them, is given."""
+"""The durations of actions, by which they are placed in ticks and replayed."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,12 @@ class Durations:
 
     Attributes:
       of_opcode: For each opcode the durations over stages; idling takes none.
-      recompute: What a deferred W of each stage takes beside.
+      recompute: The time that a deferred W of each stage takes beside.
       last_layers: The share of each stage's layers that stand in the half of a full backward that
         runs first.
       full_backward: How long I and W take as one, beside the two apart; None if none do.
-      embed_grad: What the first stage's I spends on the embedding's gradient.
+      embed_grad: The time of the first stage's I that is the embedding's gradient.
       transfer: How long a value travels to a neighbour.
-      rendezvous: Whether a sender waits for its receiver.
     """
 
     of_opcode: tuple[tuple[float, ...], ...]
@@ -29,10 +28,9 @@ class Durations:
     full_backward: float | None
     embed_grad: float
     transfer: float
-    rendezvous: bool = True
 
     def recomputed(self, tables: Tables) -> np.ndarray:
-        """What deferred weight grads recompute: float64[num_ticks, num_ranks]."""
+        """How long deferred weight grads recompute: float64[num_ticks, num_ranks]."""
         is_deferred = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
         return is_deferred * np.array(self.recompute)[tables.stage]
 

@@ -4,7 +4,7 @@ A permute makes a sender wait for its receiver, and a receiver for its sender; a
 waits for nobody. So a tick's exchange has the pairs whose value is stored, and no others. In the
 run of beats transfers are those of `Steady`; lazy tables have no exchanges.
 
-A compiler for TPUs has about 35 barriers between pairs of cores, one for each distinct set of
+A compiler for TPUs has 36 barriers between pairs of cores, one for each distinct set of
 pairs that permutes have; beyond, every core waits. So the permutes to one side have at most
 `MOST_SETS` sets: those are kept with which the fewest pairs wait that need not, and every other set
 becomes the smallest kept one that has all of its pairs.
@@ -118,6 +118,6 @@ def _merge(used: np.ndarray, most_sets: int) -> np.ndarray:
 
 
 def _excess(sets: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Counts what serves for a set beyond it: float[num_sets, num_by], inf where it does not."""
+    """Counts the pairs of sets in `by` beyond a set: float[num_sets, num_by], inf if some lack."""
     lacks = sets.astype(np.float32) @ (~by).T.astype(np.float32)
     return np.where(lacks > 0, np.inf, by.sum(axis=1) - sets.sum(axis=1)[:, None])

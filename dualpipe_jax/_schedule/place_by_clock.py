@@ -237,4 +237,4 @@ class _Walk:
                     ticks[action] = max(ticks[first] + gap for first, gap in after[action])
             if (ticks == settled).all():
                 return ticks
-        raise AssertionError("what is walked in time is in some order")
+        raise AssertionError("actions that are walked in time are in some order")

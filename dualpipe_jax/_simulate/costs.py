@@ -54,6 +54,10 @@ class Costs:
     full_backward: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            # Measured ones may be arrays, which have no hash.
+            if value is not None and not isinstance(value, int | float):
+                object.__setattr__(self, name, float(value))
         stated = {n: v for n, v in vars(self).items() if (n, v) != ("full_backward", None)}
         wrong = [f"{n}={v!r}" for n, v in stated.items() if not 0 <= v < math.inf]
         if wrong:
@@ -135,7 +139,6 @@ class Costs:
         last_layers: np.ndarray,
         transfer: float,
         full_backward: bool,
-        rendezvous: bool = True,
         forward_only: bool = False,
     ) -> Durations:
         """Spreads them over stages, as the schedule's compiler takes them.
@@ -147,7 +150,6 @@ class Costs:
             runs first.
           transfer: How long a value travels to a neighbour.
           full_backward: Whether weight grads run with the input grads that they follow.
-          rendezvous: Whether a sender waits for its receiver.
           forward_only: Whether there are no gradients.
         """
         of_opcode = self.of_stages(
@@ -161,7 +163,6 @@ class Costs:
             full_backward=self.full_backward_share if full_backward else None,
             embed_grad=self.embed_grad,
             transfer=transfer,
-            rendezvous=rendezvous,
         )
 
 

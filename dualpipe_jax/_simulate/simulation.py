@@ -75,7 +75,6 @@ def durations_of(
     transfer: float,
     layers_of_stage: Sequence[int] | None = None,
     full_backward: bool = False,
-    rendezvous: bool = True,
 ) -> Durations:
     """Spreads costs over a schedule's stages, as its compiler takes them to place actions.
 
@@ -85,7 +84,6 @@ def durations_of(
       transfer: How long a value travels to a neighbour.
       layers_of_stage: The layers of each stage; None if they are alike, and have two equal halves.
       full_backward: As `simulate`.
-      rendezvous: As `simulate`.
     """
     layers = np.ones(schedule.num_stages, int) if layers_of_stage is None else layers_of_stage
     layers = np.array(layers)
@@ -98,7 +96,6 @@ def durations_of(
         last_layers=last_layers,
         transfer=transfer,
         full_backward=full_backward,
-        rendezvous=rendezvous,
         forward_only=schedule.program.forward_only,
     )
 
@@ -111,7 +108,6 @@ def compile_for(
     layers_of_stage: tuple[int, ...] | None,
     timetable: str,
     full_backward: bool,
-    rendezvous: bool = True,
     placed_by: Costs | None = None,
 ) -> tuple[Tables, Durations]:
     """Compiles a schedule as a step with these costs would be, and says how long its actions take.
@@ -126,7 +122,6 @@ def compile_for(
             transfer=transfer,
             layers_of_stage=layers_of_stage,
             full_backward=full_backward,
-            rendezvous=rendezvous,
         )
 
     durations = placed = spread(costs, transfer)
@@ -136,7 +131,7 @@ def compile_for(
     compiled = compile_program(
         schedule.program,
         timetable=timetable,
-        stash_deferred=not costs.recompute,
+        stash_deferred=not (placed_by or costs).recompute,
         full_backward=full_backward,
         whole_stages=frozenset(stage for stage, size in enumerate(layers) if size == 1),
         durations=placed,
@@ -179,7 +174,8 @@ def simulate(
         given have two halves alike.
       rendezvous: Whether a sender waits for its receiver, as on CPUs and TPUs; not on GPUs.
       placed_by: The costs by which the step's actions were placed in ticks, if not these: those of
-        `value_and_grad(costs=)`, with a transfer of a tenth of the forward as there.
+        `value_and_grad(costs=)`, with a transfer of a tenth of the forward as there. (Steps of more
+        than 20,000 actions, and in the two-tick timetable, are not placed by any.)
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
@@ -234,7 +230,6 @@ def simulate(
         layers_of_stage=None if is_any_size else layers_of_stage,
         timetable=timetable,
         full_backward=full_backward,
-        rendezvous=rendezvous,
         placed_by=placed_by,
     )
     work, recomputed = durations.work(tables), durations.recomputed(tables)

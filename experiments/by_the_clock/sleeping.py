@@ -31,8 +31,8 @@ class Device:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(ACTIONS, 0.0)
         self.num_sleeps = 0
-        # Of two operations that do not depend on each other, XLA may run both at once on a CPU's
-        # threads. A device that computes would be full with one of them.
+        # XLA may run two operations that do not depend on each other at once on a CPU's threads. A
+        # device that computes would be full with one of them.
         self._busy = threading.Lock()
 
     def taking(self, action: str) -> Callable[[jax.Array], jax.Array]:

@@ -41,8 +41,8 @@ class Task:
 
     Attributes:
       num_ranks: Processes, each with one device.
-      programs: Each is compiled once for each costs, by which its actions are placed, by a step
-        without sleeps; the first time another one is measured.
+      programs: Each is compiled for each costs, by which its actions are placed. The first step of
+        a program does not sleep; with the first costs another such step is measured.
       sleeps: For each costs the seconds that F, I and W of one layer sleep.
       repeats: Measured steps with each costs.
     """

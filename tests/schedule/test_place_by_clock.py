@@ -33,7 +33,6 @@ def make_durations(num_stages: int, **changed: Any) -> Durations:
         "full_backward": None,
         "embed_grad": 0.0,
         "transfer": 0.0,
-        "rendezvous": True,
     }
     return Durations(**equal | changed)
 
@@ -55,7 +54,6 @@ def durations(draw: Any, num_stages: int, *, full_backward: bool = False) -> Dur
         last_layers=of_stages(st.sampled_from([0.5, 2 / 3, 1.0])),
         full_backward=draw(st.sampled_from([0.8, 1.0])) if full_backward else None,
         transfer=draw(st.sampled_from([0.0, 0.1, 2.0])),
-        rendezvous=draw(st.booleans()),
     )
 
 
@@ -69,8 +67,7 @@ def order_of(made: Compiled) -> list[list[str]]:
 def seconds(made: Compiled, durations: Durations, *, idle: float = 0.0) -> float:
     work = durations.work(made.tables)
     work[made.tables.opcode == 0] = idle
-    options = {"transfer": durations.transfer, "rendezvous": durations.rendezvous}
-    return float(replay(made.tables, work, **options).max())
+    return float(replay(made.tables, work, transfer=durations.transfer).max())
 
 
 def assert_only_waits_less(program: Program, durations: Durations, **options: Any) -> Compiled:
@@ -215,11 +212,6 @@ def _of_opcode(*of_each: float, embed_grad: float = 0.0, num_stages: int = 8) ->
             *("dualpipev", (4, 8), "embed_grad", 2.0),
             {"of_opcode": _of_opcode(1, 1, 1, embed_grad=2)},
             {"full_backward": True},
-        ),
-        (
-            *("dualpipev", (3, 6), "rendezvous", False),
-            {"of_opcode": _of_opcode(3, 1, 1, num_stages=6), "transfer": 1.0},
-            {},
         ),
     ],
 )

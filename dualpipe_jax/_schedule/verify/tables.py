@@ -27,8 +27,9 @@ def verify_tables(tables: Tables) -> None:
     - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
       the stash or the deferred kind.
     - Halves of a full backward are an I of the last layers and a W of the first ones, not deferred.
-    - Every tick outside of the run of beats has an exchange in every part, those in it none. The
-      first one of a part is empty: executors pass over it. Pairs
+    - Tables have parts, and lazy ones none. Every tick outside of the run of beats has an exchange
+      in every part, those in it none. The first one of a part is empty, passed over by executors.
+    - Pairs
       are neighbours, on the ring where the tables wrap; no rank is twice a source or a target to
       one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a side.
     - Lazy tables have no exchanges, and no run of beats.
@@ -134,6 +135,9 @@ def _check_exchanges(tables: Tables) -> None:
         raise ScheduleError(f"exchange is {exchange.dtype}{exchange.shape}, not int32{shape}")
     if tables.is_lazy and (tables.exchanges or tables.steady is not None):
         raise ScheduleError("lazy tables have exchanges, or a run of beats")
+    if bool(tables.exchanges) == tables.is_lazy:
+        wanted = "no part" if tables.is_lazy else "a part"
+        raise ScheduleError(f"exchanges have {len(tables.exchanges)} parts, must have {wanted}")
     in_run = np.zeros(tables.num_ticks, bool)
     if tables.steady is not None:
         in_run[tables.steady.ticks] = True
