@@ -79,6 +79,8 @@ def command(
                 console.print(report.to_rich(group))
                 console.print(report.describe_faster(group), soft_wrap=True)
     report.write_csv(rows, output / "clock.csv")
+    # With the digits of the CSV, from which the table can be made again.
+    rows = report.read_csv(output / "clock.csv")
     report.write_markdown(rows, output / "table.md")
     picture.plot(rows, output / "clock.png")
     console.print(f"written   {output}: clock.csv, table.md, clock.png")
