@@ -422,11 +422,14 @@ def test_exchanges_in_parts_hand_on_all_values() -> None:
 def test_poison_is_found_when_a_pair_is_dropped(num_parts: int) -> None:
     schedule = dpj.schedules.make("1f1b", num_ranks=4, num_microbatches=5)
     tables = add_exchanges(schedule.compiled().tables, num_parts=num_parts)
-    exchange = tables.exchange.copy()
-    # Empty in one tick and one part: what was to be sent there is not.
-    tick, part = (numbers[len(numbers) // 2] for numbers in np.nonzero(exchange))
-    exchange[tick, part] = 0
-    wrong = dataclasses.replace(tables, exchange=exchange)
+    # The exchange with the most pairs to the right, of which others are left in one part.
+    parts = [list(of_part) for of_part in tables.exchanges]
+    of_part = max(parts, key=lambda of_part: max(len(right) for right, _ in of_part))
+    number = max(range(len(of_part)), key=lambda number: len(of_part[number][0]))
+    right, left = of_part[number]
+    assert (len(right) > 1) == (num_parts == 1)
+    of_part[number] = right[1:], left
+    wrong = dataclasses.replace(tables, exchanges=tuple(map(tuple, parts)))
     step = make_step(schedule, tables=wrong, num_layers=4, poison=True)
     _, grads = jax.jit(step)(make_params(4), make_batch(5), None)
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(grads["blocks"]))

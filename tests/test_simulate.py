@@ -395,6 +395,18 @@ def test_ranks_hardly_wait_for_nothing(name: str, split: float, full: float) -> 
                 assert made.makespan <= bar * made.dependency_makespan, (size, costs)
 
 
+def test_placed_by_costs_is_with_the_transfer_of_a_step() -> None:
+    """A tenth of the forward, whatever that is; the program's own transfers may take longer."""
+    schedule = make("gpipe", 4, 6)
+    tenth = durations_of(schedule, Costs(), transfer=0.1)
+    tables = compile_program(schedule.program, durations=tenth).tables
+    told = wait_as_told(tables, 1.0 * (tables.opcode > 0), transfer=1).max()
+    for factor in (1, 10):
+        placed_by = _times(factor, Costs())
+        assert simulate(schedule, transfer=1, placed_by=placed_by).makespan == told
+    assert simulate(schedule, transfer=1).makespan < told
+
+
 def test_placed_as_ranks_wait() -> None:
     """Where senders do not wait, a program is placed for that."""
     schedule = make("dualpipev", 3, 6)
