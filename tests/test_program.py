@@ -27,6 +27,9 @@ from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_mod
 from tests.test_exact import make_mesh, sequential_value_and_grad
 
 NUM_RANKS, STAGE_LAYERS = 4, 3
+# From a few more microbatches than ranks on, pipelines are full, and ticks have the same exchanges.
+FEW, MANY = 12, 28
+FEW_WITH_RUN, MANY_WITH_RUN = 24, 40
 
 
 def compile_train_step(schedule: str, num_microbatches: int, **options: Any) -> Any:
@@ -59,15 +62,15 @@ def make_tables(schedule: str, num_microbatches: int, timetable: str) -> Tables:
 
 @pytest.fixture(scope="module", params=dpj.schedules.names())
 def compiled(request: pytest.FixtureRequest) -> Any:
-    steps = {n: compile_train_step(request.param, n, timetable="shortest") for n in (8, 24)}
+    steps = {n: compile_train_step(request.param, n, timetable="shortest") for n in (FEW, MANY)}
     return steps | {"name": request.param}
 
 
 @pytest.mark.slow
 def test_one_executable_with_permutes_both_ways(compiled: Any) -> None:
-    executable = compiled[8].runtime_executable()
+    executable = compiled[FEW].runtime_executable()
     assert len(executable.hlo_modules()) == 1
-    text = compiled[8].as_text()
+    text = compiled[FEW].as_text()
     pairs = set(re.findall(r"collective-permute\(.*source_target_pairs=(\{\{.*?\}\})", text))
     for neighbours in ("0,1", "1,2", "2,3", "1,0", "2,1", "3,2"):
         assert any(f"{{{neighbours}}}" in pair for pair in pairs)
@@ -81,17 +84,17 @@ def test_one_executable_with_permutes_both_ways(compiled: Any) -> None:
 
 @pytest.mark.slow
 def test_program_size_does_not_grow_with_microbatches(compiled: Any) -> None:
-    few, many = (len(instructions(compiled[n].as_text())) for n in (8, 24))
+    few, many = (len(instructions(compiled[n].as_text())) for n in (FEW, MANY))
     assert few == many
 
 
 @pytest.mark.slow
 def test_buffers_are_updated_in_place(compiled: Any) -> None:
     """No loop copies a slot buffer, an accumulator or a stage's weights."""
-    made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=8)
+    made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=FEW)
     num_slots = made.compiled().tables.num_slots
     slots = {num_slots[name] for name in ("residual", "weight_residual", "stash")}
-    _assert_in_place(compiled[8].as_text(), slots)
+    _assert_in_place(compiled[FEW].as_text(), slots)
 
 
 @pytest.mark.slow
@@ -137,9 +140,10 @@ def _assert_in_place(text: str, num_slots: set[int], *, is_apart: bool = True) -
 
 @pytest.fixture(scope="module", params=["dualpipe", "dualpipev"])
 def compiled_with_run(request: pytest.FixtureRequest) -> Any:
-    return {n: compile_train_step(request.param, n, timetable="aligned") for n in (16, 32)} | {
-        "name": request.param
-    }
+    return {
+        n: compile_train_step(request.param, n, timetable="aligned")
+        for n in (FEW_WITH_RUN, MANY_WITH_RUN)
+    } | {"name": request.param}
 
 
 def steady_lines(text: str) -> list[str]:
@@ -150,11 +154,11 @@ def steady_lines(text: str) -> list[str]:
 @pytest.mark.slow
 def test_a_run_sends_between_the_pairs_that_it_names(compiled_with_run: Any) -> None:
     """Two permutes a beat, an x and a cotangent; nothing is sent for the weight grads."""
-    steady = make_tables(compiled_with_run["name"], 16, "aligned").steady
+    steady = make_tables(compiled_with_run["name"], FEW_WITH_RUN, "aligned").steady
     assert steady is not None
     sent = [
         re.search(r"source_target_pairs=\{(\S*)\}", line)
-        for line in steady_lines(compiled_with_run[16].as_text())
+        for line in steady_lines(compiled_with_run[FEW_WITH_RUN].as_text())
         if " collective-permute(" in line
     ]
     named = [
@@ -167,7 +171,7 @@ def test_a_run_sends_between_the_pairs_that_it_names(compiled_with_run: Any) -> 
 @pytest.mark.slow
 def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
     """Head and embedding stand in loops of one trip or none; blocks run on every rank."""
-    text = compiled_with_run[16].as_text()
+    text = compiled_with_run[FEW_WITH_RUN].as_text()
     lines = steady_lines(text)
     assert not [line for line in lines if " conditional(" in line]
     # Every rank runs the head in one of two beats at most, and the embedding's gradient; what
@@ -183,17 +187,17 @@ def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
 @pytest.mark.slow
 def test_a_run_updates_in_place(compiled_with_run: Any) -> None:
     """Slot buffers, accumulators and weights, a layer's each."""
-    tables = make_tables(compiled_with_run["name"], 16, "aligned")
+    tables = make_tables(compiled_with_run["name"], FEW_WITH_RUN, "aligned")
     slots = {tables.num_slots[name] for name in ("residual", "weight_residual")}
-    _assert_in_place(compiled_with_run[16].as_text(), slots)
+    _assert_in_place(compiled_with_run[FEW_WITH_RUN].as_text(), slots)
 
 
 @pytest.mark.slow
 def test_a_run_takes_no_more_for_more_microbatches(compiled_with_run: Any) -> None:
     """The program is as large, and memory grows by the batch and the tables only."""
-    few, many = (compiled_with_run[n] for n in (16, 32))
+    few, many = (compiled_with_run[n] for n in (FEW_WITH_RUN, MANY_WITH_RUN))
     assert len(instructions(few.as_text())) == len(instructions(many.as_text()))
-    num_ticks = make_tables(compiled_with_run["name"], 32, "aligned").num_ticks
+    num_ticks = make_tables(compiled_with_run["name"], MANY_WITH_RUN, "aligned").num_ticks
     table_bytes = num_ticks * NUM_RANKS * len(Tables.columns()) * 4
     batch_bytes = 16 * ROWS * (LENGTH + 2) * 8
     few, many = (each.memory_analysis().temp_size_in_bytes for each in (few, many))
@@ -203,8 +207,8 @@ def test_a_run_takes_no_more_for_more_microbatches(compiled_with_run: Any) -> No
 @pytest.mark.slow
 def test_memory_does_not_grow_with_microbatches(compiled: Any) -> None:
     """Beyond the batch and the tables; GPipe's does, so the measure can tell."""
-    few, many = (compiled[n].memory_analysis().temp_size_in_bytes for n in (8, 24))
-    made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=24)
+    few, many = (compiled[n].memory_analysis().temp_size_in_bytes for n in (FEW, MANY))
+    made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=MANY)
     num_ticks = made.timeline().num_ticks
     table_bytes = num_ticks * NUM_RANKS * len(Tables.columns()) * 4
     batch_bytes = 16 * ROWS * (LENGTH + 2) * 8
