@@ -107,6 +107,14 @@ def choices_of(
     whole_stages = stages_of_one_layer(num_layers, schedule.num_stages, None)
 
     def choice(timetable: str, full_backward: bool) -> Choice:
+        simulation = simulate(
+            schedule,
+            costs=costs,
+            transfer=transfer,
+            num_layers=num_layers,
+            timetable=timetable,
+            full_backward=full_backward,
+        )
         tables = compile_program(
             schedule.program,
             timetable=timetable,
@@ -121,14 +129,6 @@ def choices_of(
                 full_backward=full_backward,
             ),
         ).tables
-        simulation = simulate(
-            schedule,
-            costs=costs,
-            transfer=transfer,
-            num_layers=num_layers,
-            timetable=timetable,
-            full_backward=full_backward,
-        )
         return Choice(
             simulation=simulation,
             full_backward=full_backward,
@@ -145,15 +145,19 @@ def choices_of(
 
     choices = []
     for timetable in ("shortest", "aligned"):
-        compiled = compile_program(
-            schedule.program, timetable=timetable, stash_deferred=stash_deferred
-        )
-        if timetable != "shortest" and compiled.tables.steady is None:
+        if timetable != "shortest" and not _has_run(schedule):
             continue
         made = [choice(timetable, is_full) for is_full in (False, True)]
         first, *others = sorted(made, key=_time_and_memory)
         choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
     return choices
+
+
+def _has_run(schedule: Schedule) -> bool:
+    """Whether the aligned timetable differs from the shortest one: has a run of beats."""
+    if not (schedule.program.units.pair >= 0).any():
+        return False
+    return compile_program(schedule.program, timetable="aligned").tables.steady is not None
 
 
 def in_order(choices: Iterable[Choice]) -> list[Choice]:

@@ -9,7 +9,7 @@ from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.emit import emit
-from dualpipe_jax._schedule.exchanges import add_exchanges
+from dualpipe_jax._schedule.exchanges import add_exchanges, has_merged
 from dualpipe_jax._schedule.ir import (
     FORWARD,
     IDLE,
@@ -173,12 +173,13 @@ def _fastest(
         work[each.tables.opcode == IDLE] = _IDLE_TICK * max(durations.of_opcode[FORWARD])
         return float(replay(each.tables, work, transfer=durations.transfer).max())
 
-    # A few ranks have fewer links than parts.
-    candidates = [
-        replace(each, tables=add_exchanges(each.tables, num_parts=num_parts))
-        for each in placed
-        for num_parts in sorted({min(num_parts, tables.num_ranks) for num_parts in _PARTS})
-    ]
+    candidates = []
+    for each in placed:
+        for num_parts in _PARTS:
+            tables = add_exchanges(each.tables, num_parts=num_parts)
+            candidates.append(replace(each, tables=tables))
+            if not has_merged(tables):  # parts are for what had to be merged
+                break
     fastest, shortest = candidates[0], seconds(candidates[0])
     for each in candidates[1:]:
         takes = seconds(each)

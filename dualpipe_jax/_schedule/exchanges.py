@@ -79,6 +79,20 @@ def add_exchanges(tables: Tables, *, num_parts: int = 1, most_sets: int = MOST_S
     return replace(tables, exchange=exchange, exchanges=tuple(exchanges))
 
 
+def has_merged(tables: Tables) -> bool:
+    """Whether ranks are pairs in ticks in which nothing is stored between them."""
+    num_pairs = 0
+    for part, exchanges in enumerate(tables.exchanges):
+        sizes = np.array([len(right) + len(left) for right, left in exchanges])
+        numbers = tables.exchange[:, part]
+        num_pairs += int(sizes[numbers[numbers >= 0]].sum())
+    is_ramp = (tables.exchange[:-1] >= 0).all(axis=1)
+    stored = sum(
+        int((side[1:][is_ramp] >= 0).sum()) for side in (tables.from_left, tables.from_right)
+    )
+    return num_pairs > stored
+
+
 def _number(
     used: np.ndarray, part: np.ndarray, num_ranks: int
 ) -> tuple[np.ndarray, tuple[Exchange, ...]]:

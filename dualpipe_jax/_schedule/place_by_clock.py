@@ -173,6 +173,8 @@ class _Walk:
         receiver has made earlier, and in no earlier tick.
         """
         receiver = {r: self.receiver[a] for r, a in enumerate(self.held) if a is not None}
+        if not receiver:
+            return []
         meeting = {r for r, other in receiver.items() if self.ends[other] == math.inf}
         while late := {r for r in meeting if receiver[r] in receiver.keys() - meeting}:
             meeting -= late
@@ -228,13 +230,16 @@ class _Walk:
                 after[action].append((last, 0))
             if following >= 0:
                 after[following].append((action, 1))
-        ticks = np.zeros(len(self.receiver) - 1, np.int64)
+        ticks = [0] * (len(self.receiver) - 1)
         # A sweep settles at least one action more, and mostly all, as these stand in time's order.
         for _ in self.order:
-            settled = ticks.copy()
+            is_settled = True
             for action in self.order:
-                if after[action]:
-                    ticks[action] = max(ticks[first] + gap for first, gap in after[action])
-            if (ticks == settled).all():
-                return ticks
+                tick = 0
+                for first, gap in after[action]:
+                    tick = max(tick, ticks[first] + gap)
+                if tick != ticks[action]:
+                    ticks[action], is_settled = tick, False
+            if is_settled:
+                return np.array(ticks)
         raise AssertionError("actions that are walked in time are in some order")

@@ -131,7 +131,8 @@ def compile_for(
     compiled = compile_program(
         schedule.program,
         timetable=timetable,
-        stash_deferred=not (placed_by or costs).recompute,
+        # As a step with them has it.
+        stash_deferred=not (placed_by or costs).recompute and not full_backward,
         full_backward=full_backward,
         whole_stages=frozenset(stage for stage, size in enumerate(layers) if size == 1),
         durations=placed,
