@@ -7,7 +7,7 @@ the right and to the left between the ranks of its pairs: a branch for each exch
 the line of ranks has. All ranks know which, so that all take the same.
 
 Lazy tables have no exchanges: a tick begins with two permutes between all neighbours, which move
-what was made in the tick before, and ends with storing what they bring. Nothing in between reads
+the values of the tick before, and ends with storing what they bring. Nothing in between reads
 it, so that a compiler may start them before all of the action and await them after it.
 
 The choice of actions is made by loops that run their body once or not at all (`when`), not by
@@ -101,7 +101,7 @@ def _exchange(
 ) -> tuple[PyTree, PyTree]:
     """Sends to the right and to the left, and returns what has come from the left and right.
 
-    What comes over a link comes in the part that the link belongs to.
+    A link belongs to one part, and brings its value in that part.
     """
     first, *others = exchanges
     if not others:

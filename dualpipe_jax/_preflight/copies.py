@@ -148,7 +148,7 @@ def _place(
 
 
 def _action(module: Module, inside: Computation, around: str) -> str:
-    """Names the action of a loop or branch; that of what is around it if it has several or none."""
+    """Names the action of a loop or branch; the surrounding one if it has several or none."""
     names = {action_of(each.op_name) for each in module.within(inside)} - {OTHER, _scopes.SEND}
     if names == {_scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}:
         return _scopes.FULL_BACKWARD

@@ -26,7 +26,7 @@ class Collective:
         all-to-all, of the smaller of its two buffers, which is the most that may move
         where no row goes to two devices.
       flops: FLOPs of the matmuls between its start and its done.
-      cycles: Cycles of what lies between them, as the compiler estimates; None without estimates.
+      cycles: Cycles of the instructions between, as the compiler estimates; None if it does not.
       compute_seconds: How long that takes; None where neither cycles nor a peak are known.
       link_seconds: How long its bytes need on its links, at the published bandwidth; None where
         none is published.

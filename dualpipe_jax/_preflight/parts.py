@@ -1,7 +1,7 @@
 """The loops and branches of a computation that some ranks run and others pass over.
 
 Such a loop is one whose number of trips is not in the text: a rank decides it as it runs. A branch
-counts with what it costs beyond the cheapest one, which all ranks run at least. In a step of this
+counts with its cost beyond the cheapest one, which all ranks run at least. In a step of this
 library the forwards, input grads and weight grads are the parts, of which a rank that acts runs
 one; the ends, which few ranks have, and the permutes are none. In other programs all count.
 """
@@ -19,7 +19,7 @@ _OF_ALL_RANKS = {_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}
 
 @dataclass(frozen=True)
 class Part:
-    """Tells of a loop or a branch: in which instruction it is, and what that costs who runs it."""
+    """Tells of a loop or a branch: its instruction, and its cost for a rank that runs it."""
 
     instruction: str
     work: Work
@@ -43,7 +43,7 @@ def find_parts(
 def _candidates(
     module: Module, where: Computation, at_most: Costs
 ) -> Iterator[tuple[Part, Computation]]:
-    """Yields the loops of unknown length and the branches, each with what stands in it."""
+    """Yields the loops of unknown length and the branches, each with its contents."""
     for each in where.instructions:
         match each.opcode:
             case "while" if trip_count(module, each, where) is None:

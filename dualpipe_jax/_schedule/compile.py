@@ -178,7 +178,7 @@ def _fastest(
         for num_parts in _PARTS:
             tables = add_exchanges(each.tables, num_parts=num_parts)
             candidates.append(replace(each, tables=tables))
-            if not has_merged(tables):  # parts are for what had to be merged
+            if not has_merged(tables):  # parts only spare merging
                 break
     fastest, shortest = candidates[0], seconds(candidates[0])
     for each in candidates[1:]:
