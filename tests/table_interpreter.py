@@ -12,7 +12,6 @@ import numpy as np
 from dualpipe_jax._schedule.ir import (
     FIRST_LAYERS,
     FORWARD,
-    IDLE,
     INPUT_GRAD,
     LAST_LAYERS,
     WEIGHT_GRAD,
@@ -88,8 +87,6 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
         for rank in range(num_ranks):
             cell = {column: int(values[rank]) for column, values in row.items()}
             opcode, stage, microbatch = cell["opcode"], cell["stage"], cell["microbatch"]
-            if opcode == IDLE:
-                continue
             weight = weights[tables.stage_of[cell["chunk"], rank]]
             if opcode == FORWARD:
                 x = take("received", rank, cell["read"]) if stage else inputs[microbatch]
@@ -123,8 +120,11 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
                     stashed = take("received", rank, cell["read"])
                     output[rank] = weight.T @ stashed
                 grads[cell["chunk"], rank] += np.outer(stashed, x)
+            made = output[rank].copy()
+            if cell["send"] >= 0:
+                output[rank] = take("received", rank, cell["send"])
             if cell["keep"] >= 0:
-                put("received", rank, cell["keep"], output[rank])
+                put("received", rank, cell["keep"], made)
         if tables.is_lazy:
             put_arrivals(row)
         arrived = _exchange(tables, tick, output)

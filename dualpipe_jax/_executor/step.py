@@ -143,6 +143,7 @@ class Step:
     def columns(self) -> tuple[str, ...]:
         """What a tick needs of the tables."""
         idle = {DEFERRED: not self.defers, "half": not self.tables.has_halves}
+        idle["send"] = not (self.tables.send >= 0).any()
         return tuple(c for c in Tables.columns() if not idle.get(c))
 
     @property

@@ -31,7 +31,7 @@ def allocate(timeline: Timeline, *, stash_deferred: bool = True) -> Allocation:
     Unless `stash_deferred`, what a deferred W needs gets slots of its own kind, `DEFERRED`.
     """
     live_ranges = find_live_ranges(
-        timeline.program, timeline.tick_of, stash_deferred=stash_deferred
+        timeline.program, timeline.tick_of, timeline.sent_in, stash_deferred=stash_deferred
     )
     slot_of = {
         buffer: _lowest_free_slots(

@@ -35,7 +35,7 @@ from dualpipe_jax._schedule.verify import (
 )
 
 # How patient ranks are, and into how many parts the line of ranks is cut, in what is tried.
-_PATIENCE = (np.inf, 2.0, 0.5)
+_PATIENCE = (np.inf, 2.0)
 _PARTS = (1, 2, 4)
 # How much less time something else than the simplest has to take: more parts are more program, and
 # more ticks more to pass over.
@@ -154,7 +154,7 @@ def _fastest(
     timeline, tables = made.timeline, made.tables
     work = durations.work(tables)
     ends = replay(add_exchanges(tables), work, transfer=durations.transfer)
-    placed, ticks = [made], [timeline.tick_of]
+    placed = [made]
     for patience in _PATIENCE:
         again, run_then = place_by_clock(
             timeline,
@@ -164,9 +164,7 @@ def _fastest(
             transfer=durations.transfer,
             patience=patience,
         )
-        if not any((again.tick_of == tick_of).all() for tick_of in ticks):
-            ticks.append(again.tick_of)
-            placed.append(_lower(again, run_then, stash_deferred))
+        placed.append(_lower(again, run_then, stash_deferred))
 
     def seconds(each: Compiled) -> float:
         work = durations.work(each.tables)

@@ -122,27 +122,41 @@ def run_in_order(
 
 
 def find_live_ranges(
-    program: Program, tick_of: np.ndarray, *, stash_deferred: bool = True
+    program: Program,
+    tick_of: np.ndarray,
+    sent_in: np.ndarray,
+    *,
+    stash_deferred: bool = True,
 ) -> dict[str, LiveRanges]:
     """Finds when the values of a timeline live, for each of `BUFFERS`.
 
-    A payload lives from the tick after its producer, whether it travelled or was kept; a residual
-    from its F to its I (of a full backward in halves to its W), a weight residual from its F to its
-    W, a stash from its I to its W. Unless `stash_deferred`, what a deferred W needs lies not in the
-    stash but in `DEFERRED`.
+    A payload lives from the tick after its producer, or after it was sent; if that is later, on its
+    producer's rank until then. A residual lives from its F to its I (of a full backward in halves
+    to its W), a weight residual from its F to its W, a stash from its I to its W. Unless
+    `stash_deferred`, what a deferred W needs lies not in the stash but in `DEFERRED`.
     """
     units, needs = program.units, find_dependencies(program)
 
-    def ranges(producer: np.ndarray, consumer: np.ndarray, delay: int = 0) -> LiveRanges:
-        start, end = tick_of[producer] + delay, tick_of[consumer]
+    def ranges(producer: np.ndarray, consumer: np.ndarray) -> LiveRanges:
+        start, end = tick_of[producer], tick_of[consumer]
         return LiveRanges(units.rank[consumer], start, end, producer, consumer)
 
     reads, of_i, of_w = (
         np.flatnonzero(mask)
         for mask in (needs.payload >= 0, units.opcode == INPUT_GRAD, units.opcode == WEIGHT_GRAD)
     )
+    made = needs.payload[reads]
+    is_late = sent_in[made] > tick_of[made]
+    waits, waits_for = made[is_late], reads[is_late]
+    received = (
+        np.concatenate([units.rank[reads], units.rank[waits]]),
+        np.concatenate([sent_in[made], tick_of[waits]]) + 1,
+        np.concatenate([tick_of[reads], sent_in[waits]]),
+        np.concatenate([made, waits]),
+        np.concatenate([reads, waits_for]),
+    )
     live = {
-        "received": ranges(needs.payload[reads], reads, delay=1),
+        "received": LiveRanges(*received),
         "residual": ranges(needs.own[of_i], of_i + program.in_halves[of_i]),
         "weight_residual": ranges(needs.own[needs.own[of_w]], of_w),
     }
@@ -167,12 +181,20 @@ def count_live(live: LiveRanges, *, num_ticks: int, num_ranks: int) -> np.ndarra
 
 
 def build_timeline(
-    program: Program, tick_of: np.ndarray, *, timetable: str = "shortest"
+    program: Program,
+    tick_of: np.ndarray,
+    *,
+    sent_in: np.ndarray | None = None,
+    timetable: str = "shortest",
 ) -> Timeline:
-    """Joins a program and its ticks to a timeline, counting the slots that it takes."""
+    """Joins a program and its ticks to a timeline, counting the slots that it takes.
+
+    What an action makes is sent in its own tick, unless `sent_in` says other ones.
+    """
+    sent_in = tick_of if sent_in is None else sent_in
     num_ticks = int(tick_of.max()) + 1
     num_slots = {
         buffer: int(count_live(live, num_ticks=num_ticks, num_ranks=program.num_ranks).max())
-        for buffer, live in find_live_ranges(program, tick_of).items()
+        for buffer, live in find_live_ranges(program, tick_of, sent_in).items()
     }
-    return Timeline(program, tick_of, num_slots, timetable)
+    return Timeline(program, tick_of, sent_in, num_slots, timetable)

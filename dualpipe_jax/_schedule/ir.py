@@ -215,12 +215,15 @@ class Program:
 class Timeline:
     """Gives each action of a program its tick, all ranks alike: what `place` makes.
 
-    `tick_of` is int64[num_actions], in the order of `program.units`. `num_slots` counts, for each
-    of `BUFFERS`, the values alive at once on the fullest rank. `timetable` is one of `TIMETABLES`.
+    `tick_of` is int64[num_actions], in the order of `program.units`, and so is `sent_in`, the tick
+    at whose end an action's value goes to another rank, if it does: its own or a later one.
+    `num_slots` counts, for each of `BUFFERS`, the values alive at once on the fullest rank.
+    `timetable` is one of `TIMETABLES`.
     """
 
     program: Program
     tick_of: np.ndarray
+    sent_in: np.ndarray
     num_slots: dict[str, int]
     timetable: str = "shortest"
 
@@ -370,8 +373,9 @@ class Tables:
     (1) stores what its neighbours sent in the tick before into the received slots `from_left`
     (from rank - 1) and `from_right` (from rank + 1, both modulo the number of ranks),
     (2) runs its action, and
-    (3) stores the output in the received slot `keep`, and takes part in the tick's exchange, part
-    after part: it sends the output to the ranks with which it is a pair there.
+    (3) takes the output or, if there is one, the value in the received slot `send`, which it has
+    kept since an earlier tick, stores the output in the received slot `keep`, and takes part in the
+    tick's exchange, part after part: it sends what it took to the ranks with which it is a pair.
 
     ====  =======================================  ============================================
     F     reads `read`, its x (stage 0: none)      writes `residual`, `weight_residual`
@@ -389,9 +393,9 @@ class Tables:
     the first layers, and makes the cotangent of the stage's x.
 
     The output of F is x, of the last stage's F the cotangent that the head's gradient gives, of I
-    the cotangent of its x. A slot is free after the last read: of `read` its action, of `residual`
-    the I (of a full backward the W), of `weight_residual`, `stash` and `deferred` the W. A
-    forward-only program has neither residuals nor cotangents.
+    the cotangent of its x. A slot is free after the last read: of `read` its action, of `send` the
+    tick, of `residual` the I (of a full backward the W), of `weight_residual`, `stash` and
+    `deferred` the W. A forward-only program has neither residuals nor cotangents.
 
     The ticks of `steady` are run as it says, to the effect of the tables. They have no exchange.
 
@@ -413,6 +417,7 @@ class Tables:
     from_right: np.ndarray
     read: np.ndarray
     keep: np.ndarray
+    send: np.ndarray
     residual: np.ndarray
     weight_residual: np.ndarray
     stash: np.ndarray
@@ -456,4 +461,4 @@ class Tables:
     @classmethod
     def columns(cls) -> tuple[str, ...]:
         """Names the tables that have a row a tick and a column a rank."""
-        return tuple(f.name for f in fields(cls))[:13]
+        return tuple(f.name for f in fields(cls))[:14]

@@ -1,39 +1,42 @@
 """Timeline -> Timeline: places actions again, by how long they take.
 
-A rank that sends waits for its receiver, and so each rank stands still at the ends of its
-neighbours' actions. When all actions take a tick, these coincide. When they do not, a receiver that
-is in a long action keeps its sender waiting, or waits itself, though all that matters is that the
-value comes before it is read. In which tick a rank acts decides between which two actions its
-neighbours receive; an idle tick costs no time. So ranks are walked through the program by the
-clock: whoever has made a value hands it over as soon as its receiver is between two actions. A rank
-about to begin an action during which a neighbour will have made something for it may wait for that:
-it begins if its neighbour then waits at most `patience` times as long as the rank itself would.
+A permute is a rendezvous, so two ranks hand over a value when both are between two actions. When
+all actions take a tick, these moments coincide. When they do not, a rank that sends what it has
+made as soon as it has made it waits for the end of its receiver's action, though all that matters
+is that the value comes before it is read. So ranks are walked through the program by the clock, and
+a value is handed over whenever both ranks happen to be between two actions. A rank that goes on
+meanwhile keeps the value in a slot and sends it in a later tick (`Timeline.sent_in`); idle ticks
+cost no time.
+
+A rank about to begin an action may also wait for the end of a neighbour's, to hand over then: if
+the value is for the action that comes after the one which the receiver is in, or about to begin, it
+begins if the neighbour then waits at most `patience` times as long as the rank itself would.
 
 No rule is the best at all costs and sizes, so `compile` tries some and replays each. (Interleaved
 1F1B, 4 ranks, 16 microbatches, rematerialised: 1.23 of the time without false waits as soon as
-possible, 1.02 by the clock, in 123 ticks for 102.)
+possible, 1.02 by the clock, in 122 ticks for 102.)
 
-Two ranks, forwards that take three. `1I1` is made while rank 0 is in `0F2`, which it may begin
-without; in a tick with `0F2` and not before it, rank 0 does not wait for it from 9 to 11:
+Two ranks, forwards that take three. `1I1` is made at 11, while rank 0 is in `0F2` until 12, which
+it may begin without. So rank 1 goes on with `1W1`, and sends it after that, in tick 5, at 12:
 
 >>> from dualpipe_jax._schedule.generators import GENERATORS
 >>> from dualpipe_jax._schedule.place import place_shortest
 >>> shortest = place_shortest(GENERATORS["zb-h1"](num_ranks=2, num_microbatches=3))
->>> took = np.array([0.0, 3, 1, 1])[shortest.program.units.opcode]
+>>> units = shortest.program.units
+>>> took = np.array([0.0, 3, 1, 1])[units.opcode]
 >>> placed, _ = place_by_clock(
 ...     shortest, None, took=took, after_run=np.zeros(2), transfer=0.0, patience=np.inf
 ... )
->>> for timeline in shortest, placed:
-...     for row in zip(*timeline.actions, strict=True):
-...         print(*(action or "..." for action in row))
+>>> for row in zip(*placed.actions, strict=True):
+...     print(*(action or "..." for action in row))
 0F0 0F1 ... 0I0 0W0 0F2 0I1 0W1 0I2 0W2
 ... 1F0 1I0 1F1 1I1 1W1 1F2 1I2 1W2 1W0
-0F0 0F1 ... 0I0 0W0 0F2 0I1 0W1 ... 0I2 0W2
-... 1F0 1I0 1F1 ... 1I1 1W1 1F2 1I2 1W2 1W0
+>>> for action in np.flatnonzero(placed.sent_in > placed.tick_of):
+...     print(units.name(action), placed.tick_of[action], placed.sent_in[action])
+1I1 4 5
 """
 
 import heapq
-import itertools
 import math
 from dataclasses import replace
 
@@ -71,25 +74,33 @@ def place_by_clock(
     bounds = [(0, timeline.num_ticks)]
     if run is not None:
         bounds = [(0, run.first_tick), (run.stop, timeline.num_ticks)]
-    placed = tick_of.copy()
+    placed, sent_in = tick_of.copy(), tick_of.copy()
     for number, (first, stop) in enumerate(bounds):
         here = (tick_of >= first) & (tick_of < stop)
         walk = _Walk(timeline, here, took, transfer=transfer, patience=patience)
-        ticks = walk.run(after_run if number else np.zeros(timeline.num_ranks))
-        placed[here] = start + ticks[here]
-        start += int(ticks[here].max(initial=-1)) + 1
+        acts, sends = walk.run(after_run if number else np.zeros(timeline.num_ranks))
+        placed[here], sent_in[here] = start + acts[here], start + sends[here]
+        start += int(sends[here].max(initial=-1)) + 1
         if run is not None and number == 0:
             in_run = (tick_of >= run.first_tick) & (tick_of < run.stop)
             placed[in_run] += start - run.first_tick
+            sent_in[in_run] = placed[in_run]
             run, start = replace(run, first_tick=start), start + run.stop - run.first_tick
-    return build_timeline(timeline.program, placed, timetable=timeline.timetable), run
+    placed_timeline = build_timeline(
+        timeline.program, placed, sent_in=sent_in, timetable=timeline.timetable
+    )
+    return placed_timeline, run
+
+
+# An action, or the sending of its value in a later tick.
+_Move = tuple[int, bool]
 
 
 class _Walk:
     """Walks ranks through some of a program's actions, by the clock.
 
-    A rank runs an action, is held by a value that it has made and not handed over, or is between
-    two actions; it is free at an instant, up to which it takes part in a transfer.
+    A rank runs an action or is between two; it is free at an instant, up to which it takes part in
+    a transfer. What it has made for other ranks it hands over when they meet.
     """
 
     def __init__(
@@ -103,36 +114,41 @@ class _Walk:
     ):
         program = timeline.program
         units, needs = program.units, find_dependencies(program)
-        num_actions = len(units)
+        num_ranks = timeline.num_ranks
         # For each action the rank that is handed its value, -1 for none.
-        receiver = np.full(num_actions + 1, -1)
+        receiver = np.full(len(units), -1)
         reads = np.flatnonzero(needs.payload >= 0)
         receiver[needs.payload[reads]] = units.rank[reads]
-        receiver[:-1][receiver[:-1] == units.rank] = -1
-        self.receiver = receiver.tolist()
+        receiver[receiver == units.rank] = -1
+        self.receiver, self.rank_of = receiver.tolist(), units.rank.tolist()
         self.took, self.transfer, self.patience = took.tolist(), transfer, patience
         self.payload = needs.payload.tolist()
-        self.num_ranks = timeline.num_ranks
+        self.neighbours = [{(r - 1) % num_ranks, (r + 1) % num_ranks} for r in range(num_ranks)]
         self.same = _SAME_INSTANT * float(took.max(initial=0.0))
         # Whether what an action makes is where it is read; one entry more, for "needs nothing".
         is_over = timeline.tick_of < timeline.tick_of[here].min(initial=timeline.num_ticks)
         self.is_there = [*is_over.tolist(), True]
-        self.rows = [
-            np.flatnonzero(here & (units.rank == r)).tolist() for r in range(self.num_ranks)
-        ]
-        self.next = [0] * self.num_ranks
-        self.ends = [math.inf] * self.num_ranks  # when the action ends that a rank runs, if it does
-        self.held: list[int | None] = [None] * self.num_ranks  # the action whose value holds it
-        # The actions in the order of their ends, and for each that is handed over before which
-        # action of its receiver, and after which, -1 for none.
-        self.order: list[int] = []
-        self.handed: dict[int, tuple[int, int]] = {}
+        self.rows = [np.flatnonzero(here & (units.rank == r)).tolist() for r in range(num_ranks)]
+        self.next = [0] * num_ranks
+        self.ends = [math.inf] * num_ranks  # when the action ends that a rank runs, if it does
+        # The actions whose values a rank has to hand over, the latest one first.
+        self.made: list[list[int]] = [[] for _ in range(num_ranks)]
+        # Which ticks come before which: for each move those before it, and by how many ticks.
+        self.before: dict[_Move, list[tuple[_Move, int]]] = {}
+        # With which move each action's value is sent.
+        self.sent_with: dict[int, _Move] = {}
+        # The latest action of each rank, the latest move with which it sent, and since the action
+        # all in which it took part.
+        self.action: list[_Move | None] = [None] * num_ranks
+        self.send: list[_Move | None] = [None] * num_ranks
+        self.since: list[list[_Move]] = [[] for _ in range(num_ranks)]
 
-    def run(self, free: np.ndarray) -> np.ndarray:
+    def run(self, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Walks, from the instants on at which ranks are free.
 
         Returns:
-            int64[num_actions], the ticks of the actions that were walked, from 0 on.
+            For each action that was walked its tick, from 0 on, and that in which its value is
+            sent: int64[num_actions] both.
         """
         self.free = free.tolist()
         events = [(instant, rank) for rank, instant in enumerate(self.free)]
@@ -141,16 +157,21 @@ class _Walk:
             now, ranks = events[0][0], set()
             while events and events[0][0] <= now + self.same:
                 ranks.add(heapq.heappop(events)[1])
-            for rank in ranks:
-                self._end(rank, now)
-            for rank in self._find_meeting():
-                for who in self._hand_over(rank, now):
-                    heapq.heappush(events, (self.free[who], who))
             for rank in sorted(ranks):
+                self._end(rank, now)
+            near = ranks.union(*(self.neighbours[rank] for rank in ranks))
+            for rank in self._hand_over(near, now):
+                heapq.heappush(events, (self.free[rank], rank))
+            for rank in sorted(near):
                 if self._begins(rank, now):
                     heapq.heappush(events, (self.ends[rank], rank))
-        assert len(self.order) == sum(map(len, self.rows)), "a legal program runs to its end"
+        num_left = sum(map(len, self.rows)) - sum(self.next) + sum(map(len, self.made))
+        assert not num_left, "a legal program runs to its end"
         return self._find_ticks()
+
+    def _is_between(self, rank: int, now: float) -> bool:
+        """Whether a rank is between two actions, and in no transfer."""
+        return self.ends[rank] == math.inf and self.free[rank] <= now + self.same
 
     def _end(self, rank: int, now: float) -> None:
         """Ends the action that a rank runs, if its time has come."""
@@ -160,86 +181,106 @@ class _Walk:
         self.next[rank] += 1
         self.ends[rank] = math.inf
         self.free[rank] = now
-        self.order.append(action)
+        move, last = (action, False), self.action[rank]
+        self.before[move] = [(each, 1) for each in (last, *self.since[rank]) if each is not None]
+        self.action[rank], self.since[rank] = move, []
         if self.receiver[action] < 0:
             self.is_there[action] = True
         else:
-            self.held[rank] = action
+            self.made[rank].insert(0, action)
 
-    def _find_meeting(self) -> list[int]:
-        """Finds the ranks that may hand over: to one between two actions, and not held itself.
+    def _hand_over(self, near: set[int], now: float) -> set[int]:
+        """Hands values over between ranks that are between two actions, one of a rank at a time.
 
-        Or held no longer, as it hands over too: so a value is never handed over before one that its
-        receiver has made earlier, and in no earlier tick.
+        Returns:
+            Who took part.
         """
-        receiver = {r: self.receiver[a] for r, a in enumerate(self.held) if a is not None}
-        if not receiver:
-            return []
-        meeting = {r for r, other in receiver.items() if self.ends[other] == math.inf}
-        while late := {r for r in meeting if receiver[r] in receiver.keys() - meeting}:
-            meeting -= late
-        return sorted(meeting)
+        met: set[int] = set()
+        while True:
+            between = {rank for rank in near if self._is_between(rank, now)}
+            moves = []
+            for rank in sorted(between):
+                value = next((v for v in self.made[rank] if self.receiver[v] in between), None)
+                if value is not None:
+                    # In the tick in which it was made, if nothing has happened since.
+                    is_late = self.action[rank] != (value, False) or bool(self.since[rank])
+                    moves.append((value, is_late))
+            for move in moves:
+                met.update(self._send(move))
+            for rank in met:
+                self.free[rank] = now + self.transfer
+            if not moves:
+                return met
 
-    def _hand_over(self, rank: int, now: float) -> tuple[int, int]:
-        """Hands over what holds a rank, and says who takes part."""
-        action, self.held[rank] = self.held[rank], None
-        assert action is not None, "it is held by a value"
-        receiver = self.receiver[action]
-        self.is_there[action] = True
-        row, following = self.rows[receiver], self.next[receiver]
-        self.handed[action] = (
-            row[following - 1] if following else -1,
-            row[following] if following < len(row) else -1,
-        )
-        for who in (rank, receiver):
-            self.free[who] = max(self.free[who], now + self.transfer)
-        return rank, receiver
+    def _send(self, move: _Move) -> tuple[int, int]:
+        """Hands over a value, not before its ranks' latest actions; says between whom."""
+        value, _ = move
+        sender = self.rank_of[value]
+        both = sender, self.receiver[value]
+        before = self.before.setdefault(move, [])
+        latest = (self.action[rank] for rank in both)
+        before += [(each, 0) for each in latest if each is not None and each != move]
+        if (last := self.send[sender]) is not None:
+            before.append((last, 1))
+        self.made[sender].remove(value)
+        self.is_there[value] = True
+        self.send[sender] = self.sent_with[value] = move
+        for rank in both:
+            self.since[rank].append(move)
+        return both
 
     def _begins(self, rank: int, now: float) -> bool:
         """Begins a rank's next action, if it is free and has what it reads, and need not wait."""
-        is_busy = self.ends[rank] < math.inf or self.held[rank] is not None
-        if is_busy or self.free[rank] > now + self.same or self.next[rank] == len(self.rows[rank]):
+        row, following = self.rows[rank], self.next[rank]
+        if not self._is_between(rank, now) or following == len(row):
             return False
-        action = self.rows[rank][self.next[rank]]
-        if not self.is_there[self.payload[action]]:
+        if not self.is_there[self.payload[row[following]]]:
             return False
-        end = now + self.took[action]
-        for neighbour in ((rank - 1) % self.num_ranks, (rank + 1) % self.num_ranks):
-            comes = self.ends[neighbour]
-            if comes >= end - self.same:
-                continue
-            makes = self.rows[neighbour][self.next[neighbour]]
-            is_for_me = self.receiver[makes] == rank
-            if is_for_me and end - comes > self.patience * (comes - now) + self.same:
+        end = now + self.took[row[following]]
+        for value in self.made[rank]:
+            # A neighbour that takes part in a transfer is between two actions right after it.
+            other = self.receiver[value]
+            if self.ends[other] == math.inf or self._is_worth_waiting(value, other, now, end):
                 return False
+        for other in self.neighbours[rank]:
+            if self.ends[other] < math.inf:
+                value = self.rows[other][self.next[other]]
+                is_mine = self.receiver[value] == rank
+                if is_mine and self._is_worth_waiting(value, other, now, end):
+                    return False
         self.ends[rank] = end
         return True
 
-    def _find_ticks(self) -> np.ndarray:
-        """Finds the earliest ticks in which whatever is handed over meets the same actions.
+    def _is_worth_waiting(self, value: int, other: int, now: float, end: float) -> bool:
+        """Whether to wait for the end of another rank's action before one that lasts until `end`.
 
-        A value is handed over in its producer's tick: not before its receiver's last action, and
-        before its next one. (In the same tick as the last one, if both hand something over.)
+        The value is to be handed over between the two ranks, and is needed right after the action
+        which the receiver is in, or about to begin.
         """
-        after: dict[int, list[tuple[int, int]]] = {action: [] for action in self.order}
-        for row in self.rows:
-            for action, following in itertools.pairwise(row):
-                after[following].append((action, 1))
-        for action, (last, following) in self.handed.items():
-            if last >= 0:
-                after[action].append((last, 0))
-            if following >= 0:
-                after[following].append((action, 1))
-        ticks = [0] * (len(self.receiver) - 1)
-        # A sweep settles at least one action more, and mostly all, as these stand in time's order.
-        for _ in self.order:
+        comes, receiver = self.ends[other], self.receiver[value]
+        following = self.rows[receiver][self.next[receiver] + 1 :][:1]
+        if comes >= end - self.same or not following or self.payload[following[0]] != value:
+            return False
+        return end - comes > self.patience * (comes - now) + self.same
+
+    def _find_ticks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the earliest ticks in which whatever is handed over meets the same actions."""
+        ticks = dict.fromkeys(self.before, 0)
+        # A sweep settles at least one move more, and mostly all, as these stand in time's order.
+        for _ in ticks:
             is_settled = True
-            for action in self.order:
-                tick = 0
-                for first, gap in after[action]:
-                    tick = max(tick, ticks[first] + gap)
-                if tick != ticks[action]:
-                    ticks[action], is_settled = tick, False
+            for move, before in self.before.items():
+                tick = max((ticks[first] + gap for first, gap in before), default=0)
+                if tick != ticks[move]:
+                    ticks[move], is_settled = tick, False
             if is_settled:
-                return np.array(ticks)
-        raise AssertionError("actions that are walked in time are in some order")
+                break
+        else:
+            assert not ticks, "moves that are made in time are in some order"
+        acts = np.zeros(len(self.receiver), np.int64)
+        sends = acts.copy()
+        for (action, is_late), tick in ticks.items():
+            if not is_late:
+                acts[action] = tick
+                sends[action] = ticks[self.sent_with.get(action, (action, False))]
+        return acts, sends

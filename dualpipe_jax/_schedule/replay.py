@@ -214,11 +214,13 @@ def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) ->
     end = np.zeros((tables.num_ticks + 1, tables.num_ranks))
     # When what lies in each received slot came; one slot more, for -1: what nobody reads or wants.
     came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1))
+    # When what each rank sends was there to be sent.
+    sent = np.zeros(tables.num_ranks)
     for tick, took in enumerate(work):
-        before = end[tick]
-        came[ranks, tables.from_left[tick]] = np.roll(before, 1) + transfer
-        came[ranks, tables.from_right[tick]] = np.roll(before, -1) + transfer
+        came[ranks, tables.from_left[tick]] = np.roll(sent, 1) + transfer
+        came[ranks, tables.from_right[tick]] = np.roll(sent, -1) + transfer
         came[:, -1] = 0
-        end[tick + 1] = np.maximum(before, came[ranks, tables.read[tick]]) + took
+        end[tick + 1] = np.maximum(end[tick], came[ranks, tables.read[tick]]) + took
+        sent = np.where(tables.send[tick] < 0, end[tick + 1], came[ranks, tables.send[tick]])
         came[ranks, tables.keep[tick]] = end[tick + 1]
     return end[1:]

@@ -158,7 +158,7 @@ def simulate(
     >>> schedule = schedules.make("zb-h1", num_ranks=2, num_microbatches=3)
     >>> simulation = simulate(schedule, costs=Costs(forward=3))
     >>> simulation.makespan, simulation.dependency_makespan, simulation.published_bubble
-    (19.0, 18.0, 3.0)
+    (18.0, 18.0, 3.0)
 
     Args:
       schedule: The schedule.

@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule import compile as compiling
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.generators import GENERATORS
-from dualpipe_jax._schedule.ir import Program
+from dualpipe_jax._schedule.ir import Program, Tables
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
+from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
+from tests.schedule.mutations import draw_changed
 from tests.schedule.test_random_programs import programs
 from tests.schedules_under_test import NAMES
 
@@ -133,6 +136,22 @@ def test_schedules_only_wait_less(name: str, timetable: str, data: Any) -> None:
     table_interpreter.assert_computes_loss_and_grads(placed.tables)
 
 
+@pytest.mark.parametrize("name", ["interleaved-1f1b", "dualpipe"])
+@given(column=st.sampled_from(Tables.columns()), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_changed_entry_is_caught_where_values_are_sent_later(
+    name: str, column: str, data: Any
+) -> None:
+    program = GENERATORS[name](num_ranks=4, num_microbatches=8)
+    of_opcode = _of_opcode(1, 2.08, 0.84, num_stages=program.num_stages)
+    unlike = make_durations(program.num_stages, of_opcode=of_opcode)
+    tables = compile_program(program, timetable="aligned", durations=unlike).tables
+    assert (tables.send >= 0).any()
+    assert (tables.steady is not None) == (name == "dualpipe")
+    with pytest.raises(ScheduleError):
+        verify_tables(draw_changed(data, tables, column))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_durations_leave_ticks_as_they_were(name: str) -> None:
     for num_ranks, num_microbatches in SIZES:
@@ -233,7 +252,7 @@ def test_each_of_the_durations_counts(
 @pytest.mark.parametrize(
     ("constant", "fewer", "name", "size", "of_each"),
     [
-        ("_PATIENCE", (np.inf,), "dualpipe", (5, 20), (1, 1.14, 0.857)),
+        ("_PATIENCE", (np.inf,), "interleaved-1f1b", (5, 20), (1, 2.08, 0.84)),
         ("_PARTS", (1,), "interleaved-1f1b", (8, 16), (0.5, 1.04, 0.4615)),
     ],
 )
@@ -262,21 +281,23 @@ def test_what_is_tried_pays(
 
 
 def test_false_waits_by_hand() -> None:
-    """Forwards take three: rank 0 need not wait for 1I1 before 0F2, but after it, for less."""
+    """Forwards take three: rank 0 need not wait for 1I1 before 0F2, but after it, for nothing."""
     program = GENERATORS["zb-h1"](num_ranks=2, num_microbatches=3)
     forward_3 = make_durations(2, of_opcode=_of_opcode(3, 1, 1, num_stages=2))
     plain, placed = (compile_program(program, durations=each) for each in (None, forward_3))
     # 1I1 ends at 11. As early as can be it is handed over between 0W0, which ends at 9, and 0F2:
-    # that ends at 11 + 3. Placed by the clock, 0F2 ends at 9 + 3, and rank 1 waits from 11 to 12.
-    assert show(plain) == [
-        "0F0 0F1 ... 0I0 0W0 0F2 0I1 0W1 0I2 0W2",
-        "... 1F0 1I0 1F1 1I1 1W1 1F2 1I2 1W2 1W0",
-    ]
-    assert show(placed) == [
-        "0F0 0F1 ... 0I0 0W0 0F2 0I1 0W1 ... 0I2 0W2",
-        "... 1F0 1I0 1F1 ... 1I1 1W1 1F2 1I2 1W2 1W0",
-    ]
-    assert (seconds(plain, forward_3), seconds(placed, forward_3)) == (20, 19)
+    # that ends at 11 + 3. Placed by the clock, rank 1 keeps it, ends 1W1 at 12, and sends it then,
+    # as 0F2 ends at 9 + 3.
+    for made in (plain, placed):
+        assert show(made) == [
+            "0F0 0F1 ... 0I0 0W0 0F2 0I1 0W1 0I2 0W2",
+            "... 1F0 1I0 1F1 1I1 1W1 1F2 1I2 1W2 1W0",
+        ]
+    name, sent_in = placed.program.units.name, placed.timeline.sent_in
+    late = np.flatnonzero(sent_in > placed.timeline.tick_of)
+    assert [(name(action), int(sent_in[action])) for action in late] == [("1I1", 5)]
+    assert plain.timeline.sent_in.tolist() == plain.timeline.tick_of.tolist()
+    assert (seconds(plain, forward_3), seconds(placed, forward_3)) == (20, 18)
 
 
 def show(made: Compiled) -> list[str]:

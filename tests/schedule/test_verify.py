@@ -78,10 +78,28 @@ def test_timeline_with_an_urgent_transfer_is_no_two_tick_one():
     timeline = compiled("1f1b", 2, 2).timeline
     message = (
         "0I0 on rank 0 in tick 3 needs 1I0, which runs on rank 1 only in tick 2, and whose value "
-        "takes 2 ticks"
+        "is there from tick 4 on"
     )
     with pytest.raises(ScheduleError, match=message):
         verify_timeline(dataclasses.replace(timeline, timetable="two-tick"))
+
+
+@pytest.mark.parametrize(
+    ("sent_in", "message"),
+    [
+        ({"0F1": 0}, "0F1 on rank 0 in tick 1 sends its value in tick 0, before it is made"),
+        ({"0F0": 1}, "0F1 on rank 0 in tick 1 sends its value in tick 1, as 0F0 does"),
+        ({"1I0": 3}, "0I0 on rank 0 .* only in tick 2, and whose value is there from tick 4 on"),
+    ],
+)
+def test_timeline_with_a_value_sent_too_soon_or_too_late(sent_in, message):
+    timeline = compiled("1f1b", 2, 2).timeline
+    units, changed = timeline.program.units, timeline.sent_in.copy()
+    names = [units.name(i) for i in range(len(units))]
+    for name, tick in sent_in.items():
+        changed[names.index(name)] = tick
+    with pytest.raises(ScheduleError, match=message):
+        verify_timeline(dataclasses.replace(timeline, sent_in=changed))
 
 
 def test_timeline_with_two_actions_at_once():

@@ -23,7 +23,9 @@ from dualpipe_jax._schedule.ir import (
 
 # Which buffer a column of slots belongs to.
 BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "received"}
-BUFFER_OF |= {"keep": "received"} | {name: name for name in (*BUFFERS[1:], DEFERRED)}
+BUFFER_OF |= {"keep": "received", "send": "received"} | {
+    name: name for name in (*BUFFERS[1:], DEFERRED)
+}
 # What a payload is; of a value that stays on its rank, the token counts the chunk instead.
 _X, _COTANGENT, _IN_STAGE = range(3)
 
@@ -100,10 +102,11 @@ class _Interpreter:
             self._store(tick, "stash", local, of=is_i)
             self._store(tick, DEFERRED, local, of=is_i)
 
+            sent = self._sent(tick)
             self._store(tick, "keep", self.output[tick])
             if tables.is_lazy:
                 self._store_arrivals(tick, arrived)
-            arrived = self._exchange(tick)
+            arrived = self._exchange(tick, sent)
         for buffer, slots in self.slots.items():
             for rank, slot in np.argwhere(slots >= 0).tolist():
                 what = (
@@ -115,9 +118,21 @@ class _Interpreter:
         for column, tokens in zip(("from_left", "from_right"), arrived, strict=True):
             self._store(tick, column, tokens)
 
-    def _exchange(self, tick: int) -> np.ndarray:
-        """Hands on what a tick makes: int64[2, num_ranks], from the left and from the right."""
-        sent = self.output[tick]
+    def _sent(self, tick: int) -> np.ndarray:
+        """What each rank sends: what it has made in the tick, or kept until now."""
+        slot = self.tables.send[tick]
+        ranks = np.flatnonzero(slot >= 0)
+        if not ranks.size:
+            return self.output[tick]
+        received, sent = self.slots["received"], self.output[tick].copy()
+        sent[ranks] = received[ranks, slot[ranks]]
+        for rank in ranks[sent[ranks] < 0].tolist():
+            fail_at(self.tables, tick, rank, f"sends received slot {slot[rank]}, which is free")
+        received[ranks, slot[ranks]] = -1
+        return sent
+
+    def _exchange(self, tick: int, sent: np.ndarray) -> np.ndarray:
+        """Hands on what ranks send: int64[2, num_ranks], from the left and from the right."""
         from_neighbours = np.stack([np.roll(sent, 1), np.roll(sent, -1)])
         if (self.tables.exchange[tick] < 0).all():
             return from_neighbours

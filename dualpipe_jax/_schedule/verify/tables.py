@@ -27,14 +27,15 @@ def verify_tables(tables: Tables) -> None:
     - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
       the stash or the deferred kind.
     - Halves of a full backward are an I of the last layers and a W of the first ones, not deferred.
+    - In the run of beats, and in lazy tables, nothing is sent later than made.
     - Tables have parts, and lazy ones none. Every tick outside of the run of beats has an exchange
       in every part, those in it none. The first one of a part is empty, passed over by executors.
     - Pairs
       are neighbours, on the ring where the tables wrap; no rank is twice a source or a target to
       one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a side.
     - Lazy tables have no exchanges, and no run of beats.
-    - What is stored on arrival was made by that neighbour in the tick before, and sent in a pair of
-      that tick's exchange, or lazily.
+    - What is stored on arrival was made by that neighbour in the tick before, or kept by it until
+      then, and sent in a pair of that tick's exchange, or lazily.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
       other's on the same rank and chunk.
     - Nothing is stored in a slot whose value is still to be read, and all slots end free.
@@ -141,6 +142,8 @@ def _check_exchanges(tables: Tables) -> None:
     in_run = np.zeros(tables.num_ticks, bool)
     if tables.steady is not None:
         in_run[tables.steady.ticks] = True
+    at_once = (in_run | tables.is_lazy)[:, None]
+    _fail_where(tables, at_once & (tables.send >= 0), "must send what it makes when it makes it")
     limits = np.array([len(of_part) for of_part in tables.exchanges])
     known = np.where(in_run[:, None], exchange == -1, (exchange >= 0) & (exchange < limits))
     for tick, part in np.argwhere(~known).tolist():

@@ -13,8 +13,9 @@ def verify_timeline(timeline: Timeline) -> None:
 
     - A rank runs its actions in program order, one a tick, from tick 0 on.
     - Every action runs after the tick of each action that it needs: its I or F on the same rank,
-      the producer of its x or its cotangent. If that is on another rank, it runs `timeline.lag`
-      ticks after it at the soonest.
+      the producer of its x or its cotangent. If that is on another rank, it runs at the
+      soonest `timeline.lag` ticks after that one in which the value is sent.
+    - A value is sent in the tick in which it is made, or later, and a rank sends one in a tick.
 
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
@@ -29,15 +30,30 @@ def verify_timeline(timeline: Timeline) -> None:
         _fail(timeline, i + 1, f"must run after {units.name(i)}, which precedes it in the program")
 
     needs = find_dependencies(timeline.program)
-    lag = np.where(find_travelling(timeline.program, needs), timeline.lag, 1)
-    for producer, least in ((needs.payload, lag), (needs.own, 1)):
-        late = (producer >= 0) & (tick_of[producer] + least > tick_of)
-        for i in np.flatnonzero(late).tolist():
+    travels = find_travelling(timeline.program, needs)
+    _check_sends(timeline, needs.payload[travels])
+    # From which tick on each needed value is there.
+    payload_there, own_there = tick_of[needs.payload] + 1, tick_of[needs.own] + 1
+    payload_there[travels] = timeline.sent_in[needs.payload[travels]] + timeline.lag
+    for producer, there in ((needs.payload, payload_there), (needs.own, own_there)):
+        for i in np.flatnonzero((producer >= 0) & (there > tick_of)).tolist():
             p = producer[i]
             where = f"rank {units.rank[p]} only in tick {tick_of[p]}"
             if tick_of[p] < tick_of[i]:
-                where += f", and whose value takes {timeline.lag} ticks"
+                where += f", and whose value is there from tick {there[i]} on"
             _fail(timeline, i, f"needs {units.name(p)}, which runs on {where}")
+
+
+def _check_sends(timeline: Timeline, senders: np.ndarray) -> None:
+    """Checks when the values of actions go to other ranks."""
+    units, sent_in = timeline.program.units, timeline.sent_in
+    for i in senders[sent_in[senders] < timeline.tick_of[senders]].tolist():
+        _fail(timeline, i, f"sends its value in tick {sent_in[i]}, before it is made")
+    order = senders[np.lexsort((sent_in[senders], units.rank[senders]))]
+    first, second = order[:-1], order[1:]
+    both = (units.rank[first] == units.rank[second]) & (sent_in[first] == sent_in[second])
+    for i, k in zip(first[both].tolist(), second[both].tolist(), strict=True):
+        _fail(timeline, k, f"sends its value in tick {sent_in[k]}, as {units.name(i)} does")
 
 
 def verify_pairs(timeline: Timeline) -> None:
