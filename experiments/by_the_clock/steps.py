@@ -46,6 +46,8 @@ def run(task: Task) -> Iterator[Measured]:
     }
     arguments = placed, place(batch, mesh, PartitionSpec())
     meet = _make_meeting(mesh)
+    meet()
+    device.calibrate(min(each for seconds in task.sleeps.values() for each in seconds.values()))
     for program in task.programs:
         for number, (name, seconds) in enumerate(task.sleeps.items()):
             costs = dpj.Costs(**{each: LAYERS_A_RANK * seconds[each] for each in ACTIONS})

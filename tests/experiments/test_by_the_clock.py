@@ -170,6 +170,18 @@ def test_the_model_has_its_loss_its_gradients_and_its_sleeps() -> None:
     np.testing.assert_allclose(products, expected, rtol=1e-5)
 
 
+def test_actions_sleep_less_by_what_their_callbacks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, slept = sleeping.Device(), []
+    device.calibrate(1e-3)
+    assert 0 < device.callback < 0.1
+    monkeypatch.setattr(sleeping.time, "sleep", slept.append)
+    for seconds in (1.0, 0.0):
+        device.seconds = dict.fromkeys(tasks.ACTIONS, seconds)
+        value = np.arange(4, dtype=np.float32)
+        assert (jax.jit(device.taking("forward"))(value) == value).all()
+    assert slept == [1.0 - device.callback, 0.0]
+
+
 def test_timetables_are_those_that_differ_and_sleeps_are_a_layers() -> None:
     names = dpj.schedules.names()
     task = tasks.make_task(names, num_ranks=8, scale=2.0, repeats=3)

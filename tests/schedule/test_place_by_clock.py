@@ -294,7 +294,7 @@ def test_false_waits_by_hand() -> None:
             "... 1F0 1I0 1F1 1I1 1W1 1F2 1I2 1W2 1W0",
         ]
     name, sent_in = placed.program.units.name, placed.timeline.sent_in
-    late = np.flatnonzero(sent_in > placed.timeline.tick_of)
+    late = np.flatnonzero(sent_in > placed.timeline.tick_of).tolist()
     assert [(name(action), int(sent_in[action])) for action in late] == [("1I1", 5)]
     assert plain.timeline.sent_in.tolist() == plain.timeline.tick_of.tolist()
     assert (seconds(plain, forward_3), seconds(placed, forward_3)) == (20, 18)
