@@ -1,9 +1,10 @@
 """Compiles a step for a topology, ahead of time, and reads what became of it."""
 
+import math
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.exposure import exposed_seconds, with_runs
 from dualpipe_jax._preflight.hlo import Module, parse
+from dualpipe_jax._preflight.kernels import KernelCost, Kernels
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.loops import Found, find_loop
 from dualpipe_jax._preflight.options import compiler_options as options_of
@@ -41,6 +43,7 @@ def preflight(
     *,
     compiler_options: dict[str, bool | int | str] | None = None,
     mesh: Any = None,
+    kernel_costs: Mapping[str, KernelCost] | None = None,
 ) -> Report:
     """Compiles a training step for hardware that need not be there, and says what became of it.
 
@@ -75,6 +78,11 @@ def preflight(
       compiler_options: XLA's options; None for those of `dualpipe_jax.compiler_options`.
       mesh: A mesh with the step's axes; None to read them off the arguments' shardings, or off the
         step.
+      kernel_costs: The FLOPs of a call of kernels that XLA does not see into (Pallas's, Triton's),
+        by the beginning of their names: a number, or a function of the operands
+        (`jax.ShapeDtypeStruct`s). What a kernel estimates itself (`pl.CostEstimate`), and what is
+        known of the flash and splash attention that come with JAX, is taken else; the report names
+        the kernels whose cost is not known, which are not in its times.
 
     Returns:
       The report, frozen dataclasses; `print` shows it.
@@ -82,7 +90,8 @@ def preflight(
     Raises:
       ValueError: If the topology is not known or has not as many devices as the mesh, or the
         arguments lie on more than one mesh, or on none and the step maps over none.
-      TypeError: If `args` is no tuple, or `mesh` no mesh.
+      TypeError: If `args` is no tuple, `mesh` no mesh, or `kernel_costs` not of numbers and
+        functions by name.
       ModuleNotFoundError: If the compiler for the topology is not installed.
     """
     if not isinstance(args, tuple | list):
@@ -90,6 +99,7 @@ def preflight(
             f"args={type(args).__name__}: must be a tuple of the step's arguments; for a "
             "single one write (argument,)"
         )
+    kernels = Kernels(_checked(kernel_costs))
     found = find_topology(topology)
     axes = find_axes(step_fn, tuple(args), mesh)
     on = make_mesh(found, axes.sizes, axes.types)
@@ -143,7 +153,7 @@ def preflight(
         )
     module = parse(compiled.as_text() or "")
     network = Network(axes=axes.sizes, device=found.device)
-    loop, prediction, waits, copies = _analysis(module, network)
+    loop, prediction, waits, copies = _analysis(module, network, kernels)
     analysis = compiled.memory_analysis()
     return Report(
         **common,
@@ -155,16 +165,35 @@ def preflight(
             global_permutes=find_global_permutes(module),
         ),
         loop=loop,
+        kernels=kernels.list_calls(module),
         copies=copies,
         prediction=prediction,
         waits=waits,
     )
 
 
+def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:
+    if kernel_costs is None:
+        return {}
+    if not isinstance(kernel_costs, Mapping):
+        raise TypeError(
+            f"kernel_costs={kernel_costs!r}: must be a dict from the names of kernels to FLOPs"
+        )
+    for name, cost in kernel_costs.items():
+        is_number = isinstance(cost, int | float) and 0 <= cost < math.inf
+        if not (isinstance(name, str) and name and (callable(cost) or is_number)):
+            raise TypeError(
+                f"kernel_costs[{name!r}]={cost!r}: must be the FLOPs of a call, or a function of "
+                "its operands, by the name of a kernel"
+            )
+    return kernel_costs
+
+
 def _analysis(
-    module: Module, network: Network
+    module: Module, network: Network, kernels: Kernels
 ) -> tuple[Loop | None, Prediction, Waits | None, tuple[Copy, ...]]:
-    costs, replay = Costs(module), Replay(module, network)
+    costs = Costs(module, kernels=kernels, device=network.device)
+    replay = Replay(module, network, kernels)
     found = find_loop(module, costs)
     work = {} if found is None else work_by_action(module, costs, found.body)
     collectives = [] if found is None else replay.run(found.body)

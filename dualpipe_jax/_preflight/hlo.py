@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NoReturn
 
 # Bits of an element; what is not here (token, opaque) has none.
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "c64": 64, "c128": 128}
@@ -35,6 +36,7 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|"
     r"called_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
@@ -196,30 +198,65 @@ def parse(text: str) -> Module:
     """Reads the text of a compiled program.
 
     Raises:
-      ValueError: If there is no entry computation in it.
+      ValueError: If it is not understood: a statement that is none, a computation without an end,
+        or no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, name, is_entry, root = None, None, False, ""
     instructions: list[Instruction] = []
-    for line in text.splitlines():
+    for statement in _statements(text):
+        start = _INSTRUCTION.match(statement)
         if name is None:
-            header = _HEADER.match(line)
+            header = _HEADER.match(statement)
             if header:
                 name, is_entry, instructions, root = header[2], bool(header[1]), [], ""
-        elif line.startswith("}"):
+            elif start or statement.startswith("}"):
+                _refuse(statement, "stands outside of a computation")
+        elif statement.startswith("}"):
             root = root or (instructions[-1].name if instructions else "")
             computations[name] = Computation(name, tuple(instructions), root)
             entry = computations[name] if is_entry else entry
             name = None
-        else:
-            start = _INSTRUCTION.match(line)
-            if start:
-                instruction = _instruction(start[2], line[start.end() :])
-                instructions.append(instruction)
-                root = instruction.name if start[1] else root
+        elif start:
+            instruction = _instruction(start[2], statement[start.end() :])
+            instructions.append(instruction)
+            root = instruction.name if start[1] else root
+        elif statement.strip():
+            _refuse(statement, f"is no instruction of computation {name}")
+    if name is not None:
+        raise ValueError(f"text: computation {name} has no end")
     if entry is None:
         raise ValueError("text: must be that of a compiled program, but has no ENTRY computation")
     return Module(computations, entry)
+
+
+def _statements(text: str) -> Iterator[str]:
+    """Yields the headers of computations, their instructions and their ends.
+
+    Each is a line, or as many as it takes to close what it opens: the attributes of a kernel may
+    hold lines of their own, and braces in strings.
+    """
+    held: list[str] = []
+    depth = 0
+    for line in text.splitlines():
+        if not held and (_HEADER.match(line) or line.startswith("}")):
+            yield line
+            continue
+        held.append(line)
+        bare = _STRING.sub("", line) if '"' in line else line
+        depth += bare.count("{") - bare.count("}")
+        if depth < 0:
+            _refuse("\n".join(held), "closes a brace that it does not open")
+        if depth == 0:
+            yield "\n".join(held)
+            held.clear()
+    if held:
+        _refuse("\n".join(held), "opens a brace that it does not close")
+
+
+def _refuse(statement: str, fault: str) -> NoReturn:
+    shown = statement.strip()
+    raise ValueError(f"text: {shown[:200]!r}{'...' * (len(shown) > 200)} {fault}")
 
 
 def _instruction(name: str, rest: str) -> Instruction:

@@ -7,6 +7,7 @@ from dualpipe_jax._preflight.actions import Action
 from dualpipe_jax._preflight.collectives_text import HEAD, branch_lines, collective_rows
 from dualpipe_jax._preflight.copies import Copy
 from dualpipe_jax._preflight.exposure import Collective
+from dualpipe_jax._preflight.kernels import Kernel
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._preflight.units import show_bytes, show_flops, show_number, show_time
 from dualpipe_jax._preflight.waits_text import LEGEND, quiet_ticks, sums_table, ticks_table
@@ -116,6 +117,7 @@ class Report:
       memory: A device's memory.
       program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
+      kernels: The kernels that XLA does not see into, and where what they cost is from.
       copies: The copies of whole slot buffers in loops, of which there should be none: see
         `_preflight/copies.py`.
       prediction: The time of a step.
@@ -136,6 +138,7 @@ class Report:
     copies: tuple[Copy, ...]
     prediction: Prediction
     waits: Waits | None = None
+    kernels: tuple[Kernel, ...] = ()
     failure: str = ""
 
     def __str__(self) -> str:
@@ -155,6 +158,7 @@ class Report:
             ("memory", _memory_lines(self.memory)),
             ("", [f"the compiler: {self.failure}"] if self.failure else []),
             ("program", [] if self.program is None else _program_lines(self.program)),
+            ("kernels", [_kernel_line(each) for each in self.kernels]),
             ("step", [_prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
             ("copies", [] if self.program is None else _copies_lines(self.copies)),
@@ -240,6 +244,16 @@ def _program_lines(program: Program) -> list[str]:
         )
         lines += [f"  {name}  {op_name}".rstrip() for name, op_name in found.items()]
     return lines
+
+
+def _kernel_line(kernel: Kernel) -> str:
+    calls = "1 call" if kernel.count == 1 else f"{kernel.count} calls"
+    if kernel.flops is None:
+        return (
+            f"{kernel.name}, {calls}: NOT IN THE TIMES, as its cost is not known; say it with "
+            f"kernel_costs={{{kernel.name!r}: FLOPs}}"
+        )
+    return f"{kernel.name}, {calls} of {show_flops(kernel.flops)} at the peak ({kernel.source})"
 
 
 def _prediction_line(made: Prediction) -> str:

@@ -22,6 +22,7 @@ from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.collectives import Found, find_collectives
 from dualpipe_jax._preflight.exposure import Collective, exposed_seconds
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
+from dualpipe_jax._preflight.kernels import Kernels
 from dualpipe_jax._preflight.links import Lane, Network
 from dualpipe_jax._preflight.parts import Part, find_parts
 from dualpipe_jax._preflight.work import Costs, Work, trip_count
@@ -30,10 +31,11 @@ from dualpipe_jax._preflight.work import Costs, Work, trip_count
 class Replay:
     """Replays computations of one module."""
 
-    def __init__(self, module: Module, network: Network):
+    def __init__(self, module: Module, network: Network, kernels: Kernels | None = None):
         self._module = module
-        self._costs = Costs(module, at_least=True)
-        self._most = Costs(module)
+        options = {"kernels": kernels, "device": network.device}
+        self._costs = Costs(module, at_least=True, **options)
+        self._most = Costs(module, **options)
         self._network = network
 
     def run(self, where: Computation, *, loops: bool = True) -> list[Collective]:

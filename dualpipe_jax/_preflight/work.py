@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
+from dualpipe_jax._preflight.kernels import Kernels
 from dualpipe_jax._scopes import read_layers
 
 
@@ -35,9 +37,20 @@ class Work:
 class Costs:
     """Finds the work of each instruction of a module: at most, or at least, over the ranks."""
 
-    def __init__(self, module: Module, *, at_least: bool = False):
+    def __init__(
+        self,
+        module: Module,
+        *,
+        at_least: bool = False,
+        kernels: Kernels | None = None,
+        device: Device | None = None,
+    ):
         self._module = module
         self._at_least = at_least
+        self._kernels = kernels or Kernels()
+        # Those in a cycle at the published peak, for what the compiler gives no cycles.
+        has_cycles = device is not None and device.clock is not None
+        self._flops_per_cycle = device.peak_flops / device.clock if has_cycles else math.inf
         self._of_computation: dict[str, Work] = {}
 
     def of_computation(self, computation: Computation) -> Work:
@@ -64,9 +77,12 @@ class Costs:
             case _:
                 called = sum(inside, Work())
         own = _FLOPS[instruction.opcode](instruction, where) if instruction.opcode in _FLOPS else 0
+        of_kernel = self._kernels.flops(instruction, where)
         # What is fused has no time of its own: an estimate stands for all that is called.
-        cycles = called.cycles if instruction.cycles is None else instruction.cycles
-        return Work(own + called.flops, cycles)
+        cycles = instruction.cycles
+        if cycles is None:
+            cycles = called.cycles + of_kernel / self._flops_per_cycle
+        return Work(own + of_kernel + called.flops, cycles)
 
 
 def trip_count(module: Module, loop: Instruction, where: Computation) -> int | None:

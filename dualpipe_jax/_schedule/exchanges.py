@@ -9,11 +9,10 @@ pairs that permutes have; beyond, every core waits. So the permutes to one side 
 `MOST_SETS` sets: those are kept with which the fewest pairs wait that need not, and every other set
 becomes the smallest kept one that has all of its pairs.
 
-The line of ranks may be cut into parts, each with exchanges of its own, one after the other. Parts
-of two links need no merging, and a program is smaller with few branches in each than with a branch
-for all that happens at once; but a rank between two parts may wait for two transfers in one tick.
-(Interleaved 1F1B, 8 ranks, 32 microbatches, rematerialised, placed by the clock: 1.36 of the time
-without false waits in one part, 1.14 in four.)
+The line of ranks may be cut into parts, each with exchanges of its own, one after the other. Two
+links have at most three sets that are not empty, and so need no merging; and a program is smaller
+with few branches in each part than with a branch for all that happens at once. But a rank between
+two parts may wait for two transfers in one tick.
 
 Two ranks, two microbatches of 1f1b. Nothing travels after the ticks of W, nor of F on rank 1, whose
 head gives the cotangent:

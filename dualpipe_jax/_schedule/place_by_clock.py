@@ -12,9 +12,7 @@ A rank about to begin an action may also wait for the end of a neighbour's, to h
 the value is for the action that comes after the one which the receiver is in, or about to begin, it
 begins if the neighbour then waits at most `patience` times as long as the rank itself would.
 
-No rule is the best at all costs and sizes, so `compile` tries some and replays each. (Interleaved
-1F1B, 4 ranks, 16 microbatches, rematerialised: 1.23 of the time without false waits as soon as
-possible, 1.02 by the clock, in 122 ticks for 102.)
+No rule is the best at all costs and sizes, so `compile` tries some and replays each.
 
 Two ranks, forwards that take three. `1I1` is made at 11, while rank 0 is in `0F2` until 12, which
 it may begin without. So rank 1 goes on with `1W1`, and sends it after that, in tick 5, at 12:

@@ -7,6 +7,7 @@ nodes are small programs over numbered values, in an order in which they can run
 import enum
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,7 +166,15 @@ class Graph:
             return not is_key and bool(constant == 0)
         return value in self.zeros
 
-    def add(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], *, late: bool = False):
+    def add(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        inputs: Sequence[Any],
+        *,
+        late: bool = False,
+        scope: str = "",
+    ) -> list[Any]:
         """Appends the equations of `jaxpr`, opening calls, and returns its outputs' values.
 
         Args:
@@ -175,6 +184,7 @@ class Graph:
           late: Whether everything that depends on x belongs to the backward: so inside whatever
             the backward calls, where the recomputation of a `jax.checkpoint` must not be moved
             into the forward.
+          scope: The names of the opened calls around it, for profiles and for reading programs.
         """
         env: dict[Any, int | Constant] = dict(
             zip(jaxpr.constvars, map(Constant, consts), strict=True)
@@ -190,12 +200,14 @@ class Graph:
             inner = _called_jaxpr(eqn)
             if inner is not None:
                 is_late = late or when is When.BACKWARD
-                outs = self.add(inner.jaxpr, inner.consts, ins, late=is_late)
+                names = (scope, str(eqn.source_info.name_stack), str(eqn.params.get("name", "")))
+                inside = "/".join(filter(None, names))
+                outs = self.add(inner.jaxpr, inner.consts, ins, late=is_late, scope=inside)
             else:
                 if late and when is When.FORWARD:
                     when = When.BACKWARD
                 outs = [self.new_value(var.aval, when) for var in eqn.outvars]
-                self.nodes.append(_node(jaxpr, eqn, env, outs, when))
+                self.nodes.append(_node(jaxpr, eqn, env, outs, when, scope))
                 if eqn.primitive.name in _KEEP_ZERO and self.is_zero(ins[0]):
                     self.zeros.update(outs)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -228,7 +240,14 @@ def needed(nodes: Sequence[Node], wanted: Iterable[Any], known: Iterable[int] = 
     return selected[::-1]
 
 
-def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[int], when: When):
+def _node(
+    jaxpr: Any,
+    eqn: Any,
+    env: Mapping[Any, int | Constant],
+    outs: list[int],
+    when: When,
+    scope: str,
+) -> Node:
     effects = {type(effect).__name__ for effect in eqn.effects}
     if effects & _OF_REFS or eqn.primitive.name == "new_ref":
         raise TypeError(
@@ -245,9 +264,14 @@ def _node(jaxpr: Any, eqn: Any, env: Mapping[Any, int | Constant], outs: list[in
         effects=eqn.effects,
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
+
+    def run(*values: Any) -> list[Any]:
+        with jax.named_scope(scope) if scope else nullcontext():
+            return jax.core.eval_jaxpr(alone, (), *values)
+
     return Node(
         name=eqn.primitive.name,
-        run=lambda *values: jax.core.eval_jaxpr(alone, (), *values),
+        run=run,
         inputs=tuple(env[v] for v in variables),
         outputs=tuple(outs),
         when=when,

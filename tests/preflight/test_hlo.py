@@ -65,3 +65,39 @@ def test_bytes_of_a_dtype(dtype: str, num_bytes: int) -> None:
 def test_text_without_a_program_is_refused() -> None:
     with pytest.raises(ValueError, match="has no ENTRY computation"):
         parse("not a program")
+
+
+# As the compiler writes a kernel of splash attention: over several lines, with braces in strings.
+KERNEL = r"""  %kernel.1 = f32[2]{0} custom-call(%p), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 128}}"
+}}, metadata={op_name="jit(f)/splash_mha_fwd/pallas_call"}"""
+
+
+@pytest.mark.parametrize("attributes", ['frontend_attributes={a={\n"x":"{}"\n}}', 'a="}}"'])
+def test_attributes_take_several_lines(attributes: str) -> None:
+    for module_attributes in ("", ", " + attributes):
+        module = parse(
+            f"HloModule m{module_attributes}\n\nENTRY %main (p: f32[2]) -> f32[2] {{\n"
+            f"  %p = f32[2]{{0}} parameter(0), {attributes}\n{KERNEL}\n"
+            "  ROOT %n = f32[2]{0} negate(%kernel.1)\n}\n"
+        )
+        assert [each.name for each in module.entry.instructions] == ["p", "kernel.1", "n"]
+        assert module.entry.root.opcode == "negate"
+        assert module.entry.by_name["kernel.1"].op_name == "jit(f)/splash_mha_fwd/pallas_call"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("  %q = f32[2]{0} negate(%p), a={", "opens a brace that it does not close"),
+        ("  %q = f32[2]{0} negate(%p)}", "'%q = f32.*' closes a brace that it does not open"),
+        ("  not an instruction", "'not an instruction' is no instruction of computation main"),
+        ("}\n  %q = f32[2]{0} negate(%p)", "'%q = .*' stands outside of a computation"),
+        ("}\n}", "'}' stands outside of a computation"),
+        ("}\n%other (p: f32[2]) -> f32[2] {", "computation other has no end"),
+    ],
+)
+def test_text_that_is_not_understood_is_refused(lines: str, message: str) -> None:
+    text = f"ENTRY %main (p: f32[2]) -> f32[2] {{\n  %p = f32[2]{{0}} parameter(0)\n{lines}\n"
+    with pytest.raises(ValueError, match=message):
+        parse(text if message.endswith(("no end", "not close")) else text + "}\n")

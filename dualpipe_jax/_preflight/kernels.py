@@ -1,0 +1,148 @@
+"""The costs of kernels that XLA does not see into: Pallas's, Triton's, cuDNN's attention.
+
+The compiler gives them no cycles. A kernel's FLOPs are those that the user names, else those that
+it estimates itself (`pl.CostEstimate`), else those of the attention kernels that come with JAX, as
+if nothing were masked. At the device's published peak they become cycles. All others are listed as
+not in the times.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
+
+Operands = tuple[jax.ShapeDtypeStruct, ...]
+KernelCost = float | Callable[[Operands], float]
+
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+# TPUs' Pallas; GPUs': through Triton and through Mosaic; cuDNN's attention.
+_KERNELS = re.compile(r"tpu_custom_call|.*triton.*|mosaic_gpu.*|__cudnn\$fmha.*")
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
+_DTYPES = {"pred": "bool", "bf16": "bfloat16", "c64": "complex64", "c128": "complex128"}
+_LETTERS = {"f": "float", "s": "int", "u": "uint"}
+
+GIVEN, ESTIMATED, PUBLISHED = "given", "its own estimate", "counted without a mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Tells of the calls of a kernel.
+
+    Attributes:
+      name: Its name, by which `kernel_costs` may name its FLOPs.
+      count: Its calls in the program's text.
+      flops: FLOPs of a call, the most of all; None if nothing is known: then they are not in the
+        times.
+      source: Where the FLOPs are from; "" if nothing is known.
+    """
+
+    name: str
+    count: int
+    flops: float | None
+    source: str
+
+
+def _attention(matmuls: int) -> Callable[[Operands], float]:
+    """Makes the cost of that many matmuls over all queries, keys and features."""
+
+    def flops(operands: Operands) -> float:
+        queries, keys = [each for each in operands if jnp.issubdtype(each.dtype, jnp.floating)][:2]
+        return 2.0 * matmuls * math.prod(queries.shape) * keys.shape[-2]
+
+    return flops
+
+
+# jax.experimental.pallas.ops.tpu: scores and output forward; for dk and dv the scores, dv, the
+# scores' cotangent and dk; for dq the scores, their cotangent and dq.
+_FORWARD, _DKV, _DQ = _attention(2), _attention(4), _attention(3)
+_PUBLISHED: dict[str, KernelCost] = {
+    "flash_attention": _FORWARD,
+    "flash_mha_bwd_dkv": _DKV,
+    "flash_mha_bwd_dq": _DQ,
+    **{
+        f"splash_{heads}_{phase}": cost
+        for heads in ("mha", "mqa")
+        for phase, cost in (("fwd", _FORWARD), ("dkv", _DKV), ("dq", _DQ))
+    },
+}
+
+
+class Kernels:
+    """Knows the FLOPs of kernels."""
+
+    def __init__(self, given: Mapping[str, KernelCost] | None = None):
+        self._given = dict(given or {})
+
+    def flops(self, call: Instruction, where: Computation) -> float:
+        """Counts the FLOPs of a custom call; 0 of one that is no kernel, or of unknown cost."""
+        found = self._find(call, where) if is_kernel(call) else None
+        return 0.0 if found is None else found[0]
+
+    def list_calls(self, module: Module) -> tuple[Kernel, ...]:
+        """Lists the kernels of a module by name, those of unknown cost first."""
+        calls: dict[tuple[str, str], list[float]] = {}
+        for where in module.computations.values():
+            for each in where.instructions:
+                if is_kernel(each):
+                    flops, source = self._find(each, where) or (math.nan, "")
+                    calls.setdefault((name_of(each), source), []).append(flops)
+        kernels = [
+            Kernel(name=name, count=len(flops), flops=max(flops) if source else None, source=source)
+            for (name, source), flops in calls.items()
+        ]
+        return tuple(sorted(kernels, key=lambda each: (each.flops is not None, each.name)))
+
+    def _find(self, call: Instruction, where: Computation) -> tuple[float, str] | None:
+        name, estimate = name_of(call), _ESTIMATE.search(call.attributes)
+        given, published = _longest(self._given, name), _longest(_PUBLISHED, name)
+        if given is not None:
+            return _evaluate(given, call, where, name), GIVEN
+        if estimate is not None and int(estimate[1]):
+            return float(estimate[1]), ESTIMATED
+        if published is not None:
+            return _evaluate(published, call, where, name), PUBLISHED
+        return None
+
+
+def is_kernel(call: Instruction) -> bool:
+    """Whether an instruction calls a kernel that XLA does not see into."""
+    if call.opcode != "custom-call":
+        return False
+    target = _TARGET.search(call.attributes)
+    return target is not None and _KERNELS.fullmatch(target[1]) is not None
+
+
+def name_of(call: Instruction) -> str:
+    """Finds the name of a kernel: that of its `pallas_call`, else of the function around it."""
+    scopes = call.op_name.removesuffix("/pallas_call").split("/")
+    names = re.findall(r"[\w.=\-]+", scopes[-1])
+    return names[-1] if names else re.sub(r"\.\d+$", "", call.name)
+
+
+def _longest(costs: Mapping[str, KernelCost], name: str) -> KernelCost | None:
+    """Finds the cost under the longest key with which a name begins."""
+    keys = [key for key in costs if name.startswith(key)]
+    return costs[max(keys, key=len)] if keys else None
+
+
+def _evaluate(cost: KernelCost, call: Instruction, where: Computation, name: str) -> float:
+    if not callable(cost):
+        return float(cost)
+    flops = cost(tuple(_aval(each.shapes[0]) for each in where.operands_of(call) if each.shapes))
+    if not (isinstance(flops, int | float) and 0 <= flops < math.inf):
+        raise ValueError(f"kernel_costs: that of {name!r} gives {flops!r}, must be FLOPs of a call")
+    return float(flops)
+
+
+def _aval(shape: Shape) -> jax.ShapeDtypeStruct:
+    """Makes the aval of an operand; one of a dtype that NumPy does not know is of bytes."""
+    dtype = _DTYPES.get(shape.dtype)
+    if dtype is None:
+        letter, bits = shape.dtype[:1], shape.dtype[1:]
+        dtype = f"{_LETTERS[letter]}{bits}" if letter in _LETTERS and bits.isdigit() else "uint8"
+    return jax.ShapeDtypeStruct(shape.dims, jnp.dtype(dtype))
