@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dualpipe_jax._plot import plot_timeline as plot_timeline
     from dualpipe_jax._preflight import compiler_options as compiler_options
     from dualpipe_jax._preflight import preflight as preflight
+    from dualpipe_jax._shardings import shardings as shardings
     from dualpipe_jax._simulate import Costs as Costs
     from dualpipe_jax._simulate import Simulation as Simulation
     from dualpipe_jax._simulate import simulate as simulate
@@ -49,6 +50,7 @@ _HOME = {
     "preflight": "_preflight",
     "schedules": None,
     "sequential": "_api",
+    "shardings": "_shardings",
     "simulate": "_simulate",
     "value_and_grad": "_api",
 }

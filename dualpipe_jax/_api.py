@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _microbatches, _parameters, _scopes, _validate
+from dualpipe_jax import _microbatches, _outputs, _parameters, _scopes, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._build import Axes, Builder, block_of
 from dualpipe_jax._executor import MemoryReport
@@ -250,6 +250,16 @@ class GradFunction:
     trainable: PyTree | Callable[[PyTree], PyTree]
     overwrite: PyTree | Callable[[PyTree], PyTree] | None
     dtype: Any
+    # What logs and profiles call the program of `jax.jit(grad_fn)`.
+    __name__ = "pipelined_value_and_grad"
+
+    def __repr__(self) -> str:
+        """Says of which schedule it is."""
+        made = self.schedule
+        return (
+            f"<dualpipe_jax.value_and_grad: {made.name}, {made.num_ranks} ranks, "
+            f"{made.num_microbatches} microbatches>"
+        )
 
     def __call__(
         self,
@@ -268,6 +278,7 @@ class GradFunction:
         overwritten = _parameters.overwritten(params, self.overwrite)
         with _named(self.schedule):
             result, grads = step(params, batch, rng, loss_scale)
+        result = _outputs.without_derivative(result)
         return result, _gradients(params, wanted, overwritten, grads, self.dtype, loss_scale)
 
     def memory(

@@ -55,7 +55,7 @@ class Builder:
         has_full_backward: Callable[..., bool],
         **options: Any,
     ):
-        self._mesh, self._axis = axes.mesh, axes.axis
+        self._axes, self._mesh, self._axis = axes, axes.mesh, axes.axis
         self._tables_of = tables_of
         self._placement_of = placement_of
         self._has_full_backward = has_full_backward
@@ -88,6 +88,9 @@ class Builder:
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
         """Gives the step, jitted outside of any jit."""
+        _validate.can_be_jitted()
+        mesh = context_mesh(like=self._mesh) or self._mesh
+        _validate.on_devices_of(mesh, params=params, batch=batch)
         step = self.traced(params, batch, rng)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
             # Inside the user's jit: traced as part of it, as often as it is.
@@ -116,6 +119,14 @@ class Builder:
             num_microbatches=num_microbatches,
             num_shards=self._num_shards,
             shards=self._shards,
+        )
+        axes = self._axes
+        _validate.batch_axes_named(
+            batch,
+            axes.mesh,
+            axis=axes.axis,
+            batch_axes=axes.batch_axes,
+            manual_axes=axes.manual_axes,
         )
         step = self._step(
             num_layers=num_layers,

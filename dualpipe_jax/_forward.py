@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax import _microbatches, _validate
+from dualpipe_jax import _microbatches, _outputs, _validate
 from dualpipe_jax._build import Axes, Builder, block_of
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators.forward_only import forward_only
@@ -54,6 +54,7 @@ def evaluate(
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
+        params = _outputs.without_derivative(params)
         return build(params, batch, rng)(params, batch, rng)[0]
 
     return loss_fn

@@ -273,3 +273,18 @@ def _scalar(
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2
+
+
+@jax.custom_jvp
+def without_derivative(tree: PyTree) -> PyTree:
+    """Returns what a pipelined step is given, or gives, as it is; `jax.grad` of it is refused."""
+    return tree
+
+
+@without_derivative.defjvp
+def _refuse_derivative(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "jax.grad of a pipelined step: dualpipe_jax.value_and_grad gives the gradient already, and "
+        "dualpipe_jax.evaluate is the forward alone; what jax.grad differentiates is "
+        "dualpipe_jax.sequential(model, num_microbatches=...)"
+    )

@@ -296,6 +296,92 @@ def batch(batch: PyTree, *, num_microbatches: int, num_shards: int = 1, shards: 
         )
 
 
+def can_be_jitted() -> None:
+    """Requires `jax.jit` to make programs.
+
+    Raises:
+      RuntimeError: Under `jax.disable_jit`.
+    """
+    if jax.config.read("jax_disable_jit"):
+        raise RuntimeError(
+            "jax_disable_jit: a step is one program over a mesh, which JAX does not run operation "
+            "by operation; look into the same model with dualpipe_jax.sequential(model, "
+            "num_microbatches=...), or turn jax_disable_jit off"
+        )
+
+
+def on_devices_of(mesh: Any, **trees: PyTree) -> None:
+    """Requires arrays that were put on devices to lie on all those of the mesh."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        return
+    devices = set(mesh.devices.flat)
+    raise_all(
+        f"params and batch: must lie on the {len(devices)} devices of the mesh, or be put on none; "
+        "lay them out first: params = jax.device_put(params, dualpipe_jax.shardings(params, "
+        "mesh=mesh))",
+        (
+            f"{name}{keystr(path)} lies on {_show_devices(leaf.sharding.device_set)}"
+            for name, tree in trees.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if isinstance(leaf, jax.Array)
+            and not isinstance(leaf, jax.core.Tracer)
+            and leaf.committed
+            and leaf.sharding.device_set != devices
+        ),
+    )
+
+
+def _show_devices(devices: Iterable[Any]) -> str:
+    names = sorted(map(str, devices))
+    return names[0] if len(names) == 1 else f"{len(names)} devices"
+
+
+def batch_axes_named(
+    batch: PyTree,
+    mesh: Any,
+    *,
+    axis: str,
+    batch_axes: tuple[str, ...],
+    manual_axes: tuple[str, ...],
+) -> None:
+    """Requires rows to lie over axes that the step knows of, where it is known how they lie.
+
+    That is outside of any jit, and inside by the types of Explicit axes.
+    """
+    specs = [
+        (f"batch{keystr(path)}", _spec_of(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    ]
+    raise_all(
+        f"batch: must lie on the step's mesh, whose axes are {tuple(mesh.shape)}",
+        (
+            f"{name} lies over {each!r}"
+            for name, spec in specs
+            for each in sorted({each for entry in spec for each in entry} - {*mesh.shape})
+        ),
+    )
+    known = {axis, *batch_axes, *manual_axes}
+    raise_all(
+        "batch: its rows lie over mesh axes of which the step does not know, and would be "
+        "gathered, so that every device computes them all; name these axes in batch_axes (or in "
+        "manual_axes, if the model's functions communicate over them)",
+        (
+            f"{name}, over {each!r}: batch_axes={(*batch_axes, each)!r}"
+            for name, spec in specs
+            for each in (spec[0] if spec else ())
+            if each not in known and mesh.shape[each] > 1
+        ),
+    )
+
+
+def _spec_of(leaf: Any) -> list[tuple[str, ...]]:
+    """The axes over which each dim of an array lies, as far as is known."""
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return []
+    return [(e,) if isinstance(e, str) else tuple(e or ()) for e in sharding.spec]
+
+
 def _names(kinds: Iterable[Any]) -> str:
     return ", ".join(map(repr, kinds)) or "no kinds"
 

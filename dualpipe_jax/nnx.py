@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from dualpipe_jax import _api, _kinds
+from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._nnx.layers import Layers, take_apart
 from dualpipe_jax._nnx.part import Part
 from dualpipe_jax._refusals import raise_all, show
@@ -173,7 +174,7 @@ class NNXModel(Model):
         return self.layers.state(tree)
 
 
-def value_and_grad(model: NNXModel, **options: Any) -> Callable[..., Any]:
+def value_and_grad(model: NNXModel, **options: Any) -> "NNXGradFunction":
     """Makes the pipelined `nnx.value_and_grad` of a model's loss.
 
     Args:
@@ -181,9 +182,10 @@ def value_and_grad(model: NNXModel, **options: Any) -> Callable[..., Any]:
       **options: As for `dualpipe_jax.value_and_grad`.
 
     Returns:
-      `grad_fn(module, batch, *, rng=None) -> (loss, grads)`, or `((loss, metrics), grads)`, for the
-      user's own `nnx.jit`. grads is the `nnx.State` that `optimizer.update(module, grads)` takes,
-      of an `nnx.Optimizer` made with `wrt=nnx.Param`.
+      `grad_fn(module, batch, *, rng=None, loss_scale=None) -> (loss, grads)`, or
+      `((loss, metrics), grads)`, for the user's own `nnx.jit`. grads is the `nnx.State` that
+      `optimizer.update(module, grads)` takes, of an `nnx.Optimizer` made with `wrt=nnx.Param`.
+      `grad_fn.memory(module, batch)` adds up what a step holds.
 
     Raises:
       TypeError: If model was not made by `dualpipe_jax.nnx.model`; else as
@@ -192,13 +194,41 @@ def value_and_grad(model: NNXModel, **options: Any) -> Callable[..., Any]:
     """
     if not isinstance(model, NNXModel):
         raise TypeError(f"model: must be what dualpipe_jax.nnx.model returns, got {show(model)}")
-    grad_fn = _api.value_and_grad(model, **options)
+    return NNXGradFunction(model=model, of_params=_api.value_and_grad(model, **options))
 
-    def of_module(module: nnx.Module, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
-        value, grads = grad_fn(model.params(module), batch, rng=rng)
-        return value, model.state(grads)
 
-    return of_module
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NNXGradFunction:
+    """What `value_and_grad` makes: a function of (module, batch), as described there."""
+
+    model: NNXModel
+    of_params: _api.GradFunction
+
+    def __call__(
+        self,
+        module: nnx.Module,
+        batch: PyTree,
+        *,
+        rng: jax.Array | None = None,
+        loss_scale: Any = None,
+    ) -> Any:
+        """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
+        params = self.model.params(module)
+        value, grads = self.of_params(params, batch, rng=rng, loss_scale=loss_scale)
+        return value, self.model.state(grads)
+
+    def memory(
+        self, module: nnx.Module, batch: PyTree, *, rng: jax.Array | None = None
+    ) -> MemoryReport:
+        """Adds up what a step holds on one device, as `memory` of `dualpipe_jax.value_and_grad`.
+
+        Args:
+          module: As for a call; of arrays, or of shapes (`nnx.eval_shape`).
+          batch: As for a call; arrays, or `jax.ShapeDtypeStruct`s.
+          rng: As for a call.
+        """
+        params = jax.eval_shape(self.model.params, module)
+        return self.of_params.memory(params, batch, rng=rng)
 
 
 def _call(layer: Any, x: PyTree, ctx: Context) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P
+from jax.ad_checkpoint import checkpoint_name
 
 import dualpipe_jax as dpj
 
@@ -739,3 +740,84 @@ def test_gradients_have_the_structure_of_any_params():
     for make in (OrderedDict, flax.core.freeze):
         params = make(PARAMS)
         assert jax.tree.structure(trace(params=params)[1]) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("mesh_types", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_rows_over_an_axis_that_is_not_named_are_refused(mesh_types):
+    """Outside of jit, and inside where types say how rows lie."""
+    names, devices = ("pipe", "data"), jax.devices()[:4]
+    mesh = jax.make_mesh((2, 2), names, axis_types=(mesh_types,) * 2, devices=devices)
+    spec = jax.sharding.PartitionSpec("data")
+    rows = jax.tree.map(lambda a: jnp.ones((8, *a.shape[1:]), a.dtype), BATCH)
+    batch = jax.device_put(rows, jax.sharding.NamedSharding(mesh, spec))
+    options = {"mesh": mesh, "num_microbatches": 2}
+    is_explicit = mesh_types is jax.sharding.AxisType.Explicit
+    for make in (dpj.value_and_grad, dpj.evaluate):
+        forgets, names_it = make(MODEL, **options), make(MODEL, **options, batch_axes="data")
+        message = r"batch: its rows lie .*\n.*over 'data': batch_axes=\('data',\)"
+        with pytest.raises(ValueError, match=message):
+            forgets(PARAMS, batch)
+        with jax.set_mesh(mesh):
+            if is_explicit:
+                with pytest.raises(ValueError, match=message):
+                    jax.eval_shape(forgets, PARAMS, batch)
+            jax.eval_shape(names_it, PARAMS, batch)
+    other = jax.make_mesh((2, 2), ("pipe", "model"), devices=devices)
+    step = dpj.value_and_grad(MODEL, mesh=other, num_microbatches=2)
+    with pytest.raises(ValueError, match=r"(?s)mesh, whose axes are \('pipe', 'model'\).*'data'"):
+        step(PARAMS, batch)
+
+
+def test_arrays_on_other_devices_are_refused():
+    step = dpj.value_and_grad(MODEL, mesh=MESH, num_microbatches=2)
+    params = jax.device_put(PARAMS, jax.devices()[1])
+    with pytest.raises(ValueError, match=r"(?s)dualpipe_jax.shardings.*params\['blocks'\].* cpu:1"):
+        step(params, BATCH)
+
+
+@pytest.mark.parametrize("make", [dpj.value_and_grad, dpj.evaluate])
+def test_a_step_is_not_differentiated(make):
+    step = make(MODEL, mesh=MESH, num_microbatches=2)
+    for function in (step, jax.jit(step)):
+
+        def loss(params, function=function):
+            return jnp.sum(jax.tree.leaves(function(params, BATCH))[0])
+
+        with pytest.raises(
+            TypeError, match=r"value_and_grad gives the gradient already.*sequential"
+        ):
+            jax.grad(loss)(PARAMS)
+
+
+def test_steps_have_names_and_need_jit():
+    step = dpj.value_and_grad(MODEL, mesh=MESH, num_microbatches=2)
+    assert repr(step) == "<dualpipe_jax.value_and_grad: dualpipe, 2 ranks, 2 microbatches>"
+    assert "@jit_pipelined_value_and_grad " in jax.jit(step).lower(PARAMS, BATCH).as_text()
+    with jax.disable_jit(), pytest.raises(RuntimeError, match=r"jax_disable_jit.*sequential"):
+        step(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["x"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+        jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    ],
+)
+def test_policies_that_offload_are_refused(policy):
+    def block(layer, x, ctx):
+        return x + checkpoint_name(jnp.tanh(x @ layer), "x") @ layer
+
+    def own(layer, x, ctx):
+        return jax.checkpoint(lambda layer, x: block(layer, x, ctx), policy=policy)(layer, x)
+
+    params = {"ends": jnp.ones(3), "blocks": jnp.ones((2, 3, 3))}
+    parts = {"embed": lambda e, c: c.microbatch * e, "head": lambda e, x, c: (x * e).mean()}
+    for made, options in ((block, {"remat": policy}), (own, {})):
+        with pytest.raises(ValueError, match=r"to the host's memory.*not one that offloads"):
+            trace(dpj.Model(block=made, **parts), params, jnp.ones((4, 3)), **options)

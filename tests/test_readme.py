@@ -21,6 +21,27 @@ def example(path: Path = README) -> str:
     return code
 
 
+# Prints how often XLA has compiled the function `step`, at the end.
+COUNTING = """
+import atexit, logging
+class Count(logging.Handler):
+    number = 0
+    def emit(self, record):
+        Count.number += record.getMessage().startswith("Finished XLA compilation of jit(step)")
+logging.getLogger("jax._src.dispatch").addHandler(Count())
+logging.getLogger("jax._src.dispatch").setLevel(logging.DEBUG)
+logging.getLogger("jax._src.dispatch").propagate = False
+atexit.register(lambda: print(Count.number))
+"""
+
+
+def run_compiling_once(code: str) -> list[str]:
+    """Runs a training loop whose step must be compiled once; returns its lines."""
+    *lines, number = run(COUNTING + code).splitlines()
+    assert number == "1"
+    return lines
+
+
 def run(code: str) -> str:
     """Runs it as for a user: it makes its own devices, and computes in float32."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -43,7 +64,7 @@ def test_example_stands_near_the_top() -> None:
 
 @pytest.mark.slow
 def test_example_runs_and_its_loss_falls() -> None:
-    losses = [float(line) for line in run(example()).split()]
+    losses = [float(line) for line in run_compiling_once(example())]
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
 
@@ -61,7 +82,7 @@ def test_examples_of_flax_run() -> None:
     shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, variables['params']))"
     assert run(f"{linen}\n{shapes}").split() == ["True"]
     for code in (float8, nnx):
-        losses = [float(line) for line in run(code).split()]
+        losses = [float(line) for line in run_compiling_once(code)]
         assert len(losses) == 10
         assert losses[-1] < losses[0] - 0.5
 
@@ -70,7 +91,7 @@ def test_examples_of_flax_run() -> None:
 def test_example_of_precision_finds_its_scale() -> None:
     """From one that float16 does not hold; a step that is skipped leaves the loss as it is."""
     code, _ = examples(ROOT / "docs" / "precision.md")
-    lines = [line.split() for line in run(code).splitlines()]
+    lines = [line.split() for line in run_compiling_once(code)]
     losses, scales = ([line[i] for line in lines] for i in (1, 3))
     num_skipped = len(set(scales[: losses.index(next(x for x in losses if x != losses[0]))]))
     assert scales[0] == "2^23"
@@ -81,7 +102,7 @@ def test_example_of_precision_finds_its_scale() -> None:
 @pytest.mark.slow
 def test_example_of_float8_learns() -> None:
     _, code = examples(ROOT / "docs" / "precision.md")
-    losses = [float(line) for line in run(code).split()]
+    losses = [float(line) for line in run_compiling_once(code)]
     assert len(losses) == 20
     assert losses[-1] < losses[0] / 2
 

@@ -11,12 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend import core as jcore
+from jax.extend.core import primitives
 
 from dualpipe_jax import _stacks
 from dualpipe_jax._refusals import raise_all
 from dualpipe_jax._types import Context, PyTree
 
 Path = tuple[Any, ...]
+# What passes its operands to a jaxpr one by one.
+_CALLS = (primitives.jit_p, primitives.remat_p, primitives.closed_call_p)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,10 +81,18 @@ class Part:
             constants = jax.tree.map(lambda leaf: jnp.asarray(leaf)[place], constants)
         rngs = jax.tree.unflatten(self.rngs, self._random_state(ctx.rng))
         own = jax.tree.unflatten(self.params, jax.tree.leaves(params))
-        module = nnx.merge(self.graphdef, own, rngs, constants)
-        before = _values(module)
-        out = function(module, *inputs, ctx)
-        self._require_unchanged(before, _values(module), has_key=ctx.rng is not None)
+
+        def call(own: PyTree, rngs: PyTree, constants: PyTree) -> tuple[Any, _State, _State]:
+            module = nnx.merge(self.graphdef, own, rngs, constants)
+            before = _values(module)
+            out = function(module, *inputs, ctx)
+            return out, before, _values(module)
+
+        out, before, after = call(own, rngs, constants)
+        if _changed(before, after):
+            # nnx.remat and nnx.jit write all variables back: are they what was passed in?
+            changed = _find_changed(lambda *state: call(*state)[1:], own, rngs, constants)
+            self._require_unchanged(changed, has_key=ctx.rng is not None)
         return out
 
     def _random_state(self, key: jax.Array | None) -> list[jax.Array]:
@@ -98,14 +110,7 @@ class Part:
                 leaves.append(jnp.zeros((), jnp.uint32))
         return leaves
 
-    def _require_unchanged(
-        self, before: dict[Path, Any], after: dict[Path, Any], *, has_key: bool
-    ) -> None:
-        changed = {
-            path: kind
-            for path, (kind, value) in after.items()
-            if path not in before or before[path][1] is not value
-        }
+    def _require_unchanged(self, changed: dict[Path, type], *, has_key: bool) -> None:
         drawn = [path for path, kind in changed.items() if issubclass(kind, nnx.RngState)]
         if drawn and not has_key:
             raise ValueError(
@@ -124,7 +129,56 @@ class Part:
         )
 
 
-def _values(module: nnx.Module) -> dict[Path, tuple[type, Any]]:
+# The type and the value of everything that a call may change.
+_State = dict[Path, tuple[type, Any]]
+
+
+def _changed(before: _State, after: _State) -> dict[Path, type]:
+    """Finds what has another value, by identity, and its types."""
+    return {
+        path: kind
+        for path, (kind, value) in after.items()
+        if path not in before or before[path][1] is not value
+    }
+
+
+def _find_changed(call: Callable[..., tuple[_State, _State]], *state: PyTree) -> dict[Path, type]:
+    """Finds what a call changes, looking through the functions that it calls under `jax.jit`."""
+    kinds: dict[str, dict[Path, type]] = {}
+
+    def values(*state: PyTree) -> tuple[dict[Path, Any], dict[Path, Any]]:
+        before, after = call(*state)
+        kinds.update(after={path: kind for path, (kind, _) in after.items()})
+        old, new = ({path: value for path, (_, value) in each.items()} for each in (before, after))
+        return old, new
+
+    closed, shapes = jax.make_jaxpr(values, return_shape=True)(*state)
+    before, after = jax.tree.unflatten(jax.tree.structure(shapes), _sources(closed.jaxpr))
+    return _changed(
+        {path: (object, source) for path, source in before.items()},
+        {path: (kinds["after"][path], source) for path, source in after.items()},
+    )
+
+
+def _sources(jaxpr: Any) -> list[Any]:
+    """Finds for each output the variable that it is, through calls that pass it on."""
+    passed_on: dict[Any, Any] = {}
+
+    def source(atom: Any) -> Any:
+        return passed_on.get(atom, atom) if isinstance(atom, jcore.Var) else atom
+
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if eqn.primitive in _CALLS and inner is not None:
+            inner = getattr(inner, "jaxpr", inner)
+            outside = dict(zip(inner.invars, map(source, eqn.invars), strict=True))
+            for out, of in zip(eqn.outvars, _sources(inner), strict=True):
+                if isinstance(of, jcore.Var) and of in outside:
+                    passed_on[out] = outside[of]
+    return [source(atom) for atom in jaxpr.outvars]
+
+
+def _values(module: nnx.Module) -> _State:
     """Lists the type and the value of everything that a call may change."""
     return {
         path: (type(leaf), leaf.get_value())

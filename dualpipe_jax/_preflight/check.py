@@ -190,7 +190,7 @@ def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:
 
 
 def _analysis(
-    module: Module, network: Network, kernels: Kernels
+    module: Module, network: Network, kernels: Kernels | None = None
 ) -> tuple[Loop | None, Prediction, Waits | None, tuple[Copy, ...]]:
     costs = Costs(module, kernels=kernels, device=network.device)
     replay = Replay(module, network, kernels)

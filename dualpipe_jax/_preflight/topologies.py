@@ -3,7 +3,9 @@
 import contextlib
 import importlib.util
 import itertools
+import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from jax.experimental import topologies as jax_topologies
 from dualpipe_jax._devices import H100, V5E, V5P, V6E, Device
 from dualpipe_jax._preflight.h100 import H100_TARGET
 
+# As large as any slice: v5p's has 8,960 chips. CPU devices are this process's threads and memory.
+_MOST_CHIPS, _MOST_GPUS, _MOST_CPU_DEVICES = 2**14, 8, 1024
+_TPU_SHAPE = re.compile(r"[0-9]{1,5}(x[0-9]{1,5}){1,2}")
 _TPUS = {"v5e": V5E, "v5p": V5P, "v6e": V6E}
 _GPUS = {"h100": (H100, H100_TARGET)}
 KNOWN = (
@@ -24,7 +29,7 @@ KNOWN = (
     "tpu:v5p:2x2x1 (also 4x4x4 and more)",
     "tpu:v6e:2x4 (also 2x2 up to 16x16)",
     "gpu:h100:8 (one host's GPUs, up to 8)",
-    "cpu:8 (this process's CPU devices)",
+    "cpu:8 (this process's CPU devices, up to 1024)",
 )
 
 
@@ -58,13 +63,20 @@ def find_topology(name: str) -> Topology:
       ModuleNotFoundError: If the compiler for it is not installed.
     """
     match name.split(":") if isinstance(name, str) else ():
-        case ("tpu", kind, shape) if kind in _TPUS:
-            return _tpu(name, kind, shape)
-        case ("gpu", kind, number) if kind in _GPUS and number.isdigit() and 0 < int(number) <= 8:
+        case ("tpu", kind, shape) if kind in _TPUS and _TPU_SHAPE.fullmatch(shape):
+            # libtpu ends the process where a size is 0.
+            sizes = tuple(map(int, shape.split("x")))
+            if 0 < math.prod(sizes) <= _MOST_CHIPS:
+                return _tpu(name, kind, shape)
+        case ("gpu", kind, number) if kind in _GPUS and _is_up_to(_MOST_GPUS, number):
             return _gpu(name, kind, int(number))
-        case ("cpu", number) if number.isdigit() and int(number) > 0:
+        case ("cpu", number) if _is_up_to(_MOST_CPU_DEVICES, number):
             return _cpu(name, int(number))
     raise _unknown(name)
+
+
+def _is_up_to(most: int, number: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,5}", number) is not None and 0 < int(number) <= most
 
 
 def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any]) -> Any:

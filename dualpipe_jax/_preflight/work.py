@@ -49,8 +49,9 @@ class Costs:
         self._at_least = at_least
         self._kernels = kernels or Kernels()
         # Those in a cycle at the published peak, for what the compiler gives no cycles.
-        has_cycles = device is not None and device.clock is not None
-        self._flops_per_cycle = device.peak_flops / device.clock if has_cycles else math.inf
+        self._flops_per_cycle = math.inf
+        if device is not None and device.clock is not None:
+            self._flops_per_cycle = device.peak_flops / device.clock
         self._of_computation: dict[str, Work] = {}
 
     def of_computation(self, computation: Computation) -> Work:

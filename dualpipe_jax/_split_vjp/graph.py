@@ -254,6 +254,14 @@ def _node(
             "model: embed, block and head must not read or write mutable arrays (jax.new_ref; here "
             f"by {eqn.primitive.name!r}), as their parts run at different times; pass on values"
         )
+    if any("Host" in str(getattr(var.aval, "memory_space", "")) for var in eqn.outvars):
+        raise ValueError(
+            f"model: the block moves values of type {eqn.outvars[0].aval} to the host's memory (by "
+            f"{eqn.primitive.name!r}), which slots cannot hold; in remat=, or in the block's own "
+            "jax.checkpoint, take a policy that saves or recomputes "
+            "(save_only_these_names), not one that offloads (save_and_offload_only_these_names, "
+            "offload_dot_with_no_batch_dims)"
+        )
     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jcore.Literal)))
     # A jaxpr of this one equation: JAX itself knows how to run it in its context and name scope.
     alone = jaxpr.replace(

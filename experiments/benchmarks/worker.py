@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+import dualpipe_jax as dpj
 from experiments.benchmarks import variants
 from experiments.benchmarks.tasks import Compiled, Step, Task
-from experiments.train_lm import training
 from experiments.train_lm.model import LanguageModel
 
 
@@ -40,7 +40,7 @@ def compile_task(task: Task) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]
         remat=task.remat,
     )
     params = jax.device_get(jax.jit(model.init)(jax.random.key(sizes.seed)))
-    params = training.place(params, mesh, axis=variants.AXIS)
+    params = jax.device_put(params, dpj.shardings(params, mesh=mesh, axis=variants.AXIS))
     # Random tokens: what is learned does not matter here.
     text = np.random.default_rng(sizes.seed).integers(
         0,

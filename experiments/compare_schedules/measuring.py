@@ -83,7 +83,7 @@ def compile_contender(
             axis=AXIS,
         )
     with jax.set_mesh(mesh):
-        params = training.place(params, mesh, axis=AXIS)
+        params = jax.device_put(params, dpj.shardings(params, mesh=mesh, axis=AXIS))
         state = (params, jax.jit(optimizer.init)(params))
         start = time.perf_counter()
         step = training.compile_step(grad_fn, optimizer, state, batch)

@@ -53,16 +53,10 @@ class Pipeline:
 
     def place(self, sizes: DeepSeekMini, params: Any) -> Any:
         """Spreads layers over the ranks where they divide, and experts over their axis."""
-        ranks = self.mesh.shape[PIPE]
         specs = sizes.param_specs(params, EXPERT)
-
-        def put(path: Any, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-            is_spread = path[0].key == "blocks" and leaf.shape[0] % ranks == 0
-            spec = PartitionSpec(PIPE if is_spread else None, *spec[1:])
-            # Copies, as a step overwrites what it is given.
-            return jax.device_put(leaf, NamedSharding(self.mesh, spec), may_alias=False)
-
-        return jax.tree_util.tree_map_with_path(put, params, specs)
+        shardings = dpj.shardings(params, mesh=self.mesh, axis=PIPE, param_specs=specs)
+        # Copies, as a step overwrites what it is given.
+        return jax.device_put(params, shardings, may_alias=False)
 
     def place_batch(self, batch: np.ndarray) -> jax.Array:
         """Spreads the rows over the devices of the experts."""

@@ -112,7 +112,7 @@ def command(
     params = jax.jit(model.init)(jax.random.key(seed))
 
     with jax.set_mesh(mesh):
-        params = training.place(params, mesh, axis=AXIS)
+        params = jax.device_put(params, dpj.shardings(params, mesh=mesh, axis=AXIS))
         state = (params, jax.jit(optimizer.init)(params))
         num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         console.print(

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,14 +21,6 @@ from experiments.train_lm.log import Log, Row, perplexity
 
 # Parameters, then the optimizer's state.
 State = tuple[Any, optax.OptState]
-
-
-def place(params: dict[str, Any], mesh: Mesh, *, axis: str) -> dict[str, Any]:
-    """Spreads the blocks over the ranks if they divide, and copies the ends to all of them."""
-    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    spread = PartitionSpec(axis) if layers % mesh.shape[axis] == 0 else PartitionSpec()
-    specs = {"ends": PartitionSpec(), "blocks": spread}
-    return jax.device_put(params, {part: NamedSharding(mesh, spec) for part, spec in specs.items()})
 
 
 def make_optimizer(

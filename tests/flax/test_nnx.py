@@ -355,6 +355,36 @@ def test_variables_that_a_call_changes_are_refused() -> None:
     assert_close(got, loss_of(net(tokens), tokens))
 
 
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit])
+def test_transforms_that_write_variables_back_are_taken(transform: Any) -> None:
+    class Transformed(Layer):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return transform(Layer.__call__)(self, x)
+
+    class Counting(Layer):
+        def __init__(self, rngs: nnx.Rngs):
+            super().__init__(rngs)
+            self.count = nnx.Variable(jnp.zeros(()))
+
+        def add(self, x: jax.Array) -> jax.Array:
+            self.count[...] += x.sum()
+            return super().__call__(x)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return transform(Counting.add)(self, x)
+
+    rngs, tokens = nnx.Rngs(0), tokens_of(4)
+    net = Net(rngs, layers=nnx.List([Transformed(rngs) for _ in range(2)]))
+    model = model_of(net)
+    step = dpj.value_and_grad(model, mesh=mesh_of(), num_microbatches=2)
+    loss, grads = jax.jit(step)(model.params(net), tokens)
+    assert_close((loss, model.state(grads)), own_value_and_grad(net, tokens))
+    net = Net(rngs, layers=nnx.List([Counting(rngs) for _ in range(2)]))
+    model = model_of(net)
+    with pytest.raises(ValueError, match=r"module.layers\[0\]: changes.*\n  \* Variable count\n"):
+        dpj.sequential(model, num_microbatches=2)(model.params(net), tokens)
+
+
 def test_layers_that_share_parameters_are_refused() -> None:
     rngs = nnx.Rngs(0)
     layers = [Layer(rngs) for _ in range(3)]

@@ -20,7 +20,24 @@ class Chip:
     platform: str = "tpu"
 
 
-@pytest.mark.parametrize("name", ["", "tpu", "tpu:v9:2x4", "gpu:h100:9", "gpu:h100:0", "cpu:x", 8])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            "tpu",
+            "tpu:v9:2x4",
+            "gpu:h100:9",
+            "gpu:h100:0",
+            "gpu:h100:²",
+            "cpu:x",
+            "cpu:99999",
+            8,
+        ),
+        # libtpu would end the process.
+        *("tpu:v5e:0x0", "tpu:v5p:2x2x0", "tpu:v5e:2x-2", "tpu:v5e:", "tpu:v5e:99999x99999"),
+    ],
+)
 def test_unknown_topology_lists_the_known(name: object) -> None:
     with pytest.raises(ValueError, match=r"must be one of tpu:v5e:2x4 .*gpu:h100:8 .*cpu:8"):
         find_topology(name)  # pyrefly: ignore
