@@ -302,7 +302,7 @@ def can_be_jitted() -> None:
     Raises:
       RuntimeError: Under `jax.disable_jit`.
     """
-    if jax.config.read("jax_disable_jit"):
+    if jax.config.jax_disable_jit:  # pyrefly: ignore[missing-attribute]
         raise RuntimeError(
             "jax_disable_jit: a step is one program over a mesh, which JAX does not run operation "
             "by operation; look into the same model with dualpipe_jax.sequential(model, "
