@@ -80,7 +80,7 @@ def check(
             applied = _applied(output(ends, x, ends_ctx), microbatch)
             return Outputs(x=x, ctx=bare_ctx, aux=dict.fromkeys(aux, Aux()), applied=applied)
         losses = [each.loss for each in aux.values() if each.loss is not None]
-        aux_sum = functools.reduce(operator.add, losses) if losses else None
+        aux_sum = _sum_in_wider_dtype(losses)
         loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
         weight = None if model.weight is None else model.weight(microbatch)
         if model.weight is not None:
@@ -116,6 +116,14 @@ def check(
             "only; name them there too (the pipeline axis is the library's own)"
         )
     return _varying.with_mesh(outs)
+
+
+def _sum_in_wider_dtype(losses: list[jax.Array]) -> jax.Array | None:
+    """Adds scalars of maybe unlike dtypes, which strict dtype promotion does not; None of none."""
+    if not losses:
+        return None
+    dtype = functools.reduce(_microbatches.wider_dtype, (loss.dtype for loss in losses))
+    return functools.reduce(operator.add, (loss.astype(dtype) for loss in losses))
 
 
 def require_reduced(outs: Outputs, loss_axes: Iterable[str]) -> None:

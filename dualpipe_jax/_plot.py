@@ -54,7 +54,7 @@ def plot_timeline(
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a picture needs Matplotlib: pip install 'dualpipe-jax[plot]'", name=error.name
+            "a picture needs Matplotlib: pip install matplotlib", name=error.name
         ) from error
 
     num_ticks, num_ranks = timeline.num_ticks, timeline.num_ranks

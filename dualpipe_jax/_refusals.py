@@ -3,10 +3,15 @@
 from collections.abc import Iterable
 from typing import Any
 
+_MOST_NAMED = 20
+
 
 def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:
-    """Raises `message` with the list of offenders, if there are any."""
-    lines = [f"  * {line}" for line in offenders]
+    """Raises `message` with the list of offenders, if there are any; of very many, the first."""
+    found = list(offenders)
+    lines = [f"  * {line}" for line in found[:_MOST_NAMED]]
+    if len(found) > _MOST_NAMED:
+        lines.append(f"  * and {len(found) - _MOST_NAMED} more")
     if lines:
         raise error("\n".join([f"{message}; but:", *lines]))
 

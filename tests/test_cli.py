@@ -181,7 +181,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     result = run(*SIZES, "--format", "svg")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    assert "pip install 'dualpipe-jax[plot]'" in result.stderr
+    assert "pip install matplotlib" in result.stderr
 
 
 def test_version() -> None:

@@ -26,12 +26,14 @@ class Choice:
         follows, layer by layer.
       terms: The memory of the fullest rank.
       limit: The memory that there is; in bytes, as all.
+      headroom: The share of it that is left to the compiler's own temporaries.
     """
 
     simulation: Simulation
     full_backward: bool
     terms: tuple[Term, ...]
     limit: float
+    headroom: float = 0.0
 
     @property
     def num_bytes(self) -> float:
@@ -40,8 +42,13 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is enough."""
-        return self.num_bytes <= self.limit
+        """Whether the memory is enough, with the headroom."""
+        return self.num_bytes <= self.limit * (1 - self.headroom)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the memory is enough for the terms, but not with the headroom."""
+        return not self.fits and self.num_bytes <= self.limit
 
     @property
     def losses(self) -> dict[str, float]:
@@ -65,6 +72,12 @@ class Choice:
     @property
     def why(self) -> str:
         """Says in one line what it loses, or why it does not fit."""
+        if self.is_tight:
+            left = format_bytes(self.limit - self.num_bytes)
+            return (
+                f"tight: leaves {left} of {format_bytes(self.limit)} to the compiler's own "
+                f"temporaries, less than {self.headroom:.0%}"
+            )
         if not self.fits:
             most = max(self.terms, key=lambda term: term.num_bytes)
             excess, size = format_bytes(self.num_bytes - self.limit), format_bytes(most.num_bytes)
@@ -85,6 +98,7 @@ def choices_of(
     layer: LayerBytes,
     parameters: ParameterBytes,
     limit: float,
+    headroom: float = 0.0,
     stash_deferred: bool = True,
 ) -> list[Choice]:
     """Predicts time and memory of a schedule, in both timetables if they differ.
@@ -99,6 +113,7 @@ def choices_of(
       layer: What a layer keeps of a microbatch.
       parameters: The parameters.
       limit: The memory of a rank, in bytes.
+      headroom: The share of it that is left to the compiler's own temporaries.
       stash_deferred: As in `value_and_grad`: whether a deferred weight grad keeps all it needs.
 
     Raises:
@@ -141,6 +156,7 @@ def choices_of(
                 stash_deferred=stash_deferred,
             ),
             limit=limit,
+            headroom=headroom,
         )
 
     choices = []
@@ -161,15 +177,15 @@ def _has_run(schedule: Schedule) -> bool:
 
 
 def in_order(choices: Iterable[Choice]) -> list[Choice]:
-    """Sorts choices: what fits, the fastest first, then the others likewise.
+    """Sorts choices: what fits, the fastest first, then what is tight, then the others likewise.
 
     Of two that are equally fast, the one with less memory comes first.
     """
     return sorted(choices, key=_place)
 
 
-def _place(choice: Choice) -> tuple[bool, float, float]:
-    return not choice.fits, *_time_and_memory(choice)
+def _place(choice: Choice) -> tuple[bool, bool, float, float]:
+    return not choice.fits, not choice.is_tight, *_time_and_memory(choice)
 
 
 def _time_and_memory(choice: Choice) -> tuple[float, float]:

@@ -24,6 +24,7 @@ def to_object(choice: Choice) -> dict[str, object]:
         "timetable": made.timetable,
         "full_backward": choice.full_backward,
         "fits": choice.fits,
+        "tight": choice.is_tight,
         "makespan": made.makespan,
         "idle_share": made.idle_share,
         "losses": choice.losses,
@@ -52,7 +53,7 @@ def print_choices(
     for term in best.terms:
         if term.num_bytes:
             click.echo(f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  {term.why}")
-    if best.fits:
+    if best.fits or best.is_tight:
         arguments = f'num_microbatches={made.num_microbatches}, schedule="{made.schedule}"'
         arguments += f', timetable="{made.timetable}", remat="{model.remat}"'
         arguments += f", full_backward={best.full_backward}"
@@ -63,7 +64,7 @@ def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
     made = choice.simulation
     slower = made.makespan / best.simulation.makespan - 1
     return (
-        str(place) if choice.fits else "-",
+        str(place) if choice.fits else "tight" if choice.is_tight else "-",
         made.schedule,
         made.timetable,
         f"{made.makespan:.4g}",

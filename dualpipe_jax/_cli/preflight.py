@@ -78,7 +78,7 @@ def preflight(output_format: str, has_options: bool, **step: Any) -> None:
     compiler's and the makers' figures, not measurements. For a step of your own:
     dualpipe_jax.preflight.
 
-    TPUs need pip install 'dualpipe-jax[tpu-aot]', GPUs 'dualpipe-jax[gpu-aot]'.
+    TPUs need pip install 'jax[tpu]', GPUs 'jax[cuda13]'.
     """
     # Compilers for absent hardware are no backends: only the CPU's is to be started, and it needs
     # the devices of a topology of CPUs.

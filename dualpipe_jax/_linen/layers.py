@@ -225,6 +225,12 @@ def _with(tree: Any, path: Sequence[str], entries: Mapping[str, Any]) -> dict[st
             "parameters, give it a mask with the structure of params, down to the leaves"
         )
     if not path:
+        taken = sorted(map(str, tree.keys() & entries.keys()))
+        if taken:
+            raise ValueError(
+                f'tree: "ends" has entries under the names of layers, {", ".join(taken)}, which '
+                "would be lost; give the layers other names"
+            )
         return {**tree, **entries}
     return {**tree, path[0]: _with(tree.get(path[0], {}), path[1:], entries)}
 

@@ -73,8 +73,8 @@ def preflight(
         context.
       args: Its arguments: arrays, or `jax.ShapeDtypeStruct`s, which cost nothing. They lie on the
         topology as they lie on their mesh; those on no mesh are replicated.
-      topology: What to compile for: `"tpu:v5e:2x4"` (needs `pip install 'dualpipe-jax[tpu-aot]'`),
-        `"gpu:h100:8"` (`'dualpipe-jax[gpu-aot]'`), or `"cpu:8"`, this process's CPU devices.
+      topology: What to compile for: `"tpu:v5e:2x4"` (needs `pip install 'jax[tpu]'`),
+        `"gpu:h100:8"` (`'jax[cuda13]'`), or `"cpu:8"`, this process's CPU devices.
       compiler_options: XLA's options; None for those of `dualpipe_jax.compiler_options`.
       mesh: A mesh with the step's axes; None to read them off the arguments' shardings, or off the
         step.

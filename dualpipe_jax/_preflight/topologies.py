@@ -165,7 +165,7 @@ def _to_and_fro(dims: tuple[int, ...]) -> np.ndarray:
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
-        raise _missing(name, "libtpu", "tpu-aot")
+        raise _missing(name, "jax[tpu]")
     if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))):
         # A machine without TPUs. libtpu reads these when it is loaded: it would ask a cloud's
         # metadata server for a TPU, and refuse to be loaded by two processes at once.
@@ -182,7 +182,7 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
 
 def _gpu(name: str, kind: str, number: int) -> Topology:
     if not all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda13"))):
-        raise _missing(name, "jax[cuda13]", "gpu-aot")
+        raise _missing(name, "jax[cuda13]")
     device, target = _GPUS[kind]
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -207,7 +207,7 @@ def _unknown(name: Any) -> ValueError:
     return ValueError(f"topology={name!r}: must be one of {', '.join(KNOWN)}")
 
 
-def _missing(name: str, package: str, extra: str) -> ModuleNotFoundError:
+def _missing(name: str, package: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
-        f"topology={name!r}: needs {package} to compile; pip install 'dualpipe-jax[{extra}]'"
+        f"topology={name!r}: needs a compiler that is not installed: pip install '{package}'"
     )

@@ -9,6 +9,8 @@ import re
 
 from dualpipe_jax._schedule.ir import Action, Cell, Pair, Program
 
+# Cells, and characters of one, in a message.
+_MOST_NAMED, _LONGEST = 8, 100
 # No number is so large that it does not fit an int64; the verifier says which are too large.
 _ACTION = r"(\d{{1,12}})([{kinds}])(\d{{1,12}})"
 _SINGLE = re.compile(_ACTION.format(kinds="FIWB"))
@@ -34,7 +36,7 @@ def parse_program(text: str, *, name: str) -> Program:
             if compact := "".join(cell.split()):
                 parsed = _parse_cell(compact)
                 if parsed is None:
-                    faults.append(f"\n  row {rank}, column {column}: {cell.strip()!r}")
+                    faults.append(f"\n  row {rank}, column {column}: {_short(cell.strip())}")
                 else:
                     row.append(parsed)
         rows.append(tuple(row))
@@ -42,11 +44,11 @@ def parse_program(text: str, *, name: str) -> Program:
         raise ValueError(
             f"schedule {name!r} has cells that are neither <stage><F|I|W|B><microbatch> nor "
             f"(<F>;<B or I>)OVERLAP_F_B, numbers of at most 12 digits (rows and columns count from "
-            f"0):{''.join(faults)}"
+            f"0):{''.join(faults[:_MOST_NAMED])}{_and_more(len(faults) - _MOST_NAMED)}"
         )
     actions = [action for row in rows for cell in row for action in cell.unit_actions()]
     if not actions:
-        raise ValueError(f"schedule {name!r} has no actions; got {text!r}")
+        raise ValueError(f"schedule {name!r} has no actions; got {_short(text)}")
     return Program(
         name,
         num_ranks=len(rows),
@@ -55,6 +57,14 @@ def parse_program(text: str, *, name: str) -> Program:
         rows=tuple(rows),
         forward_only=all(action.kind == "F" for action in actions),
     )
+
+
+def _short(text: str) -> str:
+    return f"{text[:_LONGEST]!r}{'...' * (len(text) > _LONGEST)}"
+
+
+def _and_more(number: int) -> str:
+    return f"\n  and {number} more" if number > 0 else ""
 
 
 def _parse_cell(cell: str) -> Cell | None:

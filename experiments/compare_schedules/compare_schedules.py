@@ -13,6 +13,7 @@ from rich.console import Console
 
 import dualpipe_jax as dpj
 from experiments.compare_schedules import measuring, report
+from experiments.devices import find_devices
 from experiments.progress import bar
 from experiments.train_lm import data, flags, training
 from experiments.train_lm.flags import POSITIVE, Refusal
@@ -80,7 +81,7 @@ def command(
         width=width,
         heads=heads,
     )
-    _require_devices(max(ranks))
+    find_devices(max(ranks), flag=f"--ranks {max(ranks)}", fake=max(ranks))
     try:
         text = data.read(None, min_length=context + 1)
         output.mkdir(parents=True, exist_ok=True)
@@ -172,19 +173,6 @@ def _require_flags_fit(
     wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
     if wrong:
         raise Refusal("; ".join(wrong))
-
-
-def _require_devices(num_devices: int) -> None:
-    """Makes fake devices on the CPU where there is no accelerator; refuses too few."""
-    # Read when the CPU's backend starts; accelerators are what they are.
-    jax.config.update("jax_num_cpu_devices", num_devices)
-    found = jax.devices()
-    if num_devices > len(found):
-        raise Refusal(
-            f"--ranks {num_devices}: more than the devices here ({len(found)} x "
-            f"{found[0].platform}); lower --ranks, or set JAX_PLATFORMS=cpu for fake devices on "
-            "the CPU"
-        )
 
 
 def main(args: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 import dualpipe_jax as dpj
 from experiments.deepseek_mini import preflight, report, training
 from experiments.deepseek_mini.model import DeepSeekMini
+from experiments.devices import find_devices
 from experiments.progress import bar
 from experiments.train_lm import data, flags
 from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal
@@ -114,7 +115,9 @@ def command(
             f"--layers {layers}: fewer than the {plan.num_stages} stages of {schedule} over "
             f"{ranks} ranks; add layers or lower --ranks"
         )
-    devices = _devices(ranks * expert_devices)
+    count = ranks * expert_devices
+    flag = f"--ranks x --expert-devices = {count}"
+    devices, which = find_devices(count, flag=flag, fake=count)
     mesh = jax.make_mesh((ranks, expert_devices), (training.PIPE, training.EXPERT), devices=devices)
     pipeline = training.Pipeline(mesh=mesh, num_microbatches=microbatches)
     sizes = DeepSeekMini(
@@ -135,6 +138,7 @@ def command(
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"text      {text.summary}\n"
+        f"devices   {which}\n"
         f"pipeline  {schedule}, {ranks} ranks x {expert_devices} devices of experts "
         f"({devices[0].platform}), {microbatches} microbatches of "
         f"{batch_size // (microbatches * expert_devices)} x {context} bytes on each"
@@ -224,19 +228,6 @@ def _require_flags_fit(
     wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
     if wrong:
         raise Refusal("; ".join(wrong))
-
-
-def _devices(count: int) -> list[jax.Device]:
-    """Gives as many devices: accelerators, or fake devices on the CPU."""
-    # Read when the CPU's backend starts; accelerators are what they are.
-    jax.config.update("jax_num_cpu_devices", count)
-    found = jax.devices()
-    if count > len(found):
-        raise Refusal(
-            f"--ranks x --expert-devices = {count}: more than the devices here ({len(found)} x "
-            f"{found[0].platform}); lower them, or set JAX_PLATFORMS=cpu for fake devices"
-        )
-    return found[:count]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Compiles steps for a TPU that need not be there, and compares what they hold with `jax.grad`'s.
 
-Run it as a script, or with `make memory`. It needs `pip install 'dualpipe-jax[tpu-aot]'`.
+Run it as a script, or with `make memory`. It needs `pip install '.[tpu-aot]'`.
 """
 
 import sys

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 import dualpipe_jax as dpj
+from experiments.devices import find_devices
 from experiments.train_lm import data, flags, training
 from experiments.train_lm.flags import POSITIVE, Refusal
 from experiments.train_lm.log import Log, perplexity
@@ -31,7 +32,7 @@ SAMPLE_BYTES = 500
 @click.option(
     "--ranks",
     type=POSITIVE,
-    show_default=f"{DEFAULT_RANKS}, or all accelerators where there are fewer",
+    show_default=f"all accelerators, or {DEFAULT_RANKS} without one",
     help="Devices of the pipeline; fake CPU devices where there is no accelerator.",
 )
 @click.option("--microbatches", type=POSITIVE, default=8, help="Of one step.")
@@ -83,7 +84,12 @@ def command(
         log = Log(output / "log.csv")
     except (OSError, ValueError) as error:
         raise Refusal(str(error)) from error
-    devices = _devices(ranks)
+    devices, which = find_devices(ranks, flag=f"--ranks {ranks}", fake=DEFAULT_RANKS)
+    if ranks is None:
+        most = _most_ranks(schedule, limit=len(devices), layers=layers, microbatches=microbatches)
+        if most < len(devices):
+            which = f"{which}; {most} of them, as {layers} layers make no more stages"
+        devices = devices[:most]
     plan = dpj.schedules.make(schedule, num_ranks=len(devices), num_microbatches=microbatches)
     if layers < plan.num_stages:
         raise Refusal(
@@ -96,6 +102,7 @@ def command(
     dpj.plot_timeline(timeline, path=output / "timetable.png")
     console.print(
         f"text      {text.summary}\n"
+        f"devices   {which}\n"
         f"pipeline  {schedule}, {len(devices)} x {devices[0].platform}, {microbatches} "
         f"microbatches of {batch_size // microbatches} x {context} bytes, {timeline.num_ticks} "
         "ticks"
@@ -191,17 +198,13 @@ def _require_flags_fit(
         raise Refusal("; ".join(wrong))
 
 
-def _devices(ranks: int | None) -> list[jax.Device]:
-    """Gives as many devices as there are ranks: accelerators, or fake devices on the CPU."""
-    # Read when the CPU's backend starts; accelerators are what they are.
-    jax.config.update("jax_num_cpu_devices", ranks or DEFAULT_RANKS)
-    found = jax.devices()
-    if ranks is not None and ranks > len(found):
-        raise Refusal(
-            f"--ranks {ranks}: more than the devices here ({len(found)} x {found[0].platform}); "
-            "lower --ranks, or set JAX_PLATFORMS=cpu for fake devices on the CPU"
-        )
-    return found[: ranks or DEFAULT_RANKS]
+def _most_ranks(schedule: str, *, limit: int, layers: int, microbatches: int) -> int:
+    """Finds the most ranks, up to a limit, of whose stages each has a layer; at least 1."""
+    for ranks in range(limit, 1, -1):
+        made = dpj.schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
+        if made.num_stages <= layers:
+            return ranks
+    return 1
 
 
 def _printable(text: str) -> str:

@@ -54,6 +54,21 @@ def test_layers_that_are_not_there_are_named(tree: Any, layers: str, message: st
         dpj.linen.to_canonical(tree, layers)
 
 
+def test_entries_of_ends_under_names_of_layers_are_not_lost() -> None:
+    tree = {"ends": {"h_1": 1.0, "norm": 2.0}, "blocks": {"w": jnp.ones((3, 2))}}
+    with pytest.raises(
+        ValueError, match='"ends" has entries under the names of layers, h_1, which'
+    ):
+        dpj.linen.to_flax(tree, "h_{}")
+    assert set(dpj.linen.to_flax(tree, "layer_{}")) == {
+        "h_1",
+        "norm",
+        "layer_0",
+        "layer_1",
+        "layer_2",
+    }
+
+
 def test_arguments_of_the_functions_each_way_must_fit() -> None:
     tree = {"h_0": {"w": jnp.ones(2)}, "h_1": {"w": jnp.ones(2)}}
     with pytest.raises(ValueError, match=r"names 1, and 'h_{}' has 2"):

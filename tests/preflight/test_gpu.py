@@ -1,6 +1,6 @@
 """Programs for GPUs: lines as XLA writes them, and whole steps where its compiler is installed.
 
-The compiler is 4 GB and not part of the tests' extra: pip install 'dualpipe-jax[gpu-aot]'.
+The compiler is 4 GB and not part of the tests' extra: pip install 'jax[cuda13]'.
 """
 
 from collections.abc import Iterator

@@ -49,12 +49,12 @@ def test_too_few_cpu_devices() -> None:
         find_topology("cpu:9")
 
 
-@pytest.mark.parametrize(("name", "extra"), [("tpu:v5e:2x4", "tpu-aot"), ("gpu:h100:8", "gpu-aot")])
-def test_missing_compiler_names_the_extra(
+@pytest.mark.parametrize(("name", "extra"), [("tpu:v5e:2x4", "tpu"), ("gpu:h100:8", "cuda13")])
+def test_missing_compiler_names_its_package(
     name: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'dualpipe-jax\[{extra}\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'jax\[{extra}\]'"):
         find_topology(name)
 
 

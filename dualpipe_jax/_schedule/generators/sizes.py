@@ -1,14 +1,19 @@
 """What every generator does with its sizes."""
 
+import math
 import operator
 from collections.abc import Sequence
+
+# Tables of more actions take many minutes, and tens of gigabytes.
+_MOST_ACTIONS = 20_000_000
 
 
 def check_sizes(**sizes: int) -> tuple[int, ...]:
     """Returns the sizes as ints.
 
     Raises:
-        ValueError: if one is not a positive integer, naming all such.
+        ValueError: if one is not a positive integer, naming all such, or if they are so large that
+            no table can hold all actions.
     """
     wrong = []
     for name, size in sizes.items():
@@ -19,7 +24,15 @@ def check_sizes(**sizes: int) -> tuple[int, ...]:
             wrong.append(f"{name}={size!r}")
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: must be an integer of at least 1")
-    return tuple(map(operator.index, sizes.values()))
+    numbers = tuple(map(operator.index, sizes.values()))
+    num_actions = 3 * math.prod(numbers)  # F, I and W
+    if num_actions > _MOST_ACTIONS:
+        given = ", ".join(f"{name}={size}" for name, size in zip(sizes, numbers, strict=True))
+        raise ValueError(
+            f"{given[:200]}: must be at most {_MOST_ACTIONS:,} forwards, input grads and weight "
+            "grads in all, beyond which no table holds them; take fewer microbatches or ranks"
+        )
+    return numbers
 
 
 def split_microbatches(num_microbatches: int) -> tuple[range, range]:

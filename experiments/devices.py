@@ -1,0 +1,64 @@
+"""The devices that a script runs on: accelerators, or fake devices of the CPU; and why these."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from experiments.train_lm.flags import Refusal
+
+_TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def find_devices(count: int | None, *, flag: str, fake: int) -> tuple[list[jax.Device], str]:
+    """Finds the devices, before JAX is first used.
+
+    Args:
+      count: How many; None for all accelerators.
+      flag: What the user may lower to have fewer.
+      fake: How many fake ones without an accelerator, if `count` is None.
+
+    Returns:
+      The devices, and a line that says which they are, of how many, and why if there is a cause.
+
+    Raises:
+      Refusal: If there are fewer.
+    """
+    _keep_tpu_compiler_quiet()
+    # Read when the CPU's backend starts; accelerators are what they are.
+    jax.config.update("jax_num_cpu_devices", count or fake)
+    found = jax.devices()
+    kind = found[0].platform
+    if count is not None and count > len(found):
+        raise Refusal(
+            f"{flag}: more than the devices here ({len(found)} x {kind}); lower it, or set "
+            "JAX_PLATFORMS=cpu for fake devices of the CPU"
+        )
+    devices = found[: count or len(found)]
+    if kind == "cpu":
+        return devices, f"{len(devices)} fake ones of the CPU, as {_why_no_accelerator()}"
+    return devices, f"{len(devices)} of {len(found)} x {found[0].device_kind}"
+
+
+def _why_no_accelerator() -> str:
+    if os.environ.get("JAX_PLATFORMS"):
+        return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} says"
+    for files, name, extra in (
+        (("/dev/nvidia0",), "an NVIDIA GPU", "cuda13"),
+        (_TPU_FILES, "a TPU", "tpu"),
+    ):
+        if any(map(os.path.exists, files)):
+            return f"there is {name}, but this JAX cannot use it: pip install '.[{extra}]'"
+    return "JAX finds no accelerator"
+
+
+def _keep_tpu_compiler_quiet() -> None:
+    """Has libtpu not look for a TPU where there is none: it complains at length.
+
+    (It may be installed for its compiler alone.)
+    """
+    if not any(Path(each).exists() for each in _TPU_FILES):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
