@@ -7,7 +7,7 @@ import jax
 
 from experiments.train_lm.flags import Refusal
 
-_TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
+_TPU_FILES = ("accel[0-9]*", "vfio/[0-9]*")
 
 
 def find_devices(count: int | None, *, flag: str, fake: int) -> tuple[list[jax.Device], str]:
@@ -44,12 +44,17 @@ def _why_no_accelerator() -> str:
     if os.environ.get("JAX_PLATFORMS"):
         return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} says"
     for files, name, extra in (
-        (("/dev/nvidia0",), "an NVIDIA GPU", "cuda13"),
+        (("nvidia[0-9]*",), "an NVIDIA GPU", "cuda13"),
         (_TPU_FILES, "a TPU", "tpu"),
     ):
-        if any(map(os.path.exists, files)):
+        if _exist(*files):
             return f"there is {name}, but this JAX cannot use it: pip install '.[{extra}]'"
     return "JAX finds no accelerator"
+
+
+def _exist(*patterns: str) -> bool:
+    """Whether this machine has any of the device files."""
+    return any(next(Path("/dev").glob(pattern), None) for pattern in patterns)
 
 
 def _keep_tpu_compiler_quiet() -> None:
@@ -57,7 +62,7 @@ def _keep_tpu_compiler_quiet() -> None:
 
     (It may be installed for its compiler alone.)
     """
-    if not any(Path(each).exists() for each in _TPU_FILES):
+    if not _exist(*_TPU_FILES):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -34,17 +34,23 @@ def test_table_ranks_explains_and_ends_with_the_call() -> None:
     rows = lines[1 : lines.index("")]
     assert {row.split()[1] for row in rows} == set(schedules.names())
     places = [row.split()[0] for row in rows]
-    num_fits = sum(place != "-" for place in places)
-    assert places == [str(i + 1) for i in range(num_fits)] + ["-"] * (len(rows) - num_fits)
+    num_fits = sum(place.isdigit() for place in places)
+    num_tight = places.count("tight")
+    others = ["tight"] * num_tight + ["-"] * (len(rows) - num_fits - num_tight)
+    assert places == [str(i + 1) for i in range(num_fits)] + others
+    assert num_tight
     assert 0 < num_fits < len(rows)
-    assert all("too large: most of it is " in row for row in rows[num_fits:])
+    assert all("tight: leaves " in row for row in rows[num_fits : num_fits + num_tight])
+    assert all("too large: most of it is " in row for row in rows[num_fits + num_tight :])
     assert all("%" in row and "too large" not in row for row in rows[:num_fits])
     best, timetable = rows[0].split()[1:3]
+    is_full = "full backwards" in rows[0]
     assert lines[-1] == (
         f'dpj.value_and_grad(model, mesh=mesh, num_microbatches=32, schedule="{best}", '
-        f'timetable="{timetable}", remat="none", full_backward=True)'
+        f'timetable="{timetable}", remat="none", full_backward={is_full})'
     )
-    assert f"memory of a rank, {best}, {timetable}, full backwards:" in lines
+    full = ", full backwards" * is_full
+    assert f"memory of a rank, {best}, {timetable}{full}:" in lines
 
 
 def test_full_backwards_are_named() -> None:
@@ -220,5 +226,14 @@ def test_imports_no_jax() -> None:
     assert not imported & {"jax", "jaxlib", "flax", "matplotlib", "rich"}
 
 
-def test_answers_in_about_a_second() -> None:
-    assert cpu_seconds("choose") < 1.5
+def test_headroom_is_the_users() -> None:
+    sizes = ["--ranks", "8", "--microbatches", "32"]
+    for headroom, num_tight in (("0", 0), ("0.1", 4)):
+        choices = choices_of(*sizes, "--headroom", headroom)["choices"]
+        assert sum(choice["tight"] for choice in choices) == num_tight
+        assert all(choice["fits"] for choice in choices[:9])
+    assert run("--headroom", "1").exit_code == 2
+
+
+def test_answers_in_seconds() -> None:
+    assert cpu_seconds("choose") < 3

@@ -166,7 +166,7 @@ def _to_and_fro(dims: tuple[int, ...]) -> np.ndarray:
 def _tpu(name: str, kind: str, shape: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise _missing(name, "jax[tpu]")
-    if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))):
+    if not [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]:
         # A machine without TPUs. libtpu reads these when it is loaded: it would ask a cloud's
         # metadata server for a TPU, and refuse to be loaded by two processes at once.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -147,6 +147,11 @@ def _lower(timeline: Timeline, run: Run | None, stash_deferred: bool) -> Compile
     return Compiled(timeline.program, timeline, allocation, emit(timeline, allocation, run))
 
 
+def _is_same(one: Timeline, other: Timeline) -> bool:
+    """Whether two timelines of a program act, and send, in the same ticks."""
+    return bool((one.tick_of == other.tick_of).all() and (one.sent_in == other.sent_in).all())
+
+
 def _fastest(
     made: Compiled, run: Run | None, stash_deferred: bool, durations: Durations
 ) -> Compiled:
@@ -164,7 +169,8 @@ def _fastest(
             transfer=durations.transfer,
             patience=patience,
         )
-        placed.append(_lower(again, run_then, stash_deferred))
+        if not any(_is_same(again, each.timeline) for each in placed):
+            placed.append(_lower(again, run_then, stash_deferred))
 
     def seconds(each: Compiled) -> float:
         work = durations.work(each.tables)

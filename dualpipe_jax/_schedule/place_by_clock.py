@@ -195,10 +195,12 @@ class _Walk:
         """
         met: set[int] = set()
         while True:
-            between = {rank for rank in near if self._is_between(rank, now)}
             moves = []
-            for rank in sorted(between):
-                value = next((v for v in self.made[rank] if self.receiver[v] in between), None)
+            for rank in sorted(near):
+                if not self.made[rank] or not self._is_between(rank, now):
+                    continue
+                ready = (v for v in self.made[rank] if self._is_between(self.receiver[v], now))
+                value = next(ready, None)
                 if value is not None:
                     # In the tick in which it was made, if nothing has happened since.
                     is_late = self.action[rank] != (value, False) or bool(self.since[rank])
@@ -268,7 +270,10 @@ class _Walk:
         for _ in ticks:
             is_settled = True
             for move, before in self.before.items():
-                tick = max((ticks[first] + gap for first, gap in before), default=0)
+                tick = 0
+                for first, gap in before:  # quicker than max()
+                    if ticks[first] + gap > tick:
+                        tick = ticks[first] + gap
                 if tick != ticks[move]:
                     ticks[move], is_settled = tick, False
             if is_settled:
