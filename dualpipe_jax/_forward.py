@@ -54,8 +54,8 @@ def evaluate(
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
-        params = _outputs.without_derivative(params)
-        return build(params, batch, rng)(params, batch, rng)[0]
+        step = build(params, batch, rng)
+        return step(_outputs.without_derivative(params), batch, rng)[0]
 
     return loss_fn
 

@@ -404,12 +404,16 @@ def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None
 
 @pytest.mark.slow
 def test_exchanges_in_parts_hand_on_all_values() -> None:
-    """Eight ranks in a ring, in four parts: exact with NaN in place of all that is not sent."""
+    """Eight ranks in a ring, in four parts: exact with NaN in place of all that is not sent.
+
+    Also of values that are sent later than made.
+    """
     schedule = dpj.schedules.make("interleaved-1f1b", num_ranks=8, num_microbatches=16)
     durations = durations_of(schedule, usual_costs(recomputes=False), transfer=TRANSFER)
     tables = compile_program(schedule.program, durations=durations).tables
     assert tables.wraps
     assert len(tables.exchanges) == 4
+    assert (tables.send >= 0).any()
     params, batch = make_params(16), make_batch(16)
     step = make_step(schedule, tables=tables, num_layers=16, poison=True)
     loss, grads = jax.jit(step)(params, batch, None)

@@ -17,8 +17,8 @@ def test_without_the_compiler_it_names_the_extra(
         gpu.main([])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("overlap: topology='gpu:h100:8': needs jax[cuda13]")
-    assert "jax[cuda13]" in line
+    assert line.startswith("overlap: topology='gpu:h100:8': needs a compiler")
+    assert "pip install 'jax[cuda13]'" in line
 
 
 def test_a_program_without_a_steady_loop_is_not_counted() -> None:
