@@ -183,5 +183,6 @@ def _rematerialised(
 
         return jax.checkpoint(block, policy=checked)
     raise ValueError(
-        f'remat={remat!r}: must be "none", "block", or a policy of jax.checkpoint_policies'
+        f'remat={remat!r}: must be "none", "block" (True, or "full", elsewhere), or a policy of '
+        "jax.checkpoint_policies"
     )

@@ -42,6 +42,14 @@ class Schedule:
 
     program: Program
 
+    def __post_init__(self) -> None:
+        """Requires a program, which `make` and `from_csv` make."""
+        if not isinstance(self.program, Program):
+            raise TypeError(
+                f"Schedule({self.program!r}): must be made by dualpipe_jax.schedules.make(name, "
+                "num_ranks=, num_microbatches=), or by Schedule.from_csv"
+            )
+
     @property
     def name(self) -> str:
         """The name under which `make` knows it, or that given to `from_csv`."""
@@ -71,10 +79,17 @@ class Schedule:
         """Reads what `to_csv` writes; stages and ranks are inferred.
 
         Raises:
+            TypeError: if the text or the name is no str.
             ValueError: if a cell does not follow the grammar, or if the schedule cannot run:
                 naming the action, the rank and the tick that break it, and showing the ticks
                 around.
         """
+        for argument, value in (("text", text), ("name", name)):
+            if not isinstance(value, str):
+                raise TypeError(
+                    f"{argument}={repr(value)[:80]}: must be a str, got {type(value).__name__} "
+                    "(of a file: path.read_text())"
+                )
         schedule = cls(parse_program(text, name=name))
         schedule.compiled()  # or raises
         return schedule
@@ -197,7 +212,11 @@ def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
     """
     if not isinstance(name, str) or name not in GENERATORS:
         known = ", ".join(map(repr, GENERATORS))
-        raise ValueError(f"schedule={name!r}: must be one of {known}, or a dualpipe_jax.Schedule")
+        meant = isinstance(name, str) and name.lower().replace("_", "-")
+        hint = f"; did you mean {meant!r}?" if meant in GENERATORS else ""
+        raise ValueError(
+            f"schedule={name!r}: must be one of {known}, or a dualpipe_jax.Schedule{hint}"
+        )
     return Schedule(GENERATORS[name](num_ranks=num_ranks, num_microbatches=num_microbatches))
 
 

@@ -665,3 +665,27 @@ def test_too_few_layers_are_refused() -> None:
 def test_unknown_timetable_is_refused() -> None:
     with pytest.raises(ValueError, match="timetable='longest': must be one of"):
         simulate(V_SHAPED, timetable="longest")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "1f1b"}, r"schedule='1f1b': must be a .*schedules.make\('1f1b', num_ranks="),
+        ({"costs": {"forward": 1}}, "costs=.*: must be a dualpipe_jax.Costs, or None"),
+        ({"placed_by": 3}, "placed_by=3: must be a dualpipe_jax.Costs, or None"),
+        ({"transfer": "1"}, "transfer='1': must be a number"),
+        ({"num_layers": 2.5}, "num_layers=2.5: must be an integer, or None"),
+        ({"full_backward": "yes"}, "full_backward='yes': must be True or False"),
+    ],
+)
+def test_wrong_types_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        simulate(**{"schedule": make("1f1b", 2, 2), **change})
+
+
+def test_costs_are_numbers_of_some_size() -> None:
+    for value in ("1", None, [1.0]):
+        with pytest.raises(TypeError, match=r"forward=.*: must be a number"):
+            Costs(forward=value)  # pyrefly: ignore
+    with pytest.raises(ValueError, match="input_grad: must be finite"):
+        Costs(input_grad=10**400)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Costs:
         of a run of beats); None for as long as the two take.
 
     Raises:
+      TypeError: if one is no number.
       ValueError: if one is negative or not finite, naming all such; if `forward` is zero, or
         `full_backward` is not where I and W are.
     """
@@ -55,9 +56,17 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if value is None and name == "full_backward":
+                continue
+            if not isinstance(value, SupportsFloat):
+                raise TypeError(f"{name}={repr(value)[:80]}: must be a number")
+            try:
+                number = float(value)
+            except OverflowError:
+                raise ValueError(f"{name}: must be finite, but is beyond all floats") from None
             # Measured ones may be arrays, which have no hash.
-            if value is not None and not isinstance(value, int | float):
-                object.__setattr__(self, name, float(value))
+            if not isinstance(value, int | float):
+                object.__setattr__(self, name, number)
         stated = {n: v for n, v in vars(self).items() if (n, v) != ("full_backward", None)}
         wrong = [f"{n}={v!r}" for n, v in stated.items() if not 0 <= v < math.inf]
         if wrong:

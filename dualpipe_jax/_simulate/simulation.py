@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -140,6 +141,28 @@ def compile_for(
     return compiled.tables, durations
 
 
+def _require_types(**arguments: Any) -> None:
+    """Requires the types that `simulate` states."""
+    costs = (Costs, type(None)), "a dualpipe_jax.Costs, or None"
+    wanted: dict[str, tuple[tuple[Any, ...], str]] = {
+        "schedule": ((Schedule,), "a dualpipe_jax.Schedule"),
+        "costs": costs,
+        "transfer": ((SupportsFloat,), "a number"),
+        "num_layers": ((int, np.integer, type(None)), "an integer, or None"),
+        "full_backward": ((bool,), "True or False"),
+        "rendezvous": ((bool,), "True or False"),
+        "placed_by": costs,
+    }
+    for name, value in arguments.items():
+        types, must = wanted[name]
+        if isinstance(value, types):
+            continue
+        fix = ""
+        if isinstance(value, str) and name == "schedule":
+            fix = f": dualpipe_jax.schedules.make({value!r}, num_ranks=, num_microbatches=) is one"
+        raise TypeError(f"{name}={repr(value)[:80]}: must be {must}{fix}")
+
+
 def simulate(
     schedule: Schedule,
     *,
@@ -182,8 +205,17 @@ def simulate(
       ValueError: if the schedule cannot run or be aligned, there is no such timetable, `transfer`
         is negative or not finite, there are fewer layers than stages, or layers_per_stage does not
         fit.
-      TypeError: if layers_per_stage is no sequence of integers.
+      TypeError: if an argument has a wrong type.
     """
+    _require_types(
+        schedule=schedule,
+        costs=costs,
+        transfer=transfer,
+        num_layers=num_layers,
+        full_backward=full_backward,
+        rendezvous=rendezvous,
+        placed_by=placed_by,
+    )
     if timetable == FASTEST:
         options = {
             "costs": costs,

@@ -38,3 +38,27 @@ def test_schedules_need_no_jax():
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_and_sizes_are_explained() -> None:
+    with pytest.raises(ValueError, match=r"schedule='1F1B': .*did you mean '1f1b'\?"):
+        schedules.make("1F1B", num_ranks=2, num_microbatches=2)
+    for sizes in (
+        {"num_ranks": 10**9, "num_microbatches": 1},
+        {"num_ranks": 2, "num_microbatches": 10**7},
+    ):
+        for name in schedules.names():
+            with pytest.raises(ValueError, match="must be at most 20,000,000 forwards"):
+                schedules.make(name, **sizes)
+    with pytest.raises(TypeError, match=r"Schedule\('1f1b'\): must be made by .*schedules.make"):
+        schedules.Schedule("1f1b")  # pyrefly: ignore
+    for text, name in ((None, "csv"), (b"0F0", "csv"), ("0F0", 3)):
+        with pytest.raises(TypeError, match="must be a str, got"):
+            schedules.Schedule.from_csv(text, name)  # pyrefly: ignore
+
+
+def test_messages_are_bounded() -> None:
+    with pytest.raises(ValueError, match="has cells that are neither") as caught:
+        schedules.Schedule.from_csv("\n".join(["x" * 500] * 100_000))
+    assert len(str(caught.value)) < 2500
+    assert "and 99992 more" in str(caught.value)
