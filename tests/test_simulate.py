@@ -679,8 +679,9 @@ def test_unknown_timetable_is_refused() -> None:
     ],
 )
 def test_wrong_types_are_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"schedule": make("1f1b", 2, 2), **change}
     with pytest.raises(TypeError, match=message):
-        simulate(**{"schedule": make("1f1b", 2, 2), **change})
+        simulate(**arguments)
 
 
 def test_costs_are_numbers_of_some_size() -> None:

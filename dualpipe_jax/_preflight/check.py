@@ -19,7 +19,7 @@ from dualpipe_jax._preflight.kernels import KernelCost, Kernels
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.loops import Found, find_loop
 from dualpipe_jax._preflight.options import compiler_options as options_of
-from dualpipe_jax._preflight.predict import Prediction, predict
+from dualpipe_jax._preflight.predict import Prediction, find_num_trips, predict
 from dualpipe_jax._preflight.report import Loop, Memory, Program, Report
 from dualpipe_jax._preflight.timetable import runs_of_branches
 from dualpipe_jax._preflight.timing import Replay
@@ -212,16 +212,16 @@ def _analysis(
     if timetable is not None:
         runs = runs_of_branches(module, found.body, network, timetable.tables)
         collectives = with_runs(collectives, runs)
-    total = costs.of_computation(found.body)
+    total, num_trips = costs.of_computation(found.body), find_num_trips(module, found)
     has_cycles = network.device is not None and network.device.clock is not None
     loop = Loop(
         kind=found.kind,
         name=found.instruction.name,
-        num_trips=found.num_trips,
+        num_trips=num_trips,
         flops=total.flops,
         cycles=total.cycles if has_cycles else None,
         compute_seconds=replay.seconds(total),
-        exposed_seconds=exposed_seconds(collectives, num_trips=found.num_trips),
+        exposed_seconds=exposed_seconds(collectives, num_trips=num_trips),
         actions=tuple(
             Action(
                 name=name.removeprefix("dualpipe."),

@@ -1,5 +1,6 @@
 """Predicts the time of a step: replays the schedule with the costs of the compiled actions."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,15 +74,14 @@ def predict(
       The prediction, and of a step in ticks what it runs.
     """
     names = [each.op_name for each in module.within(module.entry)]
-    named = {_scopes.read_schedule(name) for name in names} - {None}
+    made = _find_schedule(names)
     if device is None or device.clock is None:
         return Prediction(reason="the compiler gives no cycles on this platform"), None
     if loop is None or loop.kind not in ("steady", "ramp"):
         return Prediction(reason=_NO_LOOP), None
-    if len(named) != 1:
+    if made is None:
         return Prediction(reason=_NO_NAME), None
-    ((name, num_ranks, num_microbatches),) = (each for each in named if each is not None)
-    made = schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    name, num_ranks = made.name, made.num_ranks
     exposed: dict[str, float] = {}
     for each in collectives:
         # A model's own collectives belong to their action; the simulator knows the transfers.
@@ -143,6 +143,24 @@ def predict(
         layers_of_stage=layers,
         placed_by=placed_by,
     )
+
+
+def find_num_trips(module: Module, loop: Found) -> int | None:
+    """Finds how often a loop runs: as its text says, else of a steady loop as its schedule does."""
+    if loop.num_trips is not None or loop.kind != "steady":
+        return loop.num_trips
+    made = _find_schedule(each.op_name for each in module.within(module.entry))
+    steady = None if made is None else made.compiled(timetable="aligned").tables.steady
+    return None if steady is None else steady.num_beats // _BEATS
+
+
+def _find_schedule(op_names: Iterable[str]) -> schedules.Schedule | None:
+    """Makes the schedule that a program names, if it names one."""
+    named = {_scopes.read_schedule(name) for name in op_names} - {None}
+    if len(named) != 1:
+        return None
+    ((name, num_ranks, num_microbatches),) = (each for each in named if each is not None)
+    return schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
 
 
 def _costs_of(values: tuple[float | None, ...]) -> Costs:
