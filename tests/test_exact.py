@@ -527,7 +527,7 @@ def _loss_of_shard(model: dpj.Model, params: Any, batch: Any, rng: Any, shard: i
     "types", ["Auto Auto", "Explicit Explicit", "Auto Explicit", "Explicit Auto"]
 )
 def test_other_axes_are_left_to_the_partitioner(types: str) -> None:
-    """Parameters over one more axis, the batch over another or the same; gradients lie alike."""
+    """Parameters over one more axis, and a dim of the batch that is not its rows."""
     model, params, batch = make_model(), make_params(4), make_batch(4)
     mesh = jax.make_mesh(
         (2, 2),
@@ -542,7 +542,7 @@ def test_other_axes_are_left_to_the_partitioner(types: str) -> None:
 
     blocks = {**params["blocks"], "down": put(params["blocks"]["down"], "pipe", None, "model")}
     ends = {**params["ends"], "table": put(params["ends"]["table"], None, "model")}
-    batch = {**batch, "side": put(batch["side"], "model")}
+    batch = {**batch, "side": put(batch["side"], None, "model")}
     grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=4)
     got = jax.jit(grad_fn)({"ends": ends, "blocks": blocks}, batch)
     assert_close(got, want)
