@@ -89,10 +89,11 @@ class Part:
             return out, before, _values(module)
 
         out, before, after = call(own, rngs, constants)
-        if _changed(before, after):
+        has_key = ctx.rng is not None
+        if _refused(_changed(before, after), has_key=has_key):
             # nnx.remat and nnx.jit write all variables back: are they what was passed in?
             changed = _find_changed(lambda *state: call(*state)[1:], own, rngs, constants)
-            self._require_unchanged(changed, has_key=ctx.rng is not None)
+            self._require_unchanged(_refused(changed, has_key=has_key))
         return out
 
     def _random_state(self, key: jax.Array | None) -> list[jax.Array]:
@@ -110,9 +111,9 @@ class Part:
                 leaves.append(jnp.zeros((), jnp.uint32))
         return leaves
 
-    def _require_unchanged(self, changed: dict[Path, type], *, has_key: bool) -> None:
+    def _require_unchanged(self, changed: dict[Path, type]) -> None:
         drawn = [path for path, kind in changed.items() if issubclass(kind, nnx.RngState)]
-        if drawn and not has_key:
+        if drawn:
             raise ValueError(
                 f"{self.name}: draws from the random streams {_names(drawn)}, but has no key; call "
                 "with rng=key, or make it deterministic first (module.eval())"
@@ -121,11 +122,7 @@ class Part:
             f"{self.name}: changes its variables in a call, but a microbatch may leave nothing "
             "behind but its gradient: microbatches run in another order, and on several devices; "
             "use layers without running statistics (LayerNorm, GroupNorm), or module.eval()",
-            (
-                f"{kind.__name__} {'.'.join(map(str, path))}"
-                for path, kind in changed.items()
-                if not issubclass(kind, nnx.RngState | nnx.Intermediate)
-            ),
+            (f"{kind.__name__} {'.'.join(map(str, path))}" for path, kind in changed.items()),
         )
 
 
@@ -140,6 +137,12 @@ def _changed(before: _State, after: _State) -> dict[Path, type]:
         for path, (kind, value) in after.items()
         if path not in before or before[path][1] is not value
     }
+
+
+def _refused(changed: dict[Path, type], *, has_key: bool) -> dict[Path, type]:
+    """Leaves out what a call may change: what it sows, and random streams where there is a key."""
+    may_change = nnx.RngState | nnx.Intermediate if has_key else nnx.Intermediate
+    return {path: kind for path, kind in changed.items() if not issubclass(kind, may_change)}
 
 
 def _find_changed(call: Callable[..., tuple[_State, _State]], *state: PyTree) -> dict[Path, type]:

@@ -428,3 +428,17 @@ def test_bad_arguments_of_the_rest_are_refused() -> None:
         dpj.nnx.value_and_grad(plain, mesh=mesh_of(), num_microbatches=2)  # pyrefly: ignore
     with pytest.raises(ValueError, match=r"tree: must be {"):
         model_of(Net(nnx.Rngs(0))).state({"blocks": 1})
+
+
+def test_steps_of_modules_take_a_loss_scale_and_know_their_memory() -> None:
+    net, tokens = Net(nnx.Rngs(0)), tokens_of(4)
+    step = dpj.nnx.value_and_grad(model_of(net), mesh=mesh_of(), num_microbatches=2)
+    plain, scaled = (
+        nnx.jit(lambda net, tokens, scale=scale: step(net, tokens, loss_scale=scale))(net, tokens)
+        for scale in (None, 1024.0)
+    )
+    assert_close(scaled, plain)
+    shapes = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    reports = [step.memory(each, tokens) for each in (net, shapes)]
+    assert str(reports[0]) == str(reports[1])
+    assert "received" in str(reports[0])
