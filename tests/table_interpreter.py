@@ -120,11 +120,10 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
                     stashed = take("received", rank, cell["read"])
                     output[rank] = weight.T @ stashed
                 grads[cell["chunk"], rank] += np.outer(stashed, x)
-            made = output[rank].copy()
+            if cell["keep"] >= 0:
+                put("received", rank, cell["keep"], output[rank])
             if cell["send"] >= 0:
                 output[rank] = take("received", rank, cell["send"])
-            if cell["keep"] >= 0:
-                put("received", rank, cell["keep"], made)
         if tables.is_lazy:
             put_arrivals(row)
         arrived = _exchange(tables, tick, output)

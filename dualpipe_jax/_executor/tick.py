@@ -73,19 +73,21 @@ def make_tick(rank: Rank, tables: Tables) -> Callable[[State, Row], State]:
         state, out = _act(rank, state, {**row, **slot})
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
-        sent = out
-        if "send" in row:
-            state, sent = _sent(rank, state, out, row)
         state = state._replace(received=registers.write(state.received, out, slot["keep"]))
         if tables.is_lazy:
-            return store_arrivals(state, row, arrived)._replace(messages=(sent,))
-        return state._replace(messages=_exchange(rank, tables.exchanges, row["exchange"], sent))
+            return store_arrivals(state, row, arrived)._replace(messages=(out,))
+        if "send" in row:
+            state, out = _sent(rank, state, out, row)
+        return state._replace(messages=_exchange(rank, tables.exchanges, row["exchange"], out))
 
     return tick
 
 
 def _sent(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
-    """What a rank sends after its action: what that made, or a value that it has kept until now."""
+    """What a rank sends after its action: what that made, or a value that it has kept until now.
+
+    It is read after the output was stored: a write that came after the read would copy all slots.
+    """
     slot = spare_slots(state, row, "send")["send"]
     kept, is_late = registers.read(state.received, slot), row["send"] >= 0
     out = jax.tree.map(partial(jnp.where, is_late), kept, out)

@@ -151,7 +151,8 @@ def find_live_ranges(
     received = (
         np.concatenate([units.rank[reads], units.rank[waits]]),
         np.concatenate([sent_in[made], tick_of[waits]]) + 1,
-        np.concatenate([tick_of[reads], sent_in[waits]]),
+        # In its tick the output is stored before it is sent: then its slot is still taken.
+        np.concatenate([tick_of[reads], sent_in[waits] + 1]),
         np.concatenate([made, waits]),
         np.concatenate([reads, waits_for]),
     )

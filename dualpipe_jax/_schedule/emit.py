@@ -62,10 +62,10 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
 
     live, slot = allocation.live_ranges["received"], allocation.slot_of["received"]
     sender = units.rank[live.producer]
-    # A value lies where it is read, or, if it is sent later, where it was made.
+    # A value lies where it is read, or, until after it is sent, where it was made.
     is_read = units.rank[live.consumer] == live.rank
-    for name, mask in (("read", is_read), ("send", ~is_read)):
-        columns[name][live.end[mask], live.rank[mask]] = slot[mask]
+    columns["read"][live.end[is_read], live.rank[is_read]] = slot[is_read]
+    columns["send"][live.end[~is_read] - 1, live.rank[~is_read]] = slot[~is_read]
     kept = sender == live.rank
     columns["keep"][live.start[kept] - 1, live.rank[kept]] = slot[kept]
     # Between two ranks both ways round the ring are one; they talk without wrapping.

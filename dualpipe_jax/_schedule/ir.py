@@ -373,9 +373,9 @@ class Tables:
     (1) stores what its neighbours sent in the tick before into the received slots `from_left`
     (from rank - 1) and `from_right` (from rank + 1, both modulo the number of ranks),
     (2) runs its action, and
-    (3) takes the output or, if there is one, the value in the received slot `send`, which it has
-    kept since an earlier tick, stores the output in the received slot `keep`, and takes part in the
-    tick's exchange, part after part: it sends what it took to the ranks with which it is a pair.
+    (3) stores the output in the received slot `keep`, and takes part in the tick's exchange, part
+    after part: to the ranks with which it is a pair there it sends the output or, if there is one,
+    the value in the received slot `send`, which it has kept since an earlier tick.
 
     ====  =======================================  ============================================
     F     reads `read`, its x (stage 0: none)      writes `residual`, `weight_residual`

@@ -221,6 +221,6 @@ def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) ->
         came[ranks, tables.from_right[tick]] = np.roll(sent, -1) + transfer
         came[:, -1] = 0
         end[tick + 1] = np.maximum(end[tick], came[ranks, tables.read[tick]]) + took
-        sent = np.where(tables.send[tick] < 0, end[tick + 1], came[ranks, tables.send[tick]])
         came[ranks, tables.keep[tick]] = end[tick + 1]
+        sent = np.where(tables.send[tick] < 0, end[tick + 1], came[ranks, tables.send[tick]])
     return end[1:]

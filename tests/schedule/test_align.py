@@ -193,7 +193,7 @@ def test_a_timeline_out_of_step_is_refused(late: int, message: str) -> None:
     start = next(i for i in range(len(units)) if units.pair[i] >= 0 and units.opcode[i] == FORWARD)
     tick_of = timeline.tick_of.copy()
     tick_of[start + late : units.row_start[1]] += 1
-    delayed = dataclasses.replace(timeline, tick_of=tick_of)
+    delayed = dataclasses.replace(timeline, tick_of=tick_of, sent_in=tick_of)
     with pytest.raises(ScheduleError, match=message):
         verify_pairs(delayed)
     verify_timeline(delayed)

@@ -102,8 +102,8 @@ class _Interpreter:
             self._store(tick, "stash", local, of=is_i)
             self._store(tick, DEFERRED, local, of=is_i)
 
-            sent = self._sent(tick)
             self._store(tick, "keep", self.output[tick])
+            sent = self._sent(tick)
             if tables.is_lazy:
                 self._store_arrivals(tick, arrived)
             arrived = self._exchange(tick, sent)
