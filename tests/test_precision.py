@@ -126,3 +126,25 @@ def test_strict_promotion_is_kept_to(dtype: Any) -> None:
             return grad_fn(params, batch)
 
     assert_close(run("strict"), run("standard"), tolerance=0)
+
+
+def test_aux_losses_of_unlike_dtypes_are_added_under_strict_promotion() -> None:
+    def block_of(dtype: Any) -> Any:
+        return lambda layer, x, ctx: (x @ layer, jnp.square(x).mean().astype(dtype))
+
+    model = dpj.Model(
+        embed=lambda ends, ctx: ctx.microbatch * ends,
+        block={"narrow": block_of(jnp.bfloat16), "wide": block_of(jnp.float32)},
+        head=lambda ends, x, ctx: (x * ends).mean(),
+        block_has_aux=True,
+        layout=("narrow", "wide"),
+    )
+    layer = jnp.ones((1, 3, 3), jnp.float32)
+    params = {"ends": jnp.ones(3, jnp.float32), "blocks": {"narrow": layer, "wide": layer}}
+    batch = jnp.ones((4, 3), jnp.float32)
+    mesh = jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2])
+    with jax.numpy_dtype_promotion("strict"):
+        plain = jax.eval_shape(dpj.sequential(model, num_microbatches=2), params, batch)
+        step = dpj.value_and_grad(model, mesh=mesh, num_microbatches=2)
+        loss, _ = jax.eval_shape(step, params, batch)
+    assert loss.dtype == plain.dtype == jnp.float32
