@@ -14,7 +14,7 @@ from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._build import Axes, Builder, block_of
 from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._schedule.compile import compile_program, require_timetable
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._sequential import sequential as sequential
 from dualpipe_jax._simulate import (
     TRANSFER,

@@ -14,7 +14,7 @@ import numpy as np
 from dualpipe_jax import _kinds, _microbatches, _outputs, _stage_sizes, _validate
 from dualpipe_jax._executor import Step, context_mesh, platform_of
 from dualpipe_jax._kinds import Kind
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._types import Aux, Context, Model, PyTree
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import Program, Tables
+from dualpipe_jax._schedule.ir import Program
+from dualpipe_jax._schedule.tables import Tables
 
 
 def wait_as_told(

@@ -9,14 +9,8 @@ pairs, and NaN in place of others.
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import (
-    FIRST_LAYERS,
-    FORWARD,
-    INPUT_GRAD,
-    LAST_LAYERS,
-    WEIGHT_GRAD,
-    Tables,
-)
+from dualpipe_jax._schedule.ir import FIRST_LAYERS, FORWARD, INPUT_GRAD, LAST_LAYERS, WEIGHT_GRAD
+from dualpipe_jax._schedule.tables import Tables
 
 WIDTH = 2
 

@@ -19,7 +19,7 @@ from dualpipe_jax._choose import (
     memory_of,
 )
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._simulate import Costs, durations_of, simulate
 from dualpipe_jax._split_vjp import split_vjp
 from dualpipe_jax._types import Aux

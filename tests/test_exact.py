@@ -15,8 +15,8 @@ import dualpipe_jax as dpj
 from dualpipe_jax import _api
 from dualpipe_jax._kinds import blocks_of
 from dualpipe_jax._schedule.compile import Compiled, compile_program
-from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._schedule.replay import replay
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._simulate import durations_of, simulate, usual_costs
 from tests.models import assert_close, make_batch, make_model, make_params
 

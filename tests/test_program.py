@@ -19,7 +19,8 @@ from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.generators.forward_only import forward_only
-from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
+from dualpipe_jax._schedule.ir import WEIGHT_GRAD
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._simulate import TRANSFER, durations_of, usual_costs
 from tests.hlo import AS_EVER, instructions, loop_lines
 from tests.jaxprs import bytes_in, loops

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dualpipe_jax._schedule.exchanges import add_exchanges
-from dualpipe_jax._schedule.ir import IDLE, Tables
+from dualpipe_jax._schedule.ir import IDLE
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._simulate.waits import (
     EARLY,
     MERGED,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import DEFERRED, Tables
+from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True)

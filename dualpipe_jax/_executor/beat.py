@@ -31,7 +31,8 @@ from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
 from dualpipe_jax._kinds import Kind
-from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Steady
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
+from dualpipe_jax._schedule.tables import Pairs, Steady
 
 PyTree = Any
 # Kinds of layers that meet, F's and I's: each pair's code stands in the program once.

@@ -24,7 +24,8 @@ from jax import lax
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.registers import when
-from dualpipe_jax._schedule.ir import FORWARD, Tables
+from dualpipe_jax._schedule.ir import FORWARD
+from dualpipe_jax._schedule.tables import Tables
 
 PyTree = Any
 

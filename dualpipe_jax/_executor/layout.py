@@ -26,7 +26,7 @@ from dualpipe_jax._executor.rules import Rule
 from dualpipe_jax._executor.spread import Spread, spread
 from dualpipe_jax._executor.stack import Stack
 from dualpipe_jax._kinds import Kind, places_of
-from dualpipe_jax._schedule.ir import Steady
+from dualpipe_jax._schedule.tables import Steady
 from dualpipe_jax._stage_sizes import first_half
 
 PyTree = Any

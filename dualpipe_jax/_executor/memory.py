@@ -19,7 +19,8 @@ from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._kinds import Kind
-from dualpipe_jax._schedule.ir import DEFERRED, Tables
+from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._split_vjp import SplitVjp
 
 PyTree = Any

@@ -40,7 +40,8 @@ from dualpipe_jax._executor.start import empty_state
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import make_tick, rows_of
 from dualpipe_jax._kinds import Kind
-from dualpipe_jax._schedule.ir import DEFERRED, Tables
+from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._types import Model, PyTree
 
 

@@ -38,10 +38,8 @@ from dualpipe_jax._schedule.ir import (
     INPUT_GRAD,
     LAST_LAYERS,
     WEIGHT_GRAD,
-    Exchange,
-    Pairs,
-    Tables,
 )
+from dualpipe_jax._schedule.tables import Exchange, Pairs, Tables
 
 PyTree = Any
 # The columns of the slots in which values from the left and from the right are stored.

@@ -17,7 +17,6 @@ from dualpipe_jax._schedule.ir import (
     TIMETABLES,
     Allocation,
     Program,
-    Tables,
     Timeline,
 )
 from dualpipe_jax._schedule.place import place_shortest
@@ -25,6 +24,7 @@ from dualpipe_jax._schedule.place_by_clock import place_by_clock
 from dualpipe_jax._schedule.release import release
 from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._schedule.steady import Run, find_run
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import (
     verify_allocation,
     verify_pairs,

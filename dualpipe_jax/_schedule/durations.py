@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import WEIGHT_GRAD, Tables
+from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._schedule.replay import as_full_backwards
+from dualpipe_jax._schedule.tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,10 @@ from dualpipe_jax._schedule.ir import (
     WEIGHT_GRAD,
     Allocation,
     LiveRanges,
-    Steady,
-    Tables,
     Timeline,
 )
 from dualpipe_jax._schedule.steady import Run
+from dualpipe_jax._schedule.tables import Steady, Tables
 
 
 def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> Tables:

@@ -7,7 +7,8 @@ import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.dependencies import NEVER
-from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS, Program, Tables, Timeline
+from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS, Program, Timeline
+from dualpipe_jax._schedule.tables import Tables
 
 # How many ticks are drawn before and after the one at fault.
 _MARGIN = 4

@@ -41,7 +41,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import MOST_SETS, Exchange, Pairs, Tables
+from dualpipe_jax._schedule.tables import MOST_SETS, Exchange, Pairs, Tables
 
 # Sets that are looked at to be kept, the most frequent ones: more take time and change nothing.
 _MOST_CANDIDATES = 256

@@ -47,12 +47,8 @@ from functools import partial
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import (
-    INPUT_GRAD,
-    TICKS_PER_BEAT,
-    WEIGHT_GRAD,
-    Tables,
-)
+from dualpipe_jax._schedule.ir import INPUT_GRAD, TICKS_PER_BEAT, WEIGHT_GRAD
+from dualpipe_jax._schedule.tables import Tables
 
 
 def as_full_backwards(

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import find_dependencies
-from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Pairs, Timeline
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Timeline
+from dualpipe_jax._schedule.tables import Pairs
 
 
 @dataclass(frozen=True, eq=False)

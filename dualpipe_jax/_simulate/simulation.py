@@ -10,8 +10,8 @@ import numpy as np
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.durations import Durations
-from dualpipe_jax._schedule.ir import Tables
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._simulate.costs import TRANSFER, Costs
 from dualpipe_jax._simulate.published import published_bubble
 from dualpipe_jax._stage_sizes import (

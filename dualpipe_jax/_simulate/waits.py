@@ -34,8 +34,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS, Exchange, Tables
+from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS
 from dualpipe_jax._schedule.replay import replay
+from dualpipe_jax._schedule.tables import Exchange, Tables
 
 NEXT, EARLY, RECEIVER, MERGED, TRANSFER = REASONS = (
     "reads it next",

@@ -13,7 +13,7 @@ from jax import lax
 from dualpipe_jax._executor import step
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.rank import Rank
-from dualpipe_jax._schedule.ir import Steady
+from dualpipe_jax._schedule.tables import Steady
 from experiments.overlap import models, overlap, report, steps
 from experiments.overlap.steps import Case
 from tests.experiments.refusals import refusal

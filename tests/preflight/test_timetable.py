@@ -10,7 +10,7 @@ from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.report import Memory, Program, Report
 from dualpipe_jax._preflight.waits_text import ticks_table
-from dualpipe_jax._schedule.ir import Exchange, Tables
+from dualpipe_jax._schedule.tables import Exchange, Tables
 from tests.preflight.snippets import FUSED, TOY, A, network, program, work
 from tests.preflight.test_work import LOOP, WHILE
 

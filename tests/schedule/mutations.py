@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.tables import Tables
 
 
 def draw_changed(data: Any, tables: Tables, column: str) -> Tables:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.exchanges import add_exchanges
-from dualpipe_jax._schedule.ir import LAST_LAYERS, MOST_SETS, Exchange, Tables
+from dualpipe_jax._schedule.ir import LAST_LAYERS
+from dualpipe_jax._schedule.tables import MOST_SETS, Exchange, Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
 from tests.schedule.mutations import draw_changed

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from dualpipe_jax import schedules
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import (
-    FIRST_LAYERS,
-    INPUT_GRAD,
-    LAST_LAYERS,
-    TIMETABLES,
-    WEIGHT_GRAD,
-    Tables,
-)
+from dualpipe_jax._schedule.ir import FIRST_LAYERS, INPUT_GRAD, LAST_LAYERS, TIMETABLES, WEIGHT_GRAD
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests.schedule.mutations import draw_changed
 from tests.schedule.test_random_programs import programs

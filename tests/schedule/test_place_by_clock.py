@@ -13,8 +13,9 @@ from dualpipe_jax._schedule import compile as compiling
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.generators import GENERATORS
-from dualpipe_jax._schedule.ir import Program, Tables
+from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
 from tests.schedule.mutations import draw_changed

@@ -12,8 +12,9 @@ from dualpipe_jax import schedules
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.grammar import parse_program
-from dualpipe_jax._schedule.ir import FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Program, Tables
+from dualpipe_jax._schedule.ir import FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Program
 from dualpipe_jax._schedule.replay import as_full_backwards, replay, replay_dependencies
+from dualpipe_jax._schedule.tables import Tables
 from tests.replay_references import follow_dependencies, wait_as_told, wait_lazily
 from tests.schedule.test_random_programs import programs
 from tests.schedules_under_test import compiled

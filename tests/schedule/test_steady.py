@@ -18,9 +18,8 @@ from dualpipe_jax._schedule.ir import (
     OPCODE_LETTERS,
     TICKS_PER_BEAT,
     WEIGHT_GRAD,
-    Steady,
-    Tables,
 )
+from dualpipe_jax._schedule.tables import Steady, Tables
 from dualpipe_jax._schedule.verify import verify_steady, verify_tables
 from dualpipe_jax.schedules import Schedule
 from tests.schedules_under_test import NAMES, WIDE_GRID, compiled

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.grammar import parse_program
-from dualpipe_jax._schedule.ir import Tables
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import (
     verify_allocation,
     verify_program,

@@ -18,8 +18,8 @@ from dualpipe_jax._schedule.ir import (
     INPUT_GRAD,
     LAST_LAYERS,
     WEIGHT_GRAD,
-    Tables,
 )
+from dualpipe_jax._schedule.tables import Tables
 
 # Which buffer a column of slots belongs to.
 BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "received"}

@@ -3,15 +3,8 @@
 import numpy as np
 
 from dualpipe_jax._schedule.excerpt import fail_at
-from dualpipe_jax._schedule.ir import (
-    FORWARD,
-    INPUT_GRAD,
-    TICKS_PER_BEAT,
-    WEIGHT_GRAD,
-    Pairs,
-    Steady,
-    Tables,
-)
+from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, TICKS_PER_BEAT, WEIGHT_GRAD
+from dualpipe_jax._schedule.tables import Pairs, Steady, Tables
 
 
 def verify_steady(tables: Tables) -> None:

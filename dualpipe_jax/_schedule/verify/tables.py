@@ -10,11 +10,10 @@ from dualpipe_jax._schedule.ir import (
     IDLE,
     INPUT_GRAD,
     LAST_LAYERS,
-    MOST_SETS,
     OPCODE_LETTERS,
     WEIGHT_GRAD,
-    Tables,
 )
+from dualpipe_jax._schedule.tables import MOST_SETS, Tables
 from dualpipe_jax._schedule.verify.interpreter import BUFFER_OF, run_with_tokens
 
 
