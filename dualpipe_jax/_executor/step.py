@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import collect, functions, memory
+from dualpipe_jax._executor import collect, memory, tracing
 from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.explicit import (
@@ -289,7 +289,7 @@ class Step:
 
         def trace() -> tuple[Functions, Arguments]:
             arguments = self._arguments(params, batch, rng, plan)
-            traced = functions.trace(
+            traced = tracing.trace(
                 self.model,
                 self.block,
                 arguments,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
@@ -23,20 +22,16 @@ from dualpipe_jax._split_vjp.chains import finish_chains
 from dualpipe_jax._split_vjp.crossing import may_wait, parts_of
 from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_cut
 from dualpipe_jax._split_vjp.early import part_early
-from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, evaluate, needed, read
+from dualpipe_jax._split_vjp.graph import Node, When, evaluate, needed, read
+from dualpipe_jax._split_vjp.joint import Joint, is_differentiable, trace_joint
 from dualpipe_jax._split_vjp.mapped import hoist_free
 from dualpipe_jax._split_vjp.memory_order import MemoryOrder, memory_orders
 from dualpipe_jax._split_vjp.nested import split_nested
-from dualpipe_jax._split_vjp.reductions import without_reductions
+from dualpipe_jax._split_vjp.readers import find_casts, find_reads, find_rounded
 from dualpipe_jax._split_vjp.working import working_bytes
 from dualpipe_jax._types import Aux
-from dualpipe_jax._varying import eval_shape, without_types
 
 PyTree = Any
-# They give a value or parts of it, in another order or shape.
-_VIEWS = frozenset(
-    "copy expand_dims reshape rev slice split squeeze transpose unstack".split()  # noqa: SIM905
-)
 Arrays = tuple[jax.Array, ...]
 
 
@@ -111,11 +106,6 @@ class SplitVjp:
         return tuple(map(operator.or_, self.is_early, self.is_late))
 
 
-def is_differentiable(leaf: Any) -> bool:
-    """Whether `leaf` has a cotangent: floating-point and complex leaves have."""
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
 def split_vjp(
     block: Callable[..., tuple[PyTree, Aux]],
     params: PyTree,
@@ -141,7 +131,7 @@ def split_vjp(
     """
     if wanted is None:
         wanted = [is_differentiable(leaf) for leaf in jax.tree.leaves(params)]
-    trace = _trace(block, params, x, ctx, wanted)
+    trace = trace_joint(block, params, x, ctx, wanted)
     graph = trace.graph
     inline_free(graph, [*trace.y, *trace.aux, *trace.metrics, *trace.dx, *trace.dparams])
     hoist_free(graph)
@@ -224,139 +214,12 @@ def split_vjp(
         deferred_nodes=deferred_nodes,
         early=early,
         late=dparams,
-        casts=_find_casts(trace, nodes),
-    )
-
-
-def _find_casts(trace: "_Trace", nodes: Sequence[Node]) -> dict[tuple[int, Any], list[int]]:
-    """Finds the casts of parameters to smaller dtypes: by place and dtype the values that they are.
-
-    Done within a loop over microbatches they are done once for each, and XLA only takes them out
-    on some platforms.
-    """
-    place = {value: i for i, value in enumerate(trace.params)}
-    found: dict[tuple[int, Any], list[int]] = {}
-    for node in nodes:
-        # A cast of what is a constant of the trace reads nothing.
-        value = node.reads[0] if node.reads else None
-        if node.name != "convert_element_type" or value not in place:
-            continue
-        source, target = (trace.graph.avals[v] for v in (value, node.outputs[0]))
-        if target.dtype.itemsize < source.dtype.itemsize:
-            found.setdefault((place[value], target.dtype), []).append(node.outputs[0])
-    return dict(sorted(found.items(), key=lambda item: item[0][0]))
-
-
-def _find_reads(
-    params: Sequence[int], casts: dict[tuple[int, Any], list[int]], nodes: Sequence[Node]
-) -> tuple[bool, ...]:
-    """For every parameter, whether any node but the casts reads it."""
-    made_by_casts = {v for values in casts.values() for v in values}
-    read = {v for n in nodes if not made_by_casts.intersection(n.outputs) for v in n.reads}
-    return tuple(value in read for value in params)
-
-
-def _find_rounded(params: Sequence[int], nodes: Sequence[Node]) -> tuple[bool, ...]:
-    """For every parameter, whether nothing but rough contractions reads it, be it moved first."""
-    readers: dict[int, list[Node]] = {}
-    for node in nodes:
-        for value in node.reads:
-            readers.setdefault(value, []).append(node)
-
-    def is_rounded(value: int) -> bool:
-        return value in readers and all(
-            node.is_rough or (node.name in _VIEWS and all(map(is_rounded, node.outputs)))
-            for node in readers[value]
-        )
-
-    return tuple(map(is_rounded, params))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Trace:
-    """A block and its vjp as one graph, and where the arguments and results stand in it."""
-
-    graph: Graph
-    y_structure: Any
-    metrics_structure: Any
-    params: list[int]
-    x: list[int]
-    ctx: list[int]
-    dy: list[int]
-    daux: list[int]
-    y: list[int | Constant]
-    aux: list[int | Constant]
-    metrics: list[int | Constant]
-    dx: list[int | Constant]
-    dparams: list[int | Constant]
-    reduce_axes: list[tuple[str, ...]]
-
-
-def _trace(
-    block: Callable[..., Any], params: PyTree, x: PyTree, ctx: PyTree, wanted: Sequence[bool]
-) -> _Trace:
-    param_leaves, param_structure = jax.tree.flatten(params)
-    x_leaves, x_structure = jax.tree.flatten(x)
-    _, aux_aval = eval_shape(block, params, x, ctx)
-    has_aux = aux_aval.loss is not None
-
-    def joint(param_leaves: list, x_leaves: list, ctx: PyTree, dy: list, daux: list) -> Any:
-        def differentiable(params: list, xs: list) -> Any:
-            y, aux = block(
-                jax.tree.unflatten(param_structure, _place(params, param_leaves, wanted)),
-                jax.tree.unflatten(x_structure, _merge(xs, x_leaves)),
-                ctx,
-            )
-            y = jax.tree.leaves(y)
-            return (_pick(y), [aux.loss] if has_aux else []), (y, jax.tree.leaves(aux.metrics))
-
-        args = [p for p, is_on in zip(param_leaves, wanted, strict=True) if is_on], _pick(x_leaves)
-        (_, aux), pull, (y, metrics) = jax.vjp(differentiable, *args, has_aux=True)
-        dparams, dx = pull((dy, daux))
-        return y, aux, metrics, dx, dparams
-
-    dy = _pick(x_leaves)
-    daux = [aux_aval.loss] if has_aux else []
-    jaxpr, out = jax.make_jaxpr(joint, return_shape=True)(param_leaves, x_leaves, ctx, dy, daux)
-    jaxpr = without_types(jaxpr)
-    graph = Graph()
-    groups = [
-        (len(param_leaves), When.ALWAYS),
-        (len(x_leaves), When.FORWARD),
-        (len(jax.tree.leaves(ctx)), When.ALWAYS),
-        (len(dy) + len(daux), When.BACKWARD),
-    ]
-    times = [when for count, when in groups for _ in range(count)]
-    inputs = [graph.new_value(v.aval, t) for v, t in zip(jaxpr.jaxpr.invars, times, strict=True)]
-    outputs = graph.add(jaxpr.jaxpr, jaxpr.consts, inputs)
-    params_in, x_in, ctx_in, rest = _divide(inputs, param_leaves, x_leaves, jax.tree.leaves(ctx))
-    dy_in, daux_in = _divide(rest, dy)
-    y, aux, metrics, dx, picked = _divide(outputs, *out[:4])
-    # One entry a leaf of params: integer and frozen leaves have no gradient.
-    none = [Constant(0)] * len(param_leaves)
-    picked, axes = without_reductions(graph, picked)
-    dparams = _place(picked, none, wanted)
-    reduce_axes = _place(axes, [()] * len(param_leaves), wanted)
-    return _Trace(
-        graph=graph,
-        y_structure=x_structure,
-        metrics_structure=jax.tree.structure(aux_aval.metrics),
-        params=params_in,
-        x=x_in,
-        ctx=ctx_in,
-        dy=dy_in,
-        daux=daux_in,
-        y=y,
-        aux=aux,
-        metrics=metrics,
-        dx=dx,
-        dparams=dparams,
-        reduce_axes=reduce_axes,
+        casts=find_casts(graph, trace.params, nodes),
     )
 
 
 def _assemble(
-    trace: _Trace,
+    trace: Joint,
     *,
     residual: tuple[int, ...],
     weight_residual: tuple[int, ...],
@@ -461,32 +324,11 @@ def _assemble(
         is_sum=is_sum,
         reduce_axes=tuple(trace.reduce_axes),
         casts=tuple(casts),
-        is_read=_find_reads(trace.params, casts, readers),
-        is_rounded=_find_rounded(trace.params, readers),
+        is_read=find_reads(trace.params, casts, readers),
+        is_rounded=find_rounded(trace.params, readers),
         working_bytes=max(
             working_bytes(trace.graph, forward_nodes, {*residual, *weight_residual}),
             working_bytes(trace.graph, input_nodes, {*stash, *deferred}),
             working_bytes(trace.graph, deferred_nodes),
         ),
     )
-
-
-def _pick(leaves: Sequence[Any]) -> list[Any]:
-    return [leaf for leaf in leaves if is_differentiable(leaf)]
-
-
-def _merge(picked: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-    """Puts `picked` back in the places of the differentiable leaves."""
-    return _place(picked, leaves, [is_differentiable(leaf) for leaf in leaves])
-
-
-def _place(picked: Sequence[Any], leaves: Sequence[Any], where: Sequence[bool]) -> list[Any]:
-    """Puts `picked` in the places of `leaves` that `where` says."""
-    rest = iter(picked)
-    return [next(rest) if here else leaf for leaf, here in zip(leaves, where, strict=True)]
-
-
-def _divide(values: Sequence[Any], *like: Sequence[Any]) -> list[list[Any]]:
-    """Divides `values` into lists as long as each of `like`, and the rest."""
-    rest = iter(values)
-    return [*([next(rest) for _ in group] for group in like), list(rest)]
