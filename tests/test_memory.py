@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import dualpipe_jax as dpj
-from dualpipe_jax._executor import Step
+from dualpipe_jax._executor import program
 from tests.models import make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 
@@ -27,14 +27,14 @@ def look(
 ) -> tuple[dict[str, int], Any]:
     """Returns the terms of a step, and the state that it starts with."""
     started = []
-    start = Step._start
+    start = program.start
 
-    def spy(self: Step, *args: Any) -> Any:
-        rank, state, weight = start(self, *args)
+    def spy(*args: Any) -> Any:
+        rank, state, weight = start(*args)
         started.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
         return rank, state, weight
 
-    monkeypatch.setattr(Step, "_start", spy)
+    monkeypatch.setattr(program, "start", spy)
     grad_fn = dpj.value_and_grad(
         make_model(frozenset(["pytree"])),
         mesh=make_mesh(4),

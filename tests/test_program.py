@@ -529,7 +529,7 @@ def test_what_recomputes_has_no_stash_beside_it(
     """The slot of a stash, two arrays [64, 128] at least, ends before it and is made again."""
     options: dict[str, Any] = {"timetable": "shortest", "remat": "block", "full_backward": False}
     without = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
-    monkeypatch.setattr("dualpipe_jax._executor.rank.empty_after", lambda stash, **_: stash)
+    monkeypatch.setattr("dualpipe_jax._executor.stages.empty_after", lambda stash, **_: stash)
     carried = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
     assert carried - without >= 64 * 128 * 8
 
@@ -565,7 +565,7 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
         return re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)\(", text or "")
 
     mine = collectives()
-    monkeypatch.setattr("dualpipe_jax._executor.rank.empty_after", lambda stash, **_: stash)
+    monkeypatch.setattr("dualpipe_jax._executor.stages.empty_after", lambda stash, **_: stash)
     assert mine == collectives()
     assert "all-reduce" in mine
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import accumulators, order, registers, unrolled
+from dualpipe_jax._executor import accumulators, order, registers, stages, unrolled
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.leaves import pick, place
@@ -311,16 +311,16 @@ class _Beat:
         self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
     ) -> tuple[State, PyTree, list, WeightGrads]:
         """Runs F and I in loops of their own, as stages are unlike or nothing is to overlap."""
-        state, x = self.rank.forward(state, x, f_row, self.forward, True)
+        state, x = stages.forward(self.rank, state, x, f_row, self.forward, True)
         if self.rank.full_backward and not self.rank.interleaves:
-            state, dx = self.rank.backward(state, cotangent, i_row, self.backward, True)
+            state, dx = stages.backward(self.rank, state, cotangent, i_row, self.backward, True)
             return state, x, dx, lambda state, *transfers: (state, *transfers)
-        state, dx = self.rank.input_grad(state, cotangent, i_row, self.backward, True)
+        state, dx = stages.input_grad(self.rank, state, cotangent, i_row, self.backward, True)
         return state, x, dx, self._weight_grads(i_row)
 
     def _weight_grads(self, row: Row) -> WeightGrads:
         def run(state: State, *transfers: PyTree) -> tuple[State, PyTree, PyTree]:
-            state = self.rank.weight_grad(state, row, self.backward, True)
+            state = stages.weight_grad(self.rank, state, row, self.backward, True)
             return state, *lax.optimization_barrier(transfers)
 
         return run

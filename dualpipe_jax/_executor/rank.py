@@ -1,11 +1,9 @@
-"""What one rank does: the actions, each over all layers of a stage, and of one layer.
+"""What one rank does: embedding, head, and the actions of one layer.
 
-`tick.py` runs one of them in a tick, chosen by the tables; `beat.py` runs a forward and a backward
-side by side.
+`stages.py` runs these over all layers of a stage; of that `tick.py` runs one action in a tick,
+chosen by the tables, and `beat.py` a forward and a backward side by side.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from dualpipe_jax import _microbatches, _scopes
-from dualpipe_jax._executor import accumulators, order, registers
+from dualpipe_jax._executor import order, registers
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.leaves import place
-from dualpipe_jax._executor.registers import when
-from dualpipe_jax._executor.rows import RESIDUALS, in_rows, like_slots
-from dualpipe_jax._executor.start import empty_after
+from dualpipe_jax._executor.rows import RESIDUALS, like_slots
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._schedule.ir import DEFERRED
@@ -83,15 +79,6 @@ class Rank:
         assert self.functions.gradients is not None
         return self.functions.gradients
 
-    def _in_rows(self, *names: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        """Has buffers that stand in this order lie as `rows.in_rows` says."""
-
-        def run(buffers: tuple[Any, ...]) -> tuple[Any, ...]:
-            placed = in_rows(self.functions, dict(zip(names, buffers, strict=True)))
-            return tuple(placed[name] for name in names)
-
-        return run
-
     def like_slots(self, layer: Layer, **values: Any) -> tuple[Any, ...]:
         """Has what slots hold for a layer lie as they do.
 
@@ -103,12 +90,6 @@ class Rank:
             like_slots(self.functions, layer.kind, name, each) for name, each in values.items()
         )
 
-    def _like_slots(self, is_on: Any, layer: Layer, **values: Any) -> tuple[Any, ...]:
-        """Does as `like_slots`, but in beats, where `is_on` is True, of unrolled layers."""
-        if is_on is True and self.layout.is_unrolled:
-            return tuple(values.values())
-        return self.like_slots(layer, **values)
-
     def _context(self, row: Row, position: Any, *, is_layer: bool = False) -> Context:
         return _microbatches.context(
             _microbatches.take(self.microbatches, row["microbatch"]),
@@ -118,7 +99,7 @@ class Rank:
             shard=self.shard,
         )
 
-    def _layer(self, row: Row, chunk: int, layer: Layer) -> tuple[PyTree, Context]:
+    def read_layer(self, row: Row, chunk: int, layer: Layer) -> tuple[PyTree, Context]:
         """Reads a layer's parameters, with the shared ones and the casts, and makes its context."""
         stack = self.chunks[chunk][layer.kind]
         if isinstance(stack, registers.Layers):
@@ -172,7 +153,7 @@ class Rank:
     @jax.named_scope(_scopes.FORWARD)
     def forward_of(self, layer: Layer, x: PyTree, row: Row, chunk: int) -> Any:
         """Runs a layer forward: `(y, aux, residual, weight_residual)`."""
-        params, ctx = self._layer(row, chunk, layer)
+        params, ctx = self.read_layer(row, chunk, layer)
         return self.gradients.block[layer.kind].forward(params, x, ctx)
 
     # I: cotangent of y -> cotangent of x, stash (and gradients that are made with it: mostly none)
@@ -181,7 +162,7 @@ class Rank:
         self, layer: Layer, dy: list[jax.Array], kept: Any, kept_longer: Any, row: Row, chunk: int
     ) -> Any:
         """Runs a layer's input grad: `(dx, stash, deferred, early)`."""
-        params, ctx = self._layer(row, chunk, layer)
+        params, ctx = self.read_layer(row, chunk, layer)
         block, aux_seed = self.gradients.block[layer.kind], self.aux_seed[layer.kind]
         return block.input_grad(params, ctx, kept, kept_longer, dy, aux_seed)
 
@@ -191,7 +172,7 @@ class Rank:
         self, layer: Layer, kept_longer: Any, values: Any, row: Row, chunk: int, source: str
     ) -> list[jax.Array]:
         """Runs a layer's weight grad from what a buffer, `stash` or `deferred`, has for it."""
-        params, ctx = self._layer(row, chunk, layer)
+        params, ctx = self.read_layer(row, chunk, layer)
         block = self.gradients.block[layer.kind]
         run = block.weight_grad if source == "stash" else block.deferred_weight_grad
         return run(params, ctx, kept_longer, values)
@@ -200,92 +181,9 @@ class Rank:
         self, layer: Layer, kept_longer: Any, values: Any, row: Row, chunk: int
     ) -> int:
         """Counts what `weight_grad_of` contracts, from the `stash`; nothing runs."""
-        params, ctx = self._layer(row, chunk, layer)
+        params, ctx = self.read_layer(row, chunk, layer)
         run = self.gradients.block[layer.kind].weight_grad
         return contraction_flops(run, params, ctx, kept_longer, values)
-
-    def forward(
-        self, state: State, x: PyTree, row: Row, chunk: int, is_on: Any
-    ) -> tuple[State, PyTree]:
-        """Runs a stage forward, if `is_on`; else x comes back as it is."""
-
-        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-            x, aux_sum = carry
-            residual, weight_residual, metrics = buffers
-            if self.functions.gradients is None:
-                (params, _), ctx = self._layer(row, chunk, layer)
-                x, aux = self.functions.block[layer.kind](params, x, ctx)
-            else:
-                x, aux, kept, kept_longer = self.forward_of(layer, x, row, chunk)
-                kept, kept_longer = self._like_slots(
-                    is_on, layer, residual=kept, weight_residual=kept_longer
-                )
-                residual = registers.write_layer(residual, kept, layer.index, row["residual"])
-                weight_residual = registers.write_layer(
-                    weight_residual, kept_longer, layer.index, row["weight_residual"]
-                )
-            aux_sum, metrics = accumulators.add_aux(aux_sum, metrics, aux, layer=layer.place)
-            return (x, aux_sum), (residual, weight_residual, metrics)
-
-        buffers = state.residual, state.weight_residual, state.block_metrics[chunk]
-        leave = self._in_rows(*RESIDUALS, "metrics")
-        out = self.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers, leave=leave)
-        (x, aux), (residual, weight_residual, metrics) = out
-        state = state._replace(residual=residual, weight_residual=weight_residual)
-        return state.put_aux(chunk, aux, metrics), x
-
-    # B: I and W of a layer, then of the one before it, and nothing in between waits in a slot
-    def backward(
-        self, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any
-    ) -> tuple[State, list[jax.Array]]:
-        """Runs a stage's full backward, if `is_on`; else dy comes back as it is.
-
-        Given two `is_on`, they are of the last layers and of the first ones, in halves.
-        """
-        places = self.gradients.both
-
-        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-            (dy, shared, turn), (residual, weight_residual, grads) = carry, buffers
-            mine = self.in_turn(row, turn)
-            kept = registers.read_layer(residual, layer.index, mine["residual"])
-            kept_longer = registers.read_layer(
-                weight_residual, layer.index, mine["weight_residual"]
-            )
-            kept, kept_longer = self._like_slots(
-                is_on, layer, residual=kept, weight_residual=kept_longer
-            )
-            dx, values, _, early = self.input_grad_of(layer, dy, kept, kept_longer, row, chunk)
-            late = self.weight_grad_of(layer, kept_longer, values, row, chunk, "stash")
-            residual, weight_residual = (
-                registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
-            )
-            for of, gradients in ((self.gradients.early, early), (self.gradients.late, late)):
-                grads, shared = accumulators.add(
-                    grads,
-                    shared,
-                    gradients,
-                    places=of[layer.kind],
-                    layer=layer.place,
-                    taken=places[layer.kind],
-                )
-            turn = self.next_turn(turn, layer, grads, dx)
-            return (dx, shared, turn), (residual, weight_residual, grads)
-
-        grads, shared = state.take_grads(chunk, places)
-        buffers = state.residual, state.weight_residual, grads
-        leave = self._in_rows(*RESIDUALS, "grads")
-        with jax.named_scope(_scopes.FULL_BACKWARD):
-            (dx, shared, _), (residual, weight_residual, grads) = self.layout.loop(
-                row["stage"],
-                is_on,
-                run,
-                (dy, shared, self.first_turn(row)),
-                buffers,
-                reverse=True,
-                leave=leave,
-            )
-        state = state._replace(residual=residual, weight_residual=weight_residual)
-        return state.put_grads(chunk, places, (grads, shared)), dx
 
     @property
     def stashes_in_beats(self) -> bool:
@@ -323,116 +221,3 @@ class Rank:
         if turn is None:
             return None
         return order.zero_after((dx, [total[layer.place] for total in grads]), at=turn)
-
-    def input_grad(
-        self,
-        state: State,
-        dy: list[jax.Array],
-        row: Row,
-        chunk: int,
-        is_on: Any,
-        target: str = "stash",
-    ) -> tuple[State, list[jax.Array]]:
-        """Runs a stage's input grad, if `is_on`; else dy comes back as it is.
-
-        What W needs goes to `target`, to `stash` or to `deferred`; if to `stash`, what a deferred W
-        needs goes to `deferred` besides.
-        """
-
-        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-            dy, shared, turn = carry
-            stash, deferred, residual, weight_residual, grads = buffers
-            mine = self.in_turn(row, turn)
-            kept = registers.read_layer(residual, layer.index, mine["residual"])
-            kept_longer = registers.read_layer(
-                weight_residual, layer.index, mine["weight_residual"]
-            )
-            kept, kept_longer = self._like_slots(
-                is_on, layer, residual=kept, weight_residual=kept_longer
-            )
-            dx, values, put_off, early = self.input_grad_of(
-                layer, dy, kept, kept_longer, row, chunk
-            )
-            values, put_off = self._like_slots(is_on, layer, stash=values, deferred=put_off)
-
-            def put(buffers: Any) -> Any:
-                return registers.write_layer(buffers, put_off, layer.index, row[DEFERRED])
-
-            if target == DEFERRED:
-                deferred = put(deferred)
-            else:
-                stash = registers.write_layer(stash, values, layer.index, row["stash"])
-                if "is_deferred" in row:  # not in a run of beats, nor without slots for it
-                    deferred = when(row["is_deferred"] > 0, put, deferred)
-            residual, weight_residual = (
-                registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
-            )
-            places = self.gradients.early[layer.kind]
-            grads, shared = accumulators.add(grads, shared, early, places=places, layer=layer.place)
-            turn = self.next_turn(turn, layer, grads, dx)
-            return (dx, shared, turn), (stash, deferred, residual, weight_residual, grads)
-
-        grads, shared = state.take_grads(chunk, self.gradients.early)
-        buffers = state.stash, state.deferred, state.residual, state.weight_residual, grads
-        leave = self._in_rows("stash", "deferred", *RESIDUALS, "grads")
-        carry = dy, shared, self.first_turn(row) if target == DEFERRED else None
-        (dx, shared, _), buffers = self.layout.loop(
-            row["stage"], is_on, run, carry, buffers, reverse=True, leave=leave
-        )
-        stash, deferred, residual, weight_residual, grads = buffers
-        state = state._replace(
-            stash=stash, deferred=deferred, residual=residual, weight_residual=weight_residual
-        )
-        return state.put_grads(chunk, self.gradients.early, (grads, shared)), dx
-
-    def weight_grad(
-        self, state: State, row: Row, chunk: int, is_on: Any, source: str = "stash"
-    ) -> State:
-        """Runs a stage's weight grad from a buffer, `stash` or `deferred`, if `is_on`."""
-
-        def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-            (shared, turn), (grads, weight_residual, values) = carry, buffers
-            mine = self.in_turn(row, turn)
-            kept_longer, stashed = self._like_slots(
-                is_on,
-                layer,
-                weight_residual=registers.read_layer(
-                    weight_residual, layer.index, mine["weight_residual"]
-                ),
-                **{source: registers.read_layer(values, layer.index, mine[source])},
-            )
-            late = self.weight_grad_of(layer, kept_longer, stashed, row, chunk, source)
-            places = self.gradients.late[layer.kind]
-            grads, shared = accumulators.add(grads, shared, late, places=places, layer=layer.place)
-            weight_residual, values = (
-                registers.pass_on(buffers, layer.index) for buffers in (weight_residual, values)
-            )
-            turn = self.next_turn(turn, layer, grads)
-            return (shared, turn), (grads, weight_residual, values)
-
-        grads, shared = state.take_grads(chunk, self.gradients.late)
-        buffers = grads, state.weight_residual, getattr(state, source)
-        leave = self._in_rows("grads", "weight_residual", source)
-
-        layers = functools.partial(
-            self.layout.loop, row["stage"], body=run, reverse=True, leave=leave
-        )
-
-        # What recomputes holds the most of all, and no stash is in use beside it.
-        def without_stash(loop: Any) -> Any:
-            carry, buffers, stash = loop
-            carry, buffers = layers(is_on=True, carry=carry, buffers=buffers)
-            stash = empty_after(stash, after=(carry, buffers[0]), poison=self.poison)
-            return carry, leave(buffers), *self._in_rows("stash")((stash,))
-
-        carry = shared, self.first_turn(row) if source == DEFERRED else None
-        if source == DEFERRED and not self.full_backward:
-            started = carry, buffers, state.stash
-            (shared, _), buffers, stash = when(is_on, without_stash, started)
-            state = state._replace(stash=stash)
-        else:
-            (shared, _), buffers = layers(is_on=is_on, carry=carry, buffers=buffers)
-        grads, weight_residual, values = buffers
-        changed: dict[str, Any] = {"weight_residual": weight_residual, source: values}
-        state = state._replace(**changed)
-        return state.put_grads(chunk, self.gradients.late, (grads, shared))

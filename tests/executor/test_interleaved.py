@@ -7,7 +7,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax import _build
-from dualpipe_jax._executor import order, step, unrolled
+from dualpipe_jax._executor import order, settings, unrolled
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.rank import Rank
 from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
@@ -54,7 +54,7 @@ def test_interleaved_beats_equal_the_sequential_model(
     num_layers: int,
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(step, "platform_of", lambda mesh: platform)
+    monkeypatch.setattr(settings, "platform_of", lambda mesh: platform)
     if platform == "cuda":
         # What lowering for a GPU would choose.
         monkeypatch.setattr(order, "wait_for", order.select_after)
@@ -87,7 +87,7 @@ def test_full_backwards_as_accelerators_run_them_by_default(
     monkeypatch: pytest.MonkeyPatch, schedule: str, num_layers: int, options: dict[str, Any]
 ) -> None:
     """In ticks, where layers take no turns as on CPUs."""
-    for module in (step, _build):
+    for module in (settings, _build):
         monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
     model, params, batch = make_model(frozenset(FEATURES)), make_params(num_layers), make_batch(12)
     grad_fn = dpj.value_and_grad(
@@ -105,7 +105,7 @@ def test_what_weight_grads_hide_changes_no_value(
     monkeypatch: pytest.MonkeyPatch, most_times: float, remat: str
 ) -> None:
     """Where W of one layer hides what is sent, and where that of the last but one hides it."""
-    monkeypatch.setattr(step, "platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(settings, "platform_of", lambda mesh: "tpu")
     hides = []
 
     def can_hide(*_: Any, times: float) -> bool:
@@ -139,7 +139,7 @@ def test_weight_grads_follow_their_layer(
     monkeypatch: pytest.MonkeyPatch, platform: str, most_times: float, first: str, rest: str
 ) -> None:
     """But for those of the last layers, which hide what is sent."""
-    monkeypatch.setattr(step, "platform_of", lambda mesh: platform)
+    monkeypatch.setattr(settings, "platform_of", lambda mesh: platform)
     monkeypatch.setattr(unrolled, "_can_hide", lambda *_, times: times <= most_times)
     ran: list[str] = []
     for name, letter in (("forward_of", "F"), ("input_grad_of", "I"), ("weight_grad_of", "W")):
@@ -196,7 +196,7 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
     num_pairs: int,
 ) -> None:
     """F of each kind beside I of each kind that it meets on some rank."""
-    monkeypatch.setattr(step, "platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(settings, "platform_of", lambda mesh: "tpu")
     met = []
     loop_pairs = Layout.loop_pairs
 
@@ -233,7 +233,7 @@ def test_what_f_keeps_waits_until_its_pair_is_done(
     monkeypatch: pytest.MonkeyPatch, unroll_layers: bool, num_pairs: int
 ) -> None:
     """Else a GPU's compiler writes it where a matmul should hide an exchange."""
-    monkeypatch.setattr(step, "platform_of", lambda mesh: "cuda")
+    monkeypatch.setattr(settings, "platform_of", lambda mesh: "cuda")
     made, waiting = [], []
     forward_of = Rank.forward_of
 

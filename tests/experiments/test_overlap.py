@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dualpipe_jax._executor import step
+from dualpipe_jax._executor import program
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._schedule.tables import Steady
@@ -128,14 +128,14 @@ def test_a_barrier_between_forward_and_backward_exposes_the_all_to_alls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All of F, then of B; the step as it is, F beside B, is among the committed figures."""
-    make_run = step.make_run
+    make_run = program.make_run
 
     def with_barrier(rank: Rank, steady: Steady, rows: Any) -> Any:
         attributes = vars(rank) | {"interleaves": False}
         return make_run(_WithBarrier(**attributes), steady, rows)
 
     (case, _) = overlap.cases("experts", widths=(1024,), layers=(2,))
-    monkeypatch.setattr(step, "make_run", with_barrier)
+    monkeypatch.setattr(program, "make_run", with_barrier)
     with jax.enable_x64(False):
         row = report.Row.of("experts", case, steps.pipelined(case))
     assert (row.exchanges, row.permutes) == (16, 4)
