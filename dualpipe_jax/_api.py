@@ -250,7 +250,7 @@ class GradFunction:
     trainable: PyTree | Callable[[PyTree], PyTree]
     overwrite: PyTree | Callable[[PyTree], PyTree] | None
     dtype: Any
-    # What logs and profiles call the program of `jax.jit(grad_fn)`.
+    # The name of `jax.jit(grad_fn)`'s program in logs and profiles.
     __name__ = "pipelined_value_and_grad"
 
     def __repr__(self) -> str:

@@ -285,7 +285,7 @@ def _is_pair(value: Any) -> bool:
 
 @jax.custom_jvp
 def without_derivative(tree: PyTree) -> PyTree:
-    """Returns what a pipelined step is given, or gives, as it is; `jax.grad` of it is refused."""
+    """Returns arguments or results of a pipelined step as they are, and refuses `jax.grad`."""
     return tree
 
 
@@ -293,6 +293,6 @@ def without_derivative(tree: PyTree) -> PyTree:
 def _refuse_derivative(primals: Any, tangents: Any) -> Any:
     raise TypeError(
         "jax.grad of a pipelined step: dualpipe_jax.value_and_grad gives the gradient already, and "
-        "dualpipe_jax.evaluate is the forward alone; what jax.grad differentiates is "
+        "dualpipe_jax.evaluate is the forward alone; for jax.grad take "
         "dualpipe_jax.sequential(model, num_microbatches=...)"
     )

@@ -42,8 +42,8 @@ def shardings(
         by their numbers.
       mesh: The mesh.
       axis: The pipeline axis.
-      param_specs: As for `value_and_grad`. What an optimizer keeps for a parameter lies as that
-        one, in the dims that the axes divide.
+      param_specs: As for `value_and_grad`. An optimizer's state of a parameter lies as the
+        parameter, in the dims that the axes divide.
       blocks: The key or attribute under which the layers are stacked: of an NNX module that of the
         stack.
 
@@ -99,7 +99,7 @@ def _spec_of(specs: PyTree, keys: Sequence[Any], blocks: str) -> PartitionSpec:
 
 
 def _child(node: Any, key: Any) -> Any:
-    """What a tree of specs has under a key, attribute or number; None for nothing."""
+    """Finds a tree's entry under a key, attribute or number; None if there is none."""
     if isinstance(node, Mapping):
         return node.get(key)
     if isinstance(node, list | tuple) and isinstance(key, int):

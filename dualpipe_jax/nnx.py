@@ -185,7 +185,7 @@ def value_and_grad(model: NNXModel, **options: Any) -> "NNXGradFunction":
       `grad_fn(module, batch, *, rng=None, loss_scale=None) -> (loss, grads)`, or
       `((loss, metrics), grads)`, for the user's own `nnx.jit`. grads is the `nnx.State` that
       `optimizer.update(module, grads)` takes, of an `nnx.Optimizer` made with `wrt=nnx.Param`.
-      `grad_fn.memory(module, batch)` adds up what a step holds.
+      `grad_fn.memory(module, batch)` adds up a step's memory.
 
     Raises:
       TypeError: If model was not made by `dualpipe_jax.nnx.model`; else as
@@ -199,7 +199,7 @@ def value_and_grad(model: NNXModel, **options: Any) -> "NNXGradFunction":
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NNXGradFunction:
-    """What `value_and_grad` makes: a function of (module, batch), as described there."""
+    """A function of (module, batch), as `value_and_grad` describes it."""
 
     model: NNXModel
     of_params: _api.GradFunction
@@ -220,7 +220,7 @@ class NNXGradFunction:
     def memory(
         self, module: nnx.Module, batch: PyTree, *, rng: jax.Array | None = None
     ) -> MemoryReport:
-        """Adds up what a step holds on one device, as `memory` of `dualpipe_jax.value_and_grad`.
+        """Adds up a step's memory on one device, as `memory` of `dualpipe_jax.value_and_grad`.
 
         Args:
           module: As for a call; of arrays, or of shapes (`nnx.eval_shape`).

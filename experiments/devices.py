@@ -15,7 +15,7 @@ def find_devices(count: int | None, *, flag: str, fake: int) -> tuple[list[jax.D
 
     Args:
       count: How many; None for all accelerators.
-      flag: What the user may lower to have fewer.
+      flag: The flag that the user may lower to have fewer.
       fake: How many fake ones without an accelerator, if `count` is None.
 
     Returns:
@@ -25,7 +25,7 @@ def find_devices(count: int | None, *, flag: str, fake: int) -> tuple[list[jax.D
       Refusal: If there are fewer.
     """
     _keep_tpu_compiler_quiet()
-    # Read when the CPU's backend starts; accelerators are what they are.
+    # Read when the CPU's backend starts; the number of accelerators is given.
     jax.config.update("jax_num_cpu_devices", count or fake)
     found = jax.devices()
     kind = found[0].platform

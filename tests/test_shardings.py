@@ -79,7 +79,7 @@ def test_specs_of_parameters_count_where_they_fit() -> None:
         "shared": P(),
     }
     assert adam.mu == adam.nu == of_params
-    # What it factors has other shapes: no spec that a dim does not divide by.
+    # Factored moments have other shapes: no spec that a dim does not divide by.
     jax.device_put(state[2], dpj.shardings(state[2], mesh=mesh, param_specs=specs))
     assert jax.tree.leaves(adafactor)
 

@@ -177,7 +177,7 @@ def _has_run(schedule: Schedule) -> bool:
 
 
 def in_order(choices: Iterable[Choice]) -> list[Choice]:
-    """Sorts choices: what fits, the fastest first, then what is tight, then the others likewise.
+    """Sorts choices: those that fit, the fastest first; then tight ones, then others, likewise.
 
     Of two that are equally fast, the one with less memory comes first.
     """

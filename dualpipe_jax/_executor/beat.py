@@ -1,6 +1,6 @@
 """Beats: a forward and a backward on every rank, straight-line code without choices.
 
-In: a rank, and what `ir.Steady` says of a run of beats. Out: a function from state to state that
+In: a rank, and the `tables.Steady` of a run of beats. Out: a function from state to state that
 runs them all, two in a trip of one `lax.scan`: in even beats chunk 0 is forward and chunk 1
 backward, in odd ones the other way round. So weights and accumulators are named, never chosen, and
 what a beat sends goes between fixed pairs of ranks and is the next beat's input.

@@ -1,4 +1,4 @@
-"""What one rank does: embedding, head, and the actions of one layer.
+"""The work of one rank: embedding, head, and the actions of one layer.
 
 `stages.py` runs these over all layers of a stage; of that `tick.py` runs one action in a tick,
 chosen by the tables, and `beat.py` a forward and a backward side by side.

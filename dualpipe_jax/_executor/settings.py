@@ -1,4 +1,4 @@
-"""The settings of a step: a model, tables, a mesh, options; and what follows from these alone."""
+"""The settings of a step: a model, tables, a mesh, options; and all that follows from them."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from dualpipe_jax._types import Model, PyTree
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Settings:
-    """Says what a step is made of, and what follows from that.
+    """Holds the model, tables, mesh and options of a step.
 
     Attributes:
       model: The model.

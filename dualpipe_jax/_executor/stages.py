@@ -1,7 +1,7 @@
 """The actions of a rank over all layers of a stage, each a loop or layers in a row.
 
-`Rank` has them for one layer. What passes through the loops are slot buffers and accumulators,
-updated in place; whatever is not on passes over all of it.
+`Rank` has them for one layer. Slot buffers and accumulators pass through the loops and are updated
+in place; an action that is not on leaves all of them as they are.
 """
 
 import functools

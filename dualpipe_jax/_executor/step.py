@@ -1,6 +1,6 @@
 """The whole step as one program over the mesh: `program.run` on each device, under shard_map.
 
-In: a model, tables, a mesh. Out: a function of (params, batch, rng), and what it holds in memory.
+In: a model, tables, a mesh. Out: a function of (params, batch, rng), and a report of its memory.
 """
 
 from contextlib import nullcontext

@@ -7,8 +7,9 @@ the right and to the left between the ranks of its pairs: a branch for each exch
 the line of ranks has. All ranks know which, so that all take the same.
 
 Lazy tables have no exchanges: a tick begins with two permutes between all neighbours, which move
-the values of the tick before, and ends with storing what they bring. Nothing in between reads
-it, so that a compiler may start them before all of the action and await them after it.
+the values of the tick before, and ends when the values that arrive are stored. Nothing in between
+reads these, so that a compiler may start the permutes before all of the action and await them after
+it.
 
 The choice of actions is made by loops that run their body once or not at all (`when`), not by
 `lax.switch`: XLA copies whatever passes through a conditional, on every tick all slots and
@@ -82,9 +83,9 @@ def make_tick(rank: Rank, tables: Tables) -> Callable[[State, Row], State]:
 
 
 def _sent(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
-    """What a rank sends after its action: what that made, or a value that it has kept until now.
+    """Chooses the value that a rank sends: its action's output, or one that it has kept until now.
 
-    It is read after the output was stored: a write that came after the read would copy all slots.
+    A kept value is read after the output was stored: a write after the read would copy all slots.
     """
     slot = spare_slots(state, row, "send")["send"]
     kept, is_late = registers.read(state.received, slot), row["send"] >= 0

@@ -19,7 +19,7 @@ from dualpipe_jax._refusals import raise_all
 from dualpipe_jax._types import Context, PyTree
 
 Path = tuple[Any, ...]
-# What passes its operands to a jaxpr one by one.
+# Primitives that pass their operands to a jaxpr one by one.
 _CALLS = (primitives.jit_p, primitives.remat_p, primitives.closed_call_p)
 
 
@@ -126,12 +126,12 @@ class Part:
         )
 
 
-# The type and the value of everything that a call may change.
+# The type and the value of every variable.
 _State = dict[Path, tuple[type, Any]]
 
 
 def _changed(before: _State, after: _State) -> dict[Path, type]:
-    """Finds what has another value, by identity, and its types."""
+    """Finds the variables that have another value, by identity, and their types."""
     return {
         path: kind
         for path, (kind, value) in after.items()
@@ -140,13 +140,13 @@ def _changed(before: _State, after: _State) -> dict[Path, type]:
 
 
 def _refused(changed: dict[Path, type], *, has_key: bool) -> dict[Path, type]:
-    """Leaves out what a call may change: what it sows, and random streams where there is a key."""
+    """Leaves out sown values, and random streams where there is a key: a call may change these."""
     may_change = nnx.RngState | nnx.Intermediate if has_key else nnx.Intermediate
     return {path: kind for path, kind in changed.items() if not issubclass(kind, may_change)}
 
 
 def _find_changed(call: Callable[..., tuple[_State, _State]], *state: PyTree) -> dict[Path, type]:
-    """Finds what a call changes, looking through the functions that it calls under `jax.jit`."""
+    """Finds the variables that a call changes, looking through functions called under `jax.jit`."""
     kinds: dict[str, dict[Path, type]] = {}
 
     def values(*state: PyTree) -> tuple[dict[Path, Any], dict[Path, Any]]:

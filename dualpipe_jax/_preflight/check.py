@@ -73,16 +73,16 @@ def preflight(
         context.
       args: Its arguments: arrays, or `jax.ShapeDtypeStruct`s, which cost nothing. They lie on the
         topology as they lie on their mesh; those on no mesh are replicated.
-      topology: What to compile for: `"tpu:v5e:2x4"` (needs `pip install 'jax[tpu]'`),
+      topology: The devices to compile for: `"tpu:v5e:2x4"` (needs `pip install 'jax[tpu]'`),
         `"gpu:h100:8"` (`'jax[cuda13]'`), or `"cpu:8"`, this process's CPU devices.
       compiler_options: XLA's options; None for those of `dualpipe_jax.compiler_options`.
       mesh: A mesh with the step's axes; None to read them off the arguments' shardings, or off the
         step.
       kernel_costs: The FLOPs of a call of kernels that XLA does not see into (Pallas's, Triton's),
         by the beginning of their names: a number, or a function of the operands
-        (`jax.ShapeDtypeStruct`s). What a kernel estimates itself (`pl.CostEstimate`), and what is
-        known of the flash and splash attention that come with JAX, is taken else; the report names
-        the kernels whose cost is not known, which are not in its times.
+        (`jax.ShapeDtypeStruct`s). Other kernels count as they estimate themselves
+        (`pl.CostEstimate`), the flash and splash attention that come with JAX by their matmuls; the
+        report names the kernels whose cost is not known, which are not in its times.
 
     Returns:
       The report, frozen dataclasses; `print` shows it.

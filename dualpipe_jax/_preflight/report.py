@@ -117,7 +117,7 @@ class Report:
       memory: A device's memory.
       program: Its size; None if the step does not fit.
       loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
-      kernels: The kernels that XLA does not see into, and where what they cost is from.
+      kernels: The kernels that XLA does not see into, their FLOPs, and the source of these.
       copies: The copies of whole slot buffers in loops, of which there should be none: see
         `_preflight/copies.py`.
       prediction: The time of a step.

@@ -48,7 +48,7 @@ class Costs:
         self._module = module
         self._at_least = at_least
         self._kernels = kernels or Kernels()
-        # Those in a cycle at the published peak, for what the compiler gives no cycles.
+        # At the published peak: the compiler gives no cycles for kernels.
         self._flops_per_cycle = math.inf
         if device is not None and device.clock is not None:
             self._flops_per_cycle = device.peak_flops / device.clock

@@ -133,7 +133,7 @@ def find_live_ranges(
     A payload lives from the tick after its producer, or after it was sent; if that is later, on its
     producer's rank until then. A residual lives from its F to its I (of a full backward in halves
     to its W), a weight residual from its F to its W, a stash from its I to its W. Unless
-    `stash_deferred`, what a deferred W needs lies not in the stash but in `DEFERRED`.
+    `stash_deferred`, the values for a deferred W lie not in the stash but in `DEFERRED`.
     """
     units, needs = program.units, find_dependencies(program)
 
@@ -190,7 +190,7 @@ def build_timeline(
 ) -> Timeline:
     """Joins a program and its ticks to a timeline, counting the slots that it takes.
 
-    What an action makes is sent in its own tick, unless `sent_in` says other ones.
+    An action's value is sent in the tick in which it is made, unless `sent_in` says another one.
     """
     sent_in = tick_of if sent_in is None else sent_in
     num_ticks = int(tick_of.max()) + 1

@@ -1,16 +1,16 @@
 """Timeline -> Timeline: places actions again, by how long they take.
 
 A permute is a rendezvous, so two ranks hand over a value when both are between two actions. When
-all actions take a tick, these moments coincide. When they do not, a rank that sends what it has
-made as soon as it has made it waits for the end of its receiver's action, though all that matters
-is that the value comes before it is read. So ranks are walked through the program by the clock, and
-a value is handed over whenever both ranks happen to be between two actions. A rank that goes on
-meanwhile keeps the value in a slot and sends it in a later tick (`Timeline.sent_in`); idle ticks
-cost no time.
+all actions take a tick, these moments coincide. When they do not, a rank that sends every value as
+soon as it has made it waits for the end of its receiver's action, though the value need only come
+before it is read. So ranks are walked through the program by the clock, and a value is handed over
+whenever both ranks happen to be between two actions. A rank that goes on meanwhile keeps the value
+in a slot and sends it in a later tick (`Timeline.sent_in`); idle ticks cost no time.
 
-A rank about to begin an action may also wait for the end of a neighbour's, to hand over then: if
-the value is for the action that comes after the one which the receiver is in, or about to begin, it
-begins if the neighbour then waits at most `patience` times as long as the rank itself would.
+A rank about to begin an action may also wait until a neighbour's action ends, to hand over a value
+then. It considers this for a value that the receiver reads right after its present action (or after
+the one that it is about to begin). It waits if else the neighbour would wait for it, and more than
+`patience` times as long.
 
 No rule is the best at all costs and sizes, so `compile` tries some and replays each.
 
@@ -98,7 +98,7 @@ class _Walk:
     """Walks ranks through some of a program's actions, by the clock.
 
     A rank runs an action or is between two; it is free at an instant, up to which it takes part in
-    a transfer. What it has made for other ranks it hands over when they meet.
+    a transfer. Values that it has made for other ranks it hands over when they meet.
     """
 
     def __init__(

@@ -210,7 +210,7 @@ def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) ->
     end = np.zeros((tables.num_ticks + 1, tables.num_ranks))
     # When what lies in each received slot came; one slot more, for -1: what nobody reads or wants.
     came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1))
-    # When what each rank sends was there to be sent.
+    # When the value that each rank sends was made.
     sent = np.zeros(tables.num_ranks)
     for tick, took in enumerate(work):
         came[ranks, tables.from_left[tick]] = np.roll(sent, 1) + transfer

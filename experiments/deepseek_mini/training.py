@@ -55,7 +55,7 @@ class Pipeline:
         """Spreads layers over the ranks where they divide, and experts over their axis."""
         specs = sizes.param_specs(params, EXPERT)
         shardings = dpj.shardings(params, mesh=self.mesh, axis=PIPE, param_specs=specs)
-        # Copies, as a step overwrites what it is given.
+        # Copies, as a step overwrites its arguments.
         return jax.device_put(params, shardings, may_alias=False)
 
     def place_batch(self, batch: np.ndarray) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Kernels that XLA does not see into: what they cost, and that a report says what it leaves out."""
+"""Kernels that XLA does not see into: their costs, and those that a report leaves out."""
 
 from typing import Any
 

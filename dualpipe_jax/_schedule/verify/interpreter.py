@@ -119,7 +119,7 @@ class _Interpreter:
             self._store(tick, column, tokens)
 
     def _sent(self, tick: int) -> np.ndarray:
-        """What each rank sends: what it has made in the tick, or kept until now."""
+        """Finds the value that each rank sends: this tick's output, or one kept until now."""
         slot = self.tables.send[tick]
         ranks = np.flatnonzero(slot >= 0)
         if not ranks.size:
@@ -132,7 +132,7 @@ class _Interpreter:
         return sent
 
     def _exchange(self, tick: int, sent: np.ndarray) -> np.ndarray:
-        """Hands on what ranks send: int64[2, num_ranks], from the left and from the right."""
+        """Hands on values that are sent: int64[2, num_ranks], from the left and from the right."""
         from_neighbours = np.stack([np.roll(sent, 1), np.roll(sent, -1)])
         if (self.tables.exchange[tick] < 0).all():
             return from_neighbours

@@ -33,8 +33,8 @@ def verify_tables(tables: Tables) -> None:
       are neighbours, on the ring where the tables wrap; no rank is twice a source or a target to
       one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a side.
     - Lazy tables have no exchanges, and no run of beats.
-    - What is stored on arrival was made by that neighbour in the tick before, or kept by it until
-      then, and sent in a pair of that tick's exchange, or lazily.
+    - A value that is stored on arrival was made by that neighbour in the tick before, or kept by it
+      until then, and sent in a pair of that tick's exchange, or lazily.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
       other's on the same rank and chunk.
     - Nothing is stored in a slot whose value is still to be read, and all slots end free.
@@ -142,7 +142,7 @@ def _check_exchanges(tables: Tables) -> None:
     if tables.steady is not None:
         in_run[tables.steady.ticks] = True
     at_once = (in_run | tables.is_lazy)[:, None]
-    _fail_where(tables, at_once & (tables.send >= 0), "must send what it makes when it makes it")
+    _fail_where(tables, at_once & (tables.send >= 0), "must send its output in its own tick")
     limits = np.array([len(of_part) for of_part in tables.exchanges])
     known = np.where(in_run[:, None], exchange == -1, (exchange >= 0) & (exchange < limits))
     for tick, part in np.argwhere(~known).tolist():
