@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dualpipe_jax import schedules as schedules
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
+    from dualpipe_jax._execution import Execution as Execution
     from dualpipe_jax._forward import apply as apply
     from dualpipe_jax._forward import evaluate as evaluate
     from dualpipe_jax._plot import plot_timeline as plot_timeline
@@ -36,6 +37,7 @@ _HOME = {
     "Aux": "_types",
     "Context": "_types",
     "Costs": "_simulate",
+    "Execution": "_execution",
     "Metrics": "_types",
     "Model": "_types",
     "Schedule": "schedules",

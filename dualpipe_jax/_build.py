@@ -1,42 +1,64 @@
 """Builds steps: from what the user named, and the arguments of a call, to the step to be run.
 
-In: axes, tables, a model and its options. Out: `Builder`, which gives the step for each call.
+In: axes, a program, a model and its options. Out: `Builder`, which gives the step for each call.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from dualpipe_jax import _kinds, _microbatches, _outputs, _stage_sizes, _validate
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._executor import Step, context_mesh, platform_of
 from dualpipe_jax._kinds import Kind
-from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._types import Aux, Context, Model, PyTree
+from dualpipe_jax._programs import Forward, Training
+from dualpipe_jax._types import Aux, AxisNames, Context, Mesh, Model, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """What the axes of the mesh are for."""
+    """The axes of the mesh, and what each is for."""
 
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+    mesh: Mesh
     axis: str
     batch_axes: tuple[str, ...]
     manual_axes: tuple[str, ...]
 
-    @classmethod
-    def checked(cls, mesh: Any, axis: Any, batch_axes: Any, manual_axes: Any) -> "Axes":
-        """Makes it of what the user named."""
-        _validate.mesh_axis(mesh, axis)
-        return cls(
-            mesh=mesh,
-            axis=axis,
-            batch_axes=_validate.other_axes(mesh, axis, "batch_axes", batch_axes),
-            manual_axes=_validate.other_axes(mesh, axis, "manual_axes", manual_axes),
-        )
+    @property
+    def num_shards(self) -> int:
+        """Shards of the batch."""
+        return math.prod(self.mesh.shape[name] for name in self.batch_axes)
+
+
+def checked(
+    model: Model,
+    *,
+    mesh: Mesh,
+    num_microbatches: int,
+    axis: str,
+    batch_axes: AxisNames,
+    manual_axes: AxisNames,
+) -> Axes:
+    """Checks what steps of all kinds are given, and makes the axes of it.
+
+    Raises:
+      ValueError: If an argument has a bad value.
+      TypeError: If it has a wrong type.
+    """
+    _validate.is_model(model)
+    _validate.mesh_axis(mesh, axis)
+    axes = Axes(
+        mesh=mesh,
+        axis=axis,
+        batch_axes=_validate.other_axes(mesh, axis, "batch_axes", batch_axes),
+        manual_axes=_validate.other_axes(mesh, axis, "manual_axes", manual_axes),
+    )
+    _validate.positive_int("num_microbatches", num_microbatches)
+    return axes
 
 
 class Builder:
@@ -48,100 +70,74 @@ class Builder:
 
     def __init__(
         self,
+        model: Model,
         *,
         axes: Axes,
-        tables_of: Callable[..., Tables],
-        placement_of: Callable[[int], str] = lambda num_layers: "",
-        has_full_backward: Callable[..., bool],
+        program: Training | Forward,
+        layers_per_stage: tuple[int, ...] | None = None,
         **options: Any,
     ):
-        self._axes, self._mesh, self._axis = axes, axes.mesh, axes.axis
-        self._tables_of = tables_of
-        self._placement_of = placement_of
-        self._has_full_backward = has_full_backward
-        # What cannot be compiled is refused here.
-        full_backward = has_full_backward(on_cpu=self._is_on_cpu)
-        self._num_stages = tables_of(full_backward=full_backward).num_stages
-        self._layout = options["model"].layout
-        self._layers_per_stage = options["layers_per_stage"]
+        self._axes, self._program = axes, program
+        self._layout, self._layers_per_stage = model.layout, layers_per_stage
         self._step = partial(
-            Step,
-            mesh=axes.mesh,
-            axis=axes.axis,
-            batch_axes=axes.batch_axes,
-            manual_axes=axes.manual_axes,
-            **options,
+            Step, model=model, layers_per_stage=layers_per_stage, **vars(axes), **options
         )
-        self._num_shards = int(
-            np.prod([axes.mesh.shape[name] for name in axes.batch_axes], dtype=int)
-        )
-        self._shards = ", ".join(map(repr, axes.batch_axes))
-        self._steps: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self._steps: dict[tuple[int, Execution], Callable[..., Any]] = {}
 
     @property
-    def _platform(self) -> str | None:
-        return platform_of(context_mesh(like=self._mesh) or self._mesh)
-
-    @property
-    def _is_on_cpu(self) -> bool:
-        return self._platform == "cpu"
+    def _mesh(self) -> Mesh:
+        return context_mesh(like=self._axes.mesh) or self._axes.mesh
 
     def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
         """Gives the step, jitted outside of any jit."""
         _validate.can_be_jitted()
-        mesh = context_mesh(like=self._mesh) or self._mesh
-        _validate.on_devices_of(mesh, params=params, batch=batch)
+        _validate.on_devices_of(self._mesh, params=params, batch=batch)
         step = self.traced(params, batch, rng)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
             # Inside the user's jit: traced as part of it, as often as it is.
             return step
-        return self._steps.setdefault((step.num_layers, step.full_backward), jax.jit(step))
+        return self._steps.setdefault((step.num_layers, step.execution), jax.jit(step))
 
     def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
         """Gives the step, to be traced."""
-        num_stages, num_ranks = self._num_stages, self._mesh.shape[self._axis]
-        where = f" of the schedule over {num_ranks} ranks"
+        axes, num_stages = self._axes, self._program.num_stages
+        where = f" of the schedule over {axes.mesh.shape[axes.axis]} ranks"
         num_layers = _validate.num_layers(params, self._layout, num_stages=num_stages, where=where)
         _stage_sizes.require_sum(self._layers_per_stage, num_layers)
-        full_backward = self._has_full_backward(on_cpu=self._is_on_cpu, num_layers=num_layers)
-        tables = self._tables_of(full_backward=full_backward, num_layers=num_layers)
-        if tables.is_lazy and self._platform == "tpu":
+        layers_of_stage = self._layers_per_stage or _stage_sizes.spread_evenly(
+            num_layers, num_stages
+        )
+        execution = self._program.decided(layers_of_stage)
+        if execution.overlap == "two-tick" and platform_of(self._mesh) == "tpu":
             raise ValueError(
-                "timetable='two-tick': must not be used on TPUs, where a permute does not start "
-                "until the rank that it sends to has come to it, so that every rank would wait for "
-                "its neighbours in every tick, and a step take up to 1.5 times as long as its "
-                "order needs, by simulation; leave timetable out, or pass 'shortest'"
+                'Execution(overlap="two-tick"): must not be used on TPUs, where a permute does not '
+                "start until the rank that it sends to has come to it, so that every rank would "
+                "wait for its neighbours in every tick, and a step take up to 1.5 times as long as "
+                "its order needs, by simulation; leave overlap out, or pass False"
             )
-        num_microbatches = tables.num_microbatches
+        tables = self._program.tables(execution, layers_of_stage)
         _validate.key(rng)
         _validate.batch(
             batch,
-            num_microbatches=num_microbatches,
-            num_shards=self._num_shards,
-            shards=self._shards,
+            num_microbatches=tables.num_microbatches,
+            num_shards=axes.num_shards,
+            shards=", ".join(map(repr, axes.batch_axes)),
         )
-        axes = self._axes
-        _validate.batch_axes_named(
-            batch,
-            axes.mesh,
-            axis=axes.axis,
-            batch_axes=axes.batch_axes,
-            manual_axes=axes.manual_axes,
-        )
-        step = self._step(
-            num_layers=num_layers,
-            tables=tables,
-            full_backward=full_backward,
-            placement=self._placement_of(num_layers),
-        )
-        if step.unroll_layers and not step.layout.has_equal_stages:
+        _validate.batch_axes_named(batch, **vars(axes))
+        step = self._step(num_layers=num_layers, tables=tables, execution=execution)
+        if execution.unroll is True and not step.layout.has_equal_stages:
             raise ValueError(
-                f"unroll_layers=True: all stages must have the same kinds of layers in the same "
-                f"order, but {num_layers} layers are spread over {num_stages} unlike stages"
-                f"{where}; leave it None, or change the number of layers, layers_per_stage or the "
-                "layout"
+                f"Execution(unroll=True): all stages must have the same kinds of layers in the "
+                f"same order, but {num_layers} layers are spread over {num_stages} unlike stages"
+                f"{where}; leave unroll out, or change the number of layers, layers_per_stage or "
+                "the layout"
             )
-        return step
+        execution = replace(execution, unroll=step.layout.unrolled_by)
+        return replace(
+            step,
+            execution=execution,
+            placement=self._program.name_of(execution, layers_of_stage),
+        )
 
 
 def block_of(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable[..., Any]]:

@@ -5,38 +5,28 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax import _microbatches, _outputs, _validate
-from dualpipe_jax._build import Axes, Builder, block_of
-from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.generators.forward_only import forward_only
+from dualpipe_jax import _microbatches, _outputs
+from dualpipe_jax._build import Builder, block_of, checked
+from dualpipe_jax._programs import Forward
 from dualpipe_jax._stage_sizes import stage_sizes
-from dualpipe_jax._types import Context, Model, PyTree
+from dualpipe_jax._types import AxisNames, Context, Mesh, Model, PyTree
 
 
 def evaluate(
     model: Model,
     *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: Mesh,
     num_microbatches: int,
     axis: str = "pipe",
-    layers_per_stage: Sequence[int] | None = None,
-    batch_axes: str | tuple[str, ...] = (),
-    manual_axes: str | tuple[str, ...] = (),
+    batch_axes: AxisNames = (),
+    manual_axes: AxisNames = (),
     param_specs: PyTree = None,
+    layers_per_stage: Sequence[int] | None = None,
 ) -> Callable[..., Any]:
     """Makes the pipelined loss of a model, without gradients: forwards from both ends.
 
-    Args:
-      model: The model, as pure functions.
-      mesh: The devices.
-      num_microbatches: Microbatches of the batch (on each shard of it), over both directions.
-      axis: The mesh axis over which the layers are spread.
-      layers_per_stage: How many layers each rank has of a direction's, in model order; None spreads
-        them evenly.
-      batch_axes: Mesh axes over which the leading dim of the batch is sharded.
-      manual_axes: Mesh axes of which the model's functions use collectives by name.
-      param_specs: How params lie over the manual axes, and outside of blocks over `axis`, as for
-        `value_and_grad`.
+    Arguments are those of `value_and_grad` with the same names; a rank has one stage of each
+    direction, in layers_per_stage as well.
 
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or
@@ -49,7 +39,14 @@ def evaluate(
       TypeError: As `value_and_grad`.
     """
     build = _builder(
-        model, mesh, num_microbatches, axis, layers_per_stage, batch_axes, manual_axes, param_specs
+        model,
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        axis=axis,
+        batch_axes=batch_axes,
+        manual_axes=manual_axes,
+        param_specs=param_specs,
+        layers_per_stage=layers_per_stage,
     )
 
     def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
@@ -63,34 +60,22 @@ def evaluate(
 def apply(
     model: Model,
     *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: Mesh,
     num_microbatches: int,
     axis: str = "pipe",
-    layers_per_stage: Sequence[int] | None = None,
     output: Callable[..., PyTree] | None = None,
-    batch_axes: str | tuple[str, ...] = (),
-    manual_axes: str | tuple[str, ...] = (),
+    batch_axes: AxisNames = (),
+    manual_axes: AxisNames = (),
     param_specs: PyTree = None,
+    layers_per_stage: Sequence[int] | None = None,
 ) -> Callable[..., PyTree]:
     """Makes the pipelined forward of a model whose outputs are wanted: forwards from both ends.
 
-    Of the model, head and weight are not used, and what blocks give beside x is left out.
-
-    Args:
-      model: The model, as pure functions.
-      mesh: The devices.
-      num_microbatches: Microbatches of the batch (on each shard of it), over both directions.
-      axis: The mesh axis over which the layers are spread.
-      layers_per_stage: How many layers each rank has of a direction's, in model order; None spreads
-        them evenly.
-      output: `(ends, x, ctx) -> outputs`, in the place of head, with head's context: any pytree of
-        arrays whose leading dim is the microbatch's rows, such as logits. None for x itself, as it
-        leaves the last block.
-      batch_axes: Mesh axes over which the leading dim of the batch is sharded.
-      manual_axes: Mesh axes of which the model's functions use collectives by name. Over one that
-        is not one of batch_axes, all devices must come to the same outputs.
-      param_specs: How params lie over the manual axes, and outside of blocks over `axis`, as for
-        `value_and_grad`.
+    Head and weight of the model are not used, and all that blocks give beside x is left out. In the
+    place of head is `output`, `(ends, x, ctx) -> outputs`, with head's context: any pytree of
+    arrays whose leading dim is the microbatch's rows, such as logits. None is for x itself, as it
+    leaves the last block. All other arguments are those of `evaluate`. Over one of manual_axes that
+    is not one of batch_axes, all devices must come to the same outputs.
 
     Returns:
       `(params, batch, *, rng=None) -> outputs`, each leaf `[B, ...]` in the order of the batch.
@@ -111,13 +96,13 @@ def apply(
         )
     build = _builder(
         model,
-        mesh,
-        num_microbatches,
-        axis,
-        layers_per_stage,
-        batch_axes,
-        manual_axes,
-        param_specs,
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        axis=axis,
+        batch_axes=batch_axes,
+        manual_axes=manual_axes,
+        param_specs=param_specs,
+        layers_per_stage=layers_per_stage,
         output=_hidden if output is None else output,
     )
 
@@ -129,32 +114,24 @@ def apply(
 
 
 def _builder(
-    model: Any,
-    mesh: Any,
-    num_microbatches: Any,
-    axis: Any,
-    layers_per_stage: Any,
-    batch_axes: Any,
-    manual_axes: Any,
-    param_specs: Any,
-    **more: Any,
+    model: Model,
+    *,
+    num_microbatches: int,
+    param_specs: PyTree,
+    layers_per_stage: Sequence[int] | None,
+    output: Callable[..., PyTree] | None = None,
+    **where: Any,
 ) -> Builder:
-    """Checks what the user gave, and compiles the order of forwards from both ends."""
-    _validate.is_model(model)
-    axes = Axes.checked(mesh, axis, batch_axes, manual_axes)
-    _validate.positive_int("num_microbatches", num_microbatches)
-    num_ranks = mesh.shape[axis]
-    program = forward_only(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    axes = checked(model, num_microbatches=num_microbatches, **where)
+    num_ranks = axes.mesh.shape[axes.axis]
     return Builder(
+        model,
         axes=axes,
-        tables_of=lambda **_: compile_program(program).tables,
-        has_full_backward=lambda **_: False,
-        model=model,
+        program=Forward(num_ranks=num_ranks, num_microbatches=num_microbatches),
         block=block_of(model, "none"),
         param_specs=param_specs,
-        # Of forwards alone each rank has one stage of a direction.
         layers_per_stage=stage_sizes(layers_per_stage, num_stages=num_ranks, where=", one a rank"),
-        **more,
+        output=output,
     )
 
 

@@ -8,6 +8,7 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax._api import value_and_grad
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._gpt import GPT
 from dualpipe_jax._preflight import Report, preflight
 
@@ -19,7 +20,7 @@ def rehearse(
     topology: str,
     ranks: int,
     schedule: str,
-    timetable: str | None,
+    overlap: Any,
     microbatch: int,
     microbatches: int,
     remat: str,
@@ -33,7 +34,7 @@ def rehearse(
       topology: As `preflight` takes it.
       ranks: Devices of the pipeline.
       schedule: A name of `schedules.names()`.
-      timetable: As `value_and_grad` takes it.
+      overlap: As of `Execution`.
       microbatch: Windows of text a microbatch.
       microbatches: Microbatches a step.
       remat: `"none"` or `"block"`.
@@ -52,7 +53,7 @@ def rehearse(
         mesh=mesh,
         num_microbatches=microbatches,
         schedule=schedule,
-        timetable=timetable,
+        execution=Execution(overlap=overlap),
         axis=_AXIS,
         remat=remat,
     )

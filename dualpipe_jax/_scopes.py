@@ -7,6 +7,7 @@ segment of the timetable, then the action. What reads compiled programs finds th
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 # Segments: ticks that each rank runs by its opcode, and beats, the same code on all ranks.
 RAMP, STEADY = "dualpipe.ramp", "dualpipe.steady"
@@ -22,7 +23,7 @@ SEND = "dualpipe.send"
 
 
 def of_layers(count: int) -> str:
-    """Makes the name under which a loop over so many layers of a stage stands.
+    """Makes the name under which a loop of so many trips over the layers of a stage stands.
 
     Which ranks run it in a tick, and over which of them, the loop is told as it runs.
     """
@@ -30,7 +31,7 @@ def of_layers(count: int) -> str:
 
 
 def read_layers(op_name: str) -> int | None:
-    """Reads over how many layers a loop runs off its name.
+    """Reads off its name how many trips a loop over layers makes.
 
     >>> read_layers("jit(step)/dualpipe.ramp/dualpipe.layers.8/while")
     8
@@ -59,26 +60,46 @@ def read_schedule(op_name: str) -> tuple[str, int, int] | None:
     return (found[1], int(found[2]), int(found[3])) if found else None
 
 
-def of_placement(costs: Sequence[float | None], layers_of_stage: Sequence[int]) -> str:
+def of_placement(
+    costs: Sequence[float | None], layers_of_stage: Sequence[int], execution: Sequence[Any]
+) -> str:
     """Makes the name under which a step stands whose actions were placed by these costs.
 
-    >>> of_placement([1.0, 2.25, 0.75, None], [2, 2])
-    'dualpipe.placed.1.0_2.25_0.75_none.2x2'
+    >>> of_placement([1.0, 2.25, 0.75, None], [2, 2], [True, 3, False, "store"])
+    'dualpipe.placed.1.0_2.25_0.75_none.2x2.true_3_false_store'
     """
     written = "_".join("none" if cost is None else repr(float(cost)) for cost in costs)
+    choices = "_".join(str(choice).lower() for choice in execution)
     runs = [(size, len(list(run))) for size, run in itertools.groupby(layers_of_stage)]
-    return f"dualpipe.placed.{written}.{'_'.join(f'{count}x{size}' for size, count in runs)}"
+    sizes = "_".join(f"{count}x{size}" for size, count in runs)
+    return f"dualpipe.placed.{written}.{sizes}.{choices}"
 
 
-def read_placement(op_name: str) -> tuple[tuple[float | None, ...], tuple[int, ...]] | None:
-    """Reads costs and the layers of stages off an instruction's name.
+class Placement(NamedTuple):
+    """What `of_placement` was given."""
 
-    >>> read_placement("jit(step)/dualpipe.placed.1.0_2.25_0.75_none.2x2_1x3/shard_map/while")
-    ((1.0, 2.25, 0.75, None), (2, 2, 3))
+    costs: tuple[float | None, ...]
+    layers_of_stage: tuple[int, ...]
+    execution: tuple[Any, ...]
+
+
+def read_placement(op_name: str) -> Placement | None:
+    """Reads costs, the layers of stages and the execution off an instruction's name.
+
+    >>> name = of_placement([1.0, 0.75, None], [2, 2, 3], ["two-tick", 3, False, "store"])
+    >>> read_placement(f"jit(step)/{name}/shard_map/while")
+    Placement(costs=(1.0, 0.75, None), layers_of_stage=(2, 2, 3),
+      execution=('two-tick', 3, False, 'store'))
     """
-    found = re.search(r"dualpipe\.placed\.([^/)]+)\.([\dx_]+)(?:[/)]|$)", op_name)
+    found = re.search(r"dualpipe\.placed\.([^/)]+)\.([\dx_]+)\.([\w-]+)(?:[/)]|$)", op_name)
     if found is None:
         return None
     costs = tuple(None if cost == "none" else float(cost) for cost in found[1].split("_"))
     runs = (map(int, run.split("x")) for run in found[2].split("_"))
-    return costs, tuple(size for count, size in runs for _ in range(count))
+    sizes = tuple(size for count, size in runs for _ in range(count))
+    known: dict[str, Any] = {"none": None, "true": True, "false": False}
+    choices = tuple(
+        int(choice) if choice.isdigit() else known.get(choice, choice)
+        for choice in found[3].split("_")
+    )
+    return Placement(costs, sizes, choices)

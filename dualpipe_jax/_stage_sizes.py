@@ -60,20 +60,6 @@ def first_half(num_layers: Any) -> Any:
     return (num_layers + 1) // 2
 
 
-def stages_of_one_layer(
-    num_layers: int, num_stages: int, sizes: tuple[int, ...] | None
-) -> frozenset[int]:
-    """Finds the stages whose full backwards have no halves.
-
-    >>> [sorted(stages_of_one_layer(num_layers, 4, None)) for num_layers in (8, 7, 4)]
-    [[], [3], [0, 1, 2, 3]]
-    >>> sorted(stages_of_one_layer(8, 4, (3, 1, 2, 2)))
-    [1]
-    """
-    sizes = sizes or spread_evenly(num_layers, num_stages)
-    return frozenset(stage for stage, size in enumerate(sizes) if size == 1)
-
-
 def spread_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """Counts the layers of each stage, of which the first ones get one more if they do not divide.
 

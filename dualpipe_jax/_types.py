@@ -7,6 +7,9 @@ from typing import Any
 import jax
 
 PyTree = Any
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+# A mesh axis, or several.
+AxisNames = str | tuple[str, ...]
 
 
 @jax.tree_util.register_dataclass

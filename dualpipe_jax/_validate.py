@@ -35,12 +35,6 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def optional_flag(name: str, value: Any) -> None:
-    """Requires True, False or None."""
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: must be True, False or None, got {show(value)}")
-
-
 def is_model(model: Any) -> None:
     """Requires a Model."""
     if not isinstance(model, Model):

@@ -4,12 +4,14 @@ Every schedule takes any number of ranks and of microbatches, from 1.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+from dualpipe_jax._execution import timetable_of
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.generators import interleaved_one_f_one_b as _interleaved
 from dualpipe_jax._schedule.grammar import parse_program
-from dualpipe_jax._schedule.ir import TIMETABLES, Program
+from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.ir import Timeline as Timeline
 
 __all__ = [
@@ -23,7 +25,6 @@ __all__ = [
     "make",
     "names",
     "one_f_one_b",
-    "timetables",
     "zb_h1",
 ]
 
@@ -94,35 +95,38 @@ class Schedule:
         schedule.compiled()  # or raises
         return schedule
 
-    def timeline(self, *, timetable: str = "shortest") -> Timeline:
+    def timeline(self, *, overlap: bool | Literal["two-tick"] = False) -> Timeline:
         """Gives every action its tick, if forwards, input grads and weight grads take one each.
 
         >>> schedule = dualpipe(num_ranks=4, num_microbatches=16)
         >>> schedule.timeline().num_ticks
         49
-        >>> aligned = schedule.timeline(timetable="aligned")
+        >>> aligned = schedule.timeline(overlap=True)
         >>> aligned.num_ticks, len(aligned.beats)
         (49, 10)
 
         Args:
-            timetable: `"shortest"`, every action as soon as it can; or `"aligned"`, up to the end
-                of a run of beats, in which every rank runs a pair, a pair in three adjacent ticks
-                and all pairs at the same tick modulo 3. Where there is no such run, and without
-                pairs, the two are the same. Or `"two-tick"`, for GPUs: every action as soon as it
-                can, but what another rank makes is read in the second tick after that or later.
+            overlap: As of `Execution`. False, the shortest timetable: every action as soon as it
+                can. True, the aligned one: up to the end of a run of beats, in which every rank
+                runs a pair, a pair in three adjacent ticks and all pairs at the same tick modulo
+                3; where there is no such run, and without pairs, the two are the same.
+                `"two-tick"`, for GPUs: every action as soon as it can, but what another rank makes
+                is read in the second tick after that or later.
 
         Raises:
             ValueError: if the schedule cannot run or be aligned, or there is no such timetable.
+            TypeError: if overlap is of another type.
         """
-        return self.compiled(timetable=timetable).timeline
+        return self.compiled(overlap=overlap).timeline
 
-    def compiled(self, *, timetable: str = "shortest") -> Compiled:
+    def compiled(self, *, overlap: bool | Literal["two-tick"] = False) -> Compiled:
         """Compiles it to the tables that the executor runs, once for each timetable.
 
         Raises:
             ValueError: if the schedule cannot run or be aligned, or there is no such timetable.
+            TypeError: if overlap is of another type.
         """
-        return compile_program(self.program, timetable=timetable)
+        return compile_program(self.program, timetable=timetable_of(overlap))
 
 
 def gpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -223,8 +227,3 @@ def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
 def names() -> tuple[str, ...]:
     """Lists the names that `make` knows."""
     return tuple(GENERATORS)
-
-
-def timetables() -> tuple[str, ...]:
-    """Lists the timetables that `Schedule.timeline` knows."""
-    return TIMETABLES

@@ -1,6 +1,7 @@
 """The one list of schedules and sizes over which every contract test runs."""
 
 from functools import cache
+from typing import Any
 
 from dualpipe_jax import schedules
 from dualpipe_jax._schedule.compile import Compiled, compile_program
@@ -39,8 +40,8 @@ def compiled(
     )
 
 
-def has_run(name: str, num_ranks: int, num_microbatches: int, timetable: str | None) -> bool:
-    """Whether a step takes a straight-line run of beats: of what is to cover runs, it must."""
-    if timetable != "aligned":
+def has_run(name: str, num_ranks: int, num_microbatches: int, overlap: Any) -> bool:
+    """Whether a step takes a straight-line run of beats: all that is to cover runs must."""
+    if not overlap:
         return False
     return compiled(name, num_ranks, num_microbatches, "aligned").tables.steady is not None

@@ -62,7 +62,7 @@ class Case(NamedTuple):
     num_ranks: int
     num_microbatches: int
     num_layers: int
-    timetable: str = "shortest"
+    overlap: bool = False
     remat: str = "none"
 
     def __str__(self) -> str:
@@ -78,17 +78,17 @@ CASES = [
     Case("1f1b", 3, 3, 4),
     Case("gpipe", 2, 2, 2),
     # Straight-line beats: unrolled, in one loop, in loops of their own.
-    Case("dualpipe", 2, 6, 4, "aligned", "block"),
-    Case("dualpipe", 2, 6, 10, "aligned"),
-    Case("dualpipe", 2, 6, 5, "aligned"),
-    Case("dualpipev", 1, 4, 4, "aligned"),
+    Case("dualpipe", 2, 6, 4, True, "block"),
+    Case("dualpipe", 2, 6, 10, True),
+    Case("dualpipe", 2, 6, 5, True),
+    Case("dualpipev", 1, 4, 4, True),
 ]
 
 
 def test_cases_cover() -> None:
     assert {case.schedule for case in CASES} == set(NAMES)
-    aligned = [case for case in CASES if case.timetable == "aligned"]
-    assert all(has_run(*case[:3], "aligned") for case in aligned)
+    aligned = [case for case in CASES if case.overlap is True]
+    assert all(has_run(*case[:3], True) for case in aligned)
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_equals_sequential(case: Case) -> None:
         mesh=make_mesh(case.num_ranks),
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
-        timetable=case.timetable,
+        execution=dpj.Execution(overlap=case.overlap),
         remat=case.remat,
     )
     got = jax.jit(grad_fn)(params, batch)
@@ -122,9 +122,12 @@ def test_beats_for_accelerators(monkeypatch: pytest.MonkeyPatch, num_layers: int
     monkeypatch.setattr(settings, "platform_of", lambda mesh: "tpu")
     params, batch = make_params(num_layers), make_batch(6)
     grad_fn = dpj.value_and_grad(
-        MODEL, mesh=make_mesh(2), num_microbatches=6, timetable="aligned", full_backward=False
+        MODEL,
+        mesh=make_mesh(2),
+        num_microbatches=6,
+        execution=dpj.Execution(overlap=True, split_backward=True),
     )
-    assert has_run("dualpipe", 2, 6, "aligned")
+    assert has_run("dualpipe", 2, 6, True)
     assert_close(jax.jit(grad_fn)(params, batch), expected(MODEL, params, batch, 6))
 
 

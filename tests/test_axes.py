@@ -145,25 +145,25 @@ EXPERT_SPECS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axes", "remat", "kind", "num_microbatches", "timetable"),
+    ("axes", "remat", "kind", "num_microbatches", "overlap"),
     [
         ({"pipe": 2, "expert": 4}, "none", AxisType.Explicit, 4, None),
         ({"pipe": 2, "expert": 4}, "block", AxisType.Auto, 4, None),
-        ({"pipe": 2, "expert": 4}, "none", AxisType.Explicit, 6, "aligned"),
+        ({"pipe": 2, "expert": 4}, "none", AxisType.Explicit, 6, True),
     ],
 )
 def test_expert_parallel(
-    axes: Any, remat: str, kind: AxisType, num_microbatches: int, timetable: Any
+    axes: Any, remat: str, kind: AxisType, num_microbatches: int, overlap: Any
 ) -> None:
     """Two all-to-alls in the block; rows and experts lie over the same axis."""
-    assert has_run("dualpipe", 2, num_microbatches, timetable) == (timetable == "aligned")
+    assert has_run("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
     params, batch = make_params(**EXPERT_SHAPES), make_batch(num_microbatches * EXPERTS)
     mesh = make_mesh(kind, **axes)
     grad_fn = dpj.value_and_grad(
         model_of(expert_parallel, block_has_aux=True),
         mesh=mesh,
         num_microbatches=num_microbatches,
-        timetable=timetable,
+        execution=dpj.Execution(overlap=overlap),
         remat=remat,
         batch_axes="expert",
         manual_axes="expert",
@@ -255,18 +255,18 @@ TENSOR_GRAD_SPECS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axes", "schedule", "kind", "num_microbatches", "timetable"),
+    ("axes", "schedule", "kind", "num_microbatches", "overlap"),
     [
         ({"pipe": 4, "model": 2}, "dualpipe", AxisType.Auto, 4, None),
         ({"pipe": 2, "data": 2, "model": 2}, "dualpipev", AxisType.Explicit, 4, None),
-        ({"pipe": 2, "data": 2, "model": 2}, "dualpipev", AxisType.Auto, 5, "aligned"),
+        ({"pipe": 2, "data": 2, "model": 2}, "dualpipev", AxisType.Auto, 5, True),
     ],
 )
 def test_tensor_parallel(
-    axes: Any, schedule: str, kind: AxisType, num_microbatches: int, timetable: Any
+    axes: Any, schedule: str, kind: AxisType, num_microbatches: int, overlap: Any
 ) -> None:
     """Rows are the same on all devices of the axis; a sum in the block, and in the head."""
-    assert has_run(schedule, axes["pipe"], num_microbatches, timetable) == (timetable == "aligned")
+    assert has_run(schedule, axes["pipe"], num_microbatches, overlap) == (overlap is True)
     params = make_params(**TENSOR_SHAPES)
     params["ends"]["part"] = params["ends"]["table"] + 0.1
     num_shards = axes.get("data", 1)
@@ -280,7 +280,7 @@ def test_tensor_parallel(
         mesh=mesh,
         num_microbatches=num_microbatches,
         schedule=schedule,
-        timetable=timetable,
+        execution=dpj.Execution(overlap=overlap),
         manual_axes=("model",),
         param_specs=TENSOR_SPECS,
         **more,

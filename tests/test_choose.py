@@ -2,6 +2,9 @@
 
 import itertools
 import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +21,11 @@ from dualpipe_jax._choose import (
     in_order,
     memory_of,
 )
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate import Costs, durations_of, simulate
+from dualpipe_jax._simulate import Costs, simulate
+from dualpipe_jax._simulate.simulation import durations_of
 from dualpipe_jax._split_vjp import split_vjp
 from dualpipe_jax._types import Aux
 from tests.hlo import AS_EVER
@@ -35,8 +40,15 @@ def tables_of(name: str, num_ranks: int, num_microbatches: int, **options) -> Ta
     return compile_program(made.program, **options).tables
 
 
-def terms_of(tables: Tables, num_layers: int) -> dict[str, float]:
-    terms = memory_of(tables, num_layers=num_layers, layer=LAYER, parameters=PARAMETERS)
+SIZES = {"layer": LAYER, "parameters": PARAMETERS}
+STORE, RECOMPUTE = (
+    Execution(overlap=False, split_backward=True, deferred=each) for each in ("store", "recompute")
+)
+FULL = Execution(overlap=False, split_backward=False, deferred="store")
+
+
+def terms_of(tables: Tables, num_layers: int, execution: Execution = STORE) -> dict[str, float]:
+    terms = memory_of(tables, execution, num_layers=num_layers, **SIZES)
     return {term.name: term.num_bytes for term in terms}
 
 
@@ -79,8 +91,9 @@ def test_deferred_weight_grads_keep_less_if_they_recompute() -> None:
     recomputes = tables_of("zb-h1", 4, 8, stash_deferred=False)
     assert terms_of(keeps, 4)["stash"] == keeps.num_slots["stash"] * 1_000 == 4_000
     assert terms_of(keeps, 4)["deferred"] == 0
-    assert terms_of(recomputes, 4)["stash"] == 1_000
-    assert terms_of(recomputes, 4)["deferred"] == recomputes.num_slots["deferred"] * 10_000
+    terms = terms_of(recomputes, 4, RECOMPUTE)
+    assert terms["stash"] == 1_000
+    assert terms["deferred"] == recomputes.num_slots["deferred"] * 10_000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,7 +204,12 @@ def test_memory_is_about_what_the_program_takes(name: str, remat: str) -> None:
         "blocks": {n: aval((L, *shape), "pipe") for n, shape in shapes.items()},
     }
     step = dpj.value_and_grad(
-        model, mesh=mesh, num_microbatches=N, schedule=name, remat=remat, full_backward=False
+        model,
+        mesh=mesh,
+        num_microbatches=N,
+        schedule=name,
+        remat=remat,
+        execution=Execution(split_backward=True),
     )
     program = jax.jit(step).lower(params, jax.ShapeDtypeStruct((N, T), jnp.int32)).compile(AS_EVER)
     memory = program.memory_analysis()
@@ -203,6 +221,7 @@ def test_memory_is_about_what_the_program_takes(name: str, remat: str) -> None:
     )
     terms = memory_of(
         tables_of(name, P, N, stash_deferred=remat == "none"),
+        STORE if remat == "none" else RECOMPUTE,
         num_layers=L,
         layer=transformer.layer_bytes,
         parameters=parameters,
@@ -231,35 +250,38 @@ def test_costs_count_multiplications() -> None:
 # ---- the order
 
 
+def options_of(*, num_layers: int, recomputes: bool = False) -> dict[str, Any]:
+    """The other arguments of `choices_of`."""
+    return {
+        "num_layers": num_layers,
+        "transfer": 0.1,
+        "recomputes": recomputes,
+        "terms_of": partial(memory_of, num_layers=num_layers, **SIZES),
+        "remat": "block" if recomputes else "none",
+    }
+
+
 def choose(names=NAMES, *, limit: float = math.inf, costs: Costs | None = None) -> list[Choice]:
     choices = []
     for name in names:
         choices += choices_of(
             schedules.make(name, num_ranks=4, num_microbatches=16),
-            num_layers=8,
             costs=costs or Costs(),
-            transfer=0.1,
-            layer=LAYER,
-            parameters=PARAMETERS,
             limit=limit,
+            **options_of(num_layers=8),
         )
     return in_order(choices)
 
 
-def test_the_fastest_comes_first_and_both_timetables_where_they_differ() -> None:
+def test_the_fastest_comes_first_with_a_run_of_beats_and_without() -> None:
     choices = choose()
     # In order but for the last bits of sums.
     makespans = [float(f"{choice.simulation.makespan:.9g}") for choice in choices]
     assert makespans == sorted(makespans)
-    assert (choices[0].simulation.schedule, choices[0].simulation.timetable) == (
-        "dualpipe",
-        "aligned",
-    )
-    found = {(c.simulation.schedule, c.simulation.timetable) for c in choices}
+    assert (choices[0].schedule, choices[0].execution.overlap) == ("dualpipe", True)
+    found = {(c.schedule, c.execution.overlap) for c in choices}
     paired = ("dualpipe", "dualpipev")
-    assert sorted(found) == sorted(
-        [(name, "shortest") for name in NAMES] + [(name, "aligned") for name in paired]
-    )
+    assert found == {(name, False) for name in NAMES} | {(name, True) for name in paired}
     assert all(choice.fits for choice in choices)
 
 
@@ -268,11 +290,10 @@ def test_slots_are_those_of_the_program_that_is_timed() -> None:
     made = schedules.make("dualpipe", num_ranks=4, num_microbatches=16)
     costs = Costs(input_grad=2.08, weight_grad=0.84)
     durations = durations_of(made, costs, transfer=0.1, layers_of_stage=(4,) * 4)
-    sizes = {"num_layers": 16, "layer": LAYER, "parameters": PARAMETERS}
     (choice,) = (
         each
-        for each in choices_of(made, costs=costs, transfer=0.1, limit=math.inf, **sizes)
-        if each.simulation.timetable == "aligned" and not each.full_backward
+        for each in choices_of(made, costs=costs, limit=math.inf, **options_of(num_layers=16))
+        if each.execution.overlap and each.execution.split_backward
     )
     placed, plain = (
         compile_program(made.program, timetable="aligned", durations=each).tables
@@ -288,7 +309,7 @@ def test_what_does_not_fit_comes_last_and_says_which_term() -> None:
     choices = choose(limit=most)
     fits = [choice.fits for choice in choices]
     assert fits == sorted(fits, reverse=True)
-    *_, gpipe = (c for c in choices if c.simulation.schedule == "gpipe")
+    *_, gpipe = (c for c in choices if c.schedule == "gpipe")
     assert not gpipe.fits
     assert "too large: most of it is " in gpipe.why
     last = max(gpipe.terms, key=lambda term: term.num_bytes)
@@ -301,9 +322,9 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
 
     def kinds(costs: Costs, num_layers: int = 16) -> dict[bool, Choice]:
         made = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
-        sizes = {"num_layers": num_layers, "layer": LAYER, "parameters": PARAMETERS}
-        choices = choices_of(made, costs=costs, transfer=0.1, limit=math.inf, **sizes)
-        return {choice.full_backward: choice for choice in choices}
+        options = options_of(num_layers=num_layers)
+        choices = choices_of(made, costs=costs, limit=math.inf, **options)
+        return {not choice.execution.split_backward: choice for choice in choices}
 
     # 16 microbatches and three ranks from end to end: 16 * 3 + 3 * (1 + 1) beside 16 * 3 + 3 * (1 +
     # 2) without transfers; if a full backward costs a tenth less, 16 * 4 + 3 * (1 + 2) beside
@@ -320,7 +341,7 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
         costs=cheap_at_once,
         transfer=0.1,
         num_layers=16,
-        full_backward=True,
+        execution=Execution(split_backward=False),
     )
     assert cheap[True].simulation == expected
     # Stages of one layer have no halves, and a stash no larger than what is at hand; as one they
@@ -332,26 +353,12 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
     assert set(kinds(Costs(input_grad=2), num_layers=5)) == {False, True}
     # What is put off has its stash, where that is what it keeps.
     zb = tables_of("zb-h1", 4, 16, stash_deferred=False, full_backward=True)
-    for stash_deferred, num_bytes in ((True, 1_000), (False, 10_000)):
-        terms = memory_of(
-            zb,
-            num_layers=8,
-            layer=LAYER,
-            parameters=PARAMETERS,
-            full_backward=True,
-            stash_deferred=stash_deferred,
-        )
-        of_name = {term.name: term.num_bytes for term in terms}
-        assert of_name["deferred"] == zb.num_slots["deferred"] * 2 * num_bytes
+    for deferred, num_bytes in (("store", 1_000), ("recompute", 10_000)):
+        terms = terms_of(zb, 8, replace(FULL, deferred=deferred))
+        assert terms["deferred"] == zb.num_slots["deferred"] * 2 * num_bytes
     # In a run of beats a stage's stash is needed still.
-    terms = memory_of(
-        tables_of("dualpipe", 4, 16, timetable="aligned", full_backward=True),
-        num_layers=8,
-        layer=LAYER,
-        parameters=PARAMETERS,
-        full_backward=True,
-    )
-    assert {term.name: term.num_bytes for term in terms}["stash"] == 2 * 1_000
+    tables = tables_of("dualpipe", 4, 16, timetable="aligned", full_backward=True)
+    assert terms_of(tables, 8, replace(FULL, overlap=True))["stash"] == 2 * 1_000
 
 
 def test_losses_are_all_that_is_not_work() -> None:
@@ -379,16 +386,13 @@ def test_deferred_weight_grads_cost_what_they_recompute() -> None:
     assert sum(made.work) == 4 * 8 * 3 + 2 * num_deferred
     (choice,) = choices_of(
         schedule,
-        num_layers=4,
         costs=Costs(recompute=2),
-        transfer=0,
-        layer=LAYER,
-        parameters=PARAMETERS,
         limit=0,
-        stash_deferred=False,
+        **options_of(num_layers=4, recomputes=True),
     )
     assert made.recomputed == choice.simulation.recomputed == pytest.approx(2 * num_deferred / 4)
-    assert choice.losses["recomputed"] == pytest.approx(made.recomputed / made.makespan)
+    makespan = choice.simulation.makespan
+    assert choice.losses["recomputed"] == pytest.approx(made.recomputed / makespan)
     # Nothing is deferred here.
     plain = schedules.make("1f1b", num_ranks=4, num_microbatches=8)
     assert simulate(plain, costs=Costs(recompute=2)).work == simulate(plain).work

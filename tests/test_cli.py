@@ -107,7 +107,7 @@ def test_json_has_the_timeline() -> None:
         "schedule": "dualpipe",
         "ranks": 4,
         "microbatches": 10,
-        "timetable": "shortest",
+        "overlap": False,
         "num_ticks": timeline.num_ticks,
         "num_slots": timeline.num_slots,
         "actions": [list(row) for row in timeline.actions],
@@ -115,10 +115,10 @@ def test_json_has_the_timeline() -> None:
 
 
 def test_aligned_is_another_timetable_of_the_same_order() -> None:
-    aligned = [*SIZES, "--timetable", "aligned"]
-    timeline = MADE.timeline(timetable="aligned")
+    aligned = [*SIZES, "--overlap", "yes"]
+    timeline = MADE.timeline(overlap=True)
     made = json.loads(run(*aligned, "--format", "json").output)
-    assert (made["timetable"], made["num_ticks"]) == ("aligned", 3 * 10 + 4 // 2 - 1)
+    assert (made["overlap"], made["num_ticks"]) == (True, 3 * 10 + 4 // 2 - 1)
     assert made["actions"] == [list(row) for row in timeline.actions]
     output = run(*aligned).output
     assert f"31 ticks, 3.2% idle, aligned: {len(timeline.beats)} beats; slots" in output
@@ -152,7 +152,7 @@ def test_format_is_stronger_than_the_suffix(tmp_path: Path) -> None:
         (["--schedule", "nope"], ["'nope'", *map(repr, schedules.names())]),
         (["--ranks", "0", "--microbatches", "-1"], ["num_ranks=0", "num_microbatches=-1"]),
         (["--ranks", "two"], ["--ranks", "'two'"]),
-        (["--timetable", "longest"], ["'longest'", "'shortest'", "'aligned'"]),
+        (["--overlap", "maybe"], ["'maybe'", "'yes'", "'no'", "'two-tick'"]),
         (["--bogus"], ["--bogus"]),
         (["--output", "/nowhere/a.svg"], ["/nowhere/a.svg", "No such file or directory"]),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import dualpipe_jax as dpj
 from dualpipe_jax import _cli, schedules
 from dualpipe_jax._simulate import Costs, simulate
 from tests.commands import cpu_seconds
@@ -30,7 +31,7 @@ def test_table_ranks_explains_and_ends_with_the_call() -> None:
     result = run("--ranks", "8", "--microbatches", "32")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.output.splitlines()
-    assert lines[0].split()[:3] == ["schedule", "timetable", "step"]
+    assert lines[0].split()[:3] == ["schedule", "overlap", "step"]
     rows = lines[1 : lines.index("")]
     assert {row.split()[1] for row in rows} == set(schedules.names())
     places = [row.split()[0] for row in rows]
@@ -43,14 +44,17 @@ def test_table_ranks_explains_and_ends_with_the_call() -> None:
     assert all("tight: leaves " in row for row in rows[num_fits : num_fits + num_tight])
     assert all("too large: most of it is " in row for row in rows[num_fits + num_tight :])
     assert all("%" in row and "too large" not in row for row in rows[:num_fits])
-    best, timetable = rows[0].split()[1:3]
-    is_full = "full backwards" in rows[0]
+    best, overlap = rows[0].split()[1:3]
+    execution = dpj.Execution(
+        overlap=overlap == "yes",
+        split_backward="full backwards" not in rows[0],
+        deferred="store",
+    )
     assert lines[-1] == (
         f'dpj.value_and_grad(model, mesh=mesh, num_microbatches=32, schedule="{best}", '
-        f'timetable="{timetable}", remat="none", full_backward={is_full})'
+        f'remat="none", execution=dpj.{execution!r})'
     )
-    full = ", full backwards" * is_full
-    assert f"memory of a rank, {best}, {timetable}{full}:" in lines
+    assert f"memory of a rank, {best}, {execution}:" in lines
 
 
 def test_full_backwards_are_named() -> None:
@@ -60,11 +64,11 @@ def test_full_backwards_are_named() -> None:
     assert len(rows) == 1
     assert "full backwards; " in rows[0]
     (choice,) = (c for c in choices_of(*sizes)["choices"] if c["schedule"] == "1f1b")
-    assert choice["full_backward"]
+    assert choice["execution"]["split_backward"] is False
     # With little room it is the best, and the call says how to get it.
     lines = run(*sizes[:4], "--memory", "60GiB").output.splitlines()
-    assert "memory of a rank, 1f1b, shortest, full backwards:" in lines
-    assert lines[-1].endswith("full_backward=True)")
+    assert any(line.startswith("memory of a rank, 1f1b, no overlap, full b") for line in lines)
+    assert "split_backward=False" in lines[-1]
 
 
 def test_json_has_terms_that_add_up_to_the_memory() -> None:
@@ -90,8 +94,7 @@ def test_options_reach_the_simulation(tmp_path: Path) -> None:
             costs=Costs(**COSTS),
             transfer=0.3,
             num_layers=10,
-            timetable=choice["timetable"],
-            full_backward=choice["full_backward"],
+            execution=dpj.Execution(**choice["execution"]),
         )
         assert choice["makespan"] == expected.makespan
     ends = ["--embed", "0.5", "--head", "0.25"]
@@ -121,10 +124,10 @@ def test_remat_recomputes_what_is_deferred_and_takes_less_memory() -> None:
     assert remat["costs"]["input_grad"] == pytest.approx(1 + plain["costs"]["input_grad"])
     least: dict[tuple[str, str], float] = {}
     for choice in plain["choices"]:
-        key = choice["schedule"], choice["timetable"]
+        key = choice["schedule"], choice["execution"]["overlap"]
         least[key] = min(choice["memory"], least.get(key, choice["memory"]))
     for choice in remat["choices"]:
-        assert choice["memory"] < least[choice["schedule"], choice["timetable"]]
+        assert choice["memory"] < least[choice["schedule"], choice["execution"]["overlap"]]
         recomputed = choice["losses"]["recomputed"]
         assert (recomputed > 1e-9) == (choice["schedule"] in ("zb-h1", "dualpipe", "dualpipev"))
 

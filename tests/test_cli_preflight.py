@@ -13,7 +13,7 @@ from tests.test_cli import in_terminal
 from tests.test_package import modules_after
 
 SIZES = ["--ranks", "2", "--microbatches", "8", "--layers", "4", "--width", "16", "--heads", "2"]
-SIZES += ["--context", "8", "--vocabulary", "32", "--microbatch", "1", "--timetable", "aligned"]
+SIZES += ["--context", "8", "--vocabulary", "32", "--microbatch", "1", "--overlap", "yes"]
 ON_CPUS = [*SIZES, "--topology", "cpu:2"]
 
 
@@ -56,7 +56,7 @@ def test_options_reach_the_step() -> None:
         done = run(*ON_CPUS, "--remat", remat, "--format", "json")
         kept[remat] = json.loads(done.stdout)["memory"]["temporaries"]
     assert kept["block"] < kept["none"]
-    done = run(*ON_CPUS, "--schedule", "1f1b", "--timetable", "shortest", "--format", "json")
+    done = run(*ON_CPUS, "--schedule", "1f1b", "--overlap", "no", "--format", "json")
     assert json.loads(done.stdout)["loop"]["kind"] == "ramp"
 
 

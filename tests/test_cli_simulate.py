@@ -6,6 +6,7 @@ import re
 import pytest
 from click.testing import CliRunner, Result
 
+import dualpipe_jax as dpj
 from dualpipe_jax import _cli, schedules
 from dualpipe_jax._simulate import Costs, simulate
 from tests.commands import cpu_seconds
@@ -22,7 +23,7 @@ def test_table_has_a_row_a_schedule() -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.output.splitlines()
     assert lines[0].split() == [
-        *("schedule", "timetable", "makespan", "no", "false", "waits"),
+        *("schedule", "overlap", "makespan", "no", "false", "waits"),
         *("idle", "bubble", "paper", "peak", "live", "copies", "transfers"),
     ]
     assert lines[1].split() == [
@@ -42,15 +43,14 @@ def test_table_has_a_row_a_schedule() -> None:
 def test_fastest_is_the_default_and_named() -> None:
     sizes = ["--microbatches", "64", "--transfer", "0.1", "--format", "json"]
     made = {m["schedule"]: m for m in json.loads(run(*sizes).output)}
-    assert run(*sizes).output == run(*sizes, "--timetable", "fastest").output
-    assert {name: m["timetable"] for name, m in made.items()} == {
-        **dict.fromkeys(schedules.names(), "shortest"),
-        **dict.fromkeys(("dualpipe", "dualpipev"), "aligned"),
+    assert {name: m["execution"]["overlap"] for name, m in made.items()} == {
+        **dict.fromkeys(schedules.names(), False),
+        **dict.fromkeys(("dualpipe", "dualpipev"), True),
     }
-    for timetable in schedules.timetables():
-        for m in json.loads(run(*sizes, "--timetable", timetable).output):
-            assert m["timetable"] == timetable
-            if timetable != "two-tick":  # it is taken on request only
+    for name, overlap in (("yes", True), ("no", False), ("two-tick", "two-tick")):
+        for m in json.loads(run(*sizes, "--overlap", name).output):
+            assert m["execution"]["overlap"] in (overlap, False)  # where there is a run of beats
+            if name != "two-tick":  # it is taken on request only
                 assert m["makespan"] >= made[m["schedule"]]["makespan"]
 
 
@@ -74,7 +74,7 @@ def test_json_has_the_simulations() -> None:
 
 def test_options_reach_the_simulation() -> None:
     sizes = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "10"]
-    sizes += ["--timetable", "aligned"]
+    sizes += ["--overlap", "yes"]
     options = ["--costs", "F=1.5,I=2,W=0.5", "--transfer", "0.25", "--layers", "6"]
     options += ["--embed", "0.5", "--head", "2", "--no-rendezvous"]
     (made,) = json.loads(run(*sizes, *options, "--format", "json").output)
@@ -83,25 +83,25 @@ def test_options_reach_the_simulation() -> None:
         costs=Costs(forward=1.5, input_grad=2, weight_grad=0.5, embed=0.5, head=2),
         transfer=0.25,
         num_layers=6,
-        timetable="aligned",
+        execution=dpj.Execution(overlap=True, split_backward=True),
         rendezvous=False,
     )
-    assert made["timetable"] == "aligned"
+    assert made["execution"]["overlap"] is True
     assert made["makespan"] == expected.makespan
     assert made["dependency_makespan"] == expected.dependency_makespan
     assert made["published_bubble"] is None
     table = run(*sizes, *options).output
-    assert re.search(rf"^dualpipe +aligned +{expected.makespan:g} ", table, flags=re.MULTILINE)
+    assert re.search(rf"^dualpipe +yes +{expected.makespan:g} ", table, flags=re.MULTILINE)
 
 
 def test_full_backwards_are_simulated_and_named() -> None:
     sizes = ["--schedule", "1f1b", "--ranks", "4", "--microbatches", "16"]
     split, full = (
         json.loads(run(*sizes, *more, "--format", "json").output)[0]["makespan"]
-        for more in ((), ("--full-backward",))
+        for more in ((), ("--no-split-backward",))
     )
     assert full > split
-    assert "full backwards" in run(*sizes, "--full-backward").output
+    assert "full backwards" in run(*sizes, "--no-split-backward").output
     assert "full backwards" not in run(*sizes).output
 
 
@@ -138,7 +138,7 @@ def test_narrow_terminal_loses_nothing() -> None:
         (["--transfer", "fast"], ["--transfer", "'fast'"]),
         (["--head", "inf"], ["head=inf"]),
         (["--layers", "3"], ["num_layers=3", "at least the 8 stages"]),
-        (["--timetable", "longest"], ["'longest'", "'shortest'", "'aligned'", "'fastest'"]),
+        (["--overlap", "maybe"], ["'maybe'", "'yes'", "'no'", "'two-tick'"]),
         (["--format", "csv"], ["'csv'", "'table'", "'json'"]),
         (["--bogus"], ["--bogus"]),
     ],

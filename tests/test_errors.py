@@ -352,51 +352,35 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         ValueError,
         ["remat='full'", '"none", "block"', "jax.checkpoint_policies"],
     ),
-    "stash_deferred not a bool": (
-        {"stash_deferred": 1},
-        TypeError,
-        ["stash_deferred=1", "must be True or False"],
-    ),
     "costs not Costs": (
         {"costs": {"forward": 1}},
         TypeError,
         ["costs={'forward': 1}", "must be a dualpipe_jax.Costs, or None"],
     ),
-    "full_backward not a bool": (
-        {"full_backward": 0},
+    "execution not an Execution": (
+        {"execution": "fast"},
         TypeError,
-        ["full_backward=0", "must be True, False or None"],
-    ),
-    "unknown timetable": (
-        {"timetable": "alignd"},
-        ValueError,
-        ["timetable='alignd': must be one of 'shortest', 'aligned'"],
+        ["execution='fast'", "must be a dualpipe_jax.Execution"],
     ),
     "two-tick on TPUs": (
-        {"timetable": "two-tick", "mesh": TPU_MESH},
+        {"execution": dpj.Execution(overlap="two-tick"), "mesh": TPU_MESH},
         ValueError,
         [
-            "timetable='two-tick': must not be used on TPUs",
+            'Execution(overlap="two-tick"): must not be used on TPUs',
             "every rank would wait for its neighbours in every tick",
-            "leave timetable out, or pass 'shortest'",
+            "leave overlap out, or pass False",
         ],
     ),
-    "timetable not a name": ({"timetable": 3}, ValueError, ["timetable=3: must be one of"]),
-    "unroll_layers not a bool": (
-        {"unroll_layers": "yes"},
-        TypeError,
-        ["unroll_layers='yes'", "must be True, False or None, got str 'yes'"],
-    ),
-    "unroll_layers with unlike stages": (
+    "unrolled with unlike stages": (
         {
-            "unroll_layers": True,
+            "execution": dpj.Execution(unroll=True),
             "params": {**PARAMS, "blocks": {"w": jnp.ones((3, D, D)), "b": jnp.ones((3, D))}},
         },
         ValueError,
         [
-            "unroll_layers=True: all stages must have the same kinds of layers",
+            "Execution(unroll=True): all stages must have the same kinds of layers",
             "3 layers are spread over 2 unlike stages of the schedule over 2 ranks",
-            "leave it None",
+            "leave unroll out",
         ],
     ),
     "remat a bool": ({"remat": True}, ValueError, ["remat=True", '"none", "block"']),

@@ -4,6 +4,7 @@ A covering set: every schedule, P in {1, 2, 3, 4, 8}, N odd, < P, = P, 2P, 4P, a
 with every schedule. That the tables are right at every size is the business of tests/schedule.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax import _api
 from dualpipe_jax._kinds import blocks_of
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate import durations_of, simulate, usual_costs
+from dualpipe_jax._simulate import simulate, simulation, usual_costs
+from dualpipe_jax._simulate.simulation import durations_of
 from tests.models import assert_close, make_batch, make_model, make_params
 
 
@@ -28,104 +29,104 @@ class Case(NamedTuple):
     num_layers: int
     features: str = ""
     remat: Any = "none"
-    stash_deferred: bool = False
-    timetable: str | None = None
-    unroll_layers: bool | None = None
-    full_backward: bool | None = None  # None: on CPUs, as here
+    execution: dpj.Execution = dpj.Execution(split_backward=False)
 
     def __str__(self) -> str:
         name = f"{self.schedule}-P{self.num_ranks}-N{self.num_microbatches}-L{self.num_layers}"
         options = {
             "remat": self.remat != "none",
-            "stash_deferred": self.stash_deferred,
-            "loop": self.unroll_layers is False,
-            "split": self.full_backward is False,
-            "two-tick": self.timetable == "two-tick",
+            "store": self.execution.deferred == "store",
+            "loop": self.execution.unroll is False,
+            "by two": self.execution.unroll == 2,
+            "split": self.execution.split_backward,
+            "two-tick": self.execution.overlap == "two-tick",
         }
         return "-".join(
             [name, *self.features.split(), *(o for o, is_on in options.items() if is_on)]
         )
 
 
+SPLIT = dpj.Execution(split_backward=True)
+SPLIT_LOOP = dpj.Execution(split_backward=True, unroll=False)
+LOOP = dpj.Execution(split_backward=False, unroll=False)
+BY_TWO = dpj.Execution(split_backward=False, unroll=2)
+SPLIT_BY_TWO = dpj.Execution(split_backward=True, unroll=2)
+STORE = dpj.Execution(split_backward=False, deferred="store")
 ALL = "dropout weight block_has_aux has_aux pytree"
 DOTS = jax.checkpoint_policies.dots_saveable
 CASES = [
     Case("dualpipe", 1, 1, 1),
-    Case("dualpipe", 1, 4, 3, "dropout weight", full_backward=False),
-    Case("dualpipe", 2, 4, 4, ALL, full_backward=False),
+    Case("dualpipe", 1, 4, 3, "dropout weight", execution=SPLIT),
+    Case("dualpipe", 2, 4, 4, ALL, execution=SPLIT),
     Case("dualpipe", 2, 5, 3, "pytree block_has_aux", "block"),
-    Case(
-        "dualpipe", 2, 8, 12, "weight has_aux", full_backward=False
-    ),  # six layers a stage: in a loop
+    Case("dualpipe", 2, 8, 12, "weight has_aux", execution=SPLIT),  # six layers a stage: in a loop
     Case("dualpipe", 3, 2, 3, "has_aux"),
-    Case("dualpipe", 3, 6, 7, ALL, full_backward=False),
-    Case("dualpipe", 3, 12, 3, "weight", DOTS, stash_deferred=True),
+    Case("dualpipe", 3, 6, 7, ALL, execution=SPLIT),
+    Case("dualpipe", 3, 12, 3, "weight", DOTS, execution=STORE),
     Case("dualpipe", 4, 3, 6, "dropout"),
     Case("dualpipe", 4, 4, 4, "block_has_aux"),
-    Case("dualpipe", 4, 8, 8, ALL, "block", full_backward=False),
-    Case("dualpipe", 4, 9, 4, "pytree", full_backward=False),
+    Case("dualpipe", 4, 8, 8, ALL, "block", execution=SPLIT),
+    Case("dualpipe", 4, 9, 4, "pytree", execution=SPLIT),
     Case("dualpipe", 4, 16, 9, "weight block_has_aux"),
     Case("dualpipe", 8, 5, 8, "dropout has_aux"),
     Case("dualpipe", 8, 8, 11, "pytree weight"),
-    Case("dualpipe", 8, 16, 8, ALL, full_backward=False),  # values sent later
+    Case("dualpipe", 8, 16, 8, ALL, execution=SPLIT),  # values sent later
     Case("1f1b", 1, 2, 2, "has_aux pytree"),
-    Case("1f1b", 2, 4, 5, ALL, "block"),
-    Case("1f1b", 3, 5, 3, "weight", full_backward=False),
-    Case("1f1b", 4, 4, 8, "dropout block_has_aux", full_backward=False),
+    Case("1f1b", 2, 4, 5, ALL, "block", BY_TWO),
+    Case("1f1b", 3, 5, 3, "weight", execution=SPLIT),
+    Case("1f1b", 4, 4, 8, "dropout block_has_aux", execution=SPLIT),
     Case("1f1b", 4, 16, 4, ALL),
     Case("1f1b", 8, 3, 8, "pytree"),
     Case("gpipe", 1, 3, 2, "weight"),
-    Case("gpipe", 2, 1, 4, ALL, full_backward=False),
-    Case("gpipe", 3, 6, 5, "block_has_aux dropout", "block", full_backward=False),
+    Case("gpipe", 2, 1, 4, ALL, execution=SPLIT),
+    Case("gpipe", 3, 6, 5, "block_has_aux dropout", "block", execution=SPLIT),
     Case("gpipe", 4, 8, 4, "pytree has_aux"),
     Case("gpipe", 8, 8, 9, ALL),
     Case("dualpipev", 1, 3, 4, "weight pytree"),  # two stages on one rank
-    Case("dualpipev", 2, 4, 8, ALL, full_backward=False),
+    Case("dualpipev", 2, 4, 8, ALL, execution=SPLIT),
     Case("dualpipev", 3, 2, 6, "has_aux", "block"),
     Case("dualpipev", 4, 8, 12, "dropout block_has_aux"),  # stages of two layers and of one
-    Case("interleaved-1f1b", 2, 3, 5, ALL, full_backward=False),
+    Case("interleaved-1f1b", 2, 3, 5, ALL, execution=SPLIT),
     Case("interleaved-1f1b", 3, 2, 6, "weight"),
     Case("interleaved-1f1b", 4, 8, 8, "pytree has_aux", "block"),
     Case("zb-h1", 2, 5, 4, "weight block_has_aux"),
-    Case("zb-h1", 3, 4, 3, "has_aux", full_backward=False),
+    Case("zb-h1", 3, 4, 3, "has_aux", execution=SPLIT),
     Case("zb-h1", 3, 6, 7, "pytree", "block"),
-    Case("zb-h1", 3, 2, 4, "pytree", "block", stash_deferred=True),
-    Case("zb-h1", 4, 8, 4, ALL, "block", full_backward=False),
+    Case("zb-h1", 3, 2, 4, "pytree", "block", execution=STORE),
+    Case("zb-h1", 4, 8, 4, ALL, "block", execution=SPLIT),
     Case("chimera", 2, 1, 3, "has_aux weight"),
-    Case("chimera", 3, 6, 3, ALL, full_backward=False),
+    Case("chimera", 3, 6, 3, ALL, execution=SPLIT),
     Case("chimera", 4, 4, 8, "dropout pytree", "block"),
 ]
 # Sizes with a straight-line run of beats: layers unrolled, in one loop, and in loops of their own.
 RUN_CASES = [
-    case._replace(timetable="aligned")
+    case._replace(execution=replace(case.execution, overlap=True))
     for case in (
         Case("dualpipe", 2, 8, 4, ALL),
-        Case(
-            "dualpipe", 2, 8, 12, "weight has_aux pytree", "block", full_backward=False
-        ),  # six layers a stage
-        Case("dualpipe", 3, 12, 6, "pytree weight", DOTS, stash_deferred=True),
-        Case(
-            "dualpipe", 4, 8, 11, "dropout block_has_aux pytree", full_backward=False
-        ),  # unlike stages
-        Case("dualpipe", 4, 10, 8, ALL, unroll_layers=False),
-        Case("dualpipe", 8, 18, 8, "weight has_aux", "block", stash_deferred=True),
+        # Six layers a stage.
+        Case("dualpipe", 2, 8, 12, "weight has_aux pytree", "block", SPLIT_BY_TWO),
+        Case("dualpipe", 3, 12, 6, "pytree weight", DOTS, execution=STORE),
+        # Unlike stages.
+        Case("dualpipe", 4, 8, 11, "dropout block_has_aux pytree", execution=BY_TWO),
+        Case("dualpipe", 4, 10, 8, ALL, execution=LOOP),
+        Case("dualpipe", 8, 18, 8, "weight has_aux", "block", execution=STORE),
         Case("dualpipev", 1, 4, 4, "dropout block_has_aux"),  # a rank that is its own neighbour
         Case("dualpipev", 2, 5, 8, ALL, "block"),
-        Case("dualpipev", 3, 9, 8, "weight pytree", "block", full_backward=False),  # unlike stages
-        Case("dualpipev", 4, 10, 16, "has_aux", unroll_layers=False, full_backward=False),
+        Case("dualpipev", 3, 9, 8, "weight pytree", "block", execution=SPLIT),  # unlike stages
+        Case("dualpipev", 4, 10, 16, "has_aux", execution=SPLIT_LOOP),
     )
 ]
 # Every schedule, on two to four ranks, an odd number of microbatches.
 TWO_TICK_CASES = [
-    case._replace(timetable="two-tick")
+    case._replace(execution=replace(case.execution, overlap="two-tick"))
     for case in (
         Case("gpipe", 3, 5, 4, "weight"),
         Case("1f1b", 4, 7, 8, "dropout"),
-        Case("1f1b", 2, 3, 12, "has_aux", full_backward=False),  # six layers a stage: in a loop
+        Case("1f1b", 2, 3, 12, "has_aux", execution=SPLIT),  # six layers a stage: in a loop
         Case("interleaved-1f1b", 3, 5, 6, "pytree"),  # round the ring
         Case("zb-h1", 4, 5, 8, "weight", "block"),
         Case("chimera", 2, 5, 4, "pytree block_has_aux"),
-        Case("dualpipe", 3, 7, 7, "has_aux weight", full_backward=False),
+        Case("dualpipe", 3, 7, 7, "has_aux weight", execution=SPLIT),
         Case("dualpipev", 4, 9, 8, ALL),
     )
 ]
@@ -152,18 +153,20 @@ def test_covering_set_covers() -> None:
         mine = [case for case in CASES if case.schedule == name]
         assert {feature for case in mine for feature in case.features.split()} == set(ALL.split())
         assert any(case.remat == "block" for case in mine)
-        assert not all(case.stash_deferred for case in mine if case.remat == "block")
+        assert not all(case.execution.deferred for case in mine if case.remat == "block")
         stages = {"dualpipev": 2, "interleaved-1f1b": 2}.get(name, 1)
         assert any(case.num_layers % (case.num_ranks * stages) for case in mine)
         assert any(case.num_microbatches % 2 for case in mine)
         assert any(case.num_microbatches < case.num_ranks for case in mine)
-        assert {case.full_backward for case in mine} == {None, False}
+        assert {case.execution.split_backward for case in mine} == {True, False}
     # What is put off is kept, in slots among others or its own, or recomputed.
     put_off = [case for case in CASES if case.schedule in ("dualpipe", "zb-h1")]
-    found = {(case.full_backward, case.remat, case.stash_deferred) for case in put_off}
-    assert found >= {(full, "none", False) for full in (None, False)}
-    assert found >= {(full, "block", False) for full in (None, False)}
-    assert (None, "block", True) in found
+    found = {
+        (case.execution.split_backward, case.remat, case.execution.deferred) for case in put_off
+    }
+    assert found >= {(is_split, "none", None) for is_split in (True, False)}
+    assert found >= {(is_split, "block", None) for is_split in (True, False)}
+    assert (False, "block", "store") in found
 
 
 def test_runs_have_beats() -> None:
@@ -171,21 +174,21 @@ def test_runs_have_beats() -> None:
     for case in RUN_CASES:
         sizes = {"num_ranks": case.num_ranks, "num_microbatches": case.num_microbatches}
         made = dpj.schedules.make(case.schedule, **sizes)
-        assert made.compiled(timetable="aligned").tables.steady is not None, case
+        assert made.compiled(overlap=True).tables.steady is not None, case
         assert made.compiled().tables.steady is None, case
     assert {case.num_ranks for case in RUN_CASES} == {1, 2, 3, 4, 8}
     for name in ("dualpipe", "dualpipev"):
         mine = [case for case in RUN_CASES if case.schedule == name]
         assert {feature for case in mine for feature in case.features.split()} == set(ALL.split())
-        assert {case.unroll_layers for case in mine} == {None, False}
-        assert {case.full_backward for case in mine} == {None, False}
+        assert {case.execution.unroll for case in mine} >= {None, False}
+        assert {case.execution.split_backward for case in mine} == {True, False}
         stages = {"dualpipev": 2}.get(name, 1)
         assert any(case.num_layers % (case.num_ranks * stages) for case in mine)
-    assert {(case.unroll_layers, case.full_backward) for case in RUN_CASES} == {
-        (unroll, full) for unroll in (None, False) for full in (None, False)
+    assert {(case.execution.unroll, case.execution.split_backward) for case in RUN_CASES} >= {
+        (unroll, is_split) for unroll in (None, False, 2) for is_split in (True, False)
     }
-    kept = {(case.remat, case.stash_deferred) for case in RUN_CASES}
-    assert kept == {("none", False), ("block", False), ("block", True), (DOTS, True)}
+    kept = {(case.remat, case.execution.deferred) for case in RUN_CASES}
+    assert kept == {("none", None), ("block", None), ("block", "store"), (DOTS, "store")}
 
 
 def test_two_tick_cases_cover() -> None:
@@ -206,10 +209,7 @@ def test_equals_sequential(case: Case) -> None:
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         remat=case.remat,
-        stash_deferred=case.stash_deferred,
-        timetable=case.timetable,
-        unroll_layers=case.unroll_layers,
-        full_backward=case.full_backward,
+        execution=case.execution,
     )
     result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
     want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(
@@ -237,7 +237,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tables, Any]]:
         tables.append((compiled.tables, options["durations"]))
         return compiled
 
-    monkeypatch.setattr(_api, "compile_program", compile_and_keep)
+    monkeypatch.setattr(simulation, "compile_program", compile_and_keep)
     return tables
 
 
@@ -252,7 +252,12 @@ def test_placed_by_odd_costs_is_as_exact(made: list[tuple[Tables, Any]]) -> None
         make_batch(6),
     )
     grad_fn = dpj.value_and_grad(
-        model, mesh=make_mesh(3), num_microbatches=6, schedule=schedule, costs=costs
+        model,
+        mesh=make_mesh(3),
+        num_microbatches=6,
+        schedule=schedule,
+        execution=dpj.Execution(split_backward=False),
+        costs=costs,
     )
     got = jax.jit(grad_fn)(params, batch)
     assert_close(got, sequential_value_and_grad(model, 6)(params, batch))
@@ -286,38 +291,36 @@ def test_steps_are_placed_by_costs_as_simulate_has_them(
         schedule=schedule,
         layers_per_stage=sizes,
         remat=remat,
-        full_backward=False,
+        execution=dpj.Execution(split_backward=True),
         costs=costs,
     )
     jax.jit(grad_fn).trace(params, batch)
     tables, placed_by = made[-1]
     if costs is None:
-        costs = usual_costs(recomputes=remat == "block", stash_deferred=remat == "none")
-    transfer = 0.1 * costs.forward
+        costs = usual_costs(recomputes=remat == "block")
+    sizes = sizes or (2, 2, 1, 1)
+    options = {"costs": costs, "transfer": 0.1 * costs.forward, "layers_per_stage": sizes}
     assert placed_by == durations_of(
-        schedule, costs, transfer=transfer, layers_of_stage=sizes or (2, 2, 1, 1)
+        schedule, costs, transfer=options["transfer"], layers_of_stage=sizes
     )
-    # Which timetable is decided before the number of layers is known.
-    options = {"costs": costs, "transfer": transfer}
-    timetable = simulate(schedule, **options, layers_per_stage=sizes).timetable
-    assert (tables.steady is None) == (timetable == "shortest")
-    # As stashes are asked for by what recomputes in `simulate`, and here by `remat`.
+    # `simulate` is told by the costs what is recomputed, and a step by `remat`.
+    deferred = "store" if remat == "none" else "recompute"
+    split = dpj.Execution(split_backward=True, deferred=deferred)
+    expected = simulate(schedule, **options, execution=split)
+    assert (tables.steady is None) == (expected.execution.overlap is False)
     if costs.recompute > 0 or remat == "none":
-        expected = simulate(
-            schedule, **options, layers_per_stage=sizes or (2, 2, 1, 1), timetable=timetable
-        )
-        ends = replay(tables, placed_by.work(tables), transfer=transfer)
+        ends = replay(tables, placed_by.work(tables), transfer=options["transfer"])
         np.testing.assert_allclose(ends.max(), expected.makespan, rtol=1e-12)
 
 
-def test_which_timetables_are_met_above() -> None:
+def test_both_overlaps_are_met_above() -> None:
     schedule = dpj.schedules.dualpipe(num_ranks=4, num_microbatches=8)
     costs = dpj.Costs(forward=1, input_grad=3, weight_grad=2)
     found = [
-        simulate(schedule, costs=each, transfer=0.1 * each.forward).timetable
+        simulate(schedule, costs=each, transfer=0.1 * each.forward).execution.overlap
         for each in (usual_costs(recomputes=False), costs)
     ]
-    assert found == ["aligned", "shortest"]
+    assert found == [True, False]
 
 
 # Written by hand: two half-size stages a rank, there and back, and round the ring.
@@ -358,11 +361,15 @@ PAIRS = """
 @pytest.mark.slow
 def test_pairs_of_the_users_own() -> None:
     schedule = dpj.Schedule.from_csv(PAIRS.strip())
-    assert schedule.compiled(timetable="aligned").tables.steady is not None
+    assert schedule.compiled(overlap=True).tables.steady is not None
     model, params = make_model(frozenset(["weight", "block_has_aux"])), make_params(4)
     batch = make_batch(6)
     grad_fn = dpj.value_and_grad(
-        model, mesh=make_mesh(2), num_microbatches=6, schedule=schedule, timetable="aligned"
+        model,
+        mesh=make_mesh(2),
+        num_microbatches=6,
+        schedule=schedule,
+        execution=dpj.Execution(overlap=True),
     )
     want = sequential_value_and_grad(model, 6)(params, batch)
     assert_close(jax.jit(grad_fn)(params, batch), want)

@@ -110,49 +110,50 @@ class Case(NamedTuple):
     letters: str  # a layer each
     features: str = ""
     remat: Any = "none"
-    timetable: str | None = None
-    unroll_layers: bool | None = None
-    full_backward: bool | None = None  # None: on CPUs, as here
+    execution: dpj.Execution = dpj.Execution(split_backward=False)
 
     def __str__(self) -> str:
         return "-".join(
             [self.schedule, f"P{self.num_ranks}-N{self.num_microbatches}", self.letters]
             + self.features.split()
             + ([] if self.remat == "none" else ["remat"])
-            + ([] if self.timetable is None else [self.timetable])
-            + (["loop"] if self.unroll_layers is False else [])
-            + (["split"] if self.full_backward is False else [])
+            + (["overlap"] if self.execution.overlap else [])
+            + ([] if self.execution.unroll is None else ["loop"])
+            + (["split"] if self.execution.split_backward else [])
         )
 
 
+SPLIT = dpj.Execution(split_backward=True)
+BY_FOUR = dpj.Execution(split_backward=False, unroll=4)
+RUN = dpj.Execution(overlap=True, split_backward=False)
+RUN_LOOP = dpj.Execution(overlap=True, split_backward=False, unroll=False)
 ALL = "dropout weight block_has_aux has_aux"
 CASES = [
-    Case(
-        "dualpipe", 2, 4, "DMMDM", ALL, full_backward=False
-    ),  # both kinds in both stages, odd counts
+    # Both kinds in both stages, odd counts.
+    Case("dualpipe", 2, 4, "DMMDM", ALL, execution=SPLIT),
     Case("dualpipe", 3, 5, "DDMMMMM", "block_has_aux", "block"),  # DDM MM MM
     Case("1f1b", 3, 4, "DDDDMMMM", "dropout"),  # DDD DMM MM
-    Case("zb-h1", 3, 4, "DMDMDM", "dropout", "block", full_backward=False),
+    Case("zb-h1", 3, 4, "DMDMDM", "dropout", "block", execution=SPLIT),
     Case("dualpipe", 4, 8, "DMDMDMDM", "block_has_aux dropout"),  # every stage the same, unrolled
     Case("gpipe", 4, 3, "DDDDMMMMMMMM", "weight"),  # DDD DMM MMM MMM, both stacks sharded
     Case("dualpipev", 2, 4, "DDMMMMMM", "block_has_aux"),  # a chunk without one of the kinds
     Case("dualpipev", 2, 4, "DDMM", "dropout"),  # no chunk with both
     Case("interleaved-1f1b", 2, 2, "DDMM", "weight"),
-    Case(
-        "dualpipev", 2, 3, "MDMDSMSMD", ALL, full_backward=False
-    ),  # three kinds, one without parameters
-    Case("1f1b", 2, 4, "DMMDMMDMMDMM", "dropout"),  # every stage the same, in a loop
+    # Three kinds, one without parameters.
+    Case("dualpipev", 2, 3, "MDMDSMSMD", ALL, execution=SPLIT),
+    # Every stage the same, in a loop.
+    Case("1f1b", 2, 4, "DMMDMMDMMDMM", "dropout", execution=BY_FOUR),
     # With a straight-line run of beats: stages alike, unrolled and in loops, and unlike.
-    Case("dualpipe", 2, 6, "DMDM", "block_has_aux dropout", "block", "aligned"),
-    Case("dualpipev", 2, 5, "DMDMDMDM", "block_has_aux", "none", "aligned", unroll_layers=False),
-    Case("dualpipe", 2, 6, "DMMDM", "dropout", "none", "aligned"),
+    Case("dualpipe", 2, 6, "DMDM", "block_has_aux dropout", "block", RUN),
+    Case("dualpipev", 2, 5, "DMDMDMDM", "block_has_aux", "none", RUN_LOOP),
+    Case("dualpipe", 2, 6, "DMMDM", "dropout", "none", RUN),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_sequential(case: Case) -> None:
-    assert has_run(*case[:3], case.timetable) == (case.timetable == "aligned")
+    assert has_run(*case[:3], case.execution.overlap) == (case.execution.overlap is True)
     model = make_kinds(case.letters, frozenset(case.features.split()))
     params, batch = make_params(case.letters), make_batch(case.num_microbatches)
     rng = jax.random.key(7) if "dropout" in case.features else None
@@ -162,9 +163,7 @@ def test_equals_sequential(case: Case) -> None:
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         remat=case.remat,
-        timetable=case.timetable,
-        unroll_layers=case.unroll_layers,
-        full_backward=case.full_backward,
+        execution=case.execution,
     )
     result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
     want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(
@@ -330,6 +329,7 @@ def test_dead_values_are_never_read() -> None:
         batch_axes=(),
         block=_build.block_of(model, "none"),
         num_layers=len(letters),
+        execution=dpj.Execution(split_backward=True, deferred="recompute"),
         poison=True,
     )
     params, batch = make_params(letters), make_batch(num_microbatches)

@@ -17,16 +17,16 @@ FEATURES = frozenset(["dropout", "weight", "block_has_aux", "has_aux"])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "num_ranks", "num_microbatches", "layers_per_stage", "timetable"),
+    ("schedule", "num_ranks", "num_microbatches", "layers_per_stage", "overlap"),
     [
-        ("dualpipe", 2, 4, (3, 1), "shortest"),
-        ("dualpipe", 3, 6, (1, 4, 2), "shortest"),
-        ("dualpipe", 2, 6, (1, 3), "aligned"),
-        ("dualpipe", 2, 6, (2, 2), "aligned"),  # as without
-        ("dualpipev", 2, 4, (2, 3, 2, 1), "shortest"),
-        ("dualpipev", 2, 5, (1, 1, 1, 3), "aligned"),
-        ("1f1b", 2, 3, (6, 2), "shortest"),
-        ("1f1b", 4, 4, (3, 2, 2, 1), "shortest"),
+        ("dualpipe", 2, 4, (3, 1), False),
+        ("dualpipe", 3, 6, (1, 4, 2), False),
+        ("dualpipe", 2, 6, (1, 3), True),
+        ("dualpipe", 2, 6, (2, 2), True),  # as without
+        ("dualpipev", 2, 4, (2, 3, 2, 1), False),
+        ("dualpipev", 2, 5, (1, 1, 1, 3), True),
+        ("1f1b", 2, 3, (6, 2), False),
+        ("1f1b", 4, 4, (3, 2, 2, 1), False),
     ],
 )
 def test_equals_sequential(
@@ -34,9 +34,9 @@ def test_equals_sequential(
     num_ranks: int,
     num_microbatches: int,
     layers_per_stage: tuple[int, ...],
-    timetable: str,
+    overlap: bool,
 ) -> None:
-    assert has_run(schedule, num_ranks, num_microbatches, timetable) == (timetable == "aligned")
+    assert has_run(schedule, num_ranks, num_microbatches, overlap) == (overlap is True)
     model, rng = make_model(FEATURES), jax.random.key(2)
     params, batch = make_params(sum(layers_per_stage)), make_batch(num_microbatches)
     grad_fn = dpj.value_and_grad(
@@ -44,7 +44,7 @@ def test_equals_sequential(
         mesh=make_mesh(num_ranks),
         num_microbatches=num_microbatches,
         schedule=schedule,
-        timetable=timetable,
+        execution=dpj.Execution(overlap=overlap),
         layers_per_stage=layers_per_stage,
     )
     want = sequential_value_and_grad(model, num_microbatches)(params, batch, rng=rng)
@@ -74,7 +74,7 @@ def test_every_rank_has_room_for_the_fullest_stage_only() -> None:
             num_microbatches=4,
             schedule="1f1b",
             layers_per_stage=layers_per_stage,
-            unroll_layers=False if len(set(layers_per_stage)) == 1 else None,
+            execution=dpj.Execution(unroll=False if len(set(layers_per_stage)) == 1 else None),
         )
         params = make_params(sum(layers_per_stage))
         terms = {term.name: term for term in grad_fn.memory(params, make_batch(4)).terms}
@@ -134,9 +134,9 @@ def test_unrolling_needs_like_stages() -> None:
         mesh=make_mesh(2),
         num_microbatches=4,
         layers_per_stage=(3, 1),
-        unroll_layers=True,
+        execution=dpj.Execution(unroll=True),
     )
-    with pytest.raises(ValueError, match=r"unroll_layers=True.*2 unlike stages"):
+    with pytest.raises(ValueError, match=r"unroll=True.*2 unlike stages"):
         jax.eval_shape(grad_fn, make_params(4), make_batch(4))
 
 

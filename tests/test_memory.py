@@ -1,6 +1,7 @@
 """What `grad_fn.memory` adds up is what the executor carries."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,6 +21,10 @@ ARRIVING = "what arrives while it leaves"
 
 def bytes_of(avals: Any) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(avals))
+
+
+OF_FULL_BACKWARD = "stash of a full backward, without a slot"
+SPLIT, FULL = (dpj.Execution(split_backward=is_split) for is_split in (True, False))
 
 
 def look(
@@ -57,7 +62,7 @@ def look(
     [
         (8, {"schedule": "1f1b", "remat": "block"}, True),
         (8, {"schedule": "1f1b"}, False),
-        (8, {"schedule": "1f1b", "full_backward": False}, False),
+        (8, {"schedule": "1f1b", "execution": SPLIT}, False),
         (4, {"schedule": "1f1b"}, False),  # one layer has no halves
         (
             8,
@@ -66,48 +71,54 @@ def look(
         ),
         (16, {"schedule": "interleaved-1f1b", "remat": "block"}, True),
         (8, {"schedule": "chimera"}, False),
-        (8, {"schedule": "dualpipe", "timetable": "aligned"}, False),
-        (8, {"schedule": "dualpipe", "timetable": "aligned", "full_backward": True}, True),
-        (8, {"schedule": "dualpipe", "timetable": "shortest", "remat": "block"}, True),
+        (8, {"schedule": "dualpipe", "execution": dpj.Execution(overlap=True)}, False),
+        (8, {"schedule": "dualpipe", "execution": replace(FULL, overlap=True)}, True),
+        (
+            8,
+            {
+                "schedule": "dualpipe",
+                "execution": dpj.Execution(overlap=False),
+                "remat": "block",
+            },
+            True,
+        ),
     ],
 )
 def test_full_backwards_by_default(num_layers: int, options: dict[str, Any], is_full: bool) -> None:
-    """For accelerators where they are predicted to be faster; on CPUs, which stand in, always."""
-    args = make_params(num_layers), make_batch(8)
-    on_accelerators, on_cpus = (
-        dpj.value_and_grad(
-            make_model(frozenset(["pytree"])), mesh=mesh, num_microbatches=8, **options
-        )
-        for mesh in (AbstractMesh((4,), ("pipe",)), make_mesh(4))
+    """Where they are predicted to be faster."""
+    grad_fn = dpj.value_and_grad(
+        make_model(frozenset(["pytree"])), mesh=make_mesh(4), num_microbatches=8, **options
     )
-    terms = {term.name for term in on_accelerators.memory(*args).terms}
-    assert ("stash of a full backward, without a slot" in terms) == is_full
-    terms = {term.name for term in on_cpus.memory(*args).terms}
-    assert ("stash of a full backward, without a slot" in terms) == options.get(
-        "full_backward", True
-    )
+    report = grad_fn.memory(make_params(num_layers), make_batch(8))
+    assert (OF_FULL_BACKWARD in {term.name for term in report.terms}) == is_full
+    assert report.execution.split_backward == (not is_full)
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "options"),
+    ("num_layers", "schedule", "remat", "execution"),
     [
-        (8, {"schedule": "dualpipe", "timetable": "aligned"}),
-        (8, {"schedule": "dualpipe", "timetable": "aligned", "remat": "block"}),
-        (11, {"schedule": "dualpipe", "timetable": "aligned"}),
-        (8, {"schedule": "zb-h1", "remat": "block"}),
-        (8, {"schedule": "zb-h1", "remat": "block", "stash_deferred": True}),
-        (8, {"schedule": "interleaved-1f1b"}),
-        (8, {"schedule": "1f1b", "timetable": "two-tick"}),
+        (8, "dualpipe", "none", dpj.Execution(overlap=True)),
+        (8, "dualpipe", "block", dpj.Execution(overlap=True)),
+        (11, "dualpipe", "none", dpj.Execution(overlap=True)),
+        (8, "zb-h1", "block", dpj.Execution()),
+        (8, "zb-h1", "block", dpj.Execution(deferred="store")),
+        (8, "interleaved-1f1b", "none", dpj.Execution()),
+        (8, "1f1b", "none", dpj.Execution(overlap="two-tick")),
     ],
 )
 @pytest.mark.parametrize("full_backward", [False, True])
 def test_terms_are_what_is_carried(
     monkeypatch: pytest.MonkeyPatch,
     num_layers: int,
-    options: dict[str, Any],
+    schedule: str,
+    remat: str,
+    execution: dpj.Execution,
     full_backward: bool,
 ) -> None:
-    terms, state = look(monkeypatch, num_layers, full_backward=full_backward, **options)
+    execution = replace(execution, split_backward=not full_backward)
+    terms, state = look(
+        monkeypatch, num_layers, schedule=schedule, remat=remat, execution=execution
+    )
     assert terms["received x and cotangents"] == bytes_of(state.received)
     for name, buffers in (
         ("residuals for I", state.residual),
@@ -115,17 +126,14 @@ def test_terms_are_what_is_carried(
         ("stashes for W", state.stash),
     ):
         assert terms.get(name, 0) == bytes_of(buffers), name
-    recomputes = options.get("remat") == "block" and not options.get("stash_deferred", False)
+    recomputes = remat == "block" and execution.deferred != "store"
     of_deferred = "what deferred W recompute from" if recomputes else "stashes for deferred W"
     assert terms.get(of_deferred, 0) == bytes_of(state.deferred)
-    of_full_backward = terms.get("stash of a full backward, without a slot", 0)
-    assert (of_full_backward > 0) == full_backward == (terms.get("stashes for W", 0) == 0)
+    assert (terms.get(OF_FULL_BACKWARD, 0) > 0) == full_backward
+    assert full_backward == (terms.get("stashes for W", 0) == 0)
     assert terms["between ranks"] == bytes_of(state.messages)
     assert terms["gradients added up, of layers"] == bytes_of(state.block_grads)
     assert terms["gradients added up, of the rest"] == bytes_of(state.ends_grads)
-
-
-OF_FULL_BACKWARD = "stash of a full backward, without a slot"
 
 
 @pytest.mark.parametrize(
@@ -139,30 +147,35 @@ OF_FULL_BACKWARD = "stash of a full backward, without a slot"
         ),
         # Looped layers stash in the run, too.
         (
-            {"remat": "block", "unroll_layers": False},
+            {"remat": "block", "unroll": False},
             [ARRIVING],
             ["what deferred W recompute from"],
         ),
         ({"schedule": "zb-h1"}, [], []),  # no run
         (
-            {"full_backward": True},
+            {"split_backward": False},
             ["stash of a beat, without a slot", ARRIVING],
             ["stashes for deferred W", OF_FULL_BACKWARD],
         ),
         (
-            {"full_backward": True, "remat": "block", "unroll_layers": False},
-            [ARRIVING],  # on CPUs, beats of looped layers have full backwards, too
-            ["what deferred W recompute from"],
+            {"split_backward": False, "remat": "block", "unroll": False},
+            ["stashes for W", ARRIVING],
+            ["what deferred W recompute from", OF_FULL_BACKWARD],
         ),
-        ({"full_backward": True, "schedule": "zb-h1"}, [], []),
+        ({"split_backward": False, "schedule": "zb-h1"}, [], []),
     ],
 )
 def test_what_is_there_at_times_only(
     options: dict[str, Any], in_beats: list[str], in_ticks: list[str]
 ) -> None:
-    options = {"full_backward": False, **options}
+    options = dict(options)
+    more = {name: options.pop(name) for name in ("schedule", "remat") if name in options}
     grad_fn = dpj.value_and_grad(
-        make_model(), mesh=make_mesh(4), num_microbatches=16, timetable="aligned", **options
+        make_model(),
+        mesh=make_mesh(4),
+        num_microbatches=16,
+        execution=replace(SPLIT, overlap=True, **options),
+        **more,
     )
     report = grad_fn.memory(make_params(8), make_batch(16))
     assert [term.name for term in report.terms if term.phase == "beats"] == in_beats
@@ -173,23 +186,13 @@ def test_what_is_there_at_times_only(
     assert lines[-1].endswith("  at the most") == bool(in_ticks)
 
 
-def test_layers_that_take_no_turns_count_with_all_their_stashes() -> None:
-    """Where XLA shards over an axis of its own, nothing orders the layers of a stage."""
-
-    def stash(**more: int) -> int:
-        grad_fn = dpj.value_and_grad(
-            make_model(), mesh=make_mesh(2, **more), num_microbatches=4, schedule="1f1b"
-        )
-        report = grad_fn.memory(make_params(6), make_batch(4))
-        return next(term.num_bytes for term in report.terms if term.name == OF_FULL_BACKWARD)
-
-    assert stash(model=2) == 3 * stash() > 0
-
-
 def test_memory_does_not_depend_on_microbatches_and_needs_no_arrays() -> None:
     def memory(num_microbatches: int) -> Any:
         grad_fn = dpj.value_and_grad(
-            make_model(), mesh=make_mesh(4), num_microbatches=num_microbatches, timetable="aligned"
+            make_model(),
+            mesh=make_mesh(4),
+            num_microbatches=num_microbatches,
+            execution=dpj.Execution(overlap=True),
         )
         args = make_params(8), make_batch(num_microbatches)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
@@ -211,7 +214,7 @@ def test_weights_that_are_only_read_cast_count_as_what_they_are_cast_to() -> Non
             head=lambda ends, x, ctx: x.astype(np.float32).sum(),
         )
         grad_fn = dpj.value_and_grad(
-            model, mesh=make_mesh(4), num_microbatches=16, timetable="aligned"
+            model, mesh=make_mesh(4), num_microbatches=16, execution=dpj.Execution(overlap=True)
         )
         params = {"ends": (), "blocks": jax.ShapeDtypeStruct((4, 8, 8), np.float32)}
         report = grad_fn.memory(params, jax.ShapeDtypeStruct((16, 8), np.float32))
@@ -242,7 +245,7 @@ def test_weights_that_a_tpu_rounds_count_as_what_they_are_rounded_to(
         model,
         mesh=AbstractMesh((4,), ("pipe",), abstract_device=device),
         num_microbatches=16,
-        timetable="aligned",
+        execution=dpj.Execution(overlap=True),
     )
     blocks = [jax.ShapeDtypeStruct((4, *shape), np.float32) for shape in ((8, 8), (8,))]
     report = grad_fn.memory(

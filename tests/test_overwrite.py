@@ -105,9 +105,9 @@ def test_sequential_takes_the_largest() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "timetable", "num_layers", "axes", "kind"),
+    ("schedule", "overlap", "num_layers", "axes", "kind"),
     [
-        ("dualpipe", "aligned", 4, {"pipe": 2}, AxisType.Auto),
+        ("dualpipe", True, 4, {"pipe": 2}, AxisType.Auto),
         ("dualpipe", None, 3, {"pipe": 2, "data": 2}, AxisType.Explicit),
         ("dualpipev", None, 4, {"pipe": 2, "data": 2}, AxisType.Auto),
         ("1f1b", None, 4, {"pipe": 2, "data": 2}, AxisType.Explicit),  # by name, too
@@ -115,10 +115,10 @@ def test_sequential_takes_the_largest() -> None:
     ],
 )
 def test_equals_sequential(
-    schedule: str, timetable: Any, num_layers: int, axes: dict[str, int], kind: AxisType
+    schedule: str, overlap: Any, num_layers: int, axes: dict[str, int], kind: AxisType
 ) -> None:
     num_shards = axes.get("data", 1)
-    num_microbatches = 8 if timetable else NUM_MICROBATCHES
+    num_microbatches = 8 if overlap else NUM_MICROBATCHES
     params, batch = make_params(num_layers), make_batch(num_microbatches * num_shards)
     mesh = jax.make_mesh(
         tuple(axes.values()),
@@ -131,12 +131,14 @@ def test_equals_sequential(
         mesh=mesh,
         num_microbatches=num_microbatches,
         schedule=schedule,
-        timetable=timetable,
+        execution=dpj.Execution(
+            overlap=overlap,
+            split_backward=schedule not in ("dualpipev", "1f1b"),
+        ),
         remat="block" if schedule == "zb-h1" else "none",
         batch_axes="data" if num_shards > 1 else (),
         manual_axes="data" if schedule == "1f1b" else (),
         overwrite=overwrite,
-        full_backward=None if schedule in ("dualpipev", "1f1b") else False,
     )
     want = sequential(MODEL, num_microbatches * num_shards, overwrite=overwrite)(params, batch)
     assert_close(jax.jit(grad_fn)(params, batch), want)

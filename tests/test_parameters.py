@@ -100,10 +100,10 @@ def _weight_grads(text: Any) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_microbatches", "timetable"), [(2, None), (6, "aligned")])
-def test_any_mask(num_microbatches: int, timetable: Any) -> None:
+@pytest.mark.parametrize(("num_microbatches", "overlap"), [(2, None), (6, True)])
+def test_any_mask(num_microbatches: int, overlap: Any) -> None:
     """Branches, NumPy bools, everything frozen; integer leaves stay what they are."""
-    assert has_run("dualpipe", 2, num_microbatches, timetable) == (timetable == "aligned")
+    assert has_run("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
     params, batch, mesh = lora_params(2), make_batch(num_microbatches), make_mesh(2)
     params["ends"]["version"] = jnp.arange(2)
     loss, grads = sequential_value_and_grad(LORA, num_microbatches)(params, batch)
@@ -118,7 +118,7 @@ def test_any_mask(num_microbatches: int, timetable: Any) -> None:
             LORA,
             mesh=mesh,
             num_microbatches=num_microbatches,
-            timetable=timetable,
+            execution=dpj.Execution(overlap=overlap),
             trainable=mask,
         )
         got_loss, got = jax.jit(grad_fn)(params, batch)
@@ -197,23 +197,23 @@ def shared_params(num_layers: int) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "num_ranks", "num_layers", "remat", "trainable", "timetable"),
+    ("schedule", "num_ranks", "num_layers", "remat", "trainable", "overlap"),
     [
         ("dualpipe", 2, 4, "none", True, None),
         ("dualpipev", 2, 7, "block", True, None),
         ("zb-h1", 3, 3, "none", {"ends": True, "blocks": False, "shared": True}, None),
         ("interleaved-1f1b", 2, 4, "none", {"ends": True, "blocks": True, "shared": False}, None),
         # In beats: unrolled, in a loop, and in unlike stages.
-        ("dualpipe", 2, 4, "none", {"ends": True, "blocks": False, "shared": True}, "aligned"),
-        ("dualpipe", 2, 10, "block", {"ends": False, "blocks": True, "shared": True}, "aligned"),
-        ("dualpipev", 2, 7, "none", True, "aligned"),
+        ("dualpipe", 2, 4, "none", {"ends": True, "blocks": False, "shared": True}, True),
+        ("dualpipe", 2, 10, "block", {"ends": False, "blocks": True, "shared": True}, True),
+        ("dualpipev", 2, 7, "none", True, True),
     ],
 )
 def test_shared_parameters(
-    schedule: str, num_ranks: int, num_layers: int, remat: str, trainable: Any, timetable: Any
+    schedule: str, num_ranks: int, num_layers: int, remat: str, trainable: Any, overlap: Any
 ) -> None:
     """Every use counts: in blocks of all ranks and both directions, in embed and in head."""
-    assert has_run(schedule, num_ranks, 6, timetable) == (timetable == "aligned")
+    assert has_run(schedule, num_ranks, 6, overlap) == (overlap is True)
     params, batch = shared_params(num_layers), make_batch(6)
     grad_fn = dpj.value_and_grad(
         SHARED,
@@ -222,7 +222,7 @@ def test_shared_parameters(
         schedule=schedule,
         remat=remat,
         trainable=trainable,
-        timetable=timetable,
+        execution=dpj.Execution(overlap=overlap),
     )
     result, got = jax.jit(grad_fn)(params, batch)
     want_result, want = sequential_value_and_grad(SHARED, 6)(params, batch)
@@ -236,10 +236,10 @@ def test_shared_parameters(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_microbatches", "timetable"), [(2, None), (6, "aligned")])
-def test_shared_parameters_beside_other_axes(num_microbatches: int, timetable: Any) -> None:
+@pytest.mark.parametrize(("num_microbatches", "overlap"), [(2, None), (6, True)])
+def test_shared_parameters_beside_other_axes(num_microbatches: int, overlap: Any) -> None:
     """Over a data axis, and sharded over a manual one; collectives in embed and head."""
-    assert has_run("dualpipe", 2, num_microbatches, timetable) == (timetable == "aligned")
+    assert has_run("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
     params, batch = shared_params(2), make_batch(2 * num_microbatches)
     mesh = jax.make_mesh((2, 2, 2), ("pipe", "data", "model"))
 
@@ -265,7 +265,7 @@ def test_shared_parameters_beside_other_axes(num_microbatches: int, timetable: A
         model,
         mesh=mesh,
         num_microbatches=num_microbatches,
-        timetable=timetable,
+        execution=dpj.Execution(overlap=overlap),
         batch_axes="data",
         manual_axes="model",
         param_specs={

@@ -21,7 +21,8 @@ from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate import TRANSFER, durations_of, usual_costs
+from dualpipe_jax._simulate import TRANSFER, usual_costs
+from dualpipe_jax._simulate.simulation import durations_of
 from tests.hlo import AS_EVER, instructions, loop_lines
 from tests.jaxprs import bytes_in, loops
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
@@ -31,6 +32,13 @@ NUM_RANKS, STAGE_LAYERS = 4, 3
 # From a few more microbatches than ranks on, pipelines are full, and ticks have the same exchanges.
 FEW, MANY = 12, 28
 FEW_WITH_RUN, MANY_WITH_RUN = 24, 40
+
+SHORTEST = dpj.Execution(overlap=False, split_backward=True)
+RECOMPUTES_SPLIT = dpj.Execution(split_backward=True, deferred="recompute")
+# What a deferred weight grad finds.
+RECOMPUTES, STORES = (
+    dpj.Execution(split_backward=False, deferred=each) for each in ("recompute", "store")
+)
 
 
 def compile_train_step(schedule: str, num_microbatches: int, **options: Any) -> Any:
@@ -56,14 +64,14 @@ def compile_train_step(schedule: str, num_microbatches: int, **options: Any) -> 
     return jax.jit(step).lower(params, optimizer.init(params), batch).compile(AS_EVER)
 
 
-def make_tables(schedule: str, num_microbatches: int, timetable: str) -> Tables:
+def make_tables(schedule: str, num_microbatches: int, *, overlap: bool) -> Tables:
     made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=num_microbatches)
-    return made.compiled(timetable=timetable).tables
+    return made.compiled(overlap=overlap).tables
 
 
 @pytest.fixture(scope="module", params=dpj.schedules.names())
 def compiled(request: pytest.FixtureRequest) -> Any:
-    steps = {n: compile_train_step(request.param, n, timetable="shortest") for n in (FEW, MANY)}
+    steps = {n: compile_train_step(request.param, n, execution=SHORTEST) for n in (FEW, MANY)}
     return steps | {"name": request.param}
 
 
@@ -100,17 +108,17 @@ def test_buffers_are_updated_in_place(compiled: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unroll_layers", [True, False])
+@pytest.mark.parametrize("unroll", [True, False, 2])
 @pytest.mark.parametrize("full_backward", [True, False])
 def test_buffers_of_layers_in_loops_are_updated_in_place(
-    unroll_layers: bool, full_backward: bool
+    unroll: bool | int, full_backward: bool
 ) -> None:
     """And of unrolled ones."""
-    num_slots = make_tables("dualpipe", 8, "shortest").num_slots
+    num_slots = make_tables("dualpipe", 8, overlap=False).num_slots
     names = ["residual", "weight_residual"] if full_backward else ["stash"]
-    options = {"unroll_layers": unroll_layers, "full_backward": full_backward}
-    text = compile_train_step("dualpipe", 8, timetable="shortest", **options).as_text()
-    _assert_in_place(text, {num_slots[name] for name in names}, is_apart=unroll_layers)
+    execution = dpj.Execution(overlap=False, unroll=unroll, split_backward=not full_backward)
+    text = compile_train_step("dualpipe", 8, execution=execution).as_text()
+    _assert_in_place(text, {num_slots[name] for name in names}, is_apart=unroll is True)
 
 
 @pytest.mark.slow
@@ -120,8 +128,8 @@ def test_buffers_of_layers_in_loops_are_updated_in_place(
 def test_what_is_put_off_is_updated_in_place(schedule: str, full_backward: bool) -> None:
     made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=8)
     num_slots = compile_program(made.program, stash_deferred=False).tables.num_slots
-    options = {"remat": "block", "full_backward": full_backward}
-    text = compile_train_step(schedule, 8, timetable="shortest", **options).as_text()
+    execution = dpj.Execution(overlap=False, split_backward=not full_backward)
+    text = compile_train_step(schedule, 8, remat="block", execution=execution).as_text()
     _assert_in_place(text, {num_slots["weight_residual"], num_slots["deferred"]})
 
 
@@ -143,7 +151,7 @@ def _assert_in_place(text: str, num_slots: set[int], *, is_apart: bool = True) -
 @pytest.fixture(scope="module", params=["dualpipe", "dualpipev"])
 def compiled_with_run(request: pytest.FixtureRequest) -> Any:
     return {
-        n: compile_train_step(request.param, n, timetable="aligned")
+        n: compile_train_step(request.param, n, execution=dpj.Execution(overlap=True))
         for n in (FEW_WITH_RUN, MANY_WITH_RUN)
     } | {"name": request.param}
 
@@ -156,7 +164,7 @@ def steady_lines(text: str) -> list[str]:
 @pytest.mark.slow
 def test_a_run_sends_between_the_pairs_that_it_names(compiled_with_run: Any) -> None:
     """Two permutes a beat, an x and a cotangent; nothing is sent for the weight grads."""
-    steady = make_tables(compiled_with_run["name"], FEW_WITH_RUN, "aligned").steady
+    steady = make_tables(compiled_with_run["name"], FEW_WITH_RUN, overlap=True).steady
     assert steady is not None
     sent = [
         re.search(r"source_target_pairs=\{(\S*)\}", line)
@@ -189,7 +197,7 @@ def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
 @pytest.mark.slow
 def test_a_run_updates_in_place(compiled_with_run: Any) -> None:
     """Slot buffers, accumulators and weights, a layer's each."""
-    tables = make_tables(compiled_with_run["name"], FEW_WITH_RUN, "aligned")
+    tables = make_tables(compiled_with_run["name"], FEW_WITH_RUN, overlap=True)
     slots = {tables.num_slots[name] for name in ("residual", "weight_residual")}
     _assert_in_place(compiled_with_run[FEW_WITH_RUN].as_text(), slots)
 
@@ -200,7 +208,7 @@ def test_a_run_takes_no_more_for_more_microbatches(compiled_with_run: Any) -> No
     few, many = (compiled_with_run[n] for n in (FEW_WITH_RUN, MANY_WITH_RUN))
     sizes = [len(instructions(each.as_text())) for each in (few, many)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
-    num_ticks = make_tables(compiled_with_run["name"], MANY_WITH_RUN, "aligned").num_ticks
+    num_ticks = make_tables(compiled_with_run["name"], MANY_WITH_RUN, overlap=True).num_ticks
     table_bytes = num_ticks * NUM_RANKS * len(Tables.columns()) * 4
     batch_bytes = 16 * ROWS * (LENGTH + 2) * 8
     few, many = (each.memory_analysis().temp_size_in_bytes for each in (few, many))
@@ -228,6 +236,7 @@ def make_step(
     tables: Any = None,
     remat: str = "none",
     num_layers: int = 11,
+    execution: dpj.Execution = RECOMPUTES_SPLIT,
     **options: Any,
 ) -> Step:
     model = make_model(frozenset(["pytree", "block_has_aux"]))
@@ -238,6 +247,7 @@ def make_step(
         axis="pipe",
         block=_build.block_of(model, remat),
         num_layers=num_layers,
+        execution=execution,
         **options,
     )
 
@@ -277,9 +287,8 @@ def test_dead_values_are_never_read_in_two_ticks(name: str, full_backward: bool)
         stash_deferred=not full_backward,
         full_backward=full_backward,
     ).tables
-    assert_dead_values_are_never_read(
-        schedule, tables=tables, full_backward=full_backward, stash_deferred=True
-    )
+    execution = dpj.Execution(split_backward=not full_backward, deferred="store")
+    assert_dead_values_are_never_read(schedule, tables=tables, execution=execution)
 
 
 @pytest.mark.slow
@@ -308,8 +317,7 @@ def test_dead_values_are_never_read_by_full_backwards(
             schedule.program, stash_deferred=False, full_backward=in_halves
         ).tables,
         num_layers=num_layers,
-        full_backward=True,
-        stash_deferred=True,
+        execution=dpj.Execution(split_backward=False, deferred="store"),
     )
 
 
@@ -324,25 +332,25 @@ def test_dead_values_are_never_read_by_what_recomputes(name: str, full_backward:
         schedule.program, stash_deferred=False, full_backward=full_backward
     ).tables
     assert tables.num_slots["deferred"]
-    assert_dead_values_are_never_read(
-        schedule, tables=tables, remat="block", full_backward=full_backward
-    )
+    execution = dpj.Execution(split_backward=not full_backward, deferred="recompute")
+    assert_dead_values_are_never_read(schedule, tables=tables, remat="block", execution=execution)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_layers", "remat", "unroll_layers", "full_backward"),
+    ("name", "num_layers", "remat", "unroll", "full_backward"),
     [
         ("dualpipe", 8, "block", None, False),
         ("dualpipe", 8, "none", False, False),
         ("dualpipe", 8, "block", False, False),
         ("dualpipe", 8, "block", False, True),
+        ("dualpipe", 20, "none", 2, True),
         ("dualpipev", 11, "none", None, False),  # unlike stages
         ("dualpipev", 8, "none", None, True),
     ],
 )
 def test_dead_values_are_never_read_in_a_run(
-    name: str, num_layers: int, remat: str, unroll_layers: bool | None, full_backward: bool
+    name: str, num_layers: int, remat: str, unroll: bool | int | None, full_backward: bool
 ) -> None:
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=10)
     stash_deferred = remat == "none"
@@ -359,9 +367,11 @@ def test_dead_values_are_never_read_in_a_run(
         tables=tables,
         num_layers=num_layers,
         remat=remat,
-        unroll_layers=unroll_layers,
-        stash_deferred=stash_deferred,
-        full_backward=full_backward,
+        execution=dpj.Execution(
+            unroll=unroll,
+            split_backward=not full_backward,
+            deferred="store" if stash_deferred else "recompute",
+        ),
     )
 
 
@@ -396,7 +406,7 @@ def test_a_stash_in_use_through_a_run(late_ranks: tuple[int, ...], remat: str) -
 @pytest.mark.parametrize("field", ["x_slot", "cotangent_slot"])
 def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None:
     schedule = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=6)
-    tables = schedule.compiled(timetable="aligned").tables
+    tables = schedule.compiled(overlap=True).tables
     assert tables.steady is not None
     nowhere: dict[str, Any] = {field: np.full(2, -1)}
     wrong = dataclasses.replace(tables, steady=dataclasses.replace(tables.steady, **nowhere))
@@ -488,7 +498,7 @@ def test_what_is_idle_is_not_carried_through_a_run(
     remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There a beat has its stash; the slot it does without is an array [64, 128] at the least."""
-    options: dict[str, Any] = {"timetable": "aligned", "remat": remat, "full_backward": False}
+    options = {"remat": remat, "execution": dpj.Execution(overlap=True, split_backward=True)}
     _, without = loops(trace_wide_step("dualpipe", **options).jaxpr)
     monkeypatch.setattr(Layout, "idle_in", lambda self, steady: ())
     _, carries_it = loops(trace_wide_step("dualpipe", **options).jaxpr)
@@ -501,7 +511,7 @@ def test_what_is_idle_takes_no_memory_in_a_run(
     remat: str, num_slots: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without rematerialisation the peak is in the ticks around the run, and falls by less."""
-    options: dict[str, Any] = {"timetable": "aligned", "remat": remat, "full_backward": False}
+    options = {"remat": remat, "execution": dpj.Execution(overlap=True, split_backward=True)}
     without = wide_step("dualpipe", **options).memory_analysis().temp_size_in_bytes
     monkeypatch.setattr(Layout, "idle_in", lambda self, steady: ())
     carried = wide_step("dualpipe", **options).memory_analysis().temp_size_in_bytes
@@ -511,7 +521,10 @@ def test_what_is_idle_takes_no_memory_in_a_run(
 @pytest.mark.slow
 def test_layers_of_full_backwards_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else what half of a stage recomputes is alive at once: hidden units, [64, 128] a layer."""
-    options = {"remat": "block", "full_backward": True, "unroll_layers": True}
+    options = {
+        "remat": "block",
+        "execution": dpj.Execution(unroll=True, split_backward=False),
+    }
     of_size = {}
     for takes_turns in (True, False):
         if not takes_turns:
@@ -527,7 +540,7 @@ def test_what_recomputes_has_no_stash_beside_it(
     schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slot of a stash, two arrays [64, 128] at least, ends before it and is made again."""
-    options: dict[str, Any] = {"timetable": "shortest", "remat": "block", "full_backward": False}
+    options = {"remat": "block", "execution": SHORTEST}
     without = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
     monkeypatch.setattr("dualpipe_jax._executor.stages.empty_after", lambda stash, **_: stash)
     carried = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
@@ -557,7 +570,7 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
         num_microbatches=4,
         schedule="zb-h1",
         remat="block",
-        full_backward=False,
+        execution=dpj.Execution(split_backward=True),
     )
 
     def collectives() -> list[str]:
@@ -575,10 +588,10 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
 def test_what_is_put_off_takes_less_memory_under_remat(schedule: str) -> None:
     """A layer's input and cotangent, [64, 16] each, in place of what makes its hidden units."""
     sizes = {
-        stash: wide_step(schedule, remat="block", stash_deferred=stash)
+        stores: wide_step(schedule, remat="block", execution=execution)
         .memory_analysis()
         .temp_size_in_bytes
-        for stash in (False, True)
+        for stores, execution in ((False, RECOMPUTES), (True, STORES))
     }
     made = dpj.schedules.make(schedule, num_ranks=4, num_microbatches=8)
     num_stashes = made.timeline().num_slots["stash"]
@@ -596,7 +609,7 @@ def test_a_program_that_recomputes_nothing_is_as_it_was(
 ) -> None:
     """Without remat, or with nothing put off, there is no trace of it in the program."""
     texts = [
-        wide_step(schedule, remat=remat, stash_deferred=stash).as_text() for stash in (False, True)
+        wide_step(schedule, remat=remat, execution=each).as_text() for each in (RECOMPUTES, STORES)
     ]
     # Metadata counts the lines of source that were run, the checks of arguments too.
     few, many = ([re.sub("metadata=.*", "", i) for i in instructions(text)] for text in texts)

@@ -1,6 +1,7 @@
 """Simulations: small cases by hand, published figures, slow references, how long ranks wait."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.ir import Program
-from dualpipe_jax._simulate import (
-    Costs,
-    Simulation,
-    durations_of,
-    fastest_timetable,
-    prefers_full_backward,
-    simulate,
-    usual_costs,
-)
+from dualpipe_jax._simulate import Costs, Simulation, decide, simulate, usual_costs
+from dualpipe_jax._simulate.simulation import durations_of
 from dualpipe_jax.schedules import Schedule
 from tests.replay_references import follow_dependencies, wait_as_told
 from tests.schedule.test_random_programs import programs
@@ -27,6 +22,8 @@ from tests.schedules_under_test import NAMES, WIDE_SIZES
 
 # Twice as many stages as ranks, down and up again.
 V_SHAPED = Schedule.from_csv("0F0,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", name="v")
+
+SPLIT, FULL = (Execution(split_backward=is_split) for is_split in (True, False))
 
 
 def make(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -51,7 +48,7 @@ def test_1f1b_by_hand() -> None:
         schedule="1f1b",
         num_ranks=2,
         num_microbatches=2,
-        timetable="shortest",
+        execution=Execution(overlap=False, split_backward=True, deferred="store"),
         rendezvous=True,
         makespan=8.0,
         dependency_makespan=8.0,
@@ -221,9 +218,9 @@ def test_chimera_has_a_formula_for_equal_forward_and_backward() -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 16), (8, 20), (16, 32)])
-@pytest.mark.parametrize("timetable", ["shortest", "aligned"])
-def test_dualpipe_idles_half_as_long_as_published(size: tuple[int, int], timetable: str) -> None:
-    made = run("dualpipe", *size, timetable=timetable)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_dualpipe_idles_half_as_long_as_published(size: tuple[int, int], overlap: bool) -> None:
+    made = run("dualpipe", *size, execution=replace(SPLIT, overlap=overlap))
     assert made.makespan == 3 * size[1] + size[0] // 2 - 1
     assert made.published_bubble == 2 * made.bubble == size[0] - 2
 
@@ -272,15 +269,16 @@ def test_agrees_with_the_references(
     assert max(made.work) <= made.dependency_makespan * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("timetable", ["shortest", "aligned"])
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_full_backwards_are_the_same_work_and_waited_for(name: str, timetable: str) -> None:
-    options = {"costs": Costs(forward=2, weight_grad=0.5), "timetable": timetable}
+def test_full_backwards_are_the_same_work_and_waited_for(name: str, overlap: bool) -> None:
+    costs = Costs(forward=2, weight_grad=0.5)
+    apart, as_one = (replace(each, overlap=overlap) for each in (SPLIT, FULL))
     for size in ((1, 2), (2, 8), (3, 12), (4, 16)):
-        split = run(name, *size, **options)
+        split = run(name, *size, costs=costs, execution=apart)
         num_stages = make(name, *size).num_stages
         for num_layers in (None, num_stages):  # in halves, and at once
-            full = run(name, *size, **options, full_backward=True, num_layers=num_layers)
+            full = run(name, *size, costs=costs, execution=as_one, num_layers=num_layers)
             assert full.work == pytest.approx(split.work)
             assert full.makespan >= full.dependency_makespan >= split.dependency_makespan
 
@@ -290,13 +288,13 @@ def test_full_backwards_by_hand() -> None:
     one = {"costs": Costs(forward=2, input_grad=3, weight_grad=5)}
     assert run("1f1b", 2, 1, **one).makespan == 2 + 2 + 3 + 3 + 5
     for num_layers in (None, 2, 4, 6):
-        full = run("1f1b", 2, 1, **one, full_backward=True, num_layers=num_layers)
+        full = run("1f1b", 2, 1, **one, execution=FULL, num_layers=num_layers)
         assert full.makespan == pytest.approx(2 + 2 + (3 + 5) + (3 + 5))
     # Three layers a stage: an I's tick is that of two, 4, a W's of one, 2.
     options = {"costs": Costs(forward=3, input_grad=3, weight_grad=3), "num_layers": 6}
     # 0F0 | 0F1 1F0 | 1I0 | 1W0 | 0I0 1F1 | 0W0 1I1 | 1W1 | 0I1 | 0W1: of 0W0 and 1I1, 1I1 starts
     # when 1F1 is done, and 1W1 ends when both are.
-    full = run("1f1b", 2, 2, **options, full_backward=True)
+    full = run("1f1b", 2, 2, **options, execution=FULL)
     assert full.makespan == pytest.approx(3 + 3 + 4 + 2 + (3 + 4 + 2) + 4 + 2)
     assert run("1f1b", 2, 2, **options).makespan == 24
 
@@ -306,11 +304,11 @@ def test_full_backwards_of_a_cost_of_their_own() -> None:
     # As above; 4 and not 3 + 5, in two halves of 2.
     costs = Costs(**apart, full_backward=4)
     assert costs.full_backward_share == 0.5
-    assert run("1f1b", 2, 1, costs=costs, full_backward=True).makespan == 2 + 2 + 4 + 4
+    assert run("1f1b", 2, 1, costs=costs, execution=FULL).makespan == 2 + 2 + 4 + 4
     # Halves apart do not ask for it, nor does a run of beats.
     assert run("1f1b", 2, 1, costs=costs) == run("1f1b", 2, 1, costs=Costs(**apart))
     times = [
-        run("dualpipe", 4, 32, costs=each, full_backward=True, timetable="aligned").work
+        run("dualpipe", 4, 32, costs=each, execution=replace(FULL, overlap=True)).work
         for each in (costs, Costs(**apart))
     ]
     run_of_beats = (32 - 2 * 4) * (2 + 3 + 5)
@@ -329,7 +327,7 @@ def test_the_gradient_of_an_embedding_comes_last() -> None:
     costs = Costs(forward=2, input_grad=3, weight_grad=5, full_backward=4, embed=1)
     assert costs.embed_grad == 2.5
     for num_layers in (None, 2):
-        made = run("1f1b", 2, 1, costs=costs, full_backward=True, num_layers=num_layers)
+        made = run("1f1b", 2, 1, costs=costs, execution=FULL, num_layers=num_layers)
         assert made.makespan == (2 + 1) + 2 + 4 + (4 + 2.5)
 
 
@@ -337,7 +335,7 @@ def test_one_stage_of_one_layer_is_no_cliff() -> None:
     """Eight stages of two layers, but for the last, are no slower than eight of two."""
     costs = Costs(input_grad=2, weight_grad=1)
     uneven, even = (
-        run("1f1b", 8, 32, costs=costs, num_layers=num_layers, full_backward=True).makespan
+        run("1f1b", 8, 32, costs=costs, num_layers=num_layers, execution=FULL).makespan
         for num_layers in (15, 16)
     )
     # All of a rank's share is one, so that a layer takes more of it if there are fewer.
@@ -363,7 +361,7 @@ def test_without_transfers_bubbles_are_those_by_hand(
     }
     costs = Costs(input_grad=input_grad, weight_grad=weight_grad)
     for name, bubble in expected.items():
-        made = run(name, 4, 16, costs=costs, full_backward=full_backward)
+        made = run(name, 4, 16, costs=costs, execution=FULL if full_backward else SPLIT)
         assert made.bubble == pytest.approx(bubble), name
 
 
@@ -388,10 +386,10 @@ TRANSFORMERS = (
 )
 def test_ranks_hardly_wait_for_nothing(name: str, split: float, full: float) -> None:
     """Placed by the clock, a step takes little more than if ranks waited for values alone."""
-    for full_backward, bar in ((False, split), (True, full)):
+    for execution, bar in ((SPLIT, split), (FULL, full)):
         for size in ((4, 16), (8, 32)):
             for costs in TRANSFORMERS:
-                made = run(name, *size, costs=costs, transfer=0.1, full_backward=full_backward)
+                made = run(name, *size, costs=costs, transfer=0.1, execution=execution)
                 assert made.makespan <= bar * made.dependency_makespan, (size, costs)
 
 
@@ -410,7 +408,8 @@ def test_placed_by_costs_is_with_the_transfer_of_a_step() -> None:
 def test_placement_knows_no_platform() -> None:
     """Where senders do not wait, the same program runs."""
     schedule = make("dualpipev", 3, 6)
-    costs, options = Costs(forward=6, input_grad=2, weight_grad=2), {"timetable": "shortest"}
+    costs = Costs(forward=6, input_grad=2, weight_grad=2)
+    options = {"execution": replace(SPLIT, overlap=False)}
     durations = durations_of(schedule, costs, transfer=1)
     tables = compile_program(schedule.program, durations=durations).tables
     work = np.array([0.0, 3, 1, 1])[tables.opcode]
@@ -434,7 +433,7 @@ def test_placed_by_the_costs_of_the_program_is_as_without(name: str) -> None:
     # By others it is placed worse, or by chance as well; what it has to do is the same.
     other = run(name, 4, 16, **options, placed_by=Costs(input_grad=0.3, weight_grad=3))
     assert other.makespan >= plain.makespan * (1 - 1e-12)
-    if other.timetable == plain.timetable:
+    if other.execution == plain.execution:
         assert other.work == plain.work
         assert math.isclose(other.dependency_makespan, plain.dependency_makespan, rel_tol=1e-12)
 
@@ -459,140 +458,177 @@ def test_makespan_grows_with_every_cost(
         assert after.dependency_makespan >= before.dependency_makespan * (1 - 1e-12)
 
 
-# ---- which timetable
+# ---- decided
+
+
+def decided(
+    schedule: Schedule,
+    costs: Costs,
+    *,
+    layers: tuple[int, ...] | None = None,
+    overlap: bool | None = None,
+    deferred: Any = None,
+    split_backward: bool | None = None,
+) -> Execution:
+    """Decides at a transfer of a tenth of a forward, as steps do."""
+    return decide(
+        schedule,
+        Execution(overlap=overlap, deferred=deferred, split_backward=split_backward),
+        costs=costs,
+        transfer=0.1 * costs.forward,
+        layers_of_stage=layers,
+        recomputes=costs.recompute > 0,
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
     [
-        ("dualpipe", (4, 6), "shortest"),
-        ("dualpipe", (4, 8), "aligned"),
-        ("dualpipe", (8, 16), "shortest"),  # equally fast: without a run
-        ("dualpipe", (8, 32), "aligned"),
-        ("dualpipe", (5, 10), "shortest"),
-        ("dualpipe", (5, 20), "aligned"),
-        ("dualpipe", (5, 40), "aligned"),
-        ("dualpipev", (4, 8), "shortest"),
-        ("dualpipev", (4, 16), "aligned"),
-        ("dualpipe", (1, 1), "shortest"),
-        ("1f1b", (4, 64), "shortest"),
-        ("chimera", (4, 64), "shortest"),
+        ("dualpipe", (4, 6), False),
+        ("dualpipe", (4, 8), True),
+        ("dualpipe", (8, 16), False),  # equally fast: without a run
+        ("dualpipe", (8, 32), True),
+        ("dualpipe", (5, 10), False),
+        ("dualpipe", (5, 20), True),
+        ("dualpipe", (5, 40), True),
+        ("dualpipev", (4, 8), False),
+        ("dualpipev", (4, 16), True),
+        ("dualpipe", (1, 1), False),
+        ("1f1b", (4, 64), False),
+        ("chimera", (4, 64), False),
     ],
 )
 def test_many_microbatches_are_faster_aligned(
-    name: str, size: tuple[int, int], expected: str
+    name: str, size: tuple[int, int], expected: bool
 ) -> None:
     schedule = make(name, *size)
-    # At these costs, and at ten times as much of all: a transfer is a tenth of a forward.
+    # At these costs, and at ten times as much of all.
     plain = usual_costs(recomputes=False)
-    assert fastest_timetable(schedule, costs=plain) == expected
-    assert fastest_timetable(schedule, costs=_times(10, plain)) == expected
+    assert decided(schedule, plain).overlap == expected
+    assert decided(schedule, _times(10, plain)).overlap == expected
     makespans = [
-        simulate(schedule, costs=plain, transfer=0.1, timetable=t).makespan
-        for t in ("shortest", "aligned")
+        simulate(
+            schedule, costs=plain, transfer=0.1, execution=replace(SPLIT, overlap=overlap)
+        ).makespan
+        for overlap in (False, True)
     ]
     # 1e-9: a few hundred sums of tenths.
     is_faster = makespans[1] < makespans[0] * (1 - 1e-9)
-    assert is_faster == (expected == "aligned")
+    assert is_faster == expected
 
 
 def _times(factor: float, costs: Costs) -> Costs:
     return Costs(**{name: value and value * factor for name, value in vars(costs).items()})
 
 
-def test_the_timetable_hangs_on_costs_and_layers() -> None:
+def test_overlap_hangs_on_costs_and_layers() -> None:
     schedule = make("dualpipe", 4, 11)
     plain, remat = (usual_costs(recomputes=recomputes) for recomputes in (False, True))
-    found = [fastest_timetable(schedule, costs=costs) for costs in (plain, remat)]
-    assert found == ["shortest", "aligned"]
-    uneven = fastest_timetable(schedule, costs=remat, layers_per_stage=(1, 1, 2, 2))
-    assert uneven == "shortest"
-    # A transfer takes a tenth of a forward, whatever that is.
-    assert fastest_timetable(schedule, costs=_times(0.05, remat)) == "aligned"
-    chimera = make("chimera", 4, 16)
+    assert [decided(schedule, costs).overlap for costs in (plain, remat)] == [False, True]
+    assert decided(schedule, remat, layers=(1, 1, 2, 2)).overlap is False
+    assert decided(schedule, _times(0.05, remat)).overlap is True
     for factor in (1, 10):
-        costs = _times(factor, remat)
-        assert not prefers_full_backward(chimera, timetable="shortest", costs=costs)
+        assert decided(make("chimera", 4, 16), _times(factor, remat)).split_backward
+
+
+def test_what_is_given_is_kept() -> None:
+    schedule, costs = make("dualpipe", 4, 16), usual_costs(recomputes=True)
+    for overlap in (False, True):
+        for is_split in (False, True):
+            given: dict[str, Any] = {
+                "overlap": overlap,
+                "split_backward": is_split,
+                "deferred": "store",
+            }
+            assert decided(schedule, costs, **given) == Execution(**given)
+    # But there is nothing to recompute, and no run of beats.
+    assert decided(schedule, replace(costs, recompute=0), deferred="recompute").deferred == "store"
+    assert decided(schedule, costs).deferred == "recompute"
+    assert decided(make("dualpipe", 4, 4), costs, overlap=True).overlap is False
 
 
 @pytest.mark.parametrize(
-    ("name", "timetable", "expected"),
+    ("name", "overlap", "expected"),
     [
         # Without rematerialisation and with it.
-        ("gpipe", "shortest", (True, True)),
-        ("1f1b", "shortest", (True, True)),
-        ("interleaved-1f1b", "shortest", (True, True)),
-        ("zb-h1", "shortest", (True, True)),
-        ("chimera", "shortest", (False, False)),
-        ("dualpipe", "shortest", (True, True)),
-        ("dualpipe", "aligned", (False, False)),  # it has a run of beats
-        ("dualpipev", "aligned", (False, False)),
+        ("gpipe", False, (True, True)),
+        ("1f1b", False, (True, True)),
+        ("interleaved-1f1b", False, (True, True)),
+        ("zb-h1", False, (True, True)),
+        ("chimera", False, (False, False)),
+        ("dualpipe", False, (True, True)),
+        ("dualpipe", True, (False, False)),  # it has a run of beats
+        ("dualpipev", True, (False, False)),
     ],
 )
 def test_full_backwards_where_they_are_faster(
-    name: str, timetable: str, expected: tuple[bool, bool]
+    name: str, overlap: bool, expected: tuple[bool, bool]
 ) -> None:
     schedule = make(name, 4, 16)
     for recomputes, is_full in zip((False, True), expected, strict=True):
-        options = {"timetable": timetable, "costs": usual_costs(recomputes=recomputes)}
-        of_any_size = prefers_full_backward(schedule, **options)
-        assert of_any_size == is_full
-        num_layers = 2 * schedule.num_stages
-        assert prefers_full_backward(schedule, **options, num_layers=num_layers) == is_full
+        costs = usual_costs(recomputes=recomputes)
+        found = [
+            decided(schedule, costs, layers=layers, overlap=overlap).split_backward
+            for layers in (None, (2,) * schedule.num_stages, (1,) * schedule.num_stages)
+        ]
         # Stages of one layer have no halves: all of a backward is in one tick.
-        one = {"num_layers": schedule.num_stages, "layers_per_stage": (1,) * schedule.num_stages}
-        of_one = prefers_full_backward(schedule, **options, **one)
-        assert of_one == (recomputes if name == "chimera" else is_full)
+        of_one = recomputes if name == "chimera" else is_full
+        assert found == [not is_full, not is_full, not of_one]
 
 
 def test_full_backwards_hang_on_sizes_and_stashes() -> None:
-    def prefers(name: str, *size: int, **options: Any) -> bool:
-        return prefers_full_backward(make(name, *size), timetable="shortest", **options)
-
     # The longest stage, which has something to do at all times, gains a tenth of its backwards.
-    found = tuple(
-        prefers("chimera", 4, 16, costs=usual_costs(recomputes=False), layers_per_stage=sizes)
+    plain, remat = (usual_costs(recomputes=recomputes) for recomputes in (False, True))
+    found = [
+        decided(make("chimera", 4, 16), plain, layers=sizes).split_backward
         for sizes in ((1, 1, 1, 5), (2, 2, 2, 2))
-    )
-    assert found == (True, False)
+    ]
+    assert found == [False, True]
     # Deferred weight grads that recompute fill the gaps that full backwards make.
-    found = tuple(
-        prefers("zb-h1", 4, 5, costs=usual_costs(recomputes=True, stash_deferred=stash_deferred))
-        for stash_deferred in (True, False)
-    )
-    assert found == (False, True)
+    found = [
+        decided(make("zb-h1", 4, 5), remat, deferred=deferred).split_backward
+        for deferred in ("store", "recompute")
+    ]
+    assert found == [True, False]
 
 
 def test_full_backwards_as_fast_are_not_preferred() -> None:
     """Equal sums in different orders differ in their last bits."""
     schedule, costs = make("chimera", 2, 4), Costs()
     split, full = (
-        simulate(schedule, costs=costs, transfer=0.1, full_backward=is_on).makespan
-        for is_on in (False, True)
+        simulate(schedule, costs=costs, transfer=0.1, execution=each).makespan
+        for each in (SPLIT, FULL)
     )
     assert math.isclose(split, full, rel_tol=1e-12)
-    assert not prefers_full_backward(schedule, timetable="shortest", costs=costs)
+    assert decided(schedule, costs).split_backward
 
 
 def test_what_cannot_be_aligned_is_not() -> None:
     # 0I0 awaits 1I0, which needs the 0F1 of its own pair to have come back from rank 1.
     schedule = Schedule.from_csv("0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1F1,1B0,1B1")
-    assert fastest_timetable(schedule, costs=Costs()) == "shortest"
-    assert simulate(schedule) == simulate(schedule, timetable="shortest")
+    assert decided(schedule, Costs()).overlap is False
+    assert simulate(schedule) == simulate(schedule, execution=replace(SPLIT, overlap=False))
     with pytest.raises(ValueError, match="cannot be aligned"):
-        simulate(schedule, timetable="aligned")
+        simulate(schedule, execution=replace(SPLIT, overlap=True))
 
 
-@pytest.mark.parametrize(("transfer", "expected"), [(0.0, "shortest"), (0.1, "aligned")])
-def test_simulate_takes_the_faster_at_these_costs(transfer: float, expected: str) -> None:
+@pytest.mark.parametrize(("transfer", "expected"), [(0.0, False), (0.1, True)])
+def test_simulate_takes_the_faster_at_these_costs(transfer: float, expected: bool) -> None:
     schedule = make("dualpipe", 8, 64)
     made = simulate(schedule, transfer=transfer)
-    assert made.timetable == expected
-    assert made == simulate(schedule, transfer=transfer, timetable=expected)
+    assert made.execution.overlap == expected
     others = [
-        simulate(schedule, transfer=transfer, timetable=each) for each in ("shortest", "aligned")
+        simulate(schedule, transfer=transfer, execution=replace(SPLIT, overlap=each))
+        for each in (False, True)
     ]
+    assert made == others[expected]
     assert made.makespan == min(other.makespan for other in others)
+    # All of it decided, full backwards too.
+    of_all = [
+        simulate(schedule, transfer=transfer, execution=replace(each, overlap=overlap)).makespan
+        for each, overlap in ((SPLIT, expected), (FULL, False))
+    ]
+    assert simulate(schedule, transfer=transfer, execution=Execution()).makespan in of_all
 
 
 # ---- two ticks between ranks
@@ -611,8 +647,8 @@ def test_simulate_takes_the_faster_at_these_costs(transfer: float, expected: str
 def test_two_ticks_take_hardly_more_than_the_order_needs(
     costs: Costs, most: float, late: float, full_backward: bool
 ) -> None:
-    options = {"timetable": "two-tick", "costs": costs, "transfer": 0.1}
-    options |= {"full_backward": full_backward}
+    execution = Execution(overlap="two-tick", split_backward=not full_backward)
+    options = {"execution": execution, "costs": costs, "transfer": 0.1}
     for name in NAMES:
         made = run(name, 8, 32, **options, rendezvous=False)
         limit = late if name in ("1f1b", "zb-h1") else most
@@ -625,7 +661,8 @@ def test_two_ticks_hide_longer_transfers() -> None:
     for name in NAMES:
         options = {"transfer": 0.5, "rendezvous": False}
         shortest, two_tick = (
-            run(name, 8, 32, timetable=each, **options) for each in ("shortest", "two-tick")
+            run(name, 8, 32, execution=replace(SPLIT, overlap=each), **options)
+            for each in (False, "two-tick")
         )
         assert two_tick.dependency_makespan == pytest.approx(shortest.dependency_makespan)
         assert two_tick.makespan <= 1.03 * two_tick.dependency_makespan
@@ -637,8 +674,8 @@ def test_two_ticks_are_never_taken_by_themselves() -> None:
         schedule = make(name, 8, 32)
         for rendezvous in (True, False):
             made = simulate(schedule, transfer=0.5, rendezvous=rendezvous)
-            assert made.timetable != "two-tick"
-        assert fastest_timetable(schedule, costs=Costs()) != "two-tick"
+            assert made.execution.overlap != "two-tick"
+        assert decided(schedule, Costs()).overlap != "two-tick"
 
 
 # ---- mistakes
@@ -662,11 +699,6 @@ def test_too_few_layers_are_refused() -> None:
         simulate(V_SHAPED, num_layers=3)
 
 
-def test_unknown_timetable_is_refused() -> None:
-    with pytest.raises(ValueError, match="timetable='longest': must be one of"):
-        simulate(V_SHAPED, timetable="longest")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -675,7 +707,7 @@ def test_unknown_timetable_is_refused() -> None:
         ({"placed_by": 3}, "placed_by=3: must be a dualpipe_jax.Costs, or None"),
         ({"transfer": "1"}, "transfer='1': must be a number"),
         ({"num_layers": 2.5}, "num_layers=2.5: must be an integer, or None"),
-        ({"full_backward": "yes"}, "full_backward='yes': must be True or False"),
+        ({"execution": "full"}, "execution='full': must be a dualpipe_jax.Execution"),
     ],
 )
 def test_wrong_types_are_named(change: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
 
@@ -72,22 +73,20 @@ class Term:
 
 def memory_of(
     tables: Tables,
+    execution: Execution,
     *,
     num_layers: int,
     layer: LayerBytes,
     parameters: ParameterBytes,
-    full_backward: bool = False,
-    stash_deferred: bool = False,
 ) -> tuple[Term, ...]:
     """Lists what the fullest rank holds while the step runs.
 
     Args:
       tables: The schedule's, compiled as the step compiles it.
+      execution: How they are run, all decided but `unroll`.
       num_layers: The layers of the model.
       layer: What a layer keeps.
       parameters: The parameters.
-      full_backward: Whether an input grad and the weight grad that follows it run layer by layer.
-      stash_deferred: Whether what has slots of its own for a deferred weight grad is its stash.
     """
     P, S = tables.num_ranks, tables.num_stages
     of_stage = -(-num_layers // S)  # every slot and chunk has room for the largest stage
@@ -98,6 +97,7 @@ def memory_of(
     chunks = tables.num_chunks * of_stage
     slots = dict(tables.num_slots)
     # In a run of beats there is a stash still: weight grads hide the transfers there.
+    full_backward = not execution.split_backward
     by_layer = full_backward and tables.steady is None
     if full_backward:
         slots["stash"] = int(not by_layer)
@@ -139,7 +139,7 @@ def memory_of(
         Term("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
         if by_layer
         else of_slots("stash", layer.stash),
-        of_slots(DEFERRED, layer.stash if stash_deferred else layer.deferred),
+        of_slots(DEFERRED, layer.stash if execution.deferred == "store" else layer.deferred),
         Term("working", layer.working, "the largest value in no buffer"),
     )
 

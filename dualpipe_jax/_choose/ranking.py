@@ -1,39 +1,62 @@
 """Schedules, costs and bytes -> choices: those that fit by step time, then those that do not."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from dualpipe_jax._choose.memory import (
-    LayerBytes,
-    ParameterBytes,
-    Term,
-    format_bytes,
-    memory_of,
+from dualpipe_jax._choose.memory import Term, format_bytes
+from dualpipe_jax._execution import Execution
+from dualpipe_jax._schedule.tables import Tables
+from dualpipe_jax._simulate import (
+    Costs,
+    Simulation,
+    compile_for,
+    has_pairs,
+    has_steady_state,
+    simulate,
 )
-from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._simulate import Costs, Simulation, durations_of, simulate
-from dualpipe_jax._stage_sizes import spread_evenly, stages_of_one_layer
+from dualpipe_jax._stage_sizes import spread_evenly
 from dualpipe_jax.schedules import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One schedule in one timetable.
+    """One schedule in one execution.
 
     Attributes:
       simulation: What its replay took.
-      full_backward: As for `value_and_grad`: whether a weight grad runs with the input grad that it
-        follows, layer by layer.
+      remat: As for `value_and_grad`.
       terms: The memory of the fullest rank.
       limit: The memory that there is; in bytes, as all.
       headroom: The share of it that is left to the compiler's own temporaries.
+      costs: The costs by which actions are to be placed; None for those of a model of which nothing
+        is said.
+      unroll: As of `Execution`; None where the model is not known.
     """
 
     simulation: Simulation
-    full_backward: bool
+    remat: Any
     terms: tuple[Term, ...]
     limit: float
     headroom: float = 0.0
+    costs: Costs | None = None
+    unroll: bool | int | None = None
+
+    @property
+    def schedule(self) -> str:
+        """The schedule's name."""
+        return self.simulation.schedule
+
+    @property
+    def execution(self) -> Execution:
+        """How its order becomes a program, all decided."""
+        return replace(self.simulation.execution, unroll=self.unroll)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `value_and_grad` that make this step, beside those that all share."""
+        found = {"schedule": self.schedule, "remat": self.remat, "execution": self.execution}
+        return found if self.costs is None else {**found, "costs": self.costs}
 
     @property
     def num_bytes(self) -> float:
@@ -93,87 +116,64 @@ def choices_of(
     schedule: Schedule,
     *,
     num_layers: int,
+    layers_per_stage: tuple[int, ...] | None = None,
     costs: Costs,
     transfer: float,
-    layer: LayerBytes,
-    parameters: ParameterBytes,
+    recomputes: bool,
+    terms_of: Callable[[Tables, Execution], tuple[Term, ...]],
     limit: float,
-    headroom: float = 0.0,
-    stash_deferred: bool = True,
+    **of_choice: Any,
 ) -> list[Choice]:
-    """Predicts time and memory of a schedule, in both timetables if they differ.
+    """Predicts time and memory of a schedule, with a run of beats and without, if it can have one.
 
-    Of one with full backwards and without, the slower is left out unless it takes less memory.
+    With full backwards and without, the slower is left out unless it takes less memory.
 
     Args:
       schedule: The schedule.
       num_layers: The layers of the model.
+      layers_per_stage: As for `value_and_grad`.
       costs: How long actions take.
       transfer: How long a value travels to a neighbour.
-      layer: What a layer keeps of a microbatch.
-      parameters: The parameters.
+      recomputes: Whether blocks are rematerialised.
+      terms_of: Gives the memory of the fullest rank.
       limit: The memory of a rank, in bytes.
-      headroom: The share of it that is left to the compiler's own temporaries.
-      stash_deferred: As in `value_and_grad`: whether a deferred weight grad keeps all it needs.
+      **of_choice: What else each `Choice` holds.
 
     Raises:
       ValueError: as `simulate`.
     """
-    whole_stages = stages_of_one_layer(num_layers, schedule.num_stages, None)
 
-    def choice(timetable: str, full_backward: bool) -> Choice:
+    def choice(execution: Execution) -> Choice:
         simulation = simulate(
             schedule,
             costs=costs,
             transfer=transfer,
             num_layers=num_layers,
-            timetable=timetable,
-            full_backward=full_backward,
+            layers_per_stage=layers_per_stage,
+            execution=execution,
         )
-        tables = compile_program(
-            schedule.program,
-            timetable=timetable,
-            stash_deferred=stash_deferred and not full_backward,
-            full_backward=full_backward,
-            whole_stages=whole_stages,
-            durations=durations_of(
-                schedule,
-                costs,
-                transfer=transfer,
-                layers_of_stage=spread_evenly(num_layers, schedule.num_stages),
-                full_backward=full_backward,
-            ),
-        ).tables
-        return Choice(
-            simulation=simulation,
-            full_backward=full_backward,
-            terms=memory_of(
-                tables,
-                num_layers=num_layers,
-                layer=layer,
-                parameters=parameters,
-                full_backward=full_backward,
-                stash_deferred=stash_deferred,
-            ),
-            limit=limit,
-            headroom=headroom,
+        execution = simulation.execution
+        tables, _ = compile_for(
+            schedule,
+            execution,
+            costs=costs,
+            transfer=transfer,
+            layers_of_stage=layers_per_stage or spread_evenly(num_layers, schedule.num_stages),
         )
+        terms = terms_of(tables, execution)
+        return Choice(simulation=simulation, terms=terms, limit=limit, **of_choice)
 
+    overlaps = (False, True) if has_pairs(schedule) and has_steady_state(schedule) else (False,)
+    deferred = "recompute" if recomputes else "store"
     choices = []
-    for timetable in ("shortest", "aligned"):
-        if timetable != "shortest" and not _has_run(schedule):
-            continue
-        made = [choice(timetable, is_full) for is_full in (False, True)]
+    for overlap in overlaps:
+        made = [
+            choice(Execution(overlap=overlap, split_backward=is_split, deferred=deferred))
+            for is_split in (True, False)
+        ]
         first, *others = sorted(made, key=_time_and_memory)
         choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
     return choices
-
-
-def _has_run(schedule: Schedule) -> bool:
-    """Whether the aligned timetable differs from the shortest one: has a run of beats."""
-    if not (schedule.program.units.pair >= 0).any():
-        return False
-    return compile_program(schedule.program, timetable="aligned").tables.steady is not None
 
 
 def in_order(choices: Iterable[Choice]) -> list[Choice]:

@@ -119,6 +119,5 @@ class Transformer:
         return of_transformer(
             attention=of_attention / forward,
             recomputes=self.remat == "block",
-            stash_deferred=False,
             head=self.vocabulary * self.width / (self.layers / num_ranks * forward),
         )

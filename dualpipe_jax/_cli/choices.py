@@ -1,13 +1,16 @@
 """Choices -> what `dualpipe-jax choose` prints of them."""
 
+from dataclasses import asdict
+
 import click
 
 from dualpipe_jax._choose import Choice, LayerBytes, ParameterBytes, Transformer
 from dualpipe_jax._choose.memory import format_bytes
+from dualpipe_jax._cli.options import show_overlap
 from dualpipe_jax._cli.table import print_table
 from dualpipe_jax._simulate import Costs
 
-_HEAD = ("", "schedule", "timetable", "step", "against best", "idle", "memory", "why")
+_HEAD = ("", "schedule", "overlap", "step", "against best", "idle", "memory", "why")
 _FULL = "full backwards"
 _NOTES = (
     "uneven: ranks with less work than the busiest; bubble: that one waits for what it needs;",
@@ -21,8 +24,7 @@ def to_object(choice: Choice) -> dict[str, object]:
     made = choice.simulation
     return {
         "schedule": made.schedule,
-        "timetable": made.timetable,
-        "full_backward": choice.full_backward,
+        "execution": asdict(choice.execution),
         "fits": choice.fits,
         "tight": choice.is_tight,
         "makespan": made.makespan,
@@ -48,15 +50,13 @@ def print_choices(
     rows = [_row(choice, place, best) for place, choice in enumerate(choices, start=1)]
     print_table(_HEAD, rows, notes=(*notes, *_NOTES), left=(1, 2, 7), breaks=("best",))
     made = best.simulation
-    full = f", {_FULL}" if best.full_backward else ""
-    click.echo(f"\nmemory of a rank, {made.schedule}, {made.timetable}{full}:")
+    click.echo(f"\nmemory of a rank, {made.schedule}, {best.execution}:")
     for term in best.terms:
         if term.num_bytes:
             click.echo(f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  {term.why}")
     if best.fits or best.is_tight:
         arguments = f'num_microbatches={made.num_microbatches}, schedule="{made.schedule}"'
-        arguments += f', timetable="{made.timetable}", remat="{model.remat}"'
-        arguments += f", full_backward={best.full_backward}"
+        arguments += f', remat="{model.remat}", execution=dpj.{best.execution!r}'
         click.echo(f"\ndpj.value_and_grad(model, mesh=mesh, {arguments})")
 
 
@@ -66,12 +66,12 @@ def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
     return (
         str(place) if choice.fits else "tight" if choice.is_tight else "-",
         made.schedule,
-        made.timetable,
+        show_overlap(choice.execution),
         f"{made.makespan:.4g}",
         f"{slower:+.1%}" if choice is not best else "",
         f"{made.idle_share:.1%}",
         format_bytes(choice.num_bytes),
-        f"{_FULL}; {choice.why}" if choice.full_backward else choice.why,
+        choice.why if choice.execution.split_backward else f"{_FULL}; {choice.why}",
     )
 
 

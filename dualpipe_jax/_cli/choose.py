@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dualpipe_jax._choose import (
     Transformer,
     choices_of,
     in_order,
+    memory_of,
 )
 from dualpipe_jax._choose.memory import format_bytes
 from dualpipe_jax._choose.transformer import ATTENTIONS, REMATS
@@ -22,10 +24,8 @@ from dualpipe_jax._cli import options
 from dualpipe_jax._cli.choices import print_choices, to_object
 from dualpipe_jax._cli.quantities import Size, parse_costs, read_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
-from dualpipe_jax._simulate import Costs
+from dualpipe_jax._simulate import TRANSFER, Costs
 
-# A value takes a tenth of a stage's forward to a neighbour, unless told: see `fastest_timetable`.
-_TRANSFER = 0.1
 # The terms are within 5 % of the peak that a TPU's compiler finds (experiments/memory); memory in
 # pieces, and the optimizer's own temporaries, are in neither.
 _HEADROOM = 0.1
@@ -145,7 +145,7 @@ def choose(
         raise Refusal(str(error)) from error
     of_sizes = vars(model.layer_bytes)
     layer = LayerBytes(**{n: of_sizes[n] if v is None else v for n, v in stated.items()})
-    transfer = all_costs.forward * _TRANSFER if transfer is None else transfer
+    transfer = all_costs.forward * TRANSFER if transfer is None else transfer
     choices: list[Choice] = []
     left_out = []
     for name in schedules.names():
@@ -156,11 +156,11 @@ def choose(
                 num_layers=layers,
                 costs=all_costs,
                 transfer=transfer,
-                layer=layer,
-                parameters=parameters,
+                recomputes=model.remat == "block",
+                terms_of=partial(memory_of, num_layers=layers, layer=layer, parameters=parameters),
                 limit=memory,
                 headroom=headroom,
-                stash_deferred=model.remat == "none",
+                remat=model.remat,
             )
         except ValueError as error:
             left_out.append((name, " ".join(str(error).split())))

@@ -34,11 +34,7 @@ _SIZE = click.IntRange(min=1)
 )
 @options.ranks
 @options.microbatches
-@click.option(
-    "--timetable",
-    type=click.Choice(schedules.timetables()),
-    help="By default that of value_and_grad. aligned has a steady loop, two-tick is for GPUs.",
-)
+@options.overlap(default=None)
 @click.option("--layers", type=_SIZE, default=16, show_default=True, help="Over all stages.")
 @click.option("--width", type=_SIZE, default=1024, show_default=True)
 @click.option("--heads", type=_SIZE, default=8, show_default=True, help="Of attention.")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from fractions import Fraction
+from typing import Any
 
 import click
 
@@ -11,13 +12,13 @@ from dualpipe_jax._cli import options
 from dualpipe_jax._cli.quantities import parse_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._cli.table import print_table
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._simulate import Costs, Simulation
 from dualpipe_jax._simulate import simulate as run_simulation
-from dualpipe_jax._simulate.simulation import FASTEST
 
 _HEAD = (
     "schedule",
-    "timetable",
+    "overlap",
     "makespan",
     "no false waits",
     "idle",
@@ -44,14 +45,7 @@ _NOTES = (
 )
 @options.ranks
 @options.microbatches
-@click.option(
-    "--timetable",
-    type=click.Choice([*schedules.timetables(), FASTEST]),
-    default=FASTEST,
-    show_default=True,
-    help="aligned: there is a run of beats, in which every rank runs a pair. two-tick, for GPUs: "
-    "what a rank makes is read by another in the second tick after. fastest: of the two others.",
-)
+@options.overlap(default=None)
 @click.option(
     "--rendezvous/--no-rendezvous",
     default=True,
@@ -73,9 +67,11 @@ _NOTES = (
 )
 @click.option("--head", type=float, default=0.0, show_default=True, help="Of the head's forward.")
 @click.option(
-    "--full-backward",
-    is_flag=True,
-    help="Have a weight grad run with the input grad that it follows, outside of the run of beats.",
+    "--split-backward/--no-split-backward",
+    default=True,
+    show_default=True,
+    help="Whether input grads and weight grads run apart; else as full backwards, layer by layer, "
+    "where one follows the other outside of the run of beats.",
 )
 @click.option(
     "--layers",
@@ -93,13 +89,13 @@ def simulate(
     schedule: str,
     ranks: int,
     microbatches: int,
-    timetable: str,
+    overlap: Any,
     rendezvous: bool,
     costs: str,
     transfer: float,
     embed: float,
     head: float,
-    full_backward: bool,
+    split_backward: bool,
     layers: int | None,
     output_format: str,
 ) -> None:
@@ -125,8 +121,7 @@ def simulate(
                     costs=all_costs,
                     transfer=transfer,
                     num_layers=layers,
-                    timetable=timetable,
-                    full_backward=full_backward,
+                    execution=Execution(overlap=overlap, split_backward=split_backward),
                     rendezvous=rendezvous,
                 )
             )
@@ -139,7 +134,7 @@ def simulate(
         click.echo(f"[\n{content}\n]")
     else:
         both = all_costs.full_backward_share * all_costs.backward
-        full = f", full backwards {both:g}" if full_backward else ""
+        full = f", full backwards {both:g}" if not split_backward else ""
         caption = (
             f"ranks {ranks}, microbatches {microbatches}; a rank's layers cost "
             f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
@@ -165,7 +160,7 @@ def _row(simulation: Simulation) -> tuple[str, ...]:
     published = simulation.published_bubble
     return (
         simulation.schedule,
-        simulation.timetable,
+        options.show_overlap(simulation.execution),
         f"{simulation.makespan:g}",
         f"{simulation.dependency_makespan:g}",
         f"{simulation.idle_share:.1%}",

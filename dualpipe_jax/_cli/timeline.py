@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,7 +32,7 @@ Piece = tuple[str, str]
 )
 @options.ranks
 @options.microbatches
-@options.timetable
+@options.overlap(default="no")
 @click.option(
     "--format",
     "output_format",
@@ -47,7 +48,7 @@ def timeline(
     schedule: str,
     ranks: int,
     microbatches: int,
-    timetable: str,
+    overlap: Any,
     output_format: str | None,
     output: Path | None,
 ) -> None:
@@ -58,7 +59,7 @@ def timeline(
     """
     try:
         made = schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
-        made_timeline = made.timeline(timetable=timetable)
+        made_timeline = made.timeline(overlap=overlap)
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
     output_format = output_format or _format_of(output)
@@ -114,7 +115,7 @@ def _to_json(timeline: schedules.Timeline) -> str:
         "schedule": program.name,
         "ranks": timeline.num_ranks,
         "microbatches": program.num_microbatches,
-        "timetable": timeline.timetable,
+        "overlap": timeline.overlap,
         "num_ticks": timeline.num_ticks,
         "num_slots": timeline.num_slots,
     }

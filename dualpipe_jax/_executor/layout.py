@@ -62,7 +62,7 @@ class Layout:
       num_stages: Stages of the schedule.
       stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
       layers_per_stage: The layers of each stage; None to spread them evenly.
-      unroll_layers: Whether a stage's layers are to be unrolled; None to leave it to their number.
+      unroll: As of `Execution`; None unrolls up to four layers, where all stages are alike.
     """
 
     axis: str
@@ -70,7 +70,7 @@ class Layout:
     num_stages: int
     stage_of: np.ndarray
     layers_per_stage: tuple[int, ...] | None = None
-    unroll_layers: bool | None = None
+    unroll: bool | int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -113,9 +113,19 @@ class Layout:
     @cached_property
     def is_unrolled(self) -> bool:
         """Whether a stage's layers stand in the program one after the other, not in a loop."""
-        if self.unroll_layers is not None:
-            return self.unroll_layers
-        return self.has_equal_stages and self._layers.max_layers <= _MAX_UNROLLED
+        return self.unrolled_by is True
+
+    @cached_property
+    def unrolled_by(self) -> bool | int:
+        """How many layers stand in the body of the loop over them, without the None of `unroll`."""
+        most = self._layers.max_layers
+        if self.unroll is None:
+            return self.has_equal_stages and most <= _MAX_UNROLLED
+        if isinstance(self.unroll, bool):
+            return self.unroll
+        if self.unroll >= most and self.has_equal_stages:
+            return True
+        return min(self.unroll, most) if min(self.unroll, most) > 1 else False
 
     @property
     def has_equal_stages(self) -> bool:
@@ -257,8 +267,46 @@ class Layout:
             start, stop = jnp.where(is_on[0], 0, middle), jnp.where(is_on[1], count, middle)
         elif is_on is not True:
             stop = jnp.where(is_on, count, 0)
-        with jax.named_scope(_scopes.of_layers(self._layers.max_layers)):
-            return lax.fori_loop(start, stop, step, (carry, buffers))
+        return self._for_layers(start, stop, step, (carry, buffers), parts=isinstance(is_on, tuple))
+
+    def _for_layers(
+        self,
+        start: Any,
+        stop: Any,
+        step: Callable[[Any, Any], Any],
+        carry: Any,
+        *,
+        parts: bool = False,
+    ) -> Any:
+        """Runs `step(i, carry) -> carry` for i from start to stop, as many in a trip as it is told.
+
+        Args:
+          start: The first i.
+          stop: The one after the last i.
+          step: What to run.
+          carry: What goes from one to the next.
+          parts: Whether start and stop may be in the middle of a stage.
+        """
+        together, most = max(1, int(self.unrolled_by)), self._layers.max_layers
+        if together == 1:
+            with jax.named_scope(_scopes.of_layers(most)):
+                return lax.fori_loop(start, stop, step, carry)
+
+        def trip(number: Any, carry: Any) -> Any:
+            for i in range(together):
+                carry = step(start + number * together + i, carry)
+            return carry
+
+        num_trips = (stop - start) // together
+        with jax.named_scope(_scopes.of_layers(most // together)):
+            carry = lax.fori_loop(0, num_trips, trip, carry)
+        sizes = np.diff(self._layers.first_layers)
+        if parts:
+            sizes = np.concatenate([sizes, first_half(sizes)])
+        if not (sizes % together).any():
+            return carry
+        with jax.named_scope(_scopes.of_layers(together - 1)):
+            return lax.fori_loop(start + num_trips * together, stop, step, carry)
 
     def pairs(self, forward: int, backward: int) -> list[tuple[int, int]]:
         """Lists the kinds of layers that meet where one chunk is forward beside another's backward.
@@ -314,7 +362,7 @@ class Layout:
             return carry
 
         most = max(counts) if self._layers.is_even else jnp.maximum(*counts)
-        return lax.fori_loop(0, most, step, carry)
+        return self._for_layers(0, most, step, carry)
 
     def layers_of(self, stage: Any) -> list[Layer]:
         """Describes the layers of a stage, in order, where all stages are alike."""

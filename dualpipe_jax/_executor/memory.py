@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpipe_jax import _microbatches
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.leaves import pick
@@ -48,11 +49,16 @@ class Term:
 class MemoryReport:
     """What a step holds on one device beside its arguments, by kind.
 
-    `num_bytes` adds up what is there at once, in the run of beats or in the ticks around it,
+    `num_bytes` adds up all that is there at once, in the run of beats or in the ticks around it,
     whichever is more; the gradients that the step returns come after, when slots are free again.
+
+    Attributes:
+      terms: Each kind of array.
+      execution: How the schedule's order becomes this program, all decided.
     """
 
     terms: tuple[Term, ...]
+    execution: Execution
 
     @property
     def num_bytes(self) -> int:
@@ -69,10 +75,11 @@ class MemoryReport:
         total = f"{self.num_bytes / 2**20:,.1f} MiB"
         rows.append(("total beside the arguments", "", total, at_once))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join(
+        lines = (
             f"{name:{widths[0]}}  {count:{widths[1]}}  {size:>{widths[2]}}  {phase}".rstrip()
             for name, count, size, phase in rows
         )
+        return "\n".join((f"execution: {self.execution}", *lines))
 
 
 def report(
@@ -84,11 +91,9 @@ def report(
     layers: dict[Kind, PyTree],
     outside: list[Any],
     gathered: list[Any],
-    is_apart: bool,
+    execution: Execution,
     recomputes: bool,
-    full_backward: bool,
-    takes_turns: bool,
-    platform: str | None,
+    rounds: bool,
 ) -> MemoryReport:
     """Adds up the arrays of one device.
 
@@ -100,11 +105,9 @@ def report(
       layers: Avals of one layer of each kind, as it lies on one device.
       outside: Avals of the wanted leaves outside the stack.
       gathered: Avals of the leaves outside the stack that are gathered over the ranks.
-      is_apart: Whether every layer's arrays are its own, as unrolled ones are.
+      execution: How the tables are run, all decided.
       recomputes: Whether deferred weight gradients recompute what they need.
-      full_backward: Whether an I runs with the W that follows it.
-      takes_turns: Whether the backwards of layers in a row wait for each other.
-      platform: The devices', such as "tpu"; None if it is not known.
+      rounds: Whether contractions round float32 to bfloat16, which XLA then does once a step.
     """
     gradients = traced.gradients
     assert gradients is not None
@@ -130,19 +133,15 @@ def report(
             terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
     of_one = max((_bytes(block.stash) for block in gradients.block.values()), default=0)
     of_all = f"{most_layers} layers", of_layers("stash")
-    is_cpu, is_unrolled = platform == "cpu", layout.is_unrolled
-    # Other compilers order layers in a row well by themselves.
-    in_turns = of_all if is_cpu and is_unrolled and not takes_turns else ("1 layer", of_one)
-    if tables.steady is not None and is_unrolled:
-        mine = in_turns if is_cpu else of_all
+    full_backward = not execution.split_backward
+    if tables.steady is not None and layout.is_unrolled:
         phase = "beats" if full_backward or "stash" in idle else ""
-        terms.append(Term("stash of a beat, without a slot", *mine, phase))
+        terms.append(Term("stash of a beat, without a slot", *of_all, phase))
     if full_backward:
-        # On CPUs looped layers have one in beats too; unrolled ones that of a beat.
-        has_other_beats = tables.steady is not None and (is_unrolled or not is_cpu)
-        phase = "ticks" if has_other_beats else ""
-        terms.append(Term("stash of a full backward, without a slot", *in_turns, phase))
-        if has_other_beats and not is_unrolled:
+        phase = "" if tables.steady is None else "ticks"
+        name = "stash of a full backward, without a slot"
+        terms.append(Term(name, "1 layer", of_one, phase))
+        if tables.steady is not None and not layout.is_unrolled:
             terms.append(Term("stashes for W", *of_all, "beats"))
     between = 1 if tables.is_lazy else 2
     terms.append(Term("between ranks", f"{between} x and cotangents", between * x))
@@ -155,7 +154,7 @@ def report(
     for kind, layer in layers.items():
         block = gradients.block[kind]
         weights += num_layers[kind] * _copies(
-            block, layer, num_chunks, is_apart=is_apart, rounds=platform == "tpu"
+            block, layer, num_chunks, is_apart=layout.is_unrolled, rounds=rounds
         )
     terms.append(Term("copies of weights", f"{num_chunks} stages", weights))
     if gathered:
@@ -174,7 +173,7 @@ def report(
         terms.append(Term("metrics added up, of layers", f"{num_chunks} stages", sums))
     working = max(block.working_bytes for block in gradients.block.values())
     terms.append(Term("working set, estimated", "1 layer", working))
-    return MemoryReport(tuple(terms))
+    return MemoryReport(tuple(terms), execution)
 
 
 def _copies(
@@ -186,8 +185,8 @@ def _copies(
       block: The layer's block.
       layer: Avals of its weights.
       num_chunks: The chunks of a rank.
-      is_apart: As `report` takes it.
-      rounds: Whether contractions round float32 to bfloat16, which XLA then does once a step.
+      is_apart: Whether every layer's arrays are its own, as unrolled ones are.
+      rounds: As `report` takes it.
     """
     leaves = jax.tree.leaves(layer)
     rounded = [

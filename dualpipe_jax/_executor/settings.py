@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dualpipe_jax import _kinds
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.explicit import platform_of
 from dualpipe_jax._executor.layout import Layout
@@ -39,10 +40,7 @@ class Settings:
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
-      unroll_layers: Whether a stage's layers are unrolled; None to leave it to their number.
-      stash_deferred: Whether what has slots of its own for a deferred weight grad is its stash.
-      full_backward: Whether an input grad that its weight grad follows runs with it, so that none
-        but deferred ones have slots for what they need.
+      execution: How the tables are run, all decided but `unroll`, which the layout decides.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       placement: The name in the compiled program of how the tables were placed; "" for none.
       poison: Whether dead values are overwritten with values that spread, in tests.
@@ -54,6 +52,7 @@ class Settings:
     axis: str
     block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
     num_layers: int
+    execution: Execution
     batch_axes: tuple[str, ...] = ()
     manual_axes: tuple[str, ...] = ()
     param_specs: PyTree = None
@@ -61,9 +60,6 @@ class Settings:
     trainable: PyTree = True
     overwrite: PyTree = None
     layers_per_stage: tuple[int, ...] | None = None
-    unroll_layers: bool | None = None
-    stash_deferred: bool = False
-    full_backward: bool = False
     output: Callable[..., PyTree] | None = None
     placement: str = ""
     poison: bool = False
@@ -77,13 +73,18 @@ class Settings:
             num_stages=self.tables.num_stages,
             stage_of=np.asarray(self.tables.stage_of),
             layers_per_stage=self.layers_per_stage,
-            unroll_layers=self.unroll_layers,
+            unroll=self.execution.unroll,
         )
 
     @cached_property
     def delivery(self) -> Delivery | None:
         """Where outputs go; None without `output`."""
         return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
+
+    @property
+    def full_backward(self) -> bool:
+        """Whether an input grad that its weight grad follows runs with it, without a slot."""
+        return self.execution.split_backward is False
 
     @property
     def defers(self) -> bool:
@@ -93,7 +94,7 @@ class Settings:
     @property
     def recomputes(self) -> bool:
         """Whether some weight gradients are deferred, and recompute what they need."""
-        return self.defers and not self.stash_deferred
+        return self.defers and self.execution.deferred == "recompute"
 
     @property
     def platform(self) -> str | None:

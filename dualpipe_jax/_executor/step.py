@@ -152,11 +152,9 @@ class Step(Settings):
                     },
                 }
             ),
-            is_apart=self.layout.is_unrolled,
+            execution=replace(self.execution, unroll=self.layout.unrolled_by),
             recomputes=self.recomputes,
-            full_backward=self.full_backward,
-            takes_turns=self.takes_turns,
-            platform=self.platform,
+            rounds=self.platform == "tpu",
         )
 
     def _traced(

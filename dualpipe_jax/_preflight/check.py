@@ -19,7 +19,12 @@ from dualpipe_jax._preflight.kernels import KernelCost, Kernels
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.loops import Found, find_loop
 from dualpipe_jax._preflight.options import compiler_options as options_of
-from dualpipe_jax._preflight.predict import Prediction, find_num_trips, predict
+from dualpipe_jax._preflight.predict import (
+    Prediction,
+    find_execution,
+    find_num_trips,
+    predict,
+)
 from dualpipe_jax._preflight.report import Loop, Memory, Program, Report
 from dualpipe_jax._preflight.timetable import runs_of_branches
 from dualpipe_jax._preflight.timing import Replay
@@ -167,6 +172,7 @@ def preflight(
         loop=loop,
         kernels=kernels.list_calls(module),
         copies=copies,
+        execution=find_execution(module),
         prediction=prediction,
         waits=waits,
     )

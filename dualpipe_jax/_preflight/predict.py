@@ -1,11 +1,12 @@
 """Predicts the time of a step: replays the schedule with the costs of the compiled actions."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._devices import Device
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._preflight.actions import OTHER, action_of, num_places
 from dualpipe_jax._preflight.exposure import Collective, exposed_seconds
 from dualpipe_jax._preflight.hlo import Module
@@ -110,16 +111,21 @@ def predict(
         for conditional in {each.conditional for each in sends if each.branch is not None}
     ]
     transfer = max([0, *in_ticks, *(each.link_seconds or 0 for each in sends)])
-    full_backward = any(_scopes.FULL_BACKWARD in name for name in names)
     placed = next(filter(None, map(_scopes.read_placement, names)), None)
-    placed_by, layers = (None, None) if placed is None else (_costs_of(placed[0]), placed[1])
-    timetable = "aligned" if loop.kind == "steady" else "shortest"
+    if placed is None:
+        placed_by, layers = None, None
+        execution = Execution(
+            overlap=loop.kind == "steady",
+            split_backward=not any(_scopes.FULL_BACKWARD in name for name in names),
+        )
+    else:
+        placed_by, layers = Costs(**_named(Costs(), placed.costs)), placed.layers_of_stage
+        execution = Execution(**_named(Execution(), placed.execution))
     simulation = simulate(
         made,
         costs=costs,
         transfer=transfer * device.clock,
-        timetable=timetable,
-        full_backward=full_backward,
+        execution=execution,
         layers_per_stage=layers,
         placed_by=placed_by,
     )
@@ -139,10 +145,17 @@ def predict(
         costs,
         transfer=transfer * device.clock,
         clock=device.clock,
-        full_backward=full_backward,
+        execution=simulation.execution,
         layers_of_stage=layers,
         placed_by=placed_by,
     )
+
+
+def find_execution(module: Module) -> Execution | None:
+    """Finds how a schedule's order became the program, if that says it."""
+    names = (each.op_name for each in module.within(module.entry))
+    placed = next(filter(None, map(_scopes.read_placement, names)), None)
+    return None if placed is None else Execution(**_named(Execution(), placed.execution))
 
 
 def find_num_trips(module: Module, loop: Found) -> int | None:
@@ -150,7 +163,7 @@ def find_num_trips(module: Module, loop: Found) -> int | None:
     if loop.num_trips is not None or loop.kind != "steady":
         return loop.num_trips
     made = _find_schedule(each.op_name for each in module.within(module.entry))
-    steady = None if made is None else made.compiled(timetable="aligned").tables.steady
+    steady = None if made is None else made.compiled(overlap=True).tables.steady
     return None if steady is None else steady.num_beats // _BEATS
 
 
@@ -163,10 +176,9 @@ def _find_schedule(op_names: Iterable[str]) -> schedules.Schedule | None:
     return schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
 
 
-def _costs_of(values: tuple[float | None, ...]) -> Costs:
-    """Makes the costs that a program names, in the order in which they are written."""
-    named: dict[str, Any] = dict(zip((each.name for each in fields(Costs)), values, strict=True))
-    return Costs(**named)
+def _named(like: Any, values: tuple[Any, ...]) -> dict[str, Any]:
+    """Names the values of a record, which a program has in the order of its fields."""
+    return dict(zip(vars(like), values, strict=True))
 
 
 def _costs_of_beats(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._preflight.actions import Action
 from dualpipe_jax._preflight.collectives_text import HEAD, branch_lines, collective_rows
 from dualpipe_jax._preflight.copies import Copy
@@ -120,6 +121,8 @@ class Report:
       kernels: The kernels that XLA does not see into, their FLOPs, and the source of these.
       copies: The copies of whole slot buffers in loops, of which there should be none: see
         `_preflight/copies.py`.
+      execution: How the order of the schedule became the program, all decided; None of a program
+        that does not say it, such as forwards alone.
       prediction: The time of a step.
       waits: After each tick of a predicted step in ticks, who waits, for which rank, how long and
         why, in microseconds; None for others.
@@ -137,6 +140,7 @@ class Report:
     loop: Loop | None
     copies: tuple[Copy, ...]
     prediction: Prediction
+    execution: Execution | None = None
     waits: Waits | None = None
     kernels: tuple[Kernel, ...] = ()
     failure: str = ""
@@ -158,6 +162,7 @@ class Report:
             ("memory", _memory_lines(self.memory)),
             ("", [f"the compiler: {self.failure}"] if self.failure else []),
             ("program", [] if self.program is None else _program_lines(self.program)),
+            ("executed", [] if self.execution is None else [str(self.execution)]),
             ("kernels", [_kernel_line(each) for each in self.kernels]),
             ("step", [_prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.links import Network, source_target_pairs
 from dualpipe_jax._schedule.tables import Tables
@@ -41,7 +42,7 @@ def find_timetable(
     *,
     transfer: float,
     clock: float,
-    full_backward: bool,
+    execution: Execution,
     layers_of_stage: tuple[int, ...] | None,
     placed_by: Costs | None,
 ) -> Timetable:
@@ -52,17 +53,16 @@ def find_timetable(
       costs: What actions cost, in cycles.
       transfer: How long a value travels, in cycles.
       clock: Cycles a second.
-      full_backward: As for `simulate`.
+      execution: How its order became the program.
       layers_of_stage: The layers of each stage; None if they are not known.
       placed_by: As for `simulate`.
     """
     tables, durations = compile_for(
         schedule,
+        execution,
         costs=costs,
         transfer=transfer,
         layers_of_stage=layers_of_stage,
-        timetable="shortest",
-        full_backward=full_backward,
         placed_by=placed_by,
     )
     work = durations.work(tables)

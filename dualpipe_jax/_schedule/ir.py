@@ -235,6 +235,11 @@ class Timeline:
         """How many ticks after another rank has made a value a rank may read it."""
         return lag_of(self.timetable)
 
+    @property
+    def overlap(self) -> bool | str:
+        """The timetable as the `overlap` of an `Execution`."""
+        return {"aligned": True, "shortest": False}.get(self.timetable, self.timetable)
+
     @cached_property
     def num_ticks(self) -> int:
         """The number of ticks up to the last action of any rank."""

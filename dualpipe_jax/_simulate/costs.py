@@ -37,8 +37,8 @@ class Costs:
       head: The head's forward. It belongs to the last stage's F and so does its gradient, at
         `(input_grad + weight_grad) / forward` times the cost.
       recompute: What a deferred W of as many layers as F costs beside, if it recomputes.
-      full_backward: B of as many, where I and W run as one (`simulate(full_backward=True)`, outside
-        of a run of beats); None for as long as the two take.
+      full_backward: B of as many, where I and W run as one (`Execution(split_backward=False)`);
+        None for as long as the two take.
 
     Raises:
       TypeError: if one is no number.
@@ -180,22 +180,19 @@ def _share(num_ranks: int, layers_of_stage: np.ndarray) -> np.ndarray:
     return layers_of_stage * (num_ranks / layers_of_stage.sum())
 
 
-def of_transformer(
-    *, attention: float, recomputes: bool, stash_deferred: bool, head: float = 0.0
-) -> Costs:
+def of_transformer(*, attention: float, recomputes: bool, head: float = 0.0) -> Costs:
     """Counts multiplications of a transformer, in those of the forward of a rank's share of it.
 
     A matmul's input grad and weight grad cost as much as its forward; attention, two matmuls of
     activations, has no weight grad, and twice the input grad.
 
-    >>> of_transformer(attention=0.25, recomputes=True, stash_deferred=False)
+    >>> of_transformer(attention=0.25, recomputes=True)
     Costs(forward=1.0, input_grad=2.25, weight_grad=0.75, embed=0.0, head=0.0, recompute=2.25,
       full_backward=2.7)
 
     Args:
       attention: Its share of the forward.
-      recomputes: Whether I runs the forward again.
-      stash_deferred: Whether a deferred W does not, and the input grad.
+      recomputes: Whether I runs the forward again, and a deferred W forward and input grad.
       head: The head's forward.
     """
     input_grad, weight_grad = 1 + attention + recomputes, 1 - attention
@@ -204,6 +201,6 @@ def of_transformer(
         input_grad=input_grad,
         weight_grad=weight_grad,
         head=head,
-        recompute=input_grad if recomputes and not stash_deferred else 0.0,
+        recompute=input_grad if recomputes else 0.0,
         full_backward=_FULL_BACKWARD * (input_grad + weight_grad),
     )

@@ -17,20 +17,26 @@ import dualpipe_jax as dpj
 AXIS = "pipe"
 REMATS = ("none", "block")
 _SCHEDULES: dict[str, dict[str, Any]] = {
-    "dualpipe": {"schedule": "dualpipe", "timetable": "shortest"},
-    "dualpipe-aligned": {"schedule": "dualpipe", "timetable": "aligned"},
-    "dualpipev": {"schedule": "dualpipev"},
+    "dualpipe": {"schedule": "dualpipe"},
+    "dualpipe-overlap": {"schedule": "dualpipe", "overlap": True},
+    "dualpipev": {"schedule": "dualpipev", "overlap": True},
     "1f1b": {"schedule": "1f1b"},
     "zb-h1": {"schedule": "zb-h1"},
 }
+
+
+def _ours(*, schedule: str, overlap: bool = False, **execution: Any) -> dict[str, Any]:
+    """Makes the options of a step with full backwards, which are the least work on CPUs."""
+    made = dpj.Execution(overlap=overlap, split_backward=False, **execution)
+    return {"schedule": schedule, "execution": made}
+
+
 # Layers unrolled however many a stage has, as in the fastest of the limits; and where it has many,
 # looped too, as is the library's default then.
-LOOPED = {
-    f"{name}-looped": {**options, "unroll_layers": False} for name, options in _SCHEDULES.items()
-}
-OURS: dict[str, dict[str, Any]] = {
-    **{name: {**options, "unroll_layers": True} for name, options in _SCHEDULES.items()},
-    "zb-h1-stash": {**_SCHEDULES["zb-h1"], "unroll_layers": True, "stash_deferred": True},
+LOOPED = {f"{name}-looped": _ours(**options, unroll=False) for name, options in _SCHEDULES.items()}
+OURS = {
+    **{name: _ours(**options, unroll=True) for name, options in _SCHEDULES.items()},
+    "zb-h1-stash": _ours(schedule="zb-h1", unroll=True, deferred="store"),
     **LOOPED,
 }
 CONCURRENT_LIMIT = "limit-unrolled-concurrent"

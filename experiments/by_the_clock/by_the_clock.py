@@ -91,11 +91,10 @@ def measure(task: tasks.Task, show: Callable[..., None]) -> Iterator[tasks.Measu
     """Runs the workers of a task; gives their measurements, and shows which program is on."""
     with processes.measuring(task) as answers:
         for program in task.programs:
-            name = f"{program.schedule}, {program.timetable}"
-            show(f"compiling {name}", done=0)
+            show(f"compiling {program}", done=0)
             for _ in range(1 + len(task.sleeps)):
                 yield next(answers)
-                show(name, done=1)
+                show(str(program), done=1)
         assert next(answers, None) is None, "workers end after the last program, without a failure"
 
 
@@ -104,27 +103,27 @@ def make_rows(
 ) -> list[report.Row]:
     """Puts the predictions beside the medians of the clock, costs by costs."""
     medians = {
-        (each.schedule, each.timetable, each.costs): float(np.median(each.seconds))
+        (each.schedule, each.overlap, each.costs): float(np.median(each.seconds))
         for each in measured
     }
     rows = []
     for name in tasks.COSTS:
         costs = tasks.scaled_costs(name, num_ranks=num_ranks, scale=scale)
-        for schedule, timetable in dict.fromkeys((m.schedule, m.timetable) for m in measured):
-            program = tasks.Program(schedule=schedule, timetable=timetable)
-            simulation, full_backward = tasks.predict(program, costs, num_ranks=num_ranks)
+        for schedule, overlap in dict.fromkeys((m.schedule, m.overlap) for m in measured):
+            program = tasks.Program(schedule=schedule, overlap=overlap)
+            simulation = tasks.predict(program, costs, num_ranks=num_ranks)
             rows.append(
                 report.Row(
                     ranks=num_ranks,
                     costs=name,
                     schedule=schedule,
-                    timetable=timetable,
-                    full_backward=full_backward,
-                    clock=medians[schedule, timetable, name],
+                    overlap=overlap,
+                    full_backward=not simulation.execution.split_backward,
+                    clock=medians[schedule, overlap, name],
                     predicted=simulation.makespan,
                     ideal=simulation.dependency_makespan,
                     work=sum(simulation.work) / num_ranks,
-                    without_sleeps=medians[schedule, timetable, tasks.NO_SLEEPS],
+                    without_sleeps=medians[schedule, overlap, tasks.NO_SLEEPS],
                 )
             )
     return rows
@@ -133,7 +132,7 @@ def make_rows(
 def require_possible(rows: Sequence[report.Row]) -> None:
     """Raises if a step was faster than any that sleeps one action at a time can be."""
     wrong = [
-        f"{row.schedule} ({row.timetable}) on {row.ranks} ranks {row.costs}: {row.clock:.4f} s, "
+        f"{row.program} on {row.ranks} ranks {row.costs}: {row.clock:.4f} s, "
         f"ideal {row.ideal:.4f} s"
         for row in rows
         if not row.clock >= row.ideal  # not <, so that NaN is wrong

@@ -7,13 +7,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.by_the_clock.report import Row, faster, groups, name_of
+from experiments.by_the_clock.report import Row, faster, groups
 
 _WORK, _NEEDED, _ELSE, _PREDICTED = "#12508f", "#8cc4ef", "#f2b266", "#2b2b2b"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws a bar a schedule, its faster timetable: a column a number of ranks, a row a cost.
+    """Draws a bar a schedule, its faster program: a column a number of ranks, a row a cost.
 
     A bar ends where the clock did; it is divided where the work ends and where the ideal step does.
     """
@@ -65,7 +65,7 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
             va="center",
             fontsize=8,
         )
-    panel.set_yticks(places, [name_of(row) for row in rows], fontsize=8)
+    panel.set_yticks(places, [str(row.program) for row in rows], fontsize=8)
     panel.invert_yaxis()
     panel.set_axisbelow(True)
     panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)

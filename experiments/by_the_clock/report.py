@@ -9,6 +9,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments import cells
+from experiments.by_the_clock.tasks import Program
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -18,7 +21,7 @@ class Row:
       ranks: The processes of the pipeline.
       costs: A name of `tasks.COSTS`.
       schedule: Its name.
-      timetable: Its timetable.
+      overlap: Whether its pairs overlap in a run of beats.
       full_backward: Whether its input grads and weight grads run as one.
       clock: Measured, the median.
       predicted: By the replay, waiting as the program waits.
@@ -30,13 +33,18 @@ class Row:
     ranks: int
     costs: str
     schedule: str
-    timetable: str
+    overlap: bool
     full_backward: bool
     clock: float
     predicted: float
     ideal: float
     work: float
     without_sleeps: float
+
+    @property
+    def program(self) -> Program:
+        """What was measured."""
+        return Program(schedule=self.schedule, overlap=self.overlap)
 
     @property
     def over_predicted(self) -> float:
@@ -57,7 +65,7 @@ class Row:
 # The table's columns, and the side to which they are set; a terminal shows those in _SHORT.
 COLUMNS: dict[str, tuple[Callable[[Row], str], str]] = {
     "schedule": (lambda row: row.schedule, "left"),
-    "timetable": (lambda row: row.timetable, "left"),
+    "overlap": (lambda row: cells.yes_or_no(row.overlap), "left"),
     "backward": (lambda row: "full" if row.full_backward else "split", "left"),
     "P": (lambda row: str(row.ranks), "right"),
     "costs": (lambda row: row.costs, "left"),
@@ -70,7 +78,7 @@ COLUMNS: dict[str, tuple[Callable[[Row], str], str]] = {
 }
 _SHORT = (
     "schedule",
-    "timetable",
+    "overlap",
     "clock, s",
     "predicted, s",
     "clock / predicted",
@@ -86,7 +94,7 @@ def groups(rows: Sequence[Row]) -> Iterator[tuple[int, str, list[Row]]]:
 
 
 def faster(rows: Sequence[Row]) -> list[Row]:
-    """Keeps for each schedule, number of ranks and costs the timetable that the clock prefers."""
+    """Keeps for each schedule, number of ranks and costs the program that the clock prefers."""
     best: dict[tuple[int, str, str], Row] = {}
     for row in rows:
         key = row.ranks, row.costs, row.schedule
@@ -97,13 +105,8 @@ def faster(rows: Sequence[Row]) -> list[Row]:
 
 def describe_faster(rows: Sequence[Row]) -> str:
     """Says in a line what steps take over their work, of rows with the same ranks and costs."""
-    listed = ", ".join(f"{name_of(row)} {row.over_work:.2f}" for row in faster(rows))
+    listed = ", ".join(f"{row.program} {row.over_work:.2f}" for row in faster(rows))
     return f"{rows[0].ranks} ranks, {rows[0].costs}: clock / work: {listed}"
-
-
-def name_of(row: Row) -> str:
-    """Names a row's schedule, and its timetable if that is not the shortest."""
-    return row.schedule if row.timetable == "shortest" else f"{row.schedule} ({row.timetable})"
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -113,13 +116,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerow(field.name for field in dataclasses.fields(Row))
         for row in rows:
             values = dataclasses.astuple(row)
-            writer.writerow(f"{v:.4f}" if isinstance(v, float) else v for v in values)
+            writer.writerow(cells.write(value, form=".4f") for value in values)
 
 
 def read_csv(path: Path) -> list[Row]:
     """Reads a file of `write_csv`."""
-    kinds: dict[str, Any] = {"ranks": int, "costs": str, "schedule": str, "timetable": str}
-    kinds["full_backward"] = "True".__eq__
+    kinds: dict[str, Any] = {"ranks": int, "costs": str, "schedule": str}
+    kinds |= {"overlap": cells.is_yes, "full_backward": cells.is_yes}
     with path.open(newline="") as file:
         return [
             Row(**{name: kinds.get(name, float)(value) for name, value in line.items()})

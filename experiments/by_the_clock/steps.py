@@ -83,15 +83,13 @@ def make_step(
     program: Program, costs: dpj.Costs, *, mesh: Mesh, device: Device, num_microbatches: int
 ) -> Callable[..., Any]:
     """Makes the step, placed by these costs, with the backwards that are predicted to be faster."""
-    _, full_backward = predict(program, costs, num_ranks=mesh.size)
     return jax.jit(
         dpj.value_and_grad(
             make_model(device),
             mesh=mesh,
             num_microbatches=num_microbatches,
             schedule=program.schedule,
-            timetable=program.timetable,
-            full_backward=full_backward,
+            execution=predict(program, costs, num_ranks=mesh.size).execution,
             costs=costs,
         )
     )
@@ -116,11 +114,11 @@ def require_right(
     program: Program, *, loss: tuple[float, float], num_sleeps: tuple[int, int]
 ) -> None:
     """Raises if a step's loss, or the number of actions that it ran, is not as expected."""
-    name = f"{program.schedule} ({program.timetable})"
     if not abs(loss[0] / loss[1] - 1) <= _TOLERANCE:  # not >, so that NaN is wrong
-        raise RuntimeError(f"{name}: the loss is {loss[0]:.7g}, must be {loss[1]:.7g}")
+        raise RuntimeError(f"{program}: the loss is {loss[0]:.7g}, must be {loss[1]:.7g}")
     if num_sleeps[0] != num_sleeps[1]:
-        raise RuntimeError(f"{name}: a rank slept {num_sleeps[0]} times, must be {num_sleeps[1]}")
+        slept, must = num_sleeps
+        raise RuntimeError(f"{program}: a rank slept {slept} times, must be {must}")
 
 
 def place(array: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:

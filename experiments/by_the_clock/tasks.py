@@ -29,10 +29,14 @@ _MANY_RANKS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A schedule in one of its timetables."""
+    """A schedule, with the run of beats that overlaps its pairs or without."""
 
     schedule: str
-    timetable: str
+    overlap: bool
+
+    def __str__(self) -> str:
+        """Names it."""
+        return f"{self.schedule} (overlap)" if self.overlap else self.schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class Measured:
     """The seconds of each measured step of a program with some costs."""
 
     schedule: str
-    timetable: str
+    overlap: bool
     costs: str
     seconds: list[float]
 
@@ -83,9 +87,9 @@ def make_task(schedules: Sequence[str], *, num_ranks: int, scale: float, repeats
     return Task(
         num_ranks=num_ranks,
         programs=tuple(
-            Program(schedule=name, timetable=timetable)
+            Program(schedule=name, overlap=overlap)
             for name in schedules
-            for timetable in _timetables(name, num_ranks=num_ranks)
+            for overlap in _overlaps(name, num_ranks=num_ranks)
         ),
         sleeps={
             name: {
@@ -106,33 +110,30 @@ def scaled_costs(name: str, *, num_ranks: int, scale: float) -> dpj.Costs:
     return dpj.Costs(**{action: scale * getattr(COSTS[name], action) for action in ACTIONS})
 
 
-def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> tuple[dpj.Simulation, bool]:
+def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> dpj.Simulation:
     """Replays the program, placed by these costs; what a neighbour sends arrives at once.
 
     Returns:
-      The faster replay of two, and whether it is the one with full backwards.
+      The faster replay of two: with input grads and weight grads apart, and with full backwards.
     """
-
-    def simulate(*, full_backward: bool) -> dpj.Simulation:
-        return dpj.simulate(
+    replays = [
+        dpj.simulate(
             _make(program.schedule, num_ranks=num_ranks),
             costs=costs,
             transfer=0.0,
             num_layers=LAYERS_A_RANK * num_ranks,
-            timetable=program.timetable,
-            full_backward=full_backward,
+            execution=dpj.Execution(overlap=program.overlap, split_backward=is_split),
             placed_by=costs,
         )
+        for is_split in (True, False)
+    ]
+    return min(replays, key=lambda replay: replay.makespan)
 
-    split, full = (simulate(full_backward=each) for each in (False, True))
-    is_full = full.makespan < split.makespan
-    return (full if is_full else split), is_full
 
-
-def _timetables(name: str, *, num_ranks: int) -> tuple[str, ...]:
-    """Lists those that differ: without a run of beats the aligned one is the shortest."""
-    has_beats = len(_make(name, num_ranks=num_ranks).timeline(timetable="aligned").beats) > 0
-    return ("shortest", "aligned") if has_beats else ("shortest",)
+def _overlaps(name: str, *, num_ranks: int) -> tuple[bool, ...]:
+    """Lists those that differ: without a run of beats nothing overlaps."""
+    has_beats = len(_make(name, num_ranks=num_ranks).timeline(overlap=True).beats) > 0
+    return (False, True) if has_beats else (False,)
 
 
 def _make(name: str, *, num_ranks: int) -> dpj.Schedule:

@@ -86,7 +86,7 @@ def compile_case(case: Case, topology: str, *, axes: dict[str, int] | None = Non
         sizes.for_pipeline("expert", is_ragged=sizes.capacity_factor is None),
         mesh=mesh,
         num_microbatches=case.num_microbatches,
-        timetable="aligned",
+        execution=dpj.Execution(overlap=True),
         remat="block",
         batch_axes="expert",
         manual_axes="expert",

@@ -70,9 +70,12 @@ class Row:
         )
         apart, full = (
             dpj.simulate(
-                made, costs=costs, transfer=_TRANSFER * self.forward, full_backward=is_full
+                made,
+                costs=costs,
+                transfer=_TRANSFER * self.forward,
+                execution=dpj.Execution(split_backward=is_split),
             ).makespan
-            for is_full in (False, True)
+            for is_split in (True, False)
         )
         return full / apart - 1
 
@@ -96,7 +99,7 @@ class Beats:
 
 def measure_ticks(case: Case) -> Row:
     """Compiles a case of a schedule without a run of beats twice."""
-    apart, full = (steps.pipelined(case, full_backward=is_full) for is_full in (False, True))
+    apart, full = (steps.pipelined(case, split_backward=is_split) for is_split in (True, False))
     before, after = (
         {action.name: action.cycles for action in report.loop.actions} for report in (apart, full)
     )
@@ -115,7 +118,7 @@ def measure_ticks(case: Case) -> Row:
 
 def measure_beats(case: Case) -> Beats:
     """Compiles a case of a schedule with a run of beats twice."""
-    apart, full = (steps.pipelined(case, full_backward=is_full) for is_full in (False, True))
+    apart, full = (steps.pipelined(case, split_backward=is_split) for is_split in (True, False))
 
     def cycles(report: Any) -> float:
         return steps.cycles_of_layers(report.loop) / (2 * case.layers)  # two beats a trip
@@ -143,7 +146,6 @@ def cases(
             layers=count,
             tokens=tokens,
             schedule=schedule,
-            timetable="aligned",
         )
         for family, remat, (width, count) in itertools.product(BLOCKS, REMATS, sizes)
     ]

@@ -122,9 +122,9 @@ def replay(
             costs=of_model,
             num_layers=num_layers,
             transfer=transfer,
-            full_backward=full_backward,
+            execution=dpj.Execution(split_backward=is_split),
         )
-        for full_backward in (False, True)
+        for is_split in (True, False)
     )
     return report.Row.of(equal, model, sent, full)
 

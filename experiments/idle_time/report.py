@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 import dualpipe_jax as dpj
+from experiments import cells
 from experiments.idle_time.costs import Flops
 
 # A hue a family: 1F1B's blue, two directions orange, the V olive; marks tell all apart.
@@ -32,8 +33,8 @@ class Row:
 
     Idle shares are of `ranks * makespan`: the published one (None where none is published), that of
     the replay at F = I = W = 1, at the transformer's costs, and with transfers beside; of the last
-    also the timetable, which part of it is uneven work, and what it were without false waits; and
-    that with full backwards.
+    also whether a run of beats overlaps pairs, which part of it is uneven work, and what it were
+    without false waits; and that with full backwards.
     Activations, those that W reads, are in shares of a rank's layers, as parameter copies are.
     """
 
@@ -44,7 +45,7 @@ class Row:
     equal: float
     transformer: float
     with_transfers: float
-    timetable: str
+    overlap: bool
     uneven: float
     without_false_waits: float
     full_backward: float
@@ -69,7 +70,7 @@ class Row:
             equal=equal.idle_share,
             transformer=model.idle_share,
             with_transfers=sent.idle_share,
-            timetable=sent.timetable,
+            overlap=sent.execution.overlap is True,
             uneven=(max(sent.work) - float(np.mean(sent.work))) / sent.makespan,
             without_false_waits=1 - float(np.mean(sent.work)) / sent.dependency_makespan,
             full_backward=full.idle_share,
@@ -94,12 +95,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerow(field.name for field in dataclasses.fields(Row))
         for row in rows:
             values = dataclasses.astuple(row)
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values)
+            writer.writerow(cells.write(value, form=".6g") for value in values)
 
 
 def read_csv(path: Path) -> list[Row]:
     """Reads what `write_csv` wrote."""
-    kinds: dict[str, Any] = {"ranks": int, "microbatches": int, "schedule": str, "timetable": str}
+    kinds: dict[str, Any] = {"ranks": int, "microbatches": int, "schedule": str}
+    kinds["overlap"] = cells.is_yes
     with path.open(newline="") as file:
         lines: list[dict[str, Any]] = [
             {name: kinds.get(name, float)(value) if value else None for name, value in line.items()}
@@ -124,7 +126,7 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
 
 def _cell(row: Row) -> str:
     published = "-" if row.published is None else f"{100 * row.published:.1f}"
-    mark = "*" if row.timetable == "aligned" else ""
+    mark = "*" if row.overlap else ""
     shares = row.equal, row.with_transfers
     model = " / ".join(f"{100 * share:.1f}" for share in shares)
     return f"{published} / {model}{mark} / {100 * row.full_backward:.1f}"

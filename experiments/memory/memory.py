@@ -57,7 +57,7 @@ class Row:
 
 
 def measure(
-    name: str, sizes: Sizes, *, remat: str, microbatches: int, full_backward: bool = False
+    name: str, sizes: Sizes, *, remat: str, microbatches: int, split_backward: bool = True
 ) -> tuple[Row, str]:
     """Compiles one step; returns its row, and the library's own account of it.
 
@@ -66,7 +66,7 @@ def measure(
       sizes: The sizes.
       remat: "none" or "block".
       microbatches: How many.
-      full_backward: As `dpj.value_and_grad` takes it, where the step is the library's.
+      split_backward: As `dpj.Execution` takes it, where the step is the library's.
     """
     model = LanguageModel(
         layers=sizes.layers, width=sizes.width, heads=sizes.heads, vocabulary=sizes.vocabulary
@@ -86,7 +86,7 @@ def measure(
             axis=variants.AXIS,
             remat=remat,
             schedule=name,
-            full_backward=full_backward,
+            execution=dpj.Execution(overlap=True, split_backward=split_backward),
         )
         memory = grad_fn.memory(*args)
         account, terms = str(memory), memory.num_bytes
@@ -177,13 +177,16 @@ def table(rows: list[Row]) -> str:
     text="What a block keeps for its backward.",
 )
 @click.option(
-    "--full-backward", is_flag=True, help="Run an input grad and its weight grad layer by layer."
+    "--split-backward/--no-split-backward",
+    default=True,
+    show_default=True,
+    help="Whether input grads and weight grads run apart; else layer by layer.",
 )
 @click.option("--write-readme", is_flag=True, help="Put the table into the README.")
 def command(
     schedules: tuple[str, ...],
     remats: tuple[str, ...],
-    full_backward: bool,
+    split_backward: bool,
     write_readme: bool,
     **options: Any,
 ) -> None:
@@ -210,7 +213,7 @@ def command(
     rows, account = [], ""
     for name, remat, count in track(cases, "compiling", transient=True):
         row, mine = measure(
-            name, sizes, remat=remat, microbatches=count, full_backward=full_backward
+            name, sizes, remat=remat, microbatches=count, split_backward=split_backward
         )
         account = account or mine
         rows.append(row)

@@ -39,10 +39,10 @@ def cases(question: str, *, widths: tuple[int, ...], layers: tuple[int, ...]) ->
                 for width in widths
                 for count in dict.fromkeys((few, many))
             ]
-            return [*ours, replace(over_4, schedule="1f1b", timetable=None)]
+            return [*ours, replace(over_4, schedule="1f1b", overlap=None)]
         case "experts":
             ours = replace(over_8, ranks=4, beside=2, family="experts")
-            return [ours, replace(ours, schedule="1f1b", timetable=None)]
+            return [ours, replace(ours, schedule="1f1b", overlap=None)]
         case "efficiency":
             kinds = ("transformer", "block"), ("transformer", "none"), ("mlp", "block")
             return [

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import cells
 from experiments.overlap.steps import Case, cycles_of_layers
 
 # FLOPs a second as published, by the generation in a topology's name.
@@ -33,7 +34,7 @@ class Row:
     layers: int
     tokens: int
     schedule: str
-    timetable: str | None
+    overlap: bool | None
     remat: str
     permutes: int
     permutes_async: int
@@ -112,7 +113,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in dataclasses.fields(Row))
         for row in rows:
-            writer.writerow(_cell(value) for value in dataclasses.astuple(row))
+            writer.writerow(cells.write(value, form=".6g") for value in dataclasses.astuple(row))
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -120,6 +121,8 @@ def read_csv(path: Path) -> list[Row]:
         if not text and "None" in str(field.type):
             return None
         kind = str(field.type)
+        if "bool" in kind:
+            return cells.is_yes(text)
         return int(text) if "int" in kind else float(text) if "float" in kind else text
 
     with path.open() as file:
@@ -200,9 +203,3 @@ def _name(row: Row) -> str:
 
 def _count(collectives: Any) -> int:
     return sum(each.count for each in collectives)
-
-
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value

@@ -31,7 +31,7 @@ class Case:
       layers: A stage.
       tokens: A microbatch has, on one device.
       schedule: One of `dpj.schedules.names()`.
-      timetable: As `dpj.value_and_grad` takes it.
+      overlap: As `dpj.Execution` takes it.
       remat: `"none"` or `"block"`.
     """
 
@@ -43,7 +43,7 @@ class Case:
     layers: int = 2
     tokens: int = 4096
     schedule: str = "dualpipe"
-    timetable: str | None = "aligned"
+    overlap: bool | None = True
     remat: str = "none"
 
     @property
@@ -52,12 +52,12 @@ class Case:
         return 4 * self.ranks
 
 
-def pipelined(case: Case, *, full_backward: bool | None = None) -> Any:
+def pipelined(case: Case, *, split_backward: bool | None = None) -> Any:
     """Compiles the whole pipelined step, and gives preflight's report.
 
     Args:
       case: What to compile.
-      full_backward: As `dpj.value_and_grad` takes it.
+      split_backward: As `dpj.Execution` takes it.
     """
     family = models.FAMILIES[case.family]
     other = "expert" if family.has_experts else "data"
@@ -69,15 +69,13 @@ def pipelined(case: Case, *, full_backward: bool | None = None) -> Any:
         more["batch_axes"] = other
     if family.has_experts:
         more |= {"manual_axes": other, "param_specs": family.param_specs}
-    if case.timetable is not None:
-        more["timetable"] = case.timetable
     grad_fn = dpj.value_and_grad(
         family.model,
         mesh=mesh,
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         remat=case.remat,
-        full_backward=full_backward,
+        execution=dpj.Execution(overlap=case.overlap, split_backward=split_backward),
         **more,
     )
 

@@ -95,7 +95,7 @@ def _step(
         mesh=mesh,
         num_microbatches=num_microbatches,
         schedule="dualpipe",
-        timetable="aligned",
+        execution=dpj.Execution(overlap=True),
         **axes,
     )
     params = {"ends": {"table": _aval(mesh, (VOCABULARY, width), jnp.float32)}, "blocks": blocks}

@@ -1,5 +1,6 @@
 """Beats as they are traced for devices that overlap transfers and compute, run on CPUs."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,17 +33,17 @@ def assert_equals_sequential(grad_fn: Any, model: dpj.Model, params: Any, batch:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("platform", "schedule", "num_ranks", "num_microbatches", "num_layers", "options"),
+    ("platform", "schedule", "num_ranks", "num_microbatches", "num_layers", "remat", "options"),
     [
-        ("tpu", "dualpipe", 2, 8, 6, {}),
-        ("cuda", "dualpipe", 2, 8, 6, {}),
-        ("cuda", "dualpipe", 2, 8, 6, {"unroll_layers": False}),
-        ("tpu", "dualpipe", 4, 10, 8, {"unroll_layers": False, "remat": "block"}),
-        ("tpu", "dualpipev", 2, 8, 8, {"remat": "block"}),
-        ("tpu", "dualpipe", 3, 9, 7, {}),  # unlike stages
-        ("tpu", "dualpipe", 4, 10, 8, {"full_backward": True}),
-        ("tpu", "dualpipev", 2, 8, 12, {"full_backward": True, "unroll_layers": False}),
-        ("tpu", "dualpipe", 3, 9, 7, {"full_backward": True, "remat": "block"}),
+        ("tpu", "dualpipe", 2, 8, 6, "none", {}),
+        ("cuda", "dualpipe", 2, 8, 6, "none", {}),
+        ("cuda", "dualpipe", 2, 8, 6, "none", {"unroll": False}),
+        ("tpu", "dualpipe", 4, 10, 8, "block", {"unroll": False}),
+        ("tpu", "dualpipev", 2, 8, 8, "block", {}),
+        ("tpu", "dualpipe", 3, 9, 7, "none", {}),  # unlike stages
+        ("tpu", "dualpipe", 4, 10, 8, "none", {"split_backward": False}),
+        ("tpu", "dualpipev", 2, 8, 12, "none", {"split_backward": False, "unroll": 2}),
+        ("tpu", "dualpipe", 3, 9, 7, "block", {"split_backward": False}),
     ],
 )
 def test_interleaved_beats_equal_the_sequential_model(
@@ -52,6 +53,7 @@ def test_interleaved_beats_equal_the_sequential_model(
     num_ranks: int,
     num_microbatches: int,
     num_layers: int,
+    remat: str,
     options: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(settings, "platform_of", lambda mesh: platform)
@@ -59,17 +61,16 @@ def test_interleaved_beats_equal_the_sequential_model(
         # What lowering for a GPU would choose.
         monkeypatch.setattr(order, "wait_for", order.select_after)
     made = dpj.schedules.make(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    assert made.compiled(timetable="aligned").tables.steady is not None
+    assert made.compiled(overlap=True).tables.steady is not None
     model = make_model(frozenset(FEATURES))
     params, batch = make_params(num_layers), make_batch(num_microbatches)
-    more: dict[str, Any] = {"full_backward": False} | options  # as is the default there
     grad_fn = dpj.value_and_grad(
         model,
         mesh=make_mesh(num_ranks),
         num_microbatches=num_microbatches,
         schedule=schedule,
-        timetable="aligned",
-        **more,
+        remat=remat,
+        execution=replace(dpj.Execution(overlap=True, split_backward=True), **options),
     )
     assert_equals_sequential(grad_fn, model, params, batch)
 
@@ -79,7 +80,7 @@ def test_interleaved_beats_equal_the_sequential_model(
     ("schedule", "num_layers", "options"),
     [
         ("1f1b", 7, {"remat": "block"}),
-        ("zb-h1", 6, {"remat": "block", "unroll_layers": False}),
+        ("zb-h1", 6, {"remat": "block", "execution": dpj.Execution(unroll=False)}),
         ("interleaved-1f1b", 12, {}),
     ],
 )
@@ -118,9 +119,8 @@ def test_what_weight_grads_hide_changes_no_value(
         model,
         mesh=make_mesh(2),
         num_microbatches=8,
-        timetable="aligned",
+        execution=dpj.Execution(overlap=True, split_backward=True),
         remat=remat,
-        full_backward=False,
     )
     assert_equals_sequential(grad_fn, model, params, batch)
     assert set(hides) == ({True, False} if most_times == 2 else {True})
@@ -168,7 +168,10 @@ def test_weight_grads_follow_their_layer(
 
     monkeypatch.setattr(unrolled, "run_beat", spy)
     grad_fn = dpj.value_and_grad(
-        make_model(frozenset()), mesh=make_mesh(2), num_microbatches=8, timetable="aligned"
+        make_model(frozenset()),
+        mesh=make_mesh(2),
+        num_microbatches=8,
+        execution=dpj.Execution(overlap=True),
     )
     jax.jit(grad_fn).trace(make_params(8), make_batch(8))
     assert set(beats) == {(first, rest)}
@@ -211,8 +214,7 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
         model,
         mesh=make_mesh(num_ranks),
         num_microbatches=num_microbatches,
-        timetable="aligned",
-        full_backward=False,
+        execution=dpj.Execution(overlap=True, split_backward=True),
         **options,
     )
     rng = jax.random.key(5)
@@ -228,9 +230,9 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
     assert {len(pairs) for pairs in met} == {num_pairs}
 
 
-@pytest.mark.parametrize(("unroll_layers", "num_pairs"), [(True, 3), (False, 1)])
+@pytest.mark.parametrize(("unroll", "num_pairs"), [(True, 3), (False, 1)])
 def test_what_f_keeps_waits_until_its_pair_is_done(
-    monkeypatch: pytest.MonkeyPatch, unroll_layers: bool, num_pairs: int
+    monkeypatch: pytest.MonkeyPatch, unroll: bool, num_pairs: int
 ) -> None:
     """Else a GPU's compiler writes it where a matmul should hide an exchange."""
     monkeypatch.setattr(settings, "platform_of", lambda mesh: "cuda")
@@ -254,8 +256,7 @@ def test_what_f_keeps_waits_until_its_pair_is_done(
         make_model(frozenset()),
         mesh=make_mesh(2),
         num_microbatches=8,
-        timetable="aligned",
-        unroll_layers=unroll_layers,
+        execution=dpj.Execution(overlap=True, unroll=unroll),
     )
     jax.jit(grad_fn).trace(make_params(6), make_batch(8))
     ids = set(map(id, waiting))

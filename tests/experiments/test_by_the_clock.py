@@ -25,8 +25,8 @@ FOLDER = ROOT / "experiments" / "by_the_clock"
 TINY = "--ranks 2 --schedules dualpipe --repeats 1 --scale 0.05"
 
 
-def task_of(*programs: tuple[str, str]) -> tasks.Task:
-    made = [tasks.Program(schedule=name, timetable=timetable) for name, timetable in programs]
+def task_of(*programs: tuple[str, bool]) -> tasks.Task:
+    made = [tasks.Program(schedule=name, overlap=overlap) for name, overlap in programs]
     sleeps = {"tiny": dict.fromkeys(tasks.ACTIONS, 0.001)}
     return tasks.Task(num_ranks=2, programs=tuple(made), sleeps=sleeps, repeats=1)
 
@@ -35,7 +35,7 @@ def row(schedule: str = "1f1b", **fields: Any) -> report.Row:
     figures: dict[str, Any] = {
         "ranks": 4,
         "costs": "with remat",
-        "timetable": "shortest",
+        "overlap": False,
         "full_backward": False,
         "clock": 4.5,
         "predicted": 4.4,
@@ -61,8 +61,8 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     rows = report.read_csv(tmp_path / "clock.csv")
-    assert [(row.costs, row.timetable) for row in rows] == [
-        (costs, timetable) for costs in tasks.COSTS for timetable in ("shortest", "aligned")
+    assert [(row.costs, row.overlap) for row in rows] == [
+        (costs, overlap) for costs in tasks.COSTS for overlap in (False, True)
     ]
     schedule = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=8)
     for row in rows:
@@ -73,8 +73,7 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
             schedule,
             costs=costs,
             num_layers=4,
-            timetable=row.timetable,
-            full_backward=row.full_backward,
+            execution=dpj.Execution(overlap=row.overlap, split_backward=not row.full_backward),
             placed_by=costs,
         )
         assert row.predicted == pytest.approx(0.05 * simulation.makespan, abs=1e-4)
@@ -87,7 +86,7 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_workers_error_is_the_drivers() -> None:
-    task = task_of(("zigzag", "shortest"))
+    task = task_of(("zigzag", False))
     with (
         processes.measuring(task) as answers,
         pytest.raises(
@@ -115,14 +114,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
 def test_no_worker_is_left_by_an_error_of_the_driver(
     mistake: type[BaseException], started: list[subprocess.Popen[bytes]]
 ) -> None:
-    with pytest.raises(mistake), processes.measuring(task_of(("1f1b", "shortest"))):
+    with pytest.raises(mistake), processes.measuring(task_of(("1f1b", False))):
         raise mistake
     assert [process.returncode for process in started] == [-9, -9]
 
 
 @pytest.mark.slow
 def test_a_killed_worker_is_named(started: list[subprocess.Popen[bytes]]) -> None:
-    with processes.measuring(task_of(("1f1b", "shortest"), ("gpipe", "shortest"))) as answers:
+    with processes.measuring(task_of(("1f1b", False), ("gpipe", False))) as answers:
         next(answers)
         started[1].kill()
         with pytest.raises(processes.WorkerError, match="rank 1: ended by signal 9"):
@@ -132,7 +131,7 @@ def test_a_killed_worker_is_named(started: list[subprocess.Popen[bytes]]) -> Non
 
 @pytest.mark.slow
 def test_a_worker_ends_when_its_driver_is_gone() -> None:
-    task = json.dumps(tasks.to_dict(task_of(("1f1b", "shortest"))))
+    task = json.dumps(tasks.to_dict(task_of(("1f1b", False))))
     # Rank 1, which waits for a rank 0 that never comes.
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.by_the_clock.worker", task, "1", "127.0.0.1:1"],
@@ -146,9 +145,9 @@ def test_a_worker_ends_when_its_driver_is_gone() -> None:
 
 
 def test_a_wrong_loss_and_a_lost_sleep_are_errors() -> None:
-    program = tasks.Program(schedule="1f1b", timetable="shortest")
+    program = tasks.Program(schedule="1f1b", overlap=False)
     steps.require_right(program, loss=(1.0000001, 1.0), num_sleeps=(48, 48))
-    with pytest.raises(RuntimeError, match=r"1f1b \(shortest\): the loss is 1.01, must be 1"):
+    with pytest.raises(RuntimeError, match=r"1f1b: the loss is 1.01, must be 1"):
         steps.require_right(program, loss=(1.01, 1.0), num_sleeps=(48, 48))
     with pytest.raises(RuntimeError, match="the loss is nan"):
         steps.require_right(program, loss=(np.nan, 1.0), num_sleeps=(48, 48))
@@ -182,13 +181,13 @@ def test_actions_sleep_less_by_what_their_callbacks_take(monkeypatch: pytest.Mon
     assert slept == [1.0 - device.callback, 0.0]
 
 
-def test_timetables_are_those_that_differ_and_sleeps_are_a_layers() -> None:
+def test_programs_are_those_that_differ_and_sleeps_are_a_layers() -> None:
     names = dpj.schedules.names()
     task = tasks.make_task(names, num_ranks=8, scale=2.0, repeats=3)
-    aligned = [program.schedule for program in task.programs if program.timetable == "aligned"]
-    assert aligned == ["dualpipe", "dualpipev"]
-    shortest = [program.schedule for program in task.programs if program.timetable == "shortest"]
-    assert shortest == list(names)
+    with_overlap = [program.schedule for program in task.programs if program.overlap]
+    assert with_overlap == ["dualpipe", "dualpipev"]
+    without = [program.schedule for program in task.programs if not program.overlap]
+    assert without == list(names)
     # Two layers a rank, and half of all from 8 ranks on.
     assert task.sleeps["with remat"] == {
         "forward": 0.025,
@@ -199,9 +198,9 @@ def test_timetables_are_those_that_differ_and_sleeps_are_a_layers() -> None:
 
 
 def measured() -> Iterator[tasks.Measured]:
-    for timetable, seconds in (("shortest", [9.0, 5.0, 4.0]), ("aligned", [4.0, 4.0, 4.1])):
+    for overlap, seconds in ((False, [9.0, 5.0, 4.0]), (True, [4.0, 4.0, 4.1])):
         made = tasks.Measured(
-            schedule="dualpipe", timetable=timetable, costs=tasks.NO_SLEEPS, seconds=[0.5]
+            schedule="dualpipe", overlap=overlap, costs=tasks.NO_SLEEPS, seconds=[0.5]
         )
         yield made
         for costs in tasks.COSTS:
@@ -220,17 +219,16 @@ def test_rows_have_medians_and_predictions() -> None:
 
 
 def test_the_table_the_line_and_the_figures_are_the_rows(tmp_path: Path) -> None:
-    rows = [row(), row("dualpipe"), row("dualpipe", timetable="aligned", clock=3.3)]
+    rows = [row(), row("dualpipe"), row("dualpipe", overlap=True, clock=3.3)]
     report.write_markdown(rows, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2] == (
-        "| 1f1b | shortest | split | 4 | with remat "
-        "| 4.500 | 4.400 | 3.600 | 1.023 | 1.250 | 1.500 |"
+        "| 1f1b | no | split | 4 | with remat | 4.500 | 4.400 | 3.600 | 1.023 | 1.250 | 1.500 |"
     )
     assert len({line.count("|") for line in lines}) == 1
     assert (
         report.describe_faster(rows)
-        == "4 ranks, with remat: clock / work: 1f1b 1.50, dualpipe (aligned) 1.10"
+        == "4 ranks, with remat: clock / work: 1f1b 1.50, dualpipe (overlap) 1.10"
     )
     report.write_csv(rows, tmp_path / "clock.csv")
     assert report.read_csv(tmp_path / "clock.csv") == rows
@@ -238,7 +236,7 @@ def test_the_table_the_line_and_the_figures_are_the_rows(tmp_path: Path) -> None
 
 def test_a_step_faster_than_the_ideal_is_an_error() -> None:
     require_possible([row(), row(clock=3.6)])
-    with pytest.raises(click.ClickException, match=r"FASTER THAN THE IDEAL.*: gpipe \(shortest\)"):
+    with pytest.raises(click.ClickException, match=r"FASTER THAN THE IDEAL.*: gpipe on 4"):
         require_possible([row(), row("gpipe", clock=3.5999)])
     with pytest.raises(click.ClickException, match="on 4 ranks with remat: nan s"):
         require_possible([row(clock=np.nan)])

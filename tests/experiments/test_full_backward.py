@@ -43,7 +43,7 @@ def test_time_at_the_costs_of_a_row() -> None:
         made,
         costs=dpj.Costs(forward=2, input_grad=2, weight_grad=1),
         transfer=0.2,
-        full_backward=True,
+        execution=dpj.Execution(split_backward=False),
     )
     expected = full.makespan / apart.makespan - 1
     assert ROW.change_of_time("1f1b", ranks=4) == pytest.approx(expected)
@@ -77,7 +77,7 @@ def test_the_committed_figures_are_what_the_library_counts_with() -> None:
     shares = sorted(float(line[8]) for line in lines)
     assert shares[0] > 0.8
     assert shares[-2] < 1
-    counted = of_transformer(attention=0.1, recomputes=False, stash_deferred=True)
+    counted = of_transformer(attention=0.1, recomputes=False)
     assert counted.full_backward_share == pytest.approx(sum(shares) / len(shares), abs=0.02)
     for line in lines:
         (input_grad, weight_grad, both), (apart, full) = (

@@ -23,7 +23,7 @@ def test_without_the_compiler_it_names_the_extra(
 
 def test_a_program_without_a_steady_loop_is_not_counted() -> None:
     mesh = make_mesh(4)
-    step = make_step(mesh, timetable="shortest")
+    step = make_step(mesh, overlap=False)
     report = dpj.preflight(step, make_args(mesh), "cpu:4")
     with pytest.raises(ValueError, match="must be of a program with a steady loop"):
         gpu.count(report, "collective-permute")

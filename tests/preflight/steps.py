@@ -1,7 +1,7 @@
 """Small steps over fake devices, of shapes alone."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def make_step(
     mesh: Mesh | AbstractMesh,
     *,
     schedule: str = "dualpipe",
-    timetable: str = "aligned",
+    overlap: bool | Literal["two-tick"] = True,
     num_microbatches: int = 8,
 ) -> Callable[..., Any]:
     def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
@@ -38,7 +38,7 @@ def make_step(
         mesh=mesh,
         num_microbatches=num_microbatches,
         schedule=schedule,
-        timetable=timetable,
+        execution=dpj.Execution(overlap=overlap),
     )
 
 

@@ -153,7 +153,7 @@ def test_all_to_alls_of_a_mixture_of_experts_are_hidden() -> None:
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
 def test_both_transfers_of_a_two_tick_step_stand_around_the_whole_action(schedule: str) -> None:
     mesh = make_mesh(find_topology("gpu:h100:4"), {"pipe": 4}, (AxisType.Auto,))
-    step = jax.jit(make_step(mesh, schedule=schedule, timetable="two-tick"))
+    step = jax.jit(make_step(mesh, schedule=schedule, overlap="two-tick"))
     args = make_args(mesh, width=1024, num_layers=8, rows=16 * 4, length=128)
     lowered = step.trace(*args).lower(lowering_platforms=("cuda",))
     options: dict[str, Any] = dpj.compiler_options("gpu")

@@ -3,6 +3,7 @@
 import pytest
 
 from dualpipe_jax import _scopes, schedules
+from dualpipe_jax._execution import Execution
 from dualpipe_jax._preflight.check import _analysis
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._simulate import Costs, simulate
@@ -36,7 +37,7 @@ def predict(*more: str, limit: str = "constant(5)", entry: str = "") -> Predicti
 
 def simulated(
     *,
-    full_backward: bool = False,
+    split_backward: bool = True,
     num_layers: int | None = None,
     placed_by: Costs | None = None,
     **costs: float,
@@ -47,8 +48,7 @@ def simulated(
         made,
         costs=Costs(**costs),
         transfer=16,
-        timetable="aligned",
-        full_backward=full_backward,
+        execution=Execution(overlap=True, split_backward=split_backward),
         num_layers=num_layers,
         placed_by=placed_by,
     ).makespan
@@ -91,9 +91,10 @@ def test_the_embedding_counts_with_its_gradient() -> None:
     assert made.seconds == pytest.approx(expected)
 
 
-def placed(num_layers: int) -> str:
+def placed(num_layers: int, *, overlap: bool) -> str:
     """Names a placement of four stages by other costs, at which other ticks are the best."""
-    return _scopes.of_placement([1.0, 1.2, 1.4, 0.0, 0.0, 0.0, None], [num_layers] * 4)
+    costs = [1.0, 1.2, 1.4, 0.0, 0.0, 0.0, None]
+    return _scopes.of_placement(costs, [num_layers] * 4, [overlap, True, False, "store"])
 
 
 PLACED_BY = Costs(forward=1, input_grad=1.2, weight_grad=1.4)
@@ -101,12 +102,14 @@ PLACED_BY = Costs(forward=1, input_grad=1.2, weight_grad=1.4)
 
 def test_full_backwards_around_the_run_are_seen() -> None:
     def seconds(num_layers: int) -> float:
-        op_name = f"{SCOPE}/{placed(num_layers)}/{_scopes.RAMP}/{_scopes.FULL_BACKWARD}/op"
+        op_name = (
+            f"{SCOPE}/{placed(num_layers, overlap=True)}/{_scopes.RAMP}/{_scopes.FULL_BACKWARD}/op"
+        )
         made = predict(entry=f'{work("b", 0)}, metadata={{op_name="{op_name}"}}')
         assert made.seconds is not None
         return made.seconds
 
-    cycles = {"forward": 100, "input_grad": 120, "weight_grad": 140, "full_backward": True}
+    cycles = {"forward": 100, "input_grad": 120, "weight_grad": 140, "split_backward": False}
     at_once, in_halves = seconds(1), seconds(2)
     assert at_once == pytest.approx(simulated(**cycles, num_layers=4, placed_by=PLACED_BY))
     assert in_halves == pytest.approx(simulated(**cycles, placed_by=PLACED_BY))
@@ -210,21 +213,21 @@ def test_weight_grads_that_are_put_off_may_recompute() -> None:
         [(FORWARD, 100), (halves[0], 170), (halves[1], 150), (INPUT_GRAD, 220), (WEIGHT_GRAD, 360)],
     )
     costs = Costs(forward=100, input_grad=220, weight_grad=360, full_backward=320)
-    full = simulate(schedule, costs=costs, transfer=16, full_backward=True)
+    full = simulate(schedule, costs=costs, transfer=16, execution=Execution(split_backward=False))
     assert made.loop_seconds == pytest.approx(full.makespan)
 
 
 def test_full_backwards_of_ticks_at_once_and_in_halves() -> None:
     schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
     for num_layers in (1, 2):
-        scope = f"{placed(num_layers)}/{_scopes.FULL_BACKWARD}/{INPUT_GRAD}"
+        scope = f"{placed(num_layers, overlap=False)}/{_scopes.FULL_BACKWARD}/{INPUT_GRAD}"
         made = in_ticks("1f1b", [(FORWARD, 100), (scope, 240)], beside=5)
         costs = Costs(forward=105, input_grad=125, weight_grad=125, full_backward=250)
         full = simulate(
             schedule,
             costs=costs,
             transfer=16,
-            full_backward=True,
+            execution=Execution(split_backward=False),
             num_layers=4 * num_layers,
             placed_by=PLACED_BY,
         )

@@ -67,7 +67,7 @@ def test_donated_arguments_are_not_needed_twice() -> None:
 
 def test_schedule_without_beats_has_the_scan_over_ticks() -> None:
     mesh = make_mesh(2)
-    step = make_step(mesh, schedule="1f1b", timetable="shortest")
+    step = make_step(mesh, schedule="1f1b", overlap=False)
     report = dpj.preflight(step, make_args(mesh), "cpu:2")
     assert report.loop is not None
     assert report.loop.kind == "ramp"

@@ -67,7 +67,7 @@ def test_actions_have_their_matmuls_and_cycles(report: Report) -> None:
 def test_steps_in_ticks_are_predicted(num_layers: int) -> None:
     mesh = make_mesh(4)
     args = make_args(mesh, width=256, num_layers=num_layers, rows=16 * 4, length=128)
-    step = make_step(mesh, schedule="zb-h1", timetable="shortest", num_microbatches=16)
+    step = make_step(mesh, schedule="zb-h1", overlap=False, num_microbatches=16)
     report = dpj.preflight(step, args, "tpu:v5e:2x2")
     assert report.loop is not None
     assert report.loop.kind == "ramp"
@@ -108,7 +108,7 @@ def test_no_permute_makes_every_core_wait() -> None:
     """In the schedule with most sets of pairs: 74, before they are merged."""
     mesh = make_mesh(8)
     args = make_args(mesh, width=128, num_layers=32, rows=64, length=128)
-    step = make_step(mesh, schedule="dualpipev", timetable="shortest", num_microbatches=32)
+    step = make_step(mesh, schedule="dualpipev", overlap=False, num_microbatches=32)
     program = dpj.preflight(step, args, "tpu:v5e:2x4").program
     assert program is not None
     assert program.global_permutes == {}
@@ -116,17 +116,17 @@ def test_no_permute_makes_every_core_wait() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "timetable", "is_fused", "width", "layers", "unroll"),
+    ("schedule", "overlap", "is_fused", "width", "layers", "unroll"),
     [
-        ("dualpipe", "shortest", False, 256, 1, True),
+        ("dualpipe", False, False, 256, 1, True),
         ("1f1b", None, True, 512, 1, True),
-        ("dualpipe", "aligned", True, 256, 2, False),  # layers in a loop
-        ("dualpipe", "aligned", False, 256, 1, True),
+        ("dualpipe", True, True, 256, 2, False),  # layers in a loop
+        ("dualpipe", True, False, 256, 1, True),
     ],
 )
 def test_no_loop_copies_a_slot_buffer(
     schedule: str,
-    timetable: str | None,
+    overlap: bool | None,
     is_fused: bool,
     width: int,
     layers: int,
@@ -156,8 +156,7 @@ def test_no_loop_copies_a_slot_buffer(
         mesh=mesh,
         num_microbatches=16,
         schedule=schedule,
-        timetable=timetable,
-        unroll_layers=unroll,
+        execution=dpj.Execution(overlap=overlap, unroll=unroll),
     )
     report = dpj.preflight(step, (params, batch), "tpu:v5e:2x2")
     found = [each for each in report.copies if each.where != "once"]

@@ -164,7 +164,7 @@ def test_a_pair_that_waits_for_itself_is_refused() -> None:
     schedule = Schedule.from_csv("0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1F1,1B0,1B1", name="mine")
     assert schedule.timeline().num_ticks == 8
     with pytest.raises(ScheduleError) as error:
-        schedule.timeline(timetable="aligned")
+        schedule.timeline(overlap=True)
     assert str(error.value).splitlines() == [
         (
             "schedule 'mine' cannot be aligned at 0F1 on rank 0 in tick 1: nothing may come "
@@ -201,16 +201,15 @@ def test_a_timeline_out_of_step_is_refused(late: int, message: str) -> None:
 
 def test_unknown_timetable_names_the_known() -> None:
     schedule = schedules.dualpipe(num_ranks=2, num_microbatches=4)
-    with pytest.raises(ValueError, match="timetable='long': must be one of 'shortest', 'aligned'"):
-        schedule.timeline(timetable="long")
-    assert schedules.timetables() == ("shortest", "aligned", "two-tick")
+    with pytest.raises(ValueError, match="overlap='long': must be True, False, 'two-tick'"):
+        schedule.timeline(overlap="long")  # pyrefly: ignore[bad-argument-type]
 
 
 def test_each_timetable_is_compiled_once() -> None:
     schedule = schedules.dualpipe(num_ranks=4, num_microbatches=8)
-    aligned = schedule.compiled(timetable="aligned")
-    assert schedule.compiled(timetable="aligned") is aligned
-    assert schedule.compiled(timetable="shortest") is schedule.compiled() is not aligned
+    aligned = schedule.compiled(overlap=True)
+    assert schedule.compiled(overlap=True) is aligned
+    assert schedule.compiled(overlap=False) is schedule.compiled() is not aligned
 
 
 def test_large_schedule_is_aligned_in_seconds() -> None:

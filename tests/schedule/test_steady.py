@@ -281,7 +281,7 @@ def test_the_run_is_the_same_where_deferred_weight_grads_recompute() -> None:
 
 
 def test_a_schedule_by_hand_has_a_run() -> None:
-    tables = by_hand(5, near=2, far=2).compiled(timetable="aligned").tables
+    tables = by_hand(5, near=2, far=2).compiled(overlap=True).tables
     assert tables.steady is not None
     assert run_with_steady(tables) == every_action_once(tables)
 
@@ -291,7 +291,7 @@ def test_schedules_of_many_orders() -> None:
     num_runs = num_without = 0
     for each_way, near, far in itertools.product((4, 6), (1, 2, 3), (1, 2, 3)):
         try:
-            tables = by_hand(each_way, near, far).compiled(timetable="aligned").tables
+            tables = by_hand(each_way, near, far).compiled(overlap=True).tables
         except ScheduleError:  # they wait for each other
             continue
         assert run_with_steady(tables) == every_action_once(tables)

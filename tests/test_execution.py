@@ -1,0 +1,55 @@
+"""`Execution`: its values, its words, and the same decision on every platform."""
+
+from typing import Any
+
+import pytest
+from jax.sharding import AbstractMesh
+
+import dualpipe_jax as dpj
+from tests.models import make_batch, make_model, make_params
+from tests.schedules_under_test import NAMES
+from tests.test_exact import make_mesh
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"overlap": "aligned"}, ValueError, "overlap='aligned': must be True, False, 'two-tick'"),
+        ({"overlap": 1}, TypeError, "overlap=1: must be True, False, 'two-tick', or None"),
+        ({"split_backward": "yes"}, TypeError, "split_backward='yes': must be True, False, or"),
+        ({"deferred": "keep"}, ValueError, "deferred='keep': must be 'recompute', 'store', or"),
+        ({"deferred": True}, TypeError, "deferred=True: must be 'recompute', 'store', or None"),
+        ({"unroll": 0}, ValueError, "unroll=0: must be True, False, a number of layers, or None"),
+        ({"unroll": 2.0}, TypeError, "unroll=2.0: must be True, False, a number of layers"),
+    ],
+)
+def test_other_values_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        dpj.Execution(**options)
+
+
+def test_it_is_written_as_it_is_made() -> None:
+    made = dpj.Execution(overlap="two-tick", unroll=3, deferred="store")
+    assert eval(repr(made), {"Execution": dpj.Execution}) == made
+    assert str(made) == "two-tick, layers unrolled by 3, deferred weight grads stored for"
+    assert dpj.Execution(unroll=1) == dpj.Execution(unroll=False) != dpj.Execution(unroll=True)
+    assert str(dpj.Execution()) == "decided for you"
+
+
+@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize(("num_layers", "remat"), [(8, "block"), (11, "none")])
+def test_devices_change_nothing(schedule: str, num_layers: int, remat: str) -> None:
+    """A test over fake CPU devices runs the program that a pod runs."""
+    args = make_params(num_layers), make_batch(8)
+    fake, absent = (
+        dpj.value_and_grad(
+            make_model(), mesh=mesh, num_microbatches=8, schedule=schedule, remat=remat
+        ).memory(*args)
+        for mesh in (make_mesh(4), AbstractMesh((4,), ("pipe",)))
+    )
+    assert fake == absent
+    assert str(fake) == str(absent)
+    assert None not in vars(fake.execution).values()
+    assert str(fake).startswith(f"execution: {fake.execution}\n")
