@@ -104,12 +104,48 @@ def test_modules_lie_by_the_name_of_their_layers() -> None:
         assert len(spread) == 4 * is_stack  # kernel and bias, two moments each
 
 
+def test_stacks_in_a_tuple_and_by_number_are_stacks() -> None:
+    stacks = (jnp.ones((4, 3, 3)), jnp.ones((4, 3)))
+    for blocks in (stacks, list(stacks), dict(enumerate(stacks))):
+        params = {"ends": (), "blocks": blocks}
+        state = params, optax.adam(1e-3).init(params)
+        specs = jax.tree.leaves(
+            specs_of(state, mesh=mesh_of(2)), is_leaf=lambda leaf: isinstance(leaf, P)
+        )
+        assert sorted(map(str, specs)) == sorted(map(str, [P("pipe")] * 6 + [P()]))
+
+
+def test_labels_of_groups_are_no_parts_of_parameters() -> None:
+    mesh, params = mesh_of(2, 2, names=("pipe", "data")), params_of()
+    param_specs = {"ends": P(None, "data"), "blocks": {"up": P(None, None, "data")}}
+    of_params = specs_of(params, mesh=mesh, param_specs=param_specs)
+    assert of_params["blocks"]["up"] == P("pipe", None, "data")
+    for labels in (("ends", "blocks", "shared"), ("blocks", "ends", "ends"), ("blocks", "a", "a")):
+        groups = dict(zip(params, labels, strict=True))
+        groups = {label: optax.adam(1e-3) for label in dict.fromkeys(groups.values())}, groups
+        state = optax.multi_transform(*groups).init(params)
+        specs = specs_of(state, mesh=mesh, param_specs=param_specs)
+        for part, label in groups[1].items():
+            moment = specs.inner_states[label].inner_state[0].mu
+            assert moment[part] == of_params[part], (part, label)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"axis": "stage"}, ValueError, "axis='stage'"),
         ({"param_specs": {"ends": P("data")}}, ValueError, "must name axes of .*'pipe'.*'data'"),
-        ({"param_specs": {"ends": {"table": 3}}}, TypeError, "param_specs: must hold .* 3 at"),
+        (
+            {"param_specs": {"ends": {"table": 3}}},
+            TypeError,
+            r"param_specs: must hold .*\['ends'\]\['table'\] is int 3",
+        ),
+        ({"param_specs": "pipe"}, TypeError, "param_specs: must be a dict by the parts"),
+        ({"param_specs": {"block": P("pipe")}}, ValueError, "must be by 'ends', .*'block'"),
+        ({"param_specs": {"ends": "pipe"}}, TypeError, "must hold PartitionSpecs.*'ends'"),
+        ({"param_specs": {"ends": P("pipe", "pipe")}}, ValueError, "each once.*'pipe' twice"),
+        ({"param_specs": {"ends": P(P.UNCONSTRAINED)}}, TypeError, "must hold PartitionSpecs"),
+        ({"blocks": 3}, TypeError, "blocks=3: must be a name"),
     ],
 )
 def test_mistakes_are_explained(options: Any, error: type[Exception], message: str) -> None:

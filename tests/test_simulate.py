@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -688,6 +689,14 @@ def test_wrong_costs_are_all_named() -> None:
         Costs(forward=0)
 
 
+def test_numbers_may_be_arrays_of_one() -> None:
+    plain = simulate(V_SHAPED, costs=Costs(forward=2), transfer=0.5)
+    two, half = np.array(2.0), Decimal("0.5")
+    assert simulate(V_SHAPED, costs=Costs(forward=two), transfer=half) == plain
+    with pytest.raises(ValueError, match=r"embed=1e\+300, head=0.0: their gradients"):
+        Costs(forward=1e-300, weight_grad=1e300, embed=1e300)
+
+
 @pytest.mark.parametrize("transfer", [-1.0, math.inf, math.nan])
 def test_wrong_transfer_is_refused(transfer: float) -> None:
     with pytest.raises(ValueError, match=f"transfer={transfer}: a cost must be a finite number"):
@@ -706,6 +715,7 @@ def test_too_few_layers_are_refused() -> None:
         ({"costs": {"forward": 1}}, "costs=.*: must be a dualpipe_jax.Costs, or None"),
         ({"placed_by": 3}, "placed_by=3: must be a dualpipe_jax.Costs, or None"),
         ({"transfer": "1"}, "transfer='1': must be a number"),
+        ({"transfer": np.ones(2)}, "transfer=array.*: must be a number"),
         ({"num_layers": 2.5}, "num_layers=2.5: must be an integer, or None"),
         ({"execution": "full"}, "execution='full': must be a dualpipe_jax.Execution"),
     ],

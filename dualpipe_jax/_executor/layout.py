@@ -140,11 +140,6 @@ class Layout:
         names = () if steady is None else steady.idle
         return tuple(name for name in names if name != "stash" or self.is_unrolled)
 
-    @property
-    def num_layers_of_each(self) -> int:
-        """The layers of a stage where all have as many."""
-        return self._layers.max_layers
-
     def fetch(self, stacks: dict[Kind, PyTree]) -> list[dict[Kind, PyTree]]:
         """Brings each chunk's layers of each kind to this rank, `[max layers of a stage, ...]`."""
         fetched = {kind: stack.fetch(stacks[kind]) for kind, stack in self.stacks.items()}

@@ -1,6 +1,5 @@
 """Compiles a step for a topology, ahead of time, and reads what became of it."""
 
-import math
 import re
 import time
 import warnings
@@ -15,7 +14,7 @@ from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.exposure import exposed_seconds, with_runs
 from dualpipe_jax._preflight.hlo import Module, parse
-from dualpipe_jax._preflight.kernels import KernelCost, Kernels
+from dualpipe_jax._preflight.kernels import KernelCost, Kernels, is_cost
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.loops import Found, find_loop
 from dualpipe_jax._preflight.options import compiler_options as options_of
@@ -186,8 +185,7 @@ def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:
             f"kernel_costs={kernel_costs!r}: must be a dict from the names of kernels to FLOPs"
         )
     for name, cost in kernel_costs.items():
-        is_number = isinstance(cost, int | float) and 0 <= cost < math.inf
-        if not (isinstance(name, str) and name and (callable(cost) or is_number)):
+        if not (isinstance(name, str) and name and (callable(cost) or is_cost(cost))):
             raise TypeError(
                 f"kernel_costs[{name!r}]={cost!r}: must be the FLOPs of a call, or a function of "
                 "its operands, by the name of a kernel"

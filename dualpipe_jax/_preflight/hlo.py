@@ -261,6 +261,10 @@ def _refuse(statement: str, fault: str) -> NoReturn:
 
 def _instruction(name: str, rest: str) -> Instruction:
     end = _end_of_shape(rest)
+    opcode = None if end is None else _OPCODE.match(rest, end)
+    close = None if opcode is None else _closing(rest, opcode.end() - 1)
+    if opcode is None or close is None:
+        _refuse(f"{name} = {rest}", "is no instruction: a shape, an opcode and its operands")
     shapes = tuple(
         Shape(
             dtype,
@@ -269,9 +273,6 @@ def _instruction(name: str, rest: str) -> Instruction:
         )
         for dtype, dims, layout in _SHAPE.findall(rest[:end])
     )
-    opcode = _OPCODE.match(rest, end)
-    assert opcode, rest
-    close = _closing(rest, opcode.end() - 1)
     arguments = rest[opcode.end() : close]
     return Instruction(
         name=name,
@@ -283,18 +284,20 @@ def _instruction(name: str, rest: str) -> Instruction:
     )
 
 
-def _end_of_shape(text: str) -> int:
+def _end_of_shape(text: str) -> int | None:
     """Finds where the shape ends with which the text begins: a tuple's, or up to a space."""
     if text.startswith("("):
-        return _closing(text, 0) + 1
-    return text.index(" ")
+        close = _closing(text, 0)
+        return None if close is None else close + 1
+    end = text.find(" ")
+    return end if end >= 0 else None
 
 
-def _closing(text: str, start: int) -> int:
-    """Finds the parenthesis that closes the one at `start`."""
+def _closing(text: str, start: int) -> int | None:
+    """Finds the parenthesis that closes the one at `start`; None if there is none."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise ValueError(f"no closing parenthesis: {text[start : start + 80]!r}")
+    return None

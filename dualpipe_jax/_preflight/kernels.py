@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,10 @@ def _attention(matmuls: int) -> Callable[[Operands], float]:
     """Makes the cost of that many matmuls over all queries, keys and features."""
 
     def flops(operands: Operands) -> float:
-        queries, keys = [each for each in operands if jnp.issubdtype(each.dtype, jnp.floating)][:2]
+        floats = [each for each in operands if jnp.issubdtype(each.dtype, jnp.floating)]
+        if len(floats) < 2 or len(floats[1].shape) < 2:
+            return math.nan  # not the kernel that comes with JAX
+        queries, keys = floats[:2]
         return 2.0 * matmuls * math.prod(queries.shape) * keys.shape[-2]
 
     return flops
@@ -105,7 +110,8 @@ class Kernels:
         if estimate is not None and int(estimate[1]):
             return float(estimate[1]), ESTIMATED
         if published is not None:
-            return _evaluate(published, call, where, name), PUBLISHED
+            flops = _call(published, call, where)
+            return None if math.isnan(flops) else (flops, PUBLISHED)
         return None
 
 
@@ -131,17 +137,28 @@ def _longest(costs: Mapping[str, KernelCost], name: str) -> KernelCost | None:
 
 
 def _evaluate(cost: KernelCost, call: Instruction, where: Computation, name: str) -> float:
-    if not callable(cost):
-        return float(cost)
-    flops = cost(tuple(_aval(each.shapes[0]) for each in where.operands_of(call) if each.shapes))
-    if not (isinstance(flops, int | float) and 0 <= flops < math.inf):
+    flops = _call(cost, call, where)
+    if not is_cost(flops):
         raise ValueError(f"kernel_costs: that of {name!r} gives {flops!r}, must be FLOPs of a call")
     return float(flops)
+
+
+def _call(cost: KernelCost, call: Instruction, where: Computation) -> float:
+    if not callable(cost):
+        return float(cost)
+    return cost(tuple(_aval(each.shapes[0]) for each in where.operands_of(call) if each.shapes))
+
+
+def is_cost(value: Any) -> bool:
+    """Whether it is a number of FLOPs."""
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
 
 
 def _aval(shape: Shape) -> jax.ShapeDtypeStruct:
     """Makes the aval of an operand; one of a dtype that NumPy does not know is of bytes."""
     dtype = _DTYPES.get(shape.dtype)
+    if dtype is None and shape.dtype.startswith("f8"):
+        dtype = f"float8_{shape.dtype.removeprefix('f8')}"
     if dtype is None:
         letter, bits = shape.dtype[:1], shape.dtype[1:]
         dtype = f"{_LETTERS[letter]}{bits}" if letter in _LETTERS and bits.isdigit() else "uint8"

@@ -42,7 +42,7 @@ _PARTS = (1, 2, 4)
 _WORTH = 0.99
 # Programs of more actions take seconds to be placed by the clock, and are not.
 _MOST_PLACED = 20_000
-# How long an idle tick is taken to last, beside the longest forward: the scan over ticks passes
+# How long an idle tick is taken to last, beside a stage's forward: the scan over ticks passes
 # over all actions. It is assumed, and only decides between placements that are about as fast.
 _IDLE_TICK = 0.02
 
@@ -174,7 +174,7 @@ def _fastest(
 
     def seconds(each: Compiled) -> float:
         work = durations.work(each.tables)
-        work[each.tables.opcode == IDLE] = _IDLE_TICK * max(durations.of_opcode[FORWARD])
+        work[each.tables.opcode == IDLE] = _IDLE_TICK * min(durations.of_opcode[FORWARD])
         return float(replay(each.tables, work, transfer=durations.transfer).max())
 
     candidates = []
@@ -184,9 +184,9 @@ def _fastest(
             candidates.append(replace(each, tables=tables))
             if not has_merged(tables):  # parts only spare merging
                 break
-    fastest, shortest = candidates[0], seconds(candidates[0])
+    fastest, least = candidates[0], seconds(candidates[0])
     for each in candidates[1:]:
         takes = seconds(each)
-        if takes < _WORTH * shortest:
-            fastest, shortest = each, takes
+        if takes < _WORTH * least:
+            fastest, least = each, takes
     return fastest

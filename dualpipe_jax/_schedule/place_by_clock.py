@@ -266,8 +266,10 @@ class _Walk:
     def _find_ticks(self) -> tuple[np.ndarray, np.ndarray]:
         """Finds the earliest ticks in which whatever is handed over meets the same actions."""
         ticks = dict.fromkeys(self.before, 0)
-        # A sweep settles at least one move more, and mostly all, as these stand in time's order.
-        for _ in ticks:
+        # Moves stand in time's order, so that a sweep settles all of them but those that wait for
+        # one of the same moment that stands later.
+        is_settled = False
+        while not is_settled:
             is_settled = True
             for move, before in self.before.items():
                 tick = 0
@@ -276,10 +278,6 @@ class _Walk:
                         tick = ticks[first] + gap
                 if tick != ticks[move]:
                     ticks[move], is_settled = tick, False
-            if is_settled:
-                break
-        else:
-            assert not ticks, "moves that are made in time are in some order"
         acts = np.zeros(len(self.receiver), np.int64)
         sends = acts.copy()
         for (action, is_late), tick in ticks.items():

@@ -33,10 +33,10 @@ from dualpipe_jax._schedule.tables import Pairs
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What `ir.Steady` says, before slots, and before chunks are numbered by their roles.
+    """What `tables.Steady` says, before slots, and before chunks are numbered by their roles.
 
     Attributes:
-      first_tick, num_beats, x_pairs, cotangent_pairs: As in `ir.Steady`.
+      first_tick, num_beats, x_pairs, cotangent_pairs: As in `tables.Steady`.
       first_chunk: int64[num_ranks], the chunk that each rank runs forward in even beats.
     """
 

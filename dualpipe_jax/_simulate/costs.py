@@ -19,6 +19,23 @@ TRANSFER = 0.1
 _FULL_BACKWARD = 0.9
 
 
+def as_number(name: str, value: Any) -> float:
+    """Makes a float of what counts as one number, such as an array of one.
+
+    Raises:
+      TypeError: if it is no number.
+      ValueError: if it is beyond all floats.
+    """
+    try:
+        if isinstance(value, SupportsFloat):  # a str is none
+            return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: must be finite, but is beyond all floats") from None
+    except (TypeError, ValueError):
+        pass  # an array of several, or a tracer
+    raise TypeError(f"{name}={repr(value)[:80]}: must be a number")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """Says how long actions take, in any one unit of time.
@@ -58,12 +75,7 @@ class Costs:
         for name, value in vars(self).items():
             if value is None and name == "full_backward":
                 continue
-            if not isinstance(value, SupportsFloat):
-                raise TypeError(f"{name}={repr(value)[:80]}: must be a number")
-            try:
-                number = float(value)
-            except OverflowError:
-                raise ValueError(f"{name}: must be finite, but is beyond all floats") from None
+            number = as_number(name, value)
             # Measured ones may be arrays, which have no hash.
             if not isinstance(value, int | float):
                 object.__setattr__(self, name, number)
@@ -73,6 +85,11 @@ class Costs:
             raise ValueError(f"{', '.join(wrong)}: a cost must be a finite number, 0 or more")
         if self.forward == 0:
             raise ValueError(f"forward={self.forward!r}: a forward must cost more than 0")
+        if not self.embed_grad + self.head * (1 + self.backward / self.forward) < math.inf:
+            raise ValueError(
+                f"embed={self.embed!r}, head={self.head!r}: their gradients, in proportion to "
+                "those of the layers, must be finite"
+            )
         if self.full_backward and not self.backward:
             raise ValueError(
                 f"full_backward={self.full_backward!r}: must be 0 or left out, as input_grad and "

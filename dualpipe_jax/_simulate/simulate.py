@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 
 from dualpipe_jax._execution import Execution
-from dualpipe_jax._simulate.costs import Costs
+from dualpipe_jax._simulate.costs import Costs, as_number
 from dualpipe_jax._simulate.decide import decide
 from dualpipe_jax._simulate.simulation import Simulation, replay_schedule
 from dualpipe_jax._stage_sizes import require_sum, spread_evenly, stage_sizes
@@ -56,13 +56,12 @@ def simulate(
     _require_types(
         schedule=schedule,
         costs=costs,
-        transfer=transfer,
         num_layers=num_layers,
         execution=execution,
         rendezvous=rendezvous,
         placed_by=placed_by,
     )
-    costs = costs or Costs()
+    costs, transfer = costs or Costs(), as_number("transfer", transfer)
     if not 0 <= transfer < math.inf:
         raise ValueError(f"transfer={transfer!r}: a cost must be a finite number, 0 or more")
     options: dict[str, Any] = {
@@ -104,7 +103,6 @@ def _require_types(**arguments: Any) -> None:
     wanted: dict[str, tuple[tuple[Any, ...], str]] = {
         "schedule": ((Schedule,), "a dualpipe_jax.Schedule"),
         "costs": costs,
-        "transfer": ((SupportsFloat,), "a number"),
         "num_layers": ((int, np.integer, type(None)), "an integer, or None"),
         "execution": ((Execution,), "a dualpipe_jax.Execution"),
         "rendezvous": ((bool,), "True or False"),

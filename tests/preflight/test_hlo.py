@@ -91,6 +91,9 @@ def test_attributes_take_several_lines(attributes: str) -> None:
     [
         ("  %q = f32[2]{0} negate(%p), a={", "opens a brace that it does not close"),
         ("  %q = f32[2]{0} negate(%p)}", "'%q = f32.*' closes a brace that it does not open"),
+        ("  %q = f32[2]{0} ", "'q = f32.*' is no instruction: a shape, an opcode and its operands"),
+        ("  %q = f32[2]{0} negate(%p", "'q = f32.*' is no instruction"),
+        ("  %q = f32[2]", "'q = f32.*' is no instruction"),
         ("  not an instruction", "'not an instruction' is no instruction of computation main"),
         ("}\n  %q = f32[2]{0} negate(%p)", "'%q = .*' stands outside of a computation"),
         ("}\n}", "'}' stands outside of a computation"),

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -23,22 +24,25 @@ from tests.preflight.steps import make_mesh
 ESTIMATE = r'"custom_call_config":{"cost_estimate":{"flops":"5000","transcendentals":"2"}}'
 
 
-def with_kernel(name: str, *, estimate: str = "") -> Module:
+def with_kernel(name: str, *, estimate: str = "", dtype: str = "bf16") -> Module:
     return program(
-        f"""  %q = bf16[2,16,8]{{2,1,0}} parameter(0)
+        f"""  %q = {dtype}[2,16,8]{{2,1,0}} parameter(0)
   %m = s8[1,4]{{1,0}} parameter(1)
-  %k = bf16[2,32,8]{{2,1,0}} parameter(2)
+  %k = {dtype}[2,32,8]{{2,1,0}} parameter(2)
   ROOT %kernel.3 = bf16[2,16,8]{{2,1,0}} custom-call(%m, %q, %k), custom_call_target="tpu_custom_call", metadata={{op_name="jit(f)/jvp({name})/pallas_call"}}, backend_config={{{estimate}}}"""  # noqa: E501
     )
 
 
 def test_flops_are_given_or_estimated_or_published() -> None:
     known, mine = with_kernel("splash_mha_dq_segmented"), with_kernel("mine", estimate=ESTIMATE)
+    in_float8 = with_kernel("flash_attention", dtype="f8e4m3fn")
     scores = 2 * 2 * 16 * 8 * 32
     given = {"splash": 7.0, "splash_mha": lambda operands: 10.0 * operands[1].shape[1]}
     for module, costs, name, flops, source in (
         (known, {}, "splash_mha_dq_segmented", 3 * scores, PUBLISHED),
         (known, given, "splash_mha_dq_segmented", 160, GIVEN),
+        (in_float8, {}, "flash_attention", 2 * scores, PUBLISHED),
+        (mine, {"mine": lambda operands: np.prod(operands[1].shape)}, "mine", 256, GIVEN),
         (mine, given, "mine", 5000, ESTIMATED),
         (mine, {"min": 3}, "mine", 3, GIVEN),
     ):
@@ -55,6 +59,9 @@ def test_what_is_not_known_is_named() -> None:
     (found,) = Kernels().list_calls(module)
     assert (found.name, found.flops, found.source) == ("mine", None, "")
     assert Costs(module, device=V5E).of_computation(module.entry).cycles == 0
+    # Under a known name, but not that kernel.
+    (found,) = Kernels().list_calls(with_kernel("flash_attention", dtype="s8"))
+    assert (found.name, found.flops, found.source) == ("flash_attention", None, "")
     with pytest.raises(ValueError, match="kernel_costs: that of 'mine' gives nan, must be FLOPs"):
         Kernels({"mine": lambda operands: float("nan")}).list_calls(module)
 

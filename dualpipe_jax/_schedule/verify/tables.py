@@ -29,10 +29,10 @@ def verify_tables(tables: Tables) -> None:
     - In the run of beats, and in lazy tables, nothing is sent later than made.
     - Tables have parts, and lazy ones none. Every tick outside of the run of beats has an exchange
       in every part, those in it none. The first one of a part is empty, passed over by executors.
-    - Pairs
-      are neighbours, on the ring where the tables wrap; no rank is twice a source or a target to
-      one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a side.
-    - Lazy tables have no exchanges, and no run of beats.
+    - Pairs are neighbours, on the ring where the tables wrap; no rank is twice a source or a target
+      to one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a
+      side.
+    - Lazy tables have no run of beats.
     - A value that is stored on arrival was made by that neighbour in the tick before, or kept by it
       until then, and sent in a pair of that tick's exchange, or lazily.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
