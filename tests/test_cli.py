@@ -45,7 +45,7 @@ def cells_of(text: str, num_ranks: int) -> list[str]:
     rows = [""] * num_ranks
     for rank, cells in re.findall(r"^rank (\d+) (.*)$", text, flags=re.MULTILINE):
         rows[int(rank)] += " " + cells
-    return [" ".join(row.replace("+", " ").split()) for row in rows]
+    return [" ".join(re.sub(r"[|+]", " ", row).split()) for row in rows]
 
 
 def test_text_in_one_direction() -> None:
@@ -66,8 +66,9 @@ def test_text_in_one_direction() -> None:
 def test_text_tells_directions_and_pairs_without_color() -> None:
     output = run("--schedule", "dualpipe", "--ranks", "2", "--microbatches", "6").output
     assert "\x1b" not in output
-    assert "rank 0  F0 f3 F1 i3 w3 f4+I0+W0 F2+i4+w4 f5+I1+W1 i5 w5 I2 W2\n" in output
+    assert "rank 0  F0 f3 F1 i3 w3 f4|I0+W0 F2|i4+w4 f5|I1+W1 i5 w5 I2 W2\n" in output
     assert "lower case: direction 1, enters at rank 1" in output
+    assert "F|I+W a pair: F beside I and W" in output
 
 
 def test_text_has_every_action_of_the_timeline() -> None:

@@ -148,7 +148,7 @@ def _text_lines(timeline: schedules.Timeline, *, width: int | None) -> Iterator[
     ruler_step = 5 if block >= 10 else 1
     joins = [[" "] * num_ticks for _ in range(num_ranks)]
     for rank, first, last in pair_spans(timeline):
-        joins[rank][first + 1 : last + 1] = "+" * (last - first)
+        joins[rank][first + 1 : last + 1] = "|" + "+" * (last - first - 1)
     for start in range(0, num_ticks, block):
         ticks = range(start, min(start + block, num_ticks))
         marks = [str(tick) if tick % ruler_step == 0 else "" for tick in ticks]
@@ -191,7 +191,7 @@ def _text_legend(timeline: schedules.Timeline) -> Iterator[list[Piece]]:
         legend += [(kind, f"{INKS[0]} on {FACES[kind][0]}"), (f" {word}   ", "")]
     legend += [(".", "dim"), (" idle", "")]
     if (timeline.pair >= 0).any():
-        legend.append(("   + joins a pair", ""))
+        legend.append(("   F|I+W a pair: F beside I and W", ""))
     yield legend
     if len(timeline.program.routes) > 1:
         first, second = (route[0] for route in timeline.program.routes[:2])
