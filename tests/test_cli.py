@@ -40,6 +40,14 @@ def in_terminal(*arguments: str, columns: int, command: str = "timeline") -> tup
     return output.decode().replace("\r\n", "\n"), process.wait(timeout=30)
 
 
+def broken_words(narrow: str, whole: str) -> set[str]:
+    """Lists the words of a terminal's table that the table of a pipe does not have."""
+    note = "left out in so narrow a terminal:"
+    return {word.rstrip(",") for word in narrow.replace(note, "").split()} - {
+        word.rstrip(",") for word in whole.split()
+    }
+
+
 def cells_of(text: str, num_ranks: int) -> list[str]:
     """Puts each rank's line together from the blocks of the text form."""
     rows = [""] * num_ranks

@@ -1,5 +1,6 @@
 """`dualpipe-jax choose`: both formats, what options reach, and what a mistake says."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax import _cli, schedules
 from dualpipe_jax._simulate import Costs, simulate
 from tests.commands import cpu_seconds
-from tests.test_cli import in_terminal
+from tests.test_cli import broken_words, in_terminal
 from tests.test_package import modules_after
 
 COSTS = {"forward": 2.0, "input_grad": 3.0, "weight_grad": 1.0, "embed": 0.5, "head": 0.25}
@@ -208,17 +209,21 @@ def test_costs_are_given_once(tmp_path: Path) -> None:
     assert "give one of them" in result.stderr
 
 
-def test_narrow_terminal_loses_nothing() -> None:
-    colored, code = in_terminal(command="choose", columns=80)
+@pytest.mark.parametrize("columns", [80, 40])
+def test_narrow_terminal_breaks_no_word_and_the_call_can_be_pasted(columns: int) -> None:
+    colored, code = in_terminal(command="choose", columns=columns)
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
-    assert "…" not in plain
-    table = plain[: plain.index("ranks 8")]
-    assert max(map(len, table.splitlines())) <= 80
-    words = table.split()
-    assert set(schedules.names()) <= set(words)
+    assert max(map(len, plain.splitlines())) <= columns
+    whole = run().output
+    narrow, call = plain.split("\ndpj.")
+    expected, expected_call = whole.split("\ndpj.")
+    assert not broken_words(narrow, expected)
+    assert ast.unparse(ast.parse(call)) == ast.unparse(ast.parse(expected_call))
+    text = " ".join(narrow.split())
     for choice in choices_of()["choices"]:
-        assert f"{choice['makespan']:.4g}" in words
+        assert f"{choice['makespan']:.4g}" in text
+        assert choice["why"] in text
 
 
 def test_imports_no_jax() -> None:

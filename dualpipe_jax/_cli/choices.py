@@ -7,7 +7,7 @@ import click
 from dualpipe_jax._choose import Choice, LayerBytes, ParameterBytes, Transformer
 from dualpipe_jax._choose.memory import format_bytes
 from dualpipe_jax._cli.options import show_overlap
-from dualpipe_jax._cli.table import print_table
+from dualpipe_jax._cli.table import print_call, print_table, print_text
 from dualpipe_jax._simulate import Costs
 
 _HEAD = ("", "schedule", "overlap", "step", "against best", "idle", "memory", "why")
@@ -48,16 +48,30 @@ def print_choices(
     best = choices[0]
     notes = _inputs(best, model, layer, parameters, costs, transfer)
     rows = [_row(choice, place, best) for place, choice in enumerate(choices, start=1)]
-    print_table(_HEAD, rows, notes=(*notes, *_NOTES), left=(1, 2, 7), breaks=("best",))
+    print_table(
+        _HEAD,
+        rows,
+        notes=(*notes, *_NOTES),
+        left=(1, 2, 7),
+        optional=("against best", "idle", "memory", "overlap"),
+        last_below=True,
+    )
     made = best.simulation
     click.echo(f"\nmemory of a rank, {made.schedule}, {best.execution}:")
     for term in best.terms:
         if term.num_bytes:
-            click.echo(f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  {term.why}")
+            print_text(term.why, after=f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  ")
     if best.fits or best.is_tight:
-        arguments = f'num_microbatches={made.num_microbatches}, schedule="{made.schedule}"'
-        arguments += f', remat="{model.remat}", execution=dpj.{best.execution!r}'
-        click.echo(f"\ndpj.value_and_grad(model, mesh=mesh, {arguments})")
+        arguments = [
+            "model",
+            "mesh=mesh",
+            f"num_microbatches={made.num_microbatches}",
+            f'schedule="{made.schedule}"',
+            f'remat="{model.remat}"',
+            f"execution=dpj.{best.execution!r}",
+        ]
+        click.echo()
+        print_call("dpj.value_and_grad", arguments)
 
 
 def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:

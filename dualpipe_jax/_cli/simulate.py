@@ -28,6 +28,8 @@ _HEAD = (
     "copies",
     "transfers",
 )
+# A narrow terminal does without the first ones of them.
+_OPTIONAL = ("transfers", "copies", "paper", "no false waits", "peak live", "bubble", "timetable")
 _NOTES = (
     "no false waits: the makespan if ranks waited for what they need only",
     "bubble: a rank's mean idle time; paper: what the schedule's paper says of it",
@@ -143,7 +145,7 @@ def simulate(
             f"{full}; senders {'wait' if rendezvous else 'do not wait'} for receivers"
         )
         rows = [_row(simulation) for simulation in simulations]
-        print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), breaks=("waits",))
+        print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), optional=_OPTIONAL)
     for name, reason in left_out:
         click.echo(f"left out: {name}: {reason}", err=True)
 

@@ -1,12 +1,17 @@
-"""Rows of text -> a table on stdout: Rich's on a terminal, else columns of plain text.
+"""Tables, text and calls -> stdout, within the width of a terminal and without a broken word.
 
-Rich is imported for a terminal only.
+Where stdout is no terminal, lines are as long as they are. Rich is imported for a terminal only.
 """
 
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import click
+
+_wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
 
 
 def print_table(
@@ -15,7 +20,8 @@ def print_table(
     *,
     notes: Sequence[str] = (),
     left: Sequence[int] = (0,),
-    breaks: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    last_below: bool = False,
 ) -> None:
     """Prints a table.
 
@@ -24,38 +30,105 @@ def print_table(
       rows: A cell for each title.
       notes: Lines below it, after an empty one.
       left: The columns that stand to the left; the others are numbers.
-      breaks: Words before which a title is broken on a terminal, to save width.
+      optional: The titles of the columns that a narrow terminal does without, the first one first.
+      last_below: Whether the last column may go below its row where it does not fit beside it.
     """
-    if sys.stdout.isatty():
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-        for column, title in enumerate(head):
-            for word in breaks:
-                title = title.replace(f" {word}", f"\n{word}")
-            is_left = column in left
-            table.add_column(
-                title,
-                justify="left" if is_left else "right",
-                overflow="fold",
-                no_wrap=column == 0,
-            )
-        for row in rows:
-            table.add_row(*row)
-        console = Console(highlight=False)
-        console.print(table)
-        for note in ("", *notes) if notes else ():
-            console.print(note, style="dim", markup=False)
+    if not sys.stdout.isatty():
+        lines = _format([[title] for title in head], rows, left, gap="  ")
+        for line in (*lines, *_after_empty(notes)):
+            click.echo(line)
         return
-    lines = [head, *rows]
+    width = _terminal_width()
+    for columns, titles in _narrower(head, rows, optional, last_below):
+        cells = [[row[column] for column in columns] for row in rows]
+        to_left = [place for place, column in enumerate(columns) if column in left]
+        lines = _format(titles, cells, to_left, gap=" ")
+        if max(map(len, lines)) <= width:
+            break
+    num_titles = len(lines) - len(rows)
+    for line in lines[:num_titles]:
+        _print_styled(line, "bold")
+    for line, row in zip(lines[num_titles:], rows, strict=True):
+        _print_styled(line)
+        if last_below and len(head) - 1 not in columns:
+            print_text(row[-1], after=" " * 8, style="dim")
+    missing = [title for title in optional if head.index(title) not in columns]
+    if missing:
+        notes = (*notes, f"left out in so narrow a terminal: {', '.join(missing)}")
+    for note in _after_empty(notes):
+        print_text(note, style="dim")
+
+
+def print_text(text: str, *, after: str = "", style: str = "") -> None:
+    """Prints a line of text after another one, and what does not fit into it below the text."""
+    if not sys.stdout.isatty():
+        click.echo(after + text)
+        return
+    indent = " " * len(after)
+    lines = _wrap(text, _terminal_width(), initial_indent=after, subsequent_indent=indent)
+    for line in lines or [""]:
+        _print_styled(line, style)
+
+
+def print_call(function: str, arguments: Sequence[str]) -> None:
+    """Prints a call to paste; on a terminal on which it is no line, an argument a line."""
+    line = f"{function}({', '.join(arguments)})"
+    if sys.stdout.isatty() and len(line) > _terminal_width():
+        line = "\n".join((f"{function}(", *(f"    {argument}," for argument in arguments), ")"))
+    click.echo(line)
+
+
+def _narrower(
+    head: Sequence[str], rows: Sequence[Sequence[str]], optional: Sequence[str], last_below: bool
+) -> Iterator[tuple[list[int], list[list[str]]]]:
+    """Yields the columns and the lines of their titles, the wider tables first."""
+
+    def broken(column: int) -> list[str]:
+        words = head[column].split()
+        return _wrap(head[column], max(map(len, [*words, *(row[column] for row in rows)]))) or [""]
+
+    columns = list(range(len(head)))
+    yield columns, [[title] for title in head]
+    if last_below:
+        columns = columns[:-1]
+        yield columns, [[head[column]] for column in columns]
+    yield columns, [broken(column) for column in columns]
+    for title in optional:
+        columns = [column for column in columns if head[column] != title]
+        yield columns, [broken(column) for column in columns]
+
+
+def _format(
+    titles: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[str]],
+    left: Sequence[int],
+    *,
+    gap: str,
+) -> list[str]:
+    """Gives the lines of the titles, then one for each row."""
+    height = max(map(len, titles))
+    head = zip(*([""] * (height - len(title)) + [*title] for title in titles), strict=True)
+    lines = [*head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    formatted = []
     for line in lines:
         cells = [
             cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        click.echo("  ".join(cells).rstrip())
-    for note in ("", *notes) if notes else ():
-        click.echo(note)
+        formatted.append(gap.join(cells).rstrip())
+    return formatted
+
+
+def _after_empty(notes: Sequence[str]) -> Sequence[str]:
+    return ("", *notes) if notes else ()
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _print_styled(line: str, style: str = "") -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(line, style=style, markup=False, soft_wrap=True)
