@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dualpipe_jax._execution import Execution as Execution
     from dualpipe_jax._forward import apply as apply
     from dualpipe_jax._forward import evaluate as evaluate
+    from dualpipe_jax._model_choices import choose as choose
     from dualpipe_jax._plot import plot_timeline as plot_timeline
     from dualpipe_jax._preflight import compiler_options as compiler_options
     from dualpipe_jax._preflight import preflight as preflight
@@ -44,6 +45,7 @@ _HOME = {
     "Simulation": "_simulate",
     "Timeline": "schedules",
     "apply": "_forward",
+    "choose": "_model_choices",
     "compiler_options": "_preflight",
     "evaluate": "_forward",
     "linen": None,

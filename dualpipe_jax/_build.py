@@ -110,10 +110,10 @@ class Builder:
         execution = self._program.decided(layers_of_stage)
         if execution.overlap == "two-tick" and platform_of(self._mesh) == "tpu":
             raise ValueError(
-                'Execution(overlap="two-tick"): must not be used on TPUs, where a permute does not '
-                "start until the rank that it sends to has come to it, so that every rank would "
-                "wait for its neighbours in every tick, and a step take up to 1.5 times as long as "
-                "its order needs, by simulation; leave overlap out, or pass False"
+                'execution=Execution(overlap="two-tick"): must not be used on TPUs, where a permute '
+                "does not start until the rank that it sends to has come to it, so that every rank "
+                "would wait for its neighbours in every tick, and a step take up to 1.5 times as "
+                "long as its order needs, by simulation; leave overlap out, or pass False"
             )
         tables = self._program.tables(execution, layers_of_stage)
         _validate.key(rng)
@@ -127,10 +127,10 @@ class Builder:
         step = self._step(num_layers=num_layers, tables=tables, execution=execution)
         if execution.unroll is True and not step.layout.has_equal_stages:
             raise ValueError(
-                f"Execution(unroll=True): all stages must have the same kinds of layers in the "
-                f"same order, but {num_layers} layers are spread over {num_stages} unlike stages"
-                f"{where}; leave unroll out, or change the number of layers, layers_per_stage or "
-                "the layout"
+                "execution=Execution(unroll=True): all stages must have the same kinds of layers in "
+                f"the same order, but {num_layers} layers are spread over {num_stages} unlike "
+                f"stages{where}; leave unroll out, or change the number of layers, "
+                "layers_per_stage or the layout"
             )
         execution = replace(execution, unroll=step.layout.unrolled_by)
         return replace(

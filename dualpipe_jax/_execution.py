@@ -20,7 +20,7 @@ class Execution:
 
     >>> import dualpipe_jax as dpj
     >>> print(dpj.Execution(overlap=True, deferred="store"))
-    overlap, deferred weight grads stored for
+    overlap, deferred weight grads store
 
     Attributes:
       overlap: True: all ranks start their pairs together (the aligned timetable) and, as long as
@@ -71,7 +71,7 @@ class Execution:
             "split_backward": {True: "split backwards", False: "full backwards"},
             "deferred": {
                 "recompute": "deferred weight grads recompute",
-                "store": "deferred weight grads stored for",
+                "store": "deferred weight grads store",
             },
         }
         given = {name: value for name in words if (value := getattr(self, name)) is not None}

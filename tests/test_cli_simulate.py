@@ -28,7 +28,7 @@ def test_table_has_a_row_a_schedule() -> None:
     ]
     assert lines[1].split() == [
         # By hand in tests/test_simulate.py; of 18 a rank acts for 3 * 3 + 3 + 3.
-        *("zb-h1", "shortest", "18", "18", "16.7%", "3", "3", "2", "1x", "6"),
+        *("zb-h1", "no", "18", "18", "16.7%", "3", "3", "2", "1x", "6"),
     ]
     assert len(set(map(len, lines[:2]))) == 1
     assert lines[2:4] == [
@@ -120,7 +120,7 @@ def test_terminal_gets_the_same_table() -> None:
     [
         (80, "transfers"),
         (60, "transfers, copies, paper, no false waits"),
-        (35, "transfers, copies, paper, no false waits, peak live, bubble, timetable"),
+        (35, "transfers, copies, paper, no false waits, peak live, bubble, overlap"),
     ],
 )
 def test_narrow_terminal_gets_fewer_columns_and_no_broken_word(columns: int, left_out: str) -> None:

@@ -33,7 +33,7 @@ def test_other_values_are_refused(
 def test_it_is_written_as_it_is_made() -> None:
     made = dpj.Execution(overlap="two-tick", unroll=3, deferred="store")
     assert eval(repr(made), {"Execution": dpj.Execution}) == made
-    assert str(made) == "two-tick, layers unrolled by 3, deferred weight grads stored for"
+    assert str(made) == "two-tick, layers unrolled by 3, deferred weight grads store"
     assert dpj.Execution(unroll=1) == dpj.Execution(unroll=False) != dpj.Execution(unroll=True)
     assert str(dpj.Execution()) == "decided for you"
 

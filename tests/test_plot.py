@@ -70,7 +70,7 @@ def test_actions_have_their_colours_and_the_f_of_a_pair_is_above_its_i_and_w(
 
 def test_a_pair_that_waits_is_drawn_tick_by_tick() -> None:
     schedule = dpj.schedules.dualpipe(num_ranks=7, num_microbatches=20)
-    made = schedule.timeline(timetable="two-tick")
+    made = schedule.timeline(overlap="two-tick")
     waiting = [(rank, first, last) for rank, first, last in pair_spans(made) if last > first + 2]
     assert waiting
     boxes: dict[Box, str] = {}

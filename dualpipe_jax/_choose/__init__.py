@@ -8,6 +8,7 @@ from dualpipe_jax._choose.memory import LayerBytes as LayerBytes
 from dualpipe_jax._choose.memory import ParameterBytes as ParameterBytes
 from dualpipe_jax._choose.memory import Term as Term
 from dualpipe_jax._choose.memory import memory_of as memory_of
+from dualpipe_jax._choose.ranking import HEADROOM as HEADROOM
 from dualpipe_jax._choose.ranking import Choice as Choice
 from dualpipe_jax._choose.ranking import choices_of as choices_of
 from dualpipe_jax._choose.ranking import in_order as in_order

@@ -13,6 +13,13 @@ from dualpipe_jax._execution import Execution
 from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
 
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}iB": 2 ** (10 * i) for i, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}B": 10 ** (3 * i) for i, prefix in enumerate("KMGT", start=1)},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
@@ -142,6 +149,27 @@ def memory_of(
         of_slots(DEFERRED, layer.stash if execution.deferred == "store" else layer.deferred),
         Term("working", layer.working, "the largest value in no buffer"),
     )
+
+
+def parse_bytes(value: object) -> float:
+    """Reads a size, with or without a unit.
+
+    >>> parse_bytes("80 GiB") == 80 * 2**30, parse_bytes("1.5MB"), parse_bytes(512)
+    (True, 1500000.0, 512.0)
+
+    Raises:
+      ValueError: if it is none.
+    """
+    text = str(value).strip()
+    digits = text.rstrip("BKMGTi ")
+    try:
+        number = float(digits)
+    except ValueError:
+        number = math.nan
+    unit = text[len(digits) :].strip()
+    if not 0 <= number < math.inf or unit not in _UNITS:
+        raise ValueError(f"{text!r} is not a size: a number of bytes, or such as 80GiB or 1.5MB")
+    return number * _UNITS[unit]
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -1,7 +1,7 @@
 """Schedules, costs and bytes -> choices: those that fit by step time, then those that do not."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dualpipe_jax._choose.memory import Term, format_bytes
@@ -18,6 +18,11 @@ from dualpipe_jax._simulate import (
 from dualpipe_jax._stage_sizes import spread_evenly
 from dualpipe_jax.schedules import Schedule
 
+# The share of the memory that is left to the compiler: the terms are within 5 % of the peak that a
+# TPU's compiler finds (experiments/memory); memory in pieces, and the optimizer's own temporaries,
+# are in neither.
+HEADROOM = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -31,7 +36,6 @@ class Choice:
       headroom: The share of it that is left to the compiler's own temporaries.
       costs: The costs by which actions are to be placed; None for those of a model of which nothing
         is said.
-      unroll: As of `Execution`; None where the model is not known.
     """
 
     simulation: Simulation
@@ -40,7 +44,6 @@ class Choice:
     limit: float
     headroom: float = 0.0
     costs: Costs | None = None
-    unroll: bool | int | None = None
 
     @property
     def schedule(self) -> str:
@@ -49,8 +52,8 @@ class Choice:
 
     @property
     def execution(self) -> Execution:
-        """How its order becomes a program, all decided."""
-        return replace(self.simulation.execution, unroll=self.unroll)
+        """How its order becomes a program, all decided but `unroll`."""
+        return self.simulation.execution
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -122,7 +125,9 @@ def choices_of(
     recomputes: bool,
     terms_of: Callable[[Tables, Execution], tuple[Term, ...]],
     limit: float,
-    **of_choice: Any,
+    remat: Any,
+    headroom: float = 0.0,
+    placed_by: Costs | None = None,
 ) -> list[Choice]:
     """Predicts time and memory of a schedule, with a run of beats and without, if it can have one.
 
@@ -137,7 +142,9 @@ def choices_of(
       recomputes: Whether blocks are rematerialised.
       terms_of: Gives the memory of the fullest rank.
       limit: The memory of a rank, in bytes.
-      **of_choice: What else each `Choice` holds.
+      remat: As each `Choice` holds it; and so headroom.
+      headroom: See there.
+      placed_by: The costs that each `Choice` holds.
 
     Raises:
       ValueError: as `simulate`.
@@ -161,7 +168,14 @@ def choices_of(
             layers_of_stage=layers_per_stage or spread_evenly(num_layers, schedule.num_stages),
         )
         terms = terms_of(tables, execution)
-        return Choice(simulation=simulation, terms=terms, limit=limit, **of_choice)
+        return Choice(
+            simulation=simulation,
+            remat=remat,
+            terms=terms,
+            limit=limit,
+            headroom=headroom,
+            costs=placed_by,
+        )
 
     overlaps = (False, True) if has_pairs(schedule) and has_steady_state(schedule) else (False,)
     deferred = "recompute" if recomputes else "store"

@@ -10,6 +10,7 @@ import click
 
 from dualpipe_jax import schedules
 from dualpipe_jax._choose import (
+    HEADROOM,
     Choice,
     LayerBytes,
     ParameterBytes,
@@ -26,10 +27,6 @@ from dualpipe_jax._cli.quantities import Size, parse_costs, read_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._simulate import TRANSFER, Costs
 
-# The terms are within 5 % of the peak that a TPU's compiler finds (experiments/memory); memory in
-# pieces, and the optimizer's own temporaries, are in neither.
-_HEADROOM = 0.1
-
 
 @click.command(cls=Command)
 @options.ranks
@@ -41,7 +38,7 @@ _HEADROOM = 0.1
 @click.option(
     "--headroom",
     type=click.FloatRange(min=0, max=1, max_open=True),
-    default=_HEADROOM,
+    default=HEADROOM,
     show_default=True,
     help="The share of the memory that is left to the compiler's own temporaries.",
 )

@@ -1,22 +1,16 @@
 """Reads what options say of costs and sizes: `F=1,I=1.2`, `80GiB`, a report's costs."""
 
 import json
-import math
 from pathlib import Path
 
 import click
 
+from dualpipe_jax._choose.memory import parse_bytes
 from dualpipe_jax._cli.refusal import Refusal
 
 _FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad", "B": "full_backward"}
 _OPTIONAL = ("full_backward", "embed", "head")
 _REQUIRED = tuple(name for name in _FIELDS.values() if name not in _OPTIONAL)
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{prefix}iB": 2 ** (10 * i) for i, prefix in enumerate("KMGT", start=1)},
-    **{f"{prefix}B": 10 ** (3 * i) for i, prefix in enumerate("KMGT", start=1)},
-}
 
 
 class Size(click.ParamType):
@@ -28,16 +22,10 @@ class Size(click.ParamType):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """As `click.ParamType.convert`."""
-        text = str(value).strip()
-        digits = text.rstrip("BKMGTi ")
         try:
-            number = float(digits)
-        except ValueError:
-            number = math.nan
-        unit = text[len(digits) :].strip()
-        if not 0 <= number < math.inf or unit not in _UNITS:
-            self.fail(f"{text!r} is not a size: a number of bytes, or such as 80GiB or 1.5MB.")
-        return number * _UNITS[unit]
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(f"{error}.")
 
 
 def parse_costs(text: str) -> dict[str, float]:

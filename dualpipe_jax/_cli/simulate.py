@@ -29,7 +29,7 @@ _HEAD = (
     "transfers",
 )
 # A narrow terminal does without the first ones of them.
-_OPTIONAL = ("transfers", "copies", "paper", "no false waits", "peak live", "bubble", "timetable")
+_OPTIONAL = ("transfers", "copies", "paper", "no false waits", "peak live", "bubble", "overlap")
 _NOTES = (
     "no false waits: the makespan if ranks waited for what they need only",
     "bubble: a rank's mean idle time; paper: what the schedule's paper says of it",

@@ -71,10 +71,21 @@ def print_text(text: str, *, after: str = "", style: str = "") -> None:
 
 
 def print_call(function: str, arguments: Sequence[str]) -> None:
-    """Prints a call to paste; on a terminal on which it is no line, an argument a line."""
+    """Prints a call to paste; on a terminal on which it is no line, an argument a line.
+
+    So does an argument that is a call itself, and no line.
+    """
     line = f"{function}({', '.join(arguments)})"
     if sys.stdout.isatty() and len(line) > _terminal_width():
-        line = "\n".join((f"{function}(", *(f"    {argument}," for argument in arguments), ")"))
+        lines = [f"{function}("]
+        for argument in arguments:
+            inner, parenthesis, rest = argument.partition("(")
+            if parenthesis and len(argument) + len("    ,") > _terminal_width():
+                parts = (f"        {part}," for part in rest.removesuffix(")").split(", "))
+                lines += [f"    {inner}(", *parts, "    ),"]
+            else:
+                lines.append(f"    {argument},")
+        line = "\n".join((*lines, ")"))
     click.echo(line)
 
 

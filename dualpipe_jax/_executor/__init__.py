@@ -4,3 +4,4 @@ from dualpipe_jax._executor.explicit import context_mesh as context_mesh
 from dualpipe_jax._executor.explicit import platform_of as platform_of
 from dualpipe_jax._executor.memory import MemoryReport as MemoryReport
 from dualpipe_jax._executor.step import Step as Step
+from dualpipe_jax._executor.work import Work as Work

@@ -63,8 +63,16 @@ class MemoryReport:
     @property
     def num_bytes(self) -> int:
         """Bytes of all terms that are there at once."""
-        phases = ("beats", "ticks")
-        return max(sum(t.num_bytes for t in self.terms if t.phase in ("", p)) for p in phases)
+        return _sum(self.fullest)
+
+    @property
+    def fullest(self) -> tuple[Term, ...]:
+        """The terms that are there at once, in beats or in other ticks, whichever are more."""
+        in_beats, in_ticks = (
+            tuple(term for term in self.terms if term.phase in ("", phase))
+            for phase in ("beats", "ticks")
+        )
+        return max(in_beats, in_ticks, key=_sum)
 
     def __str__(self) -> str:
         when = {"": "", "beats": "in beats", "ticks": "in other ticks"}
@@ -80,6 +88,10 @@ class MemoryReport:
             for name, count, size, phase in rows
         )
         return "\n".join((f"execution: {self.execution}", *lines))
+
+
+def _sum(terms: Iterable[Term]) -> int:
+    return sum(term.num_bytes for term in terms)
 
 
 def report(

@@ -3,6 +3,7 @@
 In: a model, tables, a mesh. Out: a function of (params, batch, rng), and a report of its memory.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import memory, program, tracing
+from dualpipe_jax._executor import memory, program, tracing, work
 from dualpipe_jax._executor.explicit import (
     context_mesh,
     explicit_axes,
@@ -24,6 +25,9 @@ from dualpipe_jax._executor.leaves import pick
 from dualpipe_jax._executor.plan import Plan, by_kind
 from dualpipe_jax._executor.settings import Settings
 from dualpipe_jax._types import PyTree
+
+# A model's functions as one device runs them, and avals of their arguments.
+Traced = tuple[Functions, Arguments]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -123,14 +127,26 @@ class Step(Settings):
             },
         )
 
-    def memory(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> memory.MemoryReport:
-        """Adds up what the step holds on one device beside its arguments; avals will do."""
+    def memory(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        rng: jax.Array | None,
+        traces: "dict[bool, Traced] | None" = None,
+    ) -> memory.MemoryReport:
+        """Adds up what the step holds on one device beside its arguments; avals will do.
+
+        Steps of one model that differ in nothing but their schedule may share their `traces`.
+        """
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
-            return replace(self, mesh=mesh).memory(params, batch, rng)
+            return replace(self, mesh=mesh).memory(params, batch, rng, traces)
         plan = self._plan(params)
         params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
-        traced, arguments = self._traced(params, batch, rng, plan, self.mesh)
+        traces = {} if traces is None else traces
+        if self.recomputes not in traces:
+            traces[self.recomputes] = self._traced(params, batch, rng, plan, self.mesh)
+        traced, arguments = traces[self.recomputes]
         outside = [
             leaf
             for part, tree in arguments.outside.items()
@@ -157,13 +173,25 @@ class Step(Settings):
             rounds=self.platform == "tpu",
         )
 
-    def _traced(
-        self, params: PyTree, batch: PyTree, rng: Any, plan: Plan, mesh: Any
-    ) -> tuple[Functions, Arguments]:
-        """Traces the model's functions as one device runs them."""
-        outer = {self.axis, *self.batch_axes} - set(self.manual_axes)
+    def work(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> work.Work:
+        """Counts what the step's actions compute on one device; avals will do."""
+        mesh = context_mesh(like=self.mesh)
+        if mesh is not None and mesh != self.mesh:
+            return replace(self, mesh=mesh).work(params, batch, rng)
+        plan = self._plan(params)
+        params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
+        traced, arguments = self._traced(params, batch, rng, plan, self.mesh)
+        return self._inside(lambda: work.count(traced, arguments, self.layout), self.mesh)
 
-        def trace() -> tuple[Functions, Arguments]:
+    def _inside(self, trace: Callable[[], Any], mesh: Any) -> Any:
+        """Traces where JAX keeps the types of varying values."""
+        outer = {self.axis, *self.batch_axes} - set(self.manual_axes)
+        return _varying.inside(trace, mesh=mesh, outer=outer, manual=self.manual_axes)
+
+    def _traced(self, params: PyTree, batch: PyTree, rng: Any, plan: Plan, mesh: Any) -> Traced:
+        """Traces the model's functions as one device runs them."""
+
+        def trace() -> Traced:
             arguments = self._arguments(params, batch, rng, plan)
             traced = tracing.trace(
                 self.model,
@@ -172,11 +200,11 @@ class Step(Settings):
                 forward_only=self.tables.forward_only,
                 output=self.output,
                 recomputes=self.recomputes,
-                hidden_axes=outer,
+                hidden_axes={self.axis, *self.batch_axes} - set(self.manual_axes),
             )
             return traced, arguments
 
-        return _varying.inside(trace, mesh=mesh, outer=outer, manual=self.manual_axes)
+        return self._inside(trace, mesh)
 
     def _shard_mapped(
         self,

@@ -5,6 +5,7 @@ One file an idea: `costs`, `simulation` (what a replay took), `decide` (the fast
 which waits as the program does, is the schedule compiler's own.
 """
 
+from dualpipe_jax._simulate.costs import FULL_BACKWARD as FULL_BACKWARD
 from dualpipe_jax._simulate.costs import TRANSFER as TRANSFER
 from dualpipe_jax._simulate.costs import Costs as Costs
 from dualpipe_jax._simulate.costs import of_transformer as of_transformer

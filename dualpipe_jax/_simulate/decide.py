@@ -55,9 +55,9 @@ def decide(
     >>> for name, num_microbatches in ("dualpipe", 5), ("dualpipe", 32), ("1f1b", 8):
     ...     made = schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
     ...     print(name, num_microbatches, decide(made, Execution(), **options))
-    dualpipe 5 no overlap, split backwards, deferred weight grads stored for
-    dualpipe 32 overlap, split backwards, deferred weight grads stored for
-    1f1b 8 no overlap, full backwards, deferred weight grads stored for
+    dualpipe 5 no overlap, split backwards, deferred weight grads store
+    dualpipe 32 overlap, split backwards, deferred weight grads store
+    1f1b 8 no overlap, full backwards, deferred weight grads store
 
     Args:
       schedule: The schedule.

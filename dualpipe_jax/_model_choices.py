@@ -1,0 +1,287 @@
+"""`choose`: a model's shapes -> the schedules in order of the predicted step, as memory allows."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dualpipe_jax import schedules as _schedules
+from dualpipe_jax._api import value_and_grad
+from dualpipe_jax._choose import HEADROOM, Choice, Term, choices_of, in_order
+from dualpipe_jax._choose.memory import format_bytes, parse_bytes
+from dualpipe_jax._execution import Execution
+from dualpipe_jax._executor import Step, Work
+from dualpipe_jax._schedule.tables import Tables
+from dualpipe_jax._shardings import shardings
+from dualpipe_jax._simulate import FULL_BACKWARD, TRANSFER, Costs, usual_costs
+from dualpipe_jax._types import AxisNames, Mesh, Model, PyTree
+
+_REMATS = ("none", "block")
+
+
+class Choices(tuple[Choice, ...]):
+    """Choices in order: those that fit, the fastest first; then tight ones; then all others.
+
+    `print` shows them, with the memory of the first one and the arguments that make it.
+    """
+
+    def __str__(self) -> str:
+        """Shows a row for each choice."""
+        if not self:
+            return "no schedule"
+        best = self[0].simulation.makespan
+        head = ("", "schedule", "remat", "step", "", "idle", "memory", "execution", "why")
+        rows = [
+            (
+                str(place) if choice.fits else "tight" if choice.is_tight else "-",
+                choice.schedule,
+                _show_remat(choice.remat),
+                f"{choice.simulation.makespan:.4g}",
+                f"{choice.simulation.makespan / best - 1:+.1%}",
+                f"{choice.simulation.idle_share:.1%}",
+                format_bytes(choice.num_bytes),
+                str(choice.execution),
+                choice.why,
+            )
+            for place, choice in enumerate(self, start=1)
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if index in (0, 1, 2, 7, 8) else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *rows)
+        ]
+        terms = [
+            f"  {term.name:30}  {format_bytes(term.num_bytes):>8}  {term.why}".rstrip()
+            for term in self[0].terms
+        ]
+        arguments = (
+            f"{name}={'dpj.' * hasattr(value, '__dataclass_fields__')}{value!r}"
+            for name, value in self[0].arguments.items()
+        )
+        call = ", ".join(("model", "mesh=mesh", "num_microbatches=...", *arguments))
+        return "\n".join(
+            (*lines, "", "memory of the first:", *terms, "", f"dpj.value_and_grad({call})")
+        )
+
+
+def choose(
+    model: Model,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    mesh: Mesh,
+    num_microbatches: int,
+    memory: float | str = math.inf,
+    headroom: float = HEADROOM,
+    optimizer: Any = None,
+    schedules: Iterable[str | _schedules.Schedule] | None = None,
+    remat: Sequence[Any] = _REMATS,
+    costs: Costs | None = None,
+    axis: str = "pipe",
+    batch_axes: AxisNames = (),
+    manual_axes: AxisNames = (),
+    param_specs: PyTree = None,
+    layers_per_stage: Sequence[int] | None = None,
+    trainable: Any = True,
+    rng: Any = None,
+) -> Choices:
+    """Ranks schedules for a model by the predicted step, within a memory limit; nothing runs.
+
+    The time of a step is replayed from the schedule's tables, as by `simulate`, with a transfer of
+    a tenth of the forward. The memory is that of `value_and_grad(...).memory(...)`, with the
+    parameters, the batch and the optimizer's state as they lie on a device.
+
+    >>> import jax, jax.numpy as jnp, dualpipe_jax as dpj
+    >>> model = dpj.Model(
+    ...     embed=lambda ends, ctx: ctx.microbatch,
+    ...     block=lambda params, x, ctx: x + jnp.tanh(x @ params["up"]) @ params["down"],
+    ...     head=lambda ends, x, ctx: jnp.square(x).mean(),
+    ... )
+    >>> blocks = {"up": jax.ShapeDtypeStruct((8, 64, 256), "float32")}
+    >>> blocks["down"] = jax.ShapeDtypeStruct((8, 256, 64), "float32")
+    >>> where = dict(mesh=jax.sharding.AbstractMesh((4,), ("pipe",)), num_microbatches=16)
+    >>> params, batch = {"ends": (), "blocks": blocks}, jax.ShapeDtypeStruct((512, 64), "float32")
+    >>> choices = dpj.choose(model, params, batch, **where, memory="4MiB")
+    >>> choices[0].schedule, choices[0].fits
+    ('dualpipev', True)
+    >>> grad_fn = dpj.value_and_grad(model, **where, **choices[0].arguments)
+
+    Args:
+      model: The model.
+      params: Its parameters: arrays, or `jax.ShapeDtypeStruct`s.
+      batch: A batch, the same.
+      mesh: As for `value_and_grad`; an AbstractMesh will do.
+      num_microbatches: As there.
+      memory: Bytes of a device, or a text such as `"80GiB"`.
+      headroom: The share of it that is left to the compiler's own temporaries.
+      optimizer: An optax transformation, whose state counts as it lies by `shardings`.
+      schedules: Names, or Schedules; None for all names.
+      remat: What to try as `value_and_grad(remat=)`.
+      costs: How long actions take, with a single remat; None for the FLOPs of the model's
+        contractions, in those of the forward of a rank's layers.
+      axis: As for `value_and_grad`.
+      batch_axes: As there.
+      manual_axes: As there.
+      param_specs: As there.
+      layers_per_stage: As there, for schedules that have as many stages.
+      trainable: As there.
+      rng: A key, if the model draws random numbers.
+
+    Returns:
+      Choices in order. Each has `simulation` (the predicted step is its `makespan`), `terms` of
+      memory that add up to `num_bytes`, `fits`, `why`, and the `arguments` to pass on.
+
+    Raises:
+      ValueError: If an argument has a bad value, or no schedule can run.
+      TypeError: If it has a wrong type.
+    """
+    limit = _bytes_of(memory)
+    if not 0 <= headroom < 1:
+        raise ValueError(f"headroom={headroom!r}: must be a share, at least 0 and less than 1")
+    remats = (remat,) if isinstance(remat, str) or callable(remat) else tuple(remat)
+    if costs is not None and len(remats) != 1:
+        raise ValueError(f"costs: must come with the one remat that they are of, not {remat!r}")
+    where: dict[str, Any] = {
+        "mesh": mesh,
+        "num_microbatches": num_microbatches,
+        "axis": axis,
+        "batch_axes": batch_axes,
+        "manual_axes": manual_axes,
+        "param_specs": param_specs,
+        "layers_per_stage": layers_per_stage,
+        "trainable": trainable,
+    }
+    given = _Given(model, params, batch, rng, where)
+    outside = given.terms_outside(optimizer)
+    choices: list[Choice] = []
+    refusals: list[ValueError] = []
+    for each in remats:
+        traces: dict[bool, Any] = {}
+        for schedule in _schedules.names() if schedules is None else schedules:
+            options = {"schedule": schedule, "remat": each}
+            try:
+                step = given.step(**options)
+                of_model = costs or given.costs(step, recomputes=each != "none")
+
+                def terms_of(tables: Tables, execution: Execution) -> tuple[Term, ...]:
+                    del tables  # the step has them too
+                    step = given.step(execution=execution, costs=of_model, **options)  # noqa: B023
+                    return (*outside, *given.terms(step, traces))  # noqa: B023
+
+                choices += choices_of(
+                    given.schedule(schedule),
+                    num_layers=step.num_layers,
+                    layers_per_stage=step.layers_per_stage,
+                    costs=of_model,
+                    transfer=TRANSFER * of_model.forward,
+                    recomputes=each != "none",
+                    terms_of=terms_of,
+                    limit=limit,
+                    headroom=headroom,
+                    remat=each,
+                    placed_by=of_model,
+                )
+            except ValueError as error:
+                refusals.append(error)
+    if not choices:
+        raise refusals[0]
+    return Choices(in_order(choices))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What all steps have in common that are compared."""
+
+    model: Model
+    params: PyTree
+    batch: PyTree
+    rng: Any
+    where: dict[str, Any]
+
+    def schedule(self, schedule: str | _schedules.Schedule) -> _schedules.Schedule:
+        """Makes a schedule of a name."""
+        if not isinstance(schedule, str):
+            return schedule
+        num_ranks = self.where["mesh"].shape[self.where["axis"]]
+        return _schedules.make(
+            schedule, num_ranks=num_ranks, num_microbatches=self.where["num_microbatches"]
+        )
+
+    def step(self, **options: Any) -> Step:
+        """Makes a step, and checks its arguments."""
+        return self._look(value_and_grad(self.model, **self.where, **options).build.traced)
+
+    def _look(self, function: Callable[..., Any], *more: Any) -> Any:
+        """Calls a function with the shapes of the arguments, as they lie."""
+        found = []
+
+        def look(params: PyTree, batch: PyTree, rng: Any) -> None:
+            found.append(function(params, batch, rng, *more))
+
+        jax.eval_shape(look, self.params, self.batch, self.rng)
+        return found[0]
+
+    def costs(self, step: Step, *, recomputes: bool) -> Costs:
+        """Counts FLOPs, in those of the forward of a rank's layers."""
+        work: Work = self._look(step.work)
+        num_ranks = self.where["mesh"].shape[self.where["axis"]]
+        forward = work.forward / num_ranks
+        if not forward:
+            return usual_costs(recomputes=recomputes)  # of a model without contractions
+        share = {
+            name: getattr(work, name) / num_ranks / forward
+            for name in ("input_grad", "weight_grad")
+        }
+        return Costs.with_whole_ends(
+            forward=1.0,
+            **share,
+            embed=work.embed / forward,
+            head=work.head / forward,
+            recompute=max(0.0, (work.deferred - work.weight_grad) / num_ranks / forward),
+            full_backward=FULL_BACKWARD * sum(share.values()),
+        )
+
+    def terms(self, step: Step, traces: dict[bool, Any]) -> Iterable[Term]:
+        """Lists what a step holds in its fuller phase."""
+        report = self._look(step.memory, traces)
+        return (Term(t.name, t.num_bytes, t.count) for t in report.fullest)
+
+    def terms_outside(self, optimizer: Any) -> tuple[Term, ...]:
+        """Lists the arguments of a training step, as they lie on a device."""
+        mesh, axis = self.where["mesh"], self.where["axis"]
+        laid = {"mesh": mesh, "axis": axis, "param_specs": self.where["param_specs"]}
+
+        def num_bytes(tree: PyTree) -> int:
+            leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, **laid))
+            return sum(
+                math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf, place in zip(leaves, places, strict=True)
+            )
+
+        params, batch = jax.eval_shape(lambda *trees: trees, self.params, self.batch)
+        terms = [Term("parameters", num_bytes(params), "")]
+        if optimizer is not None:
+            terms.append(Term("optimizer", num_bytes(jax.eval_shape(optimizer.init, params)), ""))
+        names = self.where["batch_axes"]
+        names = (names,) if isinstance(names, str) else names
+        shards = math.prod(mesh.shape[name] for name in names)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+        return (*terms, Term("batch", size / shards, ""))
+
+
+def _show_remat(remat: Any) -> str:
+    return remat if isinstance(remat, str) else getattr(remat, "__name__", "policy")
+
+
+def _bytes_of(memory: float | str) -> float:
+    if memory == math.inf:
+        return math.inf
+    try:
+        return parse_bytes(memory)
+    except ValueError as error:
+        raise ValueError(f"memory={memory!r}: {error}") from error
