@@ -110,8 +110,8 @@ class Builder:
         execution = self._program.decided(layers_of_stage)
         if execution.overlap == "two-tick" and platform_of(self._mesh) == "tpu":
             raise ValueError(
-                'execution=Execution(overlap="two-tick"): must not be used on TPUs, where a permute '
-                "does not start until the rank that it sends to has come to it, so that every rank "
+                'execution=Execution(overlap="two-tick"): must not be used on TPUs, where a '
+                "permute does not start until the rank that it sends to has come to it, so that every rank "
                 "would wait for its neighbours in every tick, and a step take up to 1.5 times as "
                 "long as its order needs, by simulation; leave overlap out, or pass False"
             )
@@ -127,8 +127,8 @@ class Builder:
         step = self._step(num_layers=num_layers, tables=tables, execution=execution)
         if execution.unroll is True and not step.layout.has_equal_stages:
             raise ValueError(
-                "execution=Execution(unroll=True): all stages must have the same kinds of layers in "
-                f"the same order, but {num_layers} layers are spread over {num_stages} unlike "
+                "execution=Execution(unroll=True): all stages must have the same kinds of layers "
+                f"in the same order, but {num_layers} layers are spread over {num_stages} unlike "
                 f"stages{where}; leave unroll out, or change the number of layers, "
                 "layers_per_stage or the layout"
             )

@@ -11,11 +11,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from dualpipe_jax import _validate
+from dualpipe_jax import _stacks, _validate
 from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._types import PyTree
-
-_PARTS = ("ends", "blocks", "shared")
 
 
 def shardings(
@@ -64,7 +62,7 @@ def shardings(
         raise TypeError(f"blocks={blocks!r}: must be a name")
     _require_specs(param_specs, mesh)
 
-    def sharding(keys: tuple[Any, ...], leaf: Any, *, is_stacked: bool) -> NamedSharding:
+    def sharding(keys: Sequence[Any], leaf: Any, *, is_stacked: bool) -> NamedSharding:
         shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
         spec = _spec_of(param_specs, keys)
         entries = [_divided(mesh, entry, n) for entry, n in zip(spec, shape, strict=False)]
@@ -75,20 +73,18 @@ def shardings(
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     def in_parameters(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        keys = tuple(map(_key_of, path))
+        keys = _stacks.keys_of(path)
         return sharding(keys, leaf, is_stacked=keys[0] == "blocks")
 
     def elsewhere(path: Sequence[Any], leaf: Any) -> Any:
         if _is_parameters(leaf):
             return of_parameters(leaf)
         # In a module, say, parts go by their names alone, and layers may stand in a list.
-        keys = tuple(map(_key_of, path))
-        root = next((n for n, key in enumerate(keys) if key in (*_PARTS, blocks)), len(keys))
-        found = keys[root:]
-        if found[:1] != (blocks,):
-            return sharding(found, leaf, is_stacked=False)
-        is_listed = any(isinstance(key, int) for key in found[1:2])
-        return sharding(("blocks", *found[1:]), leaf, is_stacked=not is_listed)
+        keys = _stacks.keys_of(path)
+        names = (*_stacks.PARTS, blocks)
+        found = keys[next((n for n, key in enumerate(keys) if key in names), len(keys)) :]
+        found[:1] = ["blocks" if key == blocks else key for key in found[:1]]
+        return sharding(found, leaf, is_stacked=_stacks.is_stacked(path, blocks))
 
     def of_parameters(node: Mapping[str, Any]) -> PyTree:
         is_child = partial(operator.is_not, node)
@@ -129,8 +125,8 @@ def _require_specs(param_specs: PyTree, mesh: Mesh | AbstractMesh) -> None:
             f"param_specs: must be a dict by the parts of params; got {show(param_specs)}"
         )
     raise_all(
-        f"param_specs: must be by {', '.join(map(repr, _PARTS))}",
-        (repr(key) for key in parts if key not in _PARTS),
+        f"param_specs: must be by {', '.join(map(repr, _stacks.PARTS))}",
+        (repr(key) for key in parts if key not in _stacks.PARTS),
     )
     leaves = jax.tree_util.tree_leaves_with_path(
         param_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
@@ -164,14 +160,6 @@ def _names(entry: Any) -> tuple[Any, ...]:
     if entry is None:
         return ()
     return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
-
-
-def _key_of(entry: Any) -> Any:
-    """The key, attribute or number that an entry of a path stands for."""
-    for name in ("key", "name", "idx"):
-        if hasattr(entry, name):
-            return getattr(entry, name)
-    return entry
 
 
 def _spec_of(specs: PyTree, keys: Sequence[Any]) -> PartitionSpec:

@@ -1,12 +1,17 @@
-"""Arrays of stacked layers, outside of a step: taking single layers, and constants for a step."""
+"""Arrays of stacked layers, outside of a step: finding them, taking single layers, constants."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from dualpipe_jax._types import PyTree
+
+# The parts of parameters.
+PARTS = ("ends", "blocks", "shared")
 
 
 def gathered(stack: PyTree) -> PyTree:
@@ -32,3 +37,29 @@ def as_constants(tree: PyTree) -> PyTree:
         return leaf if is_key or not leaf.is_fully_addressable else np.asarray(leaf)
 
     return jax.tree.map(constant, tree)
+
+
+def keys_of(path: Sequence[Any]) -> list[Any]:
+    """Lists the keys, attributes and numbers that the entries of a path stand for."""
+    names = ("key", "name", "idx")
+    return [
+        next((getattr(entry, name) for name in names if hasattr(entry, name)), entry)
+        for entry in path
+    ]
+
+
+def is_stacked(path: Sequence[Any], blocks: str) -> bool:
+    """Whether a leaf holds stacked layers: it stands under `blocks`, and not in a list of layers.
+
+    `path` is that of the leaf in parameters, or in a tree that holds trees like them.
+    """
+    keys = keys_of(path)
+    place = next((i for i, key in enumerate(keys) if key in (*PARTS, blocks)), None)
+    if place is None or keys[place] != blocks:
+        return False
+    # A list of layers is an `nnx.List`, or the same in an `nnx.State`; in a dict a tuple of stacks
+    # may stand under `blocks`.
+    match path[place : place + 2]:
+        case [_, DictKey(key=int())] | [GetAttrKey(), SequenceKey()]:
+            return False
+    return True

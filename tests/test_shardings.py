@@ -63,6 +63,12 @@ def test_layers_that_do_not_divide_are_on_all_devices() -> None:
     assert specs["blocks"] == {"up": P(), "bias": P()}
 
 
+def test_a_tuple_of_stacks_is_no_list_of_layers() -> None:
+    params = {"ends": (), "blocks": (jnp.ones((4, 6)), jnp.ones(4))}
+    state = optax.adam(1e-3).init(params)
+    assert specs_of(state, mesh=mesh_of(2))[0].mu["blocks"] == (P("pipe"), P("pipe"))
+
+
 def test_specs_of_parameters_count_where_they_fit() -> None:
     mesh = mesh_of(2, 4, names=("pipe", "model"))
     params = params_of()
