@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dualpipe_jax import linen as linen
     from dualpipe_jax import nnx as nnx
+    from dualpipe_jax import optimizers as optimizers
     from dualpipe_jax import schedules as schedules
     from dualpipe_jax._api import sequential as sequential
     from dualpipe_jax._api import value_and_grad as value_and_grad
@@ -50,6 +51,7 @@ _HOME = {
     "evaluate": "_forward",
     "linen": None,
     "nnx": None,
+    "optimizers": None,
     "plot_timeline": "_plot",
     "preflight": "_preflight",
     "schedules": None,

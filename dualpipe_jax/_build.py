@@ -111,9 +111,9 @@ class Builder:
         if execution.overlap == "two-tick" and platform_of(self._mesh) == "tpu":
             raise ValueError(
                 'execution=Execution(overlap="two-tick"): must not be used on TPUs, where a '
-                "permute does not start until the rank that it sends to has come to it, so that every rank "
-                "would wait for its neighbours in every tick, and a step take up to 1.5 times as "
-                "long as its order needs, by simulation; leave overlap out, or pass False"
+                "permute does not start until the rank that it sends to has come to it, so that "
+                "every rank would wait for its neighbours in every tick, and a step take up to 1.5 "
+                "times as long as its order needs, by simulation; leave overlap out, or pass False"
             )
         tables = self._program.tables(execution, layers_of_stage)
         _validate.key(rng)
