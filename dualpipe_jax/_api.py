@@ -1,15 +1,15 @@
 """Gradients: validate what the user gave, compile the schedule, build the step."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dualpipe_jax import _microbatches, _outputs, _parameters, _scopes, _validate
+from dualpipe_jax import _microbatches, _outputs, _scopes, _validate
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._build import Builder, block_of, checked
 from dualpipe_jax._execution import Execution
@@ -17,7 +17,6 @@ from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._programs import Training
 from dualpipe_jax._sequential import sequential as sequential
 from dualpipe_jax._simulate import Costs, usual_costs
-from dualpipe_jax._split_vjp import is_differentiable
 from dualpipe_jax._stage_sizes import stage_sizes
 from dualpipe_jax._types import AxisNames, Mesh, Model, PyTree
 
@@ -27,12 +26,12 @@ def value_and_grad(
     *,
     mesh: Mesh,
     num_microbatches: int,
-    schedule: str | _schedules.Schedule = "dualpipe",
     axis: str = "pipe",
     batch_axes: AxisNames = (),
     manual_axes: AxisNames = (),
     param_specs: PyTree = None,
     grad_specs: PyTree = None,
+    schedule: str | _schedules.Schedule = "dualpipe",
     layers_per_stage: Sequence[int] | None = None,
     remat: str | Callable[..., Any] = "none",
     grad_dtype: Any = None,
@@ -47,22 +46,15 @@ def value_and_grad(
     schedule, and runs as one program over the mesh. Call it inside your own `jax.jit`, next to the
     optimizer's update. DualPipe: DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv:2412.19437).
 
-    The arguments, by what they are for: needed are model, mesh and num_microbatches. Where things
-    lie: axis, batch_axes, manual_axes, param_specs, grad_specs. Memory against time: schedule,
-    layers_per_stage, remat. Numerics: grad_dtype. Rarely needed: trainable, overwrite, execution,
-    costs. `evaluate` and `apply` take those needed, axis, batch_axes, manual_axes and param_specs
-    alike.
-
     Args:
+      Needed, by `evaluate` and `apply` too, as are axis, batch_axes, manual_axes and param_specs:
       model: The model, as pure functions.
       mesh: The devices. Axes not named here are left to XLA's partitioner; inside the model's
         functions they are Auto axes, whatever they are outside. Where `jax.set_mesh` names a mesh
         with the same axes, its devices are taken instead; then an AbstractMesh will do.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
-      schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches. The
-        default, like `"chimera"`, has the fewest idle devices, for which a step holds two copies of
-        the layers' parameters and gradients; `"dualpipev"` and the others hold one. `choose` ranks
-        them for your model and memory.
+
+      Where things lie:
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
       manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
@@ -79,13 +71,23 @@ def value_and_grad(
         axes than its parameter, batch_axes that are not manual_axes and outside of blocks `axis`, a
         gradient is summed and scattered at once, after the last tick (ZeRO's second stage,
         arXiv:1910.02054, section 5.2). The zeros of frozen parameters lie as these.
+
+      Memory against time:
+      schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches. The
+        default, like `"chimera"`, has the fewest idle devices, for which a step holds two copies of
+        the layers' parameters and gradients; `"dualpipev"` and the others hold one. `choose` ranks
+        them for your model and memory.
       layers_per_stage: How many layers each stage has, in model order, as many numbers as the
         schedule has stages; fewer for the last one, say, whose head takes time, too. Every rank
         gets room for as many layers as the fullest stage has. None spreads them evenly, the first
         stages getting one more if they do not divide.
       remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
         keeps its input only, a `jax.checkpoint` policy says itself.
+
+      Numerics:
       grad_dtype: The dtype of the gradients; None for that of each parameter.
+
+      Rare:
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
         branches of params, or a function from params to one (as the masks of optax). For the others
         nothing is computed or kept, and their gradient is zeros; that of one that its gradient
@@ -145,6 +147,7 @@ def value_and_grad(
         costs = usual_costs(recomputes=recomputes)
     elif not isinstance(costs, Costs):
         raise TypeError(f"costs={costs!r}: must be a dualpipe_jax.Costs, or None")
+    dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
     build = Builder(
         model,
         axes=axes,
@@ -161,11 +164,9 @@ def value_and_grad(
         grad_specs=grad_specs,
         trainable=trainable,
         overwrite=overwrite,
+        grad_dtype=dtype,
     )
-    dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
-    return GradFunction(
-        build=build, schedule=schedule, trainable=trainable, overwrite=overwrite, dtype=dtype
-    )
+    return GradFunction(build=build, schedule=schedule, grad_dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -174,9 +175,7 @@ class GradFunction:
 
     build: Builder
     schedule: _schedules.Schedule
-    trainable: PyTree | Callable[[PyTree], PyTree]
-    overwrite: PyTree | Callable[[PyTree], PyTree] | None
-    dtype: Any
+    grad_dtype: Any
     # The name of `jax.jit(grad_fn)`'s program in logs and profiles.
     __name__ = "pipelined_value_and_grad"
 
@@ -200,13 +199,19 @@ class GradFunction:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
         loss_scale = _validate.loss_scale(loss_scale)
         step = self.build(params, batch, rng)
-        _validate.grad_dtype(self.dtype, params)
-        wanted = _parameters.wanted(params, self.trainable)
-        overwritten = _parameters.overwritten(params, self.overwrite)
-        with _named(self.schedule):
+        _validate.grad_dtype(self.grad_dtype, params)
+        with jax.named_scope(self._scope) if self._scope else nullcontext():
             result, grads = step(params, batch, rng, loss_scale)
-        result = _outputs.without_derivative(result)
-        return result, _gradients(params, wanted, overwritten, grads, self.dtype, loss_scale)
+        return _outputs.without_derivative(result), grads
+
+    @cached_property
+    def _scope(self) -> str:
+        """The schedule's name in the compiled program, if it tells which one it is; "" if not."""
+        made = self.schedule
+        sizes = {"num_ranks": made.num_ranks, "num_microbatches": made.num_microbatches}
+        if made.name not in _schedules.names() or _schedules.make(made.name, **sizes) != made:
+            return ""
+        return _scopes.of_schedule(made.name, **sizes)
 
     def memory(
         self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
@@ -234,15 +239,6 @@ class GradFunction:
 
         jax.eval_shape(look, params, batch, rng)
         return reports[0]
-
-
-def _named(schedule: _schedules.Schedule) -> AbstractContextManager[object]:
-    """Puts the schedule's name into the compiled program, if the name tells which one it is."""
-    sizes = {"num_ranks": schedule.num_ranks, "num_microbatches": schedule.num_microbatches}
-    name = schedule.name
-    if name not in _schedules.names() or _schedules.make(name, **sizes) != schedule:
-        return nullcontext()
-    return jax.named_scope(_scopes.of_schedule(name, **sizes))
 
 
 def _schedule_for(
@@ -277,35 +273,3 @@ def _float_dtype(name: str, dtype: Any) -> Any:
     if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(f"{name}={dtype!r}: must be a floating-point dtype, or None")
     return known
-
-
-def _gradients(
-    params: PyTree,
-    wanted: dict[str, list[bool]],
-    overwritten: dict[str, list[bool]],
-    grads: dict[str, list[jax.Array]],
-    dtype: Any,
-    loss_scale: jax.Array | None,
-) -> PyTree:
-    """Gives the gradients the structure of `params`: zeros to frozen leaves, float0 to integers.
-
-    What is frozen and would be overwritten by its gradient is overwritten by what it is.
-    """
-    found = {part: iter(leaves) for part, leaves in grads.items()}
-    flags = {part: zip(wanted[part], overwritten[part], strict=True) for part in wanted}
-
-    def one(path: Any, leaf: Any) -> Any:
-        part = path[0].key
-        is_wanted, is_new_value = next(flags[part])
-        if is_wanted:
-            grad = next(found[part])
-            if is_new_value:
-                return grad.astype(leaf.dtype)
-            if loss_scale is not None:
-                grad = grad / loss_scale.astype(grad.dtype)
-            return grad.astype(dtype or leaf.dtype)
-        if not is_differentiable(leaf):
-            return np.zeros(leaf.shape, jax.dtypes.float0)
-        return leaf if is_new_value else jnp.zeros_like(leaf, dtype=dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)

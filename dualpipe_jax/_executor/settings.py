@@ -41,6 +41,7 @@ class Settings:
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
       execution: How the tables are run, all decided but `unroll`, which the layout decides.
+      grad_dtype: The dtype of gradients; None for that of each parameter.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       placement: The name in the compiled program of how the tables were placed; "" for none.
       poison: Whether dead values are overwritten with values that spread, in tests.
@@ -60,6 +61,7 @@ class Settings:
     trainable: PyTree = True
     overwrite: PyTree = None
     layers_per_stage: tuple[int, ...] | None = None
+    grad_dtype: Any = None
     output: Callable[..., PyTree] | None = None
     placement: str = ""
     poison: bool = False

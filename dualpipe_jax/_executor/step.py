@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
-from dualpipe_jax._executor import memory, program, tracing, work
+from dualpipe_jax._executor import finish, memory, program, tracing, work
 from dualpipe_jax._executor.explicit import (
     context_mesh,
     explicit_axes,
@@ -44,9 +44,8 @@ class Step(Settings):
         """Runs the step; `loss_scale` is a factor of all cotangents, and so of the gradients.
 
         Returns:
-          The loss, with metrics if the model gives any, and the gradients in accumulation dtype:
-          for each part of `params` a list with those of the leaves that get one. None for a
-          forward-only program. With `output` the outputs, and None.
+          The loss, with metrics if the model gives any, and the gradients, a tree like `params`;
+          None for a forward-only program. With `output` the outputs, and None.
         """
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
@@ -57,7 +56,10 @@ class Step(Settings):
     def _call(
         self, params: PyTree, batch: PyTree, rng: jax.Array | None, loss_scale: jax.Array | None
     ) -> tuple[Any, PyTree]:
-        plan, blocks = self._plan(params), params["blocks"]
+        given, blocks = params, params["blocks"]
+        wanted = _parameters.wanted(params, self.trainable)
+        overwritten = _parameters.overwritten(params, self.overwrite)
+        plan = self._plan(params, wanted, overwritten)
         # From here on the blocks of all models are stacks by kind.
         params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
         if explicit_axes(self.mesh):
@@ -80,12 +82,21 @@ class Step(Settings):
         result = _microbatches.result(self.model, loss, metrics, of_blocks)
         if grads is None:
             return result, None
-        in_order = _kinds.in_order_of(self.model, blocks, grads["blocks"])
-        return result, {**grads, "blocks": in_order}
+        grads = {**grads, "blocks": _kinds.in_order_of(self.model, blocks, grads["blocks"])}
+        return result, finish.as_parameters(
+            given, wanted, overwritten, grads, self.grad_dtype, loss_scale
+        )
 
-    def _plan(self, params: PyTree) -> Plan:
-        wanted = _parameters.wanted(params, self.trainable)
-        overwritten = _parameters.overwritten(params, self.overwrite)
+    def _plan_of(self, params: PyTree) -> Plan:
+        return self._plan(
+            params,
+            _parameters.wanted(params, self.trainable),
+            _parameters.overwritten(params, self.overwrite),
+        )
+
+    def _plan(
+        self, params: PyTree, wanted: dict[str, list[bool]], overwritten: dict[str, list[bool]]
+    ) -> Plan:
         named: dict[str, Any] = {
             "mesh": self.mesh,
             "axis": self.axis,
@@ -141,7 +152,7 @@ class Step(Settings):
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
             return replace(self, mesh=mesh).memory(params, batch, rng, traces)
-        plan = self._plan(params)
+        plan = self._plan_of(params)
         params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
         traces = {} if traces is None else traces
         if self.recomputes not in traces:
@@ -178,7 +189,7 @@ class Step(Settings):
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
             return replace(self, mesh=mesh).work(params, batch, rng)
-        plan = self._plan(params)
+        plan = self._plan_of(params)
         params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
         traced, arguments = self._traced(params, batch, rng, plan, self.mesh)
         return self._inside(lambda: work.count(traced, arguments, self.layout), self.mesh)

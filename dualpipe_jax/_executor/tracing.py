@@ -17,6 +17,7 @@ from dualpipe_jax._executor import accumulators
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.functions import Arguments, Functions, Gradients
 from dualpipe_jax._executor.leaves import pick, place, select
+from dualpipe_jax._executor.retrace import traced_once
 from dualpipe_jax._executor.rules import Rule, rules_of
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._refusals import raise_all
@@ -66,6 +67,7 @@ def trace(
     ends_ctx = replace(layer_ctx, layer=None)
 
     def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
+        @traced_once
         def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
             layer, shared = params
             y, aux = block(layer, x, replace(ctx, shared=shared))
@@ -73,6 +75,7 @@ def trace(
 
         return run
 
+    @traced_once
     def head_of(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
         outputs = model.head(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
         return _microbatches.head_outputs(model, outputs)
@@ -107,6 +110,7 @@ def trace(
 
         return run
 
+    @traced_once
     def embed(outside: PyTree, ctx: Context) -> PyTree:
         ctx = replace(ctx, shared=outside.get("shared"))
         return as_x(_microbatches.strong(model.embed(outside["ends"], ctx)))
@@ -184,15 +188,15 @@ def _varying_x(
     Returns:
       Avals of x, and of the Aux of each kind of block.
     """
+    leaves, structure = jax.tree.flatten(x)
+    grown = [_varying.varies_over(a) for a in leaves]
     while True:
-        leaves, structure = jax.tree.flatten(x)
-        before = [_varying.varies_over(a) for a in leaves]
-        grown, aux = before, {}
+        before, aux = grown, {}
+        x = jax.tree.unflatten(structure, map(_varying.aval, leaves, before))
         for kind, block in blocks.items():
             y, aux[kind] = _varying.eval_shape(block, params[kind], x, ctx)
             after = map(_varying.varies_over, jax.tree.leaves(y))
             grown = [a | b for a, b in zip(grown, after, strict=True)]
-        x = jax.tree.unflatten(structure, map(_varying.aval, leaves, grown))
         if grown == before:
             return x, aux
 

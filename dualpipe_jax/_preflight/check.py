@@ -273,7 +273,7 @@ def _memory(topology: Topology, analysis: Any) -> Memory:
         peak=None if topology.platform == "cpu" else analysis.peak_memory_in_bytes,
         needed=needed,
         capacity=capacity,
-        fits=None if capacity is None else max(needed, analysis.peak_memory_in_bytes) <= capacity,
+        fits=None if capacity is None else needed <= capacity,
     )
 
 

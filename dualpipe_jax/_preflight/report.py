@@ -40,11 +40,13 @@ class Memory:
       outputs: What it returns.
       aliased: Of the outputs, what takes the place of arguments (donated ones).
       temporaries: What is set aside for all that lives in between.
-      peak: The most that lives at one time, as the compiler counts it; None where it does not.
+      peak: The most that lives at one time, as the compiler counts it; None where it does not. A
+        TPU's counts values in the chip's fast memory too, so that in a small program it is more
+        than what is needed.
       needed: Arguments, outputs that take no argument's place, and temporaries: what must be free.
         Of a step that the TPU compiler refused, what it says that would be.
       capacity: What the device has; None where nothing is published.
-      fits: Whether needed and peak are within the capacity; None where it is not known.
+      fits: Whether what is needed is within the capacity; None where it is not known.
     """
 
     arguments: int | None = None
