@@ -189,7 +189,7 @@ def choose(
             except ValueError as error:
                 refusals.append(error)
     if not choices:
-        raise refusals[0]
+        raise refusals[0] if refusals else ValueError("schedules=[]: must name one at least")
     return Choices(in_order(choices))
 
 

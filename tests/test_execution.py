@@ -1,7 +1,10 @@
 """`Execution`: its values, its words, and the same decision on every platform."""
 
+from collections import Counter
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -53,3 +56,45 @@ def test_devices_change_nothing(schedule: str, num_layers: int, remat: str) -> N
     assert str(fake) == str(absent)
     assert None not in vars(fake.execution).values()
     assert str(fake).startswith(f"execution: {fake.execution}\n")
+
+
+def test_a_users_functions_run_twice_a_trace_and_their_masks_once() -> None:
+    """Once for what they return, and once for all else; deep modules pay for it in seconds."""
+    count: Counter[str] = Counter()
+
+    def counted(name: str, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            count[name] += 1
+            return function(*args)
+
+        return run
+
+    model = dpj.Model(
+        embed=counted("embed", lambda ends, ctx: ctx.microbatch @ ends),
+        block=counted("block", lambda params, x, ctx: x + jnp.tanh(x @ params)),
+        head=counted("head", lambda ends, x, ctx: jnp.square(x @ ends.T).mean()),
+    )
+    args = {"ends": jnp.ones((3, 4)), "blocks": jnp.ones((8, 4, 4))}, jnp.ones((8, 3))
+    twice = {"embed": 2, "block": 2, "head": 2}
+    for remat in ("none", "block"):
+        grad_fn = dpj.value_and_grad(
+            model,
+            mesh=make_mesh(4),
+            num_microbatches=8,
+            remat=remat,
+            trainable=counted("trainable", lambda params: True),
+            overwrite=counted("overwrite", lambda params: False),
+        )
+        jax.jit(grad_fn).trace(*args)
+        assert count == {**twice, "trainable": 1, "overwrite": 1}
+        count.clear()
+    jax.jit(dpj.evaluate(model, mesh=make_mesh(4), num_microbatches=8)).trace(*args)
+    assert count == twice
+
+
+def test_eager_calls_make_no_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad_fn = dpj.value_and_grad(make_model(), mesh=make_mesh(1), num_microbatches=1)
+    args = make_params(1), make_batch(1)
+    grad_fn(*args)
+    monkeypatch.setattr(dpj.schedules, "make", None)
+    grad_fn(*args)

@@ -129,7 +129,7 @@ def test_labels_of_groups_are_no_parts_of_parameters() -> None:
     for labels in (("ends", "blocks", "shared"), ("blocks", "ends", "ends"), ("blocks", "a", "a")):
         groups = dict(zip(params, labels, strict=True))
         groups = {label: optax.adam(1e-3) for label in dict.fromkeys(groups.values())}, groups
-        state = optax.multi_transform(*groups).init(params)
+        state = optax.multi_transform(*groups).init(params)  # pyrefly: ignore
         specs = specs_of(state, mesh=mesh, param_specs=param_specs)
         for part, label in groups[1].items():
             moment = specs.inner_states[label].inner_state[0].mu

@@ -674,7 +674,7 @@ def test_wrong_costs_are_all_named() -> None:
 def test_numbers_may_be_arrays_of_one() -> None:
     plain = simulate(V_SHAPED, costs=Costs(forward=2), transfer=0.5)
     two, half = np.array(2.0), Decimal("0.5")
-    assert simulate(V_SHAPED, costs=Costs(forward=two), transfer=half) == plain
+    assert simulate(V_SHAPED, costs=Costs(forward=two), transfer=half) == plain  # pyrefly: ignore
     with pytest.raises(ValueError, match=r"embed=1e\+300, head=0.0: their gradients"):
         Costs(forward=1e-300, weight_grad=1e300, embed=1e300)
 

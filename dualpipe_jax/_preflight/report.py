@@ -236,6 +236,8 @@ def _memory_lines(memory: Memory) -> list[str]:
         lines.append(
             f"temporaries {show_bytes(memory.temporaries)}; "
             f"live at the peak {show_bytes(memory.peak)}"
+            + ", fast memory included"
+            * ((memory.peak or 0) > (memory.needed or 0))
         )
     return lines
 

@@ -1,0 +1,142 @@
+"""`choose`: shapes -> schedules in order, with the memory that the step itself reports."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh
+
+import dualpipe_jax as dpj
+from dualpipe_jax._choose.memory import parse_bytes
+from tests.models import assert_close, make_batch, make_model, make_params
+from tests.schedules_under_test import NAMES
+from tests.test_exact import make_mesh, sequential_value_and_grad
+
+WHERE: dict[str, Any] = {"mesh": AbstractMesh((4,), ("pipe",)), "num_microbatches": 8}
+ROWS, WIDTH = 16, 32
+
+
+def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+    return x + jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+MODEL = dpj.Model(
+    embed=lambda ends, ctx: ctx.microbatch,
+    block=block,
+    head=lambda ends, x, ctx: jnp.square(x @ ends).mean(),
+)
+
+
+def shapes_of(num_layers: int = 8) -> tuple[Any, Any]:
+    sizes = {"up": (num_layers, WIDTH, 4 * WIDTH), "down": (num_layers, 4 * WIDTH, WIDTH)}
+    blocks = {name: jax.ShapeDtypeStruct(size, np.float32) for name, size in sizes.items()}
+    ends = jax.ShapeDtypeStruct((WIDTH, 64), np.float32)
+    batch = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), np.float32)
+    return {"ends": ends, "blocks": blocks}, batch
+
+
+@pytest.fixture(scope="module")
+def choices() -> Any:
+    return dpj.choose(MODEL, *shapes_of(), **WHERE, memory="1GiB", optimizer=optax.adam(1e-3))
+
+
+def test_every_schedule_with_remat_and_without_in_order(choices: Any) -> None:
+    assert {choice.schedule for choice in choices} == set(NAMES)
+    assert {choice.remat for choice in choices} == {"none", "block"}
+    makespans = [choice.simulation.makespan for choice in choices]
+    np.testing.assert_allclose(makespans, sorted(makespans), rtol=1e-9)
+    assert all(choice.fits for choice in choices)
+
+
+def test_costs_are_the_models_own(choices: Any) -> None:
+    """Two matmuls of a layer, in each of F, I and W; I runs the first one again under remat."""
+    head = WIDTH * 64 / (2 * WIDTH * 4 * WIDTH * 2)  # beside the two layers of a rank
+    for choice in choices:
+        assert (choice.costs.forward, choice.costs.weight_grad) == (1, 1)
+        assert choice.costs.input_grad == (1.5 if choice.remat == "block" else 1)
+        # With its gradient, counted at what the layers' takes.
+        assert choice.costs.head * (1 + choice.costs.backward) == pytest.approx(3 * head)
+
+
+def test_memory_is_what_the_step_says_and_its_arguments(choices: Any) -> None:
+    params, batch = shapes_of()
+    of_params = 2 * 2 * 4 * WIDTH**2 * 4 + WIDTH * 64 * 4  # two layers of eight, and all of ends
+    for choice in (choices[0], choices[-1]):
+        grad_fn = dpj.value_and_grad(MODEL, **WHERE, **choice.arguments)
+        report = grad_fn.memory(params, batch)
+        terms = {term.name: term.num_bytes for term in choice.terms}
+        assert terms.pop("parameters") == of_params
+        assert terms.pop("optimizer") == 2 * of_params + 4  # and a count
+        assert terms.pop("batch") == 8 * ROWS * WIDTH * 4
+        assert terms == {term.name: term.num_bytes for term in report.fullest}
+        expected = dict(vars(report.execution), unroll=None)
+        assert vars(choice.execution) == expected
+
+
+def test_the_step_is_the_one_that_is_simulated(choices: Any) -> None:
+    for choice in choices[::5]:
+        schedule = dpj.schedules.make(choice.schedule, num_ranks=4, num_microbatches=8)
+        again = dpj.simulate(
+            schedule,
+            costs=choice.costs,
+            transfer=0.1,
+            num_layers=8,
+            execution=choice.execution,
+        )
+        assert again == choice.simulation
+
+
+def test_a_limit_divides_and_a_text_is_printed(choices: Any) -> None:
+    least, most = (f(c.num_bytes for c in choices) for f in (min, max))
+    some = dpj.choose(
+        MODEL, *shapes_of(), **WHERE, memory=(least + most) / 2, optimizer=optax.adam(1e-3)
+    )
+    fits = [choice.fits for choice in some]
+    assert 0 < sum(fits) < len(fits)
+    assert fits == sorted(fits, reverse=True)
+    text = str(some)
+    assert "too large: most of it is" in text
+    lines = text.splitlines()
+    assert len(lines[0].split()) > 5
+    # The last line can be pasted.
+    call = lines[-1].replace("num_microbatches=...", "num_microbatches=8")
+    eval(call, {"dpj": dpj, "model": MODEL, "mesh": WHERE["mesh"]})
+
+
+@pytest.mark.slow
+def test_its_arguments_make_an_exact_step() -> None:
+    model, params, batch = make_model(frozenset(["pytree"])), make_params(5), make_batch(4)
+    where = {"mesh": make_mesh(2), "num_microbatches": 4}
+    names = ["1f1b", dpj.schedules.zb_h1(num_ranks=2, num_microbatches=4)]
+    best, *others = dpj.choose(model, params, batch, **where, schedules=names, remat="block")
+    assert {choice.schedule for choice in (best, *others)} == {"1f1b", "zb-h1"}
+    got = jax.jit(dpj.value_and_grad(model, **where, **best.arguments))(params, batch)
+    assert_close(got, sequential_value_and_grad(model, 4)(params, batch))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"memory": "lots"}, ValueError, "memory='lots': .*is not a size"),
+        ({"headroom": 1.5}, ValueError, "headroom=1.5: must be a share"),
+        ({"costs": dpj.Costs()}, ValueError, "costs: must come with the one remat"),
+        ({"schedules": ["1F1B"]}, ValueError, "schedule='1F1B'.*did you mean '1f1b'"),
+        ({"remat": "full"}, ValueError, "remat='full'"),
+        ({"num_microbatches": 5}, ValueError, "batch"),
+        ({"schedules": []}, ValueError, "schedules="),
+    ],
+)
+def test_mistakes_are_explained(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"(?s){message}"):
+        dpj.choose(MODEL, *shapes_of(), **{**WHERE, **change})
+
+
+def test_sizes_are_read() -> None:
+    assert parse_bytes("1.5KiB") == 1536
+    assert dpj.choose(MODEL, *shapes_of(), **WHERE, schedules=["1f1b"])[0].limit == math.inf
