@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -204,14 +203,15 @@ class GradFunction:
             result, grads = step(params, batch, rng, loss_scale)
         return _outputs.without_derivative(result), grads
 
-    @cached_property
+    @property
     def _scope(self) -> str:
         """The schedule's name in the compiled program, if it tells which one it is; "" if not."""
         made = self.schedule
-        sizes = {"num_ranks": made.num_ranks, "num_microbatches": made.num_microbatches}
-        if made.name not in _schedules.names() or _schedules.make(made.name, **sizes) != made:
+        if not made.is_named:
             return ""
-        return _scopes.of_schedule(made.name, **sizes)
+        return _scopes.of_schedule(
+            made.name, num_ranks=made.num_ranks, num_microbatches=made.num_microbatches
+        )
 
     def memory(
         self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None

@@ -16,7 +16,7 @@ class Execution:
     Overlap and split_backward become those of the fastest step by simulation, at the costs that the
     step is given (with a steady state, I and W stay apart). Gradients are the same whatever is
     chosen, and the choice is the same on every platform: a test over fake CPU devices runs the
-    program that a pod runs.
+    program that a pod runs. (docs/execution.md)
 
     >>> import dualpipe_jax as dpj
     >>> print(dpj.Execution(overlap=True, deferred="store"))

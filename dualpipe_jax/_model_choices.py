@@ -3,17 +3,18 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 
 from dualpipe_jax import schedules as _schedules
 from dualpipe_jax._api import value_and_grad
+from dualpipe_jax._build import Axes, checked
 from dualpipe_jax._choose import HEADROOM, Choice, Term, choices_of, in_order
 from dualpipe_jax._choose.memory import format_bytes, parse_bytes
 from dualpipe_jax._execution import Execution
 from dualpipe_jax._executor import Step, Work
-from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._shardings import shardings
 from dualpipe_jax._simulate import FULL_BACKWARD, TRANSFER, Costs, usual_costs
 from dualpipe_jax._types import AxisNames, Mesh, Model, PyTree
@@ -24,13 +25,14 @@ _REMATS = ("none", "block")
 class Choices(tuple[Choice, ...]):
     """Choices in order: those that fit, the fastest first; then tight ones; then all others.
 
-    `print` shows them, with the memory of the first one and the arguments that make it.
+    `print` shows them, with the memory of the first one and the call that makes it. `left_out` says
+    which schedules cannot run, by name, and why.
     """
+
+    left_out: dict[str, str]
 
     def __str__(self) -> str:
         """Shows a row for each choice."""
-        if not self:
-            return "no schedule"
         best = self[0].simulation.makespan
         head = ("", "schedule", "remat", "step", "", "idle", "memory", "execution", "why")
         rows = [
@@ -55,17 +57,28 @@ class Choices(tuple[Choice, ...]):
             ).rstrip()
             for row in (head, *rows)
         ]
+        width = max(len(term.name) for term in self[0].terms)
         terms = [
-            f"  {term.name:30}  {format_bytes(term.num_bytes):>8}  {term.why}".rstrip()
+            f"  {term.name:{width}}  {format_bytes(term.num_bytes):>8}  {term.why}".rstrip()
             for term in self[0].terms
         ]
         arguments = (
-            f"{name}={'dpj.' * hasattr(value, '__dataclass_fields__')}{value!r}"
+            f"{name}={'dpj.' * isinstance(value, Execution | Costs)}{value!r}"
             for name, value in self[0].arguments.items()
         )
-        call = ", ".join(("model", "mesh=mesh", "num_microbatches=...", *arguments))
+        number = self[0].simulation.num_microbatches
+        call = ", ".join(("model", "mesh=mesh", f"num_microbatches={number}", *arguments))
+        left_out = [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(
-            (*lines, "", "memory of the first:", *terms, "", f"dpj.value_and_grad({call})")
+            (
+                *lines,
+                *left_out,
+                "",
+                "memory of the first:",
+                *terms,
+                "",
+                f"dpj.value_and_grad({call})",
+            )
         )
 
 
@@ -106,7 +119,7 @@ def choose(
     >>> blocks["down"] = jax.ShapeDtypeStruct((8, 256, 64), "float32")
     >>> where = dict(mesh=jax.sharding.AbstractMesh((4,), ("pipe",)), num_microbatches=16)
     >>> params, batch = {"ends": (), "blocks": blocks}, jax.ShapeDtypeStruct((512, 64), "float32")
-    >>> choices = dpj.choose(model, params, batch, **where, memory="4MiB")
+    >>> choices = dpj.choose(model, params, batch, **where, memory="2MiB")
     >>> choices[0].schedule, choices[0].fits
     ('dualpipev', True)
     >>> grad_fn = dpj.value_and_grad(model, **where, **choices[0].arguments)
@@ -146,75 +159,118 @@ def choose(
     remats = (remat,) if isinstance(remat, str) or callable(remat) else tuple(remat)
     if costs is not None and len(remats) != 1:
         raise ValueError(f"costs: must come with the one remat that they are of, not {remat!r}")
-    where: dict[str, Any] = {
-        "mesh": mesh,
-        "num_microbatches": num_microbatches,
-        "axis": axis,
-        "batch_axes": batch_axes,
-        "manual_axes": manual_axes,
-        "param_specs": param_specs,
-        "layers_per_stage": layers_per_stage,
-        "trainable": trainable,
-    }
-    given = _Given(model, params, batch, rng, where)
-    outside = given.terms_outside(optimizer)
+    axes = checked(
+        model,
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        axis=axis,
+        batch_axes=batch_axes,
+        manual_axes=manual_axes,
+    )
+    given = _Given(
+        model=model,
+        params=params,
+        batch=batch,
+        rng=rng,
+        num_microbatches=num_microbatches,
+        axes=axes,
+        options={
+            "param_specs": param_specs,
+            "layers_per_stage": layers_per_stage,
+            "trainable": trainable,
+        },
+    )
     choices: list[Choice] = []
-    refusals: list[ValueError] = []
+    refusals: dict[str, ValueError] = {}
     for each in remats:
-        traces: dict[bool, Any] = {}
-        for schedule in _schedules.names() if schedules is None else schedules:
-            options = {"schedule": schedule, "remat": each}
-            try:
-                step = given.step(**options)
-                of_model = costs or given.costs(step, recomputes=each != "none")
-
-                def terms_of(tables: Tables, execution: Execution) -> tuple[Term, ...]:
-                    del tables  # the step has them too
-                    step = given.step(execution=execution, costs=of_model, **options)  # noqa: B023
-                    return (*outside, *given.terms(step, traces))  # noqa: B023
-
-                choices += choices_of(
-                    given.schedule(schedule),
-                    num_layers=step.num_layers,
-                    layers_per_stage=step.layers_per_stage,
-                    costs=of_model,
-                    transfer=TRANSFER * of_model.forward,
-                    recomputes=each != "none",
-                    terms_of=terms_of,
-                    limit=limit,
-                    headroom=headroom,
-                    remat=each,
-                    placed_by=of_model,
-                )
-            except ValueError as error:
-                refusals.append(error)
+        found = given.choices(
+            _schedules.names() if schedules is None else tuple(schedules),
+            remat=each,
+            costs=costs,
+            optimizer=optimizer,
+            limit=limit,
+            headroom=headroom,
+            refusals=refusals,
+        )
+        choices += found
     if not choices:
-        raise refusals[0] if refusals else ValueError("schedules=[]: must name one at least")
-    return Choices(in_order(choices))
+        raise next(iter(refusals.values()), ValueError("schedules=(): must name one at least"))
+    ordered = Choices(in_order(choices))
+    ordered.left_out = {name: " ".join(str(e).split()) for name, e in refusals.items()}
+    return ordered
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Given:
-    """What all steps have in common that are compared."""
+    """All that the steps which are compared have in common."""
 
     model: Model
     params: PyTree
     batch: PyTree
     rng: Any
-    where: dict[str, Any]
+    num_microbatches: int
+    axes: Axes
+    options: dict[str, Any]
+
+    def choices(
+        self,
+        schedules: Sequence[str | _schedules.Schedule],
+        *,
+        remat: Any,
+        costs: Costs | None,
+        optimizer: Any,
+        limit: float,
+        headroom: float,
+        refusals: dict[str, ValueError],
+    ) -> list[Choice]:
+        """Looks at schedules with a remat; those that cannot run go to `refusals`."""
+        recomputes, traces = remat != "none", {}
+        outside, choices = self.terms_outside(optimizer), []
+
+        def terms_of(step: Step) -> tuple[Term, ...]:
+            report = self._look(step.memory, traces)
+            return (*outside, *(Term(t.name, t.num_bytes, t.count) for t in report.fullest))
+
+        for each in schedules:
+            try:
+                schedule = self.schedule(each)
+                step_of = partial(self.step, schedule=schedule, remat=remat)
+                step = step_of()
+                if costs is None:
+                    costs = self.costs(step, traces, recomputes=recomputes)
+                choices += choices_of(
+                    schedule,
+                    num_layers=step.num_layers,
+                    layers_per_stage=step.layers_per_stage,
+                    costs=costs,
+                    transfer=TRANSFER * costs.forward,
+                    recomputes=recomputes,
+                    terms_of=lambda _, execution, step_of=step_of, costs=costs: terms_of(
+                        step_of(execution=execution, costs=costs)
+                    ),
+                    limit=limit,
+                    headroom=headroom,
+                    remat=remat,
+                    placed_by=costs,
+                )
+            except ValueError as error:
+                refusals[each if isinstance(each, str) else each.name] = error
+        return choices
 
     def schedule(self, schedule: str | _schedules.Schedule) -> _schedules.Schedule:
         """Makes a schedule of a name."""
         if not isinstance(schedule, str):
             return schedule
-        num_ranks = self.where["mesh"].shape[self.where["axis"]]
+        num_ranks = self.axes.mesh.shape[self.axes.axis]
         return _schedules.make(
-            schedule, num_ranks=num_ranks, num_microbatches=self.where["num_microbatches"]
+            schedule, num_ranks=num_ranks, num_microbatches=self.num_microbatches
         )
 
-    def step(self, **options: Any) -> Step:
+    def step(self, **more: Any) -> Step:
         """Makes a step, and checks its arguments."""
-        return self._look(value_and_grad(self.model, **self.where, **options).build.traced)
+        options = {**vars(self.axes), **self.options, **more}
+        grad_fn = value_and_grad(self.model, num_microbatches=self.num_microbatches, **options)
+        return self._look(grad_fn.build.traced)
 
     def _look(self, function: Callable[..., Any], *more: Any) -> Any:
         """Calls a function with the shapes of the arguments, as they lie."""
@@ -226,35 +282,30 @@ class _Given:
         jax.eval_shape(look, self.params, self.batch, self.rng)
         return found[0]
 
-    def costs(self, step: Step, *, recomputes: bool) -> Costs:
+    def costs(self, step: Step, traces: dict[bool, Any], *, recomputes: bool) -> Costs:
         """Counts FLOPs, in those of the forward of a rank's layers."""
-        work: Work = self._look(step.work)
-        num_ranks = self.where["mesh"].shape[self.where["axis"]]
-        forward = work.forward / num_ranks
-        if not forward:
+        work: Work = self._look(step.work, traces, recomputes)
+        if not work.forward:
             return usual_costs(recomputes=recomputes)  # of a model without contractions
-        share = {
-            name: getattr(work, name) / num_ranks / forward
-            for name in ("input_grad", "weight_grad")
-        }
+        num_ranks = self.axes.mesh.shape[self.axes.axis]
+        input_grad, weight_grad = work.input_grad / work.forward, work.weight_grad / work.forward
         return Costs.with_whole_ends(
             forward=1.0,
-            **share,
-            embed=work.embed / forward,
-            head=work.head / forward,
-            recompute=max(0.0, (work.deferred - work.weight_grad) / num_ranks / forward),
-            full_backward=FULL_BACKWARD * sum(share.values()),
+            input_grad=input_grad,
+            weight_grad=weight_grad,
+            embed=num_ranks * work.embed / work.forward,
+            head=num_ranks * work.head / work.forward,
+            recompute=max(0.0, work.deferred / work.forward - weight_grad),
+            full_backward=FULL_BACKWARD * (input_grad + weight_grad),
         )
-
-    def terms(self, step: Step, traces: dict[bool, Any]) -> Iterable[Term]:
-        """Lists what a step holds in its fuller phase."""
-        report = self._look(step.memory, traces)
-        return (Term(t.name, t.num_bytes, t.count) for t in report.fullest)
 
     def terms_outside(self, optimizer: Any) -> tuple[Term, ...]:
         """Lists the arguments of a training step, as they lie on a device."""
-        mesh, axis = self.where["mesh"], self.where["axis"]
-        laid = {"mesh": mesh, "axis": axis, "param_specs": self.where["param_specs"]}
+        laid = {
+            "mesh": self.axes.mesh,
+            "axis": self.axes.axis,
+            "param_specs": self.options["param_specs"],
+        }
 
         def num_bytes(tree: PyTree) -> int:
             leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, **laid))
@@ -267,11 +318,8 @@ class _Given:
         terms = [Term("parameters", num_bytes(params), "")]
         if optimizer is not None:
             terms.append(Term("optimizer", num_bytes(jax.eval_shape(optimizer.init, params)), ""))
-        names = self.where["batch_axes"]
-        names = (names,) if isinstance(names, str) else names
-        shards = math.prod(mesh.shape[name] for name in names)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-        return (*terms, Term("batch", size / shards, ""))
+        return (*terms, Term("batch", size / self.axes.num_shards, ""))
 
 
 def _show_remat(remat: Any) -> str:

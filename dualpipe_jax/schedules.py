@@ -4,6 +4,7 @@ Every schedule takes any number of ranks and of microbatches, from 1.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from dualpipe_jax._execution import timetable_of
@@ -55,6 +56,12 @@ class Schedule:
     def name(self) -> str:
         """The name under which `make` knows it, or that given to `from_csv`."""
         return self.program.name
+
+    @cached_property
+    def is_named(self) -> bool:
+        """Whether its name tells which one it is: `make` makes the same of it."""
+        sizes = {"num_ranks": self.num_ranks, "num_microbatches": self.num_microbatches}
+        return self.name in names() and make(self.name, **sizes) == self
 
     @property
     def num_ranks(self) -> int:

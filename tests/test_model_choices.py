@@ -100,20 +100,27 @@ def test_a_limit_divides_and_a_text_is_printed(choices: Any) -> None:
     assert fits == sorted(fits, reverse=True)
     text = str(some)
     assert "too large: most of it is" in text
+    assert some.left_out == {}
     lines = text.splitlines()
     assert len(lines[0].split()) > 5
     # The last line can be pasted.
-    call = lines[-1].replace("num_microbatches=...", "num_microbatches=8")
-    eval(call, {"dpj": dpj, "model": MODEL, "mesh": WHERE["mesh"]})
+    eval(lines[-1], {"dpj": dpj, "model": MODEL, "mesh": WHERE["mesh"]})
 
 
 @pytest.mark.slow
 def test_its_arguments_make_an_exact_step() -> None:
     model, params, batch = make_model(frozenset(["pytree"])), make_params(5), make_batch(4)
     where = {"mesh": make_mesh(2), "num_microbatches": 4}
-    names = ["1f1b", dpj.schedules.zb_h1(num_ranks=2, num_microbatches=4)]
+    zb_h1 = dpj.schedules.zb_h1(num_ranks=2, num_microbatches=4)
+    names = ["1f1b", zb_h1]
     best, *others = dpj.choose(model, params, batch, **where, schedules=names, remat="block")
     assert {choice.schedule for choice in (best, *others)} == {"1f1b", "zb-h1"}
+    own = dpj.Schedule.from_csv(zb_h1.to_csv(), name="mine")
+    (choice, *_) = dpj.choose(
+        model, params, batch, **where, schedules=[own], layers_per_stage=(2, 3), remat="none"
+    )
+    assert choice.arguments["schedule"] is own
+    assert choice.arguments["layers_per_stage"] == (2, 3)
     got = jax.jit(dpj.value_and_grad(model, **where, **best.arguments))(params, batch)
     assert_close(got, sequential_value_and_grad(model, 4)(params, batch))
 
@@ -140,3 +147,11 @@ def test_mistakes_are_explained(
 def test_sizes_are_read() -> None:
     assert parse_bytes("1.5KiB") == 1536
     assert dpj.choose(MODEL, *shapes_of(), **WHERE, schedules=["1f1b"])[0].limit == math.inf
+
+
+def test_schedules_that_cannot_run_are_left_out_and_named() -> None:
+    made = dpj.choose(MODEL, *shapes_of(5), **WHERE, remat="none")
+    assert {choice.schedule for choice in made} == set(NAMES) - {"dualpipev", "interleaved-1f1b"}
+    assert set(made.left_out) == {"dualpipev", "interleaved-1f1b"}
+    assert all("5 layers" in reason for reason in made.left_out.values())
+    assert "left out: dualpipev: " in str(made)

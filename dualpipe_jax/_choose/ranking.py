@@ -29,6 +29,8 @@ class Choice:
     """One schedule in one execution.
 
     Attributes:
+      made: The schedule.
+      layers_per_stage: As for `value_and_grad`.
       simulation: What its replay took.
       remat: As for `value_and_grad`.
       terms: The memory of the fullest rank.
@@ -38,6 +40,8 @@ class Choice:
         is said.
     """
 
+    made: Schedule
+    layers_per_stage: tuple[int, ...] | None
     simulation: Simulation
     remat: Any
     terms: tuple[Term, ...]
@@ -58,8 +62,14 @@ class Choice:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `value_and_grad` that make this step, beside those that all share."""
-        found = {"schedule": self.schedule, "remat": self.remat, "execution": self.execution}
-        return found if self.costs is None else {**found, "costs": self.costs}
+        found = {
+            "schedule": self.schedule if self.made.is_named else self.made,
+            "layers_per_stage": self.layers_per_stage,
+            "remat": self.remat,
+            "execution": self.execution,
+            "costs": self.costs,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def num_bytes(self) -> float:
@@ -169,6 +179,8 @@ def choices_of(
         )
         terms = terms_of(tables, execution)
         return Choice(
+            made=schedule,
+            layers_per_stage=layers_per_stage,
             simulation=simulation,
             remat=remat,
             terms=terms,

@@ -154,10 +154,7 @@ class Step(Settings):
             return replace(self, mesh=mesh).memory(params, batch, rng, traces)
         plan = self._plan_of(params)
         params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
-        traces = {} if traces is None else traces
-        if self.recomputes not in traces:
-            traces[self.recomputes] = self._traced(params, batch, rng, plan, self.mesh)
-        traced, arguments = traces[self.recomputes]
+        traced, arguments = self._shared(traces, params, batch, rng, plan)
         outside = [
             leaf
             for part, tree in arguments.outside.items()
@@ -184,22 +181,56 @@ class Step(Settings):
             rounds=self.platform == "tpu",
         )
 
-    def work(self, params: PyTree, batch: PyTree, rng: jax.Array | None) -> work.Work:
-        """Counts what the step's actions compute on one device; avals will do."""
+    def work(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        rng: jax.Array | None,
+        traces: "dict[bool, Traced] | None" = None,
+        recomputes: bool | None = None,
+    ) -> work.Work:
+        """Counts what the step's actions compute on one device; avals will do.
+
+        `traces` are as for `memory`; `recomputes` says whether deferred weight gradients count as
+        if they recomputed, None as they do.
+        """
         mesh = context_mesh(like=self.mesh)
         if mesh is not None and mesh != self.mesh:
-            return replace(self, mesh=mesh).work(params, batch, rng)
+            return replace(self, mesh=mesh).work(params, batch, rng, traces, recomputes)
         plan = self._plan_of(params)
         params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
-        traced, arguments = self._traced(params, batch, rng, plan, self.mesh)
+        traced, arguments = self._shared(traces, params, batch, rng, plan, recomputes)
         return self._inside(lambda: work.count(traced, arguments, self.layout), self.mesh)
+
+    def _shared(
+        self,
+        traces: "dict[bool, Traced] | None",
+        params: PyTree,
+        batch: PyTree,
+        rng: Any,
+        plan: Plan,
+        recomputes: bool | None = None,
+    ) -> Traced:
+        recomputes = self.recomputes if recomputes is None else recomputes
+        traces = {} if traces is None else traces
+        if recomputes not in traces:
+            traces[recomputes] = self._traced(params, batch, rng, plan, self.mesh, recomputes)
+        return traces[recomputes]
 
     def _inside(self, trace: Callable[[], Any], mesh: Any) -> Any:
         """Traces where JAX keeps the types of varying values."""
         outer = {self.axis, *self.batch_axes} - set(self.manual_axes)
         return _varying.inside(trace, mesh=mesh, outer=outer, manual=self.manual_axes)
 
-    def _traced(self, params: PyTree, batch: PyTree, rng: Any, plan: Plan, mesh: Any) -> Traced:
+    def _traced(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        rng: Any,
+        plan: Plan,
+        mesh: Any,
+        recomputes: bool,
+    ) -> Traced:
         """Traces the model's functions as one device runs them."""
 
         def trace() -> Traced:
@@ -210,7 +241,7 @@ class Step(Settings):
                 arguments,
                 forward_only=self.tables.forward_only,
                 output=self.output,
-                recomputes=self.recomputes,
+                recomputes=recomputes,
                 hidden_axes={self.axis, *self.batch_axes} - set(self.manual_axes),
             )
             return traced, arguments
@@ -233,7 +264,7 @@ class Step(Settings):
           The loss and the head's metrics, or outputs; and the blocks' metrics by kind, and the
           gradients.
         """
-        traced, _ = self._traced(params, batch, rng, plan, mesh)
+        traced, _ = self._traced(params, batch, rng, plan, mesh, self.recomputes)
         replicated = PartitionSpec()
         specs = jax.tree.leaves(
             plan.over_mesh(plan.gathers), is_leaf=lambda s: isinstance(s, PartitionSpec)

@@ -52,12 +52,12 @@ def decide(
     >>> from dualpipe_jax import schedules
     >>> costs = usual_costs(recomputes=False)
     >>> options = dict(costs=costs, transfer=0.1, layers_of_stage=None, recomputes=False)
-    >>> for name, num_microbatches in ("dualpipe", 5), ("dualpipe", 32), ("1f1b", 8):
+    >>> for name, num_microbatches in ("dualpipe", 5), ("dualpipe", 32), ("1f1b", 16):
     ...     made = schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
     ...     print(name, num_microbatches, decide(made, Execution(), **options))
     dualpipe 5 no overlap, split backwards, deferred weight grads store
     dualpipe 32 overlap, split backwards, deferred weight grads store
-    1f1b 8 no overlap, full backwards, deferred weight grads store
+    1f1b 16 no overlap, full backwards, deferred weight grads store
 
     Args:
       schedule: The schedule.
