@@ -91,8 +91,7 @@ def make_task(schedules: Sequence[str], *, num_ranks: int, scale: float, repeats
         ),
         sleeps={
             name: {
-                action: getattr(scaled_costs(name, scale=scale), action)
-                / LAYERS_A_RANK
+                action: getattr(scaled_costs(name, scale=scale), action) / LAYERS_A_RANK
                 for action in ACTIONS
             }
             for name in COSTS
