@@ -14,6 +14,8 @@ from dualpipe_jax._schedule.generators import interleaved_one_f_one_b as _interl
 from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.ir import Timeline as Timeline
+from dualpipe_jax._schedule.place import shortest_ticks
+from dualpipe_jax._schedule.verify import verify_program
 
 __all__ = [
     "Schedule",
@@ -98,9 +100,12 @@ class Schedule:
                     f"{argument}={repr(value)[:80]}: must be a str, got {type(value).__name__} "
                     "(of a file: path.read_text())"
                 )
-        schedule = cls(parse_program(text, name=name))
-        schedule.compiled()  # or raises
-        return schedule
+        program = parse_program(text, name=name)
+        # What a user may get wrong; tables, which have a cell for each rank in each tick, are made
+        # when they are asked for.
+        verify_program(program)
+        shortest_ticks(program)
+        return cls(program)
 
     def timeline(self, *, overlap: bool | Literal["two-tick"] = False) -> Timeline:
         """Gives every action its tick, if forwards, input grads and weight grads take one each.

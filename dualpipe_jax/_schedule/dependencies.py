@@ -100,25 +100,29 @@ def run_in_order(
     """
     units = program.units
     # One entry more, for "needs nothing": index -1, done before the first tick.
-    tick_of = np.full(len(units) + 1, NEVER)
-    tick_of[-1] = -1
-    if earliest is None:
-        earliest = np.zeros(len(units), np.int64)
-    travels = find_travelling(program, needs)
-    upcoming, stop = units.row_start[:-1].copy(), units.row_start[1:]
-    tick = 0
-    while (waiting := np.flatnonzero(upcoming < stop)).size:
-        action = upcoming[waiting]
-        payload = tick_of[needs.payload[action]]
-        made = np.maximum(payload, tick_of[needs.own[action]])
-        if (made == NEVER).all():
-            break
-        ready = (made < tick) & (earliest[action] <= tick)
-        ready &= (payload <= tick - lag) | ~travels[action]
-        tick_of[action[ready]] = tick
-        upcoming[waiting[ready]] += 1
-        tick += 1
-    return tick_of[:-1]
+    tick_of = [NEVER] * len(units) + [-1]
+    payload, own = needs.payload.tolist(), needs.own.tolist()
+    soonest = [0] * len(units) if earliest is None else earliest.tolist()
+    after = np.where(find_travelling(program, needs), lag, 1).tolist()
+    upcoming, stop = units.row_start[:-1].tolist(), units.row_start[1:].tolist()
+    free = [0] * program.num_ranks
+    # For an action that has not run yet, the ranks that wait for it. A rank waits for one action at
+    # a time, and runs on when that has run, so that every action is looked at a few times only.
+    waiting: dict[int, list[int]] = {}
+    runnable = list(range(program.num_ranks))
+    while runnable:
+        rank = runnable.pop()
+        while (action := upcoming[rank]) < stop[rank]:
+            made, before = payload[action], own[action]
+            missing = made if tick_of[made] == NEVER else before
+            if tick_of[missing] == NEVER:
+                waiting.setdefault(missing, []).append(rank)
+                break
+            tick = max(tick_of[made] + after[action], tick_of[before] + 1)
+            tick_of[action] = tick = max(tick, free[rank], soonest[action])
+            free[rank], upcoming[rank] = tick + 1, action + 1
+            runnable += waiting.pop(action, ())
+    return np.array(tick_of[:-1], np.int64)
 
 
 def find_live_ranges(

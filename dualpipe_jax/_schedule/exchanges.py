@@ -96,7 +96,7 @@ def _number(
     used: np.ndarray, part: np.ndarray, num_ranks: int
 ) -> tuple[np.ndarray, tuple[Exchange, ...]]:
     """Numbers the exchanges of a part, the empty one 0: those of ticks, and what they are."""
-    rows, which = np.unique(used, axis=0, return_inverse=True)
+    rows, which, _ = _distinct(used)
     if rows[:1].any():
         rows, which = np.concatenate([np.zeros_like(rows[:1]), rows]), which + 1
 
@@ -105,12 +105,12 @@ def _number(
         return tuple((left, right) if step > 0 else (right, left) for left, right in ends)
 
     both = zip(*np.split(rows, 2, axis=1), strict=True)
-    return which.reshape(-1), tuple((pairs(right, 1), pairs(left, -1)) for right, left in both)
+    return which, tuple((pairs(right, 1), pairs(left, -1)) for right, left in both)
 
 
 def _merge(used: np.ndarray, most_sets: int) -> np.ndarray:
     """Has at most so many distinct rows, of those that are not empty, by adding to rows."""
-    sets, which, count = np.unique(used, axis=0, return_inverse=True, return_counts=True)
+    sets, which, count = _distinct(used)
     needed = sets.any(axis=1)
     if needed.sum() <= most_sets:
         return used
@@ -127,7 +127,20 @@ def _merge(used: np.ndarray, most_sets: int) -> np.ndarray:
         kept.append(candidates[chosen])
         best = np.minimum(best, excess[:, chosen])
     smallest = _excess(sets, np.array(kept)).argmin(axis=1)
-    return np.array(kept)[smallest][which.reshape(-1)]
+    return np.array(kept)[smallest][which]
+
+
+def _distinct(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds the distinct rows in order, the number of each row among them, and how often it is."""
+    # As bits, which are sooner sorted.
+    _, first, which, count = np.unique(
+        np.packbits(used, axis=1),
+        axis=0,
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
+    )
+    return used[first], which.reshape(-1), count
 
 
 def _excess(sets: np.ndarray, by: np.ndarray) -> np.ndarray:

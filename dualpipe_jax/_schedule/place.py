@@ -44,6 +44,9 @@ from dualpipe_jax._schedule.excerpt import show_action
 from dualpipe_jax._schedule.ir import Program, Timeline, lag_of
 
 _MOST_NAMED = 8
+# Larger tables, a row a tick and a column a rank, take many minutes and tens of gigabytes. As many
+# cells as the most actions that a generator makes, if ranks idle two thirds of the time.
+_MOST_CELLS = 60_000_000
 
 
 def place_shortest(program: Program, *, timetable: str = "shortest") -> Timeline:
@@ -55,13 +58,30 @@ def place_shortest(program: Program, *, timetable: str = "shortest") -> Timeline
 
     Raises:
         ScheduleError: if ranks wait for each other for ever, naming action, rank and tick, and
-            showing the ticks around.
+            showing the ticks around; if there are more ticks and ranks than a table can hold.
+    """
+    tick_of = shortest_ticks(program, timetable=timetable)
+    num_ticks = int(tick_of.max()) + 1
+    if num_ticks * program.num_ranks > _MOST_CELLS:
+        raise ScheduleError(
+            f"schedule {program.name!r} takes {num_ticks:,} ticks on {program.num_ranks:,} ranks, "
+            f"but must take at most {_MOST_CELLS:,} ticks of single ranks, beyond which no table "
+            "holds them; take fewer ranks or microbatches"
+        )
+    return build_timeline(program, tick_of, timetable=timetable)
+
+
+def shortest_ticks(program: Program, *, timetable: str = "shortest") -> np.ndarray:
+    """Finds the ticks of `place_shortest`: int64[num_actions].
+
+    Raises:
+        ScheduleError: if ranks wait for each other for ever.
     """
     needs = find_dependencies(program)
     tick_of = run_in_order(program, needs, lag=lag_of(timetable))
     if (tick_of == NEVER).any():
         raise ScheduleError(_describe_deadlock(program, needs, tick_of))
-    return build_timeline(program, tick_of, timetable=timetable)
+    return tick_of
 
 
 def _describe_deadlock(program: Program, needs: Dependencies, tick_of: np.ndarray) -> str:
@@ -76,10 +96,11 @@ def _describe_deadlock(program: Program, needs: Dependencies, tick_of: np.ndarra
             wanted = [i for i in (needs.payload[action], needs.own[action]) if i >= 0]
             awaited[rank] = next(int(i) for i in wanted if tick_of[i] == NEVER)
     # From rank to rank that is waited for, one comes back to a rank where one has been.
-    way = [min(stuck)]
-    while (rank := int(rank_of[awaited[way[-1]]])) not in way:
-        way.append(rank)
-    circle = way[way.index(rank) :]
+    rank, place_of = min(stuck), {}
+    while rank not in place_of:
+        place_of[rank] = len(place_of)
+        rank = int(rank_of[awaited[rank]])
+    circle = list(place_of)[place_of[rank] :]
     circle = circle[circle.index(min(circle)) :] + circle[: circle.index(min(circle))]
 
     lines = []

@@ -219,3 +219,11 @@ def test_a_large_deadlock_is_refused_in_seconds():
     with pytest.raises(ScheduleError, match="on rank 7 in tick"):
         Schedule.from_csv("\n".join(rows))
     assert time.process_time() - start < 5  # of this process: other load does not count
+
+
+def test_many_ranks_are_read_in_seconds():
+    num_ranks = 30_000
+    text = "\n".join(f"{rank}F0,{rank}B0" for rank in range(num_ranks))
+    start = time.process_time()
+    assert Schedule.from_csv(text).num_ranks == num_ranks
+    assert time.process_time() - start < 10  # a table of its ticks would have 2 * 30,000^2 cells

@@ -10,6 +10,8 @@ from dualpipe_jax._schedule.excerpt import show_action
 from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, OPCODE_LETTERS, WEIGHT_GRAD, Program
 
 _MOST_NAMED = 8
+# Up to so many (stage, microbatch)s the missing actions are named, however few there are.
+_ALWAYS_SHOWN = 1_000_000
 _ORDER = (FORWARD, INPUT_GRAD), (INPUT_GRAD, WEIGHT_GRAD)
 
 
@@ -31,6 +33,7 @@ def verify_program(program: Program) -> None:
             f"schedule {program.name!r} has {len(program.rows)} rows for {program.num_ranks} ranks"
         )
     _check_numbers(program)
+    _check_size(program)
     _check_completeness(program)
     _check_rows(program)
     _check_neighbours(program)
@@ -60,6 +63,17 @@ def _check_numbers(program: Program) -> None:
     _raise_for(program, faults, rule, num_faults=num_faults)
 
 
+def _check_size(program: Program) -> None:
+    """Refuses a program of so few actions that an array of the missing ones may not fit."""
+    num_actions, num_places = len(program.units), program.num_stages * program.num_microbatches
+    if num_places > max(num_actions, _ALWAYS_SHOWN):
+        raise ScheduleError(
+            f"schedule {program.name!r} has {num_actions:,} actions, fewer than its "
+            f"{program.num_stages:,} stages x {program.num_microbatches:,} microbatches, each of "
+            "which must have its own; mind that cells are <stage><F|I|W|B><microbatch>"
+        )
+
+
 def _check_completeness(program: Program) -> None:
     units = program.units
     count = np.zeros((4, program.num_stages, program.num_microbatches), np.int64)
@@ -71,7 +85,8 @@ def _check_completeness(program: Program) -> None:
     for opcode, stage, microbatch in wrong[:_MOST_NAMED]:
         same = (units.stage == stage) & (units.microbatch == microbatch)
         ranks = units.rank[same & (units.opcode == opcode)]
-        found = f"{len(ranks)} times, on rank {', '.join(map(str, ranks))}" if len(ranks) else "no"
+        on = ", ".join(map(str, ranks[:_MOST_NAMED])) + (", .." if len(ranks) > _MOST_NAMED else "")
+        found = f"{len(ranks)} times, on rank {on}" if len(ranks) else "no"
         faults.append(f"{stage}{OPCODE_LETTERS[opcode]}{microbatch} ({found})")
         if at is None:
             at, relation = _find_place(program, opcode, stage, microbatch)
