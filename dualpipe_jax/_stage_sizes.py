@@ -6,6 +6,9 @@ from typing import Any
 
 from dualpipe_jax._refusals import raise_all, show
 
+# Layers are counted in integers of 64 bits.
+MOST_LAYERS = 10**12
+
 
 def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] | None:
     """Requires a positive number of layers for each stage, or None.
@@ -44,9 +47,13 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
             "there are stages"
         )
     raise_all(
-        f"layers_per_stage={value!r}: every stage must have at least one layer; give it one of "
-        "another's, or use fewer stages",
-        (f"stage {stage} has {size}" for stage, size in enumerate(sizes) if size < 1),
+        f"layers_per_stage={value!r}: every stage must have at least one layer, and at most "
+        f"{MOST_LAYERS:,}; give it one of another's, or use fewer stages",
+        (
+            f"stage {stage} has {size}"
+            for stage, size in enumerate(sizes)
+            if not 1 <= size <= MOST_LAYERS
+        ),
     )
     return tuple(sizes)
 

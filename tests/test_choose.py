@@ -407,5 +407,7 @@ def test_wrong_sizes_are_all_named() -> None:
         Transformer(layers=0, width=-1, **sizes)
     with pytest.raises(ValueError, match="remat='all': must be one of 'none', 'block'"):
         Transformer(layers=1, width=1, remat="all", **sizes)
+    with pytest.raises(ValueError, match="heads=3: must divide the width, 4"):
+        Transformer(layers=1, width=4, **{**sizes, "heads": 3})
     with pytest.raises(ValueError, match="ends=-1, gradient=nan: must be a finite number"):
         ParameterBytes(layer=1, ends=-1, parameter=1, gradient=math.nan, optimizer=1)

@@ -166,6 +166,10 @@ def test_nothing_fits_is_said_after_the_table() -> None:
         (["--costs", "Q=1"], ["'Q=1'", "F=1,I=1,W=1"]),
         (["--costs", "F=0"], ["forward=0.0"]),
         (["--transfer", "-1"], ["transfer=-1.0"]),
+        (["--transfer", "1e308"], ["transfer=1e+308", "at most 1e+100"]),
+        (["--heads", "7"], ["heads=7", "must divide the width, 4096"]),
+        (["--layers", "9" * 26], ["layers=999", "at most 1,000,000,000,000"]),
+        (["--width", "9" * 200], ["width=999", "at most 1,000,000,000,000"]),
         (["--head", "nan"], ["head=nan"]),
         (["--gradient-bytes", "-1"], ["gradient=-1.0"]),
         (["--remat", "all"], ["'all'", "'none'", "'block'"]),
@@ -191,7 +195,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: list
         ('{"costs": {"forward": 1, "input_grad": "2", "tail": 3}}', ["input_grad='2'", "tail=3"]),
         ('{"costs": {"forward": 1, "input_grad": 2}}', ["no weight_grad"]),
         ('{"costs": {"forward": -1, "input_grad": 2, "weight_grad": 1}}', ["forward=-1.0"]),
+        ("[" * 200_000, ["is not JSON", "recursion"]),
+        (
+            f'{{"costs": {{"forward": {"1" * 400}, "input_grad": 2, "weight_grad": 1}}}}',
+            ["report.json: forward: must be finite"],
+        ),
     ],
+    ids=lambda value: value[:60] if isinstance(value, str) else None,
 )
 def test_a_bad_report_is_refused(tmp_path: Path, content: str, words: list[str]) -> None:
     report = tmp_path / "report.json"
@@ -201,6 +211,10 @@ def test_a_bad_report_is_refused(tmp_path: Path, content: str, words: list[str])
     assert result.stderr.count("\n") == 1
     for word in words:
         assert word in result.stderr
+
+
+def test_heads_divide_the_width_by_default() -> None:
+    assert run("--width", "1000", "--attention", "plain").exit_code == 0  # 8 of them
 
 
 def test_costs_are_given_once(tmp_path: Path) -> None:

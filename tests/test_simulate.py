@@ -1,6 +1,7 @@
 """Simulations: small cases by hand, published figures, slow references, how long ranks wait."""
 
 import math
+import re
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -675,19 +676,40 @@ def test_numbers_may_be_arrays_of_one() -> None:
     plain = simulate(V_SHAPED, costs=Costs(forward=2), transfer=0.5)
     two, half = np.array(2.0), Decimal("0.5")
     assert simulate(V_SHAPED, costs=Costs(forward=two), transfer=half) == plain  # pyrefly: ignore
-    with pytest.raises(ValueError, match=r"embed=1e\+300, head=0.0: their gradients"):
-        Costs(forward=1e-300, weight_grad=1e300, embed=1e300)
+    with pytest.raises(ValueError, match=r"embed=1e\+90, head=0.0: their gradients"):
+        Costs(forward=1e-90, weight_grad=1e90, embed=1e90)
 
 
-@pytest.mark.parametrize("transfer", [-1.0, math.inf, math.nan])
+def test_a_step_of_any_costs_takes_finite_time() -> None:
+    """Costs so large, or so small, that a makespan would be inf or 0 are refused."""
+    largest = Costs(forward=1e100, input_grad=1e100, weight_grad=1e100, full_backward=1e100)
+    for costs in (largest, Costs(forward=1e-100, input_grad=0, weight_grad=0)):
+        for execution in (Execution(), FULL):
+            made = simulate(V_SHAPED, costs=costs, transfer=costs.forward, execution=execution)
+            assert 0 < made.makespan < math.inf
+    for wrong in (
+        {"forward": 1e101},
+        {"forward": 1e-101},
+        {"input_grad": 0.0, "weight_grad": 1e-50, "full_backward": 1e60},
+    ):
+        with pytest.raises(ValueError, match=f"{list(wrong)[-1]}=.* at (most|least) 1e"):
+            Costs(**wrong)
+
+
+@pytest.mark.parametrize("transfer", [-1.0, math.inf, math.nan, 1e308])
 def test_wrong_transfer_is_refused(transfer: float) -> None:
-    with pytest.raises(ValueError, match=f"transfer={transfer}: a cost must be a finite number"):
+    message = re.escape(f"transfer={transfer}: a cost must be a finite number")
+    with pytest.raises(ValueError, match=message):
         simulate(V_SHAPED, transfer=transfer)
 
 
-def test_too_few_layers_are_refused() -> None:
+def test_too_few_or_too_many_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_layers=3: must be at least the 4 stages of .*'v'"):
         simulate(V_SHAPED, num_layers=3)
+    with pytest.raises(ValueError, match=r"num_layers=1.*at most 1,000,000,000,000"):
+        simulate(V_SHAPED, num_layers=10**26)
+    with pytest.raises(ValueError, match=r"at most 1,000,000,000,000"):
+        simulate(V_SHAPED, layers_per_stage=(1, 1, 1, 10**26))
 
 
 @pytest.mark.parametrize(
@@ -699,6 +721,7 @@ def test_too_few_layers_are_refused() -> None:
         ({"transfer": "1"}, "transfer='1': must be a number"),
         ({"transfer": np.ones(2)}, "transfer=array.*: must be a number"),
         ({"num_layers": 2.5}, "num_layers=2.5: must be an integer, or None"),
+        ({"num_layers": True}, "num_layers=True: must be an integer, or None"),
         ({"execution": "full"}, "execution='full': must be a dualpipe_jax.Execution"),
     ],
 )

@@ -18,6 +18,8 @@ from dualpipe_jax._simulate import Costs, of_transformer
 
 ATTENTIONS = ("fused", "plain")
 REMATS = ("none", "block")
+# Products of a few sizes are floats still.
+_MOST = 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class Transformer:
       activation_bytes: Of an entry of x.
 
     Raises:
-      ValueError: if a size is less than 1, or there is no such attention or remat, naming all such.
+      ValueError: if a size is less than 1 or more than 10^12, naming all such; if heads do not
+        divide the width, or there is no such attention or remat.
     """
 
     layers: int
@@ -52,8 +55,15 @@ class Transformer:
 
     def __post_init__(self) -> None:
         sizes = {name: v for name, v in vars(self).items() if isinstance(v, int)}
-        if wrong := [f"{name}={v!r}" for name, v in sizes.items() if v < 1]:
-            raise ValueError(f"{', '.join(wrong)}: a size must be at least 1")
+        if wrong := [f"{name}={v!r}" for name, v in sizes.items() if not 1 <= v <= _MOST]:
+            raise ValueError(
+                f"{', '.join(wrong)}: a size must be at least 1, and at most {_MOST:,}"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"heads={self.heads}: must divide the width, {self.width}, of which all heads have "
+                "equal parts; change one of the two"
+            )
         for name, known in (("attention", ATTENTIONS), ("remat", REMATS)):
             if getattr(self, name) not in known:
                 names = ", ".join(map(repr, known))

@@ -1,6 +1,7 @@
 """`dualpipe-jax choose`: which schedule is predicted to be the fastest within a memory limit."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from dualpipe_jax._cli.choices import print_choices, to_object
 from dualpipe_jax._cli.quantities import Size, parse_costs, read_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._simulate import TRANSFER, Costs
+
+_HEADS = 32
 
 
 @click.command(cls=Command)
@@ -61,7 +64,11 @@ from dualpipe_jax._simulate import TRANSFER, Costs
     "--microbatch-size", type=int, default=1, show_default=True, help="Sequences, on one device."
 )
 @click.option("--vocabulary", type=int, default=32_000, show_default=True)
-@click.option("--heads", type=int, default=32, show_default=True, help="Of attention.")
+@click.option(
+    "--heads",
+    type=int,
+    help="Of attention. By default 32, or the largest number that divides both 32 and the width.",
+)
 @click.option(
     "--attention",
     type=click.Choice(ATTENTIONS),
@@ -128,6 +135,8 @@ def choose(
         name: sizes.pop(f"{name}_bytes")
         for name in ("x", "residual", "weight_residual", "stash", "deferred", "working")
     }
+    if sizes["heads"] is None:
+        sizes["heads"] = math.gcd(_HEADS, sizes["width"])
     try:
         model = Transformer(layers=layers, **sizes)
         all_costs = _costs(model, ranks, costs, costs_from, embed=embed, head=head)

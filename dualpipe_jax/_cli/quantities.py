@@ -7,6 +7,7 @@ import click
 
 from dualpipe_jax._choose.memory import parse_bytes
 from dualpipe_jax._cli.refusal import Refusal
+from dualpipe_jax._simulate.costs import as_number
 
 _FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad", "B": "full_backward"}
 _OPTIONAL = ("full_backward", "embed", "head")
@@ -64,7 +65,7 @@ def read_costs(path: Path) -> dict[str, float]:
         report = json.loads(path.read_text())
     except OSError as error:
         raise Refusal(f"--costs-from {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"--costs-from {path}: is not JSON: {error}") from error
     costs = report.get("costs") if isinstance(report, dict) else None
     if not isinstance(costs, dict):
@@ -83,4 +84,7 @@ def read_costs(path: Path) -> dict[str, float]:
             f'--costs-from {path}: {", ".join(wrong)}; "costs" must have numbers for {known} (the '
             "last three may be left out), and nothing else"
         )
-    return {name: float(value) for name, value in costs.items()}
+    try:
+        return {name: as_number(name, value) for name, value in costs.items()}
+    except ValueError as error:
+        raise Refusal(f"--costs-from {path}: {error}") from error

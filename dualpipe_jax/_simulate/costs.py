@@ -1,6 +1,5 @@
 """How long the actions take: a model's costs -> those of its stages."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
@@ -17,6 +16,9 @@ TRANSFER = 0.1
 # 0.96 of the cycles of I and W apart in eleven of twelve stages of transformers and MLPs, 1.01 in
 # one of two layers of an MLP, without rematerialisation (experiments/full_backward).
 FULL_BACKWARD = 0.9
+# The largest cost, and one over the least of a forward: their products and sums over all actions of
+# a step are floats still.
+_MOST = 1e100
 
 
 def as_number(name: str, value: Any) -> float:
@@ -34,6 +36,14 @@ def as_number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         pass  # an array of several, or a tracer
     raise TypeError(f"{name}={repr(value)[:80]}: must be a number")
+
+
+def is_cost(number: float) -> bool:
+    """Whether it is neither negative nor so large that a step's time may be no float."""
+    return 0 <= number <= _MOST
+
+
+COST = f"a cost must be a finite number, 0 or more and at most {_MOST:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +69,8 @@ class Costs:
 
     Raises:
       TypeError: if one is no number.
-      ValueError: if one is negative or not finite, naming all such; if `forward` is zero, or
-        `full_backward` is not where I and W are.
+      ValueError: if one is negative, not finite or larger than 1e100, naming all such; if `forward`
+        is zero, or `full_backward` is not where I and W are.
     """
 
     forward: float = 1.0
@@ -80,20 +90,28 @@ class Costs:
             if not isinstance(value, int | float):
                 object.__setattr__(self, name, number)
         stated = {n: v for n, v in vars(self).items() if (n, v) != ("full_backward", None)}
-        wrong = [f"{n}={v!r}" for n, v in stated.items() if not 0 <= v < math.inf]
+        wrong = [f"{n}={v!r}" for n, v in stated.items() if not is_cost(v)]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)}: a cost must be a finite number, 0 or more")
-        if self.forward == 0:
-            raise ValueError(f"forward={self.forward!r}: a forward must cost more than 0")
-        if not self.embed_grad + self.head * (1 + self.backward / self.forward) < math.inf:
+            raise ValueError(f"{', '.join(wrong)}: {COST}")
+        if not self.forward * _MOST >= 1:
+            raise ValueError(
+                f"forward={self.forward!r}: a forward must cost more than 0, and at least "
+                f"{1 / _MOST:g}"
+            )
+        if not is_cost(self.embed_grad + self.head * (1 + self.backward / self.forward)):
             raise ValueError(
                 f"embed={self.embed!r}, head={self.head!r}: their gradients, in proportion to "
-                "those of the layers, must be finite"
+                f"those of the layers, must cost at most {_MOST:g}"
             )
         if self.full_backward and not self.backward:
             raise ValueError(
                 f"full_backward={self.full_backward!r}: must be 0 or left out, as input_grad and "
                 "weight_grad are 0"
+            )
+        if not is_cost(self.full_backward_share):
+            raise ValueError(
+                f"full_backward={self.full_backward!r}: must be at most {_MOST:g} times the sum of "
+                f"input_grad and weight_grad, {self.backward!r}"
             )
 
     @classmethod

@@ -1,16 +1,15 @@
 """`simulate`: checks what the user gave, decides what is left open, and replays it."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dualpipe_jax._execution import Execution
-from dualpipe_jax._simulate.costs import Costs, as_number
+from dualpipe_jax._simulate.costs import COST, Costs, as_number, is_cost
 from dualpipe_jax._simulate.decide import decide
 from dualpipe_jax._simulate.simulation import Simulation, replay_schedule
-from dualpipe_jax._stage_sizes import require_sum, spread_evenly, stage_sizes
+from dualpipe_jax._stage_sizes import MOST_LAYERS, require_sum, spread_evenly, stage_sizes
 from dualpipe_jax.schedules import Schedule
 
 
@@ -49,8 +48,8 @@ def simulate(
         than 20,000 actions, and in the two-tick timetable, are not placed by any.)
 
     Raises:
-      ValueError: if the schedule cannot run or be aligned, `transfer` is negative or not finite,
-        there are fewer layers than stages, or layers_per_stage does not fit.
+      ValueError: if the schedule cannot run or be aligned, `transfer` is negative, not finite or
+        larger than 1e100, there are fewer layers than stages, or layers_per_stage does not fit.
       TypeError: if an argument has a wrong type.
     """
     _require_types(
@@ -62,8 +61,8 @@ def simulate(
         placed_by=placed_by,
     )
     costs, transfer = costs or Costs(), as_number("transfer", transfer)
-    if not 0 <= transfer < math.inf:
-        raise ValueError(f"transfer={transfer!r}: a cost must be a finite number, 0 or more")
+    if not is_cost(transfer):
+        raise ValueError(f"transfer={transfer!r}: {COST}")
     options: dict[str, Any] = {
         "costs": costs,
         "transfer": transfer,
@@ -89,10 +88,10 @@ def _layers_of_stage(
     if num_layers is None:
         return sizes
     require_sum(sizes, num_layers)
-    if num_layers < num_stages:
+    if not num_stages <= num_layers <= MOST_LAYERS:
         raise ValueError(
             f"num_layers={num_layers}: must be at least the {num_stages} stages of schedule "
-            f"{schedule.name!r} on {num_ranks} ranks"
+            f"{schedule.name!r} on {num_ranks} ranks, and at most {MOST_LAYERS:,}"
         )
     return sizes or spread_evenly(num_layers, num_stages)
 
@@ -110,7 +109,7 @@ def _require_types(**arguments: Any) -> None:
     }
     for name, value in arguments.items():
         types, must = wanted[name]
-        if isinstance(value, types):
+        if isinstance(value, types) and not (name == "num_layers" and isinstance(value, bool)):
             continue
         fix = ""
         if isinstance(value, str) and name == "schedule":
