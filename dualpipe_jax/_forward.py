@@ -108,7 +108,8 @@ def apply(
 
     def apply_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> PyTree:
         params, batch = _microbatches.as_arrays(params), _microbatches.as_arrays(batch)
-        return build(params, batch, rng)(params, batch, rng)[0]
+        step = build(params, batch, rng)
+        return step(_outputs.without_derivative(params), batch, rng)[0]
 
     return apply_fn
 

@@ -15,7 +15,7 @@ from jax.tree_util import keystr
 
 from dualpipe_jax import _kinds, _microbatches, _varying
 from dualpipe_jax._kinds import Kind, block_name
-from dualpipe_jax._refusals import is_array, raise_all, short, show
+from dualpipe_jax._refusals import call, is_array, raise_all, short, show
 from dualpipe_jax._types import Aux, Context, Model, PyTree
 
 
@@ -66,24 +66,33 @@ def check(
         ends_ctx = _microbatches.context(microbatch, key, 0, shard=shard, shared=shared)
         bare_ctx = _microbatches.context(microbatch, key, 0, is_layer=True, shard=shard)
         layer_ctx = dataclasses.replace(bare_ctx, shared=shared)
-        x = _returned("model.embed", "x", model.embed(ends, ends_ctx))
+        x = call("model.embed", "(ends, ctx) -> x", model.embed, ends, ends_ctx)
+        x = _returned("model.embed", "x", x)
         if not jax.tree.leaves(x):
             raise ValueError(
                 f"model.embed: must return at least one array, x, for the blocks; got {x!r}"
             )
         x = _microbatches.strong(x)
         aux = {
-            kind: _block_aux(model, x, block(layers[kind], x, layer_ctx), name=block_name(kind))
+            kind: _block_aux(
+                model,
+                x,
+                call(block_name(kind), "(params, x, ctx) -> x", block, layers[kind], x, layer_ctx),
+                name=block_name(kind),
+            )
             for kind, block in _kinds.blocks_of(model).items()
         }
         if output is not None:
-            applied = _applied(output(ends, x, ends_ctx), microbatch)
+            applied = call("output", "(ends, x, ctx) -> outputs", output, ends, x, ends_ctx)
+            applied = _applied(applied, microbatch)
             return Outputs(x=x, ctx=bare_ctx, aux=dict.fromkeys(aux, Aux()), applied=applied)
         losses = [each.loss for each in aux.values() if each.loss is not None]
         aux_sum = _sum_in_wider_dtype(losses)
-        loss, metrics = _loss_and_metrics(model, model.head(ends, x, ends_ctx))
-        weight = None if model.weight is None else model.weight(microbatch)
+        out = call("model.head", "(ends, x, ctx) -> loss", model.head, ends, x, ends_ctx)
+        loss, metrics = _loss_and_metrics(model, out)
+        weight = None
         if model.weight is not None:
+            weight = call("model.weight", "(microbatch) -> scalar", model.weight, microbatch)
             fix = "sum it over the microbatch, or leave weight=None for the mean of head"
             _scalar(
                 "model.weight", "a real scalar", weight, fix=fix, of=(jnp.floating, jnp.integer)
@@ -109,6 +118,14 @@ def check(
             f"model: one of its functions names an axis that it may not ({what}); mesh axes must "
             "be named in manual_axes (dualpipe_jax.sequential knows none: give it a model without)"
         ) from error
+    except (TypeError, AttributeError) as error:
+        # Is it that None was taken for a key?
+        if rng is not None or not _runs(run, outside, layers, microbatch, jax.random.key(0), shard):
+            raise
+        raise ValueError(
+            "rng=None: one of the model's functions uses ctx.rng, and so must be given a key; call "
+            f"with rng=jax.random.key(0), say, and with another one in every step ({error})"
+        ) from error
     used = _varying.named_axes(jaxpr.jaxpr) & set(hidden_axes)
     if used:
         raise ValueError(
@@ -116,6 +133,15 @@ def check(
             "only; name them there too (the pipeline axis is the library's own)"
         )
     return _varying.with_mesh(outs)
+
+
+def _runs(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a function can be traced."""
+    try:
+        jax.eval_shape(function, *arguments)
+    except (TypeError, AttributeError, ValueError):
+        return False
+    return True
 
 
 def _sum_in_wider_dtype(losses: list[jax.Array]) -> jax.Array | None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jax.tree_util import keystr
 
-from dualpipe_jax._refusals import raise_all, show
+from dualpipe_jax._refusals import call, raise_all, show
 from dualpipe_jax._split_vjp import is_differentiable
 from dualpipe_jax._types import PyTree
 
@@ -75,7 +75,7 @@ def _flags(
     name: str, flags: PyTree | Callable[[PyTree], PyTree], params: PyTree, *, meaning: str
 ) -> list[tuple[Any, Any, Any]]:
     """Lists the path of every leaf of `params`, the leaf, and the bool that stands for it."""
-    mask = flags(params) if callable(flags) else flags
+    mask = call(name, "params -> tree", flags, params) if callable(flags) else flags
     full = _spread(name, mask, params, is_leaf=lambda leaf: leaf is None)
     raise_all(
         f"{name}: must hold {meaning}",

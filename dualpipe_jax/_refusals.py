@@ -1,6 +1,7 @@
 """How a mistake is told: what must be, and a line for each offender."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _MOST_NAMED = 20
@@ -14,6 +15,33 @@ def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = V
         lines.append(f"  * and {len(found) - _MOST_NAMED} more")
     if lines:
         raise error("\n".join([f"{message}; but:", *lines]))
+
+
+def call(name: str, must: str, function: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
+    """Calls a user's function, which is told by its name if it does not take these arguments.
+
+    >>> call("model.embed", "(ends, ctx) -> x", lambda ends: ends, 1, 2)
+    Traceback (most recent call last):
+    TypeError: model.embed: must be a function (ends, ctx) -> x, but it takes (ends): too many
+    positional arguments
+
+    Raises:
+      TypeError: If the function takes others.
+    """
+    try:
+        return function(*inputs, **more)
+    except TypeError as error:
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some builtins have none
+            raise error from None
+        try:
+            signature.bind(*inputs, **more)
+        except TypeError as reason:
+            raise TypeError(
+                f"{name}: must be a function {must}, but it takes {str(signature)[:80]}: {reason}"
+            ) from error
+        raise
 
 
 def is_array(leaf: Any) -> bool:

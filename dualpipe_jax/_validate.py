@@ -92,7 +92,7 @@ def key(rng: Any) -> None:
         return
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
     is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
-    is_legacy = dtype == jnp.uint32 and shape is not None and len(shape) == 1
+    is_legacy = dtype == jnp.uint32 and shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
     if not is_key and not is_legacy:
         raise TypeError(f"rng: must be one key, as of jax.random.key(0), or None; got {show(rng)}")
 
@@ -102,8 +102,12 @@ def loss_scale(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"loss_scale={value!r}: must be positive and finite, or None")
+        made = jnp.finfo(jnp.zeros((), float).dtype)
+        if not float(made.tiny) <= value <= float(made.max):
+            raise ValueError(
+                f"loss_scale={repr(value)[:80]}: must be positive and finite in {made.dtype}, or "
+                "None"
+            )
         return jnp.asarray(value, float)
     if not is_array(value):
         raise TypeError(f"loss_scale={value!r}: must be a positive number, or None")
@@ -118,14 +122,16 @@ def loss_scale(value: Any) -> Any:
 
 def grad_dtype(dtype: Any, params: PyTree) -> None:
     """Requires that gradients of `params` fit into `dtype`, if it is not None."""
-    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+    if dtype is None:
         return
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     raise_all(
-        f"grad_dtype={dtype}: must be complex for complex parameters, or None",
+        f"grad_dtype={dtype}: must be real for real parameters and complex for complex ones, or "
+        "None for the dtype of each",
         (
             f"params{keystr(path)} is {short(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+            if jnp.issubdtype(leaf.dtype, jnp.floating if is_complex else jnp.complexfloating)
         ),
     )
 

@@ -180,6 +180,11 @@ BAD: dict[str, Any] = {
         TypeError,
         ["output", "its result['a'] is str 'text'"],
     ),
+    "other parameters": (
+        lambda ends, x: x,
+        TypeError,
+        ["output: must be a function (ends, x, ctx) -> outputs, but it takes (ends, x)"],
+    ),
     "no rows": (
         lambda e, x, c: {"sum": x.sum(), "last": x[:1], "first": x.swapaxes(0, 2), "x": x},
         ValueError,

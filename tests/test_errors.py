@@ -384,6 +384,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         ],
     ),
     "remat a bool": ({"remat": True}, ValueError, ["remat=True", '"none", "block"']),
+    "complex grad_dtype of real parameters": (
+        {"grad_dtype": "complex64"},
+        ValueError,
+        ["grad_dtype=complex64: must be real for real", "params['blocks']['b'] is float64[2,4]"],
+    ),
     "integer grad_dtype": (
         {"grad_dtype": jnp.int32},
         ValueError,
@@ -403,6 +408,61 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         {"model": model(embed=None, block={"a": 3}, weight=1, layout=["a", "a"])},
         TypeError,
         ["model.embed is NoneType None", "model.block['a'] is int 3", "model.weight is int 1"],
+    ),
+    # functions of other parameters
+    "embed of one parameter": (
+        {"model": model(embed=lambda ends: ends["table"])},
+        TypeError,
+        ["model.embed: must be a function (ends, ctx) -> x, but it takes (ends): too many"],
+    ),
+    "block of two parameters": (
+        {"model": model(block=lambda params, x: x)},
+        TypeError,
+        ["model.block: must be a function (params, x, ctx) -> x, but it takes (params, x)"],
+    ),
+    "jitted block of a kind, of two parameters": (
+        {
+            "model": model(block={"a": jax.jit(lambda params, x: x)}, layout=("a", "a")),
+            "params": {**PARAMS, "blocks": {"a": PARAMS["blocks"]}},
+        },
+        TypeError,
+        ["model.block['a']: must be a function (params, x, ctx) -> x, but it takes (params, x)"],
+    ),
+    "head of four parameters": (
+        {"model": model(head=lambda ends, x, ctx, labels: x.sum())},
+        TypeError,
+        ["model.head: must be a function (ends, x, ctx) -> loss", "'labels'"],
+    ),
+    "weight of no parameters": (
+        {"model": model(weight=lambda: 1.0)},
+        TypeError,
+        ["model.weight: must be a function (microbatch) -> scalar, but it takes ()"],
+    ),
+    "mask of two parameters": (
+        {"trainable": lambda path, leaf: True},
+        TypeError,
+        ["trainable: must be a function params -> tree, but it takes (path, leaf)"],
+    ),
+    "new values of two parameters": (
+        {"overwrite": lambda path, leaf: True},
+        TypeError,
+        ["overwrite: must be a function params -> tree, but it takes (path, leaf)"],
+    ),
+    # rng
+    "two keys": (
+        {"rng": jax.random.split(jax.random.key(0))},
+        TypeError,
+        ["rng: must be one key", "key<fry>[2]"],
+    ),
+    "a key of another size": (
+        {"rng": jnp.zeros(7, jnp.uint32)},
+        TypeError,
+        ["rng: must be one key", "None; got an array uint32[7]"],
+    ),
+    "random numbers without a key": (
+        {"model": model(block=lambda p, x, ctx: x * jax.random.normal(ctx.rng, x.shape))},
+        ValueError,
+        ["rng=None: one of the model's functions uses ctx.rng", "call with rng=jax.random.key(0)"],
     ),
     # params
     "params not a dict": (
@@ -627,6 +687,8 @@ SHARED = [
     "loss a vector",
     "has_aux without metrics",
     "weight not a scalar",
+    "block of two parameters",
+    "random numbers without a key",
 ]
 
 
@@ -759,7 +821,7 @@ def test_arrays_on_other_devices_are_refused():
         step(params, BATCH)
 
 
-@pytest.mark.parametrize("make", [dpj.value_and_grad, dpj.evaluate])
+@pytest.mark.parametrize("make", [dpj.value_and_grad, dpj.evaluate, dpj.apply])
 def test_a_step_is_not_differentiated(make):
     step = make(MODEL, mesh=MESH, num_microbatches=2)
     for function in (step, jax.jit(step)):
