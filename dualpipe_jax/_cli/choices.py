@@ -57,7 +57,8 @@ def print_choices(
         last_below=True,
     )
     made = best.simulation
-    click.echo(f"\nmemory of a rank, {made.schedule}, {best.execution}:")
+    click.echo()
+    print_text(f"memory of a rank, {made.schedule}, {best.execution}:")
     for term in best.terms:
         if term.num_bytes:
             print_text(term.why, after=f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  ")
