@@ -4,9 +4,9 @@ A kind is known by its name. A model with one block for all its layers is one wi
 whose name is None: everything further down knows kinds only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -26,6 +26,19 @@ def blocks_of(model: Model) -> dict[Kind, Callable[..., PyTree]]:
 def kinds_of(model: Model, num_layers: int) -> tuple[Kind, ...]:
     """Gives the kind of every layer, in model order."""
     return (None,) * num_layers if model.layout is None else tuple(model.layout)
+
+
+def layout_of(layout: Any) -> tuple[str, ...] | None:
+    """Requires the name of the kind of every layer, in a sequence, or None."""
+    if layout is None:
+        return None
+    is_sequence = isinstance(layout, Sequence) and not isinstance(layout, str)
+    if not is_sequence or not all(isinstance(kind, str) for kind in layout):
+        raise TypeError(
+            f"layout={repr(layout)[:80]}: must be a sequence of strings, the name of the kind of "
+            "every layer in model order, or None"
+        )
+    return tuple(layout)
 
 
 def stacks_of(model: Model, blocks: PyTree) -> dict[Kind, PyTree]:

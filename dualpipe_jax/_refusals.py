@@ -1,7 +1,7 @@
 """How a mistake is told: what must be, and a line for each offender."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 _MOST_NAMED = 20
@@ -42,6 +42,24 @@ def call(name: str, must: str, function: Callable[..., Any], *inputs: Any, **mor
                 f"{name}: must be a function {must}, but it takes {str(signature)[:80]}: {reason}"
             ) from error
         raise
+
+
+def name(argument: str, value: Any) -> str:
+    """Requires a name."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument}={repr(value)[:80]}: must be a name, got {show(value)}")
+    return value
+
+
+def names(argument: str, value: Any) -> tuple[str, ...]:
+    """Requires a name, or a sequence of them; returns a tuple."""
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(each, str) for each in found):
+        raise TypeError(
+            f"{argument}={repr(value)[:80]}: must be a name, or a sequence of names; got "
+            f"{show(value)}"
+        )
+    return tuple(found)
 
 
 def is_array(leaf: Any) -> bool:

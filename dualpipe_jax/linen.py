@@ -15,13 +15,13 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-from dualpipe_jax import _kinds, _stacks, _validate
+from dualpipe_jax import _kinds, _refusals, _stacks, _validate
 from dualpipe_jax._kinds import Kind
 from dualpipe_jax._linen import metadata, overwriting
 from dualpipe_jax._linen.layers import to_canonical as to_canonical
 from dualpipe_jax._linen.layers import to_flax as to_flax
 from dualpipe_jax._linen.part import Part, part_of
-from dualpipe_jax._refusals import raise_all, show
+from dualpipe_jax._refusals import call, raise_all, show
 from dualpipe_jax._types import Context, Model, PyTree
 
 __all__ = ["LinenModel", "model", "to_canonical", "to_flax"]
@@ -101,12 +101,23 @@ def model(
     >>> bool(jnp.isfinite(dpj.sequential(model, num_microbatches=2)(params, tokens)))
     True
     """
-    names = (rngs,) if isinstance(rngs, str) else tuple(rngs)
+    streams, layout = _refusals.names("rngs", rngs), _kinds.layout_of(layout)
+    given_kwargs = {"embed": embed_kwargs, "block": block_kwargs, "head": head_kwargs}
+    raise_all(
+        "embed_kwargs, block_kwargs, head_kwargs: must be dicts of arguments by name, or None",
+        (
+            f"{part}_kwargs is {show(kwargs)}"
+            for part, kwargs in given_kwargs.items()
+            if not (kwargs is None or isinstance(kwargs, Mapping))
+            or not all(isinstance(key, str) for key in kwargs or ())
+        ),
+        error=TypeError,
+    )
     if loss is not None and not callable(loss):
         raise TypeError(f"loss={show(loss)}: must be a function (logits, microbatch) -> scalar")
 
     def part(name: str, value: Any, kwargs: Mapping[str, Any] | None, microbatch: bool) -> Part:
-        options = {"kwargs": dict(kwargs or {}), "rngs": names, "takes_microbatch": microbatch}
+        options = {"kwargs": dict(kwargs or {}), "rngs": streams, "takes_microbatch": microbatch}
         return part_of(name, value, **options)
 
     given = block if isinstance(block, Mapping) else {None: block}
@@ -119,9 +130,9 @@ def model(
         blocks=blocks,
         head=part("head", head, head_kwargs, loss is None),
         loss=loss,
-        layout=None if layout is None else tuple(layout),
-        constants=_constants(constants or {}),
-        axis=axis,
+        layout=layout,
+        constants=_constants({} if constants is None else constants),
+        axis=_refusals.name("axis", axis),
     )
     functions = {kind: parts.block_of(kind) for kind in blocks}
     return LinenModel(
@@ -269,6 +280,7 @@ class LinenModel(Model):
 
         Raises:
           ValueError: If parameters are among them, or if they are not of that form.
+          TypeError: If it is no dict.
         """
         parts = replace(self.parts, constants=_constants(constants))
         block = {kind: parts.block_of(kind) for kind in parts.blocks}
@@ -282,6 +294,11 @@ class LinenModel(Model):
 
 
 def _constants(collections: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    if not isinstance(collections, Mapping):
+        raise TypeError(
+            "constants: must be a dict of collections of variables by name, as "
+            f"model.init_variables returns them; got {show(collections)}"
+        )
     if "params" in collections:
         raise ValueError(
             'constants: must be without "params", which go to the pipeline as its params'
@@ -342,7 +359,9 @@ class _Parts:
     def run_head(self, ends: PyTree, x: PyTree, ctx: Context) -> Any:
         """As `Model.head`."""
         out = self.head.apply(self.variables_of_ends("head", ends), x, ctx=ctx)
-        return out if self.loss is None else self.loss(out, ctx.microbatch)
+        if self.loss is None:
+            return out
+        return call("loss", "(logits, microbatch) -> scalar", self.loss, out, ctx.microbatch)
 
     def block_of(self, kind: Kind) -> Callable[[PyTree, PyTree, Context], Any]:
         """Gives a kind's block, as in `Model.block`."""

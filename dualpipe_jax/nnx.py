@@ -6,6 +6,7 @@ In: a module that holds a list, or a stack, of layers. Out: a `dualpipe_jax.Mode
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dualpipe_jax import _api, _kinds
+from dualpipe_jax import _api, _kinds, _refusals
 from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._nnx.layers import Layers, take_apart
 from dualpipe_jax._nnx.part import Part
-from dualpipe_jax._refusals import raise_all, show
+from dualpipe_jax._refusals import call, raise_all, show
 from dualpipe_jax._types import Context, Model, PyTree
 
 __all__ = ["NNXModel", "model", "value_and_grad"]
@@ -102,18 +103,27 @@ def model(
         (f"{name} is {show(value)}" for name, value in functions.items() if not callable(value)),
         error=TypeError,
     )
-    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    layers, rest, parts = take_apart(module, blocks, layout=layout, ignore=ignored, axis=axis)
+    layers, rest, parts = take_apart(
+        module,
+        blocks,
+        layout=_kinds.layout_of(layout),
+        ignore=_refusals.names("ignore", ignore),
+        axis=_refusals.name("axis", axis),
+    )
+    of_rest = partial(call, "embed", "(rest, ctx) -> x", embed)
+    to_logits = partial(call, "head", "(rest, x, ctx) -> logits, or the loss", head)
 
     def run_embed(ends: PyTree, ctx: Context) -> PyTree:
-        return rest.run(embed, ends, ctx=ctx)
+        return rest.run(of_rest, ends, ctx=ctx)
 
     def run_head(ends: PyTree, x: PyTree, ctx: Context) -> Any:
-        out = rest.run(head, ends, x, ctx=ctx)
-        return out if loss is None else loss(out, ctx.microbatch)
+        out = rest.run(to_logits, ends, x, ctx=ctx)
+        if loss is None:
+            return out
+        return call("loss", "(logits, microbatch) -> scalar", loss, out, ctx.microbatch)
 
     places = np.asarray(_kinds.places_of(layers.kinds), np.int32)
-    run_layer = _call if block is None else block
+    run_layer = _call if block is None else partial(call, "block", "(layer, x, ctx) -> x", block)
 
     def block_of(part: Part) -> Callable[[PyTree, PyTree, Context], Any]:
         def run_block(params: PyTree, x: PyTree, ctx: Context) -> Any:
@@ -155,6 +165,7 @@ class NNXModel(Model):
 
         Raises:
           ValueError: If it is none of these.
+          TypeError: If it is no module.
         """
         return self.layers.params(module)
 

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualpipe_jax import _kinds, _stacks
+from dualpipe_jax import _kinds, _refusals, _stacks
 from dualpipe_jax._linen import metadata
-from dualpipe_jax._refusals import show
+from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._types import PyTree
 
 HOLE = "{}"
@@ -46,8 +46,9 @@ def to_canonical(
       the structure of one layer's parameters, else are a dict with a stack for each kind.
 
     Raises:
-      ValueError: If no layers are found, if one is missing, or if layers that are to be stacked are
-        not alike.
+      ValueError: If no layers are found, if one is missing, if layers that are to be stacked are
+        not alike, or if a stack has no such dim.
+      TypeError: If an argument has a wrong type.
 
     >>> import jax.numpy as jnp, dualpipe_jax as dpj
     >>> params = {
@@ -62,32 +63,24 @@ def to_canonical(
     >>> jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, params)
     True
     """
-    path = _path(layers)
-    parent, last = path[:-1], path[-1]
+    *parent, last = _path(layers)
     is_named = HOLE in last
-    if is_named and dim != 0:
-        raise ValueError(
-            f"dim={dim}: must be 0 for layers by name ({layers!r}), which are no stack"
-        )
-    if layout is not None and not is_named:
-        raise ValueError(
-            f"layout={layout!r}: layers of different kinds cannot be in one stack, {layers!r}; "
-            'give their names ("layers_{}"), or leave layout out'
-        )
+    layout = _checked(layers, dim=dim, axis=axis, layout=layout)
 
     def convert(params: Mapping[str, PyTree]) -> PyTree:
         holder = _get(params, parent)
         if not is_named:
+            _require_dim(holder[last], dim, layers)
             blocks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, dim, 0), holder[last])
             blocks = metadata.add_name(metadata.take_name(blocks, dim, axis), 0, axis)
             return {"ends": _without(params, parent, [last]), "blocks": blocks}
         names = _numbered(holder, last, layers)
         if layout is not None and len(layout) != len(names):
             raise ValueError(
-                f"layout={tuple(layout)!r}: must name the kind of every layer, but names "
+                f"layout={layout!r}: must name the kind of every layer, but names "
                 f"{len(layout)}, and {layers!r} has {len(names)}"
             )
-        kinds = (None,) * len(names) if layout is None else tuple(layout)
+        kinds = (None,) * len(names) if layout is None else layout
         stacks = {
             kind: _stack([n for n, k in zip(names, kinds, strict=True) if k == kind], holder, axis)
             for kind in dict.fromkeys(kinds)
@@ -132,19 +125,23 @@ def to_flax(
 
     Raises:
       ValueError: If no `{"ends": ..., "blocks": ...}` is found, or one that does not fit.
+      TypeError: If an argument has a wrong type.
     """
-    path = _path(layers)
-    parent, last = path[:-1], path[-1]
+    *parent, last = _path(layers)
+    layout = _checked(layers, dim=dim, axis=axis, layout=layout)
 
     def convert(params: Mapping[str, PyTree]) -> PyTree:
         blocks = params["blocks"]
         if HOLE not in last:
+            _require_dim(blocks, dim, layers)
             blocks = metadata.add_name(metadata.take_name(blocks, 0, axis), dim, partition_name)
             blocks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, dim), blocks)
             return _with(params["ends"], parent, {last: blocks})
         blocks = _stacks.gathered(blocks)
         stacks: Any = {None: blocks} if layout is None else blocks
-        kinds = (None,) * num_layers() if layout is None else tuple(layout)
+        kinds = (None,) * num_layers() if layout is None else layout
+        if layout is not None:
+            _require_kinds(stacks, layout)
         places = _kinds.places_of(kinds)
         found = {
             last.format(i): _layer(stacks[kind], place, axis)
@@ -169,6 +166,59 @@ def to_flax(
         return sizes.pop()
 
     return _map(convert, tree, is_canonical, 'what to_canonical makes, {"ends": .., "blocks": ..}')
+
+
+def _checked(
+    layers: str, *, dim: Any, axis: Any, layout: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """Requires arguments that fit the layers, named or a stack; returns the layout as a tuple."""
+    _refusals.name("axis", axis)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim={dim!r}: must be an integer, got {show(dim)}")
+    kinds, is_named = _kinds.layout_of(layout), HOLE in layers
+    if is_named and dim != 0:
+        raise ValueError(
+            f"dim={dim}: must be 0 for layers by name ({layers!r}), which are no stack"
+        )
+    if kinds is not None and not is_named:
+        raise ValueError(
+            f"layout={layout!r}: layers of different kinds cannot be in one stack, {layers!r}; "
+            'give their names ("layers_{}"), or leave layout out'
+        )
+    return kinds
+
+
+def _require_dim(stack: PyTree, dim: int, layers: str) -> None:
+    """Requires every leaf of a stack to have the dim."""
+    raise_all(
+        f"dim={dim}: must be a dim of every leaf of the stack {layers!r}, that of the layers",
+        (
+            f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(stack)
+            if not -jnp.ndim(leaf) <= dim < jnp.ndim(leaf)
+        ),
+    )
+
+
+def _require_kinds(stacks: Any, layout: tuple[str, ...]) -> None:
+    """Requires a stack for each kind, with as many layers as the layout has of it."""
+    if not isinstance(stacks, Mapping) or set(stacks) != set(layout):
+        has = sorted(map(str, stacks)) if isinstance(stacks, Mapping) else show(stacks)
+        raise ValueError(
+            f"layout={layout!r}: must name the kinds of tree's blocks, each at least once; these "
+            f"have {has}"
+        )
+    raise_all(
+        f"layout={layout!r}: must name the kind of every layer, as many of each as tree's blocks "
+        "have",
+        (
+            f"blocks[{kind!r}]{jax.tree_util.keystr(path)} is of shape {jnp.shape(leaf)}, and "
+            f"{kind!r} is named {layout.count(kind)} times"
+            for kind, stack in stacks.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(stack)
+            if jnp.shape(leaf)[:1] != (layout.count(kind),)
+        ),
+    )
 
 
 def _map(

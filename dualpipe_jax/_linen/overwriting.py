@@ -27,8 +27,8 @@ def collections_of(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 def to_variables(params: Mapping[str, PyTree], *, kinds: Collection[Kind]) -> dict[str, PyTree]:
     """As `LinenModel.to_variables`; blocks hold a stack for each of `kinds`, or are one if None."""
-    params = unfreeze({**params})
     _require_parts("params", {"params": params}, kinds)
+    params = unfreeze({**params})
     found = _by_stack(lambda stack: stack.get(OVERWRITE_WITH_GRADIENT, {}), kinds, params)
     rest = _by_stack(lambda stack: collections_of(stack)["params"], kinds, params)
     variables = {"params": {**params, **rest}}

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import unfreeze
 
 from dualpipe_jax._linen.metadata import unboxed
-from dualpipe_jax._refusals import show
+from dualpipe_jax._refusals import call, show
 from dualpipe_jax._types import Context, PyTree
 
 
@@ -38,13 +38,20 @@ class Part:
 
     def run(self, module: nn.Module, *inputs: PyTree, ctx: Context) -> Any:
         """Calls the bound module."""
+        x = {"x": inputs[0]} if inputs else {}
         if self.function is not None:
-            return self.function(module, *inputs, ctx, **self.kwargs)
-        more = (ctx.microbatch,) if self.takes_microbatch else ()
-        if self.method is None:
-            assert callable(module)
-            return module(*inputs, *more, **self.kwargs)
-        return getattr(module, self.method.__name__)(*inputs, *more, **self.kwargs)
+            return self._call(self.function, {"module": module, **x, "ctx": ctx})
+        function: Any = module
+        if self.method is not None:
+            function = getattr(module, self.method.__name__)
+        microbatch = {"microbatch": ctx.microbatch} if self.takes_microbatch else {}
+        return self._call(function, {**x, **microbatch})
+
+    def _call(self, function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        must = f"of ({', '.join(given)})"
+        if self.kwargs:
+            must += f", and of {self.name.partition('[')[0]}_kwargs={dict(self.kwargs)}"
+        return call(self.name, must, function, *given.values(), **self.kwargs)
 
     def apply(self, variables: Mapping[str, PyTree], *inputs: PyTree, ctx: Context) -> Any:
         """Calls the module with variables, which may be boxed.

@@ -20,6 +20,9 @@ from dualpipe_jax._nnx.part import Part, Path
 from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._types import PyTree
 
+# The part of canonical parameters beside those of the kinds.
+_ENDS = ("ends",)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layers:
@@ -44,7 +47,9 @@ class Layers:
 
         Raises:
           ValueError: If it is not the module that the model was made of, or one like it.
+          TypeError: If it is no module.
         """
+        _require_module(module)
         found = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
         raise_all(
             "module: must have the parameters of the module of which the model was made; make a "
@@ -64,32 +69,80 @@ class Layers:
         }
 
     def state(self, tree: PyTree) -> nnx.State:
-        """Puts the module's state together of canonical parameters, or of what is like them."""
-        depth = len(self.path)
-        blocks = tree["blocks"] if isinstance(tree, Mapping) else None
-        if blocks is None or set(tree) != {"ends", "blocks"}:
-            raise ValueError(
-                'tree: must be {"ends": .., "blocks": ..}, as model.params returns it, got '
-                f"{show(tree)}"
-            )
-        blocks = blocks if self.is_stack else _stacks.gathered(blocks)
-        ends = dict(nnx.to_flat_state(tree["ends"]))
-        stacks = {None: blocks} if None in self.kinds else blocks
-        flat = {kind: dict(nnx.to_flat_state(stack)) for kind, stack in stacks.items()}
-        places = _kinds.places_of(self.kinds)
+        """Puts the module's state together of canonical parameters, or of what is like them.
+
+        Raises:
+          ValueError: If it is nothing of the kind.
+        """
+        parts, places = self._parts_of(tree), _kinds.places_of(self.kinds)
 
         def value_of(path: Path) -> list[Any]:
-            if not self._is_inside(path):
-                return jax.tree.leaves(ends[path])
-            if self.is_stack:
-                return jax.tree.leaves(flat[None][path[depth:]])
-            layer = path[depth]
-            leaves = jax.tree.leaves(flat[self.kinds[layer]][path[depth + 1 :]])
-            return [leaf[places[layer]] for leaf in leaves]
+            part, rest = self._place_of(path)
+            leaves = jax.tree.leaves(parts[part][rest])
+            if part == _ENDS or self.is_stack:
+                return leaves
+            place = places[path[len(self.path)]]
+            return [leaf[place] for leaf in leaves]
 
         return nnx.from_flat_state(
             {path: jax.tree.unflatten(s, value_of(path)) for path, s in self.structures.items()}
         )
+
+    def _parts_of(self, tree: PyTree) -> dict[Any, dict[Path, nnx.Variable]]:
+        """Requires canonical parameters, or what is like them; returns the variables of each part.
+
+        The parts are `_ENDS` and the kinds.
+        """
+        must = 'tree: must be {"ends": .., "blocks": ..}, as model.params returns it'
+        if not isinstance(tree, Mapping) or set(tree) != {"ends", "blocks"}:
+            raise ValueError(f"{must}, got {show(tree)}")
+        stacks = {None: tree["blocks"]} if None in self.kinds else tree["blocks"]
+        if not isinstance(stacks, Mapping) or set(stacks) != set(self.kinds):
+            kinds = list(dict.fromkeys(self.kinds))
+            raise ValueError(f"{must}, with blocks of the kinds {kinds}, got {show(tree)}")
+        states = {_ENDS: tree["ends"], **stacks}
+        raise_all(
+            f"{must}, with an nnx.State in each",
+            (
+                f"{_name_of(part)} is {show(state)}"
+                for part, state in states.items()
+                if not isinstance(state, nnx.State)
+            ),
+        )
+        is_list = not self.is_stack
+        flat = {
+            part: dict(
+                nnx.to_flat_state(_stacks.gathered(state) if is_list and part != _ENDS else state)
+            )
+            for part, state in states.items()
+        }
+        offenders = []
+        for path in self.structures:
+            part, rest = self._place_of(path)
+            name = ".".join(map(str, (_name_of(part), *rest)))
+            if rest not in flat[part]:
+                offenders.append(f"{name} is missing")
+            elif is_list and part != _ENDS:
+                count = self.kinds.count(part)
+                offenders += [
+                    f"{name} is {show(leaf)}, not of {count} layers"
+                    for leaf in jax.tree.leaves(flat[part][rest])
+                    if np.shape(leaf)[:1] != (count,)
+                ]
+        raise_all(
+            f"{must}, with all parameters, and the layers as the leading dim of those in blocks",
+            dict.fromkeys(offenders),
+        )
+        return flat
+
+    def _place_of(self, path: Path) -> tuple[Any, Path]:
+        """Says in which part a parameter of the module stands, and under which path."""
+        depth = len(self.path)
+        if not self._is_inside(path):
+            return _ENDS, path
+        if self.is_stack:
+            return None, path[depth:]
+        return self.kinds[path[depth]], path[depth + 1 :]
 
     def _is_inside(self, path: Path) -> bool:
         return path[: len(self.path)] == self.path
@@ -124,8 +177,7 @@ def take_apart(
         rest, or if they do not fit the layout.
       TypeError: If module is none.
     """
-    if not isinstance(module, nnx.Module):
-        raise TypeError(f"module: must be a flax.nnx.Module, got {show(module)}")
+    _require_module(module)
     path = _path(module, blocks)
     found = _get(module, path)
     is_stack = isinstance(found, nnx.Module) and not isinstance(found, nnx.List)
@@ -135,6 +187,7 @@ def take_apart(
             f"blocks={blocks!r}: must be a list of modules (nnx.List), or one module whose state "
             f"is stacked by nnx.vmap; got {show(found)}"
         )
+    _require_attributes(layers, ignore)
     rest = nnx.merge(*nnx.split(module))
     delattr(_get(rest, path[:-1]), path[-1])
     _require_own_parameters(module, rest, layers, blocks)
@@ -165,6 +218,28 @@ def take_apart(
         Part.of("module", rest),
         parts,
     )
+
+
+def _require_module(module: Any) -> None:
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"module: must be a flax.nnx.Module, got {show(module)}")
+
+
+def _require_attributes(layers: list[nnx.Module], ignore: Sequence[str]) -> None:
+    """Requires names that an attribute of a layer has, or of a module in it."""
+    paths = (path for layer in layers for path, _ in nnx.iter_graph(layer))
+    known = {path[-1] for path in paths if path and isinstance(path[-1], str)}
+    unknown = [name for name in ignore if name not in known]
+    if unknown:
+        has = sorted(name for name in known if not name.startswith("_"))
+        raise ValueError(
+            f"ignore={ignore!r}: must name attributes of layers, but they have no "
+            f"{', '.join(map(repr, unknown))}; they have {has[:20]}"
+        )
+
+
+def _name_of(part: Any) -> str:
+    return "ends" if part == _ENDS else "blocks" if part is None else f"blocks[{part!r}]"
 
 
 def _part(name: str, layers: list, kinds: tuple[Kind, ...], kind: Kind) -> Part:

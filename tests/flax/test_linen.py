@@ -425,11 +425,42 @@ def test_running_statistics_are_refused_unless_they_are_only_read() -> None:
         ({"block": {"a": nn.Dense}}, r"block\['a'\]=.*must be a flax.linen Module"),
         ({"head": (nn.Dense(3), 3)}, r"head=\(a Dense, int 3\): .*a pair of a Module"),
         ({"loss": 3}, r"loss=int 3: must be a function \(logits, microbatch\)"),
+        (
+            {"block_kwargs": "x"},
+            r"dicts of arguments by name, or None; but:\n.*block_kwargs is str",
+        ),
+        ({"head_kwargs": {3: 4}}, r"must be dicts of .*\n.*head_kwargs is dict \{3: 4\}"),
+        ({"rngs": 3}, "rngs=3: must be a name, or a sequence of names; got int 3"),
+        ({"rngs": [3]}, r"rngs=\[3\]: must be a name"),
+        ({"constants": 3}, "constants: must be a dict of collections .*; got int 3"),
+        ({"axis": 3}, "axis=3: must be a name, got int 3"),
+        ({"layout": "ab"}, "layout='ab': must be a sequence of strings"),
+        ({"layout": 3}, "layout=3: must be a sequence of strings"),
     ],
 )
 def test_bad_types_are_refused(options: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         three_modules(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": lambda out: 1.0}, r"loss: must be a function \(logits, microbatch\) -> scalar"),
+        (
+            {"block": (Layer(), lambda layer, x: layer(x))},
+            r"block: must be a function of \(module, x, ctx\), but it takes \(layer, x\)",
+        ),
+        (
+            {"block_kwargs": {"train": True}},
+            r"block: must be a function of \(x\), and of block_kwargs=\{'train': True\}.*'train'",
+        ),
+    ],
+)
+def test_what_takes_other_arguments_is_named(options: Any, message: str) -> None:
+    params = three_modules().init(jax.random.key(0), tokens_of(2), num_layers=2)
+    with pytest.raises(TypeError, match=message):
+        dpj.sequential(three_modules(**options), num_microbatches=2)(params, tokens_of(2))
 
 
 def test_bad_values_are_refused() -> None:

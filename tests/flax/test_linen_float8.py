@@ -171,6 +171,8 @@ def test_a_train_state_is_told_from_its_params() -> None:
     model = three_modules(block=nn.Dense(WIDTH, **Float8))
     params = model.init(jax.random.key(0), tokens_of(2), num_layers=2)
     state = TrainState.create(apply_fn=None, params=model.to_variables(params), tx=optax.adam(1e-2))
+    with pytest.raises(ValueError, match=r"(?s)params: must be .*'params' is int 3"):
+        model.to_variables(3)
     with pytest.raises(ValueError, match="of a TrainState give its params"):
         model.to_params(state)
 

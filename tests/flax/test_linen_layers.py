@@ -79,3 +79,27 @@ def test_arguments_of_the_functions_each_way_must_fit() -> None:
         dpj.linen.to_canonical(tree, "h_{}", dim=1)
     with pytest.raises(ValueError, match="must hold what to_canonical makes"):
         dpj.linen.to_flax(tree, "h_{}")
+    both: tuple[Any, Any] = dpj.linen.to_canonical, dpj.linen.to_flax
+    for convert, at in zip(both, ({"h": tree}, {"ends": {}, "blocks": tree}), strict=True):
+        for dim in (9, -2):
+            with pytest.raises(ValueError, match=rf"(?s)dim={dim}: must be .* of shape \(2,\)"):
+                convert(at, "h", dim=dim)
+        for options, message in (
+            ({"dim": "0"}, "dim='0': must be an integer, got str '0'"),
+            ({"axis": 3}, "axis=3: must be a name, got int 3"),
+            ({"layout": "ab"}, "layout='ab': must be a sequence of strings"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                convert(at, "h_{}", **options)
+
+
+def test_a_layout_that_does_not_fit_loses_no_layers() -> None:
+    tree = {"ends": {}, "blocks": {"a": {"w": jnp.ones((2, 3))}}}
+    with pytest.raises(ValueError, match=r"must name the kinds .* have \['a'\]"):
+        dpj.linen.to_flax(tree, "h_{}", layout=("a", "b"))
+    for layout in (("a",), ("a", "a", "a")):
+        message = rf"(?s)blocks\['a'\]\['w'\] is of shape \(2, 3\), and 'a' is named {len(layout)}"
+        with pytest.raises(ValueError, match=message):
+            dpj.linen.to_flax(tree, "h_{}", layout=layout)
+    with pytest.raises(ValueError, match="dim=1: must be 0 for layers by name"):
+        dpj.linen.to_flax(tree, "h_{}", dim=1, layout=("a", "a"))

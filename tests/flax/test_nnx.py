@@ -275,9 +275,9 @@ def test_layers_that_differ_are_kinds_of_their_own() -> None:
     named = model_of(net, ignore="number", layout=("near", "far", "near", "far"))
     assert set(named.params(net)["blocks"]) == {"near", "far"}
     with pytest.raises(ValueError, match="'a' has layers 0 and 1: window is int 0 in layer 0"):
-        model_of(net, ignore="number", layout="aaaa")
+        model_of(net, ignore="number", layout=tuple("aaaa"))
     with pytest.raises(ValueError, match=r"names 3, and there are 4"):
-        model_of(net, layout="abc")
+        model_of(net, layout=tuple("abc"))
 
 
 def test_layers_of_other_shapes_are_of_other_kinds() -> None:
@@ -415,6 +415,10 @@ def test_a_module_that_was_changed_is_refused() -> None:
         ({"blocks": 3}, TypeError, "blocks=3: must be the name of the attribute"),
         ({"head": None}, TypeError, "head is NoneType None"),
         ({"module": 3}, TypeError, "module: must be a flax.nnx.Module, got int 3"),
+        ({"ignore": 3}, TypeError, "ignore=3: must be a name, or a sequence of names; got int 3"),
+        ({"ignore": "nope"}, ValueError, "must name attributes of layers, .* no 'nope'; they have"),
+        ({"axis": 3}, TypeError, "axis=3: must be a name, got int 3"),
+        ({"layout": "aaaa"}, TypeError, "layout='aaaa': must be a sequence of strings"),
     ],
 )
 def test_bad_arguments_are_refused(options: Any, error: Any, message: str) -> None:
@@ -426,8 +430,40 @@ def test_bad_arguments_of_the_rest_are_refused() -> None:
     plain = dpj.Model(embed=len, block=len, head=len)
     with pytest.raises(TypeError, match=r"must be what dualpipe_jax.nnx.model returns, got Model"):
         dpj.nnx.value_and_grad(plain, mesh=mesh_of(), num_microbatches=2)  # pyrefly: ignore
-    with pytest.raises(ValueError, match=r"tree: must be {"):
-        model_of(Net(nnx.Rngs(0))).state({"blocks": 1})
+    net = Net(nnx.Rngs(0))
+    model = model_of(net)
+    with pytest.raises(TypeError, match=r"module: must be a .*Module, got int 3"):
+        model.params(3)  # pyrefly: ignore
+    params = model.params(net)
+    for bad, message in (
+        (3, "got int 3"),
+        ({"blocks": 1}, "got dict"),
+        ({"ends": {}, "blocks": params["blocks"]}, "an nnx.State in each.*ends is dict {}"),
+        ({**params, "ends": nnx.State({})}, r"all parameters.*ends\.norm\.scale is missing"),
+        ({**params, "blocks": nnx.State({})}, r"all parameters.*blocks\.\S* is missing"),
+        (
+            {**params, "blocks": jax.tree.map(lambda leaf: leaf[:2], params["blocks"])},
+            r"blocks\.\S* is an array \S*\[2,\S* not of 4 layers",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"(?s)tree: must be {{.*{message}"):
+            model.state(bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed": lambda net: 1}, r"embed: must be a function \(rest, ctx\) -> x, .* \(net\)"),
+        ({"block": lambda layer, x: x}, r"block: must be a function \(layer, x, ctx\) -> x"),
+        ({"head": lambda net, x: x}, r"head: must be a function \(rest, x, ctx\) -> logits"),
+        ({"loss": lambda out: 1.0}, r"loss: must be a function \(logits, microbatch\) -> scalar"),
+    ],
+)
+def test_functions_of_other_parameters_are_named(options: Any, message: str) -> None:
+    net = Net(nnx.Rngs(0))
+    model = model_of(net, **options)
+    with pytest.raises(TypeError, match=message):
+        dpj.sequential(model, num_microbatches=2)(model.params(net), tokens_of(2))
 
 
 def test_steps_of_modules_take_a_loss_scale_and_know_their_memory() -> None:
