@@ -15,8 +15,10 @@ from dualpipe_jax._choose import HEADROOM, Choice, Term, choices_of, in_order
 from dualpipe_jax._choose.memory import format_bytes, parse_bytes
 from dualpipe_jax._execution import Execution
 from dualpipe_jax._executor import Step, Work
+from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._shardings import shardings
 from dualpipe_jax._simulate import FULL_BACKWARD, TRANSFER, Costs, usual_costs
+from dualpipe_jax._simulate.costs import as_number
 from dualpipe_jax._types import AxisNames, Mesh, Model, PyTree
 
 _REMATS = ("none", "block")
@@ -92,7 +94,7 @@ def choose(
     memory: float | str = math.inf,
     headroom: float = HEADROOM,
     optimizer: Any = None,
-    schedules: Iterable[str | _schedules.Schedule] | None = None,
+    schedules: str | _schedules.Schedule | Iterable[str | _schedules.Schedule] | None = None,
     remat: Sequence[Any] = _REMATS,
     costs: Costs | None = None,
     axis: str = "pipe",
@@ -133,7 +135,7 @@ def choose(
       memory: Bytes of a device, or a text such as `"80GiB"`.
       headroom: The share of it that is left to the compiler's own temporaries.
       optimizer: An optax transformation, whose state counts as it lies by `shardings`.
-      schedules: Names, or Schedules; None for all names.
+      schedules: A name or a Schedule, or several; None for all names.
       remat: What to try as `value_and_grad(remat=)`.
       costs: How long actions take, with a single remat; None for the FLOPs of the model's
         contractions, in those of the forward of a rank's layers.
@@ -154,9 +156,22 @@ def choose(
       TypeError: If it has a wrong type.
     """
     limit = _bytes_of(memory)
-    if not 0 <= headroom < 1:
+    if not 0 <= as_number("headroom", headroom) < 1:
         raise ValueError(f"headroom={headroom!r}: must be a share, at least 0 and less than 1")
-    remats = (remat,) if isinstance(remat, str) or callable(remat) else tuple(remat)
+    remats = _listed("remat", remat, 'of "none", "block" and policies')
+    named = _schedules.names() if schedules is None else schedules
+    named = _listed("schedules", named, "of names and Schedules, or None")
+    raise_all(
+        "schedules: must be names, or Schedules",
+        (show(each) for each in named if not isinstance(each, str | _schedules.Schedule)),
+        error=TypeError,
+    )
+    if not isinstance(costs, Costs | None):
+        raise TypeError(f"costs={repr(costs)[:80]}: must be a dualpipe_jax.Costs, or None")
+    if optimizer is not None and not callable(getattr(optimizer, "init", None)):
+        raise TypeError(
+            f"optimizer={repr(optimizer)[:80]}: must be an optax transformation, or None"
+        )
     if costs is not None and len(remats) != 1:
         raise ValueError(f"costs: must come with the one remat that they are of, not {remat!r}")
     axes = checked(
@@ -184,7 +199,7 @@ def choose(
     refusals: dict[str, ValueError] = {}
     for each in remats:
         found = given.choices(
-            _schedules.names() if schedules is None else tuple(schedules),
+            named,
             remat=each,
             costs=costs,
             optimizer=optimizer,
@@ -324,6 +339,15 @@ class _Given:
 
 def _show_remat(remat: Any) -> str:
     return remat if isinstance(remat, str) else getattr(remat, "__name__", "policy")
+
+
+def _listed(argument: str, value: Any, of: str) -> tuple[Any, ...]:
+    """Makes a tuple of one thing, or of several."""
+    if isinstance(value, str | _schedules.Schedule) or callable(value):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{argument}={repr(value)[:80]}: must be a sequence {of}")
+    return tuple(value)
 
 
 def _bytes_of(memory: float | str) -> float:

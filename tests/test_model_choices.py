@@ -115,6 +115,9 @@ def test_its_arguments_make_an_exact_step() -> None:
     names = ["1f1b", zb_h1]
     best, *others = dpj.choose(model, params, batch, **where, schedules=names, remat="block")
     assert {choice.schedule for choice in (best, *others)} == {"1f1b", "zb-h1"}
+    for one in ("1f1b", zb_h1):
+        found = dpj.choose(model, params, batch, **where, schedules=one, remat="block")
+        assert len({choice.schedule for choice in found}) == 1
     own = dpj.Schedule.from_csv(zb_h1.to_csv(), name="mine")
     (choice, *_) = dpj.choose(
         model, params, batch, **where, schedules=[own], layers_per_stage=(2, 3), remat="none"
@@ -135,6 +138,12 @@ def test_its_arguments_make_an_exact_step() -> None:
         ({"remat": "full"}, ValueError, "remat='full'"),
         ({"num_microbatches": 5}, ValueError, "batch"),
         ({"schedules": []}, ValueError, "schedules="),
+        ({"schedules": 3}, TypeError, "schedules=3: must be a sequence of names and Schedules"),
+        ({"schedules": ["1f1b", 3]}, TypeError, "schedules: must be names.*int 3"),
+        ({"headroom": "x"}, TypeError, "headroom='x': must be a number"),
+        ({"remat": 3}, TypeError, "remat=3: must be a sequence of"),
+        ({"remat": "none", "costs": {}}, TypeError, "costs={}: must be a dualpipe_jax.Costs"),
+        ({"optimizer": 3}, TypeError, "optimizer=3: must be an optax transformation"),
     ],
 )
 def test_mistakes_are_explained(

@@ -34,6 +34,7 @@ from dualpipe_jax._preflight.topologies import (
     make_mesh,
 )
 from dualpipe_jax._preflight.work import Costs, Work
+from dualpipe_jax._refusals import raise_all, show
 from dualpipe_jax._simulate.waits import Waits
 from dualpipe_jax._types import PyTree
 
@@ -92,10 +93,11 @@ def preflight(
       The report, frozen dataclasses; `print` shows it.
 
     Raises:
-      ValueError: If the topology is not known or has not as many devices as the mesh, or the
-        arguments lie on more than one mesh, or on none and the step maps over none.
-      TypeError: If `args` is no tuple, `mesh` no mesh, or `kernel_costs` not of numbers and
-        functions by name.
+      ValueError: If the topology is not known or has not as many devices as the mesh, the
+        arguments lie on more than one mesh, or on none and the step maps over none, or the compiler
+        does not know its options.
+      TypeError: If `step_fn` is no function, `args` no tuple, `mesh` no mesh, or `compiler_options`
+        or `kernel_costs` no dict of what they may be.
       ModuleNotFoundError: If the compiler for the topology is not installed.
     """
     if not isinstance(args, tuple | list):
@@ -103,13 +105,15 @@ def preflight(
             f"args={type(args).__name__}: must be a tuple of the step's arguments; for a "
             "single one write (argument,)"
         )
+    if not callable(step_fn):
+        raise TypeError(f"step_fn={repr(step_fn)[:80]}: must be a function, jitted or not")
     kernels = Kernels(_checked(kernel_costs))
     found = find_topology(topology)
     axes = find_axes(step_fn, tuple(args), mesh)
     on = make_mesh(found, axes.sizes, axes.types)
-    options: dict[str, Any] = (
-        options_of(found.platform) if compiler_options is None else compiler_options
-    )
+    options: dict[str, Any] = options_of(found.platform)
+    if compiler_options is not None:
+        options = _checked_options(compiler_options)
     jitted = step_fn if isinstance(step_fn, jax.stages.Wrapped) else jax.jit(step_fn)
     with jax.set_mesh(on):
         try:
@@ -130,9 +134,15 @@ def preflight(
             warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation")
             compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        if _EXHAUSTED not in str(error):
-            raise
         failure = str(error)
+        if compiler_options and "INVALID_ARGUMENT" in failure and "option" in failure:
+            raise ValueError(
+                f"compiler_options={options}: must be options of XLA for {topology!r}, each with a "
+                "value that it takes; leave them out for those of dualpipe_jax.compiler_options "
+                f"({failure})"
+            ) from error
+        if _EXHAUSTED not in failure:
+            raise
     common: dict[str, Any] = {
         "topology": topology,
         "device": found.device.name if found.device else "CPU",
@@ -175,6 +185,25 @@ def preflight(
         prediction=prediction,
         waits=waits,
     )
+
+
+def _checked_options(options: Any) -> dict[str, Any]:
+    """Requires values by name."""
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"compiler_options={repr(options)[:80]}: must be a dict of XLA's options by name, or "
+            "None"
+        )
+    raise_all(
+        "compiler_options: must be numbers, texts, True or False by the names of XLA's options",
+        (
+            f"{option!r} is {show(value)}"
+            for option, value in options.items()
+            if not (isinstance(option, str) and isinstance(value, bool | int | float | str))
+        ),
+        error=TypeError,
+    )
+    return dict(options)
 
 
 def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:

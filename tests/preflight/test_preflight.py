@@ -125,10 +125,19 @@ def test_compiler_options_are_the_users_if_given() -> None:
     options: dict[str, bool | int | str] = {"xla_cpu_enable_fast_math": True}
     report = dpj.preflight(make_step(mesh), make_args(mesh), "cpu:2", compiler_options=options)
     assert report.compiler_options == options
-    with pytest.raises(Exception, match="xla_no_such_option"):
-        dpj.preflight(
-            make_step(mesh), make_args(mesh), "cpu:2", compiler_options={"xla_no_such_option": True}
-        )
+    for wrong, error, message in (
+        ({"xla_no_such_option": True}, ValueError, "compiler_options={.*for 'cpu:2', .*No such"),
+        ({"xla_cpu_enable_fast_math": "maybe"}, ValueError, "value that it takes.*'maybe'"),
+        ({"xla_cpu_enable_fast_math": [1]}, TypeError, "'xla_cpu_enable_fast_math' is list"),
+        (3, TypeError, "compiler_options=3: must be a dict of XLA's options"),
+    ):
+        with pytest.raises(error, match=f"(?s){message}"):
+            dpj.preflight(
+                make_step(mesh),
+                make_args(mesh),
+                "cpu:2",
+                compiler_options=wrong,  # pyrefly: ignore
+            )
 
 
 def test_report_is_text() -> None:
@@ -145,6 +154,8 @@ def test_what_is_wrong_is_named() -> None:
     step, args = make_step(mesh), make_args(mesh)
     with pytest.raises(ValueError, match=r"'cpu:4': has 4 devices, but the step's mesh \(pipe 2\)"):
         dpj.preflight(step, args, "cpu:4")
+    with pytest.raises(TypeError, match="step_fn=3: must be a function, jitted or not"):
+        dpj.preflight(3, args, "cpu:2")  # pyrefly: ignore
     with pytest.raises(TypeError, match="args=ShapeDtypeStruct: must be a tuple"):
         dpj.preflight(step, args[1], "cpu:2")  # pyrefly: ignore
     with pytest.raises(TypeError, match="mesh='pipe': must be a jax"):
