@@ -108,7 +108,7 @@ def make_rows(
     }
     rows = []
     for name in tasks.COSTS:
-        costs = tasks.scaled_costs(name, scale=scale)
+        costs = tasks.scaled_costs(name, num_ranks=num_ranks, scale=scale)
         for schedule, overlap in dict.fromkeys((m.schedule, m.overlap) for m in measured):
             program = tasks.Program(schedule=schedule, overlap=overlap)
             simulation = tasks.predict(program, costs, num_ranks=num_ranks)

@@ -23,6 +23,8 @@ COSTS = {
 }
 # The costs of a program's first steps, which compile it and tell how long it takes by itself.
 NO_SLEEPS = "no sleeps"
+# A step of 4P microbatches has twice the work of one over half the ranks: from here on, half each.
+_MANY_RANKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,8 @@ def make_task(schedules: Sequence[str], *, num_ranks: int, scale: float, repeats
         ),
         sleeps={
             name: {
-                action: getattr(scaled_costs(name, scale=scale), action) / LAYERS_A_RANK
+                action: getattr(scaled_costs(name, num_ranks=num_ranks, scale=scale), action)
+                / LAYERS_A_RANK
                 for action in ACTIONS
             }
             for name in COSTS
@@ -100,8 +103,10 @@ def make_task(schedules: Sequence[str], *, num_ranks: int, scale: float, repeats
     )
 
 
-def scaled_costs(name: str, *, scale: float) -> dpj.Costs:
+def scaled_costs(name: str, *, num_ranks: int, scale: float) -> dpj.Costs:
     """Gives the seconds of a rank's whole share of the layers, as they are slept."""
+    if num_ranks >= _MANY_RANKS:
+        scale /= 2
     return dpj.Costs(**{action: scale * getattr(COSTS[name], action) for action in ACTIONS})
 
 
