@@ -34,6 +34,7 @@ FEW, MANY = 12, 28
 FEW_WITH_RUN, MANY_WITH_RUN = 24, 40
 
 SHORTEST = dpj.Execution(overlap=False, split_backward=True)
+FULL = dpj.Execution(overlap=False, split_backward=False)
 RECOMPUTES_SPLIT = dpj.Execution(split_backward=True, deferred="recompute")
 # What a deferred weight grad finds.
 RECOMPUTES, STORES = (
@@ -71,7 +72,7 @@ def make_tables(schedule: str, num_microbatches: int, *, overlap: bool) -> Table
 
 @pytest.fixture(scope="module", params=dpj.schedules.names())
 def compiled(request: pytest.FixtureRequest) -> Any:
-    steps = {n: compile_train_step(request.param, n, execution=SHORTEST) for n in (FEW, MANY)}
+    steps = {n: compile_train_step(request.param, n, execution=FULL) for n in (FEW, MANY)}
     return steps | {"name": request.param}
 
 
