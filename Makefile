@@ -27,40 +27,40 @@ help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train a small language model with DualPipe (options: ARGS="--steps 10")
-	@$(BIN)/python experiments/train_lm/train_lm.py $(ARGS)
+	@$(BIN)/python -m experiments.train_lm.train_lm $(ARGS)
 
 deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape (options: ARGS="--steps 10")
-	@$(BIN)/python experiments/deepseek_mini/deepseek_mini.py $(ARGS)
+	@$(BIN)/python -m experiments.deepseek_mini.deepseek_mini $(ARGS)
 
 compare: $(READY)  ## train one small model with every schedule and compare (options: ARGS="--ranks 2")
-	@$(BIN)/python experiments/compare_schedules/compare_schedules.py $(ARGS)
+	@$(BIN)/python -m experiments.compare_schedules.compare_schedules $(ARGS)
 
 idle: $(READY)  ## replay every schedule over many sizes and compare idle time (options: ARGS="--ranks 8")
-	@$(BIN)/python experiments/idle_time/idle_time.py $(ARGS)
+	@$(BIN)/python -m experiments.idle_time.idle_time $(ARGS)
 
 clock: $(READY)  ## time a step of every schedule over processes that sleep (options: ARGS="--ranks 4")
-	@$(BIN)/python experiments/by_the_clock/by_the_clock.py $(ARGS)
+	@$(BIN)/python -m experiments.by_the_clock.by_the_clock $(ARGS)
 
 benchmark: $(READY)  ## measure a step beside the limit and the usual recipe (options: ARGS="--ranks 2")
-	@$(BIN)/python experiments/benchmarks/benchmarks.py $(ARGS)
+	@$(BIN)/python -m experiments.benchmarks.benchmarks $(ARGS)
 
 memory: $(READY)  ## compile steps for a TPU and compare what they hold (options: ARGS="--width 512")
-	@$(BIN)/python experiments/memory/memory.py $(ARGS)
+	@$(BIN)/python -m experiments.memory.memory $(ARGS)
 
 ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time (options: ARGS="--ranks 4")
-	@$(BIN)/python experiments/ends/ends.py $(ARGS)
+	@$(BIN)/python -m experiments.ends.ends $(ARGS)
 
 zero: $(READY)  ## count what sharding over the data axis saves on a device (options: ARGS="--shards 2")
-	@$(BIN)/python experiments/zero/zero.py $(ARGS)
+	@$(BIN)/python -m experiments.zero.zero $(ARGS)
 
 precision: $(READY)  ## train in float32 and in bfloat16 and draw both losses (options: ARGS="--steps 50")
-	@$(BIN)/python experiments/precision/precision.py $(ARGS)
+	@$(BIN)/python -m experiments.precision.precision $(ARGS)
 
 overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
-	@$(BIN)/python experiments/overlap/overlap.py $(ARGS)
+	@$(BIN)/python -m experiments.overlap.overlap $(ARGS)
 
 backwards: $(READY)  ## what a TPU's compiler makes of full backwards, and of halves apart (minutes)
-	@$(BIN)/python experiments/full_backward/full_backward.py $(ARGS)
+	@$(BIN)/python -m experiments.full_backward.full_backward $(ARGS)
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

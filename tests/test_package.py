@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,16 @@ def test_names_are_the_objects_of_their_modules() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'dualpipe_jax' has no attribute 'bogus'"):
         _ = dualpipe_jax.bogus
+
+
+def test_an_install_brings_the_library_and_nothing_beside_it(tmp_path: Path) -> None:
+    """As `make` installs it: a user may have packages called `experiments` and `tests`."""
+    names = ["dualpipe_jax", "experiments", "tests"]
+    code = f"from importlib.util import find_spec; print(*filter(find_spec, {names}))"
+    # Isolated, a Python has neither the working folder nor PYTHONPATH on its path.
+    line = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["dualpipe_jax"]
 
 
 def test_import_is_lazy() -> None:

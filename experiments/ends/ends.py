@@ -1,9 +1,8 @@
 """Counts what embedding and head cost a pipeline: bytes on every rank, and idle time.
 
-Run it as a script, or with `make ends`. Steps are compiled for fake CPU devices, never run.
+Run it with `make ends`. Steps are compiled for fake CPU devices, never run.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-
-if __name__ == "__main__":  # run as a script, the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dualpipe_jax as dpj
 from experiments import documents

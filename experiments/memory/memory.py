@@ -1,9 +1,8 @@
 """Compiles steps for a TPU that need not be there, and compares what they hold with `jax.grad`'s.
 
-Run it as a script, or with `make memory`. It needs `pip install '.[tpu-aot]'`.
+Run it with `make memory`. It needs `pip install '.[tpu-aot]'`.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 from rich.progress import track
-
-if __name__ == "__main__":  # run as a script, the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dualpipe_jax as dpj
 from experiments import documents

@@ -1,6 +1,6 @@
 """Trains the model of train_lm in float32 and in bfloat16 and draws both losses.
 
-Run it as a script, or with `make precision`. Each run is the main job in a process of its own.
+Run it with `make precision`. Each run is the main job in a process of its own.
 """
 
 import csv
@@ -13,12 +13,9 @@ import click
 import numpy as np
 from matplotlib.figure import Figure
 
-if __name__ == "__main__":  # run as a script, the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from experiments.train_lm import flags
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_lm" / "train_lm.py"
+_ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": "#0b62a4", "bfloat16": "#bd4400"}
 WINDOW = 20  # steps over which train losses are averaged in the picture
 
@@ -37,8 +34,9 @@ def train(dtype: str, arguments: list[str], output: Path) -> Losses:
     Raises:
       flags.Refusal: If it fails.
     """
-    command = [sys.executable, str(SCRIPT), "--dtype", dtype, "--output", str(output), *arguments]
-    if subprocess.run(command, check=False).returncode:
+    module = [sys.executable, "-m", "experiments.train_lm.train_lm"]
+    command = [*module, "--dtype", dtype, "--output", str(output.resolve()), *arguments]
+    if subprocess.run(command, check=False, cwd=_ROOT).returncode:
         raise flags.Refusal(f"training in {dtype} failed; what it said is above")
     return read(output / "log.csv")
 

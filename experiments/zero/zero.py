@@ -1,11 +1,10 @@
 """Counts what a device holds of a training step, by how much of it lies over the data axis.
 
-Run it as a script, or with `make zero`. Steps are compiled for fake CPU devices, never run. The
-degrees are those of ZeRO (arXiv:1910.02054); the last is also known as FSDP.
+Run it with `make zero`. Steps are compiled for fake CPU devices, never run. The degrees are those
+of ZeRO (arXiv:1910.02054); the last is also known as FSDP.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-
-if __name__ == "__main__":  # run as a script, the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dualpipe_jax as dpj
 from experiments import documents

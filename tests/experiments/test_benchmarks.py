@@ -26,7 +26,7 @@ from experiments.train_lm.model import LanguageModel
 from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "experiments" / "benchmarks" / "benchmarks.py"
+FOLDER = ROOT / "experiments" / "benchmarks"
 TINY = "--ranks 2 --rounds 1 --layers 4 --width 16 --heads 2 --sequence 16 --vocabulary 32"
 # Two layers a stage are unrolled by any recipe, and by the library.
 FEW_LAYERS = {variants.UNROLLED_RECIPE, *variants.LOOPED}
@@ -41,10 +41,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     flags = [*TINY.split(), "--remat", "block", "--output", str(folder)]
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), *flags],
+        [sys.executable, "-m", "experiments.benchmarks.benchmarks", *flags],
         cwd=ROOT,
-        # This checkout, whichever one the environment has installed.
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=400,
@@ -241,7 +239,7 @@ def test_what_differs_is_an_error(wrong: dict[str, Any]) -> None:
 
 
 def test_the_readme_has_a_place_for_the_table() -> None:
-    readme = SCRIPT.parent / "README.md"
+    readme = FOLDER / "README.md"
     assert documents.read_from(readme).startswith("| ranks")
     for column in list(report.COLUMNS)[3:]:
         assert column in readme.read_text() or column.endswith("/ recipe")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,13 +47,10 @@ def row(schedule: str = "1f1b", **fields: Any) -> report.Row:
 
 @pytest.mark.slow
 def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "by_the_clock.py"), *TINY.split()]
-    # This checkout, whichever one the environment has installed.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.by_the_clock.by_the_clock", *TINY.split()]
     result = subprocess.run(
         [*command, "--output", str(tmp_path)],
-        cwd=tmp_path,
-        env=environment,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=200,

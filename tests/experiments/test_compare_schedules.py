@@ -4,7 +4,6 @@ That every schedule's gradients are right is tested elsewhere; here two of them 
 """
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ from experiments.compare_schedules.compare_schedules import main, require_same_l
 from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "experiments" / "compare_schedules" / "compare_schedules.py"
 NAMES = ("dualpipe", "dualpipev")
 TINY = (
     "--ranks 2 --steps 3 --microbatches 4 --batch-size 8 --context 16 --layers 4 --width 16 "
@@ -33,11 +31,13 @@ TINY = (
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs the script as a user does, with fake devices of its own."""
     folder = tmp_path_factory.mktemp("compare")
-    command = [sys.executable, str(SCRIPT), *TINY.split(), "--output", str(folder)]
-    # This checkout, whichever one the environment has installed.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.compare_schedules.compare_schedules"]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        [*command, *TINY.split(), "--output", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert result.returncode == 0, result.stderr
     return folder

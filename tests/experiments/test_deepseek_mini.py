@@ -572,9 +572,9 @@ def test_training_learns_balances_and_leaves_its_files(tmp_path: Path) -> None:
         "--microbatches 2 --steps 60 --eval-every 30 --eval-batches 2 --learning-rate 0.01 "
         "--bias-rate 0.02 --bias-rate 0 --capacity-factor 1"
     )
-    script = ROOT / "experiments" / "deepseek_mini" / "deepseek_mini.py"
+    command = [sys.executable, "-m", "experiments.deepseek_mini.deepseek_mini"]
     done = subprocess.run(
-        [sys.executable, script, *flags.split(), "--output", tmp_path],
+        [*command, *flags.split(), "--output", tmp_path],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,6 +1,5 @@
 """The comparison of idle time, small: what it counts, that its committed figures are reproduced."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,13 +95,10 @@ def test_figures_that_the_readme_names() -> None:
 
 @pytest.mark.slow
 def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "idle_time.py"), *SMALL.split()]
-    # This checkout, whichever one the environment has installed.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.idle_time.idle_time", *SMALL.split()]
     result = subprocess.run(
         [*command, "--output", str(tmp_path)],
         cwd=ROOT,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=200,
