@@ -13,9 +13,9 @@ from rich.console import Console
 
 import dualpipe_jax as dpj
 from experiments.compare_schedules import measuring, report
-from experiments.devices import find_devices
 from experiments.progress import bar
 from experiments.train_lm import data, flags, training
+from experiments.train_lm.devices import find_devices
 from experiments.train_lm.flags import POSITIVE, Refusal
 from experiments.train_lm.model import LanguageModel
 

@@ -16,9 +16,9 @@ from rich.console import Console
 import dualpipe_jax as dpj
 from experiments.deepseek_mini import preflight, report, training
 from experiments.deepseek_mini.model import DeepSeekMini
-from experiments.devices import find_devices
 from experiments.progress import bar
 from experiments.train_lm import data, flags
+from experiments.train_lm.devices import find_devices
 from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal
 from experiments.train_lm.training import make_optimizer
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.train_lm.model import LanguageModel
+from .model import LanguageModel
 
 TEMPERATURE = 0.8
 

@@ -15,12 +15,13 @@ import numpy as np
 from rich.console import Console
 
 import dualpipe_jax as dpj
-from experiments.devices import find_devices
-from experiments.train_lm import data, flags, training
-from experiments.train_lm.flags import POSITIVE, Refusal
-from experiments.train_lm.log import Log, perplexity
-from experiments.train_lm.model import LanguageModel
-from experiments.train_lm.sample import continue_text
+
+from . import data, flags, training
+from .devices import find_devices
+from .flags import POSITIVE, Refusal
+from .log import Log, perplexity
+from .model import LanguageModel
+from .sample import continue_text
 
 AXIS = "pipe"
 DEFAULT_RANKS = 4

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments.train_lm.log import Log, Row, perplexity
+from .log import Log, Row, perplexity
 
 # Parameters, then the optimizer's state.
 State = tuple[Any, optax.OptState]

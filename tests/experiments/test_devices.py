@@ -4,15 +4,18 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from experiments import devices
-from experiments.devices import find_devices
+from experiments.train_lm import devices
+from experiments.train_lm.devices import find_devices
 from experiments.train_lm.flags import Refusal
 from experiments.train_lm.train_lm import _most_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Chip:
@@ -22,10 +25,12 @@ class Chip:
 
 def test_a_process_without_accelerators_says_so_and_nothing_else() -> None:
     """Not even where a TPU's compiler is installed, which looks for TPUs."""
-    code = "from experiments.devices import find_devices as f; print(f(None, flag='--n', fake=3))"
+    code = "from experiments.train_lm import devices as d; "
+    code += "print(d.find_devices(None, flag='--n', fake=3))"
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

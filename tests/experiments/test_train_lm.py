@@ -1,11 +1,13 @@
 """The main job, small: it learns, it repeats itself, it leaves its files, it refuses bad flags."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.image
@@ -17,7 +19,6 @@ from experiments.train_lm.train_lm import main
 from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "experiments" / "train_lm" / "train_lm.py"
 TINY = (
     "--ranks 2 --layers 2 --width 16 --heads 2 --context 16 --batch-size 8 --microbatches 4 "
     "--steps 40 --eval-every 20 --eval-batches 2 --learning-rate 0.01"
@@ -28,16 +29,17 @@ TINY = (
 HEED_CTRL_C = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
-def start(flags: str) -> subprocess.Popen[str]:
+def start(
+    flags: str, *, module: str = "experiments.train_lm.train_lm", folder: Path = ROOT
+) -> subprocess.Popen[str]:
     """Starts the script as `make train` does: its fake devices come before JAX's backends."""
     return subprocess.Popen(
-        [sys.executable, "-c", HEED_CTRL_C, SCRIPT, *TINY.split(), *flags.split()],
-        cwd=ROOT,
+        [sys.executable, "-c", HEED_CTRL_C, module, *TINY.split(), *flags.split()],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -55,14 +57,24 @@ def losses_of(output: Path, column: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs the script twice; what the first run compiled the second finds in conftest's cache."""
+    """Runs the script, then a copy of its folder, without the repository around it.
+
+    What the first run compiled the second finds in conftest's cache.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    outputs = {name: folder / name for name in ("first", "again")}
-    for output in outputs.values():
-        process = start(f"--output {output}")
+    elsewhere = folder / "elsewhere"
+    shutil.copytree(ROOT / "experiments" / "train_lm", elsewhere / "my_lm")
+    # The library of this checkout, but nothing else of it, whatever the environment has installed.
+    (elsewhere / "dualpipe_jax").symlink_to(ROOT / "dualpipe_jax")
+    (elsewhere / "experiments.py").write_text("raise ImportError('not in a copy')")
+    copy: dict[str, Any] = {"module": "my_lm.train_lm", "folder": elsewhere}
+    outputs = {}
+    for name, where in {"first": {}, "copied": copy}.items():
+        outputs[name] = folder / name
+        process = start(f"--output {outputs[name]}", **where)
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0, printed
-        (output / "printed.txt").write_text(printed, encoding="utf-8")
+        (outputs[name] / "printed.txt").write_text(printed, encoding="utf-8")
     return outputs
 
 
@@ -109,11 +121,11 @@ def test_the_pictures_and_the_sample_are_written(runs: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_run(runs: dict[str, Path]) -> None:
+def test_the_same_seed_gives_the_same_run_in_a_copy_of_the_folder(runs: dict[str, Path]) -> None:
     for column in ("train_loss", "held_out_loss"):
-        again = losses_of(runs["again"], column)
-        np.testing.assert_array_equal(losses_of(runs["first"], column), again)
-    samples = [(runs[name] / "sample.txt").read_bytes() for name in ("first", "again")]
+        copied = losses_of(runs["copied"], column)
+        np.testing.assert_array_equal(losses_of(runs["first"], column), copied)
+    samples = [(runs[name] / "sample.txt").read_bytes() for name in ("first", "copied")]
     assert samples[0] == samples[1]
 
 

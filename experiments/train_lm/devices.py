@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.train_lm.flags import Refusal
+from .flags import Refusal
 
 _TPU_FILES = ("accel[0-9]*", "vfio/[0-9]*")
 
@@ -48,7 +48,7 @@ def _why_no_accelerator() -> str:
         (_TPU_FILES, "a TPU", "tpu"),
     ):
         if _exist(*files):
-            return f"there is {name}, but this JAX cannot use it: pip install '.[{extra}]'"
+            return f"there is {name}, but this JAX cannot use it: pip install 'jax[{extra}]'"
     return "JAX finds no accelerator"
 
 
