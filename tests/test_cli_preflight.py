@@ -1,4 +1,8 @@
-"""`dualpipe-jax preflight`: both formats, its options, and what a mistake says."""
+"""`dualpipe-jax preflight`: both formats, its options, and what a mistake says.
+
+A step is compiled for each run. The cheapest schedule is taken where any will do, and the command
+runs in this process, with JAX imported, where a process of its own shows no more.
+"""
 
 import json
 import os
@@ -6,43 +10,64 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from click.testing import CliRunner, Result
 
+from dualpipe_jax import _cli
 from tests.test_cli import in_terminal
 from tests.test_package import modules_after
 
-SIZES = ["--ranks", "2", "--microbatches", "8", "--layers", "4", "--width", "16", "--heads", "2"]
-SIZES += ["--context", "8", "--vocabulary", "32", "--microbatch", "1", "--overlap", "yes"]
-ON_CPUS = [*SIZES, "--topology", "cpu:2"]
+SIZES = ["--width", "16", "--heads", "2", "--context", "8", "--vocabulary", "32"]
+SIZES += ["--microbatch", "1"]
+ON_CPUS = [*SIZES, "--topology", "cpu:2", "--ranks", "2", "--microbatches", "8", "--layers", "2"]
+ON_TPUS = [*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--layers", "4"]
+CHEAP = ["--schedule", "1f1b", "--overlap", "no"]
 
 
-def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> Result:
+    """Runs the command with conftest's devices, whose number it would otherwise note."""
+    with jax.enable_x64(False):  # as users compute
+        return CliRunner(env={"JAX_NUM_CPU_DEVICES": "8"}).invoke(
+            _cli.main, ["preflight", *arguments], catch_exceptions=False
+        )
+
+
+def run_alone(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user does: it brings up the devices that it needs."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
-    if cache is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     line = [sys.executable, "-W", "error", "-m", "dualpipe_jax", "preflight", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_table() -> None:
-    done = run(*ON_CPUS)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run(*ON_CPUS, "--overlap", "yes")
+    assert (done.exit_code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "device   cpu:2, CPU; mesh pipe 2"
     assert any(line.startswith("loop     the steady state, two beats a trip") for line in lines)
     assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
 
 
+def report_of(*more: str) -> dict[str, Any]:
+    done = run(*ON_CPUS, *CHEAP, "--dtype", "float32", "--format", "json", *more)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    return report_of()
+
+
 @pytest.mark.slow
-def test_json_follows_the_sizes() -> None:
+def test_json_follows_the_sizes(plain: dict[str, Any]) -> None:
     # x is [windows, context, width] in the dtype that layers compute in.
-    for more, num_bytes in (([], 8 * 16 * 4), (["--context", "16"], 16 * 16 * 4)):
-        done = run(*ON_CPUS, "--dtype", "float32", "--format", "json", *more)
-        assert done.returncode == 0, done.stderr
-        made = json.loads(done.stdout)
+    for made, num_bytes in ((plain, 8 * 16 * 4), (report_of("--context", "16"), 16 * 16 * 4)):
         assert (made["topology"], made["axes"]) == ("cpu:2", {"pipe": 2})
         assert {each["num_bytes"] for each in made["loop"]["collectives"]} == {num_bytes}
         # The parameters and AdamW's two moments are donated, and come back in their place.
@@ -50,20 +75,16 @@ def test_json_follows_the_sizes() -> None:
 
 
 @pytest.mark.slow
-def test_options_reach_the_step() -> None:
-    kept = {}
-    for remat in ("none", "block"):
-        done = run(*ON_CPUS, "--remat", remat, "--format", "json")
-        kept[remat] = json.loads(done.stdout)["memory"]["temporaries"]
-    assert kept["block"] < kept["none"]
-    done = run(*ON_CPUS, "--schedule", "1f1b", "--overlap", "no", "--format", "json")
-    assert json.loads(done.stdout)["loop"]["kind"] == "ramp"
+def test_options_reach_the_step(plain: dict[str, Any]) -> None:
+    assert plain["loop"]["kind"] == "ramp"  # `test_table` has the steady state
+    rematerialised = report_of("--remat", "block")
+    assert rematerialised["memory"]["temporaries"] < plain["memory"]["temporaries"]
 
 
 @pytest.mark.slow
 def test_tpu_prints_the_options_and_their_reasons() -> None:
-    done = run(*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--microbatches", "16")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run(*ON_TPUS, "--microbatches", "16", "--overlap", "yes")
+    assert (done.exit_code, done.stderr) == (0, "")
     assert re.search(r"^step +[\d.]+ .s predicted: dualpipe ", done.stdout, flags=re.MULTILINE)
     assert "4 of 4 collectives hidden" in done.stdout
     assert "xla_tpu_enable_async_all_to_all=True\n  all-to-alls run while" in done.stdout
@@ -71,10 +92,10 @@ def test_tpu_prints_the_options_and_their_reasons() -> None:
 
 @pytest.mark.slow
 def test_programs_in_the_cache_on_disk_are_compiled_again(tmp_path: Path) -> None:
-    arguments = [*SIZES, "--topology", "tpu:v5e:2x2", "--ranks", "4", "--format", "json"]
+    arguments = [*ON_TPUS, *CHEAP, "--microbatches", "4", "--format", "json"]
     reports = []
     for _ in range(2):
-        done = run(*arguments, cache=tmp_path)
+        done = run_alone(*arguments, cache=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         reports.append({**json.loads(done.stdout), "compile_seconds": None})
     assert any(tmp_path.iterdir())
@@ -83,7 +104,7 @@ def test_programs_in_the_cache_on_disk_are_compiled_again(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_terminal_gets_a_colored_table() -> None:
-    text, code = in_terminal(*ON_CPUS, columns=120, command="preflight")
+    text, code = in_terminal(*ON_CPUS, *CHEAP, columns=120, command="preflight")
     assert code == 0
     assert "\x1b[" in text
     assert "collective-permute" in text
@@ -100,7 +121,7 @@ def test_terminal_gets_a_colored_table() -> None:
 )
 def test_mistake_is_one_line(arguments: list[str], message: str) -> None:
     done = run(*ON_CPUS, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("Error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
