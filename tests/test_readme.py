@@ -107,6 +107,23 @@ def test_example_of_float8_learns() -> None:
     assert losses[-1] < losses[0] / 2
 
 
+# Whether gradients are those of the sequential model, but for the rounding of float32.
+COMPARED = """
+expected = jax.value_and_grad(dpj.sequential(model, num_microbatches=4))(params, batch)
+is_close = lambda a, b: jnp.allclose(a, b, rtol=1e-4, atol=1e-5)
+print(jax.tree.all(jax.tree.map(is_close, (loss, grads), expected)))
+"""
+
+
+@pytest.mark.slow
+def test_examples_of_models_run_and_cost_what_the_page_says() -> None:
+    page = ROOT / "docs" / "models.md"
+    skips, costs, translation = examples(page)
+    (table,) = re.findall(r"^```text\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    assert run(f"{skips}\n{costs}\n{COMPARED}") == f"{table}True\n"
+    assert run(f"{translation}\n{COMPARED}") == "True\n"
+
+
 @pytest.mark.slow
 def test_example_of_preflight_runs() -> None:
     last = run(example(ROOT / "docs" / "preflight.md")).splitlines()[-1]
