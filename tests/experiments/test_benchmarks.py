@@ -1,9 +1,10 @@
-"""The benchmarks, small: all variants run and agree, the figures are what they are called.
+"""The benchmarks, small: variants run and agree, the figures are what they are called.
 
 No test here looks at how long anything takes.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -30,7 +31,9 @@ FOLDER = ROOT / "experiments" / "benchmarks"
 TINY = "--ranks 2 --rounds 1 --layers 4 --width 16 --heads 2 --sequence 16 --vocabulary 32"
 # Two layers a stage are unrolled by any recipe, and by the library.
 FEW_LAYERS = {variants.UNROLLED_RECIPE, *variants.LOOPED}
-NAMES = tuple(name for name in variants.NAMES if name not in FEW_LAYERS)
+# Each takes a process of its own: one of every kind, and both of the orders that XLA is asked for.
+# Schedules and their options have gradients of their own tests.
+NAMES = (variants.CONCURRENT_LIMIT, "limit-scanned", variants.RECIPE, "dualpipe", "1f1b")
 # What the library cannot do yet, its variant says when it runs.
 SIZES = Sizes(layers=4, width=16, heads=2, sequence=16, vocabulary=32, microbatch_size=2, seed=0)
 
@@ -40,6 +43,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs the script as a user does, with fake devices of its own."""
     folder = tmp_path_factory.mktemp("benchmarks")
     flags = [*TINY.split(), "--remat", "block", "--output", str(folder)]
+    flags += [f"--variant={name}" for name in NAMES]
     result = subprocess.run(
         [sys.executable, "-m", "experiments.benchmarks.benchmarks", *flags],
         cwd=ROOT,
@@ -58,7 +62,7 @@ def records_of(folder: Path, what: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_all_variants_run_and_agree(output: Path) -> None:
+def test_variants_run_and_agree(output: Path) -> None:
     compiled = {record["variant"]: record for record in records_of(output, "compiled")}
     assert tuple(compiled) == NAMES
     limit = compiled["limit-scanned"]
@@ -137,22 +141,44 @@ def test_workers_ask_for_huge_pages_beside_what_the_user_asks_for(
     assert racing.environment(huge_pages=True)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
+LM = LanguageModel(layers=4, width=8, heads=2, vocabulary=16)
+
+
+def make_variant(name: str, *, remat: str) -> tuple[variants.GradFn, Any]:
+    sizes = {"num_layers": 4, "num_ranks": 2, "num_microbatches": 4}
+    return variants.make(name, model=LM.for_pipeline(), remat=remat, **sizes)
+
+
+@functools.cache
+def expected() -> Any:
+    """Parameters, a batch, and what the sequential model makes of them."""
+    params = jax.jit(LM.init)(jax.random.key(0))
+    batch = np.random.default_rng(0).integers(0, 16, size=(8, 9)).astype(np.int32)
+    loss_fn = dpj.sequential(LM.for_pipeline(), num_microbatches=4)
+    return params, batch, jax.jit(jax.value_and_grad(loss_fn))(params, batch)
+
+
 @pytest.mark.parametrize("name", ["limit-grouped", *variants.RECIPES])
 def test_what_it_is_held_against_is_the_model(name: str) -> None:
     with jax.enable_x64(False):
-        lm = LanguageModel(layers=4, width=8, heads=2, vocabulary=16)
-        params = lm.init(jax.random.key(0))
-        batch = np.random.default_rng(0).integers(0, 16, size=(8, 9)).astype(np.int32)
-        model = lm.for_pipeline()
-        grad_fn, mesh = variants.make(
-            name, model=model, num_layers=4, num_ranks=2, num_microbatches=4, remat="none"
-        )
+        params, batch, want = expected()
+        grad_fn, mesh = make_variant(name, remat="none")
         assert mesh.size == (2 if name in variants.RECIPES else 1)
         got = jax.jit(grad_fn)(params, batch)
-        want = jax.jit(jax.value_and_grad(dpj.sequential(model, num_microbatches=4)))(params, batch)
         for (path, w), g in zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True):
             # Float32; the biases of keys have a gradient of zero but for rounding.
             np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", sorted(set(variants.OURS) - {*NAMES, *variants.LOOPED}))
+def test_other_variants_are_steps_of_the_library(name: str) -> None:
+    """Traced, so that their options are checked, and not compiled."""
+    with jax.enable_x64(False):
+        params, batch, want = expected()
+        grad_fn, mesh = make_variant(name, remat="block")
+        assert mesh.size == 2
+        got = jax.eval_shape(grad_fn, params, batch)
+        assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
 
 
 @pytest.mark.slow

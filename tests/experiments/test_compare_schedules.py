@@ -20,10 +20,10 @@ from experiments.compare_schedules.compare_schedules import main, require_same_l
 from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("dualpipe", "dualpipev")
+NAMES = ("dualpipe", "1f1b")
 TINY = (
-    "--ranks 2 --steps 3 --microbatches 4 --batch-size 8 --context 16 --layers 4 --width 16 "
-    "--heads 2 --schedule dualpipe --schedule dualpipev"
+    "--ranks 2 --steps 3 --microbatches 4 --batch-size 8 --context 16 --layers 2 --width 16 "
+    "--heads 2 --schedule dualpipe --schedule 1f1b"
 )
 
 
@@ -78,7 +78,7 @@ def test_the_figures_are_the_schedules(output: Path) -> None:
         assert float(row["idle_share"]) == pytest.approx(idle / (2 * timeline.num_ticks))
         for kind, number in timeline.num_slots.items():
             assert int(row[f"{kind}_slots"]) == number
-        assert float(row["layers_per_stage"]) == 4 / schedule.num_stages
+        assert float(row["layers_per_stage"]) == 2 / schedule.num_stages
         # Half the layers a device, and activations of a microbatch or two instead of all.
         assert int(row["temporary_bytes"]) < int(sequential["temporary_bytes"])
         assert int(row["argument_bytes"]) < int(sequential["argument_bytes"])
@@ -102,7 +102,7 @@ def test_the_table_and_the_picture_are_written(output: Path) -> None:
     head, rule, *lines = (output / "table.md").read_text().splitlines()
     assert all(line.count("|") == head.count("|") == rule.count("|") for line in lines)
     assert [line.split(" | ")[1] for line in lines] == ["sequential", *NAMES]
-    assert "| 2 | dualpipe | 2 | 12 | 0.0% | 2/3/3/1 |" in lines[1]
+    assert "| 2 | dualpipe | 1 | 12 | 0.0% | 2/3/3/1 |" in lines[1]
     picture = matplotlib.image.imread(output / "compare.png")
     assert picture[..., :3].std() > 0.05  # not blank
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDTH, HIDDEN, EXPERTS, CHOSEN, TOKENS = 4, 5, 8, 3, 6
 TINY = DeepSeekMini(
     dense_layers=1,
-    expert_layers=3,
+    expert_layers=2,
     width=8,
     heads=2,
     head_size=4,
@@ -570,7 +570,7 @@ def test_training_learns_balances_and_leaves_its_files(tmp_path: Path) -> None:
     flags = (
         "--layers 3 --dense-layers 1 --width 16 --heads 2 --context 16 --batch-size 8 --experts 4 "
         "--microbatches 2 --steps 60 --eval-every 30 --eval-batches 2 --learning-rate 0.01 "
-        "--bias-rate 0.02 --bias-rate 0 --capacity-factor 1"
+        "--bias-rate 0.02 --bias-rate 0 --capacity-factor 1 --schedule 1f1b"
     )
     command = [sys.executable, "-m", "experiments.deepseek_mini.deepseek_mini"]
     done = subprocess.run(

@@ -23,7 +23,7 @@ SIZES = memory.Sizes(
 def test_a_step_of_the_library_has_an_account_beside_its_peak(split_backward: bool) -> None:
     with jax.enable_x64(False):
         row, account = memory.measure(
-            "dualpipe", SIZES, remat="block", microbatches=16, split_backward=split_backward
+            "1f1b", SIZES, remat="block", microbatches=16, split_backward=split_backward
         )
     assert row.terms is not None
     assert row.peak > 0

@@ -10,7 +10,7 @@ from experiments.precision import precision
 
 TINY = (
     "--ranks 2 --layers 2 --width 16 --heads 2 --context 16 --batch-size 8 --microbatches 4 "
-    "--eval-batches 2 --learning-rate 0.01"
+    "--eval-batches 2 --learning-rate 0.01 --schedule 1f1b"
 )
 
 
