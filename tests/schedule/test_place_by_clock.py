@@ -89,7 +89,7 @@ def assert_only_waits_less(program: Program, durations: Durations, **options: An
     for name in plain.tables.num_slots.keys() - {"received"}:
         assert plain.tables.num_slots[name] == placed.tables.num_slots[name], name
     # Idle ticks cost a little, by the compiler's measure.
-    idle = 0.02 * max(durations.of_opcode[1])
+    idle = 0.02 * min(durations.of_opcode[1])
     assert seconds(placed, durations, idle=idle) <= seconds(plain, durations, idle=idle) + 1e-9
     # With the same order all values can be there as soon as without.
     least = [
