@@ -101,8 +101,8 @@ class Schedule:
                     "(of a file: path.read_text())"
                 )
         program = parse_program(text, name=name)
-        # What a user may get wrong; tables, which have a cell for each rank in each tick, are made
-        # when they are asked for.
+        # These find a user's mistakes. Tables, which have a cell for each rank in each tick, are
+        # made when they are asked for.
         verify_program(program)
         shortest_ticks(program)
         return cls(program)

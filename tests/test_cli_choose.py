@@ -165,6 +165,7 @@ def test_nothing_fits_is_said_after_the_table() -> None:
         (["--memory", "8GiBs"], ["--memory", "'8GiBs'"]),
         (["--costs", "Q=1"], ["'Q=1'", "F=1,I=1,W=1"]),
         (["--costs", "F=0"], ["forward=0.0"]),
+        (["--headroom", "nan"], ["--headroom nan", "less than 1"]),
         (["--transfer", "-1"], ["transfer=-1.0"]),
         (["--transfer", "1e308"], ["transfer=1e+308", "at most 1e+100"]),
         (["--heads", "7"], ["heads=7", "must divide the width, 4096"]),

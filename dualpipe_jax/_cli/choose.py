@@ -40,7 +40,7 @@ _HEADS = 32
 )
 @click.option(
     "--headroom",
-    type=click.FloatRange(min=0, max=1, max_open=True),
+    type=float,
     default=HEADROOM,
     show_default=True,
     help="The share of the memory that is left to the compiler's own temporaries.",
@@ -137,6 +137,8 @@ def choose(
     }
     if sizes["heads"] is None:
         sizes["heads"] = math.gcd(_HEADS, sizes["width"])
+    if not 0 <= headroom < 1:
+        raise Refusal(f"--headroom {headroom}: must be a share, at least 0 and less than 1")
     try:
         model = Transformer(layers=layers, **sizes)
         all_costs = _costs(model, ranks, costs, costs_from, embed=embed, head=head)

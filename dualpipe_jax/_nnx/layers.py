@@ -69,7 +69,7 @@ class Layers:
         }
 
     def state(self, tree: PyTree) -> nnx.State:
-        """Puts the module's state together of canonical parameters, or of what is like them.
+        """Puts the module's state together of canonical parameters, or of trees like them.
 
         Raises:
           ValueError: If it is nothing of the kind.
@@ -89,7 +89,7 @@ class Layers:
         )
 
     def _parts_of(self, tree: PyTree) -> dict[Any, dict[Path, nnx.Variable]]:
-        """Requires canonical parameters, or what is like them; returns the variables of each part.
+        """Requires canonical parameters, or a tree like them; returns the variables of each part.
 
         The parts are `_ENDS` and the kinds.
         """

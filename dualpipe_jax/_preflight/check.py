@@ -96,8 +96,8 @@ def preflight(
       ValueError: If the topology is not known or has not as many devices as the mesh, the
         arguments lie on more than one mesh, or on none and the step maps over none, or the compiler
         does not know its options.
-      TypeError: If `step_fn` is no function, `args` no tuple, `mesh` no mesh, or `compiler_options`
-        or `kernel_costs` no dict of what they may be.
+      TypeError: If `step_fn` is no function, `args` no tuple, `mesh` no mesh, `compiler_options` no
+        dict of values by name, or `kernel_costs` not of numbers and functions by name.
       ModuleNotFoundError: If the compiler for the topology is not installed.
     """
     if not isinstance(args, tuple | list):

@@ -41,12 +41,10 @@ from dualpipe_jax._schedule.dependencies import (
     run_in_order,
 )
 from dualpipe_jax._schedule.excerpt import show_action
+from dualpipe_jax._schedule.generators.sizes import MOST_CELLS
 from dualpipe_jax._schedule.ir import Program, Timeline, lag_of
 
 _MOST_NAMED = 8
-# Larger tables, a row a tick and a column a rank, take many minutes and tens of gigabytes. As many
-# cells as the most actions that a generator makes, if ranks idle two thirds of the time.
-_MOST_CELLS = 60_000_000
 
 
 def place_shortest(program: Program, *, timetable: str = "shortest") -> Timeline:
@@ -62,10 +60,10 @@ def place_shortest(program: Program, *, timetable: str = "shortest") -> Timeline
     """
     tick_of = shortest_ticks(program, timetable=timetable)
     num_ticks = int(tick_of.max()) + 1
-    if num_ticks * program.num_ranks > _MOST_CELLS:
+    if num_ticks * program.num_ranks > MOST_CELLS:
         raise ScheduleError(
             f"schedule {program.name!r} takes {num_ticks:,} ticks on {program.num_ranks:,} ranks, "
-            f"but must take at most {_MOST_CELLS:,} ticks of single ranks, beyond which no table "
+            f"but must take at most {MOST_CELLS:,} ticks of single ranks, beyond which no table "
             "holds them; take fewer ranks or microbatches"
         )
     return build_timeline(program, tick_of, timetable=timetable)

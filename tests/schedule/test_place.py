@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from dualpipe_jax import schedules
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.dependencies import NEVER, find_dependencies, run_in_order
 from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.place import place_shortest
+from dualpipe_jax.schedules import Schedule
 from tests.schedule.test_random_programs import programs
 
 
@@ -58,7 +58,7 @@ def test_ranks_that_wait_for_ever_have_no_ticks():
 
 
 def test_tables_that_no_memory_holds_are_refused():
-    made = schedules.make("1f1b", num_ranks=20_000, num_microbatches=1)
-    message = r"'1f1b' takes 40,001 ticks on 20,000 ranks, but must take at most 60,000,000"
+    made = Schedule.from_csv("\n".join(f"{rank}F0,{rank}B0" for rank in range(20_000)))
+    message = r"'csv' takes 40,001 ticks on 20,000 ranks, but must take at most 60,000,000"
     with pytest.raises(ScheduleError, match=message):
         made.timeline()

@@ -50,6 +50,8 @@ def test_names_and_sizes_are_explained() -> None:
         for name in schedules.names():
             with pytest.raises(ValueError, match="must be at most 20,000,000 forwards"):
                 schedules.make(name, **sizes)
+            with pytest.raises(ValueError, match="num_ranks=8000: must be at most 7,745"):
+                schedules.make(name, num_ranks=8000, num_microbatches=1)
     with pytest.raises(TypeError, match=r"Schedule\('1f1b'\): must be made by .*schedules.make"):
         schedules.Schedule("1f1b")  # pyrefly: ignore
     for text, name in ((None, "csv"), (b"0F0", "csv"), ("0F0", 3)):

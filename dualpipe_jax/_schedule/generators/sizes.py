@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 # Tables of more actions take many minutes, and tens of gigabytes.
 _MOST_ACTIONS = 20_000_000
+# So do tables of more cells, a row a tick and a column a rank: as many as these actions have if
+# ranks idle two thirds of the time.
+MOST_CELLS = 60_000_000
 
 
 def check_sizes(**sizes: int) -> tuple[int, ...]:
@@ -31,6 +34,12 @@ def check_sizes(**sizes: int) -> tuple[int, ...]:
         raise ValueError(
             f"{given[:200]}: must be at most {_MOST_ACTIONS:,} forwards, input grads and weight "
             "grads in all, beyond which no table holds them; take fewer microbatches or ranks"
+        )
+    # A microbatch takes a tick on each rank.
+    if numbers[0] ** 2 > MOST_CELLS:
+        raise ValueError(
+            f"num_ranks={numbers[0]}: must be at most {math.isqrt(MOST_CELLS):,}, beyond which no "
+            "table holds the ticks of all ranks; take fewer ranks"
         )
     return numbers
 
