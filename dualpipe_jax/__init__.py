@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from dualpipe_jax import nnx as nnx
     from dualpipe_jax import optimizers as optimizers
     from dualpipe_jax import schedules as schedules
-    from dualpipe_jax._api import sequential as sequential
-    from dualpipe_jax._api import value_and_grad as value_and_grad
-    from dualpipe_jax._execution import Execution as Execution
-    from dualpipe_jax._forward import apply as apply
-    from dualpipe_jax._forward import evaluate as evaluate
-    from dualpipe_jax._model_choices import choose as choose
+    from dualpipe_jax._api.choose import choose as choose
+    from dualpipe_jax._api.evaluate import apply as apply
+    from dualpipe_jax._api.evaluate import evaluate as evaluate
+    from dualpipe_jax._api.sequential import sequential as sequential
+    from dualpipe_jax._api.shardings import shardings as shardings
+    from dualpipe_jax._api.value_and_grad import value_and_grad as value_and_grad
+    from dualpipe_jax._model.types import Aux as Aux
+    from dualpipe_jax._model.types import Context as Context
+    from dualpipe_jax._model.types import Metrics as Metrics
+    from dualpipe_jax._model.types import Model as Model
     from dualpipe_jax._plot import plot_timeline as plot_timeline
+    from dualpipe_jax._predict import Costs as Costs
+    from dualpipe_jax._predict import Simulation as Simulation
+    from dualpipe_jax._predict import simulate as simulate
     from dualpipe_jax._preflight import compiler_options as compiler_options
     from dualpipe_jax._preflight import preflight as preflight
-    from dualpipe_jax._shardings import shardings as shardings
-    from dualpipe_jax._simulate import Costs as Costs
-    from dualpipe_jax._simulate import Simulation as Simulation
-    from dualpipe_jax._simulate import simulate as simulate
-    from dualpipe_jax._types import Aux as Aux
-    from dualpipe_jax._types import Context as Context
-    from dualpipe_jax._types import Metrics as Metrics
-    from dualpipe_jax._types import Model as Model
+    from dualpipe_jax._schedule.execution import Execution as Execution
     from dualpipe_jax.schedules import Schedule as Schedule
     from dualpipe_jax.schedules import Timeline as Timeline
 
@@ -36,29 +36,29 @@ __version__ = "0.1.0"
 
 # Where each public name lives; None: the name is a module of its own.
 _HOME = {
-    "Aux": "_types",
-    "Context": "_types",
-    "Costs": "_simulate",
-    "Execution": "_execution",
-    "Metrics": "_types",
-    "Model": "_types",
+    "Aux": "_model.types",
+    "Context": "_model.types",
+    "Costs": "_predict",
+    "Execution": "_schedule.execution",
+    "Metrics": "_model.types",
+    "Model": "_model.types",
     "Schedule": "schedules",
-    "Simulation": "_simulate",
+    "Simulation": "_predict",
     "Timeline": "schedules",
-    "apply": "_forward",
-    "choose": "_model_choices",
+    "apply": "_api.evaluate",
+    "choose": "_api.choose",
     "compiler_options": "_preflight",
-    "evaluate": "_forward",
+    "evaluate": "_api.evaluate",
     "linen": None,
     "nnx": None,
     "optimizers": None,
     "plot_timeline": "_plot",
     "preflight": "_preflight",
     "schedules": None,
-    "sequential": "_api",
-    "shardings": "_shardings",
-    "simulate": "_simulate",
-    "value_and_grad": "_api",
+    "sequential": "_api.sequential",
+    "shardings": "_api.shardings",
+    "simulate": "_predict",
+    "value_and_grad": "_api.value_and_grad",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -15,9 +15,9 @@ import optax
 from jax.experimental.shard_alike import shard_alike
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from dualpipe_jax import _stacks
-from dualpipe_jax._refusals import is_array, raise_all, show
-from dualpipe_jax._types import PyTree
+from dualpipe_jax._errors import is_array, raise_all, show
+from dualpipe_jax._model import stacks as _stacks
+from dualpipe_jax._model.types import PyTree
 
 __all__ = ["per_layer"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from dualpipe_jax._execution import timetable_of
 from dualpipe_jax._schedule.compile import Compiled, compile_program
+from dualpipe_jax._schedule.execution import timetable_of
 from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.generators import interleaved_one_f_one_b as _interleaved
 from dualpipe_jax._schedule.grammar import parse_program

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
-from dualpipe_jax._kinds import blocks_of
+from dualpipe_jax._model.kinds import blocks_of
 from tests.models import assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 

@@ -12,22 +12,23 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
-from dualpipe_jax._choose import (
+from dualpipe_jax._model.types import Aux
+from dualpipe_jax._predict import (
     Choice,
+    Costs,
     LayerBytes,
     ParameterBytes,
     Transformer,
     choices_of,
     in_order,
     memory_of,
+    simulate,
 )
-from dualpipe_jax._execution import Execution
+from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate import Costs, simulate
-from dualpipe_jax._simulate.simulation import durations_of
 from dualpipe_jax._split_vjp import split_vjp
-from dualpipe_jax._types import Aux
 from tests.hlo import AS_EVER
 from tests.schedules_under_test import NAMES
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 import dualpipe_jax as dpj
 from dualpipe_jax import _cli, schedules
-from dualpipe_jax._simulate import Costs, simulate
+from dualpipe_jax._predict import Costs, simulate
 from tests.commands import cpu_seconds
 from tests.test_cli import broken_words, in_terminal
 from tests.test_package import modules_after

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax._kinds import blocks_of
+from dualpipe_jax._model.kinds import blocks_of
+from dualpipe_jax._predict import simulate, simulation, usual_costs
+from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate import simulate, simulation, usual_costs
-from dualpipe_jax._simulate.simulation import durations_of
 from tests.models import assert_close, make_batch, make_model, make_params
 
 

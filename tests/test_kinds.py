@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax import _build, _sequential
+from dualpipe_jax._api import build
+from dualpipe_jax._api.sequential import sequential as _sequential
 from dualpipe_jax._executor import Step
-from dualpipe_jax._kinds import blocks_of
+from dualpipe_jax._model.kinds import blocks_of
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model
 from tests.models import make_params as make_params_of_one_kind
 from tests.schedules_under_test import has_run
@@ -327,7 +328,7 @@ def test_dead_values_are_never_read() -> None:
         mesh=make_mesh(2),
         axis="pipe",
         batch_axes=(),
-        block=_build.block_of(model, "none"),
+        block=build.block_of(model, "none"),
         num_layers=len(letters),
         execution=dpj.Execution(split_backward=True, deferred="recompute"),
         poison=True,

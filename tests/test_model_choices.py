@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import dualpipe_jax as dpj
-from dualpipe_jax._choose.memory import parse_bytes
+from dualpipe_jax._predict.memory import parse_bytes
 from tests.models import assert_close, make_batch, make_model, make_params
 from tests.schedules_under_test import NAMES
 from tests.test_exact import make_mesh, sequential_value_and_grad

@@ -12,17 +12,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
-from dualpipe_jax import _build, _scopes
+from dualpipe_jax import _scopes
+from dualpipe_jax._api import build
 from dualpipe_jax._executor import Step
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._predict import TRANSFER, usual_costs
+from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate import TRANSFER, usual_costs
-from dualpipe_jax._simulate.simulation import durations_of
 from tests.hlo import AS_EVER, instructions, loop_lines
 from tests.jaxprs import bytes_in, loops
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
@@ -244,7 +245,7 @@ def make_step(
         tables=tables or schedule.compiled().tables,
         mesh=make_mesh(schedule.num_ranks),
         axis="pipe",
-        block=_build.block_of(model, remat),
+        block=build.block_of(model, remat),
         num_layers=num_layers,
         execution=execution,
         **options,

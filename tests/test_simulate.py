@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
-from dualpipe_jax._execution import Execution
+from dualpipe_jax._predict import Costs, Simulation, decide, simulate, usual_costs
+from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.ir import Program
-from dualpipe_jax._simulate import Costs, Simulation, decide, simulate, usual_costs
-from dualpipe_jax._simulate.simulation import durations_of
 from dualpipe_jax.schedules import Schedule
 from tests.replay_references import follow_dependencies, wait_as_told
 from tests.schedule.test_random_programs import programs

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P, lax
 
-from dualpipe_jax import _varying
+from dualpipe_jax._model import varying as _varying
+from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import split_vjp
-from dualpipe_jax._types import Aux
 
 
 def test_types_in_a_loop_alone() -> None:

@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from dualpipe_jax._schedule.exchanges import add_exchanges
-from dualpipe_jax._schedule.ir import IDLE
-from dualpipe_jax._schedule.replay import replay, replay_dependencies
-from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate.waits import (
+from dualpipe_jax._predict.waits import (
     EARLY,
     MERGED,
     NEXT,
@@ -17,6 +13,10 @@ from dualpipe_jax._simulate.waits import (
     Waits,
     explain_waits,
 )
+from dualpipe_jax._schedule.exchanges import add_exchanges
+from dualpipe_jax._schedule.ir import IDLE
+from dualpipe_jax._schedule.replay import replay, replay_dependencies
+from dualpipe_jax._schedule.tables import Tables
 from tests.schedules_under_test import NAMES, compiled
 
 SIZES = ((1, 3), (2, 5), (3, 4), (4, 16), (8, 16))

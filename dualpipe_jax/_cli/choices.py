@@ -4,11 +4,10 @@ from dataclasses import asdict
 
 import click
 
-from dualpipe_jax._choose import Choice, LayerBytes, ParameterBytes, Transformer
-from dualpipe_jax._choose.memory import format_bytes
 from dualpipe_jax._cli.options import show_overlap
 from dualpipe_jax._cli.table import print_call, print_table, print_text
-from dualpipe_jax._simulate import Costs
+from dualpipe_jax._predict import Choice, Costs, LayerBytes, ParameterBytes, Transformer
+from dualpipe_jax._predict.memory import format_bytes
 
 _HEAD = ("", "schedule", "overlap", "step", "against best", "idle", "memory", "why")
 _FULL = "full backwards"

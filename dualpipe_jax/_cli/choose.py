@@ -10,9 +10,15 @@ from typing import Any
 import click
 
 from dualpipe_jax import schedules
-from dualpipe_jax._choose import (
+from dualpipe_jax._cli import options
+from dualpipe_jax._cli.choices import print_choices, to_object
+from dualpipe_jax._cli.quantities import Size, parse_costs, read_costs
+from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._predict import (
     HEADROOM,
+    TRANSFER,
     Choice,
+    Costs,
     LayerBytes,
     ParameterBytes,
     Transformer,
@@ -20,13 +26,8 @@ from dualpipe_jax._choose import (
     in_order,
     memory_of,
 )
-from dualpipe_jax._choose.memory import format_bytes
-from dualpipe_jax._choose.transformer import ATTENTIONS, REMATS
-from dualpipe_jax._cli import options
-from dualpipe_jax._cli.choices import print_choices, to_object
-from dualpipe_jax._cli.quantities import Size, parse_costs, read_costs
-from dualpipe_jax._cli.refusal import Command, Refusal
-from dualpipe_jax._simulate import TRANSFER, Costs
+from dualpipe_jax._predict.memory import format_bytes
+from dualpipe_jax._predict.transformer import ATTENTIONS, REMATS
 
 _HEADS = 32
 

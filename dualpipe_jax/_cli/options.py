@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dualpipe_jax._execution import Execution
+from dualpipe_jax._schedule.execution import Execution
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _OVERLAPS: dict[str, bool | str] = {"yes": True, "no": False, "two-tick": "two-tick"}

@@ -82,7 +82,7 @@ def preflight(output_format: str, has_options: bool, **step: Any) -> None:
     platform, _, number = step["topology"].partition(":")
     if platform == "cpu" and number.isdigit():
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", number)
-    rehearse = importlib.import_module("dualpipe_jax._rehearsal").rehearse
+    rehearse = importlib.import_module("dualpipe_jax._cli.gpt_step").rehearse
     try:
         report = rehearse(**step, compiler_options=None if has_options else {})
     except (ValueError, ModuleNotFoundError) as error:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from dualpipe_jax._choose.memory import parse_bytes
 from dualpipe_jax._cli.refusal import Refusal
-from dualpipe_jax._simulate.costs import as_number
+from dualpipe_jax._predict.costs import as_number
+from dualpipe_jax._predict.memory import parse_bytes
 
 _FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad", "B": "full_backward"}
 _OPTIONAL = ("full_backward", "embed", "head")

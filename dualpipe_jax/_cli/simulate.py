@@ -12,9 +12,9 @@ from dualpipe_jax._cli import options
 from dualpipe_jax._cli.quantities import parse_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._cli.table import print_table
-from dualpipe_jax._execution import Execution
-from dualpipe_jax._simulate import Costs, Simulation
-from dualpipe_jax._simulate import simulate as run_simulation
+from dualpipe_jax._predict import Costs, Simulation
+from dualpipe_jax._predict import simulate as run_simulation
+from dualpipe_jax._schedule.execution import Execution
 
 _HEAD = (
     "schedule",

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import registers
-from dualpipe_jax._executor.rules import SUM, Rule
-from dualpipe_jax._kinds import Kind
-from dualpipe_jax._types import Aux
+from dualpipe_jax._leaves.rules import SUM, Rule
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.types import Aux
 
 # Of one chunk: for each kind a list for the leaves that have a gradient.
 LayerGrads = dict[Kind, list[Any]]
@@ -74,13 +74,13 @@ def add(
     changed = dict(zip(mine, sums, strict=True))
     layers = [changed.get(i, old) for i, old in enumerate(layers)]
     added = zip(places.shared, gradients[count:], strict=True)
-    return layers, {**shared, **{i: _microbatches.add(shared[i], grad) for i, grad in added}}
+    return layers, {**shared, **{i: semantics.add(shared[i], grad) for i, grad in added}}
 
 
 def add_aux(loss: Any, metrics: list[Any], aux: Aux, *, layer: Any) -> tuple[Any, list[Any]]:
     """Adds what a block's forward gave to the loss of all, and to the metrics of its kind."""
     if aux.loss is not None:
-        loss = _microbatches.add(loss, aux.loss)
+        loss = semantics.add(loss, aux.loss)
     rules = [SUM] * len(metrics)
     return loss, registers.accumulate(metrics, jax.tree.leaves(aux.metrics), layer, rules)
 

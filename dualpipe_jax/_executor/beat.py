@@ -22,7 +22,6 @@ from dualpipe_jax import _scopes
 from dualpipe_jax._executor import accumulators, order, registers, stages, unrolled
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layer
-from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rows import RESIDUALS, SLOTS, in_rows
@@ -30,7 +29,8 @@ from dualpipe_jax._executor.start import empty_after, one_stash
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.leaves import pick, place
+from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Pairs, Steady
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualpipe_jax import _varying
-from dualpipe_jax._executor.leaves import select
-from dualpipe_jax._executor.plan import Plan
 from dualpipe_jax._executor.rank import Rank
-from dualpipe_jax._executor.rules import SUM, Rule
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._kinds import Kind
-from dualpipe_jax._parameters import Dims
+from dualpipe_jax._leaves.leaves import select
+from dualpipe_jax._leaves.plan import Plan
+from dualpipe_jax._leaves.rules import SUM, Rule
+from dualpipe_jax._leaves.specs import Dims
+from dualpipe_jax._model import varying
+from dualpipe_jax._model.kinds import Kind
 
 PyTree = Any
 
@@ -76,7 +76,7 @@ def block_metrics(rank: Rank, plan: Plan, state: State) -> dict[Kind, PyTree]:
     metrics = {kind: aux.metrics for kind, aux in rank.functions.outputs.aux.items()}
     rules = {kind: [SUM] * len(jax.tree.leaves(each)) for kind, each in metrics.items()}
     for kind, leaves in rank.layout.collect(state.block_metrics, rules).items():
-        summed = _varying.sum_over(leaves, plan.batch_axes)
+        summed = varying.sum_over(leaves, plan.batch_axes)
         stacks[kind] = jax.tree.unflatten(jax.tree.structure(metrics[kind]), summed)
     return stacks
 
@@ -103,7 +103,7 @@ def _combined(
         rest.append(tuple(name for name in over if name not in done))
     for over in dict.fromkeys(rest):
         places = [i for i, each in enumerate(rest) if each == over]
-        totals = _varying.sum_over([out[i] for i in places], over)
+        totals = varying.sum_over([out[i] for i in places], over)
         for i, total in zip(places, totals, strict=True):
             out[i] = total
     return out

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 from dualpipe_jax._executor.accumulators import Places
-from dualpipe_jax._executor.rules import Rule
-from dualpipe_jax._kinds import Kind
-from dualpipe_jax._outputs import Outputs
+from dualpipe_jax._leaves.rules import Rule
+from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.returns import Outputs
+from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import SplitVjp
-from dualpipe_jax._types import Aux
 
 PyTree = Any
 

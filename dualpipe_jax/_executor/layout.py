@@ -19,15 +19,16 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from dualpipe_jax import _microbatches, _scopes
+from dualpipe_jax import _scopes
 from dualpipe_jax._executor import registers
 from dualpipe_jax._executor.registers import when
-from dualpipe_jax._executor.rules import Rule
 from dualpipe_jax._executor.spread import Spread, spread
 from dualpipe_jax._executor.stack import Stack
-from dualpipe_jax._kinds import Kind, places_of
+from dualpipe_jax._leaves.rules import Rule
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind, places_of
+from dualpipe_jax._schedule.stage_sizes import first_half
 from dualpipe_jax._schedule.tables import Steady
-from dualpipe_jax._stage_sizes import first_half
 
 PyTree = Any
 
@@ -175,7 +176,7 @@ class Layout:
         size = self.stacks[kind].max_layers
         sums: list[Any] = []
         for aval, rule in zip(avals, rules, strict=True):
-            dtype = _microbatches.accumulator_dtype(aval.dtype)
+            dtype = semantics.accumulator_dtype(aval.dtype)
             if self.is_unrolled:
                 sums.append([rule.start(aval.shape, dtype) for _ in range(size)])
             else:

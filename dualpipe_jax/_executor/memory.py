@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax import _microbatches
-from dualpipe_jax._execution import Execution
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.layout import Layout
-from dualpipe_jax._executor.leaves import pick
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._split_vjp import SplitVjp
@@ -216,7 +216,7 @@ def _copies(
 
 def _accumulator_bytes(leaves: Iterable[Any]) -> int:
     return sum(
-        math.prod(leaf.shape) * np.dtype(_microbatches.accumulator_dtype(leaf.dtype)).itemsize
+        math.prod(leaf.shape) * np.dtype(semantics.accumulator_dtype(leaf.dtype)).itemsize
         for leaf in leaves
     )
 

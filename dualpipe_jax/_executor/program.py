@@ -13,13 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax import _microbatches, _varying
 from dualpipe_jax._executor import collect
 from dualpipe_jax._executor.beat import make_run
 from dualpipe_jax._executor.delivery import Delivery
-from dualpipe_jax._executor.explicit import device_kind_of
 from dualpipe_jax._executor.functions import Functions
-from dualpipe_jax._executor.plan import Plan
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.seeds import make_seeds
@@ -27,7 +24,10 @@ from dualpipe_jax._executor.settings import Settings
 from dualpipe_jax._executor.start import empty_state
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._executor.tick import make_tick, rows_of
-from dualpipe_jax._types import PyTree
+from dualpipe_jax._leaves.explicit_axes import device_kind_of
+from dualpipe_jax._leaves.plan import Plan
+from dualpipe_jax._model import semantics, varying
+from dualpipe_jax._model.types import PyTree
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
     loss_scale: Any,
 ) -> tuple[Any, Any]:
     """The program of one device."""
-    batches = _microbatches.split(batch, settings.tables.num_microbatches)
+    batches = semantics.split(batch, settings.tables.num_microbatches)
     params = plan.gather(params)
     rank, state, weight = start(settings, traced, plan, params, batches, rng, loss_scale)
     rows, steady = rows_of(settings.tables, settings.columns, settings.axis), settings.tables.steady
@@ -103,9 +103,9 @@ def start(
     is_apart = layout.is_unrolled
     if is_apart:
         chunks = [layout.unstack(chunk) for chunk in chunks]
-    weight = None if settings.output else _microbatches.total_weight(model, batches)
+    weight = None if settings.output else semantics.total_weight(model, batches)
     if weight is not None:
-        weight = _varying.sum_over(weight, settings.batch_axes)
+        weight = varying.sum_over(weight, settings.batch_axes)
     count = tables.num_microbatches * settings.num_shards
     loss_seed, aux_seed = make_seeds(traced.outputs, count=count, weight=weight, scale=loss_scale)
     rank = Rank(
@@ -149,9 +149,9 @@ def _finish(
 ) -> tuple[Any, Any]:
     """Sums over ranks and shards, and brings what belongs to layers back to their places."""
     sums = state.loss, state.aux, state.metrics
-    loss, aux, metrics = _varying.sum_over(sums, (settings.axis, *settings.batch_axes))
+    loss, aux, metrics = varying.sum_over(sums, (settings.axis, *settings.batch_axes))
     count = settings.tables.num_microbatches * settings.num_shards
-    loss = _microbatches.loss_of_sums(loss, aux, weight, count)
+    loss = semantics.loss_of_sums(loss, aux, weight, count)
     grads = None
     if not settings.tables.forward_only:
         grads = collect.gradients(rank, plan, params, state)

@@ -10,18 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualpipe_jax import _microbatches, _scopes
+from dualpipe_jax import _scopes
 from dualpipe_jax._executor import order, registers
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layer, Layout
-from dualpipe_jax._executor.leaves import place
 from dualpipe_jax._executor.rows import RESIDUALS, like_slots
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.leaves import place
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.types import Context
 from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._split_vjp import contraction_flops
-from dualpipe_jax._types import Context
 
 PyTree = Any
 Row = dict[str, jax.Array]  # this rank's row of the tables, int32 scalars
@@ -91,9 +92,9 @@ class Rank:
         )
 
     def _context(self, row: Row, position: Any, *, is_layer: bool = False) -> Context:
-        return _microbatches.context(
-            _microbatches.take(self.microbatches, row["microbatch"]),
-            _microbatches.microbatch_key(self.rng, row["microbatch"]),
+        return semantics.context(
+            semantics.take(self.microbatches, row["microbatch"]),
+            semantics.microbatch_key(self.rng, row["microbatch"]),
             position,
             is_layer=is_layer,
             shard=self.shard,
@@ -146,7 +147,7 @@ class Rank:
         else:
             (loss, metrics, dx), doutside = gradients.head(self.outside, x, ctx, self.loss_seed)
             state, x = state.add_outside(doutside, gradients.head_rules), place(x, dx)
-        sums = _microbatches.add((state.loss, state.metrics), (loss, metrics))
+        sums = semantics.add((state.loss, state.metrics), (loss, metrics))
         return state._replace(loss=sums[0], metrics=sums[1]), x
 
     # One layer: F: x -> y, residuals

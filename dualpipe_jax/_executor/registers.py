@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax._executor.rules import Rule
+from dualpipe_jax._leaves.rules import Rule
 
 PyTree = Any
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from dualpipe_jax._executor import order, registers
 from dualpipe_jax._executor.functions import Functions
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._model.kinds import Kind
 
 RESIDUALS = ("residual", "weight_residual")
 _STASHES = ("stash", "deferred")

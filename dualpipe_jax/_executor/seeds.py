@@ -7,9 +7,9 @@ cotangents of a microbatch's loss and of a layer's aux loss.
 import jax
 import jax.numpy as jnp
 
-from dualpipe_jax import _microbatches
-from dualpipe_jax._kinds import Kind
-from dualpipe_jax._outputs import Outputs
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.returns import Outputs
 
 
 def make_seeds(
@@ -32,7 +32,7 @@ def make_seeds(
 
     def seed(loss: jax.Array, total: jax.Array) -> jax.Array:
         # Scaled before it is rounded to the loss's own dtype, in which it might be lost.
-        dtype = _microbatches.accumulator_dtype(loss.dtype)
+        dtype = semantics.accumulator_dtype(loss.dtype)
         value = 1 / total.astype(dtype)
         return (value if scale is None else value * scale.astype(dtype)).astype(loss.dtype)
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from dualpipe_jax import _kinds
-from dualpipe_jax._execution import Execution
 from dualpipe_jax._executor.delivery import Delivery
-from dualpipe_jax._executor.explicit import platform_of
 from dualpipe_jax._executor.layout import Layout
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.explicit_axes import platform_of
+from dualpipe_jax._model import kinds as _kinds
+from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.types import Model, PyTree
+from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._types import Model, PyTree
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

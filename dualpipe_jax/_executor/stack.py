@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax._executor.rules import Rule
 from dualpipe_jax._executor.spread import Spread
 from dualpipe_jax._executor.travel import Round, plan_travel
+from dualpipe_jax._leaves.rules import Rule
 
 PyTree = Any
 

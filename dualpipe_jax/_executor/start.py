@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualpipe_jax import _microbatches
 from dualpipe_jax._executor import order, registers
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.layout import Layout
-from dualpipe_jax._executor.leaves import pick
-from dualpipe_jax._executor.rules import SUM
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._leaves.rules import SUM
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._schedule.ir import DEFERRED
 
 PyTree = Any
@@ -68,7 +68,7 @@ def empty_state(
         parts = [part for part in ("ends", "shared") if part in params]
         leaves = [leaf for part in parts for leaf in pick(params[part], wanted[part])]
         outside_grads = [
-            rule.start(leaf.shape, _microbatches.accumulator_dtype(leaf.dtype))
+            rule.start(leaf.shape, semantics.accumulator_dtype(leaf.dtype))
             for leaf, rule in zip(leaves, gradients.outside_rules, strict=True)
         ]
     num_ends = sum(wanted["ends"])
@@ -81,7 +81,7 @@ def empty_state(
         has_grad = gradients.block[kind].has_grad[: len(leaves)]
         return layout.zero_sums(kind, pick(leaves, has_grad), gradients.layer_rules[kind])
 
-    loss, aux, metrics = _microbatches.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
+    loss, aux, metrics = semantics.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
     metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
     nothing = registers.allocate(outs.x, poison=poison)
     return State(

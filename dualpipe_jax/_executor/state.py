@@ -7,8 +7,8 @@ import jax
 from dualpipe_jax._executor import accumulators
 from dualpipe_jax._executor.accumulators import LayerGrads, LayerMetrics, Places
 from dualpipe_jax._executor.delivery import Mail
-from dualpipe_jax._executor.rules import Rule
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.rules import Rule
+from dualpipe_jax._model.kinds import Kind
 
 PyTree = Any
 

@@ -13,18 +13,21 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax import _kinds, _microbatches, _parameters, _varying
 from dualpipe_jax._executor import finish, memory, program, tracing, work
-from dualpipe_jax._executor.explicit import (
+from dualpipe_jax._executor.functions import Arguments, Functions
+from dualpipe_jax._executor.settings import Settings
+from dualpipe_jax._leaves import specs as _parameters
+from dualpipe_jax._leaves.explicit_axes import (
     context_mesh,
     explicit_axes,
     run_as_auto,
 )
-from dualpipe_jax._executor.functions import Arguments, Functions
-from dualpipe_jax._executor.leaves import pick
-from dualpipe_jax._executor.plan import Plan, by_kind
-from dualpipe_jax._executor.settings import Settings
-from dualpipe_jax._types import PyTree
+from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._leaves.plan import Plan, by_kind
+from dualpipe_jax._model import kinds as _kinds
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model import varying as _varying
+from dualpipe_jax._model.types import PyTree
 
 # A model's functions as one device runs them, and avals of their arguments.
 Traced = tuple[Functions, Arguments]
@@ -79,7 +82,7 @@ class Step(Settings):
         if self.output is not None:
             return result, None
         (loss, metrics), of_blocks = result, _kinds.by_layout(self.model, block_metrics)
-        result = _microbatches.result(self.model, loss, metrics, of_blocks)
+        result = semantics.result(self.model, loss, metrics, of_blocks)
         if grads is None:
             return result, None
         grads = {**grads, "blocks": _kinds.in_order_of(self.model, blocks, grads["blocks"])}

@@ -28,10 +28,10 @@ from jax import lax
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import registers, stages
-from dualpipe_jax._executor.leaves import pick, place
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.state import State
+from dualpipe_jax._leaves.leaves import pick, place
 from dualpipe_jax._schedule.ir import (
     DEFERRED,
     FIRST_LAYERS,

@@ -12,17 +12,19 @@ from typing import Any
 import jax
 from jax.tree_util import keystr
 
-from dualpipe_jax import _microbatches, _outputs, _varying
+from dualpipe_jax._errors import raise_all
 from dualpipe_jax._executor import accumulators
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.functions import Arguments, Functions, Gradients
-from dualpipe_jax._executor.leaves import pick, place, select
 from dualpipe_jax._executor.retrace import traced_once
-from dualpipe_jax._executor.rules import Rule, rules_of
-from dualpipe_jax._kinds import Kind
-from dualpipe_jax._refusals import raise_all
+from dualpipe_jax._leaves.leaves import pick, place, select
+from dualpipe_jax._leaves.rules import Rule, rules_of
+from dualpipe_jax._model import returns as _outputs
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model import varying as _varying
+from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.types import Aux, Context, Model
 from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp
-from dualpipe_jax._types import Aux, Context, Model
 
 PyTree = Any
 
@@ -78,12 +80,12 @@ def trace(
     @traced_once
     def head_of(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
         outputs = model.head(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
-        return _microbatches.head_outputs(model, outputs)
+        return semantics.head_outputs(model, outputs)
 
     def output_of(outside: PyTree, x: PyTree, ctx: Context) -> PyTree:
         assert output is not None
         outputs = output(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
-        return _microbatches.strong(outputs)
+        return semantics.strong(outputs)
 
     plain = {kind: with_shared(block) for kind, block in blocks.items()}
     params = {kind: (layer, shared) for kind, layer in args.layers.items()}
@@ -113,7 +115,7 @@ def trace(
     @traced_once
     def embed(outside: PyTree, ctx: Context) -> PyTree:
         ctx = replace(ctx, shared=outside.get("shared"))
-        return as_x(_microbatches.strong(model.embed(outside["ends"], ctx)))
+        return as_x(semantics.strong(model.embed(outside["ends"], ctx)))
 
     def head(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
         loss, metrics = head_of(outside, x, ctx)

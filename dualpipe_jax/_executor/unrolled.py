@@ -29,11 +29,11 @@ from dualpipe_jax._devices import find_device
 from dualpipe_jax._executor import accumulators, order, registers
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.layout import Layer
-from dualpipe_jax._executor.leaves import place, select
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.rows import RESIDUALS
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.leaves import place, select
+from dualpipe_jax._model.kinds import Kind
 
 PyTree = Any
 # Runs W: `(state, what is sent, what arrives) -> (state, what was sent, what has arrived)`. Whoever

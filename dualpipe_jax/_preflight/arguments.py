@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend import core as jcore
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dualpipe_jax._types import PyTree
+from dualpipe_jax._model.types import PyTree
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 
+from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._predict.waits import Waits
 from dualpipe_jax._preflight.actions import Action, work_by_action
 from dualpipe_jax._preflight.arguments import find_axes, place
 from dualpipe_jax._preflight.collectives import find_global_permutes
@@ -34,9 +37,6 @@ from dualpipe_jax._preflight.topologies import (
     make_mesh,
 )
 from dualpipe_jax._preflight.work import Costs, Work
-from dualpipe_jax._refusals import raise_all, show
-from dualpipe_jax._simulate.waits import Waits
-from dualpipe_jax._types import PyTree
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 

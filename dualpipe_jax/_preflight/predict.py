@@ -6,7 +6,7 @@ from typing import Any
 
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._devices import Device
-from dualpipe_jax._execution import Execution
+from dualpipe_jax._predict import Costs, simulate
 from dualpipe_jax._preflight.actions import OTHER, action_of, num_places
 from dualpipe_jax._preflight.exposure import Collective, exposed_seconds
 from dualpipe_jax._preflight.hlo import Module
@@ -15,7 +15,7 @@ from dualpipe_jax._preflight.ticks import costs_of_ticks
 from dualpipe_jax._preflight.timetable import Timetable, find_timetable
 from dualpipe_jax._preflight.work import Costs as CostsOf
 from dualpipe_jax._preflight.work import Work
-from dualpipe_jax._simulate import Costs, simulate
+from dualpipe_jax._schedule.execution import Execution
 
 # The steady loop runs two beats in a trip: two forwards, input grads and weight grads a rank.
 _BEATS = 2

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dualpipe_jax._execution import Execution
+from dualpipe_jax._predict.waits import Waits
 from dualpipe_jax._preflight.actions import Action
 from dualpipe_jax._preflight.collectives_text import HEAD, branch_lines, collective_rows
 from dualpipe_jax._preflight.copies import Copy
@@ -12,7 +12,7 @@ from dualpipe_jax._preflight.kernels import Kernel
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._preflight.units import show_bytes, show_flops, show_number, show_time
 from dualpipe_jax._preflight.waits_text import LEGEND, quiet_ticks, sums_table, ticks_table
-from dualpipe_jax._simulate.waits import Waits
+from dualpipe_jax._schedule.execution import Execution
 
 _LOOPS = {
     "steady": "the steady state, two beats a trip",

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._execution import Execution
+from dualpipe_jax._predict import Costs, compile_for
+from dualpipe_jax._predict.waits import Waits, explain_waits
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.links import Network, source_target_pairs
+from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._simulate import Costs, compile_for
-from dualpipe_jax._simulate.waits import Waits, explain_waits
 from dualpipe_jax.schedules import Schedule
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from dualpipe_jax._simulate.waits import EARLY, MERGED, NEXT, RECEIVER, TRANSFER, Tick, Wait, Waits
+from dualpipe_jax._predict.waits import EARLY, MERGED, NEXT, RECEIVER, TRANSFER, Tick, Wait, Waits
 
 _WORDS = {NEXT: "next", EARLY: "early", RECEIVER: "receiver", MERGED: "merged"}
 _MEANS = {

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
+from dualpipe_jax._model.varying import without_types
 from dualpipe_jax._split_vjp.cut import CHEAP_LATER
 from dualpipe_jax._split_vjp.graph import Graph, Node, When, evaluate, needed, read
 from dualpipe_jax._split_vjp.reductions import without_reductions
-from dualpipe_jax._varying import without_types
 
 
 def capture(

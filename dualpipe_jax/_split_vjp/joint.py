@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dualpipe_jax._model.varying import eval_shape, without_types
 from dualpipe_jax._split_vjp.graph import Constant, Graph, When
 from dualpipe_jax._split_vjp.reductions import without_reductions
-from dualpipe_jax._varying import eval_shape, without_types
 
 PyTree = Any
 

@@ -17,6 +17,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from dualpipe_jax._model.varying import varies_over
 from dualpipe_jax._split_vjp.graph import (
     Constant,
     Graph,
@@ -28,7 +29,6 @@ from dualpipe_jax._split_vjp.graph import (
     read,
 )
 from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early
-from dualpipe_jax._varying import varies_over
 
 
 def split_mapped(

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
 from dualpipe_jax._split_vjp.chains import finish_chains
@@ -29,7 +30,6 @@ from dualpipe_jax._split_vjp.memory_order import MemoryOrder, memory_orders
 from dualpipe_jax._split_vjp.nested import split_nested
 from dualpipe_jax._split_vjp.readers import find_casts, find_reads, find_rounded
 from dualpipe_jax._split_vjp.working import working_bytes
-from dualpipe_jax._types import Aux
 
 PyTree = Any
 Arrays = tuple[jax.Array, ...]

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpipe_jax._executor.accumulators import LayerGrads, Places, add, either, put, take
-from dualpipe_jax._executor.rules import LARGEST, SUM
-from dualpipe_jax._kinds import Kind
+from dualpipe_jax._leaves.rules import LARGEST, SUM
+from dualpipe_jax._model.kinds import Kind
 
 EARLY: dict[Kind, Places] = {"a": Places(layer=(0, 2), shared=(1,), rules=(SUM, SUM))}
 LATE: dict[Kind, Places] = {"a": Places(layer=(1, 2), shared=(0, 1), rules=(LARGEST, SUM))}

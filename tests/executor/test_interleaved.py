@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax import _build
+from dualpipe_jax._api import build
 from dualpipe_jax._executor import order, settings, unrolled
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.rank import Rank
@@ -88,7 +88,7 @@ def test_full_backwards_as_accelerators_run_them_by_default(
     monkeypatch: pytest.MonkeyPatch, schedule: str, num_layers: int, options: dict[str, Any]
 ) -> None:
     """In ticks, where layers take no turns as on CPUs."""
-    for module in (settings, _build):
+    for module in (settings, build):
         monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
     model, params, batch = make_model(frozenset(FEATURES)), make_params(num_layers), make_batch(12)
     grad_fn = dpj.value_and_grad(

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe_jax._executor.rules import LARGEST, SUM
 from dualpipe_jax._executor.spread import spread
 from dualpipe_jax._executor.stack import Stack
 from dualpipe_jax._executor.travel import plan_travel
+from dualpipe_jax._leaves.rules import LARGEST, SUM
 
 PLACEMENTS = {
     "one stage a rank": [[0, 1, 2, 3]],

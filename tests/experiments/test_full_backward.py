@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import dualpipe_jax as dpj
-from dualpipe_jax._simulate import of_transformer
+from dualpipe_jax._predict import of_transformer
 from experiments import documents
 from experiments.full_backward import full_backward
 from experiments.full_backward.full_backward import Beats, Row

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import SplitVjp, split_vjp
-from dualpipe_jax._types import Aux
 
 FLOAT0 = jax.dtypes.float0
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import split_vjp
-from dualpipe_jax._types import Aux
 
 PARAMS = {"up": jnp.ones((4, 8)), "gate": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import split_vjp
-from dualpipe_jax._types import Aux
 
 ROWS, LENGTH, HEADS, SIZE = 2, 5, 3, 4
 WIDTH = HEADS * SIZE

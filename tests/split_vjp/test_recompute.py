@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import SplitVjp, split_vjp
-from dualpipe_jax._types import Aux
 from tests.split_vjp import checks, test_branches, test_loops
 from tests.split_vjp.checks import W, X
 from tests.split_vjp.test_split import FLAX, FLAX_IDS, POLICIES, SEQUENCE, Mlp, flax_block

@@ -1,0 +1,182 @@
+"""How parameters, and the state of an optimizer, lie over a mesh: as gradients leave a step."""
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr
+
+from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._model import checks
+from dualpipe_jax._model import stacks as _stacks
+from dualpipe_jax._model.types import PyTree
+
+
+def shardings(
+    tree: PyTree,
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: str = "pipe",
+    param_specs: PyTree = None,
+    blocks: str = "blocks",
+) -> PyTree:
+    """Says how parameters lie over the mesh, or any state that holds trees like them.
+
+    So gradients leave `value_and_grad`, and so the updated state leaves a training step. A state
+    that lies otherwise when it comes in makes the second call of the step compile it again:
+
+    >>> import jax, jax.numpy as jnp, optax, dualpipe_jax as dpj
+    >>> mesh = jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2])
+    >>> params = {"ends": jnp.ones(3), "blocks": {"kernel": jnp.ones((4, 3, 3))}}
+    >>> state = params, optax.adam(1e-3).init(params)
+    >>> state = jax.device_put(state, dpj.shardings(state, mesh=mesh))
+    >>> state[1][0].mu["blocks"]["kernel"].sharding.spec, state[1][0].count.sharding.spec
+    (P('pipe',), P())
+
+    Args:
+      tree: Arrays or `jax.ShapeDtypeStruct`s: parameters, an optax state, a
+        `flax.training.train_state.TrainState`, an `nnx.Module`, an `nnx.Optimizer`. A leaf under
+        a key or attribute `blocks` has the layers' dim first, unless they are those of a module
+        whose layers stand in a list.
+      mesh: The mesh.
+      axis: The pipeline axis.
+      param_specs: As for `value_and_grad`, by `"ends"`, `"blocks"` and `"shared"` always. An
+        optimizer's state of a parameter lies as the parameter, in the dims that the axes divide.
+      blocks: The key or attribute under which the layers are stacked: of an NNX module that of the
+        stack.
+
+    Returns:
+      A tree of `jax.sharding.NamedSharding`s, as `jax.device_put` and `out_shardings=` take it:
+      the layers' dim over `axis` if the axis divides it, all else as param_specs says.
+
+    Raises:
+      ValueError: If the mesh has no such axis, or param_specs names another one, or one twice.
+      TypeError: If param_specs holds anything but PartitionSpecs, or blocks is no name.
+    """
+    checks.mesh_axis(mesh, axis)
+    if not isinstance(blocks, str):
+        raise TypeError(f"blocks={blocks!r}: must be a name")
+    _require_specs(param_specs, mesh)
+
+    def sharding(keys: Sequence[Any], leaf: Any, *, is_stacked: bool) -> NamedSharding:
+        shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
+        spec = _spec_of(param_specs, keys)
+        entries = [_divided(mesh, entry, n) for entry, n in zip(spec, shape, strict=False)]
+        if is_stacked and shape:
+            entries[:1] = [axis if shape[0] % mesh.shape[axis] == 0 else None]
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    def in_parameters(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        keys = _stacks.keys_of(path)
+        return sharding(keys, leaf, is_stacked=keys[0] == "blocks")
+
+    def elsewhere(path: Sequence[Any], leaf: Any) -> Any:
+        if _is_parameters(leaf):
+            return of_parameters(leaf)
+        # In a module, say, parts go by their names alone, and layers may stand in a list.
+        keys = _stacks.keys_of(path)
+        names = (*_stacks.PARTS, blocks)
+        found = keys[next((n for n, key in enumerate(keys) if key in names), len(keys)) :]
+        found[:1] = ["blocks" if key == blocks else key for key in found[:1]]
+        return sharding(found, leaf, is_stacked=_stacks.is_stacked(path, blocks))
+
+    def of_parameters(node: Mapping[str, Any]) -> PyTree:
+        is_child = partial(operator.is_not, node)
+        parts, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_child)
+        inner = [any(map(_is_parameters, _leaves(part))) for _, part in parts]
+        if any(inner):
+            # Its keys are labels, of groups of parameters say.
+            return structure.unflatten([of_any(part) for _, part in parts])
+        return jax.tree_util.tree_map_with_path(in_parameters, node)
+
+    def of_any(tree: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(elsewhere, tree, is_leaf=_is_parameters)
+
+    return of_any(tree)
+
+
+def _is_parameters(node: Any) -> bool:
+    return isinstance(node, Mapping) and {"ends", "blocks"} <= node.keys()
+
+
+def _leaves(tree: PyTree) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_is_parameters)
+
+
+def _require_specs(param_specs: PyTree, mesh: Mesh | AbstractMesh) -> None:
+    """Requires a tree of PartitionSpecs, by parts, whose axes are the mesh's, each once in a spec.
+
+    Raises:
+      ValueError: If it names other parts or axes, or one twice.
+      TypeError: If it holds anything but PartitionSpecs.
+    """
+    if param_specs is None or isinstance(param_specs, PartitionSpec):
+        parts = {}
+    elif isinstance(param_specs, Mapping):
+        parts = param_specs
+    else:
+        raise TypeError(
+            f"param_specs: must be a dict by the parts of params; got {show(param_specs)}"
+        )
+    raise_all(
+        f"param_specs: must be by {', '.join(map(repr, _stacks.PARTS))}",
+        (repr(key) for key in parts if key not in _stacks.PARTS),
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(
+        param_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+    raise_all(
+        "param_specs: must hold PartitionSpecs",
+        (f"{keystr(path)} is {show(leaf)}" for path, leaf in leaves if not _is_spec(leaf)),
+        error=TypeError,
+    )
+    names = [(path, [n for entry in spec for n in _names(entry)]) for path, spec in leaves]
+    raise_all(
+        f"param_specs: must name axes of the mesh, which has {tuple(mesh.shape)}, each once",
+        (
+            f"{keystr(path)} names {name!r}" + " twice" * (name in mesh.shape)
+            for path, each in names
+            for name in dict.fromkeys(each)
+            if name not in mesh.shape or each.count(name) > 1
+        ),
+    )
+
+
+def _is_spec(leaf: Any) -> bool:
+    """Whether it is a PartitionSpec of names, tuples of names, and None."""
+    if not isinstance(leaf, PartitionSpec):
+        return False
+    return all(entry is None or all(isinstance(n, str) for n in _names(entry)) for entry in leaf)
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    """The axes that an entry of a spec names."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+
+
+def _spec_of(specs: PyTree, keys: Sequence[Any]) -> PartitionSpec:
+    """Finds the spec of the branch of parameters in which a leaf stands; empty if there is none."""
+    node = specs if keys else None
+    for key in keys:
+        if node is None or isinstance(node, PartitionSpec):
+            break
+        if isinstance(node, Mapping):
+            node = node.get(key)
+        else:  # a tuple of stacks, say
+            node = node[key] if isinstance(key, int) and key < len(node) else None
+    return node if isinstance(node, PartitionSpec) else PartitionSpec()
+
+
+def _divided(mesh: Mesh | AbstractMesh, entry: Any, size: int) -> Any:
+    """An entry of a spec for a dim of a size; None where the axes do not divide it."""
+    parts = math.prod(mesh.shape[name] for name in _names(entry))
+    return entry if entry is not None and size % parts == 0 else None

@@ -1,0 +1,1 @@
+"""What a model means, the same for the pipeline and for `sequential`."""

@@ -1,0 +1,159 @@
+"""The meaning of a step, shared by the pipeline and by `sequential`.
+
+What microbatch m is, which key a layer gets, and what the loss is made of: defined once, here.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dualpipe_jax._model.types import Aux, Context, Metrics, Model, PyTree
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Makes arrays of Python scalars, and leaves what is not one for the checks to name."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf,
+        tree,
+    )
+
+
+def split(batch: PyTree, num_microbatches: int) -> PyTree:
+    """Reshapes every leaf `[B, ...]` to `[num_microbatches, B / num_microbatches, ...]`."""
+    return jax.tree.map(
+        lambda leaf: (
+            leaf.reshape(num_microbatches, -1, *leaf.shape[1:])
+            if leaf.size
+            else leaf.reshape(num_microbatches, leaf.shape[0] // num_microbatches, *leaf.shape[1:])
+        ),
+        batch,
+    )
+
+
+def take(tree: PyTree, index: jax.Array | int) -> PyTree:
+    """Takes entry `index` of the leading dim of every leaf."""
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+
+
+def microbatch_key(rng: jax.Array | None, index: jax.Array) -> jax.Array | None:
+    """Derives the key of microbatch `index`, or None."""
+    return None if rng is None else jax.random.fold_in(rng, index)
+
+
+def context(
+    microbatch: PyTree,
+    key: jax.Array | None,
+    position: Any,
+    *,
+    is_layer: bool = False,
+    shard: jax.Array | None = None,
+    shared: PyTree = None,
+) -> Context:
+    """Builds the context of a function at `position`: a layer, or past the layers for the ends.
+
+    `key` is the microbatch's key; embed is at position num_layers, head at num_layers + 1. The
+    index of a shard of the batch, if there are several, is folded in last.
+    """
+    if key is not None:
+        key = jax.random.fold_in(key, position)
+        key = key if shard is None else jax.random.fold_in(key, shard)
+    layer = jnp.asarray(position, jnp.int32) if is_layer else None
+    return Context(microbatch=microbatch, layer=layer, rng=key, shared=shared)
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """Returns the dtype in which values of `dtype` are summed: float32 or wider, ints exactly."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return wider_dtype(dtype, jnp.float32)
+    return wider_dtype(dtype, jnp.int32)
+
+
+def wider_dtype(one: Any, other: Any) -> Any:
+    """Returns the dtype that holds both, even where `jax_numpy_dtype_promotion` is `"strict"`."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
+
+
+def zeros_for_sum(tree: PyTree) -> PyTree:
+    """Makes zeros in which values of the shapes and dtypes of `tree` can be summed."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, accumulator_dtype(a.dtype)), tree)
+
+
+def add(total: PyTree, value: PyTree) -> PyTree:
+    """Adds `value` to `total` in the dtype of `total`."""
+    return jax.tree.map(lambda a, b: a + jnp.asarray(b).astype(a.dtype), total, value)
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Gives every leaf its dtype for good: a Python scalar's weak type would not survive a loop."""
+    return jax.tree.map(
+        lambda a: lax.convert_element_type(a, a.dtype) if a.weak_type else a,
+        jax.tree.map(jnp.asarray, tree),
+    )
+
+
+def head_outputs(model: Model, outputs: PyTree) -> tuple[jax.Array, PyTree]:
+    """Splits what head returned into its loss and its metrics (None without has_aux)."""
+    loss, metrics = outputs if model.has_aux else (outputs, None)
+    return jnp.asarray(loss), jax.tree.map(jnp.asarray, metrics)
+
+
+def gives_aux(outputs: Any) -> bool:
+    """Whether a block returned `(x, Aux)`."""
+    return isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], Aux)
+
+
+def block_outputs(model: Model, outputs: PyTree) -> tuple[PyTree, Aux]:
+    """Splits what block returned into x and its Aux (an empty one without)."""
+    x, aux = outputs if model.block_has_aux or gives_aux(outputs) else (outputs, Aux())
+    aux = aux if isinstance(aux, Aux) else Aux(loss=aux)
+    return jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, aux)
+
+
+def total_weight(model: Model, microbatches: PyTree) -> jax.Array | None:
+    """Sums `model.weight` over the microbatches `[num_microbatches, ...]`; None without weight."""
+    weight = model.weight
+    if weight is None:
+        return None
+
+    def body(total: jax.Array, microbatch: PyTree) -> tuple[jax.Array, None]:
+        return total + jnp.asarray(weight(microbatch)).astype(total.dtype), None
+
+    first = jax.eval_shape(weight, jax.eval_shape(lambda tree: take(tree, 0), microbatches))
+    dtype = wider_dtype(first.dtype, jnp.float32)
+    return lax.scan(body, jnp.zeros((), dtype), microbatches)[0]
+
+
+def add_at(total: PyTree, value: PyTree, index: Any) -> PyTree:
+    """Adds `value` to entry `index` of the leading dim of `total`, in the dtype of `total`."""
+
+    def one(total: jax.Array, mine: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(total, mine, index, 0)
+
+    return jax.tree.map(one, total, add(take(total, index), value))
+
+
+def loss_of_sums(
+    loss_sum: jax.Array, aux_sum: jax.Array | None, weight: jax.Array | None, count: int
+) -> jax.Array:
+    """Makes the loss of sums over `count` microbatches.
+
+    loss = sum(head) / count or sum(head) / sum(weight), plus sum(aux losses) / count.
+    """
+    loss = loss_sum / (count if weight is None else weight.astype(loss_sum.dtype))
+    if aux_sum is not None:
+        dtype = wider_dtype(loss.dtype, aux_sum.dtype)
+        loss = loss.astype(dtype) + aux_sum.astype(dtype) / count
+    return loss
+
+
+def result(model: Model, loss: jax.Array, metrics: PyTree, blocks: PyTree) -> Any:
+    """Makes what a user is given of the loss, the head's metrics, and those of blocks, stacked.
+
+    That is the loss, `(loss, metrics)` with has_aux, or `(loss, Metrics)` if blocks have any.
+    """
+    if jax.tree.leaves(blocks):
+        return loss, Metrics(head=metrics, blocks=blocks)
+    return (loss, metrics) if model.has_aux else loss

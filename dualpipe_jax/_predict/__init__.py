@@ -1,0 +1,28 @@
+"""How long a step takes and what it holds, by its tables alone: simulated and ranked without JAX.
+
+One file an idea: `costs`, `simulation` (what a replay took), `decide` (the fastest execution),
+`simulate`, `waits` (for whom ranks wait, and why), `published` (what the papers say); and to rank
+schedules, `transformer` (sizes -> bytes and costs), `memory` (tables and bytes -> a rank's memory,
+term by term), `ranking`. The replay, which waits as the program does, is the schedule compiler's.
+"""
+
+from dualpipe_jax._predict.costs import FULL_BACKWARD as FULL_BACKWARD
+from dualpipe_jax._predict.costs import TRANSFER as TRANSFER
+from dualpipe_jax._predict.costs import Costs as Costs
+from dualpipe_jax._predict.costs import of_transformer as of_transformer
+from dualpipe_jax._predict.decide import decide as decide
+from dualpipe_jax._predict.decide import has_pairs as has_pairs
+from dualpipe_jax._predict.decide import has_steady_state as has_steady_state
+from dualpipe_jax._predict.decide import usual_costs as usual_costs
+from dualpipe_jax._predict.memory import LayerBytes as LayerBytes
+from dualpipe_jax._predict.memory import ParameterBytes as ParameterBytes
+from dualpipe_jax._predict.memory import Term as Term
+from dualpipe_jax._predict.memory import memory_of as memory_of
+from dualpipe_jax._predict.ranking import HEADROOM as HEADROOM
+from dualpipe_jax._predict.ranking import Choice as Choice
+from dualpipe_jax._predict.ranking import choices_of as choices_of
+from dualpipe_jax._predict.ranking import in_order as in_order
+from dualpipe_jax._predict.simulate import simulate as simulate
+from dualpipe_jax._predict.simulation import Simulation as Simulation
+from dualpipe_jax._predict.simulation import compile_for as compile_for
+from dualpipe_jax._predict.transformer import Transformer as Transformer

@@ -1,0 +1,132 @@
+"""Schedule and costs -> the `Execution` that is predicted to be the fastest, where it is left open.
+
+The one place in which it is decided, for steps, simulations and choices, on every platform.
+"""
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._predict.costs import Costs, of_transformer
+from dualpipe_jax._predict.simulation import replay_schedule
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax.schedules import Schedule
+
+# The attention's part of a transformer's forward, where the context is as long as the model is
+# wide: 2 of 12 + 2.
+_ATTENTION = 1 / 7
+
+
+def usual_costs(*, recomputes: bool) -> Costs:
+    """Gives the costs of a transformer, for a model of which nothing is said.
+
+    Args:
+      recomputes: Whether an input grad, and a deferred weight grad, runs the blocks forward again.
+    """
+    return of_transformer(attention=_ATTENTION, recomputes=recomputes)
+
+
+@lru_cache(maxsize=256)
+def decide(
+    schedule: Schedule,
+    execution: Execution,
+    *,
+    costs: Costs,
+    transfer: float,
+    layers_of_stage: tuple[int, ...] | None,
+    recomputes: bool,
+    rendezvous: bool = True,
+    placed_by: Costs | None = None,
+) -> Execution:
+    """Decides what an execution leaves open, but for `unroll`, which takes the same time here.
+
+    The aligned timetable may have more ticks, but its run of beats hides the transfers; so it pays
+    from some number of microbatches on. For full backwards speaks that nothing is stashed for a
+    whole stage, and that their two halves take as long as each other; against them, that the
+    neighbour gets its cotangent later. A run of beats keeps input grads and weight grads apart:
+    around it a full backward gains less than what its loop may lose (up to 3 % of its cycles,
+    experiments/full_backward).
+
+    >>> from dualpipe_jax import schedules
+    >>> costs = usual_costs(recomputes=False)
+    >>> options = dict(costs=costs, transfer=0.1, layers_of_stage=None, recomputes=False)
+    >>> for name, num_microbatches in ("dualpipe", 5), ("dualpipe", 32), ("1f1b", 16):
+    ...     made = schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
+    ...     print(name, num_microbatches, decide(made, Execution(), **options))
+    dualpipe 5 no overlap, split backwards, deferred weight grads store
+    dualpipe 32 overlap, split backwards, deferred weight grads store
+    1f1b 16 no overlap, full backwards, deferred weight grads store
+
+    Args:
+      schedule: The schedule.
+      execution: What is given.
+      costs: As `simulate`.
+      transfer: As `simulate`.
+      layers_of_stage: The layers of each stage; None if they are alike, and have two equal halves.
+      recomputes: Whether there is anything that a deferred weight grad could recompute.
+      rendezvous: As `simulate`.
+      placed_by: As `simulate`.
+
+    Returns:
+      The execution; `overlap` is True only of one with a run of beats. Of equally fast ones, that
+      without a run, and that with input grads and weight grads apart.
+
+    Raises:
+      ValueError: if the schedule cannot run, or not be aligned where that is asked for.
+    """
+
+    def seconds(execution: Execution) -> float:
+        return replay_schedule(
+            schedule,
+            execution,
+            costs=costs,
+            transfer=transfer,
+            layers_of_stage=layers_of_stage,
+            # In the two-tick timetable, for GPUs, senders do not wait.
+            rendezvous=rendezvous and execution.overlap != "two-tick",
+            placed_by=placed_by,
+        ).makespan
+
+    def is_faster(execution: Execution, than: Execution) -> bool:
+        one, other = seconds(execution), seconds(than)
+        # Equal sums in different orders may differ in their last bits.
+        return one < other and not math.isclose(one, other, rel_tol=1e-9)
+
+    if not recomputes:
+        execution = replace(execution, deferred="store")
+    elif execution.deferred is None:
+        execution = replace(execution, deferred="recompute")
+    is_split = execution.split_backward is not False
+    if execution.overlap is None and has_pairs(schedule):
+        plain = replace(execution, overlap=False, split_backward=is_split)
+        try:
+            overlaps = is_faster(replace(plain, overlap=True), plain)
+        except ScheduleError:
+            overlaps = False
+        execution = replace(execution, overlap=overlaps)
+    if execution.overlap in (None, True):
+        execution = replace(
+            execution, overlap=bool(execution.overlap) and has_steady_state(schedule)
+        )
+    if execution.split_backward is None:
+        split = replace(execution, split_backward=True)
+        full = replace(execution, split_backward=False)
+        is_full = execution.overlap is not True and is_faster(full, split)
+        execution = full if is_full else split
+    return execution
+
+
+def has_pairs(schedule: Schedule) -> bool:
+    """Whether a forward and a backward of it run side by side, which can be aligned."""
+    return bool((schedule.program.units.pair >= 0).any())
+
+
+def has_steady_state(schedule: Schedule) -> bool:
+    """Whether its pairs, aligned, have a run of beats.
+
+    Raises:
+      ValueError: if they cannot be aligned.
+    """
+    return compile_program(schedule.program, timetable="aligned").tables.steady is not None

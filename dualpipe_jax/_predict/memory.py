@@ -1,0 +1,189 @@
+"""Compiled tables and bytes -> the memory of a rank inside a step, term by term.
+
+The buffers are those of the executor: slots by `num_slots`, each with room for the layers of the
+largest stage. What XLA needs beside them for its fusions and copies is not known here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.tables import Tables
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}iB": 2 ** (10 * i) for i, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}B": 10 ** (3 * i) for i, prefix in enumerate("KMGT", start=1)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBytes:
+    """Bytes that one layer keeps of one microbatch on one device, and two of no layer.
+
+    Attributes:
+      x: What travels between stages.
+      residual: From the forward to the input grad, if only that reads it.
+      weight_residual: From the forward to the weight grad.
+      stash: From the input grad to the weight grad.
+      deferred: The same for a deferred weight grad, which may recompute.
+      working: The largest value that is in no buffer, such as the logits.
+    """
+
+    x: float
+    residual: float
+    weight_residual: float
+    stash: float
+    deferred: float
+    working: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterBytes:
+    """Parameters on one device, and bytes of each.
+
+    Attributes:
+      layer: Parameters of a layer.
+      ends: Parameters outside the layers; every rank has them all.
+      parameter: Bytes of a parameter.
+      gradient: Bytes of its gradient while it is added up.
+      optimizer: Bytes of its optimizer state.
+
+    Raises:
+      ValueError: if one is negative or not finite, naming all such.
+    """
+
+    layer: float
+    ends: float
+    parameter: float
+    gradient: float
+    optimizer: float
+
+    def __post_init__(self) -> None:
+        wrong = [f"{n}={v!r}" for n, v in vars(self).items() if not 0 <= v < math.inf]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: must be a finite number, 0 or more")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a rank's memory, in bytes, and what it is made of."""
+
+    name: str
+    num_bytes: float
+    why: str
+
+
+def memory_of(
+    tables: Tables,
+    execution: Execution,
+    *,
+    num_layers: int,
+    layer: LayerBytes,
+    parameters: ParameterBytes,
+) -> tuple[Term, ...]:
+    """Lists what the fullest rank holds while the step runs.
+
+    Args:
+      tables: The schedule's, compiled as the step compiles it.
+      execution: How they are run, all decided but `unroll`.
+      num_layers: The layers of the model.
+      layer: What a layer keeps.
+      parameters: The parameters.
+    """
+    P, S = tables.num_ranks, tables.num_stages
+    of_stage = -(-num_layers // S)  # every slot and chunk has room for the largest stage
+    # Layers that do not divide by the ranks lie on all of them (JAX has no uneven shards).
+    shard = num_layers // P if num_layers % P == 0 else num_layers
+    in_place = (tables.stage_of == np.arange(P)).all(axis=1) & (num_layers % S == 0)
+    fetched = int((~in_place).sum()) * of_stage
+    chunks = tables.num_chunks * of_stage
+    slots = dict(tables.num_slots)
+    # In a run of beats there is a stash still: weight grads hide the transfers there.
+    full_backward = not execution.split_backward
+    by_layer = full_backward and tables.steady is None
+    if full_backward:
+        slots["stash"] = int(not by_layer)
+    elif DEFERRED in slots:
+        # As in the executor: every I writes a stash, be its W deferred.
+        slots["stash"] = max(slots["stash"], 1)
+    received = slots["received"] + 1
+    ends_bytes = parameters.parameter + parameters.gradient + parameters.optimizer
+
+    def of_slots(name: str, num_bytes: float) -> Term:
+        count = slots.get(name, 0)
+        why = f"{_count(count, 'slot')} x {_count(of_stage, 'layer')} x {format_bytes(num_bytes)}"
+        return Term(name.replace("_", " "), count * of_stage * num_bytes, why)
+
+    return (
+        Term(
+            "weights",
+            (shard + fetched) * parameters.layer * parameters.parameter,
+            f"{_count(shard, 'layer')} stored" + (f", {fetched} fetched" if fetched else ""),
+        ),
+        Term(
+            "gradients",
+            chunks * parameters.layer * parameters.gradient,
+            f"{_count(chunks, 'layer')}",
+        ),
+        Term(
+            "optimizer",
+            shard * parameters.layer * parameters.optimizer,
+            f"{_count(shard, 'layer')}",
+        ),
+        Term("ends", parameters.ends * ends_bytes, "weights, gradients, optimizer state"),
+        Term(
+            "received",
+            (received + 2) * layer.x,
+            f"{_count(received, 'slot')} and 2 on their way x {format_bytes(layer.x)}",
+        ),
+        of_slots("residual", layer.residual),
+        of_slots("weight_residual", layer.weight_residual),
+        Term("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
+        if by_layer
+        else of_slots("stash", layer.stash),
+        of_slots(DEFERRED, layer.stash if execution.deferred == "store" else layer.deferred),
+        Term("working", layer.working, "the largest value in no buffer"),
+    )
+
+
+def parse_bytes(value: object) -> float:
+    """Reads a size, with or without a unit.
+
+    >>> parse_bytes("80 GiB") == 80 * 2**30, parse_bytes("1.5MB"), parse_bytes(512)
+    (True, 1500000.0, 512.0)
+
+    Raises:
+      ValueError: if it is none.
+    """
+    text = str(value).strip()
+    digits = text.rstrip("BKMGTi ")
+    try:
+        number = float(digits)
+    except ValueError:
+        number = math.nan
+    unit = text[len(digits) :].strip()
+    if not 0 <= number < math.inf or unit not in _UNITS:
+        raise ValueError(f"{text!r} is not a size: a number of bytes, or such as 80GiB or 1.5MB")
+    return number * _UNITS[unit]
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Writes a size as people read it.
+
+    >>> format_bytes(512), format_bytes(1.5 * 2**20), format_bytes(80 * 2**30)
+    ('512 B', '1.5 MiB', '80 GiB')
+    """
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 2 ** (10 * power):
+            number = num_bytes / 2 ** (10 * power)
+            return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"

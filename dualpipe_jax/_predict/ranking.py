@@ -1,0 +1,215 @@
+"""Schedules, costs and bytes -> choices: those that fit by step time, then those that do not."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dualpipe_jax._predict.costs import Costs
+from dualpipe_jax._predict.decide import has_pairs, has_steady_state
+from dualpipe_jax._predict.memory import Term, format_bytes
+from dualpipe_jax._predict.simulate import simulate
+from dualpipe_jax._predict.simulation import Simulation, compile_for
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.stage_sizes import spread_evenly
+from dualpipe_jax._schedule.tables import Tables
+from dualpipe_jax.schedules import Schedule
+
+# The share of the memory that is left to the compiler: the terms are within 5 % of the peak that a
+# TPU's compiler finds (experiments/memory); memory in pieces, and the optimizer's own temporaries,
+# are in neither.
+HEADROOM = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One schedule in one execution.
+
+    Attributes:
+      made: The schedule.
+      layers_per_stage: As for `value_and_grad`.
+      simulation: What its replay took.
+      remat: As for `value_and_grad`.
+      terms: The memory of the fullest rank.
+      limit: The memory that there is; in bytes, as all.
+      headroom: The share of it that is left to the compiler's own temporaries.
+      costs: The costs by which actions are to be placed; None for those of a model of which nothing
+        is said.
+    """
+
+    made: Schedule
+    layers_per_stage: tuple[int, ...] | None
+    simulation: Simulation
+    remat: Any
+    terms: tuple[Term, ...]
+    limit: float
+    headroom: float = 0.0
+    costs: Costs | None = None
+
+    @property
+    def schedule(self) -> str:
+        """The schedule's name."""
+        return self.simulation.schedule
+
+    @property
+    def execution(self) -> Execution:
+        """How its order becomes a program, all decided but `unroll`."""
+        return self.simulation.execution
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `value_and_grad` that make this step, beside those that all share."""
+        found = {
+            "schedule": self.schedule if self.made.is_named else self.made,
+            "layers_per_stage": self.layers_per_stage,
+            "remat": self.remat,
+            "execution": self.execution,
+            "costs": self.costs,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def num_bytes(self) -> float:
+        """The sum of all terms."""
+        return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough, with the headroom."""
+        return self.num_bytes <= self.limit * (1 - self.headroom)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the memory is enough for the terms, but not with the headroom."""
+        return not self.fits and self.num_bytes <= self.limit
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Shares of `num_ranks * makespan` that do not go into the work itself.
+
+        `recomputed`: for deferred weight grads. `uneven`: ranks have less work than the busiest.
+        `bubble`: that one waits for what it needs. `false_waits`: and for what it does not need
+        yet, or never. All but the first are idle time.
+        """
+        made = self.simulation
+        mean, most = sum(made.work) / made.num_ranks, max(made.work)
+        parts = {
+            "recomputed": made.recomputed,
+            "uneven": most - mean,
+            "bubble": made.dependency_makespan - most,
+            "false_waits": made.makespan - made.dependency_makespan,
+        }
+        # Sums in different orders differ in their last bits.
+        return {name: max(0.0, part) / made.makespan for name, part in parts.items()}
+
+    @property
+    def why(self) -> str:
+        """Says in one line what it loses, or why it does not fit."""
+        if self.is_tight:
+            left = format_bytes(self.limit - self.num_bytes)
+            return (
+                f"tight: leaves {left} of {format_bytes(self.limit)} to the compiler's own "
+                f"temporaries, less than {self.headroom:.0%}"
+            )
+        if not self.fits:
+            most = max(self.terms, key=lambda term: term.num_bytes)
+            excess, size = format_bytes(self.num_bytes - self.limit), format_bytes(most.num_bytes)
+            return f"{excess} too large: most of it is {most.name}, {size} ({most.why})"
+        return ", ".join(
+            f"{share:.1%} {name.replace('_', ' ')}"
+            for name, share in self.losses.items()
+            if share >= 0.0005
+        )
+
+
+def choices_of(
+    schedule: Schedule,
+    *,
+    num_layers: int,
+    layers_per_stage: tuple[int, ...] | None = None,
+    costs: Costs,
+    transfer: float,
+    recomputes: bool,
+    terms_of: Callable[[Tables, Execution], tuple[Term, ...]],
+    limit: float,
+    remat: Any,
+    headroom: float = 0.0,
+    placed_by: Costs | None = None,
+) -> list[Choice]:
+    """Predicts time and memory of a schedule, with a run of beats and without, if it can have one.
+
+    With full backwards and without, the slower is left out unless it takes less memory.
+
+    Args:
+      schedule: The schedule.
+      num_layers: The layers of the model.
+      layers_per_stage: As for `value_and_grad`.
+      costs: How long actions take.
+      transfer: How long a value travels to a neighbour.
+      recomputes: Whether blocks are rematerialised.
+      terms_of: Gives the memory of the fullest rank.
+      limit: The memory of a rank, in bytes.
+      remat: As each `Choice` holds it; and so headroom.
+      headroom: See there.
+      placed_by: The costs that each `Choice` holds.
+
+    Raises:
+      ValueError: as `simulate`.
+    """
+
+    def choice(execution: Execution) -> Choice:
+        simulation = simulate(
+            schedule,
+            costs=costs,
+            transfer=transfer,
+            num_layers=num_layers,
+            layers_per_stage=layers_per_stage,
+            execution=execution,
+        )
+        execution = simulation.execution
+        tables, _ = compile_for(
+            schedule,
+            execution,
+            costs=costs,
+            transfer=transfer,
+            layers_of_stage=layers_per_stage or spread_evenly(num_layers, schedule.num_stages),
+        )
+        terms = terms_of(tables, execution)
+        return Choice(
+            made=schedule,
+            layers_per_stage=layers_per_stage,
+            simulation=simulation,
+            remat=remat,
+            terms=terms,
+            limit=limit,
+            headroom=headroom,
+            costs=placed_by,
+        )
+
+    overlaps = (False, True) if has_pairs(schedule) and has_steady_state(schedule) else (False,)
+    deferred = "recompute" if recomputes else "store"
+    choices = []
+    for overlap in overlaps:
+        made = [
+            choice(Execution(overlap=overlap, split_backward=is_split, deferred=deferred))
+            for is_split in (True, False)
+        ]
+        first, *others = sorted(made, key=_time_and_memory)
+        choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
+    return choices
+
+
+def in_order(choices: Iterable[Choice]) -> list[Choice]:
+    """Sorts choices: those that fit, the fastest first; then tight ones, then others, likewise.
+
+    Of two that are equally fast, the one with less memory comes first.
+    """
+    return sorted(choices, key=_place)
+
+
+def _place(choice: Choice) -> tuple[bool, bool, float, float]:
+    return not choice.fits, not choice.is_tight, *_time_and_memory(choice)
+
+
+def _time_and_memory(choice: Choice) -> tuple[float, float]:
+    # Sums in different orders differ in their last bits.
+    return float(f"{choice.simulation.makespan:.9g}"), choice.num_bytes

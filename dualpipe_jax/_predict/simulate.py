@@ -1,0 +1,117 @@
+"""`simulate`: checks what the user gave, decides what is left open, and replays it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dualpipe_jax._predict.costs import COST, Costs, as_number, is_cost
+from dualpipe_jax._predict.decide import decide
+from dualpipe_jax._predict.simulation import Simulation, replay_schedule
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.stage_sizes import MOST_LAYERS, require_sum, spread_evenly, stage_sizes
+from dualpipe_jax.schedules import Schedule
+
+
+def simulate(
+    schedule: Schedule,
+    *,
+    costs: Costs | None = None,
+    transfer: float = 0.0,
+    num_layers: int | None = None,
+    layers_per_stage: Sequence[int] | None = None,
+    execution: Execution = Execution(split_backward=True),  # noqa: B008
+    rendezvous: bool = True,
+    placed_by: Costs | None = None,
+) -> Simulation:
+    """Replays the tables of a schedule.
+
+    >>> from dualpipe_jax import schedules
+    >>> schedule = schedules.make("zb-h1", num_ranks=2, num_microbatches=3)
+    >>> simulation = simulate(schedule, costs=Costs(forward=3))
+    >>> simulation.makespan, simulation.dependency_makespan, simulation.published_bubble
+    (18.0, 18.0, 3.0)
+
+    Args:
+      schedule: The schedule.
+      costs: How long actions take; by default 1 each.
+      transfer: How long a value travels to a neighbour, whatever the size of a stage.
+      num_layers: The layers of the model, of which the first stages get one more if they do not
+        divide; by default all stages are equal.
+      layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`.
+      execution: As for `value_and_grad`, where None is decided at these costs; by default input
+        grads and weight grads run apart. Stages of a number of layers that is not given have two
+        halves alike.
+      rendezvous: Whether a sender waits for its receiver, as on CPUs and TPUs; not on GPUs.
+      placed_by: The costs by which the step's actions were placed in ticks, if not these: those of
+        `value_and_grad(costs=)`, with a transfer of a tenth of the forward as there. (Steps of more
+        than 20,000 actions, and in the two-tick timetable, are not placed by any.)
+
+    Raises:
+      ValueError: if the schedule cannot run or be aligned, `transfer` is negative, not finite or
+        larger than 1e100, there are fewer layers than stages, or layers_per_stage does not fit.
+      TypeError: if an argument has a wrong type.
+    """
+    _require_types(
+        schedule=schedule,
+        costs=costs,
+        num_layers=num_layers,
+        execution=execution,
+        rendezvous=rendezvous,
+        placed_by=placed_by,
+    )
+    costs, transfer = costs or Costs(), as_number("transfer", transfer)
+    if not is_cost(transfer):
+        raise ValueError(f"transfer={transfer!r}: {COST}")
+    options: dict[str, Any] = {
+        "costs": costs,
+        "transfer": transfer,
+        "layers_of_stage": _layers_of_stage(schedule, num_layers, layers_per_stage),
+        "rendezvous": rendezvous,
+        "placed_by": placed_by,
+    }
+    recomputes = (placed_by or costs).recompute > 0
+    execution = decide(schedule, execution, recomputes=recomputes, **options)
+    return replay_schedule(schedule, execution, **options)
+
+
+def _layers_of_stage(
+    schedule: Schedule, num_layers: int | None, layers_per_stage: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    """Counts the layers of each stage; None if nothing is said of them."""
+    num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
+    sizes = stage_sizes(
+        layers_per_stage,
+        num_stages=num_stages,
+        where=f" of schedule {schedule.name!r} on {num_ranks} ranks",
+    )
+    if num_layers is None:
+        return sizes
+    require_sum(sizes, num_layers)
+    if not num_stages <= num_layers <= MOST_LAYERS:
+        raise ValueError(
+            f"num_layers={num_layers}: must be at least the {num_stages} stages of schedule "
+            f"{schedule.name!r} on {num_ranks} ranks, and at most {MOST_LAYERS:,}"
+        )
+    return sizes or spread_evenly(num_layers, num_stages)
+
+
+def _require_types(**arguments: Any) -> None:
+    """Requires the types that `simulate` states."""
+    costs = (Costs, type(None)), "a dualpipe_jax.Costs, or None"
+    wanted: dict[str, tuple[tuple[Any, ...], str]] = {
+        "schedule": ((Schedule,), "a dualpipe_jax.Schedule"),
+        "costs": costs,
+        "num_layers": ((int, np.integer, type(None)), "an integer, or None"),
+        "execution": ((Execution,), "a dualpipe_jax.Execution"),
+        "rendezvous": ((bool,), "True or False"),
+        "placed_by": costs,
+    }
+    for name, value in arguments.items():
+        types, must = wanted[name]
+        if isinstance(value, types) and not (name == "num_layers" and isinstance(value, bool)):
+            continue
+        fix = ""
+        if isinstance(value, str) and name == "schedule":
+            fix = f": dualpipe_jax.schedules.make({value!r}, num_ranks=, num_microbatches=) is one"
+        raise TypeError(f"{name}={repr(value)[:80]}: must be {must}{fix}")

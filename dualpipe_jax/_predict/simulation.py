@@ -1,0 +1,188 @@
+"""Schedule, execution and costs -> makespan, idle time, live activations: replays its tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dualpipe_jax._predict.costs import TRANSFER, Costs
+from dualpipe_jax._predict.published import published_bubble
+from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.durations import Durations
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.replay import replay, replay_dependencies
+from dualpipe_jax._schedule.stage_sizes import first_half
+from dualpipe_jax._schedule.tables import Tables
+from dualpipe_jax.schedules import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """Tells what a replay of a schedule took.
+
+    Attributes:
+      schedule: The schedule's name.
+      num_ranks: The ranks.
+      num_microbatches: The microbatches of a step.
+      execution: How the order was made a program; what had been left out is decided, but `unroll`,
+        which changes nothing here.
+      rendezvous: Whether senders were taken to wait for their receivers.
+      makespan: From the first action's start to the last one's end, as the program waits.
+      dependency_makespan: The same if ranks waited for stored values only: without false waits.
+      work: For each rank the time in which it acts.
+      recomputed: Of it, what deferred weight grads recompute, the mean over ranks.
+      idle_share: The share of `num_ranks * makespan` in which ranks do not act.
+      bubble: The idle time of a rank, the mean over ranks.
+      published_bubble: What the schedule's paper says of it; None where it says nothing.
+      peak_activations: The most (stage, microbatch)s of a rank between their F and their I.
+      peak_weight_activations: The most between their F and their W: what W reads is kept as long.
+      stage_share: A stage's mean size, in shares of the layers that a rank has.
+      parameter_copies: Parameters that a rank holds, in shares of the layers that a rank has.
+      num_transfers: Values that a rank stores from a neighbour, over all ranks.
+    """
+
+    schedule: str
+    num_ranks: int
+    num_microbatches: int
+    execution: Execution
+    rendezvous: bool
+    makespan: float
+    dependency_makespan: float
+    work: tuple[float, ...]
+    recomputed: float
+    idle_share: float
+    bubble: float
+    published_bubble: float | None
+    peak_activations: int
+    peak_weight_activations: int
+    stage_share: float
+    parameter_copies: float
+    num_transfers: int
+
+
+def durations_of(
+    schedule: Schedule,
+    costs: Costs,
+    *,
+    transfer: float,
+    layers_of_stage: Sequence[int] | None = None,
+    full_backward: bool = False,
+) -> Durations:
+    """Spreads costs over a schedule's stages, as its compiler takes them to place actions.
+
+    Args:
+      schedule: The schedule.
+      costs: How long actions take.
+      transfer: How long a value travels to a neighbour.
+      layers_of_stage: The layers of each stage; None if they are alike, and have two equal halves.
+      full_backward: Whether W runs with the I that it follows, where it follows one.
+    """
+    layers = np.ones(schedule.num_stages, int) if layers_of_stage is None else layers_of_stage
+    layers = np.array(layers)
+    last_layers = np.full(schedule.num_stages, 0.5)
+    if layers_of_stage is not None:
+        last_layers = first_half(layers) / layers
+    return costs.durations(
+        num_ranks=schedule.num_ranks,
+        layers_of_stage=layers,
+        last_layers=last_layers,
+        transfer=transfer,
+        full_backward=full_backward,
+        forward_only=schedule.program.forward_only,
+    )
+
+
+def compile_for(
+    schedule: Schedule,
+    execution: Execution,
+    *,
+    costs: Costs,
+    transfer: float,
+    layers_of_stage: tuple[int, ...] | None,
+    placed_by: Costs | None = None,
+) -> tuple[Tables, Durations]:
+    """Compiles a schedule as a step with these costs would be, and says how long its actions take.
+
+    Args:
+      schedule: The schedule.
+      execution: How it becomes a program, all decided but `unroll`.
+      costs: As `simulate`.
+      transfer: As `simulate`.
+      layers_of_stage: As `durations_of`.
+      placed_by: As `simulate`.
+    """
+
+    def spread(costs: Costs, transfer: float) -> Durations:
+        if execution.deferred == "store":
+            costs = replace(costs, recompute=0.0)
+        return durations_of(
+            schedule,
+            costs,
+            transfer=transfer,
+            layers_of_stage=layers_of_stage,
+            full_backward=not execution.split_backward,
+        )
+
+    durations = placed = spread(costs, transfer)
+    if placed_by is not None:
+        placed = spread(placed_by, TRANSFER * placed_by.forward)
+    compiled = compile_program(
+        schedule.program,
+        timetable=execution.timetable,
+        # Where no other weight grad stashes, what a deferred one needs has slots of its own.
+        stash_deferred=execution.deferred == "store" and bool(execution.split_backward),
+        full_backward=not execution.split_backward,
+        whole_stages=frozenset(s for s, size in enumerate(layers_of_stage or ()) if size == 1),
+        durations=placed,
+    )
+    return compiled.tables, durations
+
+
+def replay_schedule(
+    schedule: Schedule,
+    execution: Execution,
+    *,
+    costs: Costs,
+    transfer: float,
+    layers_of_stage: tuple[int, ...] | None,
+    rendezvous: bool,
+    placed_by: Costs | None,
+) -> Simulation:
+    """Replays a schedule whose execution is decided.
+
+    Arguments are those of `compile_for` and `simulate`.
+    """
+    num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
+    tables, durations = compile_for(
+        schedule,
+        execution,
+        costs=costs,
+        transfer=transfer,
+        layers_of_stage=layers_of_stage,
+        placed_by=placed_by,
+    )
+    work, recomputed = durations.work(tables), durations.recomputed(tables)
+    makespan = float(replay(tables, work, transfer=transfer, rendezvous=rendezvous).max())
+    # Where nobody idles, sums in different orders differ in their last bit.
+    bubble = max(0.0, makespan - float(work.sum()) / num_ranks)
+    has_more = costs.embed or costs.head or recomputed.any() or tables.forward_only
+    is_even = len(set(layers_of_stage or ())) <= 1
+    return Simulation(
+        schedule=schedule.name,
+        num_ranks=num_ranks,
+        num_microbatches=schedule.num_microbatches,
+        execution=execution,
+        rendezvous=rendezvous,
+        makespan=makespan,
+        dependency_makespan=float(replay_dependencies(tables, work, transfer=transfer).max()),
+        work=tuple(work.sum(axis=0).tolist()),
+        recomputed=float(recomputed.sum()) / num_ranks,
+        idle_share=bubble / makespan,
+        bubble=bubble,
+        published_bubble=published_bubble(schedule, costs) if is_even and not has_more else None,
+        peak_activations=tables.num_slots["residual"],
+        peak_weight_activations=tables.num_slots["weight_residual"],
+        stage_share=num_ranks / num_stages,
+        parameter_copies=tables.num_chunks * num_ranks / num_stages,
+        num_transfers=int((tables.from_left >= 0).sum() + (tables.from_right >= 0).sum()),
+    )

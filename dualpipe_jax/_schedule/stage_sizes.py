@@ -1,0 +1,93 @@
+"""How many layers each stage has, where the user says so: checked, without JAX."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from dualpipe_jax._errors import raise_all, show
+
+# Layers are counted in integers of 64 bits.
+MOST_LAYERS = 10**12
+
+
+def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] | None:
+    """Requires a positive number of layers for each stage, or None.
+
+    >>> stage_sizes([3, 3, 2], num_stages=3, where="")
+    (3, 3, 2)
+
+    Args:
+      value: What the user gave as `layers_per_stage`.
+      num_stages: The stages.
+      where: Of what, for the message.
+
+    Raises:
+      ValueError: If there are too many or too few, or one is not positive.
+      TypeError: If it is no sequence of integers.
+    """
+    if value is None:
+        return None
+    must = f"must be a number of layers for each of the {num_stages} stages{where}, in model order"
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | dict | set):
+        raise TypeError(f"layers_per_stage={value!r}: {must}, or None; got {show(value)}")
+    given = list(value)
+    sizes = [_index(each) for each in given]
+    raise_all(
+        f"layers_per_stage={value!r}: {must}, all integers",
+        (
+            f"stage {stage} has {show(each)}"
+            for stage, (each, size) in enumerate(zip(given, sizes, strict=True))
+            if size is None
+        ),
+        error=TypeError,
+    )
+    if len(sizes) != num_stages:
+        raise ValueError(
+            f"layers_per_stage={value!r}: {must}, but has {len(sizes)} numbers; give as many as "
+            "there are stages"
+        )
+    raise_all(
+        f"layers_per_stage={value!r}: every stage must have at least one layer, and at most "
+        f"{MOST_LAYERS:,}; give it one of another's, or use fewer stages",
+        (
+            f"stage {stage} has {size}"
+            for stage, size in enumerate(sizes)
+            if not 1 <= size <= MOST_LAYERS
+        ),
+    )
+    return tuple(sizes)
+
+
+def first_half(num_layers: Any) -> Any:
+    """Counts the layers in the half of a full backward that runs first: the stage's last ones.
+
+    >>> first_half(4), first_half(5)
+    (2, 3)
+    """
+    return (num_layers + 1) // 2
+
+
+def spread_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Counts the layers of each stage, of which the first ones get one more if they do not divide.
+
+    >>> spread_evenly(7, 4)
+    (2, 2, 2, 1)
+    """
+    fewest, rest = divmod(num_layers, num_stages)
+    return (fewest + 1,) * rest + (fewest,) * (num_stages - rest)
+
+
+def require_sum(sizes: tuple[int, ...] | None, num_layers: int) -> None:
+    """Requires the stages to have all layers of the model."""
+    if sizes is not None and sum(sizes) != num_layers:
+        raise ValueError(
+            f"layers_per_stage={sizes}: must sum to the number of layers, {num_layers}, but its "
+            f"sum is {sum(sizes)}; change it, or the depth of the model"
+        )
+
+
+def _index(value: Any) -> Any:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
