@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dualpipe_jax._executor import registers
+from dualpipe_jax._executor import buffers
 from dualpipe_jax._leaves.rules import SUM, Rule
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind
@@ -70,7 +70,7 @@ def add(
     """
     count = len(places.layer)
     mine = [(taken or places).layer.index(place) for place in places.layer]
-    sums = registers.accumulate([layers[i] for i in mine], gradients[:count], layer, places.rules)
+    sums = buffers.accumulate([layers[i] for i in mine], gradients[:count], layer, places.rules)
     changed = dict(zip(mine, sums, strict=True))
     layers = [changed.get(i, old) for i, old in enumerate(layers)]
     added = zip(places.shared, gradients[count:], strict=True)
@@ -82,7 +82,7 @@ def add_aux(loss: Any, metrics: list[Any], aux: Aux, *, layer: Any) -> tuple[Any
     if aux.loss is not None:
         loss = semantics.add(loss, aux.loss)
     rules = [SUM] * len(metrics)
-    return loss, registers.accumulate(metrics, jax.tree.leaves(aux.metrics), layer, rules)
+    return loss, buffers.accumulate(metrics, jax.tree.leaves(aux.metrics), layer, rules)
 
 
 def put(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._executor.actions import Rank
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._leaves.leaves import select
 from dualpipe_jax._leaves.plan import Plan

@@ -22,8 +22,8 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import registers
-from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor import buffers
+from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._schedule.ir import FORWARD
 from dualpipe_jax._schedule.tables import Tables
 
@@ -108,8 +108,8 @@ class Delivery:
 
     def start(self, avals: PyTree) -> Mail:
         """Makes room for outputs, which have `avals` for a microbatch."""
-        nothing = Parcel(registers.allocate(avals), jnp.int32(-1))
-        kept = registers.allocate(avals, self.share)
+        nothing = Parcel(buffers.allocate(avals), jnp.int32(-1))
+        kept = buffers.allocate(avals, self.share)
         return Mail(kept=kept, parcels=[nothing] * self.tables.num_chunks)
 
     def post(self, mail: Mail, outputs: PyTree, microbatch: jax.Array, chunk: jax.Array) -> Mail:
@@ -162,5 +162,5 @@ class Delivery:
         first = lax.axis_index(self.axis) * self.share
         place = parcel.microbatch - first
         is_mine = (parcel.microbatch >= 0) & (place >= 0) & (place < self.share)
-        kept = when(is_mine, lambda kept: registers.write(kept, parcel.outputs, place), kept)
+        kept = when(is_mine, lambda kept: buffers.write(kept, parcel.outputs, place), kept)
         return kept, parcel._replace(microbatch=jnp.where(is_mine, -1, parcel.microbatch))

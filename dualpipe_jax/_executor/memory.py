@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpipe_jax._executor.functions import Functions
-from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.stages import Layout
 from dualpipe_jax._leaves.leaves import pick
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind

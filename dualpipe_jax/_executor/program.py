@@ -14,16 +14,16 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax._executor import collect
-from dualpipe_jax._executor.beat import make_run
+from dualpipe_jax._executor.actions import Rank, Row
+from dualpipe_jax._executor.beats import make_run
+from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions
-from dualpipe_jax._executor.rank import Rank, Row
-from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.seeds import make_seeds
 from dualpipe_jax._executor.settings import Settings
 from dualpipe_jax._executor.start import empty_state
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._executor.tick import make_tick, rows_of
+from dualpipe_jax._executor.ticks import make_tick, rows_of
 from dualpipe_jax._leaves.explicit_axes import device_kind_of
 from dualpipe_jax._leaves.plan import Plan
 from dualpipe_jax._model import semantics, varying

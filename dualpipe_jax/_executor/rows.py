@@ -25,7 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualpipe_jax._executor import order, registers
+from dualpipe_jax._executor import barriers
+from dualpipe_jax._executor import buffers as registers
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._model.kinds import Kind
 
@@ -62,7 +63,7 @@ def in_rows(functions: Functions, buffers: dict[str, dict[Kind, Any]]) -> dict[s
     }
     lists = jax.tree.leaves(each_wants, is_leaf=lambda each: isinstance(each, list))
     wanted = [dims for each in lists for dims in each]
-    return {**buffers, **order.row_major(slots, wanted)}
+    return {**buffers, **barriers.row_major(slots, wanted)}
 
 
 def like_slots(functions: Functions, kind: Kind, name: str, values: Sequence[Any]) -> Any:
@@ -70,7 +71,7 @@ def like_slots(functions: Functions, kind: Kind, name: str, values: Sequence[Any
 
     Without that XLA may turn the whole buffer for who reads the value in another layout.
     """
-    return order.row_major(tuple(values), _orders(functions, name, kind))
+    return barriers.row_major(tuple(values), _orders(functions, name, kind))
 
 
 def _orders(functions: Functions, name: str, kind: Kind) -> list[_Dims]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dualpipe_jax._executor.delivery import Delivery
-from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.stages import Layout
 from dualpipe_jax._leaves.explicit_axes import platform_of
 from dualpipe_jax._model import kinds as _kinds
 from dualpipe_jax._model.kinds import Kind

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax._executor import registers
+from dualpipe_jax._executor import buffers
 
 
 def spread(num_layers: int, num_stages: int) -> np.ndarray:
@@ -63,13 +63,13 @@ class Spread:
     def num_layers_of(self, stage: Any) -> Any:
         """Counts the layers of a stage: an int where all have as many, else an int32 scalar."""
         if not self._follows_formula:
-            return registers.read(jnp.asarray(np.diff(self.first_layers), jnp.int32), stage)
+            return buffers.read(jnp.asarray(np.diff(self.first_layers), jnp.int32), stage)
         fewest, rest = divmod(self.num_layers, self.num_stages)
         return fewest if self.is_even else fewest + (stage < rest).astype(jnp.int32)
 
     def first_layer_of(self, stage: Any) -> Any:
         """Finds a stage's first layer, an int32 scalar."""
         if not self._follows_formula:
-            return registers.read(jnp.asarray(self.first_layers, jnp.int32), stage)
+            return buffers.read(jnp.asarray(self.first_layers, jnp.int32), stage)
         fewest, rest = divmod(self.num_layers, self.num_stages)
         return stage * fewest + jnp.minimum(stage, rest)

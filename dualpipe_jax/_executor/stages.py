@@ -1,233 +1,391 @@
-"""The actions of a rank over all layers of a stage, each a loop or layers in a row.
+"""Where the layers of each stage lie, of whatever kinds, and the loop over them.
 
-`Rank` has them for one layer. Slot buffers and accumulators pass through the loops and are updated
-in place; an action that is not on leaves all of them as they are.
+The layers of a model are spread over stages in model order, and so are those of each kind, whose
+parameters are a stack of their own (stack.py): a stage's layers of a kind are neighbours in it. A
+rank has room for as many layers of each kind as the stage that has the most of it; none of it ever
+has the shapes of another kind.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, zip_longest
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import accumulators, registers
-from dualpipe_jax._executor.layout import Layer
-from dualpipe_jax._executor.rank import Rank, Row
-from dualpipe_jax._executor.registers import when
-from dualpipe_jax._executor.rows import RESIDUALS, in_rows
-from dualpipe_jax._executor.start import empty_after
-from dualpipe_jax._executor.state import State
-from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._executor import buffers as registers
+from dualpipe_jax._executor.buffers import when
+from dualpipe_jax._executor.spread import Spread, spread
+from dualpipe_jax._executor.stack import Stack
+from dualpipe_jax._leaves.rules import Rule
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind, places_of
+from dualpipe_jax._schedule.stage_sizes import first_half
+from dualpipe_jax._schedule.tables import Steady
 
 PyTree = Any
 
-
-def forward(
-    rank: Rank, state: State, x: PyTree, row: Row, chunk: int, is_on: Any
-) -> tuple[State, PyTree]:
-    """Runs a stage forward, if `is_on`; else x comes back as it is."""
-
-    def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-        x, aux_sum = carry
-        residual, weight_residual, metrics = buffers
-        if rank.functions.gradients is None:
-            (params, _), ctx = rank.read_layer(row, chunk, layer)
-            x, aux = rank.functions.block[layer.kind](params, x, ctx)
-        else:
-            x, aux, kept, kept_longer = rank.forward_of(layer, x, row, chunk)
-            kept, kept_longer = _like_slots(
-                rank, is_on, layer, residual=kept, weight_residual=kept_longer
-            )
-            residual = registers.write_layer(residual, kept, layer.index, row["residual"])
-            weight_residual = registers.write_layer(
-                weight_residual, kept_longer, layer.index, row["weight_residual"]
-            )
-        aux_sum, metrics = accumulators.add_aux(aux_sum, metrics, aux, layer=layer.place)
-        return (x, aux_sum), (residual, weight_residual, metrics)
-
-    buffers = state.residual, state.weight_residual, state.block_metrics[chunk]
-    leave = _in_rows(rank, *RESIDUALS, "metrics")
-    out = rank.layout.loop(row["stage"], is_on, run, (x, state.aux), buffers, leave=leave)
-    (x, aux), (residual, weight_residual, metrics) = out
-    state = state._replace(residual=residual, weight_residual=weight_residual)
-    return state.put_aux(chunk, aux, metrics), x
+# Layers are unrolled up to this number a stage: XLA then fuses and schedules across them. Beyond,
+# a loop keeps program size and compile time from growing with depth.
+_MAX_UNROLLED = 4
 
 
-# B: I and W of a layer, then of the one before it, and nothing in between waits in a slot
-def backward(
-    rank: Rank, state: State, dy: list[jax.Array], row: Row, chunk: int, is_on: Any
-) -> tuple[State, list[jax.Array]]:
-    """Runs a stage's full backward, if `is_on`; else dy comes back as it is.
+class Layer(NamedTuple):
+    """One layer of a stage, as the loop over its layers hands it to its body.
 
-    Given two `is_on`, they are of the last layers and of the first ones, in halves.
-    """
-    places = rank.gradients.both
-
-    def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-        (dy, shared, turn), (residual, weight_residual, grads) = carry, buffers
-        mine = rank.in_turn(row, turn)
-        kept = registers.read_layer(residual, layer.index, mine["residual"])
-        kept_longer = registers.read_layer(weight_residual, layer.index, mine["weight_residual"])
-        kept, kept_longer = _like_slots(
-            rank, is_on, layer, residual=kept, weight_residual=kept_longer
-        )
-        dx, values, _, early = rank.input_grad_of(layer, dy, kept, kept_longer, row, chunk)
-        late = rank.weight_grad_of(layer, kept_longer, values, row, chunk, "stash")
-        residual, weight_residual = (
-            registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
-        )
-        for of, gradients in ((rank.gradients.early, early), (rank.gradients.late, late)):
-            grads, shared = accumulators.add(
-                grads,
-                shared,
-                gradients,
-                places=of[layer.kind],
-                layer=layer.place,
-                taken=places[layer.kind],
-            )
-        turn = rank.next_turn(turn, layer, grads, dx)
-        return (dx, shared, turn), (residual, weight_residual, grads)
-
-    grads, shared = state.take_grads(chunk, places)
-    buffers = state.residual, state.weight_residual, grads
-    leave = _in_rows(rank, *RESIDUALS, "grads")
-    with jax.named_scope(_scopes.FULL_BACKWARD):
-        (dx, shared, _), (residual, weight_residual, grads) = rank.layout.loop(
-            row["stage"],
-            is_on,
-            run,
-            (dy, shared, rank.first_turn(row)),
-            buffers,
-            reverse=True,
-            leave=leave,
-        )
-    state = state._replace(residual=residual, weight_residual=weight_residual)
-    return state.put_grads(chunk, places, (grads, shared)), dx
-
-
-def input_grad(
-    rank: Rank,
-    state: State,
-    dy: list[jax.Array],
-    row: Row,
-    chunk: int,
-    is_on: Any,
-    target: str = "stash",
-) -> tuple[State, list[jax.Array]]:
-    """Runs a stage's input grad, if `is_on`; else dy comes back as it is.
-
-    What W needs goes to `target`, to `stash` or to `deferred`; if to `stash`, what a deferred W
-    needs goes to `deferred` besides.
+    Attributes:
+      kind: The layer's kind.
+      index: Which of the stage's layers of this kind it is: its entry in the slot buffers.
+      place: Its entry in the chunk's parameters and gradients of this kind.
+      position: Its global index, in the model.
     """
 
-    def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-        dy, shared, turn = carry
-        stash, deferred, residual, weight_residual, grads = buffers
-        mine = rank.in_turn(row, turn)
-        kept = registers.read_layer(residual, layer.index, mine["residual"])
-        kept_longer = registers.read_layer(weight_residual, layer.index, mine["weight_residual"])
-        kept, kept_longer = _like_slots(
-            rank, is_on, layer, residual=kept, weight_residual=kept_longer
+    kind: Kind
+    index: Any
+    place: Any
+    position: Any
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Layout:
+    """Spreads layers over stages, and stages over ranks.
+
+    Attributes:
+      axis: The name of the pipeline axis.
+      kinds: The kind of every layer, in model order.
+      num_stages: Stages of the schedule.
+      stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
+      layers_per_stage: The layers of each stage; None to spread them evenly.
+      unroll: As of `Execution`; None unrolls up to four layers, where all stages are alike.
+    """
+
+    axis: str
+    kinds: tuple[Kind, ...]
+    num_stages: int
+    stage_of: np.ndarray
+    layers_per_stage: tuple[int, ...] | None = None
+    unroll: bool | int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.kinds)
+
+    @cached_property
+    def _layers(self) -> Spread:
+        if self.layers_per_stage is None:
+            return Spread(first_layers=spread(self.num_layers, self.num_stages))
+        return Spread(first_layers=np.cumsum([0, *self.layers_per_stage]))
+
+    @cached_property
+    def stacks(self) -> dict[Kind, Stack]:
+        """The stack of every kind."""
+        firsts = self._layers.first_layers
+        return {
+            kind: Stack(
+                axis=self.axis,
+                stage_of=self.stage_of,
+                # as many as are of this kind before each stage's first layer
+                first_layers=np.cumsum([0, *(k == kind for k in self.kinds)])[firsts],
+            )
+            for kind in dict.fromkeys(self.kinds)
+        }
+
+    @property
+    def specs(self) -> dict[Kind, PartitionSpec]:
+        """How each kind's stack lies over the axis, and its gradient."""
+        return {
+            kind: PartitionSpec(self.axis) if stack.is_sharded else PartitionSpec()
+            for kind, stack in self.stacks.items()
+        }
+
+    @cached_property
+    def _kinds_of_stages(self) -> list[tuple[Kind, ...]]:
+        firsts = self._layers.first_layers.tolist()
+        return [self.kinds[a:b] for a, b in pairwise(firsts)]
+
+    @cached_property
+    def is_unrolled(self) -> bool:
+        """Whether a stage's layers stand in the program one after the other, not in a loop."""
+        return self.unrolled_by is True
+
+    @cached_property
+    def unrolled_by(self) -> bool | int:
+        """How many layers stand in the body of the loop over them, without the None of `unroll`."""
+        most = self._layers.max_layers
+        if self.unroll is None:
+            return self.has_equal_stages and most <= _MAX_UNROLLED
+        if isinstance(self.unroll, bool):
+            return self.unroll
+        if self.unroll >= most and self.has_equal_stages:
+            return True
+        return min(self.unroll, most) if min(self.unroll, most) > 1 else False
+
+    @property
+    def has_equal_stages(self) -> bool:
+        """Whether all stages have the same kinds of layers in the same order, as many of each."""
+        return len(set(self._kinds_of_stages)) == 1
+
+    def idle_in(self, steady: Steady | None) -> tuple[str, ...]:
+        """Names the buffers that a run of beats does without: beats of unrolled layers stash none.
+
+        They end where the run begins, and are made again after it.
+        """
+        names = () if steady is None else steady.idle
+        return tuple(name for name in names if name != "stash" or self.is_unrolled)
+
+    def fetch(self, stacks: dict[Kind, PyTree]) -> list[dict[Kind, PyTree]]:
+        """Brings each chunk's layers of each kind to this rank, `[max layers of a stage, ...]`."""
+        fetched = {kind: stack.fetch(stacks[kind]) for kind, stack in self.stacks.items()}
+        return [
+            {kind: chunks[chunk] for kind, chunks in fetched.items()}
+            for chunk in range(len(self.stage_of))
+        ]
+
+    def collect(
+        self, grads: list[dict[Kind, list[Any]]], rules: Mapping[Kind, Sequence[Rule]]
+    ) -> dict[Kind, list[Any]]:
+        """Adds up the chunks' gradients where the layers of each kind lie, each by its rule."""
+        return {
+            kind: stack.collect([chunk[kind] for chunk in grads], rules[kind])
+            for kind, stack in self.stacks.items()
+        }
+
+    def unstack(self, chunk: dict[Kind, PyTree]) -> dict[Kind, PyTree]:
+        """Gives the unrolled layers of a chunk their parameters in arrays of their own."""
+
+        def layers(stack: PyTree, count: int) -> registers.Layers:
+            return registers.Layers(
+                tuple(jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count))  # noqa: B023
+            )
+
+        return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
+
+    def zero_sums(self, kind: Kind, avals: list[Any], rules: Sequence[Rule]) -> list[Any]:
+        """Makes the accumulators of a chunk for what a layer of a kind has of `avals`.
+
+        Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
+        """
+        size = self.stacks[kind].max_layers
+        sums: list[Any] = []
+        for aval, rule in zip(avals, rules, strict=True):
+            dtype = semantics.accumulator_dtype(aval.dtype)
+            if self.is_unrolled:
+                sums.append([rule.start(aval.shape, dtype) for _ in range(size)])
+            else:
+                sums.append(rule.start((size, *aval.shape), dtype))
+        return sums
+
+    def loop(
+        self,
+        stage: Any,
+        is_on: Any,
+        body: Callable[[Layer, Any, Any], tuple[Any, Any]],
+        carry: Any,
+        buffers: tuple[dict[Kind, Any], ...],
+        *,
+        reverse: bool = False,
+        leave: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda buffers: buffers,
+    ) -> tuple[Any, tuple[dict[Kind, Any], ...]]:
+        """Runs `body` for each of a stage's layers, in order or in reverse, if `is_on` holds.
+
+        Given two `is_on`, the first says whether to run the half of them that comes first, which
+        may be one more than the other, the second whether to run the other half.
+
+        Args:
+          stage: The stage, an int32 scalar.
+          is_on: Whether to run at all, a bool scalar; True without a choice; or a tuple of two.
+          body: `(layer, carry, mine) -> (carry, mine)`; `mine` is what `buffers` have for the
+            layer's kind, an entry for each.
+          carry: What goes from layer to layer.
+          buffers: Dicts with an entry for each kind.
+          reverse: Whether to begin with the last layer.
+          leave: What buffers go through at a loop's end; of straight-line code there is none.
+
+        Returns:
+          carry and buffers, after the last layer.
+        """
+
+        def run(layer: Layer, predicate: Any, carry: Any, buffers: tuple) -> Any:
+            def one(loop: Any) -> Any:
+                return body(layer, *loop)
+
+            loop = carry, tuple(each[layer.kind] for each in buffers)
+            carry, mine = one(loop) if predicate is None else when(predicate, one, loop)
+            both = zip(buffers, mine, strict=True)
+            return carry, tuple({**each, layer.kind: new} for each, new in both)
+
+        def left(loop: Any) -> Any:
+            carry, buffers = loop
+            return carry, leave(buffers)
+
+        if self.is_unrolled:
+            layers = self.layers_of(stage)[:: -1 if reverse else 1]
+
+            def unrolled(loop: Any, layers: Sequence[Layer]) -> Any:
+                for layer in layers:
+                    loop = run(layer, None, *loop)
+                return loop
+
+            loop = carry, buffers
+            if is_on is True:
+                return unrolled(loop, layers)
+            parts = [(is_on, layers)]
+            if isinstance(is_on, tuple):
+                middle = first_half(len(layers))
+                parts = zip(is_on, (layers[:middle], layers[middle:]), strict=True)
+            for predicate, part in parts:
+                loop = when(predicate, lambda loop, part=part: left(unrolled(loop, part)), loop)
+            return loop
+
+        count = self._layers.num_layers_of(stage)
+
+        def step(i: Any, loop: Any) -> Any:
+            index = count - 1 - i if reverse else i
+            if len(self.stacks) == 1:
+                return left(run(self.layer_of_only_kind(stage, index), None, *loop))
+            # Each kind's body stands in the program once, run or passed over.
+            number, place = registers.read(self._tables, stage, index)
+            for n, kind in enumerate(self.stacks):
+                loop = run(self._layer(stage, kind, index, place), number == n, *loop)
+            return left(loop)
+
+        start, stop = 0, count
+        if isinstance(is_on, tuple):
+            middle = first_half(count)
+            start, stop = jnp.where(is_on[0], 0, middle), jnp.where(is_on[1], count, middle)
+        elif is_on is not True:
+            stop = jnp.where(is_on, count, 0)
+        return self._for_layers(start, stop, step, (carry, buffers), parts=isinstance(is_on, tuple))
+
+    def _for_layers(
+        self,
+        start: Any,
+        stop: Any,
+        step: Callable[[Any, Any], Any],
+        carry: Any,
+        *,
+        parts: bool = False,
+    ) -> Any:
+        """Runs `step(i, carry) -> carry` for i from start to stop, as many in a trip as it is told.
+
+        Args:
+          start: The first i.
+          stop: The one after the last i.
+          step: What to run.
+          carry: What goes from one to the next.
+          parts: Whether start and stop may be in the middle of a stage.
+        """
+        together, most = max(1, int(self.unrolled_by)), self._layers.max_layers
+        if together == 1:
+            with jax.named_scope(_scopes.of_layers(most)):
+                return lax.fori_loop(start, stop, step, carry)
+
+        def trip(number: Any, carry: Any) -> Any:
+            for i in range(together):
+                carry = step(start + number * together + i, carry)
+            return carry
+
+        num_trips = (stop - start) // together
+        with jax.named_scope(_scopes.of_layers(most // together)):
+            carry = lax.fori_loop(0, num_trips, trip, carry)
+        sizes = np.diff(self._layers.first_layers)
+        if parts:
+            sizes = np.concatenate([sizes, first_half(sizes)])
+        if not (sizes % together).any():
+            return carry
+        with jax.named_scope(_scopes.of_layers(together - 1)):
+            return lax.fori_loop(start + num_trips * together, stop, step, carry)
+
+    def pairs(self, forward: int, backward: int) -> list[tuple[int, int]]:
+        """Lists the kinds of layers that meet where one chunk is forward beside another's backward.
+
+        Layer j of a rank's forward stage meets layer L-1-j of its backward one, or none if that has
+        fewer. Kinds are numbered as in `stacks`; -1 stands for no layer.
+        """
+        number = {kind: n for n, kind in enumerate(self.stacks)}
+        met: dict[tuple[int, int], None] = {}
+        for stages in zip(self.stage_of[forward], self.stage_of[backward], strict=True):
+            ahead, back = ([number[k] for k in self._kinds_of_stages[int(s)]] for s in stages)
+            met |= dict.fromkeys(zip_longest(ahead, back[::-1], fillvalue=-1))
+        return list(met)
+
+    def loop_pairs(
+        self,
+        chunks: tuple[int, int],
+        stages: tuple[Any, Any],
+        body: Callable[[Layer | None, Layer | None, Any], Any],
+        carry: Any,
+    ) -> Any:
+        """Runs `body` for each layer of a forward stage beside one of a backward stage.
+
+        Args:
+          chunks: The chunk that is forward, and the one that is backward.
+          stages: Their stages, int32 scalars.
+          body: `(forward's layer, backward's layer, carry) -> carry`, None for a layer if there is
+            none left. It stands in the program once for each of `pairs`.
+          carry: What goes from one to the next.
+        """
+        pairs, kinds = self.pairs(*chunks), list(self.stacks)
+        counts = [self._layers.num_layers_of(stage) for stage in stages]
+
+        def layer(number: int, stage: Any, index: Any, index_in_kind: Any) -> Layer | None:
+            return None if number < 0 else self._layer(stage, kinds[number], index, index_in_kind)
+
+        def step(j: Any, carry: Any) -> Any:
+            indices = j, counts[1] - 1 - j
+            if len(pairs) == 1:
+                # Each of the two stages is of one kind, whichever ranks hold them.
+                ahead, back = map(layer, pairs[0], stages, indices, indices)
+                return body(ahead, back, carry)
+            numbers, places = [], []
+            for stage, index, count in zip(stages, indices, counts, strict=True):
+                is_there = (index >= 0) & (index < count)
+                number, place = registers.read(self._tables, stage, jnp.where(is_there, index, 0))
+                numbers.append(jnp.where(is_there, number, -1))
+                places.append(place)
+            for pair in pairs:
+                ahead, back = map(layer, pair, stages, indices, places)
+                is_met = (numbers[0] == pair[0]) & (numbers[1] == pair[1])
+                carry = when(is_met, functools.partial(body, ahead, back), carry)
+            return carry
+
+        most = max(counts) if self._layers.is_even else jnp.maximum(*counts)
+        return self._for_layers(0, most, step, carry)
+
+    def layers_of(self, stage: Any) -> list[Layer]:
+        """Describes the layers of a stage, in order, where all stages are alike."""
+        kinds = self._kinds_of_stages[0]
+        layers = enumerate(zip(kinds, places_of(kinds), strict=True))
+        return [self._layer(stage, kind, index, place) for index, (kind, place) in layers]
+
+    def layer_of_only_kind(self, stage: Any, index: Any) -> Layer:
+        """Describes the layer of a stage that has this index, where there is one kind only."""
+        return self._layer(stage, self.kinds[0], index, index)
+
+    def _layer(self, stage: Any, kind: Kind, index: Any, index_in_kind: Any) -> Layer:
+        """Describes the layer of a stage that has this index in it."""
+        return Layer(
+            kind=kind,
+            index=index_in_kind,
+            place=index_in_kind + self.stacks[kind].offset_of(stage),
+            position=self._layers.first_layer_of(stage) + index,
         )
-        dx, values, put_off, early = rank.input_grad_of(layer, dy, kept, kept_longer, row, chunk)
-        values, put_off = _like_slots(rank, is_on, layer, stash=values, deferred=put_off)
 
-        def put(buffers: Any) -> Any:
-            return registers.write_layer(buffers, put_off, layer.index, row[DEFERRED])
-
-        if target == DEFERRED:
-            deferred = put(deferred)
-        else:
-            stash = registers.write_layer(stash, values, layer.index, row["stash"])
-            if "is_deferred" in row:  # not in a run of beats, nor without slots for it
-                deferred = when(row["is_deferred"] > 0, put, deferred)
-        residual, weight_residual = (
-            registers.pass_on(buffers, layer.index) for buffers in (residual, weight_residual)
-        )
-        places = rank.gradients.early[layer.kind]
-        grads, shared = accumulators.add(grads, shared, early, places=places, layer=layer.place)
-        turn = rank.next_turn(turn, layer, grads, dx)
-        return (dx, shared, turn), (stash, deferred, residual, weight_residual, grads)
-
-    grads, shared = state.take_grads(chunk, rank.gradients.early)
-    buffers = state.stash, state.deferred, state.residual, state.weight_residual, grads
-    leave = _in_rows(rank, "stash", "deferred", *RESIDUALS, "grads")
-    carry = dy, shared, rank.first_turn(row) if target == DEFERRED else None
-    (dx, shared, _), buffers = rank.layout.loop(
-        row["stage"], is_on, run, carry, buffers, reverse=True, leave=leave
-    )
-    stash, deferred, residual, weight_residual, grads = buffers
-    state = state._replace(
-        stash=stash, deferred=deferred, residual=residual, weight_residual=weight_residual
-    )
-    return state.put_grads(chunk, rank.gradients.early, (grads, shared)), dx
-
-
-def weight_grad(
-    rank: Rank, state: State, row: Row, chunk: int, is_on: Any, source: str = "stash"
-) -> State:
-    """Runs a stage's weight grad from a buffer, `stash` or `deferred`, if `is_on`."""
-
-    def run(layer: Layer, carry: Any, buffers: Any) -> Any:
-        (shared, turn), (grads, weight_residual, values) = carry, buffers
-        mine = rank.in_turn(row, turn)
-        kept_longer, stashed = _like_slots(
-            rank,
-            is_on,
-            layer,
-            weight_residual=registers.read_layer(
-                weight_residual, layer.index, mine["weight_residual"]
-            ),
-            **{source: registers.read_layer(values, layer.index, mine[source])},
-        )
-        late = rank.weight_grad_of(layer, kept_longer, stashed, row, chunk, source)
-        places = rank.gradients.late[layer.kind]
-        grads, shared = accumulators.add(grads, shared, late, places=places, layer=layer.place)
-        weight_residual, values = (
-            registers.pass_on(buffers, layer.index) for buffers in (weight_residual, values)
-        )
-        turn = rank.next_turn(turn, layer, grads)
-        return (shared, turn), (grads, weight_residual, values)
-
-    grads, shared = state.take_grads(chunk, rank.gradients.late)
-    buffers = grads, state.weight_residual, getattr(state, source)
-    leave = _in_rows(rank, "grads", "weight_residual", source)
-
-    layers = functools.partial(rank.layout.loop, row["stage"], body=run, reverse=True, leave=leave)
-
-    # What recomputes holds the most of all, and no stash is in use beside it.
-    def without_stash(loop: Any) -> Any:
-        carry, buffers, stash = loop
-        carry, buffers = layers(is_on=True, carry=carry, buffers=buffers)
-        stash = empty_after(stash, after=(carry, buffers[0]), poison=rank.poison)
-        return carry, leave(buffers), *_in_rows(rank, "stash")((stash,))
-
-    carry = shared, rank.first_turn(row) if source == DEFERRED else None
-    if source == DEFERRED and not rank.full_backward:
-        started = carry, buffers, state.stash
-        (shared, _), buffers, stash = when(is_on, without_stash, started)
-        state = state._replace(stash=stash)
-    else:
-        (shared, _), buffers = layers(is_on=is_on, carry=carry, buffers=buffers)
-    grads, weight_residual, values = buffers
-    changed: dict[str, Any] = {"weight_residual": weight_residual, source: values}
-    state = state._replace(**changed)
-    return state.put_grads(chunk, rank.gradients.late, (grads, shared))
-
-
-def _in_rows(rank: Rank, *names: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Has buffers that stand in this order lie as `rows.in_rows` says."""
-
-    def run(buffers: tuple[Any, ...]) -> tuple[Any, ...]:
-        placed = in_rows(rank.functions, dict(zip(names, buffers, strict=True)))
-        return tuple(placed[name] for name in names)
-
-    return run
-
-
-def _like_slots(rank: Rank, is_on: Any, layer: Layer, **values: Any) -> tuple[Any, ...]:
-    """Does as `like_slots`, but in beats, where `is_on` is True, of unrolled layers."""
-    if is_on is True and rank.layout.is_unrolled:
-        return tuple(values.values())
-    return rank.like_slots(layer, **values)
+    @property
+    def _tables(self) -> tuple[jax.Array, jax.Array]:
+        """For each stage's layers the number of the kind and the index in it, `[stage, layer]`."""
+        numbers = {kind: number for number, kind in enumerate(self.stacks)}
+        shape = self.num_stages, self._layers.max_layers
+        number, index = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for stage, kinds in enumerate(self._kinds_of_stages):
+            number[stage, : len(kinds)] = [numbers[kind] for kind in kinds]
+            index[stage, : len(kinds)] = places_of(kinds)
+        return jnp.asarray(number), jnp.asarray(index)

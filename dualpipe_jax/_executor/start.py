@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualpipe_jax._executor import order, registers
+from dualpipe_jax._executor import barriers
+from dualpipe_jax._executor import buffers as registers
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
-from dualpipe_jax._executor.layout import Layout
+from dualpipe_jax._executor.stages import Layout
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._leaves.leaves import pick
 from dualpipe_jax._leaves.rules import SUM
@@ -130,10 +131,10 @@ def empty_after(buffers: PyTree, *, after: PyTree, poison: bool) -> PyTree:
 
     So slots that nothing is kept in take no memory for a while: they end, and are made again.
     """
-    if order.xla_shards():  # an entry might be fetched from another device
+    if barriers.xla_shards():  # an entry might be fetched from another device
         zero, _ = lax.optimization_barrier((jnp.zeros((), jnp.int32), after))
     else:
-        zero = order.zero_after(after)
+        zero = barriers.zero_after(after)
 
     def one(buffer: jax.Array) -> jax.Array:
         value = registers.allocate(jax.ShapeDtypeStruct((), buffer.dtype), poison=poison)

@@ -26,11 +26,11 @@ import jax
 from jax import lax
 
 from dualpipe_jax._devices import find_device
-from dualpipe_jax._executor import accumulators, order, registers
+from dualpipe_jax._executor import accumulators, barriers, buffers
 from dualpipe_jax._executor.accumulators import Places
-from dualpipe_jax._executor.layout import Layer
-from dualpipe_jax._executor.rank import Rank, Row
+from dualpipe_jax._executor.actions import Rank, Row
 from dualpipe_jax._executor.rows import RESIDUALS
+from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._leaves.leaves import place, select
 from dualpipe_jax._model.kinds import Kind
@@ -83,13 +83,15 @@ def run_beat(
         nonlocal state
         for name, values in zip(RESIDUALS, kept, strict=True):
             buffer = getattr(state, name)[layer.kind]
-            buffer = registers.write_layer(buffer, values, layer.index, f_row[name])
+            buffer = buffers.write_layer(buffer, values, layer.index, f_row[name])
             state = _with_buffer(state, name, layer, buffer)
 
     def run_input_grad(layer: Layer) -> None:
         nonlocal dx, state
         kept, kept_longer = (
-            order.copied_out(_read(rank, state, name, layer, i_row), small=rank.functions.size_of_x)
+            barriers.copied_out(
+                _read(rank, state, name, layer, i_row), small=rank.functions.size_of_x
+            )
             for name in RESIDUALS
         )
         dx, values, _, early = rank.input_grad_of(layer, dx, kept, kept_longer, i_row, backward)
@@ -112,7 +114,7 @@ def run_beat(
             kept = run_forward(f_layer)
             # Each hides the other's collectives only if neither runs ahead by layers; and what is
             # kept, if written earlier, would be what a GPU runs beside them in a matmul's place.
-            x, dx, kept = order.wait_for((x, dx, kept), (x, dx))
+            x, dx, kept = barriers.wait_for((x, dx, kept), (x, dx))
             keep(f_layer, kept)
             if number == 0:
                 num_early = len(i_layers) - _num_held(
@@ -227,7 +229,7 @@ def _run_weight_grad(rank: Rank, chunk: int, state: State, each: _Waiting, row: 
     """Runs a layer's W."""
     layer, name = each.layer, "weight_residual"
     kept = _read(rank, state, name, layer, row)
-    kept = order.copied_or_read(each.copied, kept, small=rank.functions.size_of_x)
+    kept = barriers.copied_or_read(each.copied, kept, small=rank.functions.size_of_x)
     late = rank.weight_grad_of(layer, kept, each.stash, row, chunk, "stash")
     state = _add(state, chunk, rank.gradients.late, layer, late)
     if rank.interleaves:
@@ -241,13 +243,13 @@ def _read(rank: Rank, state: State, name: str, layer: Layer, row: Row) -> tuple[
     """Reads what a slot holds for a layer."""
     parts = getattr(rank.gradients.block[layer.kind], f"{name}_parts")
     buffer = getattr(state, name)[layer.kind]
-    return registers.read_layer(buffer, layer.index, row[name], parts=parts)
+    return buffers.read_layer(buffer, layer.index, row[name], parts=parts)
 
 
 def _pass_on(state: State, name: str, layer: Layer, *, after: PyTree) -> State:
     """Hands a layer's slots that were read on to who writes them next, `after` what was made."""
     buffer = getattr(state, name)[layer.kind]
-    return _with_buffer(state, name, layer, registers.pass_on(buffer, layer.index, after=after))
+    return _with_buffer(state, name, layer, buffers.pass_on(buffer, layer.index, after=after))
 
 
 def _with_buffer(state: State, name: str, layer: Layer, buffer: Any) -> State:
@@ -291,5 +293,5 @@ def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
     Every read of a beat goes into a weight grad, or into the cotangent that leaves the stage.
     """
     made = state.block_grads, state.ends_grads, state.shared_grads, cotangent
-    zero = order.zero_after(made)
+    zero = barriers.zero_after(made)
     return {**row, **{name: row[name] + zero for name in RESIDUALS}}

@@ -8,9 +8,9 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._api import build
-from dualpipe_jax._executor import order, settings, unrolled
-from dualpipe_jax._executor.layout import Layout
-from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._executor import barriers, settings, unrolled
+from dualpipe_jax._executor.actions import Rank
+from dualpipe_jax._executor.stages import Layout
 from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 from tests.test_kinds import make_kinds
@@ -59,7 +59,7 @@ def test_interleaved_beats_equal_the_sequential_model(
     monkeypatch.setattr(settings, "platform_of", lambda mesh: platform)
     if platform == "cuda":
         # What lowering for a GPU would choose.
-        monkeypatch.setattr(order, "wait_for", order.select_after)
+        monkeypatch.setattr(barriers, "wait_for", barriers.select_after)
     made = dpj.schedules.make(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
     assert made.compiled(overlap=True).tables.steady is not None
     model = make_model(frozenset(FEATURES))
@@ -251,7 +251,7 @@ def test_what_f_keeps_waits_until_its_pair_is_done(
         return values
 
     monkeypatch.setattr(Rank, "forward_of", make)
-    monkeypatch.setattr(order, "wait_for", wait)
+    monkeypatch.setattr(barriers, "wait_for", wait)
     grad_fn = dpj.value_and_grad(
         make_model(frozenset()),
         mesh=make_mesh(2),

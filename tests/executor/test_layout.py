@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualpipe_jax._executor.layout import Layer, Layout
-from dualpipe_jax._executor.registers import write
+from dualpipe_jax._executor.buffers import write
+from dualpipe_jax._executor.stages import Layer, Layout
 
 # A letter is a layer, its name its kind.
 LAYOUTS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from dualpipe_jax._executor import order
+from dualpipe_jax._executor import barriers
 
 # float32 bits: zeros of both signs, infinities, NaNs with payloads, subnormals, and any.
 BITS = np.concatenate(
@@ -19,7 +19,7 @@ BITS = np.concatenate(
 
 def test_values_stay_as_they_are_whatever_they_wait_for() -> None:
     values = {"x": jnp.asarray(BITS.view(np.float32)), "layer": jnp.arange(3)}
-    waiting = jax.jit(jax.vmap(order.select_after, in_axes=(None, 0)))
+    waiting = jax.jit(jax.vmap(barriers.select_after, in_axes=(None, 0)))
     got = waiting(values, [jnp.asarray(BITS.view(np.float32))])
     assert (np.asarray(got["x"]).view(np.uint32) == BITS).all()
     assert (got["layer"] == jnp.arange(3)).all()
@@ -30,7 +30,7 @@ def test_the_compiler_keeps_what_is_waited_for(dtype: jnp.dtype) -> None:
     value = jax.ShapeDtypeStruct((4,), jnp.float32)
     other = jax.ShapeDtypeStruct((2, 2), dtype)
     # XLA drops parameters that nobody reads, if it finds out.
-    compiled = jax.jit(order.select_after).lower(value, [other]).compile()
+    compiled = jax.jit(barriers.select_after).lower(value, [other]).compile()
     assert "select" in str(compiled.as_text())
     assert "multiply" in str(compiled.as_text())
 
@@ -38,18 +38,18 @@ def test_the_compiler_keeps_what_is_waited_for(dtype: jnp.dtype) -> None:
 def test_what_cannot_be_waited_for_is_left_out() -> None:
     value = jnp.arange(4.0)
     others = [jnp.zeros((0, 3)), jnp.arange(2), jnp.ones(2, bool)]
-    assert (order.select_after(value, others) == value).all()
+    assert (barriers.select_after(value, others) == value).all()
 
 
 def test_programs_for_gpus_have_it() -> None:
     value = jax.ShapeDtypeStruct((4,), jnp.float32)
-    traced = jax.jit(order.wait_for).trace(value, [value])
+    traced = jax.jit(barriers.wait_for).trace(value, [value])
     assert "select" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_programs_for_others_have_nothing_of_it() -> None:
     value = jax.ShapeDtypeStruct((4,), jnp.float32)
-    text = str(jax.jit(order.wait_for).lower(value, [value]).compile().as_text())
+    text = str(jax.jit(barriers.wait_for).lower(value, [value]).compile().as_text())
     assert not [name for name in ("select", "multiply", "conditional") if f"{name}(" in text]
 
 
@@ -66,7 +66,7 @@ def test_values_lie_row_by_row_and_dims_of_size_one_not_innermost(
     shape: tuple[int, ...], minor_to_major: str
 ) -> None:
     value = jax.ShapeDtypeStruct(shape, jnp.float32)
-    text = jax.jit(order.row_major).trace([value]).lower(lowering_platforms=("tpu",)).as_text()
+    text = jax.jit(barriers.row_major).trace([value]).lower(lowering_platforms=("tpu",)).as_text()
     (line,) = [line for line in text.splitlines() if "LayoutConstraint" in line]
     assert f"dense<[{minor_to_major}]>" in line
 
@@ -75,7 +75,7 @@ def test_values_lie_in_the_order_that_is_given_or_as_they_are() -> None:
     values = [jax.ShapeDtypeStruct((5, size, 3), jnp.float32) for size in (4, 2)]
 
     def run(values: list[jax.Array]) -> list[jax.Array]:
-        return order.row_major(values, [None, (0, 2, 1)])
+        return barriers.row_major(values, [None, (0, 2, 1)])
 
     text = jax.jit(run).trace(values).lower(lowering_platforms=("tpu",)).as_text()
     (line,) = [line for line in text.splitlines() if "LayoutConstraint" in line]
@@ -90,7 +90,7 @@ def test_what_xla_shards_is_left_to_it(is_sharded: bool) -> None:
     )
     spec = jax.sharding.PartitionSpec("pipe")
     step = jax.shard_map(
-        order.row_major, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"pipe"}
+        barriers.row_major, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"pipe"}
     )
     value = jax.ShapeDtypeStruct((2, 4, 3), jnp.float32)
     text = jax.jit(step).trace(value).lower(lowering_platforms=("tpu",)).as_text()

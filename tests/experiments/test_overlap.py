@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 from dualpipe_jax._executor import program
-from dualpipe_jax._executor.layout import Layer
-from dualpipe_jax._executor.rank import Rank
+from dualpipe_jax._executor.actions import Rank
+from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._schedule.tables import Steady
 from experiments.overlap import models, overlap, report, steps
 from experiments.overlap.steps import Case

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dualpipe_jax._executor import registers
+from dualpipe_jax._executor import buffers as registers
 from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import split_vjp
 

@@ -27,9 +27,10 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import registers, stages
-from dualpipe_jax._executor.rank import Rank, Row
-from dualpipe_jax._executor.registers import when
+from dualpipe_jax._executor import actions_of_stage
+from dualpipe_jax._executor import buffers as registers
+from dualpipe_jax._executor.actions import Rank, Row
+from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._leaves.leaves import pick, place
 from dualpipe_jax._schedule.ir import (
@@ -189,7 +190,9 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
     out = lax.cond((opcode == FORWARD) & is_first, lambda: rank.embed(row), lambda: out)
     for chunk in range(len(rank.chunks)):
         is_mine = row["chunk"] == chunk
-        state, out = stages.forward(rank, state, out, row, chunk, is_mine & (opcode == FORWARD))
+        state, out = actions_of_stage.forward(
+            rank, state, out, row, chunk, is_mine & (opcode == FORWARD)
+        )
         if not has_gradients:
             continue
         is_i, is_w = (is_mine & (opcode == each) for each in (INPUT_GRAD, WEIGHT_GRAD))
@@ -199,19 +202,23 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
             if "half" in row:
                 is_first_half = is_mine & (row["half"] == FIRST_LAYERS)
                 is_full = is_full, is_first_half | (is_full & (row["half"] < 0))
-            state, dx = stages.backward(rank, state, pick(out), row, chunk, is_full)
+            state, dx = actions_of_stage.backward(rank, state, pick(out), row, chunk, is_full)
             out = place(out, dx)
             if rank.defers:
                 is_i &= is_put_off
-                state, dx = stages.input_grad(rank, state, pick(out), row, chunk, is_i, DEFERRED)
+                state, dx = actions_of_stage.input_grad(
+                    rank, state, pick(out), row, chunk, is_i, DEFERRED
+                )
                 out = place(out, dx)
         else:
-            state, dx = stages.input_grad(rank, state, pick(out), row, chunk, is_i)
+            state, dx = actions_of_stage.input_grad(rank, state, pick(out), row, chunk, is_i)
             out = place(out, dx)
         if rank.defers:
-            state = stages.weight_grad(rank, state, row, chunk, is_w & is_put_off, DEFERRED)
+            state = actions_of_stage.weight_grad(
+                rank, state, row, chunk, is_w & is_put_off, DEFERRED
+            )
         if not rank.full_backward:
-            state = stages.weight_grad(rank, state, row, chunk, is_w & ~is_put_off)
+            state = actions_of_stage.weight_grad(rank, state, row, chunk, is_w & ~is_put_off)
     state, out = when(
         (opcode == FORWARD) & is_last,
         lambda carry: rank.head(carry[0], carry[1], row),

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import order, registers
+from dualpipe_jax._executor import barriers
+from dualpipe_jax._executor import buffers as registers
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions, Gradients
-from dualpipe_jax._executor.layout import Layer, Layout
 from dualpipe_jax._executor.rows import RESIDUALS, like_slots
+from dualpipe_jax._executor.stages import Layer, Layout
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._leaves.leaves import place
 from dualpipe_jax._model import semantics
@@ -221,4 +222,4 @@ class Rank:
         """
         if turn is None:
             return None
-        return order.zero_after((dx, [total[layer.place] for total in grads]), at=turn)
+        return barriers.zero_after((dx, [total[layer.place] for total in grads]), at=turn)

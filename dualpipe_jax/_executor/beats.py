@@ -19,15 +19,15 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import accumulators, order, registers, stages, unrolled
+from dualpipe_jax._executor import accumulators, actions_of_stage, barriers, buffers, unrolled
+from dualpipe_jax._executor.actions import Rank, Row
+from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._executor.functions import Functions
-from dualpipe_jax._executor.layout import Layer
-from dualpipe_jax._executor.rank import Rank, Row
-from dualpipe_jax._executor.registers import when
 from dualpipe_jax._executor.rows import RESIDUALS, SLOTS, in_rows
+from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._executor.start import empty_after, one_stash
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._executor.tick import spare_slots, store_arrivals
+from dualpipe_jax._executor.ticks import spare_slots, store_arrivals
 from dualpipe_jax._executor.unrolled import WeightGrads
 from dualpipe_jax._leaves.leaves import pick, place
 from dualpipe_jax._model.kinds import Kind
@@ -71,10 +71,10 @@ def make_run(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
         state = store_arrivals(state, first[0], state.messages)
         # A rank that embeds reads nothing: the last slot, which nobody else reads.
         slots = [spare_slots(state, row, "read")["read"] for row in first]
-        x, cotangent = (registers.read(state.received, slot) for slot in slots)
+        x, cotangent = (buffers.read(state.received, slot) for slot in slots)
         if rank.poison:
             for slot in slots:
-                state = state._replace(received=registers.poison(state.received, slot))
+                state = state._replace(received=buffers.poison(state.received, slot))
         # What is idle takes no memory in the run: it ends here, and is made again after it.
         idle = {name: getattr(state, name) for name in rank.layout.idle_in(steady)}
         in_run: dict[str, Any] = {name: dict.fromkeys(kinds, ()) for name, kinds in idle.items()}
@@ -127,9 +127,9 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
     def slot(slots: np.ndarray) -> jax.Array:
         return jnp.asarray(np.where(slots < 0, last, slots), jnp.int32)[me]
 
-    received = registers.write(state.received, x, slot(steady.x_slot))
-    received = registers.write(received, place(x, cotangent), slot(steady.cotangent_slot))
-    nothing = registers.allocate(x, poison=rank.poison)
+    received = buffers.write(state.received, x, slot(steady.x_slot))
+    received = buffers.write(received, place(x, cotangent), slot(steady.cotangent_slot))
+    nothing = buffers.allocate(x, poison=rank.poison)
     return state._replace(received=received, messages=(nothing, nothing))
 
 
@@ -176,13 +176,13 @@ class _Beat:
         else:
             beat = self._one_after_the_other
         state, y, dx, weight_grad = beat(state, x, cotangent, f_row, i_row)
-        sent = order.row_major((y, dx))
+        sent = barriers.row_major((y, dx))
         arrivals = self._send(sent[0], self.x_pairs), self._send(sent[1], self.cotangent_pairs)
         state, (y, dx), (next_x, next_cotangent) = weight_grad(state, sent, arrivals)
         if rank.interleaves:
             # Else a GPU's compiler puts W off to the end, and copies the slots that it reads.
             mine = state.take_grads(self.backward, rank.gradients.late)
-            next_x, next_cotangent = order.wait_for((next_x, next_cotangent), mine)
+            next_x, next_cotangent = barriers.wait_for((next_x, next_cotangent), mine)
         if (self.stage_of[self.backward] == 0).any():
             state = when(
                 i_row["stage"] == 0, lambda state: rank.embed_grad(state, dx, i_row), state
@@ -220,7 +220,7 @@ class _Beat:
         with jax.named_scope(_scopes.SEND):
             if pairs:
                 return lax.ppermute(values, self.rank.layout.axis, pairs)
-        return registers.allocate(values, poison=self.rank.poison)
+        return buffers.allocate(values, poison=self.rank.poison)
 
     def _looped(
         self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
@@ -231,7 +231,7 @@ class _Beat:
 
         def input_grad(layer: Layer, dx: list, shared: Any, mine: _OfKind) -> Any:
             kept, kept_longer = (
-                registers.read_layer(buffer, layer.index, i_row[name])
+                buffers.read_layer(buffer, layer.index, i_row[name])
                 for buffer, name in (
                     (mine.residual, "residual"),
                     (mine.weight_residual, "weight_residual"),
@@ -242,14 +242,14 @@ class _Beat:
                 layer, dx, kept, kept_longer, i_row, self.backward
             )
             residual, weight_residual = (
-                registers.pass_on(buffer, after=(dx, values, early))
+                buffers.pass_on(buffer, after=(dx, values, early))
                 for buffer in (mine.residual, mine.weight_residual)
             )
             grads, shared = accumulators.add(
                 mine.grads, shared, early, places=places[layer.kind], layer=layer.place
             )
             mine = mine._replace(
-                stash=registers.write_layer(mine.stash, values, layer.index, i_row["stash"]),
+                stash=buffers.write_layer(mine.stash, values, layer.index, i_row["stash"]),
                 residual=residual,
                 weight_residual=weight_residual,
                 grads=grads,
@@ -258,12 +258,12 @@ class _Beat:
 
         def forward(layer: Layer, x: PyTree, aux: Any, mine: _OfKind, dx: list) -> Any:
             x, aux_of_layer, *made = rank.forward_of(layer, x, f_row, self.forward)
-            kept, kept_longer = order.wait_for(made, (x, dx))  # as in `unrolled.run_beat`
+            kept, kept_longer = barriers.wait_for(made, (x, dx))  # as in `unrolled.run_beat`
             kept, kept_longer = rank.like_slots(layer, residual=kept, weight_residual=kept_longer)
             aux, metrics = accumulators.add_aux(aux, mine.metrics, aux_of_layer, layer=layer.place)
             mine = mine._replace(
-                residual=registers.write_layer(mine.residual, kept, layer.index, f_row["residual"]),
-                weight_residual=registers.write_layer(
+                residual=buffers.write_layer(mine.residual, kept, layer.index, f_row["residual"]),
+                weight_residual=buffers.write_layer(
                     mine.weight_residual, kept_longer, layer.index, f_row["weight_residual"]
                 ),
                 metrics=metrics,
@@ -311,16 +311,20 @@ class _Beat:
         self, state: State, x: PyTree, cotangent: list, f_row: Row, i_row: Row
     ) -> tuple[State, PyTree, list, WeightGrads]:
         """Runs F and I in loops of their own, as stages are unlike or nothing is to overlap."""
-        state, x = stages.forward(self.rank, state, x, f_row, self.forward, True)
+        state, x = actions_of_stage.forward(self.rank, state, x, f_row, self.forward, True)
         if self.rank.full_backward and not self.rank.interleaves:
-            state, dx = stages.backward(self.rank, state, cotangent, i_row, self.backward, True)
+            state, dx = actions_of_stage.backward(
+                self.rank, state, cotangent, i_row, self.backward, True
+            )
             return state, x, dx, lambda state, *transfers: (state, *transfers)
-        state, dx = stages.input_grad(self.rank, state, cotangent, i_row, self.backward, True)
+        state, dx = actions_of_stage.input_grad(
+            self.rank, state, cotangent, i_row, self.backward, True
+        )
         return state, x, dx, self._weight_grads(i_row)
 
     def _weight_grads(self, row: Row) -> WeightGrads:
         def run(state: State, *transfers: PyTree) -> tuple[State, PyTree, PyTree]:
-            state = stages.weight_grad(self.rank, state, row, self.backward, True)
+            state = actions_of_stage.weight_grad(self.rank, state, row, self.backward, True)
             return state, *lax.optimization_barrier(transfers)
 
         return run
@@ -329,5 +333,5 @@ class _Beat:
 def _poison_dead(state: State, row: Row) -> State:
     """Overwrites the slots that the backward has read for the last time."""
     names = (*RESIDUALS, "stash")
-    dead = {name: registers.poison(getattr(state, name), row[name]) for name in names}
+    dead = {name: buffers.poison(getattr(state, name), row[name]) for name in names}
     return state._replace(**dead)
