@@ -13,21 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax._executor import collect
-from dualpipe_jax._executor.actions import Rank, Row
-from dualpipe_jax._executor.beats import make_run
-from dualpipe_jax._executor.buffers import when
+from dualpipe_jax import _scopes
+from dualpipe_jax._executor import buffers, collect
+from dualpipe_jax._executor.beats import Beat, after_beat
+from dualpipe_jax._executor.buffers import lay_out, when
 from dualpipe_jax._executor.delivery import Delivery
 from dualpipe_jax._executor.functions import Functions
+from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.seeds import make_seeds
 from dualpipe_jax._executor.settings import Settings
-from dualpipe_jax._executor.start import empty_state
-from dualpipe_jax._executor.state import State
-from dualpipe_jax._executor.ticks import make_tick, rows_of
+from dualpipe_jax._executor.state import SLOTS, State, empty_after, empty_state, one_stash
+from dualpipe_jax._executor.ticks import make_tick, rows_of, spare_slots, store_arrivals
 from dualpipe_jax._leaves.explicit_axes import device_kind_of
+from dualpipe_jax._leaves.leaves import pick, place
 from dualpipe_jax._leaves.plan import Plan
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
+from dualpipe_jax._schedule.tables import Steady
 
 
 def run(
@@ -52,19 +55,96 @@ def run(
         state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
         return _finish(settings, rank, plan, params, state, weight)
 
-    # One scan over the ticks before and after the run, so that they stand in the program once.
-    assert steady.first_tick > 0, "what the run's first backward reads is made before it"
-    run = make_run(rank, steady, rows)
+    # One scan over the ticks before and after the beats, so that they stand in the program once.
+    assert steady.first_tick > 0, "the values that the first backward reads are made before it"
+    run_steady = make_steady(rank, steady, rows)
     ramp = np.delete(np.arange(settings.tables.num_ticks), steady.ticks)
 
-    def tick_or_run(state: State, row: Any) -> tuple[State, None]:
-        is_before_run, row = row
-        return when(is_before_run, run, tick(state, row)), None
+    def tick_or_steady(state: State, row: Any) -> tuple[State, None]:
+        is_before, row = row
+        return when(is_before, run_steady, tick(state, row)), None
 
     ramp_rows = {name: column[ramp] for name, column in rows.items()}
-    is_before_run = jnp.asarray(ramp == steady.first_tick - 1)
-    state, _ = lax.scan(tick_or_run, state, (is_before_run, ramp_rows))
+    is_before = jnp.asarray(ramp == steady.first_tick - 1)
+    state, _ = lax.scan(tick_or_steady, state, (is_before, ramp_rows))
     return _finish(settings, rank, plan, params, state, weight)
+
+
+def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
+    """Makes the function that runs all beats.
+
+    Args:
+      rank: The rank.
+      steady: The run of beats.
+      rows: This rank's rows of the tables, int32[num_ticks] for each column.
+    """
+    ticks_per_trip = 2 * TICKS_PER_BEAT
+    # (A beat's transfers are those of `Steady`.)
+    mine = {name: column[steady.ticks] for name, column in rows.items() if name != "exchange"}
+    trips = {name: column.reshape(-1, ticks_per_trip) for name, column in mine.items()}
+
+    def tick_of(rows: Row, tick: int) -> Row:
+        return {name: column[tick] for name, column in rows.items()}
+
+    def two_beats(carry: tuple[State, PyTree, list], rows: Row) -> tuple[Any, None]:
+        state, x, cotangent = carry
+        with jax.named_scope(_scopes.STEADY):
+            for parity in range(2):
+                f_row, i_row = (tick_of(rows, TICKS_PER_BEAT * parity + i) for i in range(2))
+                if parity == 1 and not rank.interleaves:
+                    f_row = after_beat(f_row, state, cotangent)
+                beat = Beat(rank, steady, parity, f_row, i_row)
+                state, x, cotangent = beat.run(state, x, cotangent)
+        return (state, x, cotangent), None
+
+    def run(state: State) -> State:
+        first = tick_of(mine, 0), tick_of(mine, 1)
+        state = store_arrivals(state, first[0], state.messages)
+        # A rank that embeds reads nothing: the last slot, which nobody else reads.
+        slots = [spare_slots(state, row, "read")["read"] for row in first]
+        x, cotangent = (buffers.read(state.received, slot) for slot in slots)
+        if rank.poison:
+            for slot in slots:
+                state = state._replace(received=buffers.poison(state.received, slot))
+        # A buffer that is idle takes no memory in the beats: it ends here, and is made again.
+        idle = {name: getattr(state, name) for name in rank.layout.idle_in(steady)}
+        in_beats: dict[str, Any] = {
+            name: {kind: buffer.with_arrays() for kind, buffer in by_kind.items()}
+            for name, by_kind in idle.items()
+        }
+        if rank.stashes_in_beats:
+            # Only there: in ticks W of a layer runs right after its I.
+            idle["stash"] = state.stash
+            stash = one_stash(rank.gradients, rank.layout, state.stash)
+            in_beats["stash"] = empty_after(stash, after=(x, cotangent), poison=rank.poison)
+        state = state._replace(**in_beats)
+        (state, x, cotangent), _ = lax.scan(
+            two_beats, (_laid_out(state), x, pick(cotangent)), trips
+        )
+        state = _laid_out(state)
+        state = state._replace(**empty_after(idle, after=(x, cotangent), poison=rank.poison))
+        return _leave(rank, steady, state, x, cotangent)
+
+    return run
+
+
+def _laid_out(state: State) -> State:
+    """Has a state's slots lie in memory as ticks have them."""
+    return state._replace(**lay_out({name: getattr(state, name) for name in SLOTS}))
+
+
+def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list) -> State:
+    """Stores the values that the last beat sent where the tables have them."""
+    last = jax.tree.leaves(state.received)[0].shape[0] - 1
+    me = lax.axis_index(rank.layout.axis)
+
+    def slot(slots: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.where(slots < 0, last, slots), jnp.int32)[me]
+
+    received = buffers.write(state.received, x, slot(steady.x_slot))
+    received = buffers.write(received, place(x, cotangent), slot(steady.cotangent_slot))
+    nothing = buffers.allocate(x, poison=rank.poison)
+    return state._replace(received=received, messages=(nothing, nothing))
 
 
 def _deliver(

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import buffers as registers
+from dualpipe_jax._executor import buffers as slots
 from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._executor.spread import Spread, spread
 from dualpipe_jax._executor.stack import Stack
@@ -161,10 +161,8 @@ class Layout:
     def unstack(self, chunk: dict[Kind, PyTree]) -> dict[Kind, PyTree]:
         """Gives the unrolled layers of a chunk their parameters in arrays of their own."""
 
-        def layers(stack: PyTree, count: int) -> registers.Layers:
-            return registers.Layers(
-                tuple(jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count))  # noqa: B023
-            )
+        def layers(stack: PyTree, count: int) -> tuple[PyTree, ...]:
+            return tuple(jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count))  # noqa: B023
 
         return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
 
@@ -252,7 +250,7 @@ class Layout:
             if len(self.stacks) == 1:
                 return left(run(self.layer_of_only_kind(stage, index), None, *loop))
             # Each kind's body stands in the program once, run or passed over.
-            number, place = registers.read(self._tables, stage, index)
+            number, place = slots.read(self._tables, stage, index)
             for n, kind in enumerate(self.stacks):
                 loop = run(self._layer(stage, kind, index, place), number == n, *loop)
             return left(loop)
@@ -348,7 +346,7 @@ class Layout:
             numbers, places = [], []
             for stage, index, count in zip(stages, indices, counts, strict=True):
                 is_there = (index >= 0) & (index < count)
-                number, place = registers.read(self._tables, stage, jnp.where(is_there, index, 0))
+                number, place = slots.read(self._tables, stage, jnp.where(is_there, index, 0))
                 numbers.append(jnp.where(is_there, number, -1))
                 places.append(place)
             for pair in pairs:

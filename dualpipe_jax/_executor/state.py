@@ -1,72 +1,138 @@
-"""What a rank carries from tick to tick and from beat to beat: slots, accumulators, messages."""
+"""The arrays that a rank carries from tick to tick and from beat to beat: slots, sums, messages.
 
+`empty_state` makes those with which a rank starts. An action takes the buffers that it touches out
+of the state (`State.take`), so that these alone pass through its loop over layers, and puts them
+back.
+"""
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from dualpipe_jax._executor import accumulators
-from dualpipe_jax._executor.accumulators import LayerGrads, LayerMetrics, Places
-from dualpipe_jax._executor.delivery import Mail
-from dualpipe_jax._leaves.rules import Rule
+from dualpipe_jax._executor import barriers, buffers
+from dualpipe_jax._executor.accumulators import Places
+from dualpipe_jax._executor.buffers import RESIDUALS, STASHES, SlotBuffer, allocate_slots
+from dualpipe_jax._executor.delivery import Delivery, Mail
+from dualpipe_jax._executor.functions import Functions, Gradients
+from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._leaves.rules import SUM, Rule
+from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.types import Aux, PyTree
 
-PyTree = Any
+SLOTS = (*RESIDUALS, *STASHES)
+
+
+class LayerBuffers(NamedTuple):
+    """The buffers of the layers of one kind, those that an action touches.
+
+    Attributes:
+      residual, weight_residual, stash, deferred: As in `State`.
+      grads: For each leaf that gets a gradient from the action, by its number, the sum
+        `[layer, ...]`, or a list of an array for each layer where layers are unrolled.
+      metrics: The same for the metrics of the layers.
+    """
+
+    residual: SlotBuffer = SlotBuffer()
+    weight_residual: SlotBuffer = SlotBuffer()
+    stash: SlotBuffer = SlotBuffer()
+    deferred: SlotBuffer = SlotBuffer()
+    grads: dict[int, Any] | None = None
+    metrics: list[Any] | None = None
+
+
+# Sums of gradients outside of the layers' own, by the number of the leaf of shared.
+SharedGrads = dict[int, jax.Array]
 
 
 class State(NamedTuple):
-    """What a rank carries from tick to tick.
+    """The arrays that a rank carries from tick to tick.
 
-    What belongs to layers has an entry for each kind of layer, `layer` counting those of the kind;
-    `[slot, layer, ...]` is `registers.Layers` of `[slot, ...]` where layers are unrolled.
+    Buffers of layers have an entry for each kind of layer, `layer` counting those of the kind.
 
     Attributes:
       received: Activations and cotangents that wait for their action, `[slot, ...]` for each leaf
-        of x; the last slot takes what nobody wants.
-      residual: What the forward keeps for the input gradient, `[slot, layer, ...]`.
-      weight_residual: What the forward keeps for the weight gradient, `[slot, layer, ...]`.
-      stash: What the input gradient keeps for the weight gradient, `[slot, layer, ...]`. Empty
-        where these run as one.
-      deferred: What it keeps for a deferred one, which may recompute, `[slot, layer, ...]`. Empty
-        where that has no slots of its own.
+        of x; nobody reads the last slot.
+      residual: Values that F keeps for the input grad.
+      weight_residual: Values that F keeps for the weight grad, and the input grad may read.
+      stash: Values that the input grad keeps for the weight grad. Without slots where these run as
+        one.
+      deferred: Values that it keeps for a deferred weight grad, which may recompute the rest.
+        Without slots where deferred weight grads have none of their own.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
-      loss, aux, metrics: Sums over microbatches: of what head gives, and of the layers' aux losses.
+      loss, aux, metrics: Sums over microbatches: of the head's, and of the layers' aux losses.
       block_metrics: For each chunk the metrics of its layers, summed, laid out as block_grads.
-      messages: The values of the tick before from the left and the right neighbour, an x each; of
-        lazy tables the x that this rank made then, and has not sent yet.
-      mail: Outputs that are kept or on their way, in a program that gives them.
+      messages: The values that the left and the right neighbour sent in the tick before, an x each;
+        of lazy tables the x that this rank made then, and has not sent yet.
+      mail: Outputs that are kept or under way, in a program that returns outputs.
     """
 
     received: PyTree
-    residual: dict[Kind, Any]
-    weight_residual: dict[Kind, Any]
-    stash: dict[Kind, Any]
-    deferred: dict[Kind, Any]
-    block_grads: list[LayerGrads]
+    residual: dict[Kind, SlotBuffer]
+    weight_residual: dict[Kind, SlotBuffer]
+    stash: dict[Kind, SlotBuffer]
+    deferred: dict[Kind, SlotBuffer]
+    block_grads: list[dict[Kind, list[Any]]]
     ends_grads: list[jax.Array]
     shared_grads: list[jax.Array]
     loss: jax.Array
     aux: jax.Array | None
     metrics: PyTree
-    block_metrics: list[LayerMetrics]
+    block_metrics: list[dict[Kind, list[Any]]]
     messages: tuple[PyTree, ...]
     mail: Mail | None = None
 
-    def take_grads(self, chunk: int, places: dict[Kind, Places]) -> Any:
-        """Takes the accumulators of a chunk, and of shared, that stand at `places`."""
-        return accumulators.take(self.block_grads[chunk], self.shared_grads, places)
+    def take(self, names: Sequence[str], chunk: int, index: dict[Kind, Places]) -> tuple[Any, ...]:
+        """Takes the buffers of a chunk's layers that `LayerBuffers` has under these names.
 
-    def put_grads(self, chunk: int, places: dict[Kind, Places], taken: Any) -> "State":
-        """Puts back what was taken."""
-        grads, shared = accumulators.put(self.block_grads[chunk], self.shared_grads, places, taken)
-        block_grads = [grads if c == chunk else old for c, old in enumerate(self.block_grads)]
-        return self._replace(block_grads=block_grads, shared_grads=shared)
+        Args:
+          names: The names, in the order in which they are returned, each a dict by kind.
+          chunk: The chunk.
+          index: Which of its gradients are taken.
+        """
+        return tuple(
+            {
+                kind: {number: sums[number] for number in index[kind].layer}
+                for kind, sums in self.block_grads[chunk].items()
+            }
+            if name == "grads"
+            else self.block_metrics[chunk]
+            if name == "metrics"
+            else getattr(self, name)
+            for name in names
+        )
 
-    def put_aux(self, chunk: int, loss: Any, metrics: LayerMetrics) -> "State":
-        """Puts back the sum of aux losses, and a chunk's metrics."""
-        block_metrics = [metrics if c == chunk else old for c, old in enumerate(self.block_metrics)]
-        return self._replace(aux=loss, block_metrics=block_metrics)
+    def put(self, names: Sequence[str], chunk: int, taken: Sequence[dict[Kind, Any]]) -> "State":
+        """Puts back what `take` took, maybe changed."""
+        changed: dict[str, Any] = {}
+        for name, by_kind in zip(names, taken, strict=True):
+            if name == "grads":
+                sums = {
+                    kind: [by_kind[kind].get(number, old) for number, old in enumerate(all_of_kind)]
+                    for kind, all_of_kind in self.block_grads[chunk].items()
+                }
+                changed["block_grads"] = _with_entry(self.block_grads, chunk, sums)
+            elif name == "metrics":
+                changed["block_metrics"] = _with_entry(self.block_metrics, chunk, by_kind)
+            else:
+                changed[name] = by_kind
+        return self._replace(**changed)
+
+    def take_shared(self, index: dict[Kind, Places]) -> SharedGrads:
+        """Takes the sums of shared's gradients to which any kind of layer adds."""
+        numbers = sorted({number for of_kind in index.values() for number in of_kind.shared})
+        return {number: self.shared_grads[number] for number in numbers}
+
+    def put_shared(self, taken: SharedGrads) -> "State":
+        """Puts back what `take_shared` took, maybe changed."""
+        sums = [taken.get(number, old) for number, old in enumerate(self.shared_grads)]
+        return self._replace(shared_grads=sums)
 
     def add_outside(self, gradients: list[jax.Array], rules: list[Rule | None]) -> "State":
         """Adds gradients of ends, then of shared, those that have a rule."""
@@ -77,3 +143,160 @@ class State(NamedTuple):
             for total, gradient, rule in zip(totals, gradients, rules, strict=True)
         ]
         return self._replace(ends_grads=sums[:num_ends], shared_grads=sums[num_ends:])
+
+
+def _with_entry(entries: list[Any], number: int, value: Any) -> list[Any]:
+    return [*entries[:number], value, *entries[number + 1 :]]
+
+
+def add_gradients(
+    sums: dict[int, Any],
+    shared: SharedGrads,
+    gradients: Sequence[jax.Array],
+    index: Places,
+    layer: Any,
+) -> tuple[dict[int, Any], SharedGrads]:
+    """Adds a layer's gradients, those of the layer's own leaves first, to the sums at `index`."""
+    own, of_shared = gradients[: len(index.layer)], gradients[len(index.layer) :]
+    added = zip(index.layer, own, index.rules, strict=True)
+    sums = sums | {number: _add(sums[number], grad, layer, rule) for number, grad, rule in added}
+    more = zip(index.shared, of_shared, strict=True)
+    return sums, shared | {number: semantics.add(shared[number], grad) for number, grad in more}
+
+
+def add_aux(loss: Any, metrics: list[Any], aux: Aux, layer: Any) -> tuple[Any, list[Any]]:
+    """Adds the aux loss of a block's forward to that of all, and its metrics to its kind's."""
+    if aux.loss is not None:
+        loss = semantics.add(loss, aux.loss)
+    both = zip(metrics, jax.tree.leaves(aux.metrics), strict=True)
+    return loss, [_add(total, value, layer, SUM) for total, value in both]
+
+
+def _add(total: Any, value: jax.Array, layer: Any, rule: Rule) -> Any:
+    """Adds a value to a layer's entry of a sum.
+
+    A sum is an array `[layer, ...]`, or a list of as many arrays: with the layers unrolled XLA
+    would look through one layer's update of an array to the array before it, keep both alive, and
+    so copy it.
+    """
+    if isinstance(total, list):
+        return _with_entry(total, layer, rule.add(total[layer], value))
+    return buffers.write(total, rule.add(buffers.read(total, layer), value), layer)
+
+
+def empty_state(
+    functions: Functions,
+    layout: Layout,
+    params: PyTree,
+    *,
+    slots: dict[str, int],
+    wanted: dict[str, Any],
+    delivery: Delivery | None,
+    is_lazy: bool,
+    poison: bool,
+) -> State:
+    """Makes the state with which a rank starts: empty slots, and sums of nothing.
+
+    Args:
+      functions: The model's functions.
+      layout: Where the layers are.
+      params: The parameters of this device.
+      slots: The slots of each buffer.
+      wanted: For each part outside of blocks whether its leaves get a gradient.
+      delivery: Where outputs go, in a program that returns outputs.
+      is_lazy: Whether the tables are.
+      poison: Whether slots start as values that spread, in tests.
+    """
+    outs, gradients = functions.outputs, functions.gradients
+    num_chunks = len(layout.stage_of)
+
+    def slot_buffers(name: str) -> dict[Kind, SlotBuffer]:
+        return {
+            kind: allocate_slots(
+                None if gradients is None else gradients.block[kind],
+                name,
+                num_slots=slots.get(name, 0),
+                num_layers=stack.max_layers,
+                is_unrolled=layout.is_unrolled,
+                size_of_x=functions.size_of_x,
+                poison=poison,
+            )
+            for kind, stack in layout.stacks.items()
+        }
+
+    outside_grads: list[jax.Array] = []
+    if gradients is not None:
+        parts = [part for part in ("ends", "shared") if part in params]
+        leaves = [leaf for part in parts for leaf in pick(params[part], wanted[part])]
+        outside_grads = [
+            rule.start(leaf.shape, semantics.accumulator_dtype(leaf.dtype))
+            for leaf, rule in zip(leaves, gradients.outside_rules, strict=True)
+        ]
+    num_ends = sum(wanted["ends"])
+
+    def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
+        leaves = [
+            jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)
+        ]
+        assert gradients is not None
+        has_grad = gradients.block[kind].has_grad[: len(leaves)]
+        return layout.zero_sums(kind, pick(leaves, has_grad), gradients.layer_rules[kind])
+
+    loss, aux, metrics = semantics.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
+    metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
+    nothing = buffers.allocate(outs.x, poison=poison)
+    return State(
+        received=buffers.allocate(outs.x, slots["received"], poison=poison),
+        **{name: slot_buffers(name) for name in SLOTS},
+        block_grads=[]
+        if gradients is None
+        else [
+            {kind: zero_grads(kind, stack) for kind, stack in params["blocks"].items()}
+            for _ in range(num_chunks)
+        ],
+        ends_grads=outside_grads[:num_ends],
+        shared_grads=outside_grads[num_ends:],
+        loss=loss,
+        aux=aux,
+        metrics=metrics,
+        block_metrics=[
+            {
+                kind: layout.zero_sums(kind, metrics, [SUM] * len(metrics))
+                for kind, metrics in metrics_of.items()
+            }
+            for _ in range(num_chunks)
+        ],
+        messages=(nothing,) if is_lazy else (nothing, nothing),
+        mail=None if delivery is None else delivery.start(outs.applied),
+    )
+
+
+def one_stash(gradients: Gradients, layout: Layout, like: dict[Kind, SlotBuffer]) -> Any:
+    """Makes avals of a stash buffer of a single slot, for looped layers."""
+
+    def of(kind: Kind, num_layers: int) -> SlotBuffer:
+        avals = tuple(
+            jax.ShapeDtypeStruct((1, num_layers, *aval.shape), aval.dtype)
+            for aval in gradients.block[kind].stash
+        )
+        return like[kind].with_arrays(avals)
+
+    return {kind: of(kind, stack.max_layers) for kind, stack in layout.stacks.items()}
+
+
+def empty_after(arrays: PyTree, *, after: PyTree, poison: bool) -> PyTree:
+    """Makes empty buffers like these, not before `after` is known.
+
+    So slots in which nothing is kept take no memory for a while: they end, and are made again.
+    """
+    if barriers.xla_shards():  # an entry might be fetched from another device
+        zero, _ = lax.optimization_barrier((jnp.zeros((), jnp.int32), after))
+    else:
+        zero = barriers.zero_after(after)
+
+    def one(array: jax.Array) -> jax.Array:
+        value = buffers.allocate(jax.ShapeDtypeStruct((), array.dtype), poison=poison)
+        # XLA does not know which; an array that it knows, it would fill before.
+        return jnp.broadcast_to(jnp.where(zero == 0, value, jnp.ones_like(value)), array.shape)
+
+    return jax.tree.map(one, arrays)

@@ -27,12 +27,14 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import actions_of_stage
-from dualpipe_jax._executor import buffers as registers
-from dualpipe_jax._executor.actions import Rank, Row
+from dualpipe_jax._executor import buffers
+from dualpipe_jax._executor.actions import embed, embed_grad, head, run_backward, run_forward
 from dualpipe_jax._executor.buffers import when
+from dualpipe_jax._executor.layer import LayerWork
+from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._leaves.leaves import pick, place
+from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.ir import (
     DEFERRED,
     FIRST_LAYERS,
@@ -43,7 +45,6 @@ from dualpipe_jax._schedule.ir import (
 )
 from dualpipe_jax._schedule.tables import Exchange, Pairs, Tables
 
-PyTree = Any
 # The columns of the slots in which values from the left and from the right are stored.
 ARRIVALS = ("from_left", "from_right")
 
@@ -73,7 +74,7 @@ def make_tick(rank: Rank, tables: Tables) -> Callable[[State, Row], State]:
         state, out = _act(rank, state, {**row, **slot})
         if rank.poison:
             state, out = _poison_dead(rank, state, out, {**row, **slot})
-        state = state._replace(received=registers.write(state.received, out, slot["keep"]))
+        state = state._replace(received=buffers.write(state.received, out, slot["keep"]))
         if tables.is_lazy:
             return store_arrivals(state, row, arrived)._replace(messages=(out,))
         if "send" in row:
@@ -89,10 +90,10 @@ def _sent(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State, PyTre
     A kept value is read after the output was stored: a write after the read would copy all slots.
     """
     slot = spare_slots(state, row, "send")["send"]
-    kept, is_late = registers.read(state.received, slot), row["send"] >= 0
+    kept, is_late = buffers.read(state.received, slot), row["send"] >= 0
     out = jax.tree.map(partial(jnp.where, is_late), kept, out)
     if rank.poison:
-        state = state._replace(received=registers.poison(state.received, slot))
+        state = state._replace(received=buffers.poison(state.received, slot))
     return state, out
 
 
@@ -101,7 +102,7 @@ def store_arrivals(state: State, row: Row, arrived: Sequence[PyTree]) -> State:
     slot = spare_slots(state, row, *ARRIVALS)
     received = state.received
     for name, values in zip(ARRIVALS, arrived, strict=True):
-        received = registers.write(received, values, slot[name])
+        received = buffers.write(received, values, slot[name])
     return state._replace(received=received)
 
 
@@ -134,7 +135,7 @@ def _exchange(
         )
         return from_left, from_right
 
-    nothing = registers.allocate(out, poison=rank.poison)
+    nothing = buffers.allocate(out, poison=rank.poison)
     arrived = nothing, nothing
     for number, part in zip(numbers, exchanges, strict=True):
         # Passed over where nothing is sent: a part's arrivals are not merged in every tick.
@@ -150,7 +151,7 @@ def _links(part: Sequence[Exchange]) -> tuple[set[tuple[int, int]], set[tuple[in
 
 def _permute(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTree]:
     """Runs the permutes of an exchange."""
-    nothing = registers.allocate(out, poison=rank.poison)
+    nothing = buffers.allocate(out, poison=rank.poison)
 
     def permute(pairs: Pairs) -> PyTree:
         if not pairs:
@@ -175,7 +176,7 @@ def _is_target(rank: Rank, pairs: Collection[tuple[int, int]]) -> jax.Array:
 
 
 def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
-    """Runs this tick's action, and returns what it sends: an x, or a cotangent of one.
+    """Runs this tick's action, and returns the value that it sends: an x, or a cotangent of one.
 
     Of two ranks with a stage each, while microbatch 1 is in its forward and 0 in its backward:
     rank 0 runs `0F1`: read the received slot or embed -> layers -> send x to rank 1.
@@ -185,14 +186,13 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
     has_gradients = rank.functions.gradients is not None
     opcode, stage = row["opcode"], row["stage"]
     is_first, is_last = stage == 0, stage == rank.layout.num_stages - 1
-    # One value goes through: what the action reads, then what its layers make of it.
-    out = registers.read(state.received, row["read"])
-    out = lax.cond((opcode == FORWARD) & is_first, lambda: rank.embed(row), lambda: out)
+    # One value goes through: the one that the action reads, then the output of its layers.
+    out = buffers.read(state.received, row["read"])
+    out = lax.cond((opcode == FORWARD) & is_first, lambda: embed(rank, row), lambda: out)
     for chunk in range(len(rank.chunks)):
         is_mine = row["chunk"] == chunk
-        state, out = actions_of_stage.forward(
-            rank, state, out, row, chunk, is_mine & (opcode == FORWARD)
-        )
+        work = partial(LayerWork, rank=rank, forward=(chunk, row), backward=(chunk, row))
+        state, out = run_forward(work(), state, out, is_mine & (opcode == FORWARD))
         if not has_gradients:
             continue
         is_i, is_w = (is_mine & (opcode == each) for each in (INPUT_GRAD, WEIGHT_GRAD))
@@ -202,32 +202,30 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
             if "half" in row:
                 is_first_half = is_mine & (row["half"] == FIRST_LAYERS)
                 is_full = is_full, is_first_half | (is_full & (row["half"] < 0))
-            state, dx = actions_of_stage.backward(rank, state, pick(out), row, chunk, is_full)
+            state, dx = run_backward(work(), "IW", state, pick(out), is_full)
             out = place(out, dx)
             if rank.defers:
                 is_i &= is_put_off
-                state, dx = actions_of_stage.input_grad(
-                    rank, state, pick(out), row, chunk, is_i, DEFERRED
-                )
+                state, dx = run_backward(work(stores=(DEFERRED,)), "I", state, pick(out), is_i)
                 out = place(out, dx)
         else:
-            state, dx = actions_of_stage.input_grad(rank, state, pick(out), row, chunk, is_i)
+            stores = ("stash", DEFERRED) if rank.defers else ("stash",)
+            state, dx = run_backward(work(stores=stores), "I", state, pick(out), is_i)
             out = place(out, dx)
         if rank.defers:
-            state = actions_of_stage.weight_grad(
-                rank, state, row, chunk, is_w & is_put_off, DEFERRED
-            )
+            deferred = work(source=DEFERRED)
+            state, _ = run_backward(deferred, "W", state, None, is_w & is_put_off)
         if not rank.full_backward:
-            state = actions_of_stage.weight_grad(rank, state, row, chunk, is_w & ~is_put_off)
+            state, _ = run_backward(work(), "W", state, None, is_w & ~is_put_off)
     state, out = when(
         (opcode == FORWARD) & is_last,
-        lambda carry: rank.head(carry[0], carry[1], row),
+        lambda carry: head(rank, carry[0], carry[1], row),
         (state, out),
     )
     if has_gradients:
         state = when(
             _makes_dx(row) & is_first,
-            lambda state: rank.embed_grad(state, pick(out), row),
+            lambda state: embed_grad(rank, state, pick(out), row),
             state,
         )
     return state, out
@@ -260,11 +258,11 @@ def _poison_dead(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State
     opcode = row["opcode"]
     by_input_grad, by_weight_grad = opcode == INPUT_GRAD, opcode == WEIGHT_GRAD
 
-    def overwrite(buffers: PyTree, slot: Any, is_dead: Any) -> PyTree:
-        return when(is_dead, lambda buffers: registers.poison(buffers, slot), buffers)
+    def overwrite(slots: PyTree, slot: Any, is_dead: Any) -> PyTree:
+        return when(is_dead, lambda slots: buffers.poison(slots, slot), slots)
 
     state = state._replace(
-        received=registers.poison(state.received, row["read"]),
+        received=buffers.poison(state.received, row["read"]),
         residual=overwrite(state.residual, row["residual"], _makes_dx(row)),
         weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
     )
@@ -275,5 +273,5 @@ def _poison_dead(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State
         deferred = overwrite(state.deferred, row["deferred"], is_dead)
         state = state._replace(deferred=deferred)
     sends = (opcode == FORWARD) | by_input_grad | _makes_dx(row)
-    nothing = registers.allocate(out, poison=True)
+    nothing = buffers.allocate(out, poison=True)
     return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)

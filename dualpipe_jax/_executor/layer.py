@@ -1,0 +1,264 @@
+"""F, I and W of one layer: parameters and slots in, a value for the next layer and sums out.
+
+    F  x                        -> y; residual and weight_residual go to their slots
+    I  cotangent of y, residual, weight_residual
+                                -> cotangent of x; operands of W go to the stash, or are held
+    W  weight_residual, stash   -> gradients, added to the sums
+
+All that runs layers runs these: ticks and beats, loops over layers and straight-line code. They
+differ in how they touch the buffers, and `LayerWork` says how.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from dualpipe_jax import _scopes
+from dualpipe_jax._executor import barriers
+from dualpipe_jax._executor.buffers import RESIDUALS, SlotBuffer, when
+from dualpipe_jax._executor.rank import Rank, Row
+from dualpipe_jax._executor.stages import Layer
+from dualpipe_jax._executor.state import LayerBuffers, SharedGrads, add_aux, add_gradients
+from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._schedule.ir import DEFERRED
+
+# The buffers and sums that actions touch, in the order in which these pass through loops.
+TOUCHES = {
+    "F": (*RESIDUALS, "metrics"),
+    "I": ("stash", "deferred", *RESIDUALS, "grads"),
+    "W": ("grads", "weight_residual"),
+    "IW": (*RESIDUALS, "grads"),
+}
+
+
+class Flow(NamedTuple):
+    """The values that pass from layer to layer; None for those that an action does not have.
+
+    Attributes:
+      x: The activation.
+      aux: The sum of aux losses.
+      dx: The cotangents of the leaves of x that have one.
+      shared: The sums of shared's gradients.
+      turn: As `Rank.first_turn` makes it.
+    """
+
+    x: PyTree = None
+    aux: Any = None
+    dx: Any = None
+    shared: SharedGrads | None = None
+    turn: jax.Array | None = None
+
+
+class Held(NamedTuple):
+    """The operands of a layer's W that its I leaves beside the slots."""
+
+    weight_residual: tuple[jax.Array, ...]
+    stash: tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerWork:
+    """Runs F, I and W of one layer within an action, or within a beat.
+
+    Attributes:
+      rank: The rank.
+      forward: The chunk and the row of F, where there is one.
+      backward: The chunk and the row of I and W.
+      stores: The buffers in which I keeps operands of W: none if W directly follows it; with both
+        `stash` and `deferred`, in `deferred` where the row says so.
+      source: The buffer in which W finds its operands, if they are not held.
+      is_straight: Whether the layers stand in straight-line code of a beat, where I and W read
+        slots in parts and layouts are left to XLA. Else values lie in memory as their slots.
+      is_beside: Whether an F runs beside an I, and neither is to run ahead.
+    """
+
+    rank: Rank
+    forward: tuple[int, Row] | None = None
+    backward: tuple[int, Row] | None = None
+    stores: tuple[str, ...] = ()
+    source: str = "stash"
+    is_straight: bool = False
+    is_beside: bool = False
+
+    def touches(self, actions: str) -> tuple[str, ...]:
+        """Names the buffers that actions touch, in the order in which they pass through loops."""
+        return (*TOUCHES[actions], *((self.source,) if actions == "W" else ()))
+
+    def run(
+        self, actions: str, layer: Layer, flow: Flow, buffers: LayerBuffers
+    ) -> tuple[Flow, LayerBuffers]:
+        """Runs `"F"`, `"I"`, `"W"` or `"IW"`, W right after its I, of a layer."""
+        held = None
+        for action in actions:
+            if action == "F":
+                flow, buffers = self.run_forward(layer, flow, buffers)
+            elif action == "I":
+                flow, buffers, held = self.run_input_grad(layer, flow, buffers)
+            else:
+                flow, buffers = self.run_weight_grad(layer, flow, buffers, held)
+        return self.end_turn(layer, flow, buffers), buffers
+
+    def run_forward(
+        self, layer: Layer, flow: Flow, buffers: LayerBuffers
+    ) -> tuple[Flow, LayerBuffers]:
+        """Runs F of a layer."""
+        rank = self.rank
+        assert self.forward is not None
+        chunk, row = self.forward
+        if rank.functions.gradients is None:
+            (params, _), ctx = rank.read_layer(row, chunk, layer)
+            x, aux_of_layer = rank.functions.block[layer.kind](params, flow.x, ctx)
+        else:
+            x, aux_of_layer, *residuals = self._forward(layer, flow.x)
+            dx = flow.dx
+            if self.is_beside:
+                # Each hides the other's collectives only if neither runs ahead by layers; and
+                # residuals, if written earlier, would be what a GPU runs beside them in a matmul's
+                # place.
+                x_and_dx = x, dx
+                if self.is_straight:
+                    x, dx, residuals = barriers.wait_for((x, dx, residuals), x_and_dx)
+                else:
+                    residuals = barriers.wait_for(residuals, x_and_dx)
+                flow = flow._replace(dx=dx)
+            for name, values in zip(RESIDUALS, residuals, strict=True):
+                buffers = self._write(name, layer, buffers, values, row)
+        aux, metrics = add_aux(flow.aux, buffers.metrics or [], aux_of_layer, layer.place)
+        return flow._replace(x=x, aux=aux), buffers._replace(metrics=metrics)
+
+    def run_input_grad(
+        self, layer: Layer, flow: Flow, buffers: LayerBuffers
+    ) -> tuple[Flow, LayerBuffers, Held]:
+        """Runs I of a layer, and returns what W of it reads beside slots."""
+        rank = self.rank
+        row = rank.in_turn(self._row, flow.turn)
+        residual, weight_residual = (
+            self._read(name, layer, buffers, row, is_copied=True) for name in RESIDUALS
+        )
+        dx, stash, deferred, gradients = self._input_grad(layer, flow.dx, residual, weight_residual)
+        if "stash" in self.stores:
+            buffers = self._write("stash", layer, buffers, stash, row)
+        if DEFERRED in self.stores:
+
+            def store(buffer: SlotBuffer) -> SlotBuffer:
+                values = buffer.in_memory_order(deferred)
+                return buffer.write(layer.index, self._row[DEFERRED], values)
+
+            if "stash" in self.stores:
+                kept = when(row["is_deferred"] > 0, store, buffers.deferred)
+            else:
+                kept = store(buffers.deferred)
+            buffers = buffers._replace(deferred=kept)
+        buffers = self._hand_on(RESIDUALS, layer, buffers, after=(dx, stash, gradients))
+        flow, buffers = self._add(
+            layer, flow._replace(dx=dx), buffers, gradients, rank.gradients.early
+        )
+        return flow, buffers, Held(weight_residual, stash)
+
+    def run_weight_grad(
+        self, layer: Layer, flow: Flow, buffers: LayerBuffers, held: Held | None = None
+    ) -> tuple[Flow, LayerBuffers]:
+        """Runs W of a layer, of which I has left operands beside slots, or in them."""
+        rank, name = self.rank, "weight_residual"
+        row = rank.in_turn(self._row, flow.turn)
+        if held is None:
+            weight_residual = self._read(name, layer, buffers, row)
+            operands = self._read(self.source, layer, buffers, row)
+        elif self.is_straight:
+            weight_residual = barriers.copied_or_read(
+                held.weight_residual,
+                self._read(name, layer, buffers, row),
+                small=rank.functions.size_of_x,
+            )
+            operands = held.stash
+        else:
+            weight_residual, operands = held
+        gradients = self._weight_grad(layer, weight_residual, operands)
+        late = rank.gradients.late
+        flow, buffers = self._add(layer, flow, buffers, gradients, late)
+        if held is None:
+            buffers = self._hand_on((name, self.source), layer, buffers)
+        elif self.is_beside:
+            assert buffers.grads is not None
+            sums = [buffers.grads[number][layer.place] for number in late[layer.kind].layer]
+            buffers = self._hand_on((name,), layer, buffers, after=sums)
+        return flow, buffers
+
+    def end_turn(self, layer: Layer, flow: Flow, buffers: LayerBuffers) -> Flow:
+        """Has the next layer's turn come, where layers take turns."""
+        if flow.turn is None:
+            return flow
+        sums = list((buffers.grads or {}).values())
+        return flow._replace(turn=self.rank.next_turn(flow.turn, layer, sums, flow.dx or ()))
+
+    @jax.named_scope(_scopes.FORWARD)
+    def _forward(self, layer: Layer, x: PyTree) -> Any:
+        assert self.forward is not None
+        chunk, row = self.forward
+        params, ctx = self.rank.read_layer(row, chunk, layer)
+        return self.rank.gradients.block[layer.kind].forward(params, x, ctx)
+
+    @jax.named_scope(_scopes.INPUT_GRAD)
+    def _input_grad(self, layer: Layer, dy: list[jax.Array], residual: Any, weight: Any) -> Any:
+        params, ctx = self.rank.read_layer(self._row, self._chunk, layer)
+        block, aux_seed = self.rank.gradients.block[layer.kind], self.rank.aux_seed[layer.kind]
+        return block.input_grad(params, ctx, residual, weight, dy, aux_seed)
+
+    @jax.named_scope(_scopes.WEIGHT_GRAD)
+    def _weight_grad(self, layer: Layer, weight_residual: Any, operands: Any) -> list[jax.Array]:
+        params, ctx = self.rank.read_layer(self._row, self._chunk, layer)
+        block = self.rank.gradients.block[layer.kind]
+        run = block.weight_grad if self.source == "stash" else block.deferred_weight_grad
+        return run(params, ctx, weight_residual, operands)
+
+    @property
+    def _chunk(self) -> int:
+        assert self.backward is not None
+        return self.backward[0]
+
+    @property
+    def _row(self) -> Row:
+        assert self.backward is not None
+        return self.backward[1]
+
+    def _read(
+        self, name: str, layer: Layer, buffers: LayerBuffers, row: Row, *, is_copied: bool = False
+    ) -> tuple[jax.Array, ...]:
+        buffer: SlotBuffer = getattr(buffers, name)
+        values = buffer.read(layer.index, row[name], in_parts=self.is_straight)
+        if not self.is_straight:
+            return buffer.in_memory_order(values)
+        small = self.rank.functions.size_of_x
+        return barriers.copied_out(values, small=small) if is_copied else values
+
+    def _write(
+        self, name: str, layer: Layer, buffers: LayerBuffers, values: Sequence[jax.Array], row: Row
+    ) -> LayerBuffers:
+        buffer: SlotBuffer = getattr(buffers, name)
+        if not self.is_straight:
+            values = buffer.in_memory_order(values)
+        changed: dict[str, Any] = {name: buffer.write(layer.index, row[name], values)}
+        return buffers._replace(**changed)
+
+    def _hand_on(
+        self, names: Sequence[str], layer: Layer, buffers: LayerBuffers, *, after: PyTree = ()
+    ) -> LayerBuffers:
+        """Hands buffers that were read to who writes them next; in beats, `after` their readers."""
+        if self.is_straight and not self.is_beside:
+            return buffers  # `barriers.zero_after` orders them
+        after = after if self.is_beside else ()
+        changed: dict[str, Any] = {
+            name: getattr(buffers, name).hand_on(layer.index, after=after) for name in names
+        }
+        return buffers._replace(**changed)
+
+    def _add(
+        self, layer: Layer, flow: Flow, buffers: LayerBuffers, gradients: Any, index: Any
+    ) -> tuple[Flow, LayerBuffers]:
+        assert buffers.grads is not None
+        assert flow.shared is not None
+        of_kind = index[layer.kind]
+        grads, shared = add_gradients(buffers.grads, flow.shared, gradients, of_kind, layer.place)
+        return flow._replace(shared=shared), buffers._replace(grads=grads)

@@ -1,0 +1,104 @@
+"""The order of layers inside a tick and inside a beat, as lists that one interpreter runs.
+
+An order names F, I and W of the layers of a stage, and in a beat where its transfers start and
+end. `F0` is the forward of the stage's first layer; `W1@send` waits for the start of the transfers,
+so that it hides them, and `W0@receive` for their end. In a loop over layers, `loop(I F)`, I counts
+down from the last layer while F counts up from the first.
+
+Four layers, side by side, where W of one layer hides the transfers and W of another one brings what
+has arrived near the compute units before the next beat's first matmul reads it:
+
+>>> print(write(side_by_side(4, num_held=2, reads_arrivals=True)))
+I3 F0 W3 I2 F1 W2 I1 F2 I0 F3 send W1 W0@receive
+>>> print(write(side_by_side(2, num_held=2)))
+I1 F0 I0 F1 send W1@send W0@send receive
+>>> print(write(in_a_row(2)))
+F0 F1 I1 W1 I0 W0 send receive
+>>> print(write(LOOPED))
+loop(I F) send loop(W) receive
+"""
+
+from typing import NamedTuple
+
+SEND, RECEIVE = "send", "receive"
+
+
+class Step(NamedTuple):
+    """One action of one layer of the stage.
+
+    Attributes:
+      action: `"F"`, `"I"` or `"W"`.
+      layer: The layer's index in the stage.
+      waits_for: `"send"` or `"receive"` for a W that waits for the start or for the end of the
+        beat's transfers, else empty.
+    """
+
+    action: str
+    layer: int
+    waits_for: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.action}{self.layer}" + (f"@{self.waits_for}" if self.waits_for else "")
+
+
+class Loop(NamedTuple):
+    """Actions over all layers of a stage: `"F"`, `"I"`, `"W"`, `"IW"`; or `"IF"` of two stages."""
+
+    actions: str
+
+    def __str__(self) -> str:
+        return f"loop({' '.join(self.actions)})"
+
+
+# Transfers are the strings `SEND` and `RECEIVE`.
+Order = tuple[Step | Loop | str, ...]
+
+# A tick runs one of these, a beat of looped layers one of the three after them.
+TICK_ORDERS: dict[str, Order] = {actions: (Loop(actions),) for actions in ("F", "I", "W", "IW")}
+LOOPED: Order = (Loop("IF"), SEND, Loop("W"), RECEIVE)
+LOOPED_IN_A_ROW: Order = (Loop("F"), Loop("I"), SEND, Loop("W"), RECEIVE)
+LOOPED_FULL_BACKWARD: Order = (Loop("F"), Loop("IW"), SEND)
+
+
+def side_by_side(
+    num_layers: int, *, num_held: int, reads_arrivals: bool = False, all_wait: bool = True
+) -> Order:
+    """Orders a beat of unrolled layers on devices that overlap transfers and compute.
+
+    F of layer j stands beside I of layer L-1-j, so that either has its turn before the other needs
+    a slot, and collectives inside a block have the other direction's compute to hide behind.
+
+    Args:
+      num_layers: The layers of the stage.
+      num_held: How many W's run after the transfers have started.
+      reads_arrivals: Whether the W's before the last one hide the transfers, so that the last one
+        waits for their end. Else W's wait for their start.
+      all_wait: Whether all of those do, or only the last one.
+    """
+    order: list[Step | Loop | str] = []
+    for number in range(num_layers):
+        layer = num_layers - 1 - number
+        order += [Step("I", layer), Step("F", number)]
+        if number < num_layers - num_held:
+            order.append(Step("W", layer))
+    order.append(SEND)
+    for layer in reversed(range(num_held)):
+        waits = RECEIVE if reads_arrivals else SEND
+        is_on = layer == 0 or (all_wait and not reads_arrivals)
+        order.append(Step("W", layer, waits if is_on else ""))
+    return (*order, *(() if reads_arrivals else (RECEIVE,)))
+
+
+def in_a_row(num_layers: int) -> Order:
+    """Orders a beat of unrolled layers on devices that overlap nothing, such as CPUs.
+
+    All reads of the slots come after the writes of F, so that only the next beat's F waits.
+    """
+    forward = [Step("F", layer) for layer in range(num_layers)]
+    backward = [Step(act, layer) for layer in reversed(range(num_layers)) for act in "IW"]
+    return (*forward, *backward, SEND, RECEIVE)
+
+
+def write(order: Order) -> str:
+    """Writes an order in a line."""
+    return " ".join(map(str, order))
