@@ -15,7 +15,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax import _scopes
 from dualpipe_jax._api import build
 from dualpipe_jax._executor import Step
-from dualpipe_jax._executor.actions import Rank
+from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._executor.stages import Layout
 from dualpipe_jax._predict import TRANSFER, usual_costs
 from dualpipe_jax._predict.simulation import durations_of
@@ -546,9 +546,7 @@ def test_what_recomputes_has_no_stash_beside_it(
     """The slot of a stash, two arrays [64, 128] at least, ends before it and is made again."""
     options = {"remat": "block", "execution": SHORTEST}
     without = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
-    monkeypatch.setattr(
-        "dualpipe_jax._executor.actions_of_stage.empty_after", lambda stash, **_: stash
-    )
+    monkeypatch.setattr("dualpipe_jax._executor.actions.empty_after", lambda stash, **_: stash)
     carried = wide_step(schedule, **options).memory_analysis().temp_size_in_bytes
     assert carried - without >= 64 * 128 * 8
 
@@ -584,9 +582,7 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
         return re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)\(", text or "")
 
     mine = collectives()
-    monkeypatch.setattr(
-        "dualpipe_jax._executor.actions_of_stage.empty_after", lambda stash, **_: stash
-    )
+    monkeypatch.setattr("dualpipe_jax._executor.actions.empty_after", lambda stash, **_: stash)
     assert mine == collectives()
     assert "all-reduce" in mine
 

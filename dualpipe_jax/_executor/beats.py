@@ -182,7 +182,9 @@ class Beat:
                 flow = flow._replace(x=x)
             else:
                 dx = None if item.actions == "W" else flow.dx
-                state, dx = run_backward(work, item.actions, state, dx, True)
+                is_full = item.actions == "IW"
+                mine = replace(work, stores=()) if is_full else work
+                state, dx = run_backward(mine, item.actions, state, dx, True)
                 flow = flow if dx is None else flow._replace(dx=dx)
         return state
 
@@ -203,8 +205,7 @@ class Beat:
                 kind = f_layer.kind
                 flow, mine = work.run_forward(f_layer, flow, of_kinds[kind])
                 of_kinds = {**of_kinds, kind: mine}
-            # A stash lies as I makes it: row by row it took 2 % more cycles (TPU v5e, a
-            # transformer).
+            # Not the stash: `LayerWork` does not write it in its order in memory either.
             residuals = lay_out(
                 {
                     kind: {name: getattr(mine, name) for name in RESIDUALS}

@@ -8,9 +8,10 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._api import build
-from dualpipe_jax._executor import barriers, settings, unrolled
-from dualpipe_jax._executor.actions import Rank
+from dualpipe_jax._executor import barriers, beats, settings
+from dualpipe_jax._executor.layer import LayerWork
 from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._schedule import layer_order
 from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 from tests.test_kinds import make_kinds
@@ -113,7 +114,7 @@ def test_what_weight_grads_hide_changes_no_value(
         hides.append(times <= most_times)
         return hides[-1]
 
-    monkeypatch.setattr(unrolled, "_can_hide", can_hide)
+    monkeypatch.setattr(beats, "_can_hide", can_hide)
     model, params, batch = make_model(frozenset(FEATURES)), make_params(6), make_batch(8)
     grad_fn = dpj.value_and_grad(
         model,
@@ -127,46 +128,28 @@ def test_what_weight_grads_hide_changes_no_value(
 
 
 @pytest.mark.parametrize(
-    ("platform", "most_times", "first", "rest"),
+    ("platform", "most_times", "order"),
     [
-        ("cpu", 0, "FFFFIWIWIWIW", ""),
-        ("tpu", 0, "IFIFIFIF", "WWWW"),
-        ("tpu", 2, "IFWIFWIFIF", "WW"),
-        ("tpu", 2.5, "IFWIFWIFWIF", "W"),
+        ("cpu", 0, "F0 F1 F2 F3 I3 W3 I2 W2 I1 W1 I0 W0 send receive"),
+        ("tpu", 0, "I3 F0 I2 F1 I1 F2 I0 F3 send W3@send W2@send W1@send W0@send receive"),
+        ("tpu", 2, "I3 F0 W3 I2 F1 W2 I1 F2 I0 F3 send W1 W0@receive"),
+        ("tpu", 2.5, "I3 F0 W3 I2 F1 W2 I1 F2 W1 I0 F3 send W0@receive"),
     ],
 )
 def test_weight_grads_follow_their_layer(
-    monkeypatch: pytest.MonkeyPatch, platform: str, most_times: float, first: str, rest: str
+    monkeypatch: pytest.MonkeyPatch, platform: str, most_times: float, order: str
 ) -> None:
-    """But for those of the last layers, which hide what is sent."""
+    """But for those of the last layers, which hide the transfers."""
     monkeypatch.setattr(settings, "platform_of", lambda mesh: platform)
-    monkeypatch.setattr(unrolled, "_can_hide", lambda *_, times: times <= most_times)
-    ran: list[str] = []
-    for name, letter in (("forward_of", "F"), ("input_grad_of", "I"), ("weight_grad_of", "W")):
-        method = getattr(Rank, name)
+    monkeypatch.setattr(beats, "_can_hide", lambda *_, times: times <= most_times)
+    found = set()
+    run_order = beats.Beat._run_order
 
-        def run(self: Rank, *args: Any, method: Any = method, letter: str = letter) -> Any:
-            ran.append(letter)
-            return method(self, *args)
+    def spy(self: beats.Beat, order: layer_order.Order, *args: Any) -> Any:
+        found.add(layer_order.write(order))
+        return run_order(self, order, *args)
 
-        monkeypatch.setattr(Rank, name, run)
-    beats = []
-    run_beat = unrolled.run_beat
-
-    def spy(*args: Any) -> Any:
-        ran.clear()
-        *out, weight_grads = run_beat(*args)
-        before = "".join(ran)
-
-        def finish(*args: Any) -> Any:
-            ran.clear()
-            result = weight_grads(*args)
-            beats.append((before, "".join(ran)))
-            return result
-
-        return *out, finish
-
-    monkeypatch.setattr(unrolled, "run_beat", spy)
+    monkeypatch.setattr(beats.Beat, "_run_order", spy)
     grad_fn = dpj.value_and_grad(
         make_model(frozenset()),
         mesh=make_mesh(2),
@@ -174,7 +157,7 @@ def test_weight_grads_follow_their_layer(
         execution=dpj.Execution(overlap=True),
     )
     jax.jit(grad_fn).trace(make_params(8), make_batch(8))
-    assert set(beats) == {(first, rest)}
+    assert found == {order}
 
 
 @pytest.mark.slow
@@ -237,10 +220,10 @@ def test_what_f_keeps_waits_until_its_pair_is_done(
     """Else a GPU's compiler writes it where a matmul should hide an exchange."""
     monkeypatch.setattr(settings, "platform_of", lambda mesh: "cuda")
     made, waiting = [], []
-    forward_of = Rank.forward_of
+    run_forward = LayerWork._forward
 
-    def make(self: Rank, *args: Any) -> Any:
-        out = forward_of(self, *args)
+    def make(self: LayerWork, *args: Any) -> Any:
+        out = run_forward(self, *args)
         made.append(jax.tree.leaves(out[2:]))
         return out
 
@@ -250,7 +233,7 @@ def test_what_f_keeps_waits_until_its_pair_is_done(
             waiting.extend(jax.tree.leaves(values))
         return values
 
-    monkeypatch.setattr(Rank, "forward_of", make)
+    monkeypatch.setattr(LayerWork, "_forward", make)
     monkeypatch.setattr(barriers, "wait_for", wait)
     grad_fn = dpj.value_and_grad(
         make_model(frozenset()),

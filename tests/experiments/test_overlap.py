@@ -11,9 +11,7 @@ import pytest
 from jax import lax
 
 from dualpipe_jax._executor import program
-from dualpipe_jax._executor.actions import Rank
-from dualpipe_jax._executor.stages import Layer
-from dualpipe_jax._schedule.tables import Steady
+from dualpipe_jax._executor.layer import Flow, LayerWork
 from experiments.overlap import models, overlap, report, steps
 from experiments.overlap.steps import Case
 from tests.experiments.refusals import refusal
@@ -105,37 +103,32 @@ def test_small_steps_compiled_for_tpus() -> None:
     assert matmuls < row.reference_cycles < row.cycles
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class _WithBarrier(Rank):
-    """Begins no input grad before all forwards traced so far are done."""
-
-    made: list[Any] = dataclasses.field(default_factory=list)
-
-    def forward_of(self, layer: Layer, x: Any, row: Any, chunk: int) -> Any:
-        out = super().forward_of(layer, x, row, chunk)
-        self.made[:] = [out[0]]
-        return out
-
-    def input_grad_of(
-        self, layer: Layer, dy: list[jax.Array], kept: Any, kept_longer: Any, row: Any, chunk: int
-    ) -> Any:
-        dy, _ = lax.optimization_barrier((dy, self.made))
-        return super().input_grad_of(layer, dy, kept, kept_longer, row, chunk)
-
-
 @pytest.mark.slow
 def test_a_barrier_between_forward_and_backward_exposes_the_all_to_alls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All of F, then of B; the step as it is, F beside B, is among the committed figures."""
-    make_run = program.make_run
+    made: list[Any] = []
+    run_forward, run_input_grad = LayerWork.run_forward, LayerWork.run_input_grad
 
-    def with_barrier(rank: Rank, steady: Steady, rows: Any) -> Any:
-        attributes = vars(rank) | {"interleaves": False}
-        return make_run(_WithBarrier(**attributes), steady, rows)
+    def keep(self: LayerWork, layer: Any, flow: Flow, mine: Any) -> Any:
+        flow, mine = run_forward(self, layer, flow, mine)
+        made[:] = [flow.x]
+        return flow, mine
 
+    def wait(self: LayerWork, layer: Any, flow: Flow, mine: Any) -> Any:
+        dx, _ = lax.optimization_barrier((flow.dx, made))
+        return run_input_grad(self, layer, flow._replace(dx=dx), mine)
+
+    monkeypatch.setattr(LayerWork, "run_forward", keep)
+    monkeypatch.setattr(LayerWork, "run_input_grad", wait)
+    make_steady = program.make_steady
+    monkeypatch.setattr(
+        program,
+        "make_steady",
+        lambda rank, *args: make_steady(dataclasses.replace(rank, interleaves=False), *args),
+    )
     (case, _) = overlap.cases("experts", widths=(1024,), layers=(2,))
-    monkeypatch.setattr(program, "make_run", with_barrier)
     with jax.enable_x64(False):
         row = report.Row.of("experts", case, steps.pipelined(case))
     assert (row.exchanges, row.permutes) == (16, 4)

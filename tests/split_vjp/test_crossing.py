@@ -1,5 +1,6 @@
 """What of a stash may wait, and what is read from a slot in parts."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dualpipe_jax._executor import buffers as registers
+from dualpipe_jax._executor.buffers import SlotBuffer
 from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import split_vjp
 
@@ -102,16 +103,17 @@ def test_parts(block: Callable[..., Any], count: int) -> None:
     assert parts.count(3) == count
 
 
-@pytest.mark.parametrize("is_apart", [True, False])
-def test_reading_in_parts_reads_the_same(is_apart: bool) -> None:
-    shapes = (6, 2), (3,), ()
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    buffers = registers.allocate_layers(tuple(shapes), 4, 2, is_apart=is_apart)
-    leaves, structure = jax.tree.flatten(buffers)
-    filled = [jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) for leaf in leaves]
-    buffers = jax.tree.unflatten(structure, filled)
-    whole = registers.read_layer(buffers, 1, jnp.int32(2))
-    parts = registers.read_layer(buffers, 1, jnp.int32(2), parts=(3, 1, 1))
+@pytest.mark.parametrize("is_unrolled", [True, False])
+def test_reading_in_parts_reads_the_same(is_unrolled: bool) -> None:
+    lead = (4,) if is_unrolled else (4, 2)
+    arrays = tuple(
+        jnp.arange(math.prod(lead + shape), dtype=jnp.float32).reshape(lead + shape)
+        for shape in ((6, 2), (3,), ())
+    )
+    buffer = SlotBuffer(
+        (arrays, arrays) if is_unrolled else arrays, (None,) * 3, (3, 1, 1), is_unrolled
+    )
+    whole, parts = (buffer.read(1, jnp.int32(2), in_parts=is_on) for is_on in (False, True))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, parts))
 
 
@@ -121,8 +123,8 @@ def test_what_is_read_in_parts_is_not_put_together() -> None:
 
     def text(reader: Callable[..., Any]) -> str:
         def read(buffer: jax.Array, slot: jax.Array) -> jax.Array:
-            layers = registers.Layers(((buffer,),))
-            (value,) = registers.read_layer(layers, 0, slot, parts=(3,))
+            layers = SlotBuffer(((buffer,),), (None,), (3,), is_unrolled=True)
+            (value,) = layers.read(0, slot, in_parts=True)
             return reader(value)
 
         return str(jax.jit(read).lower(buffer, jnp.int32(1)).compile().as_text())
