@@ -1,5 +1,6 @@
 """What `dualpipe-jax preflight` runs: a GPT's training step, made of shapes alone -> a report."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,9 +9,106 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax._api.value_and_grad import value_and_grad
-from dualpipe_jax._cli.gpt import GPT
+from dualpipe_jax._model.types import Context, Model
 from dualpipe_jax._preflight import Report, preflight
 from dualpipe_jax._schedule.execution import Execution
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT:
+    """A model of given sizes.
+
+    Attributes:
+      layers: Layers.
+      width: The width of the residual stream.
+      heads: Attention heads, into which the width divides.
+      context: Tokens that a prediction looks at.
+      vocabulary: Tokens that there are.
+      dtype: What layers compute in.
+
+    Raises:
+      ValueError: If the width does not divide into the heads.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocabulary: int
+    dtype: Any = jnp.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"width={self.width}: must be a multiple of heads={self.heads}, the attention heads"
+            )
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Makes parameters, those of the blocks stacked over the layers."""
+        width, layers = self.width, self.layers
+        shapes = {
+            "query_key_value": (layers, width, 3 * width),
+            "out": (layers, width, width),
+            "up": (layers, width, 4 * width),
+            "down": (layers, 4 * width, width),
+        }
+        keys = jax.random.split(key, len(shapes) + 1)
+        blocks = {
+            name: 0.02 * jax.random.normal(each, shape, jnp.float32)
+            for each, (name, shape) in zip(keys[1:], shapes.items(), strict=True)
+        }
+        norms = {name: jnp.ones((layers, width), jnp.float32) for name in ("norm_1", "norm_2")}
+        table = 0.02 * jax.random.normal(keys[0], (self.vocabulary, width), jnp.float32)
+        return {
+            "ends": {"table": table, "norm": jnp.ones(width, jnp.float32)},
+            "blocks": blocks | norms,
+        }
+
+    def model(self) -> Model:
+        """Gives the model as functions of windows, int32[rows, context + 1]; loss in nats."""
+        return Model(embed=self._embed, block=self._block, head=self._head)
+
+    def _embed(self, ends: Any, ctx: Context) -> jax.Array:
+        return ends["table"].astype(self.dtype)[ctx.microbatch[:, :-1]]
+
+    def _head(self, ends: Any, x: jax.Array, ctx: Context) -> jax.Array:
+        logits = _norm(x, ends["norm"]) @ ends["table"].astype(self.dtype).T
+        labels = ctx.microbatch[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), labels
+        ).mean()
+
+    def _block(self, params: Any, x: jax.Array, ctx: Context) -> jax.Array:
+        weight = {name: leaf.astype(self.dtype) for name, leaf in params.items()}
+        rows, length, width = x.shape
+        of_heads = (_norm(x, weight["norm_1"]) @ weight["query_key_value"]).reshape(
+            rows, length, 3, self.heads, width // self.heads
+        )
+        query, key, value = jnp.moveaxis(of_heads, 2, 0)
+        logits = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32)
+        logits = logits * (width // self.heads) ** -0.5 + _causal_bias(self.heads, length)
+        attention = jax.nn.softmax(logits).astype(self.dtype)
+        attended = jnp.einsum("rhqk,rkhd->rqhd", attention, value)
+        x = x + attended.reshape(x.shape) @ weight["out"]
+        return x + jax.nn.gelu(_norm(x, weight["norm_2"]) @ weight["up"]) @ weight["down"]
+
+
+def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+    return (wide * scale).astype(x.dtype)
+
+
+def _causal_bias(heads: int, length: int) -> jax.Array:
+    """Makes what is added to attention's logits, float32[heads, length, length].
+
+    To query i, key j is worth -(i - j) 2^(-8 (h + 1) / heads) in head h if j <= i, else nothing.
+    """
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)
+    slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)
+    return jnp.where(distance >= 0, -slopes[:, None, None] * distance, -jnp.inf)
+
 
 _AXIS = "pipe"
 

@@ -34,10 +34,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._preflight.actions import OTHER, action_of
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
 from dualpipe_jax._preflight.loops import Found
-from dualpipe_jax._preflight.work import Costs, most_trips, trip_count
+from dualpipe_jax._preflight.work import OTHER, Costs, action_of, most_trips, trip_count
 
 LEAST_BYTES = 2**20
 # They give a whole array anew; a fusion may.

@@ -4,14 +4,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualpipe_jax._predict.waits import Waits
-from dualpipe_jax._preflight.actions import Action
-from dualpipe_jax._preflight.collectives_text import HEAD, branch_lines, collective_rows
 from dualpipe_jax._preflight.copies import Copy
-from dualpipe_jax._preflight.exposure import Collective
 from dualpipe_jax._preflight.kernels import Kernel
 from dualpipe_jax._preflight.predict import Prediction
-from dualpipe_jax._preflight.units import show_bytes, show_flops, show_number, show_time
-from dualpipe_jax._preflight.waits_text import LEGEND, quiet_ticks, sums_table, ticks_table
+from dualpipe_jax._preflight.text import (
+    HEAD,
+    LEGEND,
+    branch_lines,
+    collective_rows,
+    quiet_ticks,
+    show_bytes,
+    show_flops,
+    show_number,
+    show_time,
+    sums_table,
+    ticks_table,
+)
+from dualpipe_jax._preflight.timing import Collective
+from dualpipe_jax._preflight.work import Action
 from dualpipe_jax._schedule.execution import Execution
 
 _LOOPS = {

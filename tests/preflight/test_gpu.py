@@ -15,10 +15,9 @@ from jax.sharding import AxisType
 import dualpipe_jax as dpj
 from dualpipe_jax import _scopes
 from dualpipe_jax._devices import H100
-from dualpipe_jax._preflight.exposure import Collective
 from dualpipe_jax._preflight.hlo import parse
 from dualpipe_jax._preflight.links import Network
-from dualpipe_jax._preflight.timing import Replay
+from dualpipe_jax._preflight.timing import Collective, Replay
 from dualpipe_jax._preflight.topologies import (
     find_topology,
     is_adjacent_along,

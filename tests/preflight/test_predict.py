@@ -4,8 +4,8 @@ import pytest
 
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._predict import Costs, simulate
-from dualpipe_jax._preflight.check import _analysis
 from dualpipe_jax._preflight.predict import Prediction
+from dualpipe_jax._preflight.preflight import _analysis
 from dualpipe_jax._schedule.execution import Execution
 from tests.preflight.snippets import FUSED, SWAP, A, network, program, work
 from tests.preflight.test_work import LOOP, WHILE

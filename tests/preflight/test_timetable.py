@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from dualpipe_jax import _scopes, schedules
-from dualpipe_jax._preflight.check import _analysis
 from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.links import Network
+from dualpipe_jax._preflight.preflight import _analysis
 from dualpipe_jax._preflight.report import Memory, Program, Report
-from dualpipe_jax._preflight.waits_text import ticks_table
+from dualpipe_jax._preflight.text import ticks_table
 from dualpipe_jax._schedule.tables import Exchange, Tables
 from tests.preflight.snippets import FUSED, TOY, A, network, program, work
 from tests.preflight.test_work import LOOP, WHILE

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._preflight.exposure import Collective, exposed_seconds, with_runs
 from dualpipe_jax._preflight.hlo import Module
-from dualpipe_jax._preflight.timing import Replay
+from dualpipe_jax._preflight.timing import Collective, Replay, exposed_seconds, with_runs
 from tests.preflight.snippets import FUSED, SWAP, A, network, program, work
 from tests.preflight.test_work import LOOP, WHILE
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
-from dualpipe_jax._cli.gpt import GPT
+from dualpipe_jax._cli.gpt_step import GPT
 from dualpipe_jax._preflight.report import Report
 from experiments.train_lm.model import LanguageModel
 from tests.preflight.steps import make_args, make_mesh, make_step

@@ -11,11 +11,9 @@ import jax
 from dualpipe_jax._errors import raise_all, show
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._predict.waits import Waits
-from dualpipe_jax._preflight.actions import Action, work_by_action
 from dualpipe_jax._preflight.arguments import find_axes, place
 from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.copies import Copy, find_copies
-from dualpipe_jax._preflight.exposure import exposed_seconds, with_runs
 from dualpipe_jax._preflight.hlo import Module, parse
 from dualpipe_jax._preflight.kernels import KernelCost, Kernels, is_cost
 from dualpipe_jax._preflight.links import Network
@@ -26,17 +24,17 @@ from dualpipe_jax._preflight.predict import (
     find_execution,
     find_num_trips,
     predict,
+    runs_of_branches,
 )
 from dualpipe_jax._preflight.report import Loop, Memory, Program, Report
-from dualpipe_jax._preflight.timetable import runs_of_branches
-from dualpipe_jax._preflight.timing import Replay
+from dualpipe_jax._preflight.timing import Replay, exposed_seconds, with_runs
 from dualpipe_jax._preflight.topologies import (
     Topology,
     find_topology,
     is_adjacent_along,
     make_mesh,
 )
-from dualpipe_jax._preflight.work import Costs, Work
+from dualpipe_jax._preflight.work import Action, Costs, Work, work_by_action
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 

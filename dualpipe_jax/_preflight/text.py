@@ -1,9 +1,101 @@
-"""The waits of a step in ticks -> tables of text: tick by tick, and summed up by reason."""
+"""The collectives of a trip -> rows of text, those in branches of which the same is said in one."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 from dualpipe_jax._predict.waits import EARLY, MERGED, NEXT, RECEIVER, TRANSFER, Tick, Wait, Waits
+from dualpipe_jax._preflight.timing import Collective
+
+
+def show_bytes(number: int | None) -> str:
+    """Writes bytes in KiB, MiB, ..."""
+    return "-" if number is None else _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def show_flops(number: float) -> str:
+    """Writes FLOPs in kFLOP, MFLOP, ..."""
+    units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
+    return _scaled(number, 1000, units) if number else "-"
+
+
+def show_time(seconds: float | None) -> str:
+    """Writes seconds in us, ms, ..."""
+    if seconds is None:
+        return "-"
+    if seconds == 0:
+        return "0"
+    return f"{seconds:.3g} s" if seconds >= 1 else _scaled(seconds * 1e9, 1000, ("ns", "us", "ms"))
+
+
+def _scaled(number: float, base: int, units: Sequence[str]) -> str:
+    index = 0
+    while number >= base and index + 1 < len(units):
+        number, index = number / base, index + 1
+    return f"{number:,.0f} {units[index]}" if number >= 100 else f"{number:.3g} {units[index]}"
+
+
+def show_number(number: float | None) -> str:
+    """Writes a number with its thousands apart."""
+    return "-" if number is None else f"{number:,.0f}"
+
+
+HEAD = ("collective", "axes", "", "bytes", "link", "cycles", "matmuls", "compute", "")
+
+
+def branch_lines(collectives: Sequence[Collective]) -> list[str]:
+    """Says of collectives in branches that a trip takes one branch."""
+    in_branches = [each for each in collectives if each.branch is not None]
+    if not in_branches:
+        return []
+    number = f"{len(in_branches)} of them stand in the branches of a conditional: a trip takes one"
+    if any(each.num_runs is None for each in in_branches):
+        return [number, "branch; counted as exposed is the most expensive"]
+    return [number, "branch; counted as exposed is the mean over the step's trips"]
+
+
+def collective_rows(collectives: Sequence[Collective]) -> list[Sequence[str]]:
+    """Makes a row for each collective, one for all in branches of which the same is said."""
+    alike: dict[tuple[str, ...], list[Collective]] = {}
+    for each in collectives:
+        cells = (
+            each.kind if each.count == 1 else f"{each.kind} x{each.count}",
+            ", ".join(each.axes) or "-",
+            "async" if each.is_async else "sync",
+            show_bytes(each.num_bytes),
+            show_time(each.link_seconds),
+            show_number(each.cycles),
+            show_flops(each.flops),
+            show_time(each.compute_seconds),
+            _verdict(each),
+        )
+        # Outside of branches each has a row of its own.
+        alike.setdefault((*cells, each.conditional or each.name), []).append(each)
+    return [(kind + _branches(group), *cells) for (kind, *cells, _), group in alike.items()]
+
+
+def _branches(alike: Sequence[Collective]) -> str:
+    """Writes in how many branches such collectives stand, and how many trips take those."""
+    if alike[0].branch is None:
+        return ""
+    branches = {each.branch: each.num_runs for each in alike}
+    runs = [number for number in branches.values() if number is not None]
+    trips = f", {sum(runs)} trips" if len(runs) == len(branches) else ""
+    of = f"branch {alike[0].branch}" if len(branches) == 1 else f"{len(branches)} branches"
+    return f" ({len(alike)} in {of}{trips})"
+
+
+def _verdict(each: Collective) -> str:
+    """Says whether a collective is hidden, or for how long it is exposed."""
+    if each.is_hidden and each.most_exposed_seconds:
+        return "hidden where ranks act"
+    if each.is_beside_another:
+        return "beside another"
+    if each.is_hidden:
+        return "hidden"
+    if each.exposed_seconds is None:
+        return "exposed" if not each.is_async else "not known"
+    return f"exposed {show_time(each.exposed_seconds)}"
+
 
 _WORDS = {NEXT: "next", EARLY: "early", RECEIVER: "receiver", MERGED: "merged"}
 _MEANS = {

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dualpipe_jax import _scopes
 from dualpipe_jax._predict import Costs
 from dualpipe_jax._preflight import work
-from dualpipe_jax._preflight.actions import action_of
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
+from dualpipe_jax._preflight.work import action_of
 
 # In which order what stands in a place says what it is: a full backward has an I and a W.
 _KINDS = (
