@@ -21,7 +21,7 @@ from dualpipe_jax._predict import (
     TRANSFER,
     Choice,
     Costs,
-    Term,
+    MemoryTerm,
     choices_of,
     in_order,
     usual_costs,
@@ -251,9 +251,9 @@ class _Given:
         recomputes, traces = remat != "none", {}
         outside, choices = self.terms_outside(optimizer), []
 
-        def terms_of(step: Step) -> tuple[Term, ...]:
+        def terms_of(step: Step) -> tuple[MemoryTerm, ...]:
             report = self._look(step.memory, traces)
-            return (*outside, *(Term(t.name, t.num_bytes, t.count) for t in report.fullest))
+            return (*outside, *(MemoryTerm(t.name, t.num_bytes, t.count) for t in report.fullest))
 
         for each in schedules:
             try:
@@ -323,7 +323,7 @@ class _Given:
             full_backward=FULL_BACKWARD * (input_grad + weight_grad),
         )
 
-    def terms_outside(self, optimizer: Any) -> tuple[Term, ...]:
+    def terms_outside(self, optimizer: Any) -> tuple[MemoryTerm, ...]:
         """Lists the arguments of a training step, as they lie on a device."""
         laid = {
             "mesh": self.axes.mesh,
@@ -339,11 +339,13 @@ class _Given:
             )
 
         params, batch = jax.eval_shape(lambda *trees: trees, self.params, self.batch)
-        terms = [Term("parameters", num_bytes(params), "")]
+        terms = [MemoryTerm("parameters", num_bytes(params), "")]
         if optimizer is not None:
-            terms.append(Term("optimizer", num_bytes(jax.eval_shape(optimizer.init, params)), ""))
+            terms.append(
+                MemoryTerm("optimizer", num_bytes(jax.eval_shape(optimizer.init, params)), "")
+            )
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-        return (*terms, Term("batch", size / self.axes.num_shards, ""))
+        return (*terms, MemoryTerm("batch", size / self.axes.num_shards, ""))
 
 
 def _show_remat(remat: Any) -> str:

@@ -14,7 +14,7 @@ RULER = 0.3  # the numbers of the ticks, above each band
 _PAIR_INSET, _RANK_INSET = 0.06, 0.04
 
 
-class Layout(NamedTuple):
+class Bands(NamedTuple):
     """Folds a timeline into bands of `band` ticks, the last one of fewer; cells are in inches."""
 
     num_bands: int
@@ -37,7 +37,7 @@ class Boxes(NamedTuple):
     bottom: np.ndarray
 
 
-def lay_out(num_ticks: int, num_ranks: int) -> Layout:
+def fold_into_bands(num_ticks: int, num_ranks: int) -> Bands:
     """Finds the fewest bands with which cells are largest."""
     layouts = []
     for num_bands in range(1, num_ticks + 1):
@@ -46,7 +46,7 @@ def lay_out(num_ticks: int, num_ranks: int) -> Layout:
         cell_height = min(CELL_HEIGHT, (_MAX_HEIGHT / num_bands - RULER) / num_ranks)
         if cell_height <= 0:
             break
-        layouts.append(Layout(num_bands, band, cell_width, cell_height))
+        layouts.append(Bands(num_bands, band, cell_width, cell_height))
     return max(layouts, key=lambda layout: layout.scale)
 
 

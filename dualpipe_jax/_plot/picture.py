@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from dualpipe_jax._plot.geometry import RULER, Boxes, Layout, boxes_of, lay_out
+from dualpipe_jax._plot.geometry import RULER, Bands, Boxes, boxes_of, fold_into_bands
 from dualpipe_jax._plot.legend import FACES, IDLE, INKS, draw_legend
 from dualpipe_jax.schedules import Timeline
 
@@ -51,7 +51,7 @@ def plot_timeline(
             "a picture needs Matplotlib: pip install matplotlib", name=error.name
         ) from error
 
-    layout = lay_out(timeline.num_ticks, timeline.num_ranks)
+    layout = fold_into_bands(timeline.num_ticks, timeline.num_ranks)
     chart_width = layout.band * layout.cell_width
     band_height = timeline.num_ranks * layout.cell_height
     font_size = _font_size(timeline, layout)
@@ -135,7 +135,7 @@ def _draw_cells(
         )
 
 
-def _font_size(timeline: Timeline, layout: Layout) -> float:
+def _font_size(timeline: Timeline, layout: Bands) -> float:
     """The points of a number that fits into a cell, and into half of one."""
     digits = len(str(timeline.program.num_microbatches - 1))
     # A digit is about 0.64 em wide.
@@ -161,7 +161,7 @@ def _draw_numbers(
         )
 
 
-def _draw_frame(axes: "Axes", timeline: Timeline, ticks: range, layout: Layout) -> None:
+def _draw_frame(axes: "Axes", timeline: Timeline, ticks: range, layout: Bands) -> None:
     num_ranks = timeline.num_ranks
     axes.set_xlim(ticks.start, ticks.stop)
     axes.set_ylim(num_ranks - 0.5, -0.5)

@@ -15,8 +15,8 @@ from dualpipe_jax._predict.decide import has_pairs as has_pairs
 from dualpipe_jax._predict.decide import has_steady_state as has_steady_state
 from dualpipe_jax._predict.decide import usual_costs as usual_costs
 from dualpipe_jax._predict.memory import LayerBytes as LayerBytes
+from dualpipe_jax._predict.memory import MemoryTerm as MemoryTerm
 from dualpipe_jax._predict.memory import ParameterBytes as ParameterBytes
-from dualpipe_jax._predict.memory import Term as Term
 from dualpipe_jax._predict.memory import memory_of as memory_of
 from dualpipe_jax._predict.ranking import HEADROOM as HEADROOM
 from dualpipe_jax._predict.ranking import Choice as Choice

@@ -70,7 +70,7 @@ class ParameterBytes:
 
 
 @dataclass(frozen=True)
-class Term:
+class MemoryTerm:
     """One part of a rank's memory, in bytes, and what it is made of."""
 
     name: str
@@ -85,7 +85,7 @@ def memory_of(
     num_layers: int,
     layer: LayerBytes,
     parameters: ParameterBytes,
-) -> tuple[Term, ...]:
+) -> tuple[MemoryTerm, ...]:
     """Lists what the fullest rank holds while the step runs.
 
     Args:
@@ -114,40 +114,40 @@ def memory_of(
     received = slots["received"] + 1
     ends_bytes = parameters.parameter + parameters.gradient + parameters.optimizer
 
-    def of_slots(name: str, num_bytes: float) -> Term:
+    def of_slots(name: str, num_bytes: float) -> MemoryTerm:
         count = slots.get(name, 0)
         why = f"{_count(count, 'slot')} x {_count(of_stage, 'layer')} x {format_bytes(num_bytes)}"
-        return Term(name.replace("_", " "), count * of_stage * num_bytes, why)
+        return MemoryTerm(name.replace("_", " "), count * of_stage * num_bytes, why)
 
     return (
-        Term(
+        MemoryTerm(
             "weights",
             (shard + fetched) * parameters.layer * parameters.parameter,
             f"{_count(shard, 'layer')} stored" + (f", {fetched} fetched" if fetched else ""),
         ),
-        Term(
+        MemoryTerm(
             "gradients",
             chunks * parameters.layer * parameters.gradient,
             f"{_count(chunks, 'layer')}",
         ),
-        Term(
+        MemoryTerm(
             "optimizer",
             shard * parameters.layer * parameters.optimizer,
             f"{_count(shard, 'layer')}",
         ),
-        Term("ends", parameters.ends * ends_bytes, "weights, gradients, optimizer state"),
-        Term(
+        MemoryTerm("ends", parameters.ends * ends_bytes, "weights, gradients, optimizer state"),
+        MemoryTerm(
             "received",
             (received + 2) * layer.x,
             f"{_count(received, 'slot')} and 2 on their way x {format_bytes(layer.x)}",
         ),
         of_slots("residual", layer.residual),
         of_slots("weight_residual", layer.weight_residual),
-        Term("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
+        MemoryTerm("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
         if by_layer
         else of_slots("stash", layer.stash),
         of_slots(DEFERRED, layer.stash if execution.deferred == "store" else layer.deferred),
-        Term("working", layer.working, "the largest value in no buffer"),
+        MemoryTerm("working", layer.working, "the largest value in no buffer"),
     )
 
 

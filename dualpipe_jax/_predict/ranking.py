@@ -6,7 +6,7 @@ from typing import Any
 
 from dualpipe_jax._predict.costs import Costs
 from dualpipe_jax._predict.decide import has_pairs, has_steady_state
-from dualpipe_jax._predict.memory import Term, format_bytes
+from dualpipe_jax._predict.memory import MemoryTerm, format_bytes
 from dualpipe_jax._predict.simulate import simulate
 from dualpipe_jax._predict.simulation import Simulation, compile_for
 from dualpipe_jax._schedule.execution import Execution
@@ -40,7 +40,7 @@ class Choice:
     layers_per_stage: tuple[int, ...] | None
     simulation: Simulation
     remat: Any
-    terms: tuple[Term, ...]
+    terms: tuple[MemoryTerm, ...]
     limit: float
     headroom: float = 0.0
     costs: Costs | None = None
@@ -129,7 +129,7 @@ def choices_of(
     costs: Costs,
     transfer: float,
     recomputes: bool,
-    terms_of: Callable[[Tables, Execution], tuple[Term, ...]],
+    terms_of: Callable[[Tables, Execution], tuple[MemoryTerm, ...]],
     limit: float,
     remat: Any,
     headroom: float = 0.0,

@@ -18,19 +18,19 @@ from dualpipe_jax._model.types import PyTree
 
 
 @dataclass(frozen=True)
-class Axes:
+class MeshAxes:
     """The axes of a mesh: their sizes by name, and their types."""
 
     sizes: dict[str, int]
     types: tuple[Any, ...]
 
     @classmethod
-    def of(cls, mesh: Any) -> "Axes":
+    def of(cls, mesh: Any) -> "MeshAxes":
         """Reads them off a mesh, abstract or not."""
         return cls(dict(mesh.shape), tuple(mesh.axis_types))
 
 
-def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> Axes:
+def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> MeshAxes:
     """Finds the axes of the step's mesh: as given, as the arguments lie, else as it maps over them.
 
     Raises:
@@ -43,12 +43,12 @@ def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> 
                 f"mesh={mesh!r}: must be a jax.sharding.Mesh or AbstractMesh, or None for that of "
                 "the arguments"
             )
-        return Axes.of(mesh)
+        return MeshAxes.of(mesh)
     found = []
     for leaf in jax.tree.leaves(args):
         on = _mesh_of(leaf)
-        if on is not None and Axes.of(on) not in found:
-            found.append(Axes.of(on))
+        if on is not None and MeshAxes.of(on) not in found:
+            found.append(MeshAxes.of(on))
     if not found:
         # A device's own arrays, or NumPy's: the step itself names the mesh.
         closed = jax.jit(step).trace(*jax.tree.map(_plain, args)).jaxpr
@@ -67,7 +67,7 @@ def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> 
     return found[0]
 
 
-def place(args: tuple[PyTree, ...], mesh: jax.sharding.Mesh) -> tuple[PyTree, ...]:
+def put_on_mesh(args: tuple[PyTree, ...], mesh: jax.sharding.Mesh) -> tuple[PyTree, ...]:
     """Makes avals of the arguments on a mesh, as they lie on the user's."""
 
     def one(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -94,14 +94,14 @@ def _mesh_of(leaf: Any) -> Any:
     return None
 
 
-def _axes_in(jaxpr: Any) -> Iterator[Axes]:
+def _axes_in(jaxpr: Any) -> Iterator[MeshAxes]:
     """Yields the axes of the meshes that a jaxpr names, outermost first."""
     for eqn in jaxpr.eqns:
         for sharding in eqn.params.get("out_shardings", ()):
             # A step over Explicit axes runs in a jit that says so: inside, they are Auto.
             if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names:
-                yield Axes.of(sharding.mesh)
+                yield MeshAxes.of(sharding.mesh)
         if eqn.primitive.name == "shard_map":
-            yield Axes.of(eqn.params["mesh"])
+            yield MeshAxes.of(eqn.params["mesh"])
         for inner in jcore.jaxprs_in_params(eqn.params):
             yield from _axes_in(inner)

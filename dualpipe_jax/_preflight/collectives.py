@@ -24,7 +24,7 @@ _START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Found:
+class FoundCollective:
     """Tells of a collective where it stands in a computation.
 
     Attributes:
@@ -69,7 +69,7 @@ def find_global_permutes(module: Module) -> dict[str, str]:
     }
 
 
-def find_collectives(module: Module, where: Computation) -> list[Found]:
+def find_collectives(module: Module, where: Computation) -> list[FoundCollective]:
     """Lists the collectives of a computation and of its fusions, in the order of their starts.
 
     Those in the bodies of its loops and the branches of its conditionals are not among them.
@@ -82,7 +82,7 @@ def find_collectives(module: Module, where: Computation) -> list[Found]:
             kind, collective, home = begun
             is_sync = '"is_sync":true' in instruction.attributes
             found.append(
-                Found(
+                FoundCollective(
                     kind=kind,
                     start=instruction,
                     done=None if is_sync else waits.get(instruction.name),

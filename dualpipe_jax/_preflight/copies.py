@@ -26,7 +26,8 @@ smaller than `LEAST_BYTES`.
 ...   ROOT %while = (s32[], f32[9,64,512]{2,1,0}) while(%a), condition=%c, body=%body
 ... }
 ... ''')
->>> [(each.shape, each.num_bytes, each.count) for each in find_copies(module, Costs(module), None)]
+>>> copies = find_copies(module, WorkCounter(module), None)
+>>> [(each.shape, each.num_bytes, each.count) for each in copies]
 [('f32[9,64,512]', 1179648, 2)]
 """
 
@@ -35,8 +36,8 @@ from dataclasses import dataclass
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
-from dualpipe_jax._preflight.loops import Found
-from dualpipe_jax._preflight.work import OTHER, Costs, action_of, most_trips, trip_count
+from dualpipe_jax._preflight.loops import FoundLoop
+from dualpipe_jax._preflight.work import OTHER, WorkCounter, action_of, most_trips, trip_count
 
 LEAST_BYTES = 2**20
 # They give a whole array anew; a fusion may.
@@ -66,7 +67,7 @@ class Copy:
     cycles: float | None
 
 
-def find_copies(module: Module, costs: Costs, loop: Found | None) -> tuple[Copy, ...]:
+def find_copies(module: Module, costs: WorkCounter, loop: FoundLoop | None) -> tuple[Copy, ...]:
     """Lists the copies of whole buffers in loops, those of most cycles, then of most bytes first.
 
     Args:
@@ -110,7 +111,9 @@ def _find_buffers(module: Module) -> set[Shape]:
     return {shape for shape in written & carried if shape.num_bytes >= LEAST_BYTES}
 
 
-def _in_loops(module: Module, loop: Found | None) -> Iterator[tuple[Instruction, int, str, str]]:
+def _in_loops(
+    module: Module, loop: FoundLoop | None
+) -> Iterator[tuple[Instruction, int, str, str]]:
     """Yields what stands in loops: each with how often it runs, where, and for which action."""
 
     def within(
@@ -133,7 +136,7 @@ def _in_loops(module: Module, loop: Found | None) -> Iterator[tuple[Instruction,
 
 
 def _place(
-    module: Module, instruction: Instruction, body: Computation, where: str, loop: Found | None
+    module: Module, instruction: Instruction, body: Computation, where: str, loop: FoundLoop | None
 ) -> tuple[str, bool]:
     """Names the place that a loop's body is, and whether its trips count for the place around."""
     if loop is None or loop.kind not in ("steady", "ramp"):

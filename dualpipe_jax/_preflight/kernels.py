@@ -138,7 +138,7 @@ def _longest(costs: Mapping[str, KernelCost], name: str) -> KernelCost | None:
 
 def _evaluate(cost: KernelCost, call: Instruction, where: Computation, name: str) -> float:
     flops = _call(cost, call, where)
-    if not is_cost(flops):
+    if not is_flops(flops):
         raise ValueError(f"kernel_costs: that of {name!r} gives {flops!r}, must be FLOPs of a call")
     return float(flops)
 
@@ -149,7 +149,7 @@ def _call(cost: KernelCost, call: Instruction, where: Computation) -> float:
     return cost(tuple(_aval(each.shapes[0]) for each in where.operands_of(call) if each.shapes))
 
 
-def is_cost(value: Any) -> bool:
+def is_flops(value: Any) -> bool:
     """Whether it is a number of FLOPs."""
     return isinstance(value, Real) and 0 <= float(value) < math.inf
 

@@ -40,7 +40,7 @@ class Network:
         """The devices of the mesh."""
         return math.prod(self.axes.values())
 
-    def places(self, devices: tuple[int, ...]) -> np.ndarray:
+    def coordinates(self, devices: tuple[int, ...]) -> np.ndarray:
         """The places of devices along the axes: int[num_devices, num_axes]."""
         return np.stack(np.unravel_index(devices, tuple(self.axes.values())), axis=-1)
 
@@ -52,7 +52,7 @@ class Network:
         used = {
             names[axis]
             for devices in joined
-            for axis in np.nonzero(np.ptp(self.places(tuple(devices)), axis=0))[0]
+            for axis in np.nonzero(np.ptp(self.coordinates(tuple(devices)), axis=0))[0]
         }
         return tuple(name for name in names if name in used)
 
@@ -67,7 +67,7 @@ class Network:
             return {(axis, 0) for axis in axes}
         if pairs is None:
             return {(axis, way) for axis in axes for way in (1, -1)}
-        ways = np.sign([np.diff(self.places(pair), axis=0)[0] for pair in pairs])
+        ways = np.sign([np.diff(self.coordinates(pair), axis=0)[0] for pair in pairs])
         names = list(self.axes)
         return {(names[axis], int(way)) for step in ways for axis, way in enumerate(step) if way}
 
@@ -105,7 +105,7 @@ class Network:
             return max(Counter(source for source, _ in moves).values(), default=0)
         load: Counter[tuple[int, ...]] = Counter()
         for pair in moves:
-            here, there = self.places(pair)
+            here, there = self.coordinates(pair)
             # Along one axis after the other, as torus routers do.
             for axis in range(len(here)):
                 step = int(np.sign(there[axis] - here[axis]))

@@ -29,7 +29,7 @@ _CALLS = ("while", "conditional")
 
 def costs_of_ticks(
     module: Module,
-    costs: work.Costs,
+    costs: work.WorkCounter,
     body: Computation,
     *,
     exposed: Mapping[str, float],

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from dualpipe_jax import _scopes
 from dualpipe_jax._preflight.collectives import holds_collective, is_collective
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
-from dualpipe_jax._preflight.work import Costs, trip_count
+from dualpipe_jax._preflight.work import WorkCounter, trip_count
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Found:
+class FoundLoop:
     """Tells of a loop.
 
     Attributes:
@@ -36,7 +36,7 @@ class Found:
 _Loop = tuple[Instruction, Computation, Computation]  # a while, its body, and where it stands
 
 
-def find_loop(module: Module, costs: Costs) -> Found | None:
+def find_loop(module: Module, costs: WorkCounter) -> FoundLoop | None:
     """Finds the steady loop; None if the program has no loop of matmuls, collectives or names."""
     rules: tuple[tuple[str, Callable[[Computation], bool]], ...] = (
         # In the body itself: the loop stands in the scan over ticks, which holds all that it holds.
@@ -51,7 +51,7 @@ def find_loop(module: Module, costs: Costs) -> Found | None:
         if found:
             instruction, body, where = max(found, key=lambda loop: _work(costs, loop))
             trips = trip_count(module, instruction, where)
-            return Found(kind=kind, instruction=instruction, body=body, num_trips=trips)
+            return FoundLoop(kind=kind, instruction=instruction, body=body, num_trips=trips)
     return None
 
 
@@ -77,6 +77,6 @@ def _outermost(module: Module, loops: list[_Loop]) -> list[_Loop]:
     return [loop for loop in loops if loop[0].name not in inner]
 
 
-def _work(costs: Costs, loop: _Loop) -> tuple[float, float]:
+def _work(costs: WorkCounter, loop: _Loop) -> tuple[float, float]:
     total = costs.of(loop[0], loop[2])
     return total.cycles, total.flops

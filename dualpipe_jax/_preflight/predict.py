@@ -13,10 +13,9 @@ from dualpipe_jax._predict.waits import Waits, explain_waits
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.links import Network, source_target_pairs
 from dualpipe_jax._preflight.loop_costs import costs_of_ticks
-from dualpipe_jax._preflight.loops import Found
+from dualpipe_jax._preflight.loops import FoundLoop
 from dualpipe_jax._preflight.timing import Collective, exposed_seconds
-from dualpipe_jax._preflight.work import OTHER, Work, action_of, num_places
-from dualpipe_jax._preflight.work import Costs as CostsOf
+from dualpipe_jax._preflight.work import OTHER, CompiledWork, WorkCounter, action_of, count_parts
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
@@ -116,7 +115,7 @@ def _pairs(module: Module, network: Network, branch: Computation) -> set[tuple[i
 
 def _along(network: Network, permute: Instruction, pair: tuple[int, int]) -> set[tuple[int, ...]]:
     axes = [list(network.axes).index(axis) for axis in network.axes_of(permute)]
-    places = network.places(pair)
+    places = network.coordinates(pair)
     return {tuple(places[:, axis].tolist()) for axis in axes if places[0, axis] != places[1, axis]}
 
 
@@ -155,10 +154,10 @@ class Prediction:
 
 def predict(
     module: Module,
-    loop: Found | None,
+    loop: FoundLoop | None,
     *,
-    costs_of: CostsOf,
-    work: dict[str, Work],
+    costs_of: WorkCounter,
+    work: dict[str, CompiledWork],
     collectives: list[Collective],
     outside_seconds: float | None,
     device: Device | None,
@@ -196,7 +195,7 @@ def predict(
     stages_per_rank = made.num_stages / num_ranks
     if loop.kind == "steady":
         cycles = {
-            action: work.get(action, Work()).cycles + exposed.get(action, 0.0)
+            action: work.get(action, CompiledWork()).cycles + exposed.get(action, 0.0)
             for action in {*work, *exposed}
         }
         costs = _costs_of_beats(module, loop, cycles, stages_per_rank=stages_per_rank)
@@ -261,7 +260,7 @@ def find_execution(module: Module) -> Execution | None:
     return None if placed is None else Execution(**_named(Execution(), placed.execution))
 
 
-def find_num_trips(module: Module, loop: Found) -> int | None:
+def find_num_trips(module: Module, loop: FoundLoop) -> int | None:
     """Finds how often a loop runs: as its text says, else of a steady loop as its schedule does."""
     if loop.num_trips is not None or loop.kind != "steady":
         return loop.num_trips
@@ -285,7 +284,7 @@ def _named(like: Any, values: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _costs_of_beats(
-    module: Module, loop: Found, cycles: dict[str, float], *, stages_per_rank: float
+    module: Module, loop: FoundLoop, cycles: dict[str, float], *, stages_per_rank: float
 ) -> Costs | None:
     """Makes the simulator's costs of the cycles of each action in a trip of two beats."""
     total, named = sum(cycles.values()), sum(cycles.values()) - cycles.get(OTHER, 0.0)
@@ -303,7 +302,7 @@ def _costs_of_beats(
     )
     # In how many beats of the two they stand; at the ends, which are few ranks' alone, not in all.
     embed, head = (
-        sum(each(action, num_places(module, loop.body, action) or _BEATS) for action in actions)
+        sum(each(action, count_parts(module, loop.body, action) or _BEATS) for action in actions)
         for actions in ((_scopes.EMBED, _scopes.EMBED_GRAD), (_scopes.HEAD,))
     )
     return Costs.with_whole_ends(

@@ -11,13 +11,13 @@ import jax
 from dualpipe_jax._errors import raise_all, show
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._predict.waits import Waits
-from dualpipe_jax._preflight.arguments import find_axes, place
+from dualpipe_jax._preflight.arguments import find_axes, put_on_mesh
 from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.hlo import Module, parse
-from dualpipe_jax._preflight.kernels import KernelCost, Kernels, is_cost
+from dualpipe_jax._preflight.kernels import KernelCost, Kernels, is_flops
 from dualpipe_jax._preflight.links import Network
-from dualpipe_jax._preflight.loops import Found, find_loop
+from dualpipe_jax._preflight.loops import FoundLoop, find_loop
 from dualpipe_jax._preflight.options import compiler_options as options_of
 from dualpipe_jax._preflight.predict import (
     Prediction,
@@ -26,7 +26,7 @@ from dualpipe_jax._preflight.predict import (
     predict,
     runs_of_branches,
 )
-from dualpipe_jax._preflight.report import Loop, Memory, Program, Report
+from dualpipe_jax._preflight.report import Loop, Memory, ProgramSize, Report
 from dualpipe_jax._preflight.timing import Replay, exposed_seconds, with_runs
 from dualpipe_jax._preflight.topologies import (
     Topology,
@@ -34,7 +34,7 @@ from dualpipe_jax._preflight.topologies import (
     is_adjacent_along,
     make_mesh,
 )
-from dualpipe_jax._preflight.work import Action, Costs, Work, work_by_action
+from dualpipe_jax._preflight.work import ActionWork, CompiledWork, WorkCounter, work_by_action
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 
@@ -115,7 +115,7 @@ def preflight(
     jitted = step_fn if isinstance(step_fn, jax.stages.Wrapped) else jax.jit(step_fn)
     with jax.set_mesh(on):
         try:
-            traced = jitted.trace(*place(tuple(args), on))
+            traced = jitted.trace(*put_on_mesh(tuple(args), on))
         except ValueError as error:
             if "should match the mesh passed to shard_map" not in str(error):
                 raise
@@ -170,7 +170,7 @@ def preflight(
     return Report(
         **common,
         memory=_memory(found, analysis),
-        program=Program(
+        program=ProgramSize(
             num_instructions=sum(len(each.instructions) for each in module.computations.values()),
             # The CPU's compiler says nothing of it.
             code_bytes=getattr(analysis, "generated_code_size_in_bytes", None) or None,
@@ -212,7 +212,7 @@ def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:
             f"kernel_costs={kernel_costs!r}: must be a dict from the names of kernels to FLOPs"
         )
     for name, cost in kernel_costs.items():
-        if not (isinstance(name, str) and name and (callable(cost) or is_cost(cost))):
+        if not (isinstance(name, str) and name and (callable(cost) or is_flops(cost))):
             raise TypeError(
                 f"kernel_costs[{name!r}]={cost!r}: must be the FLOPs of a call, or a function of "
                 "its operands, by the name of a kernel"
@@ -223,7 +223,7 @@ def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:
 def _analysis(
     module: Module, network: Network, kernels: Kernels | None = None
 ) -> tuple[Loop | None, Prediction, Waits | None, tuple[Copy, ...]]:
-    costs = Costs(module, kernels=kernels, device=network.device)
+    costs = WorkCounter(module, kernels=kernels, device=network.device)
     replay = Replay(module, network, kernels)
     found = find_loop(module, costs)
     work = {} if found is None else work_by_action(module, costs, found.body)
@@ -254,7 +254,7 @@ def _analysis(
         compute_seconds=replay.seconds(total),
         exposed_seconds=exposed_seconds(collectives, num_trips=num_trips),
         actions=tuple(
-            Action(
+            ActionWork(
                 name=name.removeprefix("dualpipe."),
                 flops=each.flops,
                 cycles=each.cycles if has_cycles else None,
@@ -262,7 +262,7 @@ def _analysis(
             for name, each in sorted(
                 work.items(), key=lambda item: (-item[1].cycles, -item[1].flops)
             )
-            if each != Work()
+            if each != CompiledWork()
         ),
         collectives=tuple(collectives),
     )
@@ -270,12 +270,12 @@ def _analysis(
 
 
 def _outside_seconds(
-    module: Module, costs: Costs, replay: Replay, loop: Found | None
+    module: Module, costs: WorkCounter, replay: Replay, loop: FoundLoop | None
 ) -> float | None:
     """How long what stands in the entry takes, but for the loop that holds the steady one."""
     if loop is None:
         return None
-    total = Work()
+    total = CompiledWork()
     for instruction in module.entry.instructions:
         inside = [each.name for c in module.callees(instruction) for each in module.within(c)]
         if loop.instruction.name not in (instruction.name, *inside):

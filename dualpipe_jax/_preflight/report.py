@@ -21,7 +21,7 @@ from dualpipe_jax._preflight.text import (
     ticks_table,
 )
 from dualpipe_jax._preflight.timing import Collective
-from dualpipe_jax._preflight.work import Action
+from dualpipe_jax._preflight.work import ActionWork
 from dualpipe_jax._schedule.execution import Execution
 
 _LOOPS = {
@@ -70,7 +70,7 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class ProgramSize:
     """Tells the size of the compiled program.
 
     Attributes:
@@ -112,7 +112,7 @@ class Loop:
     cycles: float | None
     compute_seconds: float | None
     exposed_seconds: float | None
-    actions: tuple[Action, ...]
+    actions: tuple[ActionWork, ...]
     collectives: tuple[Collective, ...]
 
 
@@ -148,7 +148,7 @@ class Report:
     compiler_options: dict[str, bool | int | str]
     compile_seconds: float
     memory: Memory
-    program: Program | None
+    program: ProgramSize | None
     loop: Loop | None
     copies: tuple[Copy, ...]
     prediction: Prediction
@@ -252,7 +252,7 @@ def _memory_lines(memory: Memory) -> list[str]:
     return lines
 
 
-def _program_lines(program: Program) -> list[str]:
+def _program_lines(program: ProgramSize) -> list[str]:
     code = "" if program.code_bytes is None else f", {show_bytes(program.code_bytes)} of code"
     lines = [f"{program.num_instructions:,} instructions{code}"]
     found = program.global_permutes

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._devices import Device
-from dualpipe_jax._preflight.collectives import Found, find_collectives
+from dualpipe_jax._preflight.collectives import FoundCollective, find_collectives
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.kernels import Kernels
 from dualpipe_jax._preflight.links import Lane, Network
-from dualpipe_jax._preflight.work import Costs, Work, action_of, trip_count
+from dualpipe_jax._preflight.work import CompiledWork, WorkCounter, action_of, trip_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,16 +141,16 @@ _OF_ALL_RANKS = {_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}
 
 
 @dataclass(frozen=True)
-class Part:
+class OptionalPart:
     """Tells of a loop or a branch: its instruction, and its cost for a rank that runs it."""
 
     instruction: str
-    work: Work
+    work: CompiledWork
 
 
 def find_parts(
-    module: Module, where: Computation, *, at_least: Costs, at_most: Costs
-) -> list[Part]:
+    module: Module, where: Computation, *, at_least: WorkCounter, at_most: WorkCounter
+) -> list[OptionalPart]:
     """Lists the parts of a computation, those in its loops and branches left out."""
     found = [
         (part, {action_of(each.op_name) for each in module.within(inside)})
@@ -164,17 +164,17 @@ def find_parts(
 
 
 def _candidates(
-    module: Module, where: Computation, at_most: Costs
-) -> Iterator[tuple[Part, Computation]]:
+    module: Module, where: Computation, at_most: WorkCounter
+) -> Iterator[tuple[OptionalPart, Computation]]:
     """Yields the loops of unknown length and the branches, each with its contents."""
     for each in where.instructions:
         match each.opcode:
             case "while" if trip_count(module, each, where) is None:
                 body = module.computations[each.called["body"][0]]
-                yield Part(each.name, at_most.of(each, where)), body
+                yield OptionalPart(each.name, at_most.of(each, where)), body
             case "conditional":
                 for branch in module.branches(each):
-                    yield Part(each.name, at_most.of_computation(branch)), branch
+                    yield OptionalPart(each.name, at_most.of_computation(branch)), branch
 
 
 class Replay:
@@ -183,8 +183,8 @@ class Replay:
     def __init__(self, module: Module, network: Network, kernels: Kernels | None = None):
         self._module = module
         options = {"kernels": kernels, "device": network.device}
-        self._costs = Costs(module, at_least=True, **options)
-        self._most = Costs(module, **options)
+        self._costs = WorkCounter(module, at_least=True, **options)
+        self._most = WorkCounter(module, **options)
         self._network = network
 
     def run(self, where: Computation, *, loops: bool = True) -> list[Collective]:
@@ -213,16 +213,18 @@ class Replay:
     def _trip(
         self,
         where: Computation,
-        found: list[Found],
+        found: list[FoundCollective],
         inside: dict[str, list[Collective]],
-        part: Part | None,
+        part: OptionalPart | None,
     ) -> dict[str, Collective]:
         """Replays a rank that runs a part, or none: its own collectives, by their starts."""
         begun = {each.start.name: each for each in found}
         waited = {each.done.name: each for each in found if each.done is not None}
-        clock, done_work = 0.0, Work()
+        clock, done_work = 0.0, CompiledWork()
         free: dict[Lane, float] = {}  # when links that way along an axis are free
-        flights: dict[str, tuple[float, Work]] = {}  # when it arrives, and the work before it
+        flights: dict[
+            str, tuple[float, CompiledWork]
+        ] = {}  # when it arrives, and the work before it
         out: dict[str, Collective] = {}
         for instruction in where.instructions:
             name = instruction.name
@@ -230,7 +232,9 @@ class Replay:
                 each = waited[name]
                 arrives, before = flights[each.start.name]
                 exposed = max(0.0, arrives - clock)
-                between = Work(done_work.flops - before.flops, done_work.cycles - before.cycles)
+                between = CompiledWork(
+                    done_work.flops - before.flops, done_work.cycles - before.cycles
+                )
                 out[each.start.name] = self._collective(each, between, exposed)
                 clock += exposed
             elif name in begun:
@@ -241,7 +245,7 @@ class Replay:
                 free |= dict.fromkeys(lanes, arrives)
                 flights[name] = arrives, done_work
                 if each.done is None:
-                    out[name] = self._collective(each, Work(), arrives - clock)
+                    out[name] = self._collective(each, CompiledWork(), arrives - clock)
                     clock = arrives
             else:
                 work = self._costs.of(instruction, where)
@@ -252,7 +256,7 @@ class Replay:
                 clock += exposed_seconds(inside.get(name, []), choose=min) or 0.0
         return out
 
-    def seconds(self, work: Work) -> float | None:
+    def seconds(self, work: CompiledWork) -> float | None:
         """Says how long compute takes; None where nothing is known of the device."""
         device = self._network.device
         if device is None:
@@ -280,10 +284,12 @@ class Replay:
             out += [replace(each, count=each.count * trips) for each in self.run(callee)]
         return out
 
-    def _link_seconds(self, found: Found) -> float | None:
+    def _link_seconds(self, found: FoundCollective) -> float | None:
         return self._network.seconds(found.kind, found.collective, found.num_bytes)
 
-    def _collective(self, found: Found, between: Work, exposed: float) -> Collective:
+    def _collective(
+        self, found: FoundCollective, between: CompiledWork, exposed: float
+    ) -> Collective:
         device: Device | None = self._network.device
         link_seconds = self._link_seconds(found)
         has_cycles = device is not None and device.clock is not None

@@ -22,20 +22,20 @@ from dualpipe_jax._scopes import read_layers
 
 
 @dataclass(frozen=True)
-class Work:
+class CompiledWork:
     """Says what something costs: FLOPs of matmuls, and clock cycles."""
 
     flops: float = 0.0
     cycles: float = 0.0
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.cycles + other.cycles)
+    def __add__(self, other: "CompiledWork") -> "CompiledWork":
+        return CompiledWork(self.flops + other.flops, self.cycles + other.cycles)
 
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.flops * times, self.cycles * times)
+    def __mul__(self, times: float) -> "CompiledWork":
+        return CompiledWork(self.flops * times, self.cycles * times)
 
 
-class Costs:
+class WorkCounter:
     """Finds the work of each instruction of a module: at most, or at least, over the ranks."""
 
     def __init__(
@@ -53,18 +53,18 @@ class Costs:
         self._flops_per_cycle = math.inf
         if device is not None and device.clock is not None:
             self._flops_per_cycle = device.peak_flops / device.clock
-        self._of_computation: dict[str, Work] = {}
+        self._of_computation: dict[str, CompiledWork] = {}
 
-    def of_computation(self, computation: Computation) -> Work:
+    def of_computation(self, computation: Computation) -> CompiledWork:
         """Sums up a computation."""
         if computation.name not in self._of_computation:
-            total = Work()
+            total = CompiledWork()
             for instruction in computation.instructions:
                 total += self.of(instruction, computation)
             self._of_computation[computation.name] = total
         return self._of_computation[computation.name]
 
-    def of(self, instruction: Instruction, where: Computation) -> Work:
+    def of(self, instruction: Instruction, where: Computation) -> CompiledWork:
         """Finds the work of an instruction that stands in computation `where`."""
         inside = [self.of_computation(callee) for callee in self._module.callees(instruction)]
         match instruction.opcode:
@@ -72,19 +72,21 @@ class Costs:
                 trips = trip_count(self._module, instruction, where)
                 if trips is None:
                     trips = 0 if self._at_least else most_trips(instruction)
-                called = sum(inside, Work()) * trips
+                called = sum(inside, CompiledWork()) * trips
             case "conditional":
                 choose = min if self._at_least else max
-                called = choose(inside, key=lambda work: (work.cycles, work.flops), default=Work())
+                called = choose(
+                    inside, key=lambda work: (work.cycles, work.flops), default=CompiledWork()
+                )
             case _:
-                called = sum(inside, Work())
+                called = sum(inside, CompiledWork())
         own = _FLOPS[instruction.opcode](instruction, where) if instruction.opcode in _FLOPS else 0
         of_kernel = self._kernels.flops(instruction, where)
         # What is fused has no time of its own: an estimate stands for all that is called.
         cycles = instruction.cycles
         if cycles is None:
             cycles = called.cycles + of_kernel / self._flops_per_cycle
-        return Work(own + of_kernel + called.flops, cycles)
+        return CompiledWork(own + of_kernel + called.flops, cycles)
 
 
 def trip_count(module: Module, loop: Instruction, where: Computation) -> int | None:
@@ -209,7 +211,7 @@ OTHER = "other"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Action:
+class ActionWork:
     """Tells what an action costs in one trip of the loop.
 
     Attributes:
@@ -223,13 +225,15 @@ class Action:
     cycles: float | None
 
 
-def work_by_action(module: Module, costs: Costs, body: Computation) -> dict[str, Work]:
+def work_by_action(
+    module: Module, costs: WorkCounter, body: Computation
+) -> dict[str, CompiledWork]:
     """Sums the work of a loop's body by the scope of the action, and `OTHER`.
 
     A fusion of several actions' instructions counts under the name that the compiler gave it; what
     has no name, such as a copy, in a loop or branch of one action alone is that action's.
     """
-    total: dict[str, Work] = {}
+    total: dict[str, CompiledWork] = {}
 
     def add(where: Computation, times: float, unnamed: str = OTHER) -> None:
         for instruction in where.instructions:
@@ -249,13 +253,13 @@ def work_by_action(module: Module, costs: Costs, body: Computation) -> dict[str,
                     name = _action(module, instruction)
                     name = unnamed if name == OTHER else name
                     work = costs.of(instruction, where) * times
-                    total[name] = total.get(name, Work()) + work
+                    total[name] = total.get(name, CompiledWork()) + work
 
     add(body, 1)
     return total
 
 
-def num_places(module: Module, body: Computation, action: str) -> int:
+def count_parts(module: Module, body: Computation, action: str) -> int:
     """Counts the conditionals and loops in a body that hold an action: those of the end ranks."""
     return sum(
         any(
@@ -274,7 +278,7 @@ def _only_action(module: Module, computations: list[Computation]) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def _size(work: Work) -> tuple[float, float]:
+def _size(work: CompiledWork) -> tuple[float, float]:
     return work.cycles, work.flops
 
 

@@ -6,7 +6,7 @@ from dualpipe_jax import _scopes
 from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.loops import find_loop
 from dualpipe_jax._preflight.report import _copies_lines
-from dualpipe_jax._preflight.work import Costs
+from dualpipe_jax._preflight.work import WorkCounter
 from tests.preflight.snippets import SWAP, program
 
 ROWS, TURNED = "f32[9,64,512]{2,1,0:T(8,128)}", "f32[9,64,512]{1,2,0:T(8,128)}"
@@ -53,7 +53,7 @@ def _found(*lines: str, fused: str = "p") -> tuple[Copy, ...]:
     """Finds what a loop of these lines, and a write, copies."""
     body = _body("body", *lines, WRITE)
     module = program(f"{ENTRY}\n  {_while('loop', 'body', of='a')}", _in_place(fused), body)
-    return find_copies(module, Costs(module), None)
+    return find_copies(module, WorkCounter(module), None)
 
 
 def test_a_copy_of_all_slots_is_named() -> None:
@@ -90,7 +90,7 @@ def test_copies_outside_loops_are_none() -> None:
     body = _body("body", WRITE)
     entry = f"{ENTRY}\n  {_while('loop', 'body', of='a')}\n  {COPY.replace('%slots', '%loop')}"
     module = program(entry, _in_place(), body)
-    assert find_copies(module, Costs(module), None) == ()
+    assert find_copies(module, WorkCounter(module), None) == ()
 
 
 def test_places_are_told_apart() -> None:
@@ -117,7 +117,7 @@ def test_places_are_told_apart() -> None:
             WRITE,
         ),
     )
-    costs = Costs(module)
+    costs = WorkCounter(module)
     loop = find_loop(module, costs)
     assert loop is not None
     assert loop.instruction.name == "steady"

@@ -17,7 +17,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax._devices import V5E
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.kernels import ESTIMATED, GIVEN, PUBLISHED, Kernels
-from dualpipe_jax._preflight.work import Costs
+from dualpipe_jax._preflight.work import WorkCounter
 from tests.preflight.snippets import program
 from tests.preflight.steps import make_mesh
 
@@ -49,7 +49,7 @@ def test_flops_are_given_or_estimated_or_published() -> None:
         kernels = Kernels(costs)
         (found,) = kernels.list_calls(module)
         assert (found.name, found.count, found.flops, found.source) == (name, 1, flops, source)
-        work = Costs(module, kernels=kernels, device=V5E).of_computation(module.entry)
+        work = WorkCounter(module, kernels=kernels, device=V5E).of_computation(module.entry)
         assert work.flops == flops
         assert work.cycles == pytest.approx(flops / (4 * 2 * 128 * 128))
 
@@ -58,7 +58,7 @@ def test_what_is_not_known_is_named() -> None:
     module = with_kernel("mine")
     (found,) = Kernels().list_calls(module)
     assert (found.name, found.flops, found.source) == ("mine", None, "")
-    assert Costs(module, device=V5E).of_computation(module.entry).cycles == 0
+    assert WorkCounter(module, device=V5E).of_computation(module.entry).cycles == 0
     # Under a known name, but not that kernel.
     (found,) = Kernels().list_calls(with_kernel("flash_attention", dtype="s8"))
     assert (found.name, found.flops, found.source) == ("flash_attention", None, "")

@@ -8,7 +8,7 @@ from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.preflight import _analysis
-from dualpipe_jax._preflight.report import Memory, Program, Report
+from dualpipe_jax._preflight.report import Memory, ProgramSize, Report
 from dualpipe_jax._preflight.text import ticks_table
 from dualpipe_jax._schedule.tables import Exchange, Tables
 from tests.preflight.snippets import FUSED, TOY, A, network, program, work
@@ -90,7 +90,7 @@ def step(exchanges: tuple[Exchange, ...], *, width: int = 1, num_arrays: int = 1
         compiler_options={},
         compile_seconds=0.0,
         memory=Memory(),
-        program=Program(
+        program=ProgramSize(
             num_instructions=0, code_bytes=None, global_permutes=find_global_permutes(module)
         ),
         loop=loop_found,
@@ -201,7 +201,7 @@ def test_permutes_of_all_cores_are_named() -> None:
         ({"s": "f/send"}, "1 permute makes"),
         ({"s": "f/send", "t": ""}, "2 permutes make"),
     ):
-        named = Program(num_instructions=1, code_bytes=None, global_permutes=found)
+        named = ProgramSize(num_instructions=1, code_bytes=None, global_permutes=found)
         text = str(replace(report, program=named))
         assert f"{said} every core wait: the compiler has no pairwise barrier left for" in text
         assert "           s  f/send\n" in text

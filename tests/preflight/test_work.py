@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 from dualpipe_jax._preflight.hlo import Module, parse
-from dualpipe_jax._preflight.work import Costs, Work, trip_count
+from dualpipe_jax._preflight.work import CompiledWork, WorkCounter, trip_count
 from tests.preflight.snippets import FUSED, A, program, work
 
 
-def total(module: Module, *, at_least: bool = False) -> Work:
-    return Costs(module, at_least=at_least).of_computation(module.entry)
+def total(module: Module, *, at_least: bool = False) -> CompiledWork:
+    return WorkCounter(module, at_least=at_least).of_computation(module.entry)
 
 
 def test_dot() -> None:
