@@ -1,7 +1,7 @@
-"""The names under which the parts of the step stand in a compiled program, as `jax.named_scope`s.
+"""The names of the parts of the step in a compiled program, `jax.named_scope`s.
 
 Every instruction that XLA keeps has them in its metadata (`op_name`), one after the other: the
-segment of the timetable, then the action. What reads compiled programs finds them by these.
+segment of the timetable, then the action. The executor writes these names, preflight reads them.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+PREFIX = "dualpipe."
 # Segments: ticks that each rank runs by its opcode, and beats, the same code on all ranks.
 RAMP, STEADY = "dualpipe.ramp", "dualpipe.steady"
 # Actions.
@@ -20,6 +21,8 @@ FULL_BACKWARD = "dualpipe.full_backward"
 EMBED, EMBED_GRAD, HEAD = (f"dualpipe.{name}" for name in ("embed", "embed_grad", "head"))
 # Transfers between ranks.
 SEND = "dualpipe.send"
+# An instruction's action is the innermost one of these in its name.
+ACTIONS = (FORWARD, INPUT_GRAD, WEIGHT_GRAD, EMBED, EMBED_GRAD, HEAD, SEND)
 
 
 def of_layers(count: int) -> str:

@@ -1,8 +1,7 @@
-"""A step's arguments -> what they are on the devices of a topology, and the mesh that they lie on.
+"""A step's arguments -> their avals on the devices of a topology, and the axes of their mesh.
 
 The step was built over the user's mesh. On the topology it gets a mesh of the same axes, and each
-argument lies as it lies on the user's: its PartitionSpec is carried over. What lies on no mesh is
-replicated.
+argument keeps its PartitionSpec. Arguments on no mesh are replicated.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,22 +18,22 @@ from dualpipe_jax._model.types import PyTree
 
 @dataclass(frozen=True)
 class MeshAxes:
-    """The axes of a mesh: their sizes by name, and their types."""
+    """Holds the axes of a mesh: their sizes by name, and their types."""
 
     sizes: dict[str, int]
     types: tuple[Any, ...]
 
     @classmethod
     def of(cls, mesh: Any) -> "MeshAxes":
-        """Reads them off a mesh, abstract or not."""
+        """Reads the axes off a mesh, abstract or not."""
         return cls(dict(mesh.shape), tuple(mesh.axis_types))
 
 
 def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> MeshAxes:
-    """Finds the axes of the step's mesh: as given, as the arguments lie, else as it maps over them.
+    """Finds the axes of the step's mesh: as given, by the arguments' shardings, or in the step.
 
     Raises:
-      TypeError: If `mesh` is none.
+      TypeError: If `mesh` is not a mesh.
       ValueError: If there is no mesh, or more than one.
     """
     if mesh is not None:
@@ -46,9 +45,9 @@ def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> 
         return MeshAxes.of(mesh)
     found = []
     for leaf in jax.tree.leaves(args):
-        on = _mesh_of(leaf)
-        if on is not None and MeshAxes.of(on) not in found:
-            found.append(MeshAxes.of(on))
+        of_leaf = _mesh_of(leaf)
+        if of_leaf is not None and MeshAxes.of(of_leaf) not in found:
+            found.append(MeshAxes.of(of_leaf))
     if not found:
         # A device's own arrays, or NumPy's: the step itself names the mesh.
         closed = jax.jit(step).trace(*jax.tree.map(_plain, args)).jaxpr
@@ -68,14 +67,14 @@ def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> 
 
 
 def put_on_mesh(args: tuple[PyTree, ...], mesh: jax.sharding.Mesh) -> tuple[PyTree, ...]:
-    """Makes avals of the arguments on a mesh, as they lie on the user's."""
+    """Makes avals of the arguments on a mesh, sharded as on the user's."""
 
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+    def put(leaf: Any) -> jax.ShapeDtypeStruct:
         plain, on = _plain(leaf), _mesh_of(leaf)
         spec = PartitionSpec() if on is None else leaf.sharding.spec
         return plain.update(sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, args)
+    return jax.tree.map(put, args)
 
 
 def _plain(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -87,7 +86,7 @@ def _plain(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _mesh_of(leaf: Any) -> Any:
-    """The mesh on which a leaf lies; None if on none."""
+    """Finds the mesh of a leaf; None if it is on none."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names:
         return sharding.mesh

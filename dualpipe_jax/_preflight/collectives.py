@@ -1,12 +1,13 @@
-"""The collectives of a program: of what kind, where they start, and where they are waited for.
+"""Finds the collectives of a program: their kinds, where they start, and where they are awaited.
 
-Asynchronous ones stand in the text in three forms: `all-to-all-start` and `all-to-all-done`;
+Asynchronous ones have three forms in the text: `all-to-all-start` and `all-to-all-done`;
 `async-start` and `async-done`, which call a computation; and, on TPUs, fusions that hold an
 `AsyncCollectiveStart` and an `AsyncCollectiveDone`, with fusions between them that compute while
 the collective goes on. On GPUs a start that the scheduler found nothing to run beside is marked
 `is_sync`: it runs between the computations like a synchronous one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
@@ -25,16 +26,16 @@ _START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FoundCollective:
-    """Tells of a collective where it stands in a computation.
+    """Tells where a collective starts and ends in a computation.
 
     Attributes:
       kind: One of `KINDS`.
-      start: The instruction that starts it; of a synchronous one, the only one.
+      start: The instruction that starts it; for a synchronous one, the only one.
       done: The instruction that waits for it, or None for a synchronous one.
-      collective: The instruction that says among which devices.
-      num_bytes: Those of a device's operands; of an all-gather, of its result; of a ragged
-        all-to-all, of the smaller of its two buffers, which is the most that may move
-        where no row goes to two devices.
+      collective: The instruction that names the devices.
+      num_bytes: Bytes of a device's operands; for an all-gather those of its result; for a ragged
+        all-to-all those of the smaller of its two buffers, which is the most that may move where no
+        row goes to two devices.
     """
 
     kind: str
@@ -45,7 +46,7 @@ class FoundCollective:
 
 
 def holds_collective(module: Module, computation: Computation) -> bool:
-    """Whether one stands in a computation or in what it calls."""
+    """Whether a computation, or one that it calls, has a collective."""
     return any(map(is_collective, module.within(computation)))
 
 
@@ -72,10 +73,10 @@ def find_global_permutes(module: Module) -> dict[str, str]:
 def find_collectives(module: Module, where: Computation) -> list[FoundCollective]:
     """Lists the collectives of a computation and of its fusions, in the order of their starts.
 
-    Those in the bodies of its loops and the branches of its conditionals are not among them.
+    Collectives in the bodies of its loops and the branches of its conditionals are left out.
     """
     found = []
-    waits = _waits(module, where)
+    dones = _dones(module, where)
     for instruction in where.instructions:
         begun = _begun(module, where, instruction)
         if begun is not None:
@@ -85,7 +86,7 @@ def find_collectives(module: Module, where: Computation) -> list[FoundCollective
                 FoundCollective(
                     kind=kind,
                     start=instruction,
-                    done=None if is_sync else waits.get(instruction.name),
+                    done=None if is_sync else dones.get(instruction.name),
                     collective=collective,
                     num_bytes=_num_bytes(kind, collective, home),
                 )
@@ -102,7 +103,7 @@ def _kind(opcode: str) -> str | None:
 def _begun(
     module: Module, where: Computation, instruction: Instruction
 ) -> tuple[str, Instruction, Computation] | None:
-    """Finds the collective that an instruction starts or is, and the computation it stands in."""
+    """Finds the collective that an instruction starts or is, and the computation around it."""
     kind = _kind(instruction.opcode)
     if kind is not None:
         return kind, instruction, where
@@ -122,7 +123,7 @@ def _begun(
 
 
 def _is_between(computation: Computation) -> bool:
-    # Computes beside a collective, of which it repeats the instruction.
+    """Whether a computation computes beside a collective, whose instruction it repeats."""
     return computation.name.startswith("async_collective_fusion")
 
 
@@ -133,21 +134,21 @@ def _targets(computation: Computation, target: str) -> bool:
     )
 
 
-def _waits(module: Module, where: Computation) -> dict[str, Instruction]:
+def _dones(module: Module, where: Computation) -> dict[str, Instruction]:
     """Maps the name of each asynchronous start to the instruction that waits for it."""
-    waits = {}
+    dones = {}
     for instruction in where.instructions:
         callees = module.callees(instruction)
         is_fused = instruction.opcode == "fusion" and any(_targets(c, _DONE) for c in callees)
         if is_fused or instruction.opcode.endswith("-done"):
             start = _start_of(module, where, instruction)
             if start is not None:
-                waits[start.name] = instruction
-    return waits
+                dones[start.name] = instruction
+    return dones
 
 
 def _start_of(module: Module, where: Computation, done: Instruction) -> Instruction | None:
-    """Follows what is waited for back to its start, over tuples, updates and fusions between."""
+    """Follows a done back to its start, over the tuples, updates and fusions between."""
     seen, left = {done.name}, where.operands_of(done)
     while left:
         here = left.pop(0)
@@ -166,17 +167,17 @@ def _start_of(module: Module, where: Computation, done: Instruction) -> Instruct
 def _num_bytes(kind: str, collective: Instruction, home: Computation) -> int:
     operands = [shape for each in home.operands_of(collective) for shape in each.shapes]
     if kind == "ragged-all-to-all":
-        # Buffers sent from and received into; what moves the program does not say, but no more
-        # than fits in both where no row goes to two devices.
+        # One buffer is sent from, the other received into. The program does not say how many bytes
+        # move, but no more than fit in both where no row goes to two devices.
         return min(operands[0].num_bytes, operands[1].num_bytes)
     if kind != "all-gather":
         return _sum(operands)
     if not collective.opcode.endswith("-start"):
         return _sum(collective.shapes)
-    # (operands, results, what belongs to the platform: u32[] and the like)
+    # (operands, results, the platform's own: u32[] and the like)
     rest = collective.shapes[len(operands) :]
     return _sum(rest[: len(operands)])
 
 
-def _sum(shapes: "list[Shape] | tuple[Shape, ...]") -> int:
+def _sum(shapes: Iterable[Shape]) -> int:
     return sum(shape.num_bytes for shape in shapes)

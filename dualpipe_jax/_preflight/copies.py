@@ -1,12 +1,12 @@
-"""Copies of whole buffers inside loops: time and memory for nothing.
+"""Finds copies of whole buffers inside loops, which cost time and memory for nothing.
 
 A buffer is an array that a loop carries and that the program writes an entry at a time: some
-`dynamic-update-slice` puts one entry along a dim at an index that is not a constant. So are the
-slots of the executor, `[slot, ...]` and `[slot, layer, ...]`. A copy of one is an instruction in
-the body of a loop, or in what that calls, whose result has the shape of a buffer, that reads as
+`dynamic-update-slice` puts one entry along a dim at an index that is not a constant. The slots of
+the executor are such, `[slot, ...]` and `[slot, layer, ...]`. A copy is an instruction in the body
+of a loop, or in a computation called there, whose result has the shape of a buffer, that reads as
 many elements, and that is no write in place: a copy, a transpose, a select, or a fusion. Moves into
-fast memory and out of it that keep the layout are none, as they run beside compute; nor is what is
-smaller than `LEAST_BYTES`.
+fast memory and out of it that keep the layout do not count, as they run beside compute; nor do
+buffers smaller than `LEAST_BYTES`.
 
 >>> from dualpipe_jax._preflight.hlo import parse
 >>> module = parse('''
@@ -37,25 +37,32 @@ from dataclasses import dataclass
 from dualpipe_jax import _scopes
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
 from dualpipe_jax._preflight.loops import FoundLoop
-from dualpipe_jax._preflight.work import OTHER, WorkCounter, action_of, most_trips, trip_count
+from dualpipe_jax._preflight.work import (
+    OTHER,
+    WorkCounter,
+    action_of,
+    most_trips,
+    short_name,
+    trip_count,
+)
 
 LEAST_BYTES = 2**20
-# They give a whole array anew; a fusion may.
+# These make a whole new array; a fusion may.
 _COPIES = ("copy", "transpose", "select", "copy-start", "fusion")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """Tells of the copies of buffers of one shape, in one place.
+    """Counts the copies of buffers of one shape, in one kind of loop.
 
     Attributes:
       where: `"steady"`, in the steady loop; `"tick"`, in the scan over ticks; `"once"`, in that
         scan but around the steady loop, once a step; `"loop"`, in another loop.
-      action: `"forward"`, `"input_grad"`, `"full_backward"`, ...; `"other"` in what belongs to no
-        action alone.
+      action: `"forward"`, `"input_grad"`, `"full_backward"`, ...; `"other"` in code that belongs to
+        no action alone.
       shape: The buffer's, such as `"bf16[5,4,1024,1024]"`.
       num_bytes: Its size.
-      count: How many of them a trip makes, on a rank whose action it is; of `"once"`, a step.
+      count: How many of them a trip makes, or for `"once"` a step, on a rank whose action it is.
       cycles: The cycles of all of these, as the compiler estimates; None without estimates.
     """
 
@@ -67,25 +74,25 @@ class Copy:
     cycles: float | None
 
 
-def find_copies(module: Module, costs: WorkCounter, loop: FoundLoop | None) -> tuple[Copy, ...]:
+def find_copies(module: Module, counter: WorkCounter, loop: FoundLoop | None) -> tuple[Copy, ...]:
     """Lists the copies of whole buffers in loops, those of most cycles, then of most bytes first.
 
     Args:
       module: The program.
-      costs: What its instructions cost.
+      counter: The work of its instructions.
       loop: The steady loop, or the scan over ticks; None if there is neither.
     """
     buffers = _find_buffers(module)
     found: dict[tuple[str, str, Shape], tuple[int, float]] = {}
     for instruction, times, where, action in _in_loops(module, loop):
         for shape in _copied(module, instruction, buffers):
-            cycles = costs.of(instruction, module.entry).cycles
+            cycles = counter.of(instruction, module.entry).cycles
             count, total = found.get((where, action, shape), (0, 0.0))
             found[where, action, shape] = count + times, total + times * cycles
     copies = (
         Copy(
             where=where,
-            action=action.removeprefix("dualpipe."),
+            action=short_name(action),
             shape=f"{shape.dtype}[{','.join(map(str, shape.dims))}]",
             num_bytes=shape.num_bytes,
             count=count,
@@ -93,11 +100,11 @@ def find_copies(module: Module, costs: WorkCounter, loop: FoundLoop | None) -> t
         )
         for (where, action, shape), (count, cycles) in found.items()
     )
-    return tuple(sorted(copies, key=lambda each: (-(each.cycles or 0), -each.num_bytes)))
+    return tuple(sorted(copies, key=lambda copy: (-(copy.cycles or 0), -copy.num_bytes)))
 
 
 def _find_buffers(module: Module) -> set[Shape]:
-    """The shapes of all buffers that are large enough."""
+    """Finds the shapes of all buffers that are large enough."""
     written, carried = set(), set()
     for where in module.computations.values():
         for each in where.instructions:
@@ -114,7 +121,7 @@ def _find_buffers(module: Module) -> set[Shape]:
 def _in_loops(
     module: Module, loop: FoundLoop | None
 ) -> Iterator[tuple[Instruction, int, str, str]]:
-    """Yields what stands in loops: each with how often it runs, where, and for which action."""
+    """Yields the instructions in loops: how often each runs, where, and for which action."""
 
     def within(
         here: Computation, times: int, where: str, action: str
@@ -122,10 +129,10 @@ def _in_loops(
         for each in here.instructions:
             if each.opcode == "while":
                 body = module.computations[each.called["body"][0]]
-                inside, again = _place(module, each, body, where, loop)
+                inside, again = _kind_of_loop(module, each, body, where, loop)
                 trips = trip_count(module, each, here) or most_trips(each)
-                mine = _action(module, body, action) if again else OTHER
-                yield from within(body, times * trips if again else 1, inside, mine)
+                of_body = _action(module, body, action) if again else OTHER
+                yield from within(body, times * trips if again else 1, inside, of_body)
             elif each.opcode in ("conditional", "call"):
                 for callee in module.callees(each):
                     yield from within(callee, times, where, _action(module, callee, action))
@@ -135,10 +142,10 @@ def _in_loops(
     yield from within(module.entry, 1, "", OTHER)
 
 
-def _place(
+def _kind_of_loop(
     module: Module, instruction: Instruction, body: Computation, where: str, loop: FoundLoop | None
 ) -> tuple[str, bool]:
-    """Names the place that a loop's body is, and whether its trips count for the place around."""
+    """Finds `Copy.where` for a loop's body, and whether its trips count for the loop around it."""
     if loop is None or loop.kind not in ("steady", "ramp"):
         return "loop", where == "loop"
     if instruction is loop.instruction:
@@ -150,7 +157,7 @@ def _place(
 
 
 def _action(module: Module, inside: Computation, around: str) -> str:
-    """Names the action of a loop or branch; the surrounding one if it has several or none."""
+    """Names the action of a loop or branch; the action around it if it has several or none."""
     names = {action_of(each.op_name) for each in module.within(inside)} - {OTHER, _scopes.SEND}
     if names == {_scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}:
         return _scopes.FULL_BACKWARD
@@ -162,8 +169,8 @@ def _copied(module: Module, instruction: Instruction, buffers: set[Shape]) -> li
     if instruction.opcode not in _COPIES:
         return []
     if instruction.opcode == "copy-start":
-        to, of = instruction.shapes[:2]
-        return [to] if to in buffers and to.layout != of.layout else []
+        target, source = instruction.shapes[:2]
+        return [target] if target in buffers and target.layout != source.layout else []
     if instruction.opcode != "fusion":
         return [shape for shape in instruction.shapes if shape in buffers]
     (fused,) = module.callees(instruction)
@@ -184,7 +191,7 @@ def _size(instruction: Instruction) -> tuple[str, int]:
 
 
 def _is_in_place(fused: Computation, result: Instruction) -> bool:
-    """Whether a result is a parameter, with nothing or some entries of it written over."""
+    """Whether a result is a parameter, with some entries of it overwritten or none."""
     while result.opcode in ("bitcast", "dynamic-update-slice"):
         result = fused.operands_of(result)[0]
     return result.opcode == "parameter"

@@ -1,7 +1,7 @@
 """The text of a compiled program -> its computations and their instructions.
 
-In: what `jax.stages.Compiled.as_text()` gives. It is scheduled: the order of the instructions in a
-computation is the order in which a device starts them. Only what the analysis needs is read.
+In: the text of `jax.stages.Compiled.as_text()`. It is scheduled: the order of the instructions in a
+computation is the order in which a device starts them. Only the parts in use here are read.
 
 >>> module = parse('''HloModule jit_f, is_scheduled=true
 ...
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
 
-# Bits of an element; what is not here (token, opaque) has none.
+# Bits of an element; types that are not here (token, opaque) have none.
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "c64": 64, "c128": 128}
 _WIDTH = re.compile(r"(?:bf|[suf])(\d+)")
 
@@ -44,13 +44,13 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 
 @dataclass(frozen=True)
 class Shape:
-    """Tells the shape of one array.
+    """Holds the shape of one array.
 
     Attributes:
       dtype: As in the text: `bf16`.
       dims: Its dims.
-      layout: How it lies in memory, as in the text but for the memory space. Shapes are equal
-        whatever their layouts.
+      layout: Its memory layout, as in the text but for the memory space. Shapes are equal whatever
+        their layouts.
     """
 
     dtype: str
@@ -59,7 +59,7 @@ class Shape:
 
     @property
     def num_bytes(self) -> int:
-        """Its size, without padding."""
+        """Counts its bytes, without padding."""
         bits = _BITS.get(self.dtype)
         if bits is None:
             width = _WIDTH.match(self.dtype)
@@ -69,15 +69,15 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """Tells of one instruction.
+    """Holds one instruction.
 
     Attributes:
       name: Its name, once in a module.
       opcode: As in the text: `fusion`, `while`, `collective-permute-start`.
       shapes: The arrays of its result, those of a tuple one after the other.
       operands: The names of the instructions whose results it reads.
-      arguments: What stands between its parentheses: of a constant, its value.
-      attributes: What follows them, as text.
+      arguments: The text between its parentheses; for a constant, its value.
+      attributes: The text after them.
     """
 
     name: str
@@ -89,29 +89,29 @@ class Instruction:
 
     @cached_property
     def called(self) -> dict[str, tuple[str, ...]]:
-        """The computations that it calls, by attribute: `body`, `calls`."""
+        """Reads the computations that it calls, by attribute: `body`, `calls`."""
         return {key: tuple(_NAME.findall(names)) for key, names in _CALLED.findall(self.attributes)}
 
     @property
     def callees(self) -> tuple[str, ...]:
-        """All computations that it calls."""
+        """Lists all computations that it calls."""
         return tuple(name for names in self.called.values() for name in names)
 
     @cached_property
     def op_name(self) -> str:
-        """The names of the JAX functions and scopes that it stands for; "" if the text has none."""
+        """Reads the JAX functions and scopes that it stands for; "" if the text has none."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
     @cached_property
     def cycles(self) -> int | None:
-        """The compiler's estimate of its clock cycles, where it gives one."""
+        """Reads the compiler's estimate of its clock cycles, where it gives one."""
         found = _CYCLES.search(self.attributes)
         return int(found[1]) if found else None
 
     @property
     def known_trip_count(self) -> int | None:
-        """How often a `while` runs its body, where the compiler says so."""
+        """Reads how often a `while` runs its body, where the compiler says so."""
         found = _TRIPS.search(self.attributes)
         return int(found[1]) if found else None
 
@@ -128,7 +128,7 @@ class Instruction:
 
 @dataclass(frozen=True, eq=False)
 class Computation:
-    """Tells of one computation: its instructions in the order of the schedule, the root by name."""
+    """Holds one computation: its instructions in the order of the schedule, the root by name."""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -136,16 +136,16 @@ class Computation:
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """The instructions by name."""
+        """Maps names to instructions."""
         return {each.name: each for each in self.instructions}
 
     @property
     def root(self) -> Instruction:
-        """The instruction whose result it returns."""
+        """Finds the instruction whose result it returns."""
         return self.by_name[self.root_name]
 
     def operands_of(self, instruction: Instruction) -> list[Instruction]:
-        """Lists the instructions whose results one reads."""
+        """Lists the instructions whose results an instruction reads."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     def parameter(self, number: int) -> Instruction | None:
@@ -158,7 +158,7 @@ class Computation:
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """Tells of a whole program."""
+    """Holds a whole program."""
 
     computations: dict[str, Computation]
     entry: Computation
@@ -168,7 +168,7 @@ class Module:
         return [self.computations[n] for n in instruction.callees if n in self.computations]
 
     def branches(self, conditional: Instruction) -> list[Computation]:
-        """Lists the branches of a conditional by their numbers; of two, that of false first."""
+        """Lists the branches of a conditional by their numbers; false comes before true."""
         called = conditional.called
         if "true_computation" not in called:
             return self.callees(conditional)
@@ -179,7 +179,7 @@ class Module:
 
         Args:
           computation: Where to begin.
-          loops: Whether the bodies of its loops are among them.
+          loops: Whether to include the bodies of its loops.
         """
         seen, left = {computation.name}, [computation]
         while left:
@@ -198,8 +198,8 @@ def parse(text: str) -> Module:
     """Reads the text of a compiled program.
 
     Raises:
-      ValueError: If it is not understood: a statement that is none, a computation without an end,
-        or no entry computation.
+      ValueError: If the text cannot be parsed: a statement outside of the grammar, a computation
+        without an end, or no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, name, is_entry, root = None, None, False, ""
@@ -211,7 +211,7 @@ def parse(text: str) -> Module:
             if header:
                 name, is_entry, instructions, root = header[2], bool(header[1]), [], ""
             elif start or statement.startswith("}"):
-                _refuse(statement, "stands outside of a computation")
+                _refuse(statement, "is outside of a computation")
         elif statement.startswith("}"):
             root = root or (instructions[-1].name if instructions else "")
             computations[name] = Computation(name, tuple(instructions), root)
@@ -233,8 +233,8 @@ def parse(text: str) -> Module:
 def _statements(text: str) -> Iterator[str]:
     """Yields the headers of computations, their instructions and their ends.
 
-    Each is a line, or as many as it takes to close what it opens: the attributes of a kernel may
-    hold lines of their own, and braces in strings.
+    Each is a line, or as many lines as close the braces that it opens: the attributes of a kernel
+    may hold lines of their own, and braces in strings.
     """
     held: list[str] = []
     depth = 0
@@ -285,7 +285,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _end_of_shape(text: str) -> int | None:
-    """Finds where the shape ends with which the text begins: a tuple's, or up to a space."""
+    """Finds the end of the shape at the beginning of the text: a tuple's, or up to a space."""
     if text.startswith("("):
         close = _closing(text, 0)
         return None if close is None else close + 1

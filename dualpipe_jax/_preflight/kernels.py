@@ -1,4 +1,4 @@
-"""The costs of kernels that XLA does not see into: Pallas's, Triton's, cuDNN's attention.
+"""Counts FLOPs of kernels that XLA does not see into: Pallas's, Triton's, cuDNN's attention.
 
 The compiler gives them no cycles. A kernel's FLOPs are those that the user names, else those that
 it estimates itself (`pl.CostEstimate`), else those of the attention kernels that come with JAX, as
@@ -33,14 +33,13 @@ GIVEN, ESTIMATED, PUBLISHED = "given", "its own estimate", "counted without a ma
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Tells of the calls of a kernel.
+    """Counts the calls of a kernel, and their FLOPs.
 
     Attributes:
       name: Its name, by which `kernel_costs` may name its FLOPs.
       count: Its calls in the program's text.
-      flops: FLOPs of a call, the most of all; None if nothing is known: then they are not in the
-        times.
-      source: Where the FLOPs are from; "" if nothing is known.
+      flops: The most FLOPs of a call; None if they are not known: then the times leave them out.
+      source: Where the FLOPs are from; "" if they are not known.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Kernel:
 
 
 def _attention(matmuls: int) -> Callable[[Operands], float]:
-    """Makes the cost of that many matmuls over all queries, keys and features."""
+    """Makes a function that counts so many matmuls over all queries, keys and features."""
 
     def flops(operands: Operands) -> float:
         floats = [each for each in operands if jnp.issubdtype(each.dtype, jnp.floating)]
@@ -78,13 +77,17 @@ _PUBLISHED: dict[str, KernelCost] = {
 
 
 class Kernels:
-    """Knows the FLOPs of kernels."""
+    """Looks up the FLOPs of kernels.
+
+    Args:
+      given: The user's, by the beginning of the kernels' names.
+    """
 
     def __init__(self, given: Mapping[str, KernelCost] | None = None):
         self._given = dict(given or {})
 
     def flops(self, call: Instruction, where: Computation) -> float:
-        """Counts the FLOPs of a custom call; 0 of one that is no kernel, or of unknown cost."""
+        """Counts the FLOPs of a custom call; 0 if it is no kernel, or of unknown cost."""
         found = self._find(call, where) if is_kernel(call) else None
         return 0.0 if found is None else found[0]
 
@@ -103,6 +106,7 @@ class Kernels:
         return tuple(sorted(kernels, key=lambda each: (each.flops is not None, each.name)))
 
     def _find(self, call: Instruction, where: Computation) -> tuple[float, str] | None:
+        """Finds the FLOPs of a kernel, and where they are from; None if they are not known."""
         name, estimate = name_of(call), _ESTIMATE.search(call.attributes)
         given, published = _longest(self._given, name), _longest(_PUBLISHED, name)
         if given is not None:
@@ -139,7 +143,9 @@ def _longest(costs: Mapping[str, KernelCost], name: str) -> KernelCost | None:
 def _evaluate(cost: KernelCost, call: Instruction, where: Computation, name: str) -> float:
     flops = _call(cost, call, where)
     if not is_flops(flops):
-        raise ValueError(f"kernel_costs: that of {name!r} gives {flops!r}, must be FLOPs of a call")
+        raise ValueError(
+            f"kernel_costs: the function for {name!r} gives {flops!r}, must be FLOPs of a call"
+        )
     return float(flops)
 
 
@@ -150,12 +156,12 @@ def _call(cost: KernelCost, call: Instruction, where: Computation) -> float:
 
 
 def is_flops(value: Any) -> bool:
-    """Whether it is a number of FLOPs."""
+    """Whether a value is a number of FLOPs."""
     return isinstance(value, Real) and 0 <= float(value) < math.inf
 
 
 def _aval(shape: Shape) -> jax.ShapeDtypeStruct:
-    """Makes the aval of an operand; one of a dtype that NumPy does not know is of bytes."""
+    """Makes the aval of an operand; a dtype that NumPy does not know becomes uint8."""
     dtype = _DTYPES.get(shape.dtype)
     if dtype is None and shape.dtype.startswith("f8"):
         dtype = f"float8_{shape.dtype.removeprefix('f8')}"

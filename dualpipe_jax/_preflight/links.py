@@ -1,4 +1,4 @@
-"""Which devices a collective joins, and how long its bytes need on the links between them.
+"""Finds which devices a collective joins, and how long its bytes need on the links between them.
 
 A mesh axis of TPUs is taken as a line of chips, each joined to the next by a link each way: slices
 of less than a full torus dim have no link from the last chip to the first. So times are those of
@@ -19,17 +19,17 @@ from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Instruction
 
 Pairs = tuple[tuple[int, int], ...]
-# A mesh axis, and which way along it: 1, -1, or 0 where both ways share a device's links.
+# A mesh axis, and the way along it: 1, -1, or 0 where both ways share a device's links.
 Lane = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Tells how the devices of a mesh are joined.
+    """Describes the links between the devices of a mesh.
 
     Attributes:
       axes: The sizes of the mesh axes, by name, outermost first.
-      device: The device; None for one whose links nobody published.
+      device: The device; None if nothing is published of its links.
     """
 
     axes: dict[str, int]
@@ -37,11 +37,11 @@ class Network:
 
     @property
     def num_devices(self) -> int:
-        """The devices of the mesh."""
+        """Counts the devices of the mesh."""
         return math.prod(self.axes.values())
 
     def coordinates(self, devices: tuple[int, ...]) -> np.ndarray:
-        """The places of devices along the axes: int[num_devices, num_axes]."""
+        """Finds the indices of devices along the axes: int[num_devices, num_axes]."""
         return np.stack(np.unravel_index(devices, tuple(self.axes.values())), axis=-1)
 
     def axes_of(self, collective: Instruction) -> tuple[str, ...]:
@@ -57,10 +57,10 @@ class Network:
         return tuple(name for name in names if name in used)
 
     def lanes_of(self, collective: Instruction) -> set[Lane]:
-        """Names the ways along mesh axes that a collective takes; those of one share its links.
+        """Names the ways along mesh axes that a collective takes; two on one way share its links.
 
         Along a line of chips each link carries as much each way. Over a switch a device has as many
-        links in all, whoever it sends to.
+        links in all, to whichever device it sends.
         """
         axes, pairs = self.axes_of(collective), source_target_pairs(collective)
         if self.device is not None and self.device.is_switched:
@@ -72,12 +72,12 @@ class Network:
         return {(names[axis], int(way)) for step in ways for axis, way in enumerate(step) if way}
 
     def seconds(self, kind: str, collective: Instruction, num_bytes: int) -> float | None:
-        """Says how long the links need; None if nothing is published of them.
+        """Computes how long the links need; None if nothing is published of them.
 
         Args:
           kind: The kind of collective.
           collective: The instruction that holds its groups or pairs.
-          num_bytes: Those of a device's operand, of an all-gather's result.
+          num_bytes: Bytes of a device's operand; for an all-gather those of its result.
         """
         if self.device is None:
             return None
@@ -88,7 +88,7 @@ class Network:
         return num_bytes * self._share(kind, n) / self.device.link
 
     def _share(self, kind: str, n: int) -> float:
-        """How much of `num_bytes` goes over the most loaded link, of a group of n devices."""
+        """Computes the share of `num_bytes` on the most loaded link, in a group of n devices."""
         match kind:
             case "all-reduce":
                 return 2 * (n - 1) / n  # a reduce-scatter, then an all-gather
@@ -99,7 +99,7 @@ class Network:
                 return (n - 1) / n
 
     def _load(self, pairs: Pairs) -> int:
-        """How many of the pairs share the most loaded link in one direction."""
+        """Counts the pairs that share the most loaded link in one direction."""
         moves = [pair for pair in pairs if pair[0] != pair[1]]
         if self.device is not None and self.device.is_switched:
             return max(Counter(source for source, _ in moves).values(), default=0)
@@ -125,7 +125,7 @@ def source_target_pairs(collective: Instruction) -> Pairs | None:
 
 
 def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """Reads the groups of devices among which a collective runs; by default one of all.
+    """Reads the groups of devices among which a collective runs; by default one of all devices.
 
     >>> from dualpipe_jax._preflight.hlo import parse
     >>> text = '''ENTRY %main (a: f32[4]) -> f32[4] {
@@ -159,7 +159,7 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
     )
     if mesh is not None:
         return _of_mesh(*mesh.groups())
-    # What is not understood is not to pass for all devices.
+    # A form that is not known must not be taken for all devices.
     unknown = re.search(r"replica_groups=(?!\{\}).*", attributes)
     if unknown is not None:
         raise ValueError(f"a program whose groups of devices cannot be read: {unknown[0]}")
@@ -167,21 +167,21 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
 
 
 def _of_mesh(axes: str, devices: str | None, within: str) -> tuple[tuple[int, ...], ...]:
-    """Groups of the devices of a mesh along some of its axes, or along parts of them.
+    """Groups the devices of a mesh along some of its axes, or along parts of them.
 
     Args:
         axes: Names and sizes of the mesh's axes: "'data'=2,'model'=4".
         devices: Its devices, row by row: a list of their numbers or an iota, "[2,4]T(1,0)"; in
             order by default.
-        within: The axes of a group; "'model':(2)2" is the part of size 2 of an axis in front of
-            which in that axis, more major, stands a part of size 2.
+        within: The axes of a group; "'model':(2)2" is the part of size 2 of an axis after a more
+            major part of size 2 of that axis.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     parts = [
         (found[1], int(found[2] or 1), int(found[3] or sizes[found[1]]))
         for found in re.finditer(r"'([^':]+)'?(?::\((\d+)\)(\d+)'?)?", within)
     ]
-    # Each axis is cut at the bounds of its parts: dims by (name, the size of what is before).
+    # Each axis is cut at the bounds of its parts: dims by (name, the size of the parts before).
     dims = {}
     for name, size in sizes.items():
         bounds = {1, size}
@@ -208,7 +208,7 @@ def _of_mesh(axes: str, devices: str | None, within: str) -> tuple[tuple[int, ..
 
 
 def _iota(text: str) -> NDArray[np.int_]:
-    """The numbers from 0 in an array of a shape, its dims then permuted: "[2,4]T(1,0)"."""
+    """Makes an array of the numbers from 0, its dims then permuted: "[2,4]T(1,0)"."""
     shape, permutation = (_numbers(each) for each in text.split("]"))
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return numbers.transpose(permutation) if permutation else numbers

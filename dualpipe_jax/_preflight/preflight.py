@@ -1,4 +1,4 @@
-"""Compiles a step for a topology, ahead of time, and reads what became of it."""
+"""Compiles a step ahead of time for a topology, and reports on the compiled program."""
 
 import re
 import time
@@ -10,33 +10,21 @@ import jax
 
 from dualpipe_jax._errors import raise_all, show
 from dualpipe_jax._model.types import PyTree
-from dualpipe_jax._predict.waits import Waits
-from dualpipe_jax._preflight.arguments import find_axes, put_on_mesh
+from dualpipe_jax._preflight.analysis import analyze
+from dualpipe_jax._preflight.arguments import MeshAxes, find_axes, put_on_mesh
 from dualpipe_jax._preflight.collectives import find_global_permutes
-from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.hlo import Module, parse
 from dualpipe_jax._preflight.kernels import KernelCost, Kernels, is_flops
 from dualpipe_jax._preflight.links import Network
-from dualpipe_jax._preflight.loops import FoundLoop, find_loop
-from dualpipe_jax._preflight.options import compiler_options as options_of
-from dualpipe_jax._preflight.predict import (
-    Prediction,
-    find_execution,
-    find_num_trips,
-    predict,
-    runs_of_branches,
-)
-from dualpipe_jax._preflight.report import Loop, Memory, ProgramSize, Report
-from dualpipe_jax._preflight.timing import Replay, exposed_seconds, with_runs
+from dualpipe_jax._preflight.options import compiler_options as default_options
+from dualpipe_jax._preflight.predict import Prediction, find_execution
+from dualpipe_jax._preflight.report import Memory, ProgramSize, Report
 from dualpipe_jax._preflight.topologies import (
     Topology,
     find_topology,
     is_adjacent_along,
     make_mesh,
 )
-from dualpipe_jax._preflight.work import ActionWork, CompiledWork, WorkCounter, work_by_action
-
-_EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
 def preflight(
@@ -48,11 +36,11 @@ def preflight(
     mesh: Any = None,
     kernel_costs: Mapping[str, KernelCost] | None = None,
 ) -> Report:
-    """Compiles a training step for hardware that need not be there, and says what became of it.
+    """Compiles a training step for hardware that need not be there, and reports on the program.
 
-    Whether it fits into a device's memory, which collectives the steady loop has, whether compute
-    hides them, and how long a step should take. Nothing runs; the figures are those of the
-    compiler and of the devices' makers, and the times no measurements.
+    The report says whether the step fits into a device's memory, which collectives the steady loop
+    has, whether compute hides them, and how long a step should take. Nothing runs; the figures are
+    those of the compiler and of the devices' makers, and the times are no measurements.
 
     >>> import jax, jax.numpy as jnp
     >>> mesh = jax.make_mesh((4,), ("pipe",), devices=jax.devices()[:4])
@@ -74,8 +62,8 @@ def preflight(
         topology's, such as one of fake CPU devices. A `jax.jit` around it may donate, but must not
         name shardings of that mesh, and a `jax.shard_map` of your own must leave its mesh to the
         context.
-      args: Its arguments: arrays, or `jax.ShapeDtypeStruct`s, which cost nothing. They lie on the
-        topology as they lie on their mesh; those on no mesh are replicated.
+      args: Its arguments: arrays, or `jax.ShapeDtypeStruct`s, which cost nothing. On the topology
+        they are sharded as on their mesh; those on no mesh are replicated.
       topology: The devices to compile for: `"tpu:v5e:2x4"` (needs `pip install 'jax[tpu]'`),
         `"gpu:h100:8"` (`'jax[cuda13]'`), or `"cpu:8"`, this process's CPU devices.
       compiler_options: XLA's options; None for those of `dualpipe_jax.compiler_options`.
@@ -98,65 +86,29 @@ def preflight(
         dict of values by name, or `kernel_costs` not of numbers and functions by name.
       ModuleNotFoundError: If the compiler for the topology is not installed.
     """
-    if not isinstance(args, tuple | list):
-        raise TypeError(
-            f"args={type(args).__name__}: must be a tuple of the step's arguments; for a "
-            "single one write (argument,)"
-        )
-    if not callable(step_fn):
-        raise TypeError(f"step_fn={repr(step_fn)[:80]}: must be a function, jitted or not")
-    kernels = Kernels(_checked(kernel_costs))
+    _check_step(step_fn, args)
+    kernels = Kernels(_check_kernel_costs(kernel_costs))
     found = find_topology(topology)
     axes = find_axes(step_fn, tuple(args), mesh)
     on = make_mesh(found, axes.sizes, axes.types)
-    options: dict[str, Any] = options_of(found.platform)
+    options: dict[str, Any] = default_options(found.platform)
     if compiler_options is not None:
-        options = _checked_options(compiler_options)
-    jitted = step_fn if isinstance(step_fn, jax.stages.Wrapped) else jax.jit(step_fn)
-    with jax.set_mesh(on):
-        try:
-            traced = jitted.trace(*put_on_mesh(tuple(args), on))
-        except ValueError as error:
-            if "should match the mesh passed to shard_map" not in str(error):
-                raise
-            raise ValueError(
-                "step_fn: calls jax.shard_map with a mesh, which is not that of the topology; "
-                "leave mesh= out of it, and it takes the mesh of the context (jax.set_mesh)"
-            ) from error
-        lowered = traced.lower(lowering_platforms=(found.lowering_platform,))
+        options = _check_options(compiler_options)
+    lowered = _lower(step_fn, tuple(args), on, found)
     start = time.perf_counter()
-    compiled, failure = None, ""
-    try:
-        with warnings.catch_warnings():
-            # A program for absent devices cannot be read back from JAX's cache on disk.
-            warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation")
-            compiled = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        failure = str(error)
-        if compiler_options and "INVALID_ARGUMENT" in failure and "option" in failure:
-            raise ValueError(
-                f"compiler_options={options}: must be options of XLA for {topology!r}, each with a "
-                "value that it takes; leave them out for those of dualpipe_jax.compiler_options "
-                f"({failure})"
-            ) from error
-        if _EXHAUSTED not in failure:
-            raise
+    compiled, failure = _compile(lowered, options, topology, is_given=bool(compiler_options))
     common: dict[str, Any] = {
         "topology": topology,
         "device": found.device.name if found.device else "CPU",
         "axes": axes.sizes,
-        "apart": tuple(
-            axis
-            for dim, axis in enumerate(axes.sizes)
-            if is_adjacent_along(on.devices, dim) is False
-        ),
+        "apart": _axes_apart(axes, on),
         "compiler_options": dict(options),
         "compile_seconds": time.perf_counter() - start,
     }
     if compiled is None:
         return Report(
             **common,
-            memory=_exhausted(found, failure),
+            memory=_needed_memory(found, failure),
             program=None,
             loop=None,
             copies=(),
@@ -164,28 +116,29 @@ def preflight(
             failure=failure.splitlines()[0],
         )
     module = parse(compiled.as_text() or "")
-    network = Network(axes=axes.sizes, device=found.device)
-    loop, prediction, waits, copies = _analysis(module, network, kernels)
-    analysis = compiled.memory_analysis()
+    memory = compiled.memory_analysis()
     return Report(
         **common,
-        memory=_memory(found, analysis),
-        program=ProgramSize(
-            num_instructions=sum(len(each.instructions) for each in module.computations.values()),
-            # The CPU's compiler says nothing of it.
-            code_bytes=getattr(analysis, "generated_code_size_in_bytes", None) or None,
-            global_permutes=find_global_permutes(module),
-        ),
-        loop=loop,
+        **analyze(module, Network(axes=axes.sizes, device=found.device), kernels)._asdict(),
+        memory=_memory(found, memory),
+        program=_program_size(module, memory),
         kernels=kernels.list_calls(module),
-        copies=copies,
         execution=find_execution(module),
-        prediction=prediction,
-        waits=waits,
     )
 
 
-def _checked_options(options: Any) -> dict[str, Any]:
+def _check_step(step_fn: Any, args: Any) -> None:
+    """Requires a function, and a tuple of its arguments."""
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args={type(args).__name__}: must be a tuple of the step's arguments; for a "
+            "single one write (argument,)"
+        )
+    if not callable(step_fn):
+        raise TypeError(f"step_fn={repr(step_fn)[:80]}: must be a function, jitted or not")
+
+
+def _check_options(options: Any) -> dict[str, Any]:
     """Requires values by name."""
     if not isinstance(options, Mapping):
         raise TypeError(
@@ -204,7 +157,8 @@ def _checked_options(options: Any) -> dict[str, Any]:
     return dict(options)
 
 
-def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:
+def _check_kernel_costs(kernel_costs: Any) -> Mapping[str, KernelCost]:
+    """Requires FLOPs, or functions that give them, by name."""
     if kernel_costs is None:
         return {}
     if not isinstance(kernel_costs, Mapping):
@@ -220,69 +174,64 @@ def _checked(kernel_costs: Any) -> Mapping[str, KernelCost]:
     return kernel_costs
 
 
-def _analysis(
-    module: Module, network: Network, kernels: Kernels | None = None
-) -> tuple[Loop | None, Prediction, Waits | None, tuple[Copy, ...]]:
-    costs = WorkCounter(module, kernels=kernels, device=network.device)
-    replay = Replay(module, network, kernels)
-    found = find_loop(module, costs)
-    work = {} if found is None else work_by_action(module, costs, found.body)
-    collectives = [] if found is None else replay.run(found.body)
-    prediction, timetable = predict(
-        module,
-        found,
-        costs_of=costs,
-        work=work,
-        collectives=collectives,
-        outside_seconds=_outside_seconds(module, costs, replay, found),
-        device=network.device,
-    )
-    copies = find_copies(module, costs, found)
-    if found is None:
-        return None, prediction, None, copies
-    if timetable is not None:
-        runs = runs_of_branches(module, found.body, network, timetable.tables)
-        collectives = with_runs(collectives, runs)
-    total, num_trips = costs.of_computation(found.body), find_num_trips(module, found)
-    has_cycles = network.device is not None and network.device.clock is not None
-    loop = Loop(
-        kind=found.kind,
-        name=found.instruction.name,
-        num_trips=num_trips,
-        flops=total.flops,
-        cycles=total.cycles if has_cycles else None,
-        compute_seconds=replay.seconds(total),
-        exposed_seconds=exposed_seconds(collectives, num_trips=num_trips),
-        actions=tuple(
-            ActionWork(
-                name=name.removeprefix("dualpipe."),
-                flops=each.flops,
-                cycles=each.cycles if has_cycles else None,
-            )
-            for name, each in sorted(
-                work.items(), key=lambda item: (-item[1].cycles, -item[1].flops)
-            )
-            if each != CompiledWork()
-        ),
-        collectives=tuple(collectives),
-    )
-    return loop, prediction, None if timetable is None else timetable.waits(), copies
+def _lower(
+    step_fn: Callable[..., Any],
+    args: tuple[PyTree, ...],
+    mesh: jax.sharding.Mesh,
+    topology: Topology,
+) -> jax.stages.Lowered:
+    """Traces the step over the topology's mesh, and lowers it for its platform."""
+    jitted = step_fn if isinstance(step_fn, jax.stages.Wrapped) else jax.jit(step_fn)
+    with jax.set_mesh(mesh):
+        try:
+            traced = jitted.trace(*put_on_mesh(args, mesh))
+        except ValueError as error:
+            if "should match the mesh passed to shard_map" not in str(error):
+                raise
+            raise ValueError(
+                "step_fn: calls jax.shard_map with a mesh, which is not that of the topology; "
+                "leave mesh= out of it, and it takes the mesh of the context (jax.set_mesh)"
+            ) from error
+        return traced.lower(lowering_platforms=(topology.lowering_platform,))
 
 
-def _outside_seconds(
-    module: Module, costs: WorkCounter, replay: Replay, loop: FoundLoop | None
-) -> float | None:
-    """How long what stands in the entry takes, but for the loop that holds the steady one."""
-    if loop is None:
-        return None
-    total = CompiledWork()
-    for instruction in module.entry.instructions:
-        inside = [each.name for c in module.callees(instruction) for each in module.within(c)]
-        if loop.instruction.name not in (instruction.name, *inside):
-            total += costs.of(instruction, module.entry)
-    exposed = exposed_seconds(replay.run(module.entry, loops=False))
-    compute = replay.seconds(total)
-    return None if exposed is None or compute is None else compute + exposed
+def _compile(
+    lowered: jax.stages.Lowered, options: dict[str, Any], topology: str, *, is_given: bool
+) -> tuple[jax.stages.Compiled | None, str]:
+    """Compiles a step; if it does not fit, gives None and the compiler's words."""
+    try:
+        with warnings.catch_warnings():
+            # A program for absent devices cannot be read back from JAX's cache on disk.
+            warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation")
+            return lowered.compile(compiler_options=options), ""
+    except jax.errors.JaxRuntimeError as error:
+        failure = str(error)
+        if is_given and "INVALID_ARGUMENT" in failure and "option" in failure:
+            raise ValueError(
+                f"compiler_options={options}: must be options of XLA for {topology!r}, each with a "
+                "value that it takes; leave them out for those of dualpipe_jax.compiler_options "
+                f"({failure})"
+            ) from error
+        if "RESOURCE_EXHAUSTED" not in failure:
+            raise
+        return None, failure
+
+
+def _axes_apart(axes: MeshAxes, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Names the axes along which not all neighbours are neighbours on the chips' grid."""
+    return tuple(
+        axis for dim, axis in enumerate(axes.sizes) if is_adjacent_along(mesh.devices, dim) is False
+    )
+
+
+def _program_size(module: Module, analysis: Any) -> ProgramSize:
+    """Counts instructions and code."""
+    return ProgramSize(
+        num_instructions=sum(len(each.instructions) for each in module.computations.values()),
+        # The CPU's compiler does not count its code.
+        code_bytes=getattr(analysis, "generated_code_size_in_bytes", None) or None,
+        global_permutes=find_global_permutes(module),
+    )
 
 
 def _memory(topology: Topology, analysis: Any) -> Memory:
@@ -304,8 +253,8 @@ def _memory(topology: Topology, analysis: Any) -> Memory:
     )
 
 
-def _exhausted(topology: Topology, failure: str) -> Memory:
-    """Reads off the compiler's refusal how much would have been needed, if it says so."""
+def _needed_memory(topology: Topology, failure: str) -> Memory:
+    """Reads off the compiler's refusal how much memory the step needs, if the refusal names it."""
     used = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", failure)
     number, unit = [group for group in used.groups() if group] if used else ("", "")
     power = {"K": 1, "M": 2, "G": 3, "T": 4}

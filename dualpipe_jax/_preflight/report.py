@@ -1,4 +1,4 @@
-"""What preflight found, as data and as plain text."""
+"""The report of preflight: records, and the plain text of all of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,16 +8,20 @@ from dualpipe_jax._preflight.copies import Copy
 from dualpipe_jax._preflight.kernels import Kernel
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._preflight.text import (
-    HEAD,
-    LEGEND,
+    COLLECTIVES_HEAD,
+    WAITS_LEGEND,
     branch_lines,
     collective_rows,
+    copies_lines,
+    kernel_line,
+    prediction_line,
     quiet_ticks,
     show_bytes,
     show_flops,
     show_number,
     show_time,
     sums_table,
+    text_table,
     ticks_table,
 )
 from dualpipe_jax._preflight.timing import Collective
@@ -30,33 +34,26 @@ _LOOPS = {
     "other": "the outermost with collectives: the program has none of a pipelined step",
     "plain": "the outermost of most work: no loop has collectives",
 }
-_PLACES = {
-    "steady": "a trip of the steady loop",
-    "tick": "a tick",
-    "once": "a step, around the steady loop",
-    "loop": "a trip of a loop",
-}
-_MOST_COPIES = 4  # lines
 # A head, and rows.
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Tells of a device's memory, in bytes.
+    """Tells how much of a device's memory a step needs, in bytes.
 
     Attributes:
-      arguments: What the step is given.
-      outputs: What it returns.
-      aliased: Of the outputs, what takes the place of arguments (donated ones).
-      temporaries: What is set aside for all that lives in between.
-      peak: The most that lives at one time, as the compiler counts it; None where it does not. A
-        TPU's counts values in the chip's fast memory too, so that in a small program it is more
-        than what is needed.
-      needed: Arguments, outputs that take no argument's place, and temporaries: what must be free.
-        Of a step that the TPU compiler refused, what it says that would be.
-      capacity: What the device has; None where nothing is published.
-      fits: Whether what is needed is within the capacity; None where it is not known.
+      arguments: The step's arguments.
+      outputs: Its results.
+      aliased: The part of the outputs that takes the place of (donated) arguments.
+      temporaries: The space reserved for all other values.
+      peak: The most in use at one time, as the compiler counts it; None where it does not. A TPU's
+        includes values in the chip's fast memory, so that in a small program it is more than
+        `needed`.
+      needed: Arguments, outputs that take no argument's place, and temporaries: the memory that
+        must be free. For a step that the TPU compiler refused, the figure in its refusal.
+      capacity: The device's memory; None where nothing is published.
+      fits: Whether the needed memory is within the capacity; None where that is not known.
     """
 
     arguments: int | None = None
@@ -74,8 +71,8 @@ class ProgramSize:
     """Tells the size of the compiled program.
 
     Attributes:
-      num_instructions: Those of all computations, fused ones included.
-      code_bytes: What a device loads; None where the compiler does not say.
+      num_instructions: The instructions of all computations, fused ones included.
+      code_bytes: The code that a device loads; None where the compiler does not say.
       global_permutes: The names of permutes in which every core waits, since a TPU's compiler has
         no barrier left for their pairs, and the JAX functions and scopes that they stand for.
     """
@@ -87,21 +84,21 @@ class ProgramSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Tells of one trip of the steady loop.
+    """Tells the work and the collectives of one trip of the steady loop.
 
     Attributes:
       kind: `"steady"`; `"ramp"`, the scan over ticks, where there is no steady loop; in a program
-        that is not ours, `"other"`, the outermost loop with collectives, or `"plain"`, where no
+        of another origin, `"other"`, the outermost loop with collectives, or `"plain"`, where no
         loop has any, the outermost of most work.
       name: The instruction's name.
       num_trips: How often it runs; None if the program does not say.
       flops: FLOPs of the matmuls of one trip, on the rank that has most.
       cycles: The compiler's estimate of its cycles; None without.
       compute_seconds: How long they take; None where neither cycles nor a peak are known.
-      exposed_seconds: For how long compute stands still for collectives; of those in the branches
-        of a conditional, the mean over a step's trips, or where it is not known how many take which
-        branch, of the most expensive one.
-      actions: What each action costs.
+      exposed_seconds: For how long compute stands still for collectives; for those in the branches
+        of a conditional, the mean over a step's trips, or the time of the most expensive branch
+        where it is not known how many trips take which.
+      actions: The work of each action.
       collectives: The collectives.
     """
 
@@ -125,20 +122,20 @@ class Report:
       device: The device's name.
       axes: The mesh axes' sizes.
       apart: Mesh axes along which not all neighbours are neighbours on the chips' grid.
-      compiler_options: The options it was compiled with.
+      compiler_options: XLA's options that the step was compiled with.
       compile_seconds: How long the compiler took; less where JAX's cache on disk had the program.
-      memory: A device's memory.
-      program: Its size; None if the step does not fit.
-      loop: One trip of the steady loop; None if there is no such loop, or nothing to look at.
+      memory: The memory of a device.
+      program: The program's size; None if the step does not fit.
+      loop: One trip of the steady loop; None if there is no such loop, or the step does not fit.
       kernels: The kernels that XLA does not see into, their FLOPs, and the source of these.
       copies: The copies of whole slot buffers in loops, of which there should be none: see
         `_preflight/copies.py`.
-      execution: How the order of the schedule became the program, all decided; None of a program
-        that does not say it, such as forwards alone.
+      execution: How the order of the schedule became the program, all decided; None if the program
+        does not say it, as one of forwards alone.
       prediction: The time of a step.
       waits: After each tick of a predicted step in ticks, who waits, for which rank, how long and
         why, in microseconds; None for others.
-      failure: What the compiler said if the step does not fit; "" if it does.
+      failure: The compiler's message if the step does not fit; "" if it does.
     """
 
     topology: str
@@ -158,13 +155,13 @@ class Report:
     failure: str = ""
 
     def __str__(self) -> str:
-        """The report as plain text."""
+        """Writes the report as plain text."""
         tables = [text_table(head, rows) for head, rows in self.tables()]
         tables += ["\n".join(self.notes())] if self.waits is not None else []
         return "\n\n".join(["\n".join(self.summary()), *tables])
 
     def summary(self) -> list[str]:
-        """The lines above the tables."""
+        """Writes the lines above the tables."""
         axes = ", ".join(f"{axis} {size}" for axis, size in self.axes.items())
         options = [f"{name}={value}" for name, value in self.compiler_options.items()] or ["none"]
         parts = [
@@ -175,10 +172,10 @@ class Report:
             ("", [f"the compiler: {self.failure}"] if self.failure else []),
             ("program", [] if self.program is None else _program_lines(self.program)),
             ("executed", [] if self.execution is None else [str(self.execution)]),
-            ("kernels", [_kernel_line(each) for each in self.kernels]),
-            ("step", [_prediction_line(self.prediction)]),
+            ("kernels", [kernel_line(kernel) for kernel in self.kernels]),
+            ("step", [prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
-            ("copies", [] if self.program is None else _copies_lines(self.copies)),
+            ("copies", [] if self.program is None else copies_lines(self.copies)),
         ]
         if self.apart:
             parts.append(
@@ -194,18 +191,18 @@ class Report:
         ]
 
     def notes(self) -> list[str]:
-        """The lines below the tables."""
+        """Writes the lines below the tables."""
         if self.waits is None:
             return []
         least = show_time(self.prediction.dependency_seconds)
         return [
-            *LEGEND,
+            *WAITS_LEGEND,
             f"ticks without waits: {quiet_ticks(self.waits) or 'none'}",
             f"without false waits the schedule takes {least}",
         ]
 
     def tables(self) -> list[_Table]:
-        """Heads and rows of the tables: actions, collectives, ticks with waits, their sums."""
+        """Makes heads and rows of the tables: actions, collectives, waits by tick, their sums."""
         if self.loop is None:
             return []
         actions = [
@@ -214,24 +211,11 @@ class Report:
         ]
         tables: list[_Table] = [(("action", "cycles", "matmuls"), actions)]
         if self.loop.collectives:
-            tables.append((HEAD, collective_rows(self.loop.collectives)))
+            tables.append((COLLECTIVES_HEAD, collective_rows(self.loop.collectives)))
         if self.waits is not None:
             seconds = self.prediction.loop_seconds or 0.0
             tables += [ticks_table(self.waits), sums_table(self.waits, seconds)]
         return tables
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Sets columns of plain text, the first to the left and the others to the right."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [first.ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        ).rstrip()
-        for first, *others in lines
-    )
 
 
 def _memory_lines(memory: Memory) -> list[str]:
@@ -265,30 +249,10 @@ def _program_lines(program: ProgramSize) -> list[str]:
     return lines
 
 
-def _kernel_line(kernel: Kernel) -> str:
-    calls = "1 call" if kernel.count == 1 else f"{kernel.count} calls"
-    if kernel.flops is None:
-        return (
-            f"{kernel.name}, {calls}: NOT IN THE TIMES, as its cost is not known; say it with "
-            f"kernel_costs={{{kernel.name!r}: FLOPs}}"
-        )
-    return f"{kernel.name}, {calls} of {show_flops(kernel.flops)} at the peak ({kernel.source})"
-
-
-def _prediction_line(made: Prediction) -> str:
-    if made.seconds is None:
-        return f"not predicted: {made.reason}"
-    loop, outside = show_time(made.loop_seconds), show_time(made.outside_seconds)
-    return (
-        f"{show_time(made.seconds)} predicted: {made.schedule} {loop}, ranks idle "
-        f"{made.idle_share or 0:.1%}; outside its loops {outside}"
-    )
-
-
 def _loop_lines(loop: Loop) -> list[str]:
     trips = "an unknown number of" if loop.num_trips is None else f"{loop.num_trips:,}"
-    hidden = sum(each.is_hidden is True for each in loop.collectives)
-    number = sum(each.is_beside_another for each in loop.collectives)
+    hidden = sum(collective.is_hidden is True for collective in loop.collectives)
+    number = sum(collective.is_beside_another for collective in loop.collectives)
     beside = f", {number} beside another that is exposed" if number else ""
     cycles = "" if loop.cycles is None else f"{show_number(loop.cycles)} cycles, "
     return [
@@ -301,20 +265,3 @@ def _loop_lines(loop: Loop) -> list[str]:
         f"{hidden} of {len(loop.collectives)} collectives hidden{beside}",
         *branch_lines(loop.collectives),
     ]
-
-
-def _copies_lines(copies: Sequence[Copy]) -> list[str]:
-    if not copies:
-        return ["none of a whole slot buffer in a loop"]
-    lines = [_copy_line(each) for each in copies[:_MOST_COPIES]]
-    more = sum(each.count for each in copies[_MOST_COPIES:])
-    return [*lines, *([f"{more} more of other shapes, or in other places"] if more else [])]
-
-
-def _copy_line(copy: Copy) -> str:
-    action = "" if copy.action == "other" else f", in {copy.action}"
-    cycles = "" if copy.cycles is None else f", {copy.cycles:,.0f} cycles"
-    return (
-        f"{copy.count} of a whole slot buffer {_PLACES[copy.where]}{action}: {copy.shape}, "
-        f"{show_bytes(copy.num_bytes)}{cycles}"
-    )

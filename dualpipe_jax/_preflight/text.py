@@ -1,10 +1,65 @@
-"""The collectives of a trip -> rows of text, those in branches of which the same is said in one."""
+"""The records of a report -> lines and tables of plain text.
+
+Numbers have three digits and a unit; a dash stands for one that is not known. Alike collectives in
+several branches share a row. Waits are written tick by tick, and summed up by reason.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
 
 from dualpipe_jax._predict.waits import EARLY, MERGED, NEXT, RECEIVER, TRANSFER, Tick, Wait, Waits
+from dualpipe_jax._preflight.copies import Copy
+from dualpipe_jax._preflight.kernels import Kernel
+from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._preflight.timing import Collective
+
+_WHERE = {
+    "steady": "a trip of the steady loop",
+    "tick": "a tick",
+    "once": "a step, around the steady loop",
+    "loop": "a trip of a loop",
+}
+_MOST_COPIES = 4  # lines
+COLLECTIVES_HEAD = (
+    "collective",
+    "axes",
+    "",
+    "bytes",
+    "link",
+    "cycles",
+    "matmuls",
+    "compute",
+    "",
+)
+_WORDS = {NEXT: "next", EARLY: "early", RECEIVER: "receiver", MERGED: "merged"}
+_MEANS = {
+    NEXT: "its next action reads the value sent to it",
+    EARLY: "a later action reads it",
+    RECEIVER: "it sends, and the other rank is not there yet",
+    MERGED: "nobody stores the value",
+    TRANSFER: "both are there, and the value travels",
+}
+WAITS_LEGEND = (
+    "waits in us, below 0.05 left out; 1I0 <0 next 12 +21: after 1I0 the rank waits 12 us for",
+    "rank 0, whose value it reads next, and 21 us for the transfer; early@9: it is read in tick 9",
+)
+_LEAST = 0.05
+# The most rows that are searched for a repetition.
+_LONGEST = 24
+_Rows = list[list[str]]
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Sets columns of plain text, the first to the left and the others to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [first.ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        ).rstrip()
+        for first, *others in lines
+    )
 
 
 def show_bytes(number: int | None) -> str:
@@ -39,86 +94,105 @@ def show_number(number: float | None) -> str:
     return "-" if number is None else f"{number:,.0f}"
 
 
-HEAD = ("collective", "axes", "", "bytes", "link", "cycles", "matmuls", "compute", "")
-
-
 def branch_lines(collectives: Sequence[Collective]) -> list[str]:
-    """Says of collectives in branches that a trip takes one branch."""
-    in_branches = [each for each in collectives if each.branch is not None]
+    """Writes how collectives in branches count, if there are any."""
+    in_branches = [collective for collective in collectives if collective.branch is not None]
     if not in_branches:
         return []
     number = f"{len(in_branches)} of them stand in the branches of a conditional: a trip takes one"
-    if any(each.num_runs is None for each in in_branches):
+    if any(collective.num_runs is None for collective in in_branches):
         return [number, "branch; counted as exposed is the most expensive"]
     return [number, "branch; counted as exposed is the mean over the step's trips"]
 
 
 def collective_rows(collectives: Sequence[Collective]) -> list[Sequence[str]]:
-    """Makes a row for each collective, one for all in branches of which the same is said."""
+    """Makes a row for each collective, and one for all alike ones in branches."""
     alike: dict[tuple[str, ...], list[Collective]] = {}
-    for each in collectives:
+    for collective in collectives:
         cells = (
-            each.kind if each.count == 1 else f"{each.kind} x{each.count}",
-            ", ".join(each.axes) or "-",
-            "async" if each.is_async else "sync",
-            show_bytes(each.num_bytes),
-            show_time(each.link_seconds),
-            show_number(each.cycles),
-            show_flops(each.flops),
-            show_time(each.compute_seconds),
-            _verdict(each),
+            collective.kind if collective.count == 1 else f"{collective.kind} x{collective.count}",
+            ", ".join(collective.axes) or "-",
+            "async" if collective.is_async else "sync",
+            show_bytes(collective.num_bytes),
+            show_time(collective.link_seconds),
+            show_number(collective.cycles),
+            show_flops(collective.flops),
+            show_time(collective.compute_seconds),
+            _verdict(collective),
         )
         # Outside of branches each has a row of its own.
-        alike.setdefault((*cells, each.conditional or each.name), []).append(each)
+        alike.setdefault((*cells, collective.conditional or collective.name), []).append(collective)
     return [(kind + _branches(group), *cells) for (kind, *cells, _), group in alike.items()]
 
 
 def _branches(alike: Sequence[Collective]) -> str:
-    """Writes in how many branches such collectives stand, and how many trips take those."""
+    """Writes in how many branches alike collectives are, and how many trips take those."""
     if alike[0].branch is None:
         return ""
-    branches = {each.branch: each.num_runs for each in alike}
+    branches = {collective.branch: collective.num_runs for collective in alike}
     runs = [number for number in branches.values() if number is not None]
     trips = f", {sum(runs)} trips" if len(runs) == len(branches) else ""
     of = f"branch {alike[0].branch}" if len(branches) == 1 else f"{len(branches)} branches"
     return f" ({len(alike)} in {of}{trips})"
 
 
-def _verdict(each: Collective) -> str:
-    """Says whether a collective is hidden, or for how long it is exposed."""
-    if each.is_hidden and each.most_exposed_seconds:
+def _verdict(collective: Collective) -> str:
+    """Writes whether a collective is hidden, or for how long it is exposed."""
+    if collective.is_hidden and collective.most_exposed_seconds:
         return "hidden where ranks act"
-    if each.is_beside_another:
+    if collective.is_beside_another:
         return "beside another"
-    if each.is_hidden:
+    if collective.is_hidden:
         return "hidden"
-    if each.exposed_seconds is None:
-        return "exposed" if not each.is_async else "not known"
-    return f"exposed {show_time(each.exposed_seconds)}"
+    if collective.exposed_seconds is None:
+        return "exposed" if not collective.is_async else "not known"
+    return f"exposed {show_time(collective.exposed_seconds)}"
 
 
-_WORDS = {NEXT: "next", EARLY: "early", RECEIVER: "receiver", MERGED: "merged"}
-_MEANS = {
-    NEXT: "its next action reads the value sent to it",
-    EARLY: "a later action reads it",
-    RECEIVER: "it sends, and the other rank is not there yet",
-    MERGED: "nobody stores the value",
-    TRANSFER: "both are there, and the value travels",
-}
-LEGEND = (
-    "waits in us, below 0.05 left out; 1I0 <0 next 12 +21: after 1I0 the rank waits 12 us for",
-    "rank 0, whose value it reads next, and 21 us for the transfer; early@9: it is read in tick 9",
-)
-_LEAST = 0.05
-# The most rows that are looked for again.
-_LONGEST = 24
-_Rows = list[list[str]]
+def kernel_line(kernel: Kernel) -> str:
+    """Writes how the calls of a kernel count."""
+    calls = "1 call" if kernel.count == 1 else f"{kernel.count} calls"
+    if kernel.flops is None:
+        return (
+            f"{kernel.name}, {calls}: NOT IN THE TIMES, as its cost is not known; give it as "
+            f"kernel_costs={{{kernel.name!r}: FLOPs}}"
+        )
+    return f"{kernel.name}, {calls} of {show_flops(kernel.flops)} at the peak ({kernel.source})"
+
+
+def prediction_line(prediction: Prediction) -> str:
+    """Writes the predicted time of a step, or why there is none."""
+    if prediction.seconds is None:
+        return f"not predicted: {prediction.reason}"
+    loop, outside = show_time(prediction.loop_seconds), show_time(prediction.outside_seconds)
+    return (
+        f"{show_time(prediction.seconds)} predicted: {prediction.schedule} {loop}, ranks idle "
+        f"{prediction.idle_share or 0:.1%}; outside its loops {outside}"
+    )
+
+
+def copies_lines(copies: Sequence[Copy]) -> list[str]:
+    """Writes the copies of most cycles, and how many more there are."""
+    if not copies:
+        return ["none of a whole slot buffer in a loop"]
+    lines = [_copy_line(copy) for copy in copies[:_MOST_COPIES]]
+    more = sum(copy.count for copy in copies[_MOST_COPIES:])
+    return [*lines, *([f"{more} more of other shapes, or in other places"] if more else [])]
+
+
+def _copy_line(copy: Copy) -> str:
+    action = "" if copy.action == "other" else f", in {copy.action}"
+    cycles = "" if copy.cycles is None else f", {copy.cycles:,.0f} cycles"
+    return (
+        f"{copy.count} of a whole slot buffer {_WHERE[copy.where]}{action}: {copy.shape}, "
+        f"{show_bytes(copy.num_bytes)}{cycles}"
+    )
 
 
 def ticks_table(waits: Waits) -> tuple[Sequence[str], _Rows]:
     """Makes a head, and a row for each tick after which a rank waits.
 
-    Rows that come again in the same order, but for the microbatches, are written once.
+    Rows that repeat those before them, with other microbatches, are written once.
     """
     num_ranks = len(waits.finished)
     rows: _Rows = []
@@ -134,14 +208,14 @@ def ticks_table(waits: Waits) -> tuple[Sequence[str], _Rows]:
 
 
 def _once(rows: _Rows) -> _Rows:
-    """Puts a line in the place of rows that are those before them again, twice or more."""
+    """Replaces rows that repeat those before them twice or more by one line."""
     keys = [[re.sub(r"(\d[FIW]|@)\d+", r"\1", cell) for cell in row[1:]] for row in rows]
     out: _Rows = []
     at = 0
     while at < len(rows):
         period, times = max(
             ((period, _times(keys, at, period)) for period in range(1, _LONGEST + 1)),
-            key=lambda each: (each[0] * (each[1] - 1) if each[1] > 2 else 0, -each[0]),
+            key=lambda found: (found[0] * (found[1] - 1) if found[1] > 2 else 0, -found[0]),
         )
         block = rows[at : at + (period if times > 2 else 1)]
         out += block
@@ -154,7 +228,7 @@ def _once(rows: _Rows) -> _Rows:
 
 
 def _times(keys: Sequence[Sequence[str]], at: int, period: int) -> int:
-    """Counts how often in a row the keys from `at` on come, so many at a time."""
+    """Counts how often in a row the `period` keys from `at` on repeat."""
     block, times = keys[at : at + period], 1
     while len(block) == period and keys[at + times * period :][:period] == block:
         times += 1
@@ -186,7 +260,7 @@ def quiet_ticks(waits: Waits) -> str:
 
 
 def sums_table(waits: Waits, seconds: float) -> tuple[Sequence[str], _Rows]:
-    """Makes a head, and a row for each reason: of all ranks, and its share of their time.
+    """Makes a head, and a row for each reason: its time over all ranks, and its share of theirs.
 
     Args:
       waits: The waits, in microseconds.
@@ -214,11 +288,12 @@ def _permutes(tick: Tick) -> str:
 
 def _cell(tick: Tick, rank: int) -> str:
     """Writes an action, and the waits after it."""
-    mine = [wait for wait in tick.waits if wait.rank == rank and wait.time >= _LEAST]
-    return " ".join([tick.actions[rank] or ".", *_texts(mine)])
+    waits = [wait for wait in tick.waits if wait.rank == rank and wait.time >= _LEAST]
+    return " ".join([tick.actions[rank] or ".", *_texts(waits)])
 
 
 def _texts(waits: Iterable[Wait]) -> Iterable[str]:
+    """Writes waits of a rank; a transfer from the rank before it needs no name."""
     last = None
     for wait in waits:
         time = f"{wait.time:.3g}" if wait.time < 100 else f"{wait.time:.0f}"

@@ -1,19 +1,18 @@
-"""Replays one trip of a loop: when each collective starts, when it is waited for, who waits.
+"""Replays one trip of a loop: when each collective starts, and for how long compute waits for it.
 
 Compute takes the compiler's estimate of cycles, or its FLOPs at the published peak where there is
 no estimate. Asynchronous collectives that go the same way along a mesh axis share its links and go
 one after the other. A loop inside counts as often as it runs.
 
-What is exposed is the time for which compute stands still: all of a synchronous collective, and of
-an asynchronous one what its links need beyond the compute between its start and its done.
+The exposed time is that for which compute stands still: all of a synchronous collective's, and the
+part of an asynchronous one's link time beyond the compute between its start and its done.
 
-A rank hides a transfer behind its own work. All ranks run the straight-line code, loops of a
-known number of trips, and of a conditional at least the cheapest branch. Beside these a rank that
-acts runs one of the `parts` that ranks run or pass over: the actions of a tick. So a trip is
-replayed once for each part, with that one run and the others passed over, and the worst of these
-replays counts: that of the rank that acts and has least to hide a collective behind. One more
-replay, of a rank that passes over all parts, gives `most_exposed_seconds`. Without parts the two
-are the same.
+A rank hides a transfer behind its own work. All ranks run the straight-line code, loops of a known
+number of trips, and the cheapest branch of a conditional. Beside these a rank that acts runs one of
+the optional parts: the actions of a tick, which ranks run or pass over. So a trip is replayed once
+for each part, with that one run and the others passed over, and the worst of these replays counts:
+that of the rank that acts and has least to hide a collective behind. One more replay, of a rank
+that passes over all parts, gives `most_exposed_seconds`. Without parts the two are the same.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,32 +29,32 @@ from dualpipe_jax._preflight.work import CompiledWork, WorkCounter, action_of, t
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Tells of a collective.
+    """Tells how long a collective takes in a trip of a loop, and how much of it is hidden.
 
-    FLOPs, cycles and times between its start and its done are those of a rank that acts (`timing`).
+    FLOPs, cycles and times between its start and its done are those of a rank that acts.
 
     Attributes:
       kind: `"collective-permute"`, `"all-to-all"`, ...
       name: The name of the instruction that starts it.
       op_name: The JAX functions and scopes that it stands for.
       axes: The mesh axes along which it moves data.
-      count: How often it runs in a trip of the loop; of one in a branch, in a trip that takes it.
+      count: How often it runs in a trip of the loop; if in a branch, in a trip that takes it.
       conditional: The name of the conditional in one of whose branches it runs, of which a trip
         takes one; None outside of branches.
       branch: The branch's number.
       num_runs: How many of a step's trips take that branch, by the schedule's tables; None outside
         of branches, and where the tables are not known.
       is_async: Whether compute goes on between its start and its done.
-      num_bytes: Bytes of a device's operands; of an all-gather, of its result; of a ragged
-        all-to-all, of the smaller of its two buffers, which is the most that may move
-        where no row goes to two devices.
+      num_bytes: Bytes of a device's operands; for an all-gather those of its result; for a ragged
+        all-to-all those of the smaller of its two buffers, which is the most that may move where no
+        row goes to two devices.
       flops: FLOPs of the matmuls between its start and its done.
       cycles: Cycles of the instructions between, as the compiler estimates; None if it does not.
       compute_seconds: How long that takes; None where neither cycles nor a peak are known.
       link_seconds: How long its bytes need on its links, at the published bandwidth; None where
         none is published.
       exposed_seconds: For how long compute stands still for it; None where times are unknown.
-      most_exposed_seconds: The same on a rank that passes over all that it may.
+      most_exposed_seconds: The same on a rank that passes over all optional parts.
     """
 
     kind: str
@@ -84,24 +83,24 @@ class Collective:
 
     @property
     def is_beside_another(self) -> bool:
-        """Whether it costs no time since another one is waited for, and not for enough compute."""
+        """Whether it is hidden only because compute waits for another collective meanwhile."""
         return self.is_hidden is True and (self.compute_seconds or 0) < (self.link_seconds or 0)
 
 
 def with_runs(
     collectives: Iterable[Collective], runs: Mapping[str, Sequence[int]]
 ) -> list[Collective]:
-    """Says of each collective in a branch how often a step takes the branch.
+    """Adds to each collective in a branch how often a step takes the branch.
 
     Args:
-      collectives: Those of a trip.
+      collectives: The collectives of a trip.
       runs: For conditionals by name, how often each of the branches is taken.
     """
     return [
-        each
-        if each.branch is None or each.conditional not in runs
-        else replace(each, num_runs=runs[each.conditional][each.branch])
-        for each in collectives
+        collective
+        if collective.branch is None or collective.conditional not in runs
+        else replace(collective, num_runs=runs[collective.conditional][collective.branch])
+        for collective in collectives
     ]
 
 
@@ -113,36 +112,37 @@ def exposed_seconds(
 ) -> float | None:
     """Sums up for how long compute stands still in a trip; None where times are unknown.
 
-    A trip takes one branch of a conditional. The mean over a step's trips counts, where it is known
+    A trip takes one branch of a conditional. The mean over a step's trips counts where it is known
     how many take which, else the branch that costs most.
 
     Args:
-      collectives: Those of a trip.
+      collectives: The collectives of a trip.
       num_trips: The trips of a step.
-      choose: Which branch counts of those of which nothing is known.
+      choose: Chooses the branch that counts where it is not known how many trips take which.
     """
-    if any(each.exposed_seconds is None for each in collectives):
+    if any(collective.exposed_seconds is None for collective in collectives):
         return None
     total = 0.0
     branches: dict[str, dict[int, float]] = {}
-    for each in collectives:
-        seconds = (each.exposed_seconds or 0.0) * each.count
-        if each.conditional is None or each.branch is None:
+    for collective in collectives:
+        seconds = (collective.exposed_seconds or 0.0) * collective.count
+        if collective.conditional is None or collective.branch is None:
             total += seconds
-        elif each.num_runs is not None and num_trips:
-            total += seconds * each.num_runs / num_trips
+        elif collective.num_runs is not None and num_trips:
+            total += seconds * collective.num_runs / num_trips
         else:
-            of_branch = branches.setdefault(each.conditional, {})
-            of_branch[each.branch] = of_branch.get(each.branch, 0.0) + seconds
+            of_branch = branches.setdefault(collective.conditional, {})
+            of_branch[collective.branch] = of_branch.get(collective.branch, 0.0) + seconds
     return total + sum(choose(of_branch.values()) for of_branch in branches.values())
 
 
+# The actions that every rank runs: its optional parts. Few ranks have the ends.
 _OF_ALL_RANKS = {_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}
 
 
 @dataclass(frozen=True)
 class OptionalPart:
-    """Tells of a loop or a branch: its instruction, and its cost for a rank that runs it."""
+    """Holds the instruction of a loop or a branch, and its work on a rank that runs it."""
 
     instruction: str
     work: CompiledWork
@@ -151,13 +151,20 @@ class OptionalPart:
 def find_parts(
     module: Module, where: Computation, *, at_least: WorkCounter, at_most: WorkCounter
 ) -> list[OptionalPart]:
-    """Lists the parts of a computation, those in its loops and branches left out."""
+    """Lists the loops and branches of a computation that some ranks run and others pass over.
+
+    Such a loop is one whose number of trips is not in the text: a rank decides it as it runs. A
+    branch counts with its cost beyond the cheapest one, which all ranks run at least. In a step of
+    this library the parts are the forwards, input grads and weight grads, of which a rank that acts
+    runs one; the ends, which few ranks have, and the permutes are none. In other programs all such
+    loops and branches are parts. Loops and branches inside them are not listed.
+    """
     found = [
-        (part, {action_of(each.op_name) for each in module.within(inside)})
+        (part, {action_of(instruction.op_name) for instruction in module.within(inside)})
         for part, inside in _candidates(module, where, at_most)
         if part.work != at_least.of(where.by_name[part.instruction], where)
     ]
-    names = {each.op_name for each in module.within(where)}
+    names = {instruction.op_name for instruction in module.within(where)}
     if not any(scope in name for scope in (_scopes.RAMP, _scopes.STEADY) for name in names):
         return [part for part, _ in found]
     return [part for part, actions in found if actions & _OF_ALL_RANKS]
@@ -167,14 +174,14 @@ def _candidates(
     module: Module, where: Computation, at_most: WorkCounter
 ) -> Iterator[tuple[OptionalPart, Computation]]:
     """Yields the loops of unknown length and the branches, each with its contents."""
-    for each in where.instructions:
-        match each.opcode:
-            case "while" if trip_count(module, each, where) is None:
-                body = module.computations[each.called["body"][0]]
-                yield OptionalPart(each.name, at_most.of(each, where)), body
+    for loop in where.instructions:
+        match loop.opcode:
+            case "while" if trip_count(module, loop, where) is None:
+                body = module.computations[loop.called["body"][0]]
+                yield OptionalPart(loop.name, at_most.of(loop, where)), body
             case "conditional":
-                for branch in module.branches(each):
-                    yield OptionalPart(each.name, at_most.of_computation(branch)), branch
+                for branch in module.branches(loop):
+                    yield OptionalPart(loop.name, at_most.of_computation(branch)), branch
 
 
 class Replay:
@@ -183,8 +190,8 @@ class Replay:
     def __init__(self, module: Module, network: Network, kernels: Kernels | None = None):
         self._module = module
         options = {"kernels": kernels, "device": network.device}
-        self._costs = WorkCounter(module, at_least=True, **options)
-        self._most = WorkCounter(module, **options)
+        self._least_work = WorkCounter(module, at_least=True, **options)
+        self._most_work = WorkCounter(module, **options)
         self._network = network
 
     def run(self, where: Computation, *, loops: bool = True) -> list[Collective]:
@@ -197,8 +204,8 @@ class Replay:
         found = find_collectives(self._module, where)
         inside = {}
         if loops:
-            inside = {each.name: self._inside(each, where) for each in where.instructions}
-        parts = find_parts(self._module, where, at_least=self._costs, at_most=self._most)
+            inside = {i.name: self._inside(i, where) for i in where.instructions}
+        parts = find_parts(self._module, where, at_least=self._least_work, at_most=self._most_work)
         passing = self._trip(where, found, inside, None)
         acting = [self._trip(where, found, inside, part) for part in parts] or [passing]
         out = []
@@ -218,8 +225,8 @@ class Replay:
         part: OptionalPart | None,
     ) -> dict[str, Collective]:
         """Replays a rank that runs a part, or none: its own collectives, by their starts."""
-        begun = {each.start.name: each for each in found}
-        waited = {each.done.name: each for each in found if each.done is not None}
+        started = {one.start.name: one for one in found}
+        awaited = {one.done.name: one for one in found if one.done is not None}
         clock, done_work = 0.0, CompiledWork()
         free: dict[Lane, float] = {}  # when links that way along an axis are free
         flights: dict[
@@ -228,27 +235,27 @@ class Replay:
         out: dict[str, Collective] = {}
         for instruction in where.instructions:
             name = instruction.name
-            if name in waited:
-                each = waited[name]
-                arrives, before = flights[each.start.name]
+            if name in awaited:
+                one = awaited[name]
+                arrives, before = flights[one.start.name]
                 exposed = max(0.0, arrives - clock)
                 between = CompiledWork(
                     done_work.flops - before.flops, done_work.cycles - before.cycles
                 )
-                out[each.start.name] = self._collective(each, between, exposed)
+                out[one.start.name] = self._collective(one, between, exposed)
                 clock += exposed
-            elif name in begun:
-                each = begun[name]
-                seconds = self._link_seconds(each) or 0.0
-                lanes = self._network.lanes_of(each.collective)
+            elif name in started:
+                one = started[name]
+                seconds = self._link_seconds(one) or 0.0
+                lanes = self._network.lanes_of(one.collective)
                 arrives = max([clock, *(free.get(lane, 0.0) for lane in lanes)]) + seconds
                 free |= dict.fromkeys(lanes, arrives)
                 flights[name] = arrives, done_work
-                if each.done is None:
-                    out[name] = self._collective(each, CompiledWork(), arrives - clock)
+                if one.done is None:
+                    out[name] = self._collective(one, CompiledWork(), arrives - clock)
                     clock = arrives
             else:
-                work = self._costs.of(instruction, where)
+                work = self._least_work.of(instruction, where)
                 if part is not None and part.instruction == name:
                     work = part.work
                 done_work += work
@@ -272,16 +279,18 @@ class Replay:
         out = []
         if instruction.opcode == "conditional":
             for number, branch in enumerate(self._module.branches(instruction)):
-                for each in self.run(branch):
-                    if each.conditional is None:
-                        each = replace(each, conditional=instruction.name, branch=number)
-                    out.append(each)
+                for collective in self.run(branch):
+                    if collective.conditional is None:
+                        collective = replace(
+                            collective, conditional=instruction.name, branch=number
+                        )
+                    out.append(collective)
             return out
         trips = 1
         if instruction.opcode == "while":
             trips = trip_count(self._module, instruction, where) or 1
         for callee in self._module.callees(instruction):
-            out += [replace(each, count=each.count * trips) for each in self.run(callee)]
+            out += [replace(inner, count=inner.count * trips) for inner in self.run(callee)]
         return out
 
     def _link_seconds(self, found: FoundCollective) -> float | None:
@@ -310,6 +319,10 @@ class Replay:
         )
 
 
-def _shortfall(each: Collective) -> tuple[float, float, float]:
-    """Orders what replays say of a collective by how little of it is hidden."""
-    return each.exposed_seconds or 0.0, -(each.cycles or 0.0), -each.flops
+def _shortfall(collective: Collective) -> tuple[float, float, float]:
+    """Orders replays of a collective by how little of it is hidden."""
+    return (
+        collective.exposed_seconds or 0.0,
+        -(collective.cycles or 0.0),
+        -collective.flops,
+    )

@@ -1,4 +1,4 @@
-"""Names of topologies -> devices that can be compiled for, with or without the hardware."""
+"""Names of topologies -> devices to compile for, with or without the hardware."""
 
 import contextlib
 import importlib.util
@@ -18,7 +18,8 @@ from jax.experimental import topologies as jax_topologies
 
 from dualpipe_jax._devices import H100, V5E, V5P, V6E, Device
 
-# A GpuTargetConfigProto as text, with what CUDA tells of an H100 SXM.
+# An H100 SXM as XLA's GPU compiler wants it described, so that it compiles without one: a
+# GpuTargetConfigProto as text, with CUDA's figures.
 H100_TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -63,13 +64,13 @@ KNOWN = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Topology:
-    """Tells of the devices to compile for.
+    """Holds the devices to compile for.
 
     Attributes:
       name: As the user gave it.
       platform: `"tpu"`, `"gpu"` or `"cpu"`.
       devices: The devices as JAX sees them.
-      device: What is published of them; None for CPUs.
+      device: The published figures; None for CPUs.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Topology:
 
     @property
     def lowering_platform(self) -> str:
-        """The platform's name for `lower`."""
+        """Gives the platform's name for `lower`."""
         return "cuda" if self.platform == "gpu" else self.platform
 
 
@@ -111,7 +112,7 @@ def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any
     """Lays the topology's devices out along mesh axes, neighbours beside neighbours if it can.
 
     Raises:
-      ValueError: If there are not as many devices as places.
+      ValueError: If there are not as many devices as the mesh has.
     """
     shape, num_devices = tuple(axes.values()), len(topology.devices)
     if int(np.prod(shape)) != num_devices:
@@ -125,7 +126,7 @@ def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any
 
 
 def _fit(devices: np.ndarray) -> tuple[int, int]:
-    """How well devices are laid out: the sizes of axes without a gap, then neighbours at all."""
+    """Ranks a layout of devices: by the sizes of axes without a gap, then by its neighbours."""
     whole = [n for axis, n in enumerate(devices.shape) if is_adjacent_along(devices, axis)]
     return sum(whole), num_adjacent(devices)
 
@@ -152,7 +153,7 @@ def is_adjacent_along(devices: np.ndarray, axis: int) -> bool | None:
 
 
 def _is_grid(device: Any) -> bool:
-    """Whether a device has neighbours: GPUs have coordinates too, but reach all over a switch."""
+    """Whether a device has neighbours: GPUs have coordinates too, but share a switch."""
     return device.platform == "tpu" and hasattr(device, "coords")
 
 
@@ -179,7 +180,7 @@ def _layouts(devices: tuple[Any, ...], shape: tuple[int, ...]) -> list[np.ndarra
 
 
 def _to_and_fro(dims: tuple[int, ...]) -> np.ndarray:
-    """Orders the places of a grid so that each follows a neighbour, as an ox ploughs.
+    """Orders the points of a grid so that each follows a neighbour, as an ox ploughs.
 
     >>> _to_and_fro((2, 3)).tolist()
     [0, 1, 2, 5, 4, 3]

@@ -1,10 +1,10 @@
-"""What instructions cost: matmul FLOPs from their shapes, and the compiler's estimates of cycles.
+"""Counts the work of instructions: matmul FLOPs by their shapes, cycles as the compiler estimates.
 
-An instruction costs what it calls, a loop's body as often as it runs. What runs on some ranks only
-are the branches of conditionals, and loops whose number of trips is not in the text (the step
-passes over what is not a rank's by a loop that runs once or not at all, or for all of a stage's
-layers or none). What is spent at most has the most expensive branch, and such loops once, or for
-all layers; what is spent at least, the cheapest, and none.
+The work of an instruction includes the computations that it calls, a loop's body as often as it
+runs. Some ranks pass over the branches of conditionals, and over loops whose number of trips is not
+in the text (such a loop runs once or not at all, or over all layers of a stage or none). A count of
+the most work has the most expensive branch, and such loops once, or over all layers; a count of the
+least work has the cheapest branch, and none of these loops.
 """
 
 import math
@@ -14,16 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax import _scopes
 from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.kernels import Kernels
-from dualpipe_jax._scopes import read_layers
+from dualpipe_jax._scopes import ACTIONS, PREFIX, read_layers
+
+# In place of an action's name.
+OTHER = "other"
 
 
 @dataclass(frozen=True)
 class CompiledWork:
-    """Says what something costs: FLOPs of matmuls, and clock cycles."""
+    """Holds FLOPs of matmuls, and clock cycles."""
 
     flops: float = 0.0
     cycles: float = 0.0
@@ -36,7 +38,14 @@ class CompiledWork:
 
 
 class WorkCounter:
-    """Finds the work of each instruction of a module: at most, or at least, over the ranks."""
+    """Counts the work of a module's instructions, on the rank with the most of it or the least.
+
+    Args:
+      module: The program.
+      at_least: Whether to count the least work.
+      kernels: The costs of kernels.
+      device: The published figures of a device, at whose peak kernels run.
+    """
 
     def __init__(
         self,
@@ -49,7 +58,8 @@ class WorkCounter:
         self._module = module
         self._at_least = at_least
         self._kernels = kernels or Kernels()
-        # At the published peak: the compiler gives no cycles for kernels.
+        self.has_cycles = device is not None and device.clock is not None
+        # The published peak: the compiler gives no cycles for kernels.
         self._flops_per_cycle = math.inf
         if device is not None and device.clock is not None:
             self._flops_per_cycle = device.peak_flops / device.clock
@@ -65,7 +75,7 @@ class WorkCounter:
         return self._of_computation[computation.name]
 
     def of(self, instruction: Instruction, where: Computation) -> CompiledWork:
-        """Finds the work of an instruction that stands in computation `where`."""
+        """Counts the work of an instruction in computation `where`."""
         inside = [self.of_computation(callee) for callee in self._module.callees(instruction)]
         match instruction.opcode:
             case "while":
@@ -82,7 +92,7 @@ class WorkCounter:
                 called = sum(inside, CompiledWork())
         own = _FLOPS[instruction.opcode](instruction, where) if instruction.opcode in _FLOPS else 0
         of_kernel = self._kernels.flops(instruction, where)
-        # What is fused has no time of its own: an estimate stands for all that is called.
+        # The compiler's estimate for a fusion covers all instructions inside it.
         cycles = instruction.cycles
         if cycles is None:
             cycles = called.cycles + of_kernel / self._flops_per_cycle
@@ -90,10 +100,10 @@ class WorkCounter:
 
 
 def trip_count(module: Module, loop: Instruction, where: Computation) -> int | None:
-    """Finds how often a `while` runs its body: as the compiler says, else from its condition.
+    """Finds how often a `while` runs its body: as the compiler says, else by its condition.
 
-    None if the number is not in the text. It is read off a counter that the condition compares to
-    a constant, and that starts from a constant and rises by one (as those of `lax.scan` do).
+    None if the number is not in the text. The condition must compare a counter to a constant, and
+    the counter must start from a constant and rise by one (as those of `lax.scan` do).
     """
     if loop.known_trip_count is not None:
         return loop.known_trip_count
@@ -109,16 +119,16 @@ def trip_count(module: Module, loop: Instruction, where: Computation) -> int | N
 
 
 def most_trips(loop: Instruction) -> int:
-    """How often a `while` runs its body at most, whose number of trips is not in the text."""
+    """Bounds the trips of a `while` whose number of trips is not in the text."""
     return read_layers(loop.op_name) or 1
 
 
 def _compare(module: Module, condition: Computation) -> tuple[int, int] | None:
-    """Reads `counter < limit` off a condition: the counter's place in the state, and the limit."""
+    """Reads `counter < limit` off a condition: the counter's index in the state, and the limit."""
     root, here = condition.root, condition
     values = here.operands_of(root)
     if root.opcode == "fusion" and module.callees(root):
-        # The compare stands in the fusion, whose parameters are the fusion's operands.
+        # The compare is inside the fusion, whose parameters are the fusion's operands.
         inner = module.callees(root)[0]
         passed, root = values, inner.root
         values = [
@@ -147,14 +157,14 @@ def _initial(where: Computation, loop: Instruction, index: int) -> int | None:
 
 
 def _dot_flops(dot: Instruction, where: Computation) -> float:
-    # 2 * elements of the result * size of what is contracted
+    # 2 * elements of the result * product of the contracted dims
     lhs = where.operands_of(dot)[0].shapes[0]
     contracted = math.prod(lhs.dims[dim] for dim in dot.integers("lhs_contracting_dims"))
     return 2.0 * math.prod(dot.shapes[0].dims) * contracted
 
 
 def _convolution_flops(convolution: Instruction, where: Computation) -> float:
-    """Counts what meets data, not padding: TPUs write batched matmuls as dilated convolutions."""
+    """Counts products with data, not with padding: TPUs write batched matmuls as dilated ones."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert labels, convolution.attributes
     lhs, rhs = (each.shapes[0].dims for each in where.operands_of(convolution)[:2])
@@ -164,23 +174,23 @@ def _convolution_flops(convolution: Instruction, where: Computation) -> float:
     ]
     spatial = sorted(name for name in size_of[1] if name.isdigit())
     batch = size_of[0]["b"] // convolution.number("batch_group_count", 1)
-    meets = 1
-    for place, dim in enumerate(spatial):
-        stride, low, lhs_dilate, rhs_dilate = _window(convolution.attributes, place)
+    products = 1
+    for index, dim in enumerate(spatial):
+        stride, low, lhs_dilate, rhs_dilate = _window(convolution.attributes, index)
         out, kernel = np.arange(size_of[2][dim])[:, None], np.arange(size_of[1][dim])
         at = out * stride + kernel * rhs_dilate - low
         in_data = (at >= 0) & (at % lhs_dilate == 0) & (at // lhs_dilate < size_of[0][dim])
-        meets *= int(in_data.sum())
-    return 2.0 * batch * size_of[1]["o"] * size_of[1]["i"] * meets
+        products *= int(in_data.sum())
+    return 2.0 * batch * size_of[1]["o"] * size_of[1]["i"] * products
 
 
-def _window(attributes: str, place: int) -> tuple[int, int, int, int]:
+def _window(attributes: str, index: int) -> tuple[int, int, int, int]:
     """Reads stride, low padding and dilations of one spatial dim."""
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(field.split("=") for field in window[1].split()) if window else {}
 
     def of(name: str, default: int) -> int:
-        return int(fields[name].split("x")[place].split("_")[0]) if name in fields else default
+        return int(fields[name].split("x")[index].split("_")[0]) if name in fields else default
 
     return of("stride", 1), of("pad", 0), of("lhs_dilate", 1), of("rhs_dilate", 1)
 
@@ -203,19 +213,13 @@ _FLOPS: dict[str, Callable[[Instruction, Computation], float]] = {
 }
 
 
-ACTIONS = tuple(
-    getattr(_scopes, name)
-    for name in ("FORWARD", "INPUT_GRAD", "WEIGHT_GRAD", "EMBED", "EMBED_GRAD", "HEAD", "SEND")
-)
-OTHER = "other"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ActionWork:
-    """Tells what an action costs in one trip of the loop.
+    """Tells the work of an action in one trip of the loop.
 
     Attributes:
-      name: `"forward"`, `"input_grad"`, ..., or `"other"` for what stands under no action's name.
+      name: `"forward"`, `"input_grad"`, ..., or `"other"` for instructions without an action's
+        name.
       flops: FLOPs of its matmuls.
       cycles: Cycles, as the compiler estimates; None without estimates.
     """
@@ -226,12 +230,13 @@ class ActionWork:
 
 
 def work_by_action(
-    module: Module, costs: WorkCounter, body: Computation
+    module: Module, counter: WorkCounter, body: Computation
 ) -> dict[str, CompiledWork]:
-    """Sums the work of a loop's body by the scope of the action, and `OTHER`.
+    """Sums up the work of a loop's body by the action in the instructions' names, or `OTHER`.
 
-    A fusion of several actions' instructions counts under the name that the compiler gave it; what
-    has no name, such as a copy, in a loop or branch of one action alone is that action's.
+    A fusion of several actions' instructions counts under the name that the compiler gave it. An
+    instruction without a name, such as a copy, counts for the action of its loop or branch if that
+    has one action only.
     """
     total: dict[str, CompiledWork] = {}
 
@@ -244,7 +249,7 @@ def work_by_action(
                     for callee in callees:
                         add(callee, times * trips, _only_action(module, callees) or unnamed)
                 case "conditional":
-                    most = max(callees, key=lambda c: _size(costs.of_computation(c)))
+                    most = max(callees, key=lambda c: _size(counter.of_computation(c)))
                     add(most, times, _only_action(module, callees) or unnamed)
                 case "call":
                     for callee in callees:
@@ -252,7 +257,7 @@ def work_by_action(
                 case _:
                     name = _action(module, instruction)
                     name = unnamed if name == OTHER else name
-                    work = costs.of(instruction, where) * times
+                    work = counter.of(instruction, where) * times
                     total[name] = total.get(name, CompiledWork()) + work
 
     add(body, 1)
@@ -260,7 +265,7 @@ def work_by_action(
 
 
 def count_parts(module: Module, body: Computation, action: str) -> int:
-    """Counts the conditionals and loops in a body that hold an action: those of the end ranks."""
+    """Counts the conditionals and loops of a body that hold an action."""
     return sum(
         any(
             action_of(each.op_name) == action
@@ -273,7 +278,7 @@ def count_parts(module: Module, body: Computation, action: str) -> int:
 
 
 def _only_action(module: Module, computations: list[Computation]) -> str | None:
-    """The action of the computations, if there is one and no other."""
+    """Names the action of the computations, if they have one only."""
     named = {action_of(each.op_name) for c in computations for each in module.within(c)} - {OTHER}
     return named.pop() if len(named) == 1 else None
 
@@ -283,6 +288,7 @@ def _size(work: CompiledWork) -> tuple[float, float]:
 
 
 def _action(module: Module, instruction: Instruction) -> str:
+    """Names the action of an instruction, or of a fusion's root."""
     name = action_of(instruction.op_name)
     if name == OTHER and instruction.opcode == "fusion":
         for callee in module.callees(instruction):
@@ -291,6 +297,15 @@ def _action(module: Module, instruction: Instruction) -> str:
 
 
 def action_of(op_name: str) -> str:
-    """The innermost action in the name of an instruction, or `OTHER`."""
-    found = [name for name in re.findall(r"dualpipe\.\w+", op_name) if name in ACTIONS]
+    """Reads off the innermost action in the name of an instruction, or `OTHER`."""
+    found = [name for name in re.findall(rf"{re.escape(PREFIX)}\w+", op_name) if name in ACTIONS]
     return found[-1] if found else OTHER
+
+
+def short_name(action: str) -> str:
+    """Writes an action without the prefix of its scope.
+
+    >>> short_name("dualpipe.input_grad")
+    'input_grad'
+    """
+    return action.removeprefix(PREFIX)

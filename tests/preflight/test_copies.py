@@ -5,7 +5,7 @@ import pytest
 from dualpipe_jax import _scopes
 from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.loops import find_loop
-from dualpipe_jax._preflight.report import _copies_lines
+from dualpipe_jax._preflight.text import copies_lines
 from dualpipe_jax._preflight.work import WorkCounter
 from tests.preflight.snippets import SWAP, program
 
@@ -127,6 +127,6 @@ def test_places_are_told_apart() -> None:
         ("once", "other"): 2,
         ("steady", "other"): 1,
     }
-    assert _copies_lines(found)[0] == (
+    assert copies_lines(found)[0] == (
         "3 of a whole slot buffer a tick, in input_grad: f32[9,64,512], 1.12 MiB, 3,000 cycles"
     )

@@ -4,8 +4,8 @@ import pytest
 
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._predict import Costs, simulate
+from dualpipe_jax._preflight.analysis import analyze
 from dualpipe_jax._preflight.predict import Prediction
-from dualpipe_jax._preflight.preflight import _analysis
 from dualpipe_jax._schedule.execution import Execution
 from tests.preflight.snippets import FUSED, SWAP, A, network, program, work
 from tests.preflight.test_work import LOOP, WHILE
@@ -32,7 +32,7 @@ def predict(*more: str, limit: str = "constant(5)", entry: str = "") -> Predicti
     loop = LOOP.format(inside="\n".join(lines), limit=limit)
     while_lines = WHILE.format(start=0, more="")
     module = program(f"{A}\n{entry}\n{while_lines}", FUSED, loop)
-    return _analysis(module, network(pipe=4))[1]
+    return analyze(module, network(pipe=4))[1]
 
 
 def simulated(
@@ -125,7 +125,7 @@ def test_what_is_outside_the_loops_is_added() -> None:
 
 def test_why_there_is_none() -> None:
     module = program(A)
-    assert _analysis(module, network(pipe=4))[1].reason == (
+    assert analyze(module, network(pipe=4))[1].reason == (
         "the program has no loop of a pipelined step's beats or ticks"
     )
 
@@ -169,7 +169,7 @@ def in_ticks(
     lines += [work("each", beside), "  %x = f32[4]{0} collective-permute-done(%s)"]
     loop = LOOP.format(inside="\n".join(lines), limit="constant(50)")
     module = program(f"{A}\n{WHILE.format(start=0, more='')}", FUSED, *computations, loop)
-    return _analysis(module, network(pipe=4))[1]
+    return analyze(module, network(pipe=4))[1]
 
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = _scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD

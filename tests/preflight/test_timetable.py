@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from dualpipe_jax import _scopes, schedules
+from dualpipe_jax._preflight.analysis import analyze
 from dualpipe_jax._preflight.collectives import find_global_permutes
 from dualpipe_jax._preflight.links import Network
-from dualpipe_jax._preflight.preflight import _analysis
 from dualpipe_jax._preflight.report import Memory, ProgramSize, Report
 from dualpipe_jax._preflight.text import ticks_table
 from dualpipe_jax._schedule.tables import Exchange, Tables
@@ -81,7 +81,7 @@ def step(exchanges: tuple[Exchange, ...], *, width: int = 1, num_arrays: int = 1
     loop = LOOP.format(inside="\n".join(lines), limit=f"constant({ticks})")
     module = program(f"{A}\n{WHILE.format(start=0, more='')}", FUSED, *computations, loop)
     axes = {"pipe": P} if width == 1 else {"pipe": P, "expert": width}
-    loop_found, prediction, waits, copies = _analysis(module, Network(axes=axes, device=TOY))
+    loop_found, prediction, waits, copies = analyze(module, Network(axes=axes, device=TOY))
     return Report(
         topology="toy",
         device="toy",
@@ -208,5 +208,5 @@ def test_permutes_of_all_cores_are_named() -> None:
 
 
 def test_programs_that_are_not_predicted_have_no_waits() -> None:
-    loop, _, waits, _ = _analysis(program(A), network(pipe=P))
+    loop, _, waits, _ = analyze(program(A), network(pipe=P))
     assert (loop, waits) == (None, None)
