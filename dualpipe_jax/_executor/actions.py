@@ -15,7 +15,7 @@ from dualpipe_jax._executor.layer import Flow, LayerWork
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._executor.state import LayerBuffers, State, empty_after
-from dualpipe_jax._leaves.leaves import place
+from dualpipe_jax._leaves.pick import put_leaves
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.ir import DEFERRED
@@ -58,7 +58,7 @@ def head(rank: Rank, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
         loss, metrics = rank.functions.head(rank.outside, x, ctx)
     else:
         (loss, metrics, dx), doutside = gradients.head(rank.outside, x, ctx, rank.loss_seed)
-        state, x = state.add_outside(doutside, gradients.head_rules), place(x, dx)
+        state, x = state.add_outside(doutside, gradients.head_rules), put_leaves(x, dx)
     sums = semantics.add((state.loss, state.metrics), (loss, metrics))
     return state._replace(loss=sums[0], metrics=sums[1]), x
 

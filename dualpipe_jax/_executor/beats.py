@@ -36,7 +36,7 @@ from dualpipe_jax._executor.layer import Flow, Held, LayerWork
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._executor.state import LayerBuffers, State
-from dualpipe_jax._leaves.leaves import pick, place, select
+from dualpipe_jax._leaves.pick import pick, put_leaves, select
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule import layer_order
@@ -300,7 +300,7 @@ class Beat:
         operands, values = lax.optimization_barrier((select(held.stash, may_wait), values))
         if waits_for == RECEIVE:
             transfers.arrivals = values
-        return held._replace(stash=place(held.stash, operands, may_wait))
+        return held._replace(stash=put_leaves(held.stash, operands, may_wait))
 
 
 # On TPUs slots are read where the values are needed, by I and again by W, and not copied out first:

@@ -12,7 +12,7 @@ from jax import lax
 
 from dualpipe_jax._executor.actions import Rank
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._leaves.leaves import select
+from dualpipe_jax._leaves.pick import select
 from dualpipe_jax._leaves.plan import Plan
 from dualpipe_jax._leaves.rules import SUM, Rule
 from dualpipe_jax._leaves.specs import Dims

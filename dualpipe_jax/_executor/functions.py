@@ -1,4 +1,4 @@
-"""A model's functions as one device runs them, and their derivatives: records that `tracing` makes.
+"""A model's functions as one device runs them, and their derivatives: records that `trace` makes.
 
 Each takes this device's part of everything, and may be called in any loop of the step.
 """

@@ -16,7 +16,7 @@ import numpy as np
 
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.stages import Layout
-from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._schedule.execution import Execution

@@ -17,7 +17,7 @@ from dualpipe_jax import _scopes
 from dualpipe_jax._executor import buffers, collect
 from dualpipe_jax._executor.beats import Beat, after_beat
 from dualpipe_jax._executor.buffers import lay_out, when
-from dualpipe_jax._executor.delivery import Delivery
+from dualpipe_jax._executor.deliver import Delivery
 from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.seeds import make_seeds
@@ -25,7 +25,7 @@ from dualpipe_jax._executor.settings import Settings
 from dualpipe_jax._executor.state import SLOTS, State, empty_after, empty_state, one_stash
 from dualpipe_jax._executor.ticks import make_tick, rows_of, spare_slots, store_arrivals
 from dualpipe_jax._leaves.explicit_axes import device_kind_of
-from dualpipe_jax._leaves.leaves import pick, place
+from dualpipe_jax._leaves.pick import pick, put_leaves
 from dualpipe_jax._leaves.plan import Plan
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.types import PyTree
@@ -142,7 +142,7 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
         return jnp.asarray(np.where(slots < 0, last, slots), jnp.int32)[me]
 
     received = buffers.write(state.received, x, slot(steady.x_slot))
-    received = buffers.write(received, place(x, cotangent), slot(steady.cotangent_slot))
+    received = buffers.write(received, put_leaves(x, cotangent), slot(steady.cotangent_slot))
     nothing = buffers.allocate(x, poison=rank.poison)
     return state._replace(received=received, messages=(nothing, nothing))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from dualpipe_jax._executor.delivery import Delivery
+from dualpipe_jax._executor.deliver import Delivery
 from dualpipe_jax._executor.stages import Layout
 from dualpipe_jax._leaves.explicit_axes import platform_of
 from dualpipe_jax._model import kinds as _kinds

@@ -15,10 +15,10 @@ from jax import lax
 from dualpipe_jax._executor import barriers, buffers
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.buffers import RESIDUALS, STASHES, SlotBuffer, allocate_slots
-from dualpipe_jax._executor.delivery import Delivery, Mail
+from dualpipe_jax._executor.deliver import Delivery, Mail
 from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.stages import Layout
-from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._leaves.rules import SUM, Rule
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind

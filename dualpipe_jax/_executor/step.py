@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax._executor import finish, memory, program, tracing, work
+from dualpipe_jax._executor import finish, memory, program, work
+from dualpipe_jax._executor import trace as trace
 from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.settings import Settings
 from dualpipe_jax._leaves import specs as _parameters
@@ -22,7 +23,7 @@ from dualpipe_jax._leaves.explicit_axes import (
     explicit_axes,
     run_as_auto,
 )
-from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._leaves.plan import Plan, by_kind
 from dualpipe_jax._model import kinds as _kinds
 from dualpipe_jax._model import semantics

@@ -33,7 +33,7 @@ from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._executor.layer import LayerWork
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.state import State
-from dualpipe_jax._leaves.leaves import pick, place
+from dualpipe_jax._leaves.pick import pick, put_leaves
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.ir import (
     DEFERRED,
@@ -203,15 +203,15 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
                 is_first_half = is_mine & (row["half"] == FIRST_LAYERS)
                 is_full = is_full, is_first_half | (is_full & (row["half"] < 0))
             state, dx = run_backward(work(), "IW", state, pick(out), is_full)
-            out = place(out, dx)
+            out = put_leaves(out, dx)
             if rank.defers:
                 is_i &= is_put_off
                 state, dx = run_backward(work(stores=(DEFERRED,)), "I", state, pick(out), is_i)
-                out = place(out, dx)
+                out = put_leaves(out, dx)
         else:
             stores = ("stash", DEFERRED) if rank.defers else ("stash",)
             state, dx = run_backward(work(stores=stores), "I", state, pick(out), is_i)
-            out = place(out, dx)
+            out = put_leaves(out, dx)
         if rank.defers:
             deferred = work(source=DEFERRED)
             state, _ = run_backward(deferred, "W", state, None, is_w & is_put_off)

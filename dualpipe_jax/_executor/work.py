@@ -10,7 +10,7 @@ import jax
 
 from dualpipe_jax._executor.functions import Arguments, Functions
 from dualpipe_jax._executor.stages import Layout
-from dualpipe_jax._leaves.leaves import pick
+from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._split_vjp import SplitVjp, contraction_flops
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax._leaves import specs as _parameters
 from dualpipe_jax._leaves.explicit_axes import explicit_axes, sharding_like
-from dualpipe_jax._leaves.leaves import pick, select
+from dualpipe_jax._leaves.pick import pick, select
 from dualpipe_jax._leaves.specs import Dims
 from dualpipe_jax._model import kinds as _kinds
 from dualpipe_jax._model import varying

@@ -22,7 +22,7 @@ def pick(tree: PyTree, wanted: Sequence[bool] | None = None) -> list[Any]:
     return select(leaves, wanted)
 
 
-def place(tree: PyTree, picked: Sequence[Any], wanted: Sequence[bool] | None = None) -> PyTree:
+def put_leaves(tree: PyTree, picked: Sequence[Any], wanted: Sequence[bool] | None = None) -> PyTree:
     """Puts `picked` in the places of the wanted leaves of `tree`."""
     leaves, structure = jax.tree.flatten(tree)
     wanted = [is_differentiable(leaf) for leaf in leaves] if wanted is None else wanted

@@ -17,7 +17,7 @@ from dualpipe_jax._executor import accumulators
 from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.functions import Arguments, Functions, Gradients
 from dualpipe_jax._executor.retrace import traced_once
-from dualpipe_jax._leaves.leaves import pick, place, select
+from dualpipe_jax._leaves.pick import pick, put_leaves, select
 from dualpipe_jax._leaves.rules import Rule, rules_of
 from dualpipe_jax._model import returns as _outputs
 from dualpipe_jax._model import semantics
@@ -125,13 +125,13 @@ def trace(
 
     def embed_grad(outside: PyTree, ctx: Context, dx: list[Any]) -> tuple[None, list[Any]]:
         def of(leaves: list[Any]) -> list[Any]:
-            return pick(embed(place(outside, leaves, wanted), ctx))
+            return pick(embed(put_leaves(outside, leaves, wanted), ctx))
 
         return None, jax.vjp(of, pick(outside, wanted))[1](dx)[0]
 
     def head_grad(outside: PyTree, x: PyTree, ctx: Context, seed: Any) -> tuple[Any, list[Any]]:
         def of(leaves: list[Any], x_leaves: list[Any]) -> tuple[jax.Array, PyTree]:
-            return head(place(outside, leaves, wanted), place(x, x_leaves), ctx)
+            return head(put_leaves(outside, leaves, wanted), put_leaves(x, x_leaves), ctx)
 
         loss, pull, metrics = jax.vjp(of, pick(outside, wanted), pick(x), has_aux=True)
         gradients, dx = pull(seed)
