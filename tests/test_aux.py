@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import dualpipe_jax as dpj
-from dualpipe_jax._executor import settings
+from dualpipe_jax._executor import step as step_module
 from tests.models import assert_close
 from tests.schedules_under_test import NAMES, has_run
 from tests.test_exact import make_mesh
@@ -119,7 +119,7 @@ def test_equals_sequential(case: Case) -> None:
 @pytest.mark.parametrize("num_layers", [4, 10])
 def test_beats_for_accelerators(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> None:
     """F beside I, as traced for devices that overlap: unrolled, and in one loop for both."""
-    monkeypatch.setattr(settings, "platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "tpu")
     params, batch = make_params(num_layers), make_batch(6)
     grad_fn = dpj.value_and_grad(
         MODEL,

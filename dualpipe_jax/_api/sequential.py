@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax._leaves import specs
+from dualpipe_jax._leaves.specs import find_overwritten
 from dualpipe_jax._model import checks, returns, semantics
 from dualpipe_jax._model import kinds as _kinds
 from dualpipe_jax._model.kinds import Kind
@@ -64,7 +64,7 @@ def sequential(
         checks.key(rng)
         checks.batch(batch, num_microbatches=num_microbatches)
         batches = semantics.split(batch, num_microbatches)
-        params_of = _params_of(params, specs.overwritten(params, overwrite), num_microbatches)
+        params_of = _params_of(params, find_overwritten(params, overwrite), num_microbatches)
         stacks = _kinds.stacks_of(model, params["blocks"])
         layers, microbatch = jax.eval_shape(
             lambda *trees: semantics.take(trees, 0), stacks, batches
@@ -131,24 +131,22 @@ def sequential(
 
 
 def _params_of(
-    params: PyTree, overwritten: dict[str, list[bool]], num_microbatches: int
+    params: PyTree, overwritten: PyTree, num_microbatches: int
 ) -> Callable[[jax.Array], PyTree]:
     """Makes the function that gives each microbatch its parameters.
 
     They are the same for all, but leaves that are overwritten are copies of each microbatch's own,
     so that what it gives them is not added to what others give.
     """
-    flags = {part: iter(each) for part, each in overwritten.items()}
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: next(flags[path[0].key]), params)
     copies = jax.tree.map(
-        lambda leaf, flag: _copies(leaf, num_microbatches) if flag else (), params, mask
+        lambda leaf, flag: _copies(leaf, num_microbatches) if flag else (), params, overwritten
     )
 
     def params_of(index: jax.Array) -> PyTree:
         return jax.tree.map(
             lambda leaf, flag, each: semantics.take(each, index) if flag else leaf,
             params,
-            mask,
+            overwritten,
             copies,
         )
 

@@ -102,7 +102,9 @@ def run_backward(
 def grads_index(rank: Rank, actions: str) -> Any:
     """Says to which sums actions add."""
     gradients = rank.gradients
-    return {"I": gradients.early, "W": gradients.late, "IW": gradients.both}[actions]
+    return {"I": gradients.with_input_grad, "W": gradients.with_weight_grad, "IW": gradients.both}[
+        actions
+    ]
 
 
 def run_layers(

@@ -36,7 +36,7 @@ from dualpipe_jax._executor.layer import Flow, Held, LayerWork
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._executor.state import LayerBuffers, State
-from dualpipe_jax._leaves.pick import pick, put_leaves, select
+from dualpipe_jax._leaves.pick import pick, put_leaves
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule import layer_order
@@ -103,7 +103,7 @@ class Beat:
         (y, dx), (next_x, next_cotangent) = transfers.sent, transfers.arrivals
         if rank.interleaves:
             # Else a GPU's compiler defers W to the end, and copies the slots that it reads.
-            late = rank.gradients.late
+            late = rank.gradients.with_weight_grad
             grads = state.take(("grads",), self.backward, late), state.take_shared(late)
             next_x, next_cotangent = barriers.wait_for((next_x, next_cotangent), grads)
         if (stage_of[self.backward] == 0).any():
@@ -297,7 +297,7 @@ class Beat:
         ):  # else W may run where an exchange needs it (experts: 1.5 % more cycles)
             may_wait = (True,) * len(may_wait)
         values = transfers.sent if waits_for == SEND else transfers.arrivals
-        operands, values = lax.optimization_barrier((select(held.stash, may_wait), values))
+        operands, values = lax.optimization_barrier((pick(held.stash, may_wait), values))
         if waits_for == RECEIVE:
             transfers.arrivals = values
         return held._replace(stash=put_leaves(held.stash, operands, may_wait))

@@ -153,7 +153,7 @@ class LayerWork:
             buffers = buffers._replace(deferred=kept)
         buffers = self._hand_on(RESIDUALS, layer, buffers, after=(dx, stash, gradients))
         flow, buffers = self._add(
-            layer, flow._replace(dx=dx), buffers, gradients, rank.gradients.early
+            layer, flow._replace(dx=dx), buffers, gradients, rank.gradients.with_input_grad
         )
         return flow, buffers, Held(weight_residual, stash)
 
@@ -176,7 +176,7 @@ class LayerWork:
         else:
             weight_residual, operands = held
         gradients = self._weight_grad(layer, weight_residual, operands)
-        late = rank.gradients.late
+        late = rank.gradients.with_weight_grad
         flow, buffers = self._add(layer, flow, buffers, gradients, late)
         if held is None:
             buffers = self._hand_on((name, self.source), layer, buffers)

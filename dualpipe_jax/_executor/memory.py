@@ -7,24 +7,23 @@ weights are counted as XLA keeps them. None grows with the number of microbatche
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._executor.trace import Arguments, Functions, Gradients
+from dualpipe_jax._leaves.gradient import pick_accumulated
 from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._model import semantics
-from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._split_vjp import SplitVjp
-
-PyTree = Any
+from dualpipe_jax._split_vjp import SplitVjp, contraction_flops
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,13 @@ def _sum(terms: Iterable[Term]) -> int:
     return sum(term.num_bytes for term in terms)
 
 
-def report(
-    traced: Functions,
+def report_memory(
+    functions: Functions,
+    arguments: Arguments,
     layout: Layout,
     tables: Tables,
     *,
     slots: dict[str, int],
-    layers: dict[Kind, PyTree],
-    outside: list[Any],
-    gathered: list[Any],
     execution: Execution,
     recomputes: bool,
     rounds: bool,
@@ -110,86 +107,134 @@ def report(
     """Adds up the arrays of one device.
 
     Args:
-      traced: The functions.
-      layout: Where the layers lie.
+      functions: The functions.
+      arguments: Avals of their arguments.
+      layout: Which layers each rank has.
       tables: The tables.
       slots: The slots of each buffer, spare ones included.
-      layers: Avals of one layer of each kind, as it lies on one device.
-      outside: Avals of the wanted leaves outside the stack.
-      gathered: Avals of the leaves outside the stack that are gathered over the ranks.
       execution: How the tables are run, all decided.
-      recomputes: Whether deferred weight gradients recompute what they need.
+      recomputes: Whether deferred weight gradients recompute their operands.
       rounds: Whether contractions round float32 to bfloat16, which XLA then does once a step.
     """
-    gradients = traced.gradients
+    gradients = functions.gradients
     assert gradients is not None
-    x = _bytes(traced.outputs.x)
-    num_layers = {kind: stack.max_layers for kind, stack in layout.stacks.items()}
-    most_layers = sum(num_layers.values())
+    terms = _slot_terms(functions, layout, tables, slots=slots, recomputes=recomputes)
+    terms += _stash_terms(gradients, layout, tables, full_backward=not execution.split_backward)
+    x = _bytes(functions.outputs.x)
+    between = 1 if tables.is_lazy else 2
+    terms.append(Term("between ranks", f"{between} x and cotangents", between * x))
+    if tables.steady is not None or tables.is_lazy:
+        phase = "" if tables.is_lazy else "beats"
+        terms.append(Term("what arrives while it leaves", "2 x and cotangents", 2 * x, phase))
+    terms += _weight_terms(gradients, arguments, layout, rounds=rounds)
+    terms += _sum_terms(functions, gradients, arguments, layout)
+    working = max(block.working_bytes for block in gradients.block.values())
+    terms.append(Term("working set, estimated", "1 layer", working))
+    return MemoryReport(tuple(terms), execution)
 
-    def of_layers(name: str) -> int:
-        blocks = gradients.block.items()
-        return sum(num_layers[kind] * _bytes(getattr(block, name)) for kind, block in blocks)
 
-    idle = layout.idle_in(tables.steady)
-    terms = [Term("received x and cotangents", f"{slots['received']} slots", slots["received"] * x)]
+def _slot_terms(
+    functions: Functions,
+    layout: Layout,
+    tables: Tables,
+    *,
+    slots: dict[str, int],
+    recomputes: bool,
+) -> list[Term]:
+    """Lists the slot buffers."""
+    assert functions.gradients is not None
+    idle, received = layout.idle_in(tables.steady), slots["received"]
+    size = received * _bytes(functions.outputs.x)
+    terms = [Term("received x and cotangents", f"{received} slots", size)]
     for buffer, name in (
         ("residual", "residuals for I"),
         ("weight_residual", "residuals for I and W"),
         ("stash", "stashes for W"),
         (DEFERRED, "what deferred W recompute from" if recomputes else "stashes for deferred W"),
     ):
-        size = slots.get(buffer, 0) * of_layers(buffer)
+        size = slots.get(buffer, 0) * _bytes_of_layers(functions.gradients, layout, buffer)
         if size:
-            count = f"{slots[buffer]} slots x {most_layers} layers"
+            count = f"{slots[buffer]} slots x {_num_layers(layout)} layers"
             terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
+    return terms
+
+
+def _stash_terms(
+    gradients: Gradients, layout: Layout, tables: Tables, *, full_backward: bool
+) -> list[Term]:
+    """Lists the stashes that have no slot, or have one in beats only."""
+    steady, terms = tables.steady, []
     of_one = max((_bytes(block.stash) for block in gradients.block.values()), default=0)
-    of_all = f"{most_layers} layers", of_layers("stash")
-    full_backward = not execution.split_backward
-    if tables.steady is not None and layout.is_unrolled:
-        phase = "beats" if full_backward or "stash" in idle else ""
+    of_all = f"{_num_layers(layout)} layers", _bytes_of_layers(gradients, layout, "stash")
+    if steady is not None and layout.is_unrolled:
+        phase = "beats" if full_backward or "stash" in layout.idle_in(steady) else ""
         terms.append(Term("stash of a beat, without a slot", *of_all, phase))
     if full_backward:
-        phase = "" if tables.steady is None else "ticks"
+        phase = "" if steady is None else "ticks"
         name = "stash of a full backward, without a slot"
         terms.append(Term(name, "1 layer", of_one, phase))
-        if tables.steady is not None and not layout.is_unrolled:
+        if steady is not None and not layout.is_unrolled:
             terms.append(Term("stashes for W", *of_all, "beats"))
-    between = 1 if tables.is_lazy else 2
-    terms.append(Term("between ranks", f"{between} x and cotangents", between * x))
-    if tables.steady is not None or tables.is_lazy:
-        phase = "" if tables.is_lazy else "beats"
-        terms.append(Term("what arrives while it leaves", "2 x and cotangents", 2 * x, phase))
+    return terms
 
-    num_chunks = len(layout.stage_of)
-    weights = 0
-    for kind, layer in layers.items():
-        block = gradients.block[kind]
-        weights += num_layers[kind] * _copies(
-            block, layer, num_chunks, is_apart=layout.is_unrolled, rounds=rounds
+
+def _weight_terms(
+    gradients: Gradients, arguments: Arguments, layout: Layout, *, rounds: bool
+) -> list[Term]:
+    """Lists the copies of weights, and those that are gathered."""
+    num_chunks, weights = len(layout.stage_of), 0
+    for kind, layer in arguments.layers.items():
+        weights += layout.stacks[kind].max_layers * _copies(
+            gradients.block[kind], layer, num_chunks, is_unrolled=layout.is_unrolled, rounds=rounds
         )
-    terms.append(Term("copies of weights", f"{num_chunks} stages", weights))
+    terms = [Term("copies of weights", f"{num_chunks} stages", weights)]
+    blocks = {
+        kind: layout.stacks[kind].shard_avals(layer) for kind, layer in arguments.layers.items()
+    }
+    are_gathered = [bool(leaf.gather_dims) for leaf in jax.tree.leaves(arguments.leaves)]
+    gathered = pick({**arguments.outside, "blocks": blocks}, are_gathered)
     if gathered:
         terms.append(Term("parameters gathered from other devices", "", _bytes(gathered)))
+    return terms
+
+
+def _sum_terms(
+    functions: Functions, gradients: Gradients, arguments: Arguments, layout: Layout
+) -> list[Term]:
+    """Lists the accumulators of gradients and metrics."""
+    num_chunks, leaves = len(layout.stage_of), gradients.leaves
+    num_layers = {kind: stack.max_layers for kind, stack in layout.stacks.items()}
     sums = 0
-    for kind, layer in layers.items():
-        leaves = jax.tree.leaves(layer)
-        with_grad = pick(leaves, gradients.block[kind].has_grad[: len(leaves)])
+    for kind, layer in arguments.layers.items():
+        with_grad = pick_accumulated(leaves["blocks"][kind], layer)
         sums += num_chunks * num_layers[kind] * _accumulator_bytes(with_grad)
-    terms.append(Term("gradients added up, of layers", f"{num_chunks} stages", sums))
-    terms.append(Term("gradients added up, of the rest", "", _accumulator_bytes(outside)))
+    of_outside = {part: leaves[part] for part in arguments.outside}
+    outside = _accumulator_bytes(pick_accumulated(of_outside, arguments.outside))
+    terms = [
+        Term("gradients added up, of layers", f"{num_chunks} stages", sums),
+        Term("gradients added up, of the rest", "", outside),
+    ]
     sums = 0
-    for kind, aux in traced.outputs.aux.items():
+    for kind, aux in functions.outputs.aux.items():
         sums += num_chunks * num_layers[kind] * _accumulator_bytes(jax.tree.leaves(aux.metrics))
     if sums:
         terms.append(Term("metrics added up, of layers", f"{num_chunks} stages", sums))
-    working = max(block.working_bytes for block in gradients.block.values())
-    terms.append(Term("working set, estimated", "1 layer", working))
-    return MemoryReport(tuple(terms), execution)
+    return terms
+
+
+def _num_layers(layout: Layout) -> int:
+    """Counts the layers of all kinds for which a slot has room."""
+    return sum(stack.max_layers for stack in layout.stacks.values())
+
+
+def _bytes_of_layers(gradients: Gradients, layout: Layout, buffer: str) -> int:
+    """Counts the bytes of a slot of a buffer."""
+    blocks = gradients.block.items()
+    return sum(layout.stacks[kind].max_layers * _bytes(getattr(b, buffer)) for kind, b in blocks)
 
 
 def _copies(
-    block: SplitVjp, layer: PyTree, num_chunks: int, *, is_apart: bool, rounds: bool
+    block: SplitVjp, layer: PyTree, num_chunks: int, *, is_unrolled: bool, rounds: bool
 ) -> int:
     """Bytes of the copies of a layer's weights, over all chunks.
 
@@ -197,8 +242,8 @@ def _copies(
       block: The layer's block.
       layer: Avals of its weights.
       num_chunks: The chunks of a rank.
-      is_apart: Whether every layer's arrays are its own, as unrolled ones are.
-      rounds: As `report` takes it.
+      is_unrolled: Whether every layer's arrays are its own, as unrolled ones are.
+      rounds: As `report_memory` takes it.
     """
     leaves = jax.tree.leaves(layer)
     rounded = [
@@ -209,8 +254,8 @@ def _copies(
     cast = [(leaves[i], dtype) for i, dtype in block.casts if i < len(leaves)]
     cast += [(leaf, jnp.bfloat16) for leaf in pick(leaves, rounded)]
     casts = sum(math.prod(leaf.shape) * np.dtype(dtype).itemsize for leaf, dtype in cast)
-    # What lies on the rank as it is needed is no copy.
-    num_copies = num_chunks if is_apart else num_chunks - 1
+    # The rank's own shard is no copy, if it is used as it is.
+    num_copies = num_chunks if is_unrolled else num_chunks - 1
     return num_chunks * casts + num_copies * _bytes(pick(leaves, read))
 
 
@@ -224,3 +269,62 @@ def _accumulator_bytes(leaves: Iterable[Any]) -> int:
 def _bytes(avals: PyTree | Sequence[Any]) -> int:
     leaves = jax.tree.leaves(avals)
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """FLOPs of one microbatch on one device.
+
+    Attributes:
+      forward: F of all layers of the model.
+      input_grad: I of all layers.
+      weight_grad: W of all layers.
+      deferred: W of all layers where it recomputes.
+      embed: The embedding and its gradient.
+      head: The head and its gradient.
+    """
+
+    forward: int
+    input_grad: int
+    weight_grad: int
+    deferred: int
+    embed: int
+    head: int
+
+
+def count_work(functions: Functions, arguments: Arguments, layout: Layout) -> Work:
+    """Counts what contractions compute; loops whose trips are not known count once."""
+    gradients, outs = functions.gradients, functions.outputs
+    assert gradients is not None
+    outside, x, layer_ctx = arguments.outside, outs.x, outs.ctx
+    ends_ctx = replace(layer_ctx, layer=None)
+    sums = dict.fromkeys(("forward", "input_grad", "weight_grad", "deferred"), 0)
+    for kind, block in gradients.block.items():
+        params = (arguments.layers[kind], outside.get("shared"))
+        given = params, _casts_of(block, params)
+        dy, daux = pick(x), outs.aux[kind].loss
+        residual, weight_residual = block.residual, block.weight_residual
+        for name, function, args in (
+            ("forward", block.forward, (given, x, layer_ctx)),
+            (
+                "input_grad",
+                block.input_grad,
+                (given, layer_ctx, residual, weight_residual, dy, daux),
+            ),
+            ("weight_grad", block.weight_grad, (given, layer_ctx, weight_residual, block.stash)),
+            (
+                "deferred",
+                block.deferred_weight_grad,
+                (given, layer_ctx, weight_residual, block.deferred),
+            ),
+        ):
+            sums[name] += layout.kinds.count(kind) * contraction_flops(function, *args)
+    embed = contraction_flops(functions.embed, outside, ends_ctx)
+    embed += contraction_flops(gradients.embed, outside, ends_ctx, pick(x))
+    head = contraction_flops(gradients.head, outside, x, ends_ctx, outs.loss)
+    return Work(**sums, embed=embed, head=head)
+
+
+def _casts_of(block: SplitVjp, params: Any) -> list[Any]:
+    leaves = jax.tree.leaves(params)
+    return jax.eval_shape(lambda leaves: block.cast(leaves, range(len(leaves))), leaves)

@@ -6,7 +6,7 @@ their lengths.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,51 +14,52 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import buffers, collect
+from dualpipe_jax._executor import buffers
 from dualpipe_jax._executor.beats import Beat, after_beat
 from dualpipe_jax._executor.buffers import lay_out, when
+from dualpipe_jax._executor.collect import collect_gradients, collect_metrics
 from dualpipe_jax._executor.deliver import Delivery
-from dualpipe_jax._executor.functions import Functions
 from dualpipe_jax._executor.rank import Rank, Row
-from dualpipe_jax._executor.seeds import make_seeds
-from dualpipe_jax._executor.settings import Settings
 from dualpipe_jax._executor.state import SLOTS, State, empty_after, empty_state, one_stash
 from dualpipe_jax._executor.ticks import make_tick, rows_of, spare_slots, store_arrivals
+from dualpipe_jax._executor.trace import Functions
 from dualpipe_jax._leaves.explicit_axes import device_kind_of
+from dualpipe_jax._leaves.leaf import Leaf
 from dualpipe_jax._leaves.pick import pick, put_leaves
-from dualpipe_jax._leaves.plan import Plan
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Steady
 
+if TYPE_CHECKING:
+    from dualpipe_jax._executor.step import Step
+
 
 def run(
-    settings: Settings,
+    step: "Step",
     traced: Functions,
-    plan: Plan,
     params: PyTree,
     batch: PyTree,
     rng: Any,
     loss_scale: Any,
 ) -> tuple[Any, Any]:
     """The program of one device."""
-    batches = semantics.split(batch, settings.tables.num_microbatches)
-    params = plan.gather(params)
-    rank, state, weight = start(settings, traced, plan, params, batches, rng, loss_scale)
-    rows, steady = rows_of(settings.tables, settings.columns, settings.axis), settings.tables.steady
-    tick = make_tick(rank, settings.tables)
-    if settings.delivery is not None:
-        none = dict.fromkeys(settings.layout.stacks)
-        return _deliver(settings, settings.delivery, tick, state, rows), (none, None)
+    batches = semantics.split(batch, step.tables.num_microbatches)
+    params = jax.tree.map(Leaf.gather, traced.leaves, params)
+    rank, state, weight = start(step, traced, params, batches, rng, loss_scale)
+    rows, steady = rows_of(step.tables, step.columns, step.axis), step.tables.steady
+    tick = make_tick(rank, step.tables)
+    if step.delivery is not None:
+        none = dict.fromkeys(step.layout.stacks)
+        return _deliver(step, step.delivery, tick, state, rows), (none, None)
     if steady is None:
         state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
-        return _finish(settings, rank, plan, params, state, weight)
+        return _finish(step, rank, params, state, weight)
 
     # One scan over the ticks before and after the beats, so that they stand in the program once.
     assert steady.first_tick > 0, "the values that the first backward reads are made before it"
     run_steady = make_steady(rank, steady, rows)
-    ramp = np.delete(np.arange(settings.tables.num_ticks), steady.ticks)
+    ramp = np.delete(np.arange(step.tables.num_ticks), steady.ticks)
 
     def tick_or_steady(state: State, row: Any) -> tuple[State, None]:
         is_before, row = row
@@ -67,7 +68,7 @@ def run(
     ramp_rows = {name: column[ramp] for name, column in rows.items()}
     is_before = jnp.asarray(ramp == steady.first_tick - 1)
     state, _ = lax.scan(tick_or_steady, state, (is_before, ramp_rows))
-    return _finish(settings, rank, plan, params, state, weight)
+    return _finish(step, rank, params, state, weight)
 
 
 def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
@@ -148,7 +149,7 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
 
 
 def _deliver(
-    settings: Settings, delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
+    step: "Step", delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
 ) -> PyTree:
     """Runs all ticks, outputs moving on after each."""
     now, later = delivery.rows()
@@ -164,16 +165,15 @@ def _deliver(
 
 
 def start(
-    settings: Settings,
+    step: "Step",
     traced: Functions,
-    plan: Plan,
     params: PyTree,
     batches: PyTree,
     rng: Any,
     loss_scale: Any,
 ) -> tuple[Rank, State, Any]:
     """Brings the parameters to their ranks, and makes empty buffers."""
-    model, tables, layout = settings.model, settings.tables, settings.layout
+    model, tables, layout = step.model, step.tables, step.layout
     chunks = [
         {kind: (stack, traced.casts(kind, stack)) for kind, stack in chunk.items()}
         for chunk in layout.fetch(params["blocks"])
@@ -183,11 +183,15 @@ def start(
     is_apart = layout.is_unrolled
     if is_apart:
         chunks = [layout.unstack(chunk) for chunk in chunks]
-    weight = None if settings.output else semantics.total_weight(model, batches)
+    weight = None if step.output else semantics.total_weight(model, batches)
     if weight is not None:
-        weight = varying.sum_over(weight, settings.batch_axes)
-    count = tables.num_microbatches * settings.num_shards
-    loss_seed, aux_seed = make_seeds(traced.outputs, count=count, weight=weight, scale=loss_scale)
+        weight = varying.sum_over(weight, step.batch_axes)
+    count = tables.num_microbatches * step.num_shards
+    outs, total = traced.outputs, jnp.asarray(count)
+
+    def cotangent(loss: Any, total: jax.Array) -> jax.Array | None:
+        return None if loss is None else semantics.loss_cotangent(loss, total, loss_scale)
+
     rank = Rank(
         functions=traced,
         layout=layout,
@@ -199,40 +203,37 @@ def start(
         outside={part: tree for part, tree in params.items() if part != "blocks"},
         microbatches=batches,
         rng=rng,
-        shard=lax.axis_index(settings.batch_axes) if settings.num_shards > 1 else None,
-        loss_seed=loss_seed,
-        aux_seed=aux_seed,
-        delivery=settings.delivery,
-        full_backward=settings.full_backward,
-        defers=settings.defers,
-        takes_turns=settings.takes_turns,
-        interleaves=settings.platform != "cpu",
-        communicates=bool(settings.manual_axes),
-        device_kind=device_kind_of(settings.mesh),
-        poison=settings.poison,
+        shard=lax.axis_index(step.batch_axes) if step.num_shards > 1 else None,
+        loss_seed=cotangent(outs.loss, total if weight is None else weight),
+        aux_seed={kind: cotangent(aux.loss, total) for kind, aux in outs.aux.items()},
+        delivery=step.delivery,
+        full_backward=step.full_backward,
+        defers=step.defers,
+        takes_turns=step.takes_turns,
+        interleaves=step.platform != "cpu",
+        communicates=bool(step.manual_axes),
+        device_kind=device_kind_of(step.mesh),
+        poison=step.poison,
     )
     state = empty_state(
         traced,
         layout,
         params,
-        slots=settings.slots,
-        wanted=plan.wanted,
-        delivery=settings.delivery,
+        slots=step.slots,
+        delivery=step.delivery,
         is_lazy=tables.is_lazy,
-        poison=settings.poison,
+        poison=step.poison,
     )
     return rank, state, weight
 
 
-def _finish(
-    settings: Settings, rank: Rank, plan: Plan, params: PyTree, state: State, weight: Any
-) -> tuple[Any, Any]:
+def _finish(step: "Step", rank: Rank, params: PyTree, state: State, weight: Any) -> tuple[Any, Any]:
     """Sums over ranks and shards, and brings what belongs to layers back to their places."""
     sums = state.loss, state.aux, state.metrics
-    loss, aux, metrics = varying.sum_over(sums, (settings.axis, *settings.batch_axes))
-    count = settings.tables.num_microbatches * settings.num_shards
+    loss, aux, metrics = varying.sum_over(sums, (step.axis, *step.batch_axes))
+    count = step.tables.num_microbatches * step.num_shards
     loss = semantics.loss_of_sums(loss, aux, weight, count)
     grads = None
-    if not settings.tables.forward_only:
-        grads = collect.gradients(rank, plan, params, state)
-    return (loss, metrics), (collect.block_metrics(rank, plan, state), grads)
+    if not step.tables.forward_only:
+        grads = collect_gradients(rank, params, state)
+    return (loss, metrics), (collect_metrics(rank, step.batch_axes, state), grads)

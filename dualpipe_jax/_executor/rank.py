@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from dualpipe_jax._executor import barriers, buffers
 from dualpipe_jax._executor.buffers import RESIDUALS
 from dualpipe_jax._executor.deliver import Delivery
-from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.stages import Layer, Layout
+from dualpipe_jax._executor.trace import Functions, Gradients
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import Context

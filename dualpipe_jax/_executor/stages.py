@@ -21,9 +21,8 @@ from jax.sharding import PartitionSpec
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import buffers as slots
+from dualpipe_jax._executor.bring import Spread, Stack, spread
 from dualpipe_jax._executor.buffers import when
-from dualpipe_jax._executor.spread import Spread, spread
-from dualpipe_jax._executor.bring import Stack
 from dualpipe_jax._leaves.rules import Rule
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind, places_of

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax._executor import barriers, buffers
-from dualpipe_jax._executor.accumulators import Places
 from dualpipe_jax._executor.buffers import RESIDUALS, STASHES, SlotBuffer, allocate_slots
 from dualpipe_jax._executor.deliver import Delivery, Mail
-from dualpipe_jax._executor.functions import Functions, Gradients
 from dualpipe_jax._executor.stages import Layout
-from dualpipe_jax._leaves.pick import pick
+from dualpipe_jax._executor.trace import Functions, Gradients
+from dualpipe_jax._leaves.gradient import GradIndex, accumulated, pick_accumulated
 from dualpipe_jax._leaves.rules import SUM, Rule
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind
@@ -88,7 +87,9 @@ class State(NamedTuple):
     messages: tuple[PyTree, ...]
     mail: Mail | None = None
 
-    def take(self, names: Sequence[str], chunk: int, index: dict[Kind, Places]) -> tuple[Any, ...]:
+    def take(
+        self, names: Sequence[str], chunk: int, index: dict[Kind, GradIndex]
+    ) -> tuple[Any, ...]:
         """Takes the buffers of a chunk's layers that `LayerBuffers` has under these names.
 
         Args:
@@ -124,7 +125,7 @@ class State(NamedTuple):
                 changed[name] = by_kind
         return self._replace(**changed)
 
-    def take_shared(self, index: dict[Kind, Places]) -> SharedGrads:
+    def take_shared(self, index: dict[Kind, GradIndex]) -> SharedGrads:
         """Takes the sums of shared's gradients to which any kind of layer adds."""
         numbers = sorted({number for of_kind in index.values() for number in of_kind.shared})
         return {number: self.shared_grads[number] for number in numbers}
@@ -153,7 +154,7 @@ def add_gradients(
     sums: dict[int, Any],
     shared: SharedGrads,
     gradients: Sequence[jax.Array],
-    index: Places,
+    index: GradIndex,
     layer: Any,
 ) -> tuple[dict[int, Any], SharedGrads]:
     """Adds a layer's gradients, those of the layer's own leaves first, to the sums at `index`."""
@@ -190,7 +191,6 @@ def empty_state(
     params: PyTree,
     *,
     slots: dict[str, int],
-    wanted: dict[str, Any],
     delivery: Delivery | None,
     is_lazy: bool,
     poison: bool,
@@ -202,7 +202,6 @@ def empty_state(
       layout: Where the layers are.
       params: The parameters of this device.
       slots: The slots of each buffer.
-      wanted: For each part outside of blocks whether its leaves get a gradient.
       delivery: Where outputs go, in a program that returns outputs.
       is_lazy: Whether the tables are.
       poison: Whether slots start as values that spread, in tests.
@@ -224,23 +223,24 @@ def empty_state(
             for kind, stack in layout.stacks.items()
         }
 
-    outside_grads: list[jax.Array] = []
-    if gradients is not None:
-        parts = [part for part in ("ends", "shared") if part in params]
-        leaves = [leaf for part in parts for leaf in pick(params[part], wanted[part])]
-        outside_grads = [
-            rule.start(leaf.shape, semantics.accumulator_dtype(leaf.dtype))
-            for leaf, rule in zip(leaves, gradients.outside_rules, strict=True)
+    def zero_sums(part: str) -> list[jax.Array]:
+        if gradients is None or part not in params:
+            return []
+        leaves = gradients.leaves[part]
+        values = pick_accumulated(leaves, params[part])
+        return [
+            gradient.leaf.rule.start(value.shape, semantics.accumulator_dtype(value.dtype))
+            for gradient, value in zip(accumulated(leaves), values, strict=True)
         ]
-    num_ends = sum(wanted["ends"])
 
     def zero_grads(kind: Kind, stack: PyTree) -> list[Any]:
-        leaves = [
-            jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)
-        ]
         assert gradients is not None
-        has_grad = gradients.block[kind].has_grad[: len(leaves)]
-        return layout.zero_sums(kind, pick(leaves, has_grad), gradients.layer_rules[kind])
+        leaves = gradients.leaves["blocks"][kind]
+        layers = [
+            jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
+            for value in pick_accumulated(leaves, stack)
+        ]
+        return layout.zero_sums(kind, layers, [each.leaf.rule for each in accumulated(leaves)])
 
     loss, aux, metrics = semantics.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
     metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
@@ -254,8 +254,8 @@ def empty_state(
             {kind: zero_grads(kind, stack) for kind, stack in params["blocks"].items()}
             for _ in range(num_chunks)
         ],
-        ends_grads=outside_grads[:num_ends],
-        shared_grads=outside_grads[num_ends:],
+        ends_grads=zero_sums("ends"),
+        shared_grads=zero_sums("shared"),
         loss=loss,
         aux=aux,
         metrics=metrics,

@@ -3,40 +3,91 @@
 In: a model, tables, a mesh. Out: a function of (params, batch, rng), and a report of its memory.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax._executor import finish, memory, program, work
-from dualpipe_jax._executor import trace as trace
-from dualpipe_jax._executor.functions import Arguments, Functions
-from dualpipe_jax._executor.settings import Settings
-from dualpipe_jax._leaves import specs as _parameters
+from dualpipe_jax._executor import program
+from dualpipe_jax._executor.deliver import Delivery
+from dualpipe_jax._executor.memory import MemoryReport, Work, count_work, report_memory
+from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._executor.trace import Arguments, Functions, trace
 from dualpipe_jax._leaves.explicit_axes import (
     context_mesh,
     explicit_axes,
+    platform_of,
     run_as_auto,
 )
-from dualpipe_jax._leaves.pick import pick
-from dualpipe_jax._leaves.plan import Plan, by_kind
-from dualpipe_jax._model import kinds as _kinds
-from dualpipe_jax._model import semantics
-from dualpipe_jax._model import varying as _varying
-from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._leaves.leaf import Leaf, make_leaves
+from dualpipe_jax._model import semantics, varying
+from dualpipe_jax._model.kinds import (
+    Kind,
+    by_layout,
+    in_form_of,
+    kinds_of,
+    stacks_of,
+    with_values,
+)
+from dualpipe_jax._model.types import Model, PyTree
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.tables import Tables
 
 # A model's functions as one device runs them, and avals of their arguments.
 Traced = tuple[Functions, Arguments]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Step(Settings):
-    """The step of one model, schedule and mesh: a function of (params, batch, rng)."""
+class Step:
+    """The step of one model, schedule and mesh: a function of (params, batch, rng).
+
+    Attributes:
+      model: The model.
+      tables: What each rank does in each tick.
+      mesh: The device mesh; axes not named here are left to XLA's partitioner. A mesh of the
+        context (`jax.set_mesh`) with the same axes takes its place, on whatever devices it is.
+      axis: The pipeline axis.
+      batch_axes: The axes over which the batch's leading dim is sharded.
+      manual_axes: The axes of which the model's functions use collectives by name.
+      param_specs: How parameters are sharded: this and the next three as `make_leaves` takes them.
+      grad_specs: How gradients are sharded.
+      trainable: Which parameters get a gradient.
+      overwrite: Which parameters their gradients overwrite.
+      block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
+      num_layers: The layers in `params["blocks"]`.
+      layers_per_stage: The layers of each stage; None to spread them evenly.
+      execution: How the tables are run, all decided but `unroll`, which the layout decides.
+      grad_dtype: The dtype of gradients; None for that of each parameter.
+      output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
+      placement: The name in the compiled program of how the tables were placed; "" for none.
+      poison: Whether dead values are overwritten with values that spread, in tests.
+    """
+
+    model: Model
+    tables: Tables
+    mesh: Mesh | AbstractMesh
+    axis: str
+    block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
+    num_layers: int
+    execution: Execution
+    batch_axes: tuple[str, ...] = ()
+    manual_axes: tuple[str, ...] = ()
+    param_specs: PyTree = None
+    grad_specs: PyTree = None
+    trainable: PyTree = True
+    overwrite: PyTree = None
+    layers_per_stage: tuple[int, ...] | None = None
+    grad_dtype: Any = None
+    output: Callable[..., PyTree] | None = None
+    placement: str = ""
+    poison: bool = False
 
     def __call__(
         self,
@@ -51,138 +102,80 @@ class Step(Settings):
           The loss, with metrics if the model gives any, and the gradients, a tree like `params`;
           None for a forward-only program. With `output` the outputs, and None.
         """
-        mesh = context_mesh(like=self.mesh)
-        if mesh is not None and mesh != self.mesh:
-            return replace(self, mesh=mesh)(params, batch, rng, loss_scale)
-        with jax.named_scope(self.placement) if self.placement else nullcontext():
-            return self._call(params, batch, rng, loss_scale)
+        step = self._in_context
+        with jax.named_scope(step.placement) if step.placement else nullcontext():
+            return step._run(params, batch, rng, loss_scale)
 
-    def _call(
+    @property
+    def _in_context(self) -> "Step":
+        """The step over the mesh of the context, if that has the same axes."""
+        mesh = context_mesh(like=self.mesh)
+        return self if mesh in (None, self.mesh) else replace(self, mesh=mesh)
+
+    def _run(
         self, params: PyTree, batch: PyTree, rng: jax.Array | None, loss_scale: jax.Array | None
     ) -> tuple[Any, PyTree]:
-        given, blocks = params, params["blocks"]
-        wanted = _parameters.wanted(params, self.trainable)
-        overwritten = _parameters.overwritten(params, self.overwrite)
-        plan = self._plan(params, wanted, overwritten)
-        # From here on the blocks of all models are stacks by kind.
-        params = {**params, "blocks": _kinds.stacks_of(self.model, blocks)}
+        leaves = self._leaves_of(params)
+        args = self._by_kind(params), batch, rng, loss_scale
+        run = partial(self._shard_mapped, leaves=self._by_kind(leaves))
         if explicit_axes(self.mesh):
-            result, (block_metrics, grads) = run_as_auto(
-                partial(self._shard_mapped, plan=plan),
-                params,
-                batch,
-                rng,
-                loss_scale,
-                mesh=self.mesh,
-                out_shardings=self._out_shardings(params, plan),
-            )
+            out_shardings = self._out_shardings(args[0], self._by_kind(leaves))
+            out = run_as_auto(run, *args, mesh=self.mesh, out_shardings=out_shardings)
         else:
-            result, (block_metrics, grads) = self._shard_mapped(
-                params, batch, rng, loss_scale, plan=plan, mesh=self.mesh
-            )
+            out = run(*args, mesh=self.mesh)
+        result, (block_metrics, grads) = out
         if self.output is not None:
             return result, None
-        (loss, metrics), of_blocks = result, _kinds.by_layout(self.model, block_metrics)
-        result = semantics.result(self.model, loss, metrics, of_blocks)
+        loss, metrics = result
+        result = semantics.result(self.model, loss, metrics, by_layout(self.model, block_metrics))
         if grads is None:
             return result, None
-        grads = {**grads, "blocks": _kinds.in_order_of(self.model, blocks, grads["blocks"])}
-        return result, finish.as_parameters(
-            given, wanted, overwritten, grads, self.grad_dtype, loss_scale
-        )
-
-    def _plan_of(self, params: PyTree) -> Plan:
-        return self._plan(
+        blocks = in_form_of(self.model, params["blocks"], grads["blocks"])
+        return result, jax.tree.map(
+            partial(Leaf.finish, dtype=self.grad_dtype, loss_scale=loss_scale),
+            leaves,
             params,
-            _parameters.wanted(params, self.trainable),
-            _parameters.overwritten(params, self.overwrite),
+            with_values(params, {**grads, "blocks": blocks}),
         )
 
-    def _plan(
-        self, params: PyTree, wanted: dict[str, list[bool]], overwritten: dict[str, list[bool]]
-    ) -> Plan:
-        named: dict[str, Any] = {
-            "mesh": self.mesh,
-            "axis": self.axis,
-            "manual_axes": self.manual_axes,
-            "batch_axes": self.batch_axes,
-        }
-        specs = _parameters.specs(params, self.param_specs, **named)
-        specs_of_grads = _parameters.specs_of_grads(
-            params, self.grad_specs, like=specs, wanted=wanted, **named
-        )
-        kinds = partial(by_kind, self.model, params["blocks"])
-        from_axes = {self.axis, *self.batch_axes} - set(self.manual_axes)
-
-        def dims(specs: dict[str, list[PartitionSpec]]) -> dict[str, Any]:
-            over = {
-                part: [_parameters.dims_over(spec, from_axes) for spec in each]
-                for part, each in specs.items()
-            }
-            return {**over, "blocks": kinds(over["blocks"])}
-
-        gathers, scatters = dims(specs), dims(specs_of_grads)
-        specs = {
-            part: [_parameters.without(spec, from_axes) for spec in each]
-            for part, each in specs.items()
-        }
-        return Plan(
+    def _leaves_of(self, params: PyTree) -> PyTree:
+        """Makes the record of every leaf."""
+        return make_leaves(
+            params,
             mesh=self.mesh,
             axis=self.axis,
             batch_axes=self.batch_axes,
             manual_axes=self.manual_axes,
-            wanted={**wanted, "blocks": kinds(wanted["blocks"])},
-            overwritten={**overwritten, "blocks": kinds(overwritten["blocks"])},
-            specs={**specs, "blocks": kinds(specs["blocks"])},
-            gathers=gathers,
-            scatters=scatters,
-            leads={
-                kind: self.axis if stack.is_sharded else None
-                for kind, stack in self.layout.stacks.items()
-            },
+            trainable=self.trainable,
+            overwrite=self.overwrite,
+            param_specs=self.param_specs,
+            grad_specs=self.grad_specs,
         )
+
+    def _by_kind(self, tree: PyTree) -> dict[str, PyTree]:
+        """Makes the blocks of a tree like params stacks by kind, whatever the model."""
+        return {**tree, "blocks": stacks_of(self.model, tree["blocks"])}
 
     def memory(
         self,
         params: PyTree,
         batch: PyTree,
         rng: jax.Array | None,
-        traces: "dict[bool, Traced] | None" = None,
-    ) -> memory.MemoryReport:
+        traces: dict[bool, Traced] | None = None,
+    ) -> MemoryReport:
         """Adds up what the step holds on one device beside its arguments; avals will do.
 
         Steps of one model that differ in nothing but their schedule may share their `traces`.
         """
-        mesh = context_mesh(like=self.mesh)
-        if mesh is not None and mesh != self.mesh:
-            return replace(self, mesh=mesh).memory(params, batch, rng, traces)
-        plan = self._plan_of(params)
-        params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
-        traced, arguments = self._shared(traces, params, batch, rng, plan)
-        outside = [
-            leaf
-            for part, tree in arguments.outside.items()
-            for leaf in pick(tree, arguments.wanted[part])
-        ]
-        return memory.report(
-            traced,
-            self.layout,
-            self.tables,
-            slots=self.slots,
-            layers=arguments.layers,
-            outside=outside,
-            gathered=plan.gathered(
-                {
-                    **arguments.outside,
-                    "blocks": {
-                        kind: self.layout.stacks[kind].shard_avals(layer)
-                        for kind, layer in arguments.layers.items()
-                    },
-                }
-            ),
-            execution=replace(self.execution, unroll=self.layout.unrolled_by),
-            recomputes=self.recomputes,
-            rounds=self.platform == "tpu",
+        step = self._in_context
+        return report_memory(
+            *step._shared(traces, params, batch, rng, step.recomputes),
+            step.layout,
+            step.tables,
+            slots=step.slots,
+            execution=replace(step.execution, unroll=step.layout.unrolled_by),
+            recomputes=step.recomputes,
+            rounds=step.platform == "tpu",
         )
 
     def work(
@@ -190,67 +183,63 @@ class Step(Settings):
         params: PyTree,
         batch: PyTree,
         rng: jax.Array | None,
-        traces: "dict[bool, Traced] | None" = None,
+        traces: dict[bool, Traced] | None = None,
         recomputes: bool | None = None,
-    ) -> work.Work:
+    ) -> Work:
         """Counts what the step's actions compute on one device; avals will do.
 
         `traces` are as for `memory`; `recomputes` says whether deferred weight gradients count as
         if they recomputed, None as they do.
         """
-        mesh = context_mesh(like=self.mesh)
-        if mesh is not None and mesh != self.mesh:
-            return replace(self, mesh=mesh).work(params, batch, rng, traces, recomputes)
-        plan = self._plan_of(params)
-        params = {**params, "blocks": _kinds.stacks_of(self.model, params["blocks"])}
-        traced, arguments = self._shared(traces, params, batch, rng, plan, recomputes)
-        return self._inside(lambda: work.count(traced, arguments, self.layout), self.mesh)
+        step = self._in_context
+        recomputes = step.recomputes if recomputes is None else recomputes
+        traced, arguments = step._shared(traces, params, batch, rng, recomputes)
+        return step._inside(lambda: count_work(traced, arguments, step.layout), step.mesh)
 
     def _shared(
         self,
-        traces: "dict[bool, Traced] | None",
+        traces: dict[bool, Traced] | None,
         params: PyTree,
         batch: PyTree,
         rng: Any,
-        plan: Plan,
-        recomputes: bool | None = None,
+        recomputes: bool,
     ) -> Traced:
-        recomputes = self.recomputes if recomputes is None else recomputes
+        """Traces the functions, or takes the trace with this `recomputes`."""
+        leaves = self._by_kind(self._leaves_of(params))
         traces = {} if traces is None else traces
         if recomputes not in traces:
-            traces[recomputes] = self._traced(params, batch, rng, plan, self.mesh, recomputes)
+            params = self._by_kind(params)
+            traces[recomputes] = self._traced(params, batch, rng, leaves, self.mesh, recomputes)
         return traces[recomputes]
 
-    def _inside(self, trace: Callable[[], Any], mesh: Any) -> Any:
+    @property
+    def _hidden_axes(self) -> set[str]:
+        """The axes that no function of the model may name."""
+        return {self.axis, *self.batch_axes} - set(self.manual_axes)
+
+    def _inside(self, build: Callable[[], Any], mesh: Any) -> Any:
         """Traces where JAX keeps the types of varying values."""
-        outer = {self.axis, *self.batch_axes} - set(self.manual_axes)
-        return _varying.inside(trace, mesh=mesh, outer=outer, manual=self.manual_axes)
+        return varying.inside(build, mesh=mesh, outer=self._hidden_axes, manual=self.manual_axes)
 
     def _traced(
-        self,
-        params: PyTree,
-        batch: PyTree,
-        rng: Any,
-        plan: Plan,
-        mesh: Any,
-        recomputes: bool,
+        self, params: PyTree, batch: PyTree, rng: Any, leaves: PyTree, mesh: Any, recomputes: bool
     ) -> Traced:
         """Traces the model's functions as one device runs them."""
 
-        def trace() -> Traced:
-            arguments = self._arguments(params, batch, rng, plan)
-            traced = tracing.trace(
+        def build() -> Traced:
+            arguments = self._arguments(params, batch, rng, leaves)
+            functions = trace(
                 self.model,
                 self.block,
                 arguments,
                 forward_only=self.tables.forward_only,
                 output=self.output,
                 recomputes=recomputes,
-                hidden_axes={self.axis, *self.batch_axes} - set(self.manual_axes),
+                hidden_axes=self._hidden_axes,
             )
-            return traced, arguments
+            return functions, arguments
 
-        return self._inside(trace, mesh)
+        return self._inside(build, mesh)
 
     def _shard_mapped(
         self,
@@ -259,7 +248,7 @@ class Step(Settings):
         rng: Any,
         loss_scale: Any,
         *,
-        plan: Plan,
+        leaves: PyTree,
         mesh: Mesh | AbstractMesh | None = None,
     ) -> Any:
         """Runs the step on a mesh of Auto axes, or on that of the context.
@@ -268,17 +257,14 @@ class Step(Settings):
           The loss and the head's metrics, or outputs; and the blocks' metrics by kind, and the
           gradients.
         """
-        traced, _ = self._traced(params, batch, rng, plan, mesh, self.recomputes)
-        replicated = PartitionSpec()
-        specs = jax.tree.leaves(
-            plan.over_mesh(plan.gathers), is_leaf=lambda s: isinstance(s, PartitionSpec)
-        )
-        in_specs = jax.tree.unflatten(jax.tree.structure(params), specs)
+        functions, _ = self._traced(params, batch, rng, leaves, mesh, self.recomputes)
+        in_specs = jax.tree.map(lambda leaf: leaf.in_spec, leaves)
         grads_specs = None
         if not self.tables.forward_only:
-            grads_specs = plan.of_wanted(plan.over_mesh(plan.scatters))
+            grads_specs = jax.tree.map(lambda leaf: leaf.out_spec, leaves)
+        replicated = PartitionSpec()
         return jax.shard_map(
-            partial(program.run, self, traced, plan),
+            partial(program.run, self, functions),
             mesh=mesh,
             in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated, replicated),
             out_specs=(self._result_spec(), (self.layout.specs, grads_specs)),
@@ -286,44 +272,113 @@ class Step(Settings):
             check_vma=False,
         )(params, batch, rng, loss_scale)
 
-    def _arguments(self, params: PyTree, batch: PyTree, rng: Any, plan: Plan) -> Arguments:
-        """Says what the model's functions are given on one device."""
-        loss_axes, rows = plan.loss_axes, self.tables.num_microbatches * self.num_shards
+    def _arguments(self, params: PyTree, batch: PyTree, rng: Any, leaves: PyTree) -> Arguments:
+        """Makes avals of the arguments of the model's functions on one device."""
+        loss_axes = tuple(name for name in self.batch_axes if name in self.manual_axes)
+        rows = self.tables.num_microbatches * self.num_shards
 
         def microbatch(leaf: Any) -> Any:
             plain = jax.ShapeDtypeStruct((leaf.shape[0] // rows, *leaf.shape[1:]), leaf.dtype)
-            return _varying.aval(plain, loss_axes)
+            return varying.aval(plain, loss_axes)
 
-        shard = None
-        if self.num_shards > 1:
-            shard = _varying.aval(jax.ShapeDtypeStruct((), np.int32), loss_axes)
-        outside = [part for part in params if part != "blocks"]
+        avals = jax.tree.map(Leaf.local_aval, leaves, params)
+        shard = jax.ShapeDtypeStruct((), np.int32)
         return Arguments(
-            outside={part: plan.local_avals(params[part], plan.specs[part]) for part in outside},
-            # One layer, without the layers' dim.
-            layers={
-                kind: plan.local_avals(stack, plan.specs["blocks"][kind], skip=1)
-                for kind, stack in params["blocks"].items()
-            },
+            outside={part: tree for part, tree in avals.items() if part != "blocks"},
+            layers=avals["blocks"],
             microbatch=jax.tree.map(microbatch, batch),
-            rng=None if rng is None else _varying.aval(rng),
-            shard=shard,
-            wanted={"shared": [], **{part: plan.wanted[part] for part in outside}},
-            wanted_of_layers=plan.wanted["blocks"],
-            overwritten={"shared": [], **{part: plan.overwritten[part] for part in outside}},
-            overwritten_of_layers=plan.overwritten["blocks"],
+            rng=None if rng is None else varying.aval(rng),
+            shard=varying.aval(shard, loss_axes) if self.num_shards > 1 else None,
+            leaves=leaves,
             loss_axes=loss_axes,
         )
 
-    def _out_shardings(self, params: PyTree, plan: Plan) -> Any:
-        """Shardings of the results over Explicit axes."""
-        grads = None if self.tables.forward_only else plan.grad_shardings(params)
-        result = NamedSharding(self.mesh, self._result_spec(explicit_axes(self.mesh)))
-        return result, (plan.stack_shardings(), grads)
+    def _out_shardings(self, params: PyTree, leaves: PyTree) -> Any:
+        """Makes shardings of the results over Explicit axes."""
+        explicit = explicit_axes(self.mesh)
+
+        def over_explicit(spec: PartitionSpec) -> NamedSharding:
+            lead = self.axis if self.axis in spec and self.axis in explicit else None
+            return NamedSharding(self.mesh, PartitionSpec(lead))
+
+        grads = None
+        if not self.tables.forward_only:
+            grads = jax.tree.map(partial(Leaf.grad_sharding, mesh=self.mesh), leaves, params)
+        result = NamedSharding(self.mesh, self._result_spec(explicit))
+        stacks = {kind: over_explicit(spec) for kind, spec in self.layout.specs.items()}
+        return result, (stacks, grads)
 
     def _result_spec(self, axes: tuple[str, ...] | None = None) -> PartitionSpec:
-        """How outputs, or else loss and metrics, lie over those of `axes`; None for all axes."""
+        """How outputs, or else loss and metrics, are sharded over `axes`; None for all axes."""
         if self.delivery is None:
             return PartitionSpec()
         rows = (*self.batch_axes, *((self.axis,) if self.delivery.is_even else ()))
         return PartitionSpec(tuple(a for a in rows if axes is None or a in axes) or None)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which layers each rank has."""
+        return Layout(
+            axis=self.axis,
+            kinds=kinds_of(self.model, self.num_layers),
+            num_stages=self.tables.num_stages,
+            stage_of=np.asarray(self.tables.stage_of),
+            layers_per_stage=self.layers_per_stage,
+            unroll=self.execution.unroll,
+        )
+
+    @cached_property
+    def delivery(self) -> Delivery | None:
+        """Where outputs go; None without `output`."""
+        return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
+
+    @property
+    def full_backward(self) -> bool:
+        """Whether an input grad runs with its weight grad, if that directly follows."""
+        return self.execution.split_backward is False
+
+    @property
+    def defers(self) -> bool:
+        """Whether deferred weight grads keep their operands in separate slots."""
+        return DEFERRED in self.tables.num_slots
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether some weight grads are deferred, and recompute their operands."""
+        return self.defers and self.execution.deferred == "recompute"
+
+    @property
+    def platform(self) -> str | None:
+        """The platform of the mesh's devices; None if it is not known."""
+        return platform_of(self.mesh)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the backwards of layers in a row are to wait for each other: `Rank.next_turn`."""
+        named = {self.axis, *self.batch_axes, *self.manual_axes}
+        leaves_none = all(n == 1 for axis, n in self.mesh.shape.items() if axis not in named)
+        return self.platform == "cpu" and self.layout.is_unrolled and leaves_none
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """The slots of each buffer, with a spare one for values that nobody reads."""
+        slots = dict(self.tables.num_slots)
+        slots["received"] += 1
+        if self.full_backward:
+            slots["stash"] = 0
+        elif self.defers:
+            # Every I writes a stash, even if its W is deferred.
+            slots["stash"] = max(slots["stash"], 1)
+        return slots
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the tables that a tick reads."""
+        idle = {DEFERRED: not self.defers, "half": not self.tables.has_halves}
+        idle["send"] = not (self.tables.send >= 0).any()
+        return tuple(c for c in Tables.columns() if not idle.get(c))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the batch."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)

@@ -1,32 +1,125 @@
 """A model -> its functions as one device runs them, traced once, with their derivatives.
 
-In: the model, and avals of the functions' arguments on one device. Out: `Functions`. All uses of a
-parameter outside the stack leave the same sums over mesh axes to the end of the step.
+In: the model, and avals of the functions' arguments on one device. Out: `Functions`; each takes
+this device's part of everything, and may be called in any loop of the step. All uses of a parameter
+outside of blocks leave the same sums over mesh axes to the end of the step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from operator import attrgetter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.tree_util import keystr
 
 from dualpipe_jax._errors import raise_all
-from dualpipe_jax._executor import accumulators
-from dualpipe_jax._executor.accumulators import Places
-from dualpipe_jax._executor.functions import Arguments, Functions, Gradients
-from dualpipe_jax._executor.retrace import traced_once
-from dualpipe_jax._leaves.pick import pick, put_leaves, select
-from dualpipe_jax._leaves.rules import Rule, rules_of
-from dualpipe_jax._model import returns as _outputs
-from dualpipe_jax._model import semantics
-from dualpipe_jax._model import varying as _varying
+from dualpipe_jax._leaves.gradient import Axes, GradIndex, make_gradients, sum_results
+from dualpipe_jax._leaves.leaf import Leaf
+from dualpipe_jax._leaves.pick import pick, put_leaves
+from dualpipe_jax._leaves.rules import Rule
+from dualpipe_jax._model import returns, semantics, varying
 from dualpipe_jax._model.kinds import Kind
-from dualpipe_jax._model.types import Aux, Context, Model
-from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp
+from dualpipe_jax._model.returns import Outputs
+from dualpipe_jax._model.types import Aux, Context, Model, PyTree
+from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp, traced_once
 
-PyTree = Any
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Arguments:
+    """Avals of the arguments of the model's functions on one device.
+
+    Attributes:
+      outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside of blocks.
+      layers: The parameters of one layer of each kind.
+      microbatch: One microbatch.
+      rng: The step's key, or None.
+      shard: The index of the shard of the batch, or None.
+      leaves: The `Leaf`s of the parameters, those of blocks by kind.
+      loss_axes: The manual axes over which microbatches, and so losses, differ.
+    """
+
+    outside: dict[str, PyTree]
+    layers: dict[Kind, PyTree]
+    microbatch: PyTree
+    rng: Any
+    shard: Any
+    leaves: PyTree
+    loss_axes: tuple[str, ...]
+
+    @property
+    def leaves_outside(self) -> list[Leaf]:
+        """The `Leaf`s of `outside`."""
+        return jax.tree.leaves({part: self.leaves[part] for part in self.outside})
+
+    def leaves_of(self, kind: Kind) -> list[Leaf]:
+        """Lists the `Leaf`s of what a kind's block takes: a layer's, then the shared ones."""
+        return jax.tree.leaves((self.leaves["blocks"][kind], self.leaves.get("shared")))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Functions:
+    """The traced functions: either head and block, or these with their derivatives.
+
+    Attributes:
+      leaves: The `Leaf`s of the parameters, those of blocks by kind.
+      outputs: Avals of x, the loss, metrics and aux loss.
+      embed: `(outside, ctx) -> x`.
+      embeds_by_look_up: Whether that is so little work that every rank may as well do it.
+      head: `(outside, x, ctx) -> (loss, metrics)`.
+      output: `(outside, x, ctx) -> outputs`, in the place of head.
+      block: For each kind of layer `((layer, shared), x, ctx) -> (y, Aux)`.
+      gradients: The derivatives; None in forward-only programs.
+    """
+
+    leaves: PyTree
+    outputs: Outputs
+    embed: Callable[..., PyTree]
+    embeds_by_look_up: bool = False
+    head: Callable[..., tuple[jax.Array, PyTree]] | None = None
+    output: Callable[..., PyTree] | None = None
+    block: dict[Kind, Callable[..., tuple[PyTree, Aux]]] = field(default_factory=dict)
+    gradients: "Gradients | None" = None
+
+    @property
+    def size_of_x(self) -> int:
+        """Bytes of the largest leaf of x."""
+        leaves = jax.tree.leaves(self.outputs.x)
+        return max((leaf.size * leaf.dtype.itemsize for leaf in leaves), default=0)
+
+    def casts(self, kind: Kind, tree: PyTree, *, after: PyTree = ()) -> list[jax.Array]:
+        """Casts parameters as a kind's block would; among its own, they stand `after` others."""
+        if self.gradients is None:
+            return []
+        leaves, first = jax.tree.leaves(tree), len(jax.tree.leaves(after))
+        return self.gradients.block[kind].cast(leaves, range(first, first + len(leaves)))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gradients:
+    """The derivatives of a model's functions.
+
+    Attributes:
+      leaves: The `LeafGradient`s of the parameters, those of blocks by kind.
+      embed: `(outside, ctx, dx) -> (None, doutside)`; dx has the leaves of x that have a cotangent,
+        doutside those of outside that are wanted.
+      head: `(outside, x, ctx, seed) -> ((loss, metrics, dx), doutside)`.
+      embed_rules: How each of doutside of embed is added up; None for one that is left out.
+      head_rules: The same for head.
+      block: For each kind of layer its block's forward, input grad and weight grad; its gradients
+        are those of the wanted leaves of the layer, then of shared.
+      with_input_grad: For each kind where the gradients made with the input grad are added up.
+      with_weight_grad: The same of those made with the weight grad.
+      both: The same of those made with either.
+    """
+
+    leaves: PyTree
+    embed: Callable[..., tuple[None, list[jax.Array]]]
+    head: Callable[..., tuple[Any, list[jax.Array]]]
+    embed_rules: list[Rule | None]
+    head_rules: list[Rule | None]
+    block: dict[Kind, SplitVjp]
+    with_input_grad: dict[Kind, GradIndex]
+    with_weight_grad: dict[Kind, GradIndex]
+    both: dict[Kind, GradIndex]
 
 
 def trace(
@@ -44,7 +137,7 @@ def trace(
     Args:
       model: The model.
       blocks: For each kind of layer `(layer, x, ctx) -> (y, Aux)`, rematerialised as asked.
-      args: What the functions are given.
+      args: The functions' arguments.
       forward_only: Whether there are no gradients.
       output: `(ends, x, ctx) -> outputs`, in the place of head, in a forward-only program.
       recomputes: Whether deferred weight gradients are to recompute what they need.
@@ -52,9 +145,9 @@ def trace(
 
     Raises:
       ValueError: If the functions do not fit each other or the mesh.
-      TypeError: If one returns what it should not.
+      TypeError: If one returns a value of the wrong type.
     """
-    outs = _outputs.check(
+    outs = returns.check(
         model,
         args.outside,
         args.layers,
@@ -64,9 +157,95 @@ def trace(
         output=output,
         hidden_axes=hidden_axes,
     )
-    shared = args.outside.get("shared")
-    layer_ctx = outs.ctx
-    ends_ctx = replace(layer_ctx, layer=None)
+    layer_ctx, ends_ctx = outs.ctx, replace(outs.ctx, layer=None)
+    calls = _calls(model, blocks, output)
+    params = {kind: (layer, args.outside.get("shared")) for kind, layer in args.layers.items()}
+
+    def blocks_of(x: PyTree) -> tuple[list[PyTree], dict[Kind, Aux]]:
+        avals = {
+            kind: varying.eval_shape(block, params[kind], x, layer_ctx)
+            for kind, block in calls.block.items()
+        }
+        return [y for y, _ in avals.values()], {kind: aux for kind, (_, aux) in avals.items()}
+
+    x, aux = varying.close_over(blocks_of, outs.x)
+    outs = replace(outs, x=x, aux=aux)
+    # Over which axes the loss varies was not known before it was known for x.
+    if output is None:
+        loss, metrics = varying.eval_shape(calls.head, args.outside, x, ends_ctx)
+        outs = replace(outs, loss=loss, metrics=metrics)
+    else:
+        applied = varying.eval_shape(calls.output, args.outside, x, ends_ctx)
+        outs = replace(outs, applied=applied)
+    returns.require_reduced(outs, args.loss_axes)
+    calls = _typed(calls, x, args.loss_axes)
+
+    embed = _captured(calls.embed, args.outside, ends_ctx)
+    if forward_only:
+        return Functions(
+            leaves=args.leaves,
+            outputs=outs,
+            embed=embed,
+            head=None if output else _captured(calls.head, args.outside, x, ends_ctx),
+            output=_captured(calls.output, args.outside, x, ends_ctx) if output else None,
+            block={
+                kind: _captured(block, params[kind], x, layer_ctx)
+                for kind, block in calls.block.items()
+            },
+        )
+    head_grad, embed_grad = _gradients_outside(calls, [leaf.wanted for leaf in args.leaves_outside])
+    seed = varying.aval(outs.loss, args.loss_axes)
+    by_head = capture(head_grad, args.outside, x, ends_ctx, seed)
+    by_embed = capture(embed_grad, args.outside, ends_ctx, pick(x))
+    by_block = {
+        kind: split_vjp(
+            block,
+            params[kind],
+            x,
+            layer_ctx,
+            wanted=[leaf.wanted for leaf in args.leaves_of(kind)],
+            recomputes=recomputes,
+        )
+        for kind, block in calls.block.items()
+    }
+    _require_one_use(by_head[1], by_embed[1], by_block, args)
+    return Functions(
+        leaves=args.leaves,
+        outputs=outs,
+        embed=embed,
+        embeds_by_look_up=is_look_up(calls.embed, args.outside, ends_ctx),
+        gradients=_gradients(by_head, by_embed, by_block, args),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Calls:
+    """The model's functions in the forms that `Functions` lists."""
+
+    embed: Callable[..., PyTree]
+    head: Callable[..., tuple[jax.Array, PyTree]]
+    output: Callable[..., PyTree]
+    block: dict[Kind, Callable[..., tuple[PyTree, Aux]]]
+
+
+def _calls(
+    model: Model,
+    blocks: dict[Kind, Callable[..., tuple[PyTree, Aux]]],
+    output: Callable[..., PyTree] | None,
+) -> _Calls:
+    def embed(outside: PyTree, ctx: Context) -> PyTree:
+        ctx = replace(ctx, shared=outside.get("shared"))
+        return semantics.strong(model.embed(outside["ends"], ctx))
+
+    @traced_once
+    def head(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
+        outputs = model.head(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
+        return semantics.head_outputs(model, outputs)
+
+    def output_of(outside: PyTree, x: PyTree, ctx: Context) -> PyTree:
+        assert output is not None
+        outputs = output(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
+        return semantics.strong(outputs)
 
     def with_shared(block: Callable[..., Any]) -> Callable[..., Any]:
         @traced_once
@@ -77,100 +256,56 @@ def trace(
 
         return run
 
-    @traced_once
-    def head_of(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
-        outputs = model.head(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
-        return semantics.head_outputs(model, outputs)
+    by_kind = {kind: with_shared(block) for kind, block in blocks.items()}
+    return _Calls(embed=embed, head=head, output=output_of, block=by_kind)
 
-    def output_of(outside: PyTree, x: PyTree, ctx: Context) -> PyTree:
-        assert output is not None
-        outputs = output(outside["ends"], x, replace(ctx, shared=outside.get("shared")))
-        return semantics.strong(outputs)
 
-    plain = {kind: with_shared(block) for kind, block in blocks.items()}
-    params = {kind: (layer, shared) for kind, layer in args.layers.items()}
-    x, aux = _varying_x(plain, params, outs.x, layer_ctx)
-    loss_axes = args.loss_axes
-    outs = replace(outs, x=x, aux=aux)
-    # What varies was not known before it was known what x varies over.
-    if output is None:
-        loss, metrics = _varying.eval_shape(head_of, args.outside, x, ends_ctx)
-        outs = replace(outs, loss=loss, metrics=metrics)
-    else:
-        applied = _varying.eval_shape(output_of, args.outside, x, ends_ctx)
-        outs = replace(outs, applied=applied)
-    _outputs.require_reduced(outs, loss_axes)
+def _typed(calls: _Calls, x: PyTree, loss_axes: tuple[str, ...]) -> _Calls:
+    """Has every x that functions return vary over the axes of `x`, and every loss over its own."""
 
     def as_x(values: PyTree) -> PyTree:
-        return jax.tree.map(lambda a, like: _varying.cast(a, _varying.varies_over(like)), values, x)
+        return jax.tree.map(lambda a, like: varying.cast(a, varying.varies_over(like)), values, x)
+
+    @traced_once
+    def embed(outside: PyTree, ctx: Context) -> PyTree:
+        return as_x(calls.embed(outside, ctx))
+
+    def head(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
+        loss, metrics = calls.head(outside, x, ctx)
+        return varying.cast(loss, loss_axes), metrics
 
     def typed(block: Callable[..., Any]) -> Callable[..., Any]:
         def run(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
             y, aux = block(params, x, ctx)
-            loss = None if aux.loss is None else _varying.cast(aux.loss, loss_axes)
+            loss = None if aux.loss is None else varying.cast(aux.loss, loss_axes)
             return as_x(y), replace(aux, loss=loss)
 
         return run
 
-    @traced_once
-    def embed(outside: PyTree, ctx: Context) -> PyTree:
-        ctx = replace(ctx, shared=outside.get("shared"))
-        return as_x(semantics.strong(model.embed(outside["ends"], ctx)))
+    by_kind = {kind: typed(block) for kind, block in calls.block.items()}
+    return replace(calls, embed=embed, head=head, block=by_kind)
 
-    def head(outside: PyTree, x: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
-        loss, metrics = head_of(outside, x, ctx)
-        return _varying.cast(loss, loss_axes), metrics
 
-    wanted = [*args.wanted["ends"], *args.wanted["shared"]]
+def _gradients_outside(
+    calls: _Calls, wanted: list[bool]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Makes `Gradients.head` and `Gradients.embed`, for the wanted leaves outside of blocks."""
 
     def embed_grad(outside: PyTree, ctx: Context, dx: list[Any]) -> tuple[None, list[Any]]:
         def of(leaves: list[Any]) -> list[Any]:
-            return pick(embed(put_leaves(outside, leaves, wanted), ctx))
+            return pick(calls.embed(put_leaves(outside, leaves, wanted), ctx))
 
         return None, jax.vjp(of, pick(outside, wanted))[1](dx)[0]
 
     def head_grad(outside: PyTree, x: PyTree, ctx: Context, seed: Any) -> tuple[Any, list[Any]]:
         def of(leaves: list[Any], x_leaves: list[Any]) -> tuple[jax.Array, PyTree]:
-            return head(put_leaves(outside, leaves, wanted), put_leaves(x, x_leaves), ctx)
+            return calls.head(put_leaves(outside, leaves, wanted), put_leaves(x, x_leaves), ctx)
 
         loss, pull, metrics = jax.vjp(of, pick(outside, wanted), pick(x), has_aux=True)
         gradients, dx = pull(seed)
         return (loss, metrics, dx), gradients
 
-    outside = args.outside
-    run_embed = _captured(embed, outside, ends_ctx)
-    if forward_only:
-        return Functions(
-            outputs=outs,
-            embed=run_embed,
-            head=None if output else _captured(head, outside, x, ends_ctx),
-            output=_captured(output_of, outside, x, ends_ctx) if output else None,
-            block={
-                kind: _captured(typed(block), params[kind], x, layer_ctx)
-                for kind, block in plain.items()
-            },
-        )
-    seed = _varying.aval(outs.loss, loss_axes)
-    by_head = capture(head_grad, outside, x, ends_ctx, seed)
-    by_embed = capture(embed_grad, outside, ends_ctx, pick(x))
-    by_block = {
-        kind: split_vjp(
-            typed(block),
-            params[kind],
-            x,
-            layer_ctx,
-            wanted=[*args.wanted_of_layers[kind], *args.wanted["shared"]],
-            recomputes=recomputes,
-        )
-        for kind, block in plain.items()
-    }
-    _require_one_use(by_head[1], by_embed[1], by_block, args)
-    return Functions(
-        outputs=outs,
-        embed=run_embed,
-        embeds_by_look_up=is_look_up(embed, outside, ends_ctx),
-        gradients=_gradients(by_head, by_embed, by_block, args),
-    )
+    return head_grad, embed_grad
 
 
 def _captured(function: Callable[..., Any], *avals: Any) -> Callable[..., Any]:
@@ -182,152 +317,81 @@ def _captured(function: Callable[..., Any], *avals: Any) -> Callable[..., Any]:
     return lambda *args: run(*args)[0]
 
 
-def _varying_x(
-    blocks: dict[Kind, Callable[..., Any]], params: dict[Kind, PyTree], x: PyTree, ctx: Context
-) -> tuple[PyTree, dict[Kind, Aux]]:
-    """Finds over which manual axes x varies: those of what embed returns, and what blocks add.
-
-    Returns:
-      Avals of x, and of the Aux of each kind of block.
-    """
-    leaves, structure = jax.tree.flatten(x)
-    grown = [_varying.varies_over(a) for a in leaves]
-    while True:
-        before, aux = grown, {}
-        x = jax.tree.unflatten(structure, map(_varying.aval, leaves, before))
-        for kind, block in blocks.items():
-            y, aux[kind] = _varying.eval_shape(block, params[kind], x, ctx)
-            after = map(_varying.varies_over, jax.tree.leaves(y))
-            grown = [a | b for a, b in zip(grown, after, strict=True)]
-        if grown == before:
-            return x, aux
-
-
 def _gradients(
-    by_head: tuple[Callable[..., Any], list],
-    by_embed: tuple[Callable[..., Any], list],
+    by_head: tuple[Callable[..., Any], Axes],
+    by_embed: tuple[Callable[..., Any], Axes],
     blocks: dict[Kind, SplitVjp],
     args: Arguments,
 ) -> Gradients:
-    """Has all uses of a parameter outside the stack leave the same reductions to the end."""
+    """Has all uses of a parameter outside of blocks leave the same reductions to the end."""
     (head, head_axes), (embed, embed_axes) = by_head, by_embed
-    num_ends = sum(args.wanted["ends"])
-    # None stands for a gradient that is zero, whatever it is summed over.
-    uses: list[set[Any]] = [set(use) for use in zip(head_axes, embed_axes, strict=True)]
+    outside = [leaf for leaf in args.leaves_outside if leaf.wanted]
+    uses = [(outside, head_axes), (outside, embed_axes)]
     for kind, block in blocks.items():
-        skip = len(args.wanted_of_layers[kind])
-        shared = zip(block.has_grad[skip:], block.reduce_axes[skip:], strict=True)
-        mine = [axes if has else None for has, axes in shared]
-        for i, axes in enumerate(select(mine, args.wanted["shared"])):
-            uses[num_ends + i].add(axes)
-    overwritten = [
-        flag
-        for part in ("ends", "shared")
-        for flag in select(args.overwritten[part], args.wanted[part])
-    ]
-    kinds = [use - {None} for use in uses]
-    last = [use.pop() if len(use) == 1 else () for use in kinds]
+        flags = zip(block.has_grad, block.reduce_axes, strict=True)
+        uses.append((args.leaves_of(kind), [axes if has else None for has, axes in flags]))
+    gradients = make_gradients(args.leaves, uses)
+    of_leaf = {gradient.leaf: gradient for gradient in jax.tree.leaves(gradients)}
 
-    def now(axes: Sequence[Any], last: Sequence[Any]) -> list[Any]:
-        return [None if each == final else each for each, final in zip(axes, last, strict=True)]
+    def now(leaves: Iterable[Leaf], axes: Axes) -> list[tuple[str, ...]]:
+        """Lists the axes over which the gradients of one use are summed at once."""
+        pairs = zip(leaves, axes, strict=True)
+        return [() if of is None or of == of_leaf[leaf].reduce_axes else of for leaf, of in pairs]
 
-    def block_of(kind: Kind) -> SplitVjp:
-        block, skip = blocks[kind], len(args.wanted_of_layers[kind])
-        rest = iter(last[num_ends:])
-        at_last = [next(rest) if on else () for on in args.wanted["shared"]]
-        axes = [*[None] * skip, *now(block.reduce_axes[skip:], at_last)]
-        early, late = select(axes, block.is_early), select(axes, block.is_late)
+    def summed(kind: Kind, block: SplitVjp) -> SplitVjp:
+        axes = now(args.leaves_of(kind), [*block.reduce_axes])
+        with_input_grad, with_weight_grad = (
+            [of for of, flag in zip(axes, flags, strict=True) if flag]
+            for flags in (block.is_early, block.is_late)
+        )
         return replace(
             block,
-            input_grad=_summed(block.input_grad, early),
-            weight_grad=_summed(block.weight_grad, late, is_all=True),
-            deferred_weight_grad=_summed(block.deferred_weight_grad, late, is_all=True),
+            input_grad=sum_results(block.input_grad, with_input_grad),
+            weight_grad=sum_results(block.weight_grad, with_weight_grad, is_all=True),
+            deferred_weight_grad=sum_results(
+                block.deferred_weight_grad, with_weight_grad, is_all=True
+            ),
         )
 
-    of_early, of_late = (
-        {kind: _places(block, kind, flags(block), args) for kind, block in blocks.items()}
-        for flags in (attrgetter("is_early"), attrgetter("is_late"))
-    )
+    def index(kind: Kind, flags: Sequence[bool]) -> GradIndex:
+        return GradIndex.of([of_leaf[leaf] for leaf in pick(args.leaves_of(kind), flags)])
+
+    with_input_grad = {kind: index(kind, block.is_early) for kind, block in blocks.items()}
+    with_weight_grad = {kind: index(kind, block.is_late) for kind, block in blocks.items()}
     return Gradients(
-        head=_summed(head, now(head_axes, last)),
-        embed=_summed(embed, now(embed_axes, last)),
-        block={kind: block_of(kind) for kind in blocks},
-        early=of_early,
-        late=of_late,
-        both=accumulators.either(of_early, of_late),
-        reduce_axes=last,
-        outside_rules=rules_of(overwritten),
-        embed_rules=_rules_of_use(overwritten, embed_axes),
-        head_rules=_rules_of_use(overwritten, head_axes),
-        layer_rules={kind: _layer_rules(block, kind, args) for kind, block in blocks.items()},
+        leaves=gradients,
+        head=sum_results(head, now(outside, head_axes)),
+        embed=sum_results(embed, now(outside, embed_axes)),
+        head_rules=_rules(outside, head_axes),
+        embed_rules=_rules(outside, embed_axes),
+        block={kind: summed(kind, block) for kind, block in blocks.items()},
+        with_input_grad=with_input_grad,
+        with_weight_grad=with_weight_grad,
+        both={kind: of.join(with_weight_grad[kind]) for kind, of in with_input_grad.items()},
     )
+
+
+def _rules(leaves: list[Leaf], axes: Axes) -> list[Rule | None]:
+    """Gives rules to what a use adds: none to a zero that would count as a value."""
+    pairs = zip(leaves, axes, strict=True)
+    return [None if leaf.overwritten and of is None else leaf.rule for leaf, of in pairs]
 
 
 def _require_one_use(
-    head_axes: list[Any], embed_axes: list[Any], blocks: dict[Kind, SplitVjp], args: Arguments
+    head_axes: Axes, embed_axes: Axes, blocks: dict[Kind, SplitVjp], args: Arguments
 ) -> None:
     """Requires one use of a leaf that its gradient overwrites: two would be added up."""
-
-    def names(tree: PyTree, twice: Sequence[bool], name: str) -> list[str]:
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        return [f"{name}{keystr(path)}" for path in select(paths, twice)]
-
-    in_both = iter(
-        head is not None and embed is not None
-        for head, embed in zip(head_axes, embed_axes, strict=True)
-    )
-    of_ends = [next(in_both) if on else False for on in args.wanted["ends"]]
-    twice = [a and b for a, b in zip(of_ends, args.overwritten["ends"], strict=True)]
-    found = names(args.outside["ends"], twice, "params['ends']")
+    outside = [leaf for leaf in args.leaves_outside if leaf.wanted]
+    found = [
+        leaf
+        for leaf, *axes in zip(outside, head_axes, embed_axes, strict=True)
+        if leaf.overwritten and None not in axes
+    ]
     for kind, block in blocks.items():
-        flags = args.overwritten_of_layers[kind]
-        sums = zip(flags, block.is_sum[: len(flags)], strict=True)
-        stack = "params['blocks']" if kind is None else f"params['blocks'][{kind!r}]"
-        found += names(args.layers[kind], [a and b for a, b in sums], stack)
+        of_block = zip(args.leaves_of(kind), block.is_sum, strict=True)
+        found += [leaf for leaf, is_sum in of_block if leaf.overwritten and is_sum]
     raise_all(
         "overwrite: a leaf that its gradient overwrites must be used once in each microbatch and "
         "layer, as its new values would be added up; give each use a leaf of its own",
-        (f"{name} is used more than once" for name in found),
+        (f"{leaf.name} is used more than once" for leaf in found),
     )
-
-
-def _rules_of_use(overwritten: list[bool], axes: list[Any]) -> list[Rule | None]:
-    """Gives rules to what a use adds: none to a zero that would count as a value."""
-    return [
-        None if flag and each is None else rule
-        for flag, each, rule in zip(overwritten, axes, rules_of(overwritten), strict=True)
-    ]
-
-
-def _layer_rules(block: SplitVjp, kind: Kind, args: Arguments) -> tuple[Rule, ...]:
-    flags = args.overwritten_of_layers[kind]
-    return tuple(rules_of(select(flags, block.has_grad[: len(flags)])))
-
-
-def _places(block: SplitVjp, kind: Kind, flags: Sequence[bool], args: Arguments) -> Places:
-    """Finds the places of the gradients of the flagged leaves of a layer and of shared."""
-    skip = len(flags) - len(args.wanted["shared"])
-    of_layer = select(flags[:skip], block.has_grad[:skip])
-    of_shared = select(flags[skip:], args.wanted["shared"])
-    layer, shared = (tuple(i for i, on in enumerate(f) if on) for f in (of_layer, of_shared))
-    rules = _layer_rules(block, kind, args)
-    return Places(layer=layer, shared=shared, rules=tuple(rules[i] for i in layer))
-
-
-def _summed(
-    function: Callable[..., Any], axes: list[Any], *, is_all: bool = False
-) -> Callable[..., Any]:
-    """Sums each of the gradients over its axes, if it has any.
-
-    They are the last of what `function` returns, or all of it.
-    """
-    if not any(axes):
-        return function
-
-    def run(*args: Any) -> Any:
-        out = function(*args)
-        *results, gradients = (out,) if is_all else out
-        summed = [_varying.sum_over(g, over or ()) for g, over in zip(gradients, axes, strict=True)]
-        return summed if is_all else (*results, summed)
-
-    return run

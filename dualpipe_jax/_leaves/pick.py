@@ -1,33 +1,40 @@
-"""The leaves of a tree that have a cotangent, taken out and put back."""
+"""Some leaves of a tree, such as those that have a cotangent, taken out and put back."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._split_vjp import is_differentiable
 
-PyTree = Any
 
+def pick(tree: PyTree, wanted: PyTree = None) -> list[Any]:
+    """Lists the wanted leaves of a tree.
 
-def select(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
-    """Lists the wanted values, whatever they are."""
-    return [value for value, is_wanted in zip(values, wanted, strict=True) if is_wanted]
-
-
-def pick(tree: PyTree, wanted: Sequence[bool] | None = None) -> list[Any]:
-    """Lists the wanted leaves: if not said, those that have a cotangent."""
+    Args:
+      tree: The tree.
+      wanted: A bool for every leaf; None for the leaves that have a cotangent.
+    """
     leaves = jax.tree.leaves(tree)
-    wanted = [is_differentiable(leaf) for leaf in leaves] if wanted is None else wanted
-    return select(leaves, wanted)
+    return [leaf for leaf, flag in zip(leaves, _flags(leaves, wanted), strict=True) if flag]
 
 
-def put_leaves(tree: PyTree, picked: Sequence[Any], wanted: Sequence[bool] | None = None) -> PyTree:
-    """Puts `picked` in the places of the wanted leaves of `tree`."""
+def put_leaves(tree: PyTree, picked: Sequence[Any], wanted: PyTree = None) -> PyTree:
+    """Returns the tree with the `picked` leaves in the places of the wanted ones.
+
+    Args:
+      tree: The tree.
+      picked: A leaf for each wanted one, in the order in which `pick` lists them.
+      wanted: As for `pick`.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    wanted = [is_differentiable(leaf) for leaf in leaves] if wanted is None else wanted
-    rest = iter(picked)
-    return jax.tree.unflatten(
-        structure,
-        [next(rest) if here else leaf for leaf, here in zip(leaves, wanted, strict=True)],
-    )
+    entries = [i for i, flag in enumerate(_flags(leaves, wanted)) if flag]
+    for entry, leaf in zip(entries, picked, strict=True):
+        leaves[entry] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _flags(leaves: list[Any], wanted: PyTree) -> list[bool]:
+    """Lists a bool for every leaf."""
+    return list(map(is_differentiable, leaves)) if wanted is None else jax.tree.leaves(wanted)

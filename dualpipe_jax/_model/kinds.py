@@ -6,14 +6,13 @@ whose name is None: everything further down knows kinds only.
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from dualpipe_jax._model.types import Model, PyTree
 
 Kind = str | None
-T = TypeVar("T")
 
 
 def blocks_of(model: Model) -> dict[Kind, Callable[..., PyTree]]:
@@ -53,15 +52,17 @@ def by_layout(model: Model, stacks: dict[Kind, PyTree]) -> PyTree:
     return {kind: stack for kind, stack in stacks.items() if jax.tree.leaves(stack)}
 
 
-def in_order_of(model: Model, blocks: PyTree, leaves: dict[Kind, list[T]]) -> list[T]:
-    """Lists the leaves of all kinds, in the order in which those of `blocks` stand.
+def in_form_of(model: Model, blocks: PyTree, stacks: dict[Kind, PyTree]) -> PyTree:
+    """Puts a tree for the stack of every kind where `blocks` holds the stack."""
+    return stacks[None] if model.layout is None else with_values(blocks, stacks)
 
-    Dicts of different types put their keys in different orders.
-    """
-    structure = jax.tree.structure(blocks)
-    places = stacks_of(model, jax.tree.unflatten(structure, range(structure.num_leaves)))
-    order = sorted(leaves, key=lambda kind: min(jax.tree.leaves(places[kind]), default=0))
-    return [leaf for kind in order for leaf in leaves[kind]]
+
+def with_values(mapping: Mapping, values: Mapping[Any, PyTree]) -> Any:
+    """Returns a mapping of the same type, a pytree, with other values for its keys."""
+    entries, structure = jax.tree_util.tree_flatten_with_path(
+        mapping, is_leaf=lambda node: node is not mapping
+    )
+    return structure.unflatten([values[path[0].key] for path, _ in entries])
 
 
 def runs_of(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:

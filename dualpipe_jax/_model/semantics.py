@@ -149,6 +149,20 @@ def loss_of_sums(
     return loss
 
 
+def loss_cotangent(loss: Any, total: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Makes the cotangent of one microbatch's loss, in the loss's dtype: scale / total.
+
+    Args:
+      loss: The loss, or its aval.
+      total: The microbatches of all shards, or their weight.
+      scale: A factor of all cotangents; None for 1.
+    """
+    # Scaled before it is rounded to the loss's own dtype, in which it might be lost.
+    dtype = accumulator_dtype(loss.dtype)
+    value = 1 / total.astype(dtype)
+    return (value if scale is None else value * scale.astype(dtype)).astype(loss.dtype)
+
+
 def result(model: Model, loss: jax.Array, metrics: PyTree, blocks: PyTree) -> Any:
     """Makes what a user is given of the loss, the head's metrics, and those of blocks, stacked.
 

@@ -93,6 +93,29 @@ def with_mesh(avals: PyTree) -> PyTree:
     return jax.tree.map(place, avals)
 
 
+def close_over(step: Callable[[PyTree], tuple[list[PyTree], Any]], x: PyTree) -> tuple[PyTree, Any]:
+    """Finds over which manual axes x varies if the results of functions of x become x again.
+
+    Args:
+      step: `x -> (ys, rest)`, on avals: what becomes x again, and anything else.
+      x: Avals.
+
+    Returns:
+      Avals of x, which vary over the axes of all ys too, and the rest.
+    """
+    leaves, structure = jax.tree.flatten(x)
+    axes = [varies_over(leaf) for leaf in leaves]
+    # A fixpoint: a round that is not the last one adds an axis to a leaf, and no leaf loses one.
+    for _ in range(1 + len(leaves) * len(jax.sharding.get_abstract_mesh().manual_axes)):
+        x, before = jax.tree.unflatten(structure, map(aval, leaves, axes)), axes
+        ys, rest = step(x)
+        for y in ys:
+            axes = [a | varies_over(b) for a, b in zip(axes, jax.tree.leaves(y), strict=True)]
+        if axes == before:
+            return x, rest
+    raise AssertionError("x varied over more axes than there are")
+
+
 def sum_over(values: PyTree, axes: Iterable[str]) -> PyTree:
     """Sums arrays over mesh axes; over one that stands twice, twice.
 

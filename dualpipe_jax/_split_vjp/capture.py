@@ -1,9 +1,11 @@
 """A function traced once, to be run where JAX's types of varying values are not kept."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import jaxpr_as_fun
 
 from dualpipe_jax._model.varying import without_types
 from dualpipe_jax._split_vjp.cut import CHEAP_LATER
@@ -44,6 +46,26 @@ def capture(
     run.__name__ = function.__name__  # what a profile shows
     # Under jit it is traced once, however many branches call it.
     return jax.jit(run), axes
+
+
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a function for the first arguments of each type, and then runs the trace of that call.
+
+    So a user's Python runs once for all that is asked of it (shapes, types, derivatives), which
+    saves seconds with deep Flax modules. It must be called within one trace.
+    """
+    traces: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        types = structure, tuple(map(jax.typeof, leaves))
+        if types not in traces:
+            traces[types] = jax.make_jaxpr(function, return_shape=True)(*args)
+        jaxpr, out = traces[types]
+        return jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(jaxpr)(*leaves))
+
+    return run
 
 
 # What a look-up in a table may consist of, besides elementwise steps.

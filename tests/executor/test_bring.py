@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe_jax._executor.bring import Stack
-from dualpipe_jax._executor.spread import spread
+from dualpipe_jax._executor.bring import Stack, spread
 from dualpipe_jax._executor.travel import plan_travel
 from dualpipe_jax._leaves.rules import LARGEST, SUM
 

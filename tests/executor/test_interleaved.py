@@ -8,7 +8,8 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._api import build
-from dualpipe_jax._executor import barriers, beats, settings
+from dualpipe_jax._executor import barriers, beats
+from dualpipe_jax._executor import step as step_module
 from dualpipe_jax._executor.layer import LayerWork
 from dualpipe_jax._executor.stages import Layout
 from dualpipe_jax._schedule import layer_order
@@ -57,7 +58,7 @@ def test_interleaved_beats_equal_the_sequential_model(
     remat: str,
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(settings, "platform_of", lambda mesh: platform)
+    monkeypatch.setattr(step_module, "platform_of", lambda mesh: platform)
     if platform == "cuda":
         # What lowering for a GPU would choose.
         monkeypatch.setattr(barriers, "wait_for", barriers.select_after)
@@ -89,7 +90,7 @@ def test_full_backwards_as_accelerators_run_them_by_default(
     monkeypatch: pytest.MonkeyPatch, schedule: str, num_layers: int, options: dict[str, Any]
 ) -> None:
     """In ticks, where layers take no turns as on CPUs."""
-    for module in (settings, build):
+    for module in (step_module, build):
         monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
     model, params, batch = make_model(frozenset(FEATURES)), make_params(num_layers), make_batch(12)
     grad_fn = dpj.value_and_grad(
@@ -107,7 +108,7 @@ def test_what_weight_grads_hide_changes_no_value(
     monkeypatch: pytest.MonkeyPatch, most_times: float, remat: str
 ) -> None:
     """Where W of one layer hides what is sent, and where that of the last but one hides it."""
-    monkeypatch.setattr(settings, "platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "tpu")
     hides = []
 
     def can_hide(*_: Any, times: float) -> bool:
@@ -140,7 +141,7 @@ def test_weight_grads_follow_their_layer(
     monkeypatch: pytest.MonkeyPatch, platform: str, most_times: float, order: str
 ) -> None:
     """But for those of the last layers, which hide the transfers."""
-    monkeypatch.setattr(settings, "platform_of", lambda mesh: platform)
+    monkeypatch.setattr(step_module, "platform_of", lambda mesh: platform)
     monkeypatch.setattr(beats, "_can_hide", lambda *_, times: times <= most_times)
     found = set()
     run_order = beats.Beat._run_order
@@ -182,7 +183,7 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
     num_pairs: int,
 ) -> None:
     """F of each kind beside I of each kind that it meets on some rank."""
-    monkeypatch.setattr(settings, "platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "tpu")
     met = []
     loop_pairs = Layout.loop_pairs
 
@@ -218,7 +219,7 @@ def test_what_f_keeps_waits_until_its_pair_is_done(
     monkeypatch: pytest.MonkeyPatch, unroll: bool, num_pairs: int
 ) -> None:
     """Else a GPU's compiler writes it where a matmul should hide an exchange."""
-    monkeypatch.setattr(settings, "platform_of", lambda mesh: "cuda")
+    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "cuda")
     made, waiting = [], []
     run_forward = LayerWork._forward
 
