@@ -1,18 +1,24 @@
 """A slow, plain executor of `Tables` in NumPy, and the model it runs: sin(weight @ x) a stage.
 
 The model needs every buffer: I needs what only it needs (the residual, weight @ x), W needs x (the
-weight residual) and the cotangent of weight @ x, which I computes for it (the stash). Of a full
-backward in halves the last layer is the sin, the first one the product. A slot that holds nothing
+weight residual) and the cotangent of weight @ x, which I computes for it (the stash). In a full
+backward the upper half is the sin's, the lower one the product's. A slot that holds nothing
 holds NaN, which would spread to loss or gradient. Exchanges bring to each rank the values of their
 pairs, and NaN in place of others.
 """
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import FIRST_LAYERS, FORWARD, INPUT_GRAD, LAST_LAYERS, WEIGHT_GRAD
+from dualpipe_jax._schedule.actions import FORWARD, Opcode
 from dualpipe_jax._schedule.tables import Tables
 
 WIDTH = 2
+INPUT_GRADS = (
+    Opcode.INPUT_GRAD,
+    Opcode.INPUT_GRAD_DEFERRING,
+    Opcode.BACKWARD_UPPER,
+    Opcode.BACKWARD,
+)
 
 
 def random_model(num_stages: int, num_microbatches: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,29 +97,31 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
                 output[rank] = np.sin(product)
                 if stage == last:  # the head: its loss's cotangent is x itself
                     loss += output[rank] @ output[rank] / 2
-            elif opcode == INPUT_GRAD:
+            elif opcode in INPUT_GRADS:
                 cotangent = take("received", rank, cell["read"])
-                is_half = cell["half"] == LAST_LAYERS
-                product = take("residual", rank, cell["residual"], last_read=not is_half)
-                take("weight_residual", rank, cell["weight_residual"], last_read=False)
-                if cell["deferred"] >= 0:
+                is_upper = opcode == Opcode.BACKWARD_UPPER
+                product = take("residual", rank, cell["residual"], last_read=not is_upper)
+                x = take("weight_residual", rank, cell["weight_residual"], last_read=False)
+                of_product = cotangent * np.cos(product)
+                output[rank] = of_product if is_upper else weight.T @ of_product
+                if opcode == Opcode.INPUT_GRAD:
+                    put("stash", rank, cell["stash"], of_product)
+                elif opcode == Opcode.INPUT_GRAD_DEFERRING:
                     put("deferred", rank, cell["deferred"], cotangent)
-                else:
-                    put("stash", rank, cell["stash"], cotangent * np.cos(product))
-                output[rank] = cotangent * np.cos(product)
-                if not is_half:
-                    output[rank] = weight.T @ output[rank]
-            elif opcode == WEIGHT_GRAD:
+                elif opcode == Opcode.BACKWARD:
+                    grads[cell["chunk"], rank] += np.outer(of_product, x)
+            elif opcode != Opcode.IDLE:
                 x = take("weight_residual", rank, cell["weight_residual"])
-                if cell["deferred"] >= 0:  # what the stash would hold is made again
-                    stashed = take("deferred", rank, cell["deferred"]) * np.cos(weight @ x)
-                else:
-                    stashed = take("stash", rank, cell["stash"])
-                if cell["half"] == FIRST_LAYERS:  # it makes what the stash would hold of it
+                of_product = np.zeros(WIDTH)
+                if opcode == Opcode.WEIGHT_GRAD:
+                    of_product = take("stash", rank, cell["stash"])
+                elif opcode == Opcode.WEIGHT_GRAD_DEFERRED:  # it makes the stash again
+                    of_product = take("deferred", rank, cell["deferred"]) * np.cos(weight @ x)
+                elif opcode == Opcode.BACKWARD_LOWER:
                     take("residual", rank, cell["residual"])
-                    stashed = take("received", rank, cell["read"])
-                    output[rank] = weight.T @ stashed
-                grads[cell["chunk"], rank] += np.outer(stashed, x)
+                    of_product = take("received", rank, cell["read"])
+                    output[rank] = weight.T @ of_product
+                grads[cell["chunk"], rank] += np.outer(of_product, x)
             if cell["keep"] >= 0:
                 put("received", rank, cell["keep"], output[rank])
             if cell["send"] >= 0:

@@ -19,10 +19,10 @@ from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._executor.stages import Layout
 from dualpipe_jax._predict import TRANSFER, usual_costs
 from dualpipe_jax._predict.simulation import durations_of
+from dualpipe_jax._schedule.actions import Opcode
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.generators.forward_only import forward_only
-from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from dualpipe_jax._schedule.tables import Tables
 from tests.hlo import AS_EVER, instructions, loop_lines
 from tests.jaxprs import bytes_in, loops
@@ -366,7 +366,7 @@ def test_dead_values_are_never_read_in_a_run(
         full_backward=full_backward,
     ).tables
     assert tables.steady is not None
-    assert tables.has_halves == full_backward
+    assert (Opcode.BACKWARD_UPPER in tables.opcodes) == full_backward
     assert_dead_values_are_never_read(
         schedule,
         tables=tables,
@@ -465,7 +465,7 @@ def test_poison_is_found_when_a_dead_deferred_value_is_read() -> None:
     schedule = dpj.schedules.make("zb-h1", num_ranks=4, num_microbatches=5)
     tables = compile_program(schedule.program, stash_deferred=False).tables
     deferred = tables.deferred.copy()
-    tick, rank = np.argwhere((tables.opcode == WEIGHT_GRAD) & (deferred >= 0))[-1]
+    tick, rank = np.argwhere(tables.opcode == Opcode.WEIGHT_GRAD_DEFERRED)[-1]
     deferred[tick, rank] = (deferred[tick, rank] + 1) % tables.num_slots["deferred"]
     wrong = dataclasses.replace(tables, deferred=deferred)
     step = make_step(schedule, tables=wrong, remat="block", poison=True)

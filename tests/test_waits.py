@@ -13,8 +13,8 @@ from dualpipe_jax._predict.waits import (
     Waits,
     explain_waits,
 )
+from dualpipe_jax._schedule.actions import IDLE
 from dualpipe_jax._schedule.exchanges import add_exchanges
-from dualpipe_jax._schedule.ir import IDLE
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
 from dualpipe_jax._schedule.tables import Tables
 from tests.schedules_under_test import NAMES, compiled

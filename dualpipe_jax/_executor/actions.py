@@ -18,7 +18,7 @@ from dualpipe_jax._executor.state import LayerBuffers, State, empty_after
 from dualpipe_jax._leaves.pick import put_leaves
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.types import PyTree
-from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.actions import DEFERRED
 
 
 @jax.named_scope(_scopes.EMBED)

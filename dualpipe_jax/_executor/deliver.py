@@ -24,7 +24,7 @@ from jax import lax
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import buffers
 from dualpipe_jax._executor.buffers import when
-from dualpipe_jax._schedule.ir import FORWARD
+from dualpipe_jax._schedule.actions import FORWARD
 from dualpipe_jax._schedule.tables import Tables
 
 PyTree = Any

@@ -22,7 +22,7 @@ from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._executor.state import LayerBuffers, SharedGrads, add_aux, add_gradients
 from dualpipe_jax._model.types import PyTree
-from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.actions import DEFERRED
 
 # The buffers and sums that actions touch, in the order in which these pass through loops.
 TOUCHES = {
@@ -147,7 +147,7 @@ class LayerWork:
                 return buffer.write(layer.index, self._row[DEFERRED], values)
 
             if "stash" in self.stores:
-                kept = when(row["is_deferred"] > 0, store, buffers.deferred)
+                kept = when(row["is_deferring"], store, buffers.deferred)
             else:
                 kept = store(buffers.deferred)
             buffers = buffers._replace(deferred=kept)

@@ -20,8 +20,8 @@ from dualpipe_jax._leaves.gradient import pick_accumulated
 from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._split_vjp import SplitVjp, contraction_flops
 

@@ -14,7 +14,7 @@ from dualpipe_jax._executor.trace import Functions, Gradients
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import Context
-from dualpipe_jax._schedule.ir import DEFERRED
+from dualpipe_jax._schedule.actions import DEFERRED
 
 PyTree = Any
 Row = dict[str, jax.Array]  # this rank's row of the tables, int32 scalars

@@ -36,8 +36,8 @@ from dualpipe_jax._model.kinds import (
     with_values,
 )
 from dualpipe_jax._model.types import Model, PyTree
+from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
 
 # A model's functions as one device runs them, and avals of their arguments.
@@ -362,20 +362,12 @@ class Step:
     @property
     def slots(self) -> dict[str, int]:
         """The slots of each buffer, with a spare one for values that nobody reads."""
-        slots = dict(self.tables.num_slots)
-        slots["received"] += 1
-        if self.full_backward:
-            slots["stash"] = 0
-        elif self.defers:
-            # Every I writes a stash, even if its W is deferred.
-            slots["stash"] = max(slots["stash"], 1)
-        return slots
+        return self.tables.executed_slots(full_backward=self.full_backward)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the tables that a tick reads."""
-        idle = {DEFERRED: not self.defers, "half": not self.tables.has_halves}
-        idle["send"] = not (self.tables.send >= 0).any()
+        idle = {DEFERRED: not self.defers, "send": not (self.tables.send >= 0).any()}
         return tuple(c for c in Tables.columns() if not idle.get(c))
 
     @property

@@ -17,9 +17,10 @@ accumulators, but updates what passes through a loop in place. (On CPU, a transf
 on two ranks: a switch copied every buffer twice a tick; so nothing is copied.)
 """
 
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
-from typing import Any
+import operator
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,14 @@ from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.state import State
 from dualpipe_jax._leaves.pick import pick, put_leaves
 from dualpipe_jax._model.types import PyTree
-from dualpipe_jax._schedule.ir import (
+from dualpipe_jax._schedule.actions import (
+    COTANGENT,
     DEFERRED,
-    FIRST_LAYERS,
     FORWARD,
-    INPUT_GRAD,
-    LAST_LAYERS,
-    WEIGHT_GRAD,
+    MIDDLE,
+    Opcode,
+    X,
+    opcodes_that,
 )
 from dualpipe_jax._schedule.tables import Exchange, Pairs, Tables
 
@@ -71,9 +73,9 @@ def make_tick(rank: Rank, tables: Tables) -> Callable[[State, Row], State]:
             arrived = _permute(rank, tables.neighbours, *state.messages)
         else:
             state, arrived = store_arrivals(state, row, state.messages), ()
-        state, out = _act(rank, state, {**row, **slot})
+        state, out = _act(rank, tables, state, {**row, **slot})
         if rank.poison:
-            state, out = _poison_dead(rank, state, out, {**row, **slot})
+            state, out = _poison_dead(rank, tables, state, out, {**row, **slot})
         state = state._replace(received=buffers.write(state.received, out, slot["keep"]))
         if tables.is_lazy:
             return store_arrivals(state, row, arrived)._replace(messages=(out,))
@@ -175,7 +177,7 @@ def _is_target(rank: Rank, pairs: Collection[tuple[int, int]]) -> jax.Array:
     return jnp.asarray(is_target)[lax.axis_index(rank.layout.axis)]
 
 
-def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
+def _act(rank: Rank, tables: Tables, state: State, row: Row) -> tuple[State, PyTree]:
     """Runs this tick's action, and returns the value that it sends: an x, or a cotangent of one.
 
     Of two ranks with a stage each, while microbatch 1 is in its forward and 0 in its backward:
@@ -190,33 +192,19 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
     out = buffers.read(state.received, row["read"])
     out = lax.cond((opcode == FORWARD) & is_first, lambda: embed(rank, row), lambda: out)
     for chunk in range(len(rank.chunks)):
-        is_mine = row["chunk"] == chunk
+        is_chunk = row["chunk"] == chunk
         work = partial(LayerWork, rank=rank, forward=(chunk, row), backward=(chunk, row))
-        state, out = run_forward(work(), state, out, is_mine & (opcode == FORWARD))
-        if not has_gradients:
-            continue
-        is_i, is_w = (is_mine & (opcode == each) for each in (INPUT_GRAD, WEIGHT_GRAD))
-        is_put_off = row["is_deferred"] > 0 if rank.defers else np.False_
-        if rank.full_backward:
-            is_full = is_i & ~is_put_off
-            if "half" in row:
-                is_first_half = is_mine & (row["half"] == FIRST_LAYERS)
-                is_full = is_full, is_first_half | (is_full & (row["half"] < 0))
-            state, dx = run_backward(work(), "IW", state, pick(out), is_full)
-            out = put_leaves(out, dx)
-            if rank.defers:
-                is_i &= is_put_off
-                state, dx = run_backward(work(stores=(DEFERRED,)), "I", state, pick(out), is_i)
-                out = put_leaves(out, dx)
-        else:
-            stores = ("stash", DEFERRED) if rank.defers else ("stash",)
-            state, dx = run_backward(work(stores=stores), "I", state, pick(out), is_i)
-            out = put_leaves(out, dx)
-        if rank.defers:
-            deferred = work(source=DEFERRED)
-            state, _ = run_backward(deferred, "W", state, None, is_w & is_put_off)
-        if not rank.full_backward:
-            state, _ = run_backward(work(), "W", state, None, is_w & ~is_put_off)
+        state, out = run_forward(work(), state, out, is_chunk & (opcode == FORWARD))
+        for act in _backwards(rank, tables) if has_gradients else ():
+            is_on = [is_chunk & _is_one_of(part, tables, row) for part in act.opcodes]
+            state, dx = run_backward(
+                work(stores=act.stores, source=act.source),
+                act.actions,
+                state,
+                None if act.actions == "W" else pick(out),
+                is_on[0] if len(is_on) == 1 else tuple(is_on),
+            )
+            out = out if dx is None else put_leaves(out, dx)
     state, out = when(
         (opcode == FORWARD) & is_last,
         lambda carry: head(rank, carry[0], carry[1], row),
@@ -224,54 +212,79 @@ def _act(rank: Rank, state: State, row: Row) -> tuple[State, PyTree]:
     )
     if has_gradients:
         state = when(
-            _makes_dx(row) & is_first,
+            _is_one_of(opcodes_that(makes=COTANGENT), tables, row) & is_first,
             lambda state: embed_grad(rank, state, pick(out), row),
             state,
         )
     return state, out
 
 
-def _makes_dx(row: Row) -> jax.Array:
-    """Whether an action makes the cotangent of a stage's x: an I, or of two halves the W."""
-    is_i = row["opcode"] == INPUT_GRAD
-    if "half" not in row:
-        return is_i
-    return (is_i & (row["half"] != LAST_LAYERS)) | (row["half"] == FIRST_LAYERS)
+class _Backward(NamedTuple):
+    """A loop over the layers of a stage that a tick may run.
+
+    Attributes:
+      actions: As `run_backward` takes them.
+      opcodes: The opcodes with which it runs; in two parts those of the upper and of the lower
+        layers.
+      stores, source: As `LayerWork` takes them.
+    """
+
+    actions: str
+    opcodes: tuple[tuple[Opcode, ...], ...]
+    stores: tuple[str, ...] = ()
+    source: str = "stash"
+
+
+def _backwards(rank: Rank, tables: Tables) -> list[_Backward]:
+    """Lists the backward loops of a tick's program, each for one or several opcodes.
+
+    Without full backwards every I writes a stash, that of a deferred W to no harm: it is in use at
+    no other I. So one loop runs them all.
+    """
+    deferred = _Backward("W", ((Opcode.WEIGHT_GRAD_DEFERRED,),), source=DEFERRED)
+    if rank.full_backward:
+        parts = ((Opcode.BACKWARD, Opcode.BACKWARD_UPPER), (Opcode.BACKWARD, Opcode.BACKWARD_LOWER))
+        in_parts = Opcode.BACKWARD_UPPER in tables.opcodes
+        deferring = _Backward("I", ((Opcode.INPUT_GRAD_DEFERRING,),), stores=(DEFERRED,))
+        full = _Backward("IW", parts if in_parts else parts[:1])
+        return [full, deferring, deferred] if rank.defers else [full]
+    input_grads = ((Opcode.INPUT_GRAD, Opcode.INPUT_GRAD_DEFERRING),)
+    weight_grad = _Backward("W", ((Opcode.WEIGHT_GRAD,),))
+    if rank.defers:
+        return [_Backward("I", input_grads, stores=("stash", DEFERRED)), deferred, weight_grad]
+    return [_Backward("I", input_grads, stores=("stash",)), weight_grad]
+
+
+def _is_one_of(opcodes: Iterable[Opcode], tables: Tables, row: Row) -> jax.Array:
+    """Whether this tick's opcode is one of some; those that the tables lack are not asked for."""
+    found = [row["opcode"] == int(opcode) for opcode in opcodes if opcode in tables.opcodes]
+    return reduce(operator.or_, found) if found else jnp.zeros((), bool)
 
 
 def _deferred_slots(row: Row) -> Row:
-    """Says whether a W is deferred, of which I has to keep what it needs in a slot for those.
-
-    Without full backwards every I writes a stash too, that of a deferred W to no harm: what
-    directly follows an I leaves none in use at another.
-    """
-    is_deferred = row["deferred"] >= 0
+    """Says whether an I defers its W, and which slots it names where it does not."""
     return {
-        "is_deferred": is_deferred.astype(jnp.int32),
+        "is_deferring": row["opcode"] == int(Opcode.INPUT_GRAD_DEFERRING),
         "deferred": jnp.maximum(row["deferred"], 0),
         "stash": jnp.maximum(row["stash"], 0),
     }
 
 
-def _poison_dead(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State, PyTree]:
-    """Overwrites every slot whose last read was in this tick, and what nobody should send."""
-    opcode = row["opcode"]
-    by_input_grad, by_weight_grad = opcode == INPUT_GRAD, opcode == WEIGHT_GRAD
+def _poison_dead(
+    rank: Rank, tables: Tables, state: State, out: PyTree, row: Row
+) -> tuple[State, PyTree]:
+    """Overwrites every slot whose last read was in this tick, and a value that nobody may send."""
 
-    def overwrite(slots: PyTree, slot: Any, is_dead: Any) -> PyTree:
-        return when(is_dead, lambda slots: buffers.poison(slots, slot), slots)
+    def overwrite(name: str) -> PyTree:
+        is_dead = _is_one_of(opcodes_that(frees=name), tables, row)
+        return when(is_dead, lambda slots: buffers.poison(slots, row[name]), getattr(state, name))
 
-    state = state._replace(
-        received=buffers.poison(state.received, row["read"]),
-        residual=overwrite(state.residual, row["residual"], _makes_dx(row)),
-        weight_residual=overwrite(state.weight_residual, row["weight_residual"], by_weight_grad),
-    )
-    if not rank.full_backward:
-        state = state._replace(stash=overwrite(state.stash, row["stash"], by_weight_grad))
-    if "is_deferred" in row:
-        is_dead = by_weight_grad & (row["is_deferred"] > 0)
-        deferred = overwrite(state.deferred, row["deferred"], is_dead)
-        state = state._replace(deferred=deferred)
-    sends = (opcode == FORWARD) | by_input_grad | _makes_dx(row)
+    names = ["residual", "weight_residual"]
+    names += ["stash"] * (not rank.full_backward) + [DEFERRED] * rank.defers
+    changed = {name: overwrite(name) for name in names}
+    received = buffers.poison(state.received, row["read"])
+    state = state._replace(received=received, **changed)
+    makes = (opcodes_that(makes=value) for value in (X, MIDDLE, COTANGENT))
+    sends = reduce(operator.or_, (_is_one_of(opcodes, tables, row) for opcodes in makes))
     nothing = buffers.allocate(out, poison=True)
     return state, jax.tree.map(lambda a, b: jnp.where(sends, a, b), out, nothing)

@@ -5,8 +5,8 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD
 from dualpipe_jax._schedule.durations import Durations
-from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD
 
 # How long a transfer is taken to be, beside a rank's forward, where nothing is said of it: at a
 # width of 1024 or more an activation takes up to about a tenth of it over today's links. (Without

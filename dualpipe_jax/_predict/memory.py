@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.ir import DEFERRED
 from dualpipe_jax._schedule.tables import Tables
 
 _UNITS = {
@@ -102,16 +102,13 @@ def memory_of(
     in_place = (tables.stage_of == np.arange(P)).all(axis=1) & (num_layers % S == 0)
     fetched = int((~in_place).sum()) * of_stage
     chunks = tables.num_chunks * of_stage
-    slots = dict(tables.num_slots)
-    # In a run of beats there is a stash still: weight grads hide the transfers there.
     full_backward = not execution.split_backward
+    slots = tables.executed_slots(full_backward=full_backward)
+    # In a run of beats there is a stash still: weight grads hide the transfers there.
     by_layer = full_backward and tables.steady is None
     if full_backward:
         slots["stash"] = int(not by_layer)
-    elif DEFERRED in slots:
-        # As in the executor: every I writes a stash, be its W deferred.
-        slots["stash"] = max(slots["stash"], 1)
-    received = slots["received"] + 1
+    received = slots["received"]
     ends_bytes = parameters.parameter + parameters.gradient + parameters.optimizer
 
     def of_slots(name: str, num_bytes: float) -> MemoryTerm:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS
+from dualpipe_jax._schedule.actions import IDLE, letter_of
 from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._schedule.tables import Exchange, Tables
 
@@ -204,4 +204,4 @@ def _name(tables: Tables, tick: int, rank: int) -> str | None:
     opcode = tables.opcode[tick, rank]
     if opcode == IDLE:
         return None
-    return f"{tables.stage[tick, rank]}{OPCODE_LETTERS[opcode]}{tables.microbatch[tick, rank]}"
+    return f"{tables.stage[tick, rank]}{letter_of(opcode)}{tables.microbatch[tick, rank]}"

@@ -29,6 +29,7 @@ F0 F1 F2 F0 I0 W0 F1 .. F3 I1 W1 F2 I0 W0 I2 W2 .. F3 I1 W1 I3 W3 I2 W2 I3 W3
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import FORWARD
 from dualpipe_jax._schedule.dependencies import (
     NEVER,
     Dependencies,
@@ -36,7 +37,7 @@ from dualpipe_jax._schedule.dependencies import (
     find_dependencies,
 )
 from dualpipe_jax._schedule.excerpt import show_action
-from dualpipe_jax._schedule.ir import FORWARD, TICKS_PER_BEAT, Program, Timeline
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Program, Timeline
 
 _MOST_NAMED = 8
 

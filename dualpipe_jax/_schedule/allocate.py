@@ -22,22 +22,16 @@ rank 1, ticks 4-5: slot 0
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import find_live_ranges
-from dualpipe_jax._schedule.ir import DEFERRED, Allocation, LiveRanges, Timeline
+from dualpipe_jax._schedule.ir import Allocation, LiveRanges, Timeline
 
 
-def allocate(timeline: Timeline, *, stash_deferred: bool = True) -> Allocation:
-    """Allocates a slot to every value of a timeline.
-
-    Unless `stash_deferred`, what a deferred W needs gets slots of its own kind, `DEFERRED`.
-    """
-    live_ranges = find_live_ranges(
-        timeline.program, timeline.tick_of, timeline.sent_in, stash_deferred=stash_deferred
-    )
+def allocate(timeline: Timeline) -> Allocation:
+    """Allocates a slot to every value of a timeline."""
+    live_ranges = find_live_ranges(timeline.program, timeline.tick_of, timeline.sent_in)
     slot_of = {
         buffer: _lowest_free_slots(
             live,
-            # Of deferred values no more live at once than of all that could be stashed.
-            num_slots=timeline.num_slots["stash" if buffer == DEFERRED else buffer],
+            num_slots=timeline.num_slots[buffer],
             num_ranks=timeline.num_ranks,
             num_ticks=timeline.num_ticks,
         )

@@ -5,22 +5,16 @@ from functools import lru_cache
 
 import numpy as np
 
+from dualpipe_jax._schedule.actions import FORWARD, IDLE
 from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.emit import emit
 from dualpipe_jax._schedule.exchanges import add_exchanges, has_merged
-from dualpipe_jax._schedule.ir import (
-    FORWARD,
-    IDLE,
-    INPUT_GRAD,
-    TIMETABLES,
-    Allocation,
-    Program,
-    Timeline,
-)
+from dualpipe_jax._schedule.ir import TIMETABLES, Allocation, Program, Timeline
 from dualpipe_jax._schedule.place import place_shortest
 from dualpipe_jax._schedule.place_by_clock import place_by_clock
+from dualpipe_jax._schedule.refine_opcodes import refine_opcodes
 from dualpipe_jax._schedule.release import release
 from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._schedule.steady import Run, find_run
@@ -86,7 +80,7 @@ def compile_program(
         ValueError: if there is no timetable of that name.
     """
     require_timetable(timetable)
-    whole = whole_stages if full_backward else None
+    whole = whole_stages if full_backward else frozenset()
     return _compile(program, timetable, stash_deferred, full_backward, whole, durations)
 
 
@@ -107,18 +101,18 @@ def _compile(
     timetable: str,
     stash_deferred: bool,
     full_backward: bool,
-    whole_stages: frozenset[int] | None,
+    whole_stages: frozenset[int],
     durations: Durations | None,
 ) -> Compiled:
     verify_program(program)
-    if whole_stages:
-        units = program.units
-        is_whole = (units.opcode == INPUT_GRAD) & np.isin(units.stage, list(whole_stages))
-        program = replace(program, at_once=frozenset(np.flatnonzero(is_whole).tolist()))
+    options = {
+        "defers": not stash_deferred,
+        "full_backward": full_backward,
+        "whole_stages": whole_stages,
+    }
     run = None
     if timetable != "aligned":
-        if full_backward:
-            program = replace(program, full_backward=True)
+        program = refine_opcodes(program, **options)
         timeline = place_shortest(program, timetable=timetable)
     else:
         timeline = place_shortest(program)
@@ -127,13 +121,14 @@ def _compile(
         verify_timeline(timeline)
         verify_pairs(timeline)
         run = find_run(timeline)
-        timeline = release(timeline, run, full_backward=full_backward)
+        program = refine_opcodes(program, **options, aligned=timeline, run=run)
+        timeline = release(timeline, run, program)
     verify_timeline(timeline)
-    made = _lower(timeline, run, stash_deferred)
+    made = _lower(timeline, run)
     if durations is None or made.tables.is_lazy or len(program.units) > _MOST_PLACED:
         made = replace(made, tables=add_exchanges(made.tables))
     else:
-        made = _fastest(made, run, stash_deferred, durations)
+        made = _fastest(made, run, durations)
         verify_timeline(made.timeline)
     verify_allocation(made.timeline, made.allocation)
     verify_tables(made.tables)
@@ -141,9 +136,9 @@ def _compile(
     return made
 
 
-def _lower(timeline: Timeline, run: Run | None, stash_deferred: bool) -> Compiled:
+def _lower(timeline: Timeline, run: Run | None) -> Compiled:
     """Makes tables of a timeline, without exchanges."""
-    allocation = allocate(timeline, stash_deferred=stash_deferred)
+    allocation = allocate(timeline)
     return Compiled(timeline.program, timeline, allocation, emit(timeline, allocation, run))
 
 
@@ -152,9 +147,7 @@ def _is_same(one: Timeline, other: Timeline) -> bool:
     return bool((one.tick_of == other.tick_of).all() and (one.sent_in == other.sent_in).all())
 
 
-def _fastest(
-    made: Compiled, run: Run | None, stash_deferred: bool, durations: Durations
-) -> Compiled:
+def _fastest(made: Compiled, run: Run | None, durations: Durations) -> Compiled:
     """Places actions by the clock, in several ways, and takes what replays fastest."""
     timeline, tables = made.timeline, made.tables
     work = durations.work(tables)
@@ -170,7 +163,7 @@ def _fastest(
             patience=patience,
         )
         if not any(_is_same(again, each.timeline) for each in placed):
-            placed.append(_lower(again, run_then, stash_deferred))
+            placed.append(_lower(again, run_then))
 
     def seconds(each: Compiled) -> float:
         work = durations.work(each.tables)

@@ -20,15 +20,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import (
+from dualpipe_jax._schedule.actions import (
+    BUFFERS,
+    COTANGENT,
     DEFERRED,
     FORWARD,
     INPUT_GRAD,
-    WEIGHT_GRAD,
-    LiveRanges,
-    Program,
-    Timeline,
+    MIDDLE,
+    Opcode,
+    X,
+    opcodes_that,
 )
+from dualpipe_jax._schedule.ir import LiveRanges, Program, Timeline
 
 # The tick of an action that is never run.
 NEVER = int(np.iinfo(np.int64).max)
@@ -39,8 +42,8 @@ class Dependencies:
     """Names the producers of what each action reads: int64[num_actions] into `program.units`.
 
     `payload` makes its x or its cotangent, maybe on a neighbour; `own` is the F that an I follows
-    and the I that a W follows, on the same rank. -1 is none. (Of a full backward in halves the W
-    reads the cotangent that its I leaves, and makes the one of x.)
+    and the I that a W follows, on the same rank. -1 is none. (The lower half of a full
+    backward reads the cotangent that the upper half makes.)
     """
 
     payload: np.ndarray
@@ -50,32 +53,46 @@ class Dependencies:
 def find_dependencies(program: Program) -> Dependencies:
     """Finds the producers of what each action of a program reads.
 
-    Of a program that is not legal a producer may be missing, as if nothing were needed, or be
-    there twice; then the first is meant.
+    Where a program is not legal, a producer may be missing, as if nothing were needed, or be there
+    twice; then the first is meant.
     """
     units = program.units
-    last = program.num_stages - 1
-    first = np.full((4, program.num_stages, program.num_microbatches), len(units))
-    np.minimum.at(first, (units.opcode, units.stage, units.microbatch), np.arange(len(units)))
-    index = np.where(first < len(units), first, -1)
-
     opcode, stage, microbatch = units.opcode, units.stage, units.microbatch
-    is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
-    behind = index[INPUT_GRAD, np.minimum(stage + 1, last), microbatch]
+    last = program.num_stages - 1
+
+    def find(opcodes: tuple[Opcode, ...], stage: np.ndarray | int) -> np.ndarray:
+        """Finds, for each action, one of these opcodes at a stage of the same microbatch."""
+        return _index(program, opcodes)[stage, microbatch]
+
+    units_followed = FORWARD, INPUT_GRAD
+    own = np.select(
+        [np.isin(opcode, opcodes_that(follows=unit)) for unit in units_followed],
+        [find(opcodes_that(unit=unit), stage) for unit in units_followed],
+        -1,
+    )
+    takes_x, takes_cotangent, takes_middle = (
+        np.isin(opcode, opcodes_that(takes=value)) for value in (X, COTANGENT, MIDDLE)
+    )
     payload = np.select(
-        [is_f & (stage > 0), is_i & (stage == last), is_i, is_w & program.in_halves],
+        [takes_x & (stage > 0), takes_cotangent & (stage == last), takes_cotangent, takes_middle],
         [
-            index[FORWARD, stage - 1, microbatch],
-            index[FORWARD, last, microbatch],  # the head makes the first cotangent
-            behind + (program.in_halves[behind] & (behind >= 0)),
-            index[INPUT_GRAD, stage, microbatch],
+            find(opcodes_that(makes=X), stage - 1),
+            own,  # the head makes the first cotangent
+            find(opcodes_that(makes=COTANGENT), np.minimum(stage + 1, last)),
+            own,
         ],
         -1,
     )
-    own = np.select(
-        [is_i, is_w], [index[FORWARD, stage, microbatch], index[INPUT_GRAD, stage, microbatch]], -1
-    )
     return Dependencies(payload, own)
+
+
+def _index(program: Program, opcodes: tuple[Opcode, ...]) -> np.ndarray:
+    """Finds the first action of some opcodes: int64[num_stages, num_microbatches], -1 for none."""
+    units = program.units
+    here = np.flatnonzero(np.isin(units.opcode, opcodes))
+    first = np.full((program.num_stages, program.num_microbatches), len(units))
+    np.minimum.at(first, (units.stage[here], units.microbatch[here]), here)
+    return np.where(first < len(units), first, -1)
 
 
 def find_travelling(program: Program, needs: Dependencies) -> np.ndarray:
@@ -126,55 +143,40 @@ def run_in_order(
 
 
 def find_live_ranges(
-    program: Program,
-    tick_of: np.ndarray,
-    sent_in: np.ndarray,
-    *,
-    stash_deferred: bool = True,
+    program: Program, tick_of: np.ndarray, sent_in: np.ndarray
 ) -> dict[str, LiveRanges]:
-    """Finds when the values of a timeline live, for each of `BUFFERS`.
+    """Finds when the values of a timeline live, for each of its buffers.
 
-    A payload lives from the tick after its producer, or after it was sent; if that is later, on its
-    producer's rank until then. A residual lives from its F to its I (of a full backward in halves
-    to its W), a weight residual from its F to its W, a stash from its I to its W. Unless
-    `stash_deferred`, the values for a deferred W lie not in the stash but in `DEFERRED`.
+    A payload lives from the tick after its producer, or after it was sent, to its read; if it is
+    sent later than made, on its producer's rank until then. A value of another buffer lives from
+    the action that writes it to the one that frees it.
     """
-    units, needs = program.units, find_dependencies(program)
+    units = program.units
+    live = {"received": _find_received(program, tick_of, sent_in)}
+    for buffer in (*BUFFERS[1:], DEFERRED):
+        producer_of = _index(program, opcodes_that(writes=buffer))
+        consumer = np.flatnonzero(np.isin(units.opcode, opcodes_that(frees=buffer)))
+        producer = producer_of[units.stage[consumer], units.microbatch[consumer]]
+        if buffer != DEFERRED or consumer.size:
+            ticks = tick_of[producer], tick_of[consumer]
+            live[buffer] = LiveRanges(units.rank[consumer], *ticks, producer, consumer)
+    return live
 
-    def ranges(producer: np.ndarray, consumer: np.ndarray) -> LiveRanges:
-        start, end = tick_of[producer], tick_of[consumer]
-        return LiveRanges(units.rank[consumer], start, end, producer, consumer)
 
-    reads, of_i, of_w = (
-        np.flatnonzero(mask)
-        for mask in (needs.payload >= 0, units.opcode == INPUT_GRAD, units.opcode == WEIGHT_GRAD)
-    )
-    made = needs.payload[reads]
+def _find_received(program: Program, tick_of: np.ndarray, sent_in: np.ndarray) -> LiveRanges:
+    rank, payload = program.units.rank, find_dependencies(program).payload
+    reads = np.flatnonzero(payload >= 0)
+    made = payload[reads]
     is_late = sent_in[made] > tick_of[made]
     waits, waits_for = made[is_late], reads[is_late]
-    received = (
-        np.concatenate([units.rank[reads], units.rank[waits]]),
-        np.concatenate([sent_in[made], tick_of[waits]]) + 1,
+    return LiveRanges(
+        rank=np.concatenate([rank[reads], rank[waits]]),
+        start=np.concatenate([sent_in[made], tick_of[waits]]) + 1,
         # In its tick the output is stored before it is sent: then its slot is still taken.
-        np.concatenate([tick_of[reads], sent_in[waits] + 1]),
-        np.concatenate([made, waits]),
-        np.concatenate([reads, waits_for]),
+        end=np.concatenate([tick_of[reads], sent_in[waits] + 1]),
+        producer=np.concatenate([made, waits]),
+        consumer=np.concatenate([reads, waits_for]),
     )
-    live = {
-        "received": LiveRanges(*received),
-        "residual": ranges(needs.own[of_i], of_i + program.in_halves[of_i]),
-        "weight_residual": ranges(needs.own[needs.own[of_w]], of_w),
-    }
-    # Actions of a rank are numbered in program order.
-    is_deferred = needs.own[of_w] != of_w - 1
-    if stash_deferred or not is_deferred.any():
-        return {**live, "stash": ranges(needs.own[of_w], of_w)}
-    now, later = of_w[~is_deferred], of_w[is_deferred]
-    return {
-        **live,
-        "stash": ranges(needs.own[now], now),
-        DEFERRED: ranges(needs.own[later], later),
-    }
 
 
 def count_live(live: LiveRanges, *, num_ticks: int, num_ranks: int) -> np.ndarray:

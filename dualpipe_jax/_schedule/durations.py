@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import WEIGHT_GRAD
+from dualpipe_jax._schedule.actions import Opcode, unit_of
 from dualpipe_jax._schedule.replay import as_full_backwards
 from dualpipe_jax._schedule.tables import Tables
 
@@ -32,13 +32,15 @@ class Durations:
 
     def recomputed(self, tables: Tables) -> np.ndarray:
         """How long deferred weight grads recompute: float64[num_ticks, num_ranks]."""
-        is_deferred = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
+        is_deferred = tables.opcode == Opcode.WEIGHT_GRAD_DEFERRED
         return is_deferred * np.array(self.recompute)[tables.stage]
 
     def work(self, tables: Tables) -> np.ndarray:
         """How long each tick's action takes: float64[num_ticks, num_ranks], 0 for idle ones."""
         # An idle tick has stage -1, and costs 0 there too.
-        work = np.array(self.of_opcode)[tables.opcode, tables.stage] + self.recomputed(tables)
+        work = np.array(self.of_opcode)[unit_of(tables.opcode), tables.stage] + self.recomputed(
+            tables
+        )
         if self.full_backward is None:
             return work
         return as_full_backwards(

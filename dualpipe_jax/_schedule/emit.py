@@ -21,18 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from dualpipe_jax._schedule.dependencies import find_dependencies
-from dualpipe_jax._schedule.ir import (
-    DEFERRED,
-    FIRST_LAYERS,
-    FORWARD,
-    INPUT_GRAD,
-    LAST_LAYERS,
-    WEIGHT_GRAD,
-    Allocation,
-    LiveRanges,
-    Timeline,
-)
+from dualpipe_jax._schedule.actions import DEFERRED, FORWARD, IDLE, opcodes_with
+from dualpipe_jax._schedule.ir import Allocation, LiveRanges, Timeline
 from dualpipe_jax._schedule.steady import Run
 from dualpipe_jax._schedule.tables import Steady, Tables
 
@@ -50,7 +40,7 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
         name: np.full(timeline.index.shape, -1, np.int32) for name in Tables.columns()
     }
     here = tick_of, units.rank
-    columns["opcode"][:] = timeline.opcode
+    columns["opcode"][:] = timeline.grid(units.opcode, idle=IDLE)
     chunk, stage_of = program.chunk_of[direction, units.stage], program.stage_of
     if run is not None:
         chunk = chunk ^ run.first_chunk[units.rank]
@@ -76,22 +66,16 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
     for name, arrives in (("from_left", from_left), ("from_right", from_right)):
         columns[name][live.start[arrives], live.rank[arrives]] = slot[arrives]
 
+    # An action names a slot of each buffer in which it reads, writes or frees a value.
     for name, slot in allocation.slot_of.items():
         if name == "received":
             continue
-        live = allocation.live_ranges[name]
-        columns[name][live.start, live.rank] = slot
-        columns[name][live.end, live.rank] = slot
-    # I reads what F saved for W too: a value that both need is stored only once.
-    own = find_dependencies(program).own
-    for name in ("residual", "weight_residual"):
-        live, slot = allocation.live_ranges[name], allocation.slot_of[name]
-        is_w = units.opcode[live.consumer] == WEIGHT_GRAD
-        columns[name][tick_of[own[live.consumer[is_w]]], live.rank[is_w]] = slot[is_w]
-    halves = np.flatnonzero(program.in_halves)
-    columns["half"][tick_of[halves], units.rank[halves]] = np.where(
-        units.opcode[halves] == INPUT_GRAD, LAST_LAYERS, FIRST_LAYERS
-    )
+        consumer = allocation.live_ranges[name].consumer
+        slots = np.full((program.num_stages, program.num_microbatches), -1)
+        slots[units.stage[consumer], units.microbatch[consumer]] = slot
+        acts = np.flatnonzero(np.isin(units.opcode, opcodes_with(name)))
+        of_acts = slots[units.stage[acts], units.microbatch[acts]]
+        columns[name][tick_of[acts], units.rank[acts]] = of_acts
 
     return Tables(
         **columns,

@@ -6,8 +6,9 @@ from typing import NoReturn
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import IDLE, Opcode, letter_of
 from dualpipe_jax._schedule.dependencies import NEVER
-from dualpipe_jax._schedule.ir import IDLE, OPCODE_LETTERS, Program, Timeline
+from dualpipe_jax._schedule.ir import Program, Timeline
 from dualpipe_jax._schedule.tables import Tables
 
 # How many ticks are drawn before and after the one at fault.
@@ -100,7 +101,7 @@ def fail_at(tables: Tables, tick: int, rank: int, fault: str) -> NoReturn:
         opcode = tables.opcode[t, r]
         if opcode == IDLE:
             return None
-        letter = OPCODE_LETTERS[opcode] if 0 <= opcode < len(OPCODE_LETTERS) else "?"
+        letter = letter_of(opcode) if 0 <= opcode < len(Opcode) else "?"
         return f"{tables.stage[t, r]}{letter}{tables.microbatch[t, r]}"
 
     excerpt = show_ticks(

@@ -11,20 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What a rank does in one tick; the opcodes of `Tables` and `UnitActions`.
-IDLE, FORWARD, INPUT_GRAD, WEIGHT_GRAD = range(4)
-OPCODE_LETTERS = ".FIW"
+from dualpipe_jax._schedule.actions import (
+    FORWARD,
+    IDLE,
+    INPUT_GRAD,
+    WEIGHT_GRAD,
+    letter_of,
+    unit_of,
+)
+
 # When actions run: as soon as they can; with every rank's pairs at the same tick modulo 3; or as
 # soon as they can if a value takes two ticks to another rank.
 TIMETABLES = ("shortest", "aligned", "two-tick")
 TICKS_PER_BEAT = 3
-# The buffers of an executor, by the name under which `num_slots` counts their slots.
-BUFFERS = ("received", "residual", "weight_residual", "stash")
-# One more, in tables that keep apart what deferred W's need: a W is deferred if its rank does
-# anything else between its I and it.
-DEFERRED = "deferred"
-# The halves of a full backward, by the layers of the stage that they run.
-LAST_LAYERS, FIRST_LAYERS = range(2)
+_UNIT_OF_KIND = {"F": FORWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}
 
 
 def lag_of(timetable: str) -> int:
@@ -87,7 +87,7 @@ class UnitActions:
 
     def name(self, index: int) -> str:
         """Writes one action as a cell of the CSV."""
-        letter = OPCODE_LETTERS[self.opcode[index]]
+        letter = letter_of(self.opcode[index])
         return f"{self.stage[index]}{letter}{self.microbatch[index]}"
 
 
@@ -119,10 +119,8 @@ class Program:
     # Not hashed: hashing a hundred thousand actions takes longer than looking the program up.
     rows: tuple[Row, ...] = field(repr=False, hash=False)
     forward_only: bool = False
-    # Whether an I and the W that directly follows it are the two halves of a full backward; and of
-    # which I's, by their indices in `units`, they are not.
-    full_backward: bool = False
-    at_once: frozenset[int] = field(default=frozenset(), repr=False)
+    # int64[num_actions], how each of `units` runs (`refine_opcodes`); None: as F, I and W apart.
+    opcode: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def to_csv(self) -> str:
         """Writes one line a rank in PyTorch's pipelining grammar."""
@@ -137,30 +135,16 @@ class Program:
             for cell in row:
                 in_pair = isinstance(cell, Pair)
                 for kind, s, m in cell.unit_actions():
-                    opcode.append(OPCODE_LETTERS.index(kind))
+                    opcode.append(_UNIT_OF_KIND[kind])
                     stage.append(s)
                     microbatch.append(m)
                     pair.append(num_pairs if in_pair else -1)
                 num_pairs += in_pair
             row_start.append(len(opcode))
         rank = np.repeat(np.arange(self.num_ranks), np.diff(row_start))
+        opcode = opcode if self.opcode is None else self.opcode
         arrays = (np.array(a, np.int64) for a in (opcode, stage, microbatch, rank, pair, row_start))
         return UnitActions(*arrays)
-
-    @cached_property
-    def in_halves(self) -> np.ndarray:
-        """bool[num_actions], the I's and W's that are the halves of a full backward."""
-        units = self.units
-        is_half = np.zeros(len(units), bool)
-        if not self.full_backward:
-            return is_half
-        follows = (units.opcode[:-1] == INPUT_GRAD) & (units.opcode[1:] == WEIGHT_GRAD)
-        for of_action in (units.rank, units.stage, units.microbatch):
-            follows &= of_action[:-1] == of_action[1:]
-        follows[list(self.at_once)] = False
-        is_half[:-1] |= follows
-        is_half[1:] |= follows
-        return is_half
 
     @cached_property
     def rank_of(self) -> np.ndarray:
@@ -215,7 +199,7 @@ class Timeline:
 
     `tick_of` is int64[num_actions], in the order of `program.units`, and so is `sent_in`, the tick
     at whose end an action's value goes to another rank, if it does: its own or a later one.
-    `num_slots` counts, for each of `BUFFERS`, the values alive at once on the fullest rank.
+    `num_slots` counts, for each buffer, the values alive at once on the fullest rank.
     `timetable` is one of `TIMETABLES`.
     """
 
@@ -259,7 +243,7 @@ class Timeline:
     @cached_property
     def opcode(self) -> np.ndarray:
         """int64[num_ticks, num_ranks]: 0 idle, 1 F, 2 I, 3 W."""
-        return self.grid(self.program.units.opcode, idle=IDLE)
+        return self.grid(unit_of(self.program.units.opcode), idle=IDLE)
 
     @cached_property
     def stage(self) -> np.ndarray:

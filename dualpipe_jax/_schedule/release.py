@@ -25,46 +25,24 @@ I6 W6 .. F7 I1 W1 I7 W7 I2 W2 I3 W3
 I6 W6 F7 I1 W1 I7 W7 I2 W2 I3 W3
 """
 
-from dataclasses import replace
-
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import build_timeline, find_dependencies, run_in_order
-from dualpipe_jax._schedule.ir import INPUT_GRAD, Timeline
+from dualpipe_jax._schedule.ir import Program, Timeline
 from dualpipe_jax._schedule.steady import Run
 
 
-def release(timeline: Timeline, run: Run | None, *, full_backward: bool = False) -> Timeline:
+def release(timeline: Timeline, run: Run | None, program: Program | None = None) -> Timeline:
     """Runs what comes after the run as soon as it can; all of it, if there is no run.
 
-    With `full_backward`, what directly follows its I is the half of one from here on; but for what
-    is in the run, or is to be sent before it could be, where ticks are kept.
+    Args:
+        timeline: An aligned timeline.
+        run: Its run of beats, up to whose end ticks are kept.
+        program: The timeline's program with refined opcodes; None to leave them as they are.
     """
-    stop = 0 if run is None else run.stop
-    is_kept = timeline.tick_of < stop
-    program = timeline.program
-    if full_backward:
-        at_once = program.at_once | _find_at_once(timeline, run)
-        program = replace(program, full_backward=True, at_once=at_once)
+    program = timeline.program if program is None else program
+    is_kept = timeline.tick_of < (0 if run is None else run.stop)
     tick_of = run_in_order(
         program, find_dependencies(program), earliest=np.where(is_kept, timeline.tick_of, 0)
     )
     return build_timeline(program, tick_of, timetable=timeline.timetable)
-
-
-def _find_at_once(timeline: Timeline, run: Run | None) -> frozenset[int]:
-    """Finds the I's up to the run's end that are in it, or whose cotangent is read in the W's tick.
-
-    (A W directly follows its I in the program, if maybe not in the next tick.)
-    """
-    if run is None:
-        return frozenset()
-    units, tick_of = timeline.program.units, timeline.tick_of
-    needs = find_dependencies(timeline.program)
-    is_i = units.opcode == INPUT_GRAD
-    in_run = is_i & (tick_of >= run.first_tick) & (tick_of < run.stop)
-    readers = np.flatnonzero(is_i & (needs.payload >= 0))
-    made = needs.payload[readers]
-    weight_grads = np.minimum(made + 1, len(units) - 1)
-    too_soon = is_i[made] & (tick_of[made] < run.stop) & (tick_of[readers] <= tick_of[weight_grads])
-    return frozenset([*np.flatnonzero(in_run).tolist(), *made[too_soon].tolist()])

@@ -27,13 +27,13 @@ Two ranks, three microbatches, forwards that cost three. Where each tick ends: `
 11 for the `1I1` of the tick before, which rank 0 reads one tick later.
 
 >>> from dualpipe_jax import schedules
->>> from dualpipe_jax._schedule.ir import OPCODE_LETTERS
+>>> from dualpipe_jax._schedule.actions import letter_of
 >>> tables = schedules.make("zb-h1", num_ranks=2, num_microbatches=3).compiled().tables
 >>> work = np.array([0.0, 3, 1, 1])[tables.opcode]
 >>> def show(end):
 ...     for opcodes, ends in zip(tables.opcode.T, end.T, strict=True):
 ...         acts = zip(opcodes.tolist(), ends.tolist(), strict=True)
-...         print(*(f"{OPCODE_LETTERS[o]}{e:g}" for o, e in acts))
+...         print(*(f"{letter_of(o)}{e:g}" for o, e in acts))
 >>> show(replay(tables, work, transfer=0))
 F3 F6 .6 I8 W9 F14 I15 W16 I19 W20
 .0 F6 I7 F10 I11 W12 F17 I18 W19 W20
@@ -47,7 +47,8 @@ from functools import partial
 
 import numpy as np
 
-from dualpipe_jax._schedule.ir import INPUT_GRAD, TICKS_PER_BEAT, WEIGHT_GRAD
+from dualpipe_jax._schedule.actions import Opcode
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Tables
 
 
@@ -59,17 +60,19 @@ def as_full_backwards(
     cost: float = 1.0,
     embed_grad: float = 0.0,
 ) -> np.ndarray:
-    """Has an input grad and the weight grad that follows it run as one, outside of the run.
+    """Has the I and the W of each full backward take the time that they take as one.
 
-    In halves, where the tables have them, each takes its share of both; else the input grad's tick
-    takes all of it.
+    Each half takes its share of both; without halves I's tick takes all of it.
 
     >>> from dualpipe_jax import schedules
+    >>> from dualpipe_jax._schedule.actions import unit_of
     >>> from dualpipe_jax._schedule.compile import compile_program
     >>> program = schedules.make("zb-h1", num_ranks=2, num_microbatches=2).program
-    >>> for in_halves in (False, True):
-    ...     tables = compile_program(program, full_backward=in_halves).tables
-    ...     before = np.array([0.0, 3, 1, 2])[tables.opcode]
+    >>> for whole in ({0, 1}, {}):
+    ...     whole_stages = frozenset(whole)
+    ...     made = compile_program(program, full_backward=True, whole_stages=whole_stages)
+    ...     tables = made.tables
+    ...     before = np.array([0.0, 3, 1, 2])[unit_of(tables.opcode)]
     ...     after = as_full_backwards(tables, before, last_layers=np.full(2, 0.5))
     ...     for work in zip(before.T, after.T, strict=True):
     ...         print(*(" ".join(f"{ticks:g}" for ticks in each) for each in work), sep=" -> ")
@@ -91,17 +94,11 @@ def as_full_backwards(
       What `replay` takes.
     """
     work = work.copy()
-    in_run = np.zeros(tables.num_ticks, bool)
-    if tables.steady is not None:
-        in_run[tables.steady.ticks] = True
     for rank, opcode in enumerate(tables.opcode.T):
         acts = np.flatnonzero(opcode)
-        before, here = acts[:-1], acts[1:]
-        follows = (opcode[before] == INPUT_GRAD) & (opcode[here] == WEIGHT_GRAD) & ~in_run[here]
-        for column in (tables.stage, tables.microbatch):
-            follows &= column[before, rank] == column[here, rank]
-        before, here = before[follows], here[follows]
-        stage, in_halves = tables.stage[here, rank], tables.half[before, rank] >= 0
+        is_first = np.isin(opcode[acts], (Opcode.BACKWARD_UPPER, Opcode.BACKWARD))
+        before, here = acts[is_first], acts[np.flatnonzero(is_first) + 1]
+        stage, in_halves = tables.stage[here, rank], opcode[before] == Opcode.BACKWARD_UPPER
         embedding = np.where(stage == 0, embed_grad, 0.0)
         of_layers = cost * (work[before, rank] + work[here, rank] - embedding)
         of_last = of_layers * np.where(in_halves, last_layers[stage], 1)

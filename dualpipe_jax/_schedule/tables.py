@@ -6,11 +6,15 @@ to their description, and `replay` says how long they take.
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 
+from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 
+# A table: a row for each tick, and -1 for none.
+Column = Annotated[np.ndarray, "int32[num_ticks, num_ranks]"]
 # The most distinct sets of (source, target) ranks that permutes to one side have: see `exchanges`.
 MOST_SETS = 12
 # (source, target) ranks of a permute.
@@ -67,6 +71,9 @@ class Tables:
     after part: to the ranks with which it is a pair there it sends the output or, if there is one,
     the value in the received slot `send`, which it has kept since an earlier tick.
 
+    F, I and W of a stage and a microbatch run as their opcodes say, and name a slot in each buffer
+    with which `actions.EFFECTS` has them read, write or free a value: mostly
+
     ====  =======================================  ============================================
     F     reads `read`, its x (stage 0: none)      writes `residual`, `weight_residual`
     I     reads `read`, its cotangent,             writes `stash`
@@ -74,18 +81,18 @@ class Tables:
     W     reads `weight_residual` and `stash`      adds to the gradient
     ====  =======================================  ============================================
 
-    In tables that have `deferred`, an I whose W is deferred and that W name a slot in it, and none
-    in `stash`: there I keeps what W needs, or if that recomputes the little that it cannot make
-    again; no stash is in use on that rank in their ticks.
+    A deferred W, in tables that have `deferred`, and its I have a slot there in place of `stash`:
+    there I keeps all operands of W or, if that recomputes, those that it cannot make again. No
+    stash is in use on that rank in their ticks.
 
-    An I and a W with a `half` are those of a full backward: I runs both for the stage's last
-    layers, and keeps the cotangent of what these read; W reads it and `residual` too, runs both for
-    the first layers, and makes the cotangent of the stage's x.
+    A full backward has no stash. Its upper half, in I's tick, runs I and W of the stage's last
+    layers and keeps the cotangent of their input in the received slot `keep`; the lower half, in
+    W's tick, reads it and `residual` too, and makes the cotangent of the stage's x. A full backward
+    without halves runs in I's tick; a slot of `weight_residual` is still taken until W's.
 
     The output of F is x, of the last stage's F the cotangent that the head's gradient gives, of I
-    the cotangent of its x. A slot is free after the last read: of `read` its action, of `send` the
-    tick, of `residual` the I (of a full backward the W), of `weight_residual`, `stash` and
-    `deferred` the W. A forward-only program has neither residuals nor cotangents.
+    and of a lower half the cotangent of the stage's x. A slot of `read` is free after its action,
+    one of `send` after the tick. A forward-only program has neither residuals nor cotangents.
 
     The ticks of `steady` are run as it says, to the effect of the tables. They have no exchange.
 
@@ -99,20 +106,19 @@ class Tables:
     makes it; but it is stored at the end of that tick, and may be read from the next one on.
     """
 
-    opcode: np.ndarray
-    chunk: np.ndarray
-    stage: np.ndarray
-    microbatch: np.ndarray
-    from_left: np.ndarray
-    from_right: np.ndarray
-    read: np.ndarray
-    keep: np.ndarray
-    send: np.ndarray
-    residual: np.ndarray
-    weight_residual: np.ndarray
-    stash: np.ndarray
-    deferred: np.ndarray
-    half: np.ndarray  # LAST_LAYERS of an I, FIRST_LAYERS of a W, -1 of what is no half
+    opcode: Column
+    chunk: Column
+    stage: Column
+    microbatch: Column
+    from_left: Column
+    from_right: Column
+    read: Column
+    keep: Column
+    send: Column
+    residual: Column
+    weight_residual: Column
+    stash: Column
+    deferred: Column
 
     num_ranks: int
     num_stages: int
@@ -136,9 +142,25 @@ class Tables:
         return len(self.opcode)
 
     @cached_property
-    def has_halves(self) -> bool:
-        """Whether any I and W are the halves of a full backward."""
-        return bool((self.half >= 0).any())
+    def opcodes(self) -> frozenset[int]:
+        """The opcodes that occur."""
+        return frozenset(np.unique(self.opcode).tolist())
+
+    def executed_slots(self, *, full_backward: bool) -> dict[str, int]:
+        """Counts the slots that an executor has, for each buffer.
+
+        Args:
+          full_backward: Whether it runs full backwards. Then the run of beats alone stashes, and
+            has its own buffer for it.
+        """
+        slots = dict(self.num_slots)
+        slots["received"] += 1  # one that nobody reads, for what nobody wants
+        if full_backward:
+            slots["stash"] = 0
+        elif DEFERRED in slots:
+            # I's of both kinds are one program, which writes a stash.
+            slots["stash"] = max(slots["stash"], 1)
+        return slots
 
     @property
     def neighbours(self) -> Exchange:
@@ -151,4 +173,4 @@ class Tables:
     @classmethod
     def columns(cls) -> tuple[str, ...]:
         """Names the tables that have a row a tick and a column a rank."""
-        return tuple(f.name for f in fields(cls))[:14]
+        return tuple(f.name for f in fields(cls) if f.type is Column)

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import FORWARD
 from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.dependencies import find_dependencies
 from dualpipe_jax._schedule.generators import GENERATORS
-from dualpipe_jax._schedule.ir import FORWARD, Pair, Program, Timeline
+from dualpipe_jax._schedule.ir import Pair, Program, Timeline
 from dualpipe_jax._schedule.place import place_shortest
 from dualpipe_jax._schedule.verify import verify_pairs, verify_timeline
 from dualpipe_jax.schedules import Schedule

@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
+from dualpipe_jax._schedule.actions import BUFFERS
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.dependencies import count_live, find_dependencies
 from dualpipe_jax._schedule.generators import GENERATORS
-from dualpipe_jax._schedule.ir import BUFFERS
 from tests import table_interpreter
 from tests.schedules_under_test import FORWARD_ONLY_GRID, NAMES, WIDE_GRID, compiled
 

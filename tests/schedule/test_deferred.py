@@ -3,13 +3,15 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import INPUT_GRAD, WEIGHT_GRAD, Opcode
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import INPUT_GRAD, WEIGHT_GRAD, Action, Program
+from dualpipe_jax._schedule.ir import Action, Program
 from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
 from tests.schedule.mutations import draw_changed
@@ -37,7 +39,7 @@ def test_only_what_follows_its_input_grad_stashes(name):
         for rank in range(num_ranks):
             acts = [t for t in range(tables.num_ticks) if tables.opcode[t, rank]]
             for before, tick in itertools.pairwise(acts):
-                if tables.opcode[tick, rank] == WEIGHT_GRAD:
+                if tables.opcode[tick, rank] in (WEIGHT_GRAD, Opcode.WEIGHT_GRAD_DEFERRED):
                     same = all(
                         getattr(tables, c)[tick, rank] == getattr(tables, c)[before, rank]
                         for c in ("stage", "microbatch")
@@ -75,7 +77,10 @@ def test_a_stash_in_use_where_another_weight_grad_recomputes_is_caught():
     row = tuple(Action(kind, 0, int(microbatch)) for kind, microbatch in order)
     program = Program("own", num_ranks=1, num_stages=1, num_microbatches=2, rows=(row,))
     tables = compile_program(program, stash_deferred=False).tables
-    wrong = dataclasses.replace(tables, stash=tables.deferred, deferred=tables.stash)
+    swapped = np.array([0, 1, 4, 5, 2, 3], np.int32)[tables.opcode]
+    wrong = dataclasses.replace(
+        tables, opcode=swapped, stash=tables.deferred, deferred=tables.stash
+    )
     message = "names a slot in deferred while stash slot 0 holds what chunk 0 saved .* microbatch 0"
     with pytest.raises(ScheduleError, match=message):
         verify_tables(wrong)

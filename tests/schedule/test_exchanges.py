@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import Opcode, letter_of
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.exchanges import add_exchanges
-from dualpipe_jax._schedule.ir import LAST_LAYERS
 from dualpipe_jax._schedule.tables import MOST_SETS, Exchange, Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
@@ -33,8 +33,8 @@ def sent_by_program(made: Compiled) -> Sent:
     for tick, rank in np.argwhere(tables.opcode).tolist():
         cells = (tables.opcode, tables.stage, tables.microbatch)
         opcode, stage, microbatch = (int(cell[tick, rank]) for cell in cells)
-        # A half of the last layers makes nothing that travels; that of the first ones does.
-        makes = "FIW"[opcode - 1] if tables.half[tick, rank] != LAST_LAYERS else "none"
+        # An upper half makes nothing that travels; a lower one does.
+        makes = letter_of(opcode) if opcode != Opcode.BACKWARD_UPPER else "none"
         tick_of[makes, stage, microbatch] = tick
     rank_of, sent = program.rank_of.tolist(), set()
     ticks = tables.steady.ticks if tables.steady is not None else slice(0)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from dualpipe_jax._schedule.actions import BUFFERS
 from dualpipe_jax._schedule.generators import GENERATORS, forward_only
 from dualpipe_jax._schedule.generators.sizes import split_microbatches
-from dualpipe_jax._schedule.ir import BUFFERS
 from tests.schedules_under_test import WIDE_SIZES, compiled
 
 ALL = [*GENERATORS.values(), forward_only]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import INPUT_GRAD, WEIGHT_GRAD, Opcode, unit_of
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import FIRST_LAYERS, INPUT_GRAD, LAST_LAYERS, TIMETABLES, WEIGHT_GRAD
+from dualpipe_jax._schedule.ir import TIMETABLES
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests.schedule.mutations import draw_changed
@@ -44,15 +45,16 @@ def test_what_directly_follows_is_a_half(name: str, timetable: str) -> None:
     """But in the run of beats, and in the pairs before it."""
     for size in SIZES:
         tables = compiled(name, *size, timetable, full_backward=True).tables
-        assert tables.has_halves
+        assert Opcode.BACKWARD_UPPER in tables.opcodes
         for rank in range(tables.num_ranks):
             acts = np.flatnonzero(tables.opcode[:, rank])
             of = {c: getattr(tables, c)[acts, rank] for c in Tables.columns()}
-            follows = (of["opcode"][:-1] == INPUT_GRAD) & (of["opcode"][1:] == WEIGHT_GRAD)
+            unit = unit_of(of["opcode"])
+            follows = (unit[:-1] == INPUT_GRAD) & (unit[1:] == WEIGHT_GRAD)
             for column in ("stage", "microbatch"):
                 follows &= of[column][:-1] == of[column][1:]
-            is_half = of["half"][:-1] == LAST_LAYERS
-            assert (is_half == (of["half"][1:] == FIRST_LAYERS)).all()
+            is_half = of["opcode"][:-1] == Opcode.BACKWARD_UPPER
+            assert (is_half == (of["opcode"][1:] == Opcode.BACKWARD_LOWER)).all()
             assert not (is_half & ~follows).any()
             if tables.steady is None:
                 assert (is_half == follows).all()
@@ -84,11 +86,15 @@ def test_some_stages_have_no_halves(name: str, timetable: str) -> None:
         last = some.num_stages - 1
         tables = compile_program(program, **options, whole_stages=frozenset({1, last})).tables
         assert_computes_loss_and_grads(tables)
-        found = set(tables.stage[tables.half >= 0].tolist())
-        assert found == set(some.stage[some.half >= 0].tolist()) - {1, last}
+        found, before = (
+            set(each.stage[each.opcode == Opcode.BACKWARD_UPPER].tolist())
+            for each in (tables, some)
+        )
+        assert found == before - {1, last}
         every = frozenset(range(some.num_stages))
         none = compile_program(program, **options, whole_stages=every).tables
-        assert not none.has_halves
+        assert Opcode.BACKWARD_UPPER not in none.opcodes
+        assert Opcode.BACKWARD in none.opcodes
         assert none.num_ticks == compiled(name, *size, timetable).tables.num_ticks
 
 
@@ -130,7 +136,8 @@ def test_any_changed_entry_is_caught(case, column, data):
 
 def test_a_lost_cotangent_is_named() -> None:
     tables = compiled("1f1b", 2, 2, full_backward=True).tables
-    (tick,) = np.flatnonzero((tables.half[:, 0] == FIRST_LAYERS) & (tables.microbatch[:, 0] == 0))
+    is_lower = tables.opcode[:, 0] == Opcode.BACKWARD_LOWER
+    (tick,) = np.flatnonzero(is_lower & (tables.microbatch[:, 0] == 0))
     read = tables.read.copy()
     read[tick, 0] = -1
     with pytest.raises(ScheduleError, match=r"0W0 on rank 0 in tick .*: needs a slot in read"):
@@ -146,4 +153,4 @@ def test_the_public_timeline_is_of_halves_apart() -> None:
     ticks = made.timeline().num_ticks
     compile_program(made.program, full_backward=True)
     assert made.timeline().num_ticks == ticks == made.compiled().tables.num_ticks
-    assert not made.compiled().tables.has_halves
+    assert made.compiled().tables.opcodes == {0, 1, 2, 3}

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
+from dualpipe_jax._schedule.actions import (
+    FORWARD,
+    IDLE,
+    INPUT_GRAD,
+    WEIGHT_GRAD,
+    unit_of,
+)
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.grammar import parse_program
-from dualpipe_jax._schedule.ir import FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Program
+from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax._schedule.tables import Tables
 from tests.replay_references import follow_dependencies, wait_as_told, wait_lazily
@@ -130,9 +137,9 @@ def test_a_ring_waits_only_where_it_hands_on_by_hand() -> None:
 
 
 def test_beats_of_a_run_are_no_full_backwards() -> None:
-    tables = compiled("dualpipe", 4, 16, "aligned").tables
+    tables = compiled("dualpipe", 4, 16, "aligned", full_backward=True).tables
     assert tables.steady is not None
-    work = np.array([0.0, 2, 3, 5])[tables.opcode]
+    work = np.array([0.0, 2, 3, 5])[unit_of(tables.opcode)]
     full = as_full_backwards(tables, work, last_layers=np.full(tables.num_stages, 0.5))
     ticks = tables.steady.ticks
     assert (full[ticks] == work[ticks]).all()
@@ -144,16 +151,17 @@ def test_the_gradient_of_an_embedding_comes_last() -> None:
     program = schedules.make("1f1b", num_ranks=2, num_microbatches=3).program
     for whole_stages, ticks in ((frozenset(), (2, 2 + 2.5)), (frozenset({0, 1}), (4 + 2.5, 0))):
         tables = compile_program(program, full_backward=True, whole_stages=whole_stages).tables
-        embeds = (tables.opcode == INPUT_GRAD) & (tables.stage == 0)
+        unit = unit_of(tables.opcode)
+        embeds = (unit == INPUT_GRAD) & (tables.stage == 0)
         full = as_full_backwards(
             tables,
-            np.array([0, 2, 3, 5.0])[tables.opcode] + 2.5 * embeds,
+            np.array([0, 2, 3, 5.0])[unit] + 2.5 * embeds,
             last_layers=np.full(2, 0.5),
             cost=0.5,
             embed_grad=2.5,
         )
-        for opcode, expected in zip((INPUT_GRAD, WEIGHT_GRAD), ticks, strict=True):
-            of_first = (tables.opcode == opcode) & (tables.stage == 0)
+        for acts, expected in zip((INPUT_GRAD, WEIGHT_GRAD), ticks, strict=True):
+            of_first = (unit == acts) & (tables.stage == 0)
             assert set(full[of_first]) == {expected}
 
 

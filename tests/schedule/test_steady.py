@@ -11,14 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Opcode, letter_of
 from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.ir import (
-    FORWARD,
-    INPUT_GRAD,
-    OPCODE_LETTERS,
-    TICKS_PER_BEAT,
-    WEIGHT_GRAD,
-)
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Steady, Tables
 from dualpipe_jax._schedule.verify import verify_steady, verify_tables
 from dualpipe_jax.schedules import Schedule
@@ -82,7 +77,7 @@ def run_with_steady(tables: Tables) -> Counter[str]:
         return {name: int(getattr(tables, name)[tick, rank]) for name in Tables.columns()}
 
     def did(opcode: int, stage: int, microbatch: int) -> None:
-        count[f"{stage}{OPCODE_LETTERS[opcode]}{microbatch}"] += 1
+        count[f"{stage}{letter_of(opcode)}{microbatch}"] += 1
 
     def put(rank: int, buffer: str, slot: int, value: Any) -> None:
         assert slot >= 0, (buffer, rank)
@@ -178,7 +173,7 @@ def run_with_steady(tables: Tables) -> Counter[str]:
 def every_action_once(tables: Tables) -> Counter[str]:
     return Counter(
         f"{stage}{letter}{microbatch}"
-        for letter in OPCODE_LETTERS[1:]
+        for letter in "FIW"
         for stage in range(tables.num_stages)
         for microbatch in range(tables.num_microbatches)
     )
@@ -362,10 +357,12 @@ def in_use(buffer: str) -> Tables:
     return change_cell(change(TABLES, idle=(buffer,)), buffer, tick, 1, 1)
 
 
-def put_off() -> Tables:
-    """Has an I and its W of the run leave no stash but what recomputes: legal tables."""
+def deferred_in_run() -> Tables:
+    """Has an I of the run keep its W's operands in a slot of the deferred kind: legal tables."""
     tables = dataclasses.replace(TABLES, num_slots={**TABLES.num_slots, "deferred": 1})
-    for tick in (FIRST + 1, FIRST + 2):
+    opcodes = Opcode.INPUT_GRAD_DEFERRING, Opcode.WEIGHT_GRAD_DEFERRED
+    for tick, opcode in zip((FIRST + 1, FIRST + 2), opcodes, strict=True):
+        tables = change_cell(tables, "opcode", tick, 1, opcode)
         tables = change_cell(tables, "stash", tick, 1, -1)
         tables = change_cell(tables, "deferred", tick, 1, 0)
     verify_tables(tables)
@@ -397,7 +394,7 @@ FAULTS = {
     "too long": (change(TABLES, num_beats=STEADY.num_beats + 2), "what all ranks do"),
     "other chunks": (renumber_chunks(), "on rank 2 .*what all ranks do"),
     "another W": (exchange_weight_grads(), "must follow the input grad of its microbatch"),
-    "no stash": (put_off(), "must stash for the weight grad"),
+    "no stash": (deferred_in_run(), "what all ranks do"),
     "kept late": (late_cotangent("keep", FIRST), "its cotangent before the first beat"),
     "from the left late": (late_cotangent("from_left", FIRST + 1), "before the first beat"),
     "from the right late": (late_cotangent("from_right", FIRST + 1), "before the first beat"),

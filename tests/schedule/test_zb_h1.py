@@ -1,7 +1,7 @@
 import pytest
 
+from dualpipe_jax._schedule.actions import Opcode
 from dualpipe_jax._schedule.generators.zb_h1 import zb_h1
-from dualpipe_jax._schedule.ir import WEIGHT_GRAD
 from tests.schedules_under_test import WIDE_SIZES, compiled
 
 # By hand: 1F1B, of which rank r puts off the first r W to the end.
@@ -46,6 +46,6 @@ def test_every_rank_holds_as_many_activations():
 def test_a_rank_puts_off_as_many_weight_grads_as_its_number(num_ranks, num_microbatches):
     """So that under rematerialisation no more of them recompute, however many microbatches."""
     tables = compiled("zb-h1", num_ranks, num_microbatches, stash_deferred=False).tables
-    recomputes = (tables.opcode == WEIGHT_GRAD) & (tables.deferred >= 0)
+    recomputes = tables.opcode == Opcode.WEIGHT_GRAD_DEFERRED
     expected = [min(rank, num_microbatches - 1) for rank in range(num_ranks)]
     assert recomputes.sum(axis=0).tolist() == expected

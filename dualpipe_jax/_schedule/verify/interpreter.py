@@ -8,19 +8,29 @@ the run of beats it is at hand, as `verify_steady` holds `Steady` to the tables.
 
 import numpy as np
 
+from dualpipe_jax._schedule.actions import BUFFERS, DEFERRED, Opcode
 from dualpipe_jax._schedule.excerpt import fail_at
-from dualpipe_jax._schedule.ir import (
-    BUFFERS,
-    DEFERRED,
-    FIRST_LAYERS,
-    FORWARD,
-    IDLE,
-    INPUT_GRAD,
-    LAST_LAYERS,
-    WEIGHT_GRAD,
-)
 from dualpipe_jax._schedule.tables import Tables
 
+# The I's, and the W that belongs to each.
+OF_I = (
+    Opcode.INPUT_GRAD,
+    Opcode.INPUT_GRAD_DEFERRING,
+    Opcode.BACKWARD_UPPER,
+    Opcode.BACKWARD,
+)
+OF_W = (
+    Opcode.WEIGHT_GRAD,
+    Opcode.WEIGHT_GRAD_DEFERRED,
+    Opcode.BACKWARD_LOWER,
+    Opcode.WEIGHT_GRAD_DONE,
+)
+_MAKES_DX = (
+    Opcode.INPUT_GRAD,
+    Opcode.INPUT_GRAD_DEFERRING,
+    Opcode.BACKWARD_LOWER,
+    Opcode.BACKWARD,
+)
 # Which buffer a column of slots belongs to.
 BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "received"}
 BUFFER_OF |= {"keep": "received", "send": "received"} | {
@@ -51,21 +61,19 @@ class _Interpreter:
         }
         self.is_target = _find_targets(tables)
         opcode, stage, microbatch = tables.opcode, tables.stage, tables.microbatch
-        is_f, is_i = opcode == FORWARD, opcode == INPUT_GRAD
+        is_f = opcode == Opcode.FORWARD
+        is_upper, is_lower = opcode == Opcode.BACKWARD_UPPER, opcode == Opcode.BACKWARD_LOWER
         is_last = stage == tables.num_stages - 1
         self.local = self._token(tables.chunk, stage, microbatch)
-        self.last_half, self.first_half = (
-            tables.half == half for half in (LAST_LAYERS, FIRST_LAYERS)
-        )
-        read = np.select([is_f, self.first_half], [_X, _IN_STAGE], _COTANGENT)
+        read = np.select([is_f, is_lower], [_X, _IN_STAGE], _COTANGENT)
         self.expected = self._token(read, stage, microbatch)
-        # F sends x to the next stage, I (or the half of the first layers) the cotangent of its x to
-        # the stage before; the last stage's F makes its own cotangent, of the loss, and the half of
-        # the last layers one that stays in the stage.
-        makes_dx = (is_i & ~self.last_half) | self.first_half
+        # F sends x to the next stage, I (or a lower half) the cotangent of its x to the stage
+        # before; the last stage's F makes its own cotangent, of the loss, and an upper half one
+        # that stays in the stage.
+        makes_dx = np.isin(opcode, _MAKES_DX)
         ends = (is_f & is_last & tables.forward_only) | (makes_dx & (stage == 0))
         self.output = np.select(
-            [ends, is_f & is_last, is_f, self.last_half, makes_dx],
+            [ends, is_f & is_last, is_f, is_upper, makes_dx],
             [
                 -1,
                 self._token(_COTANGENT, stage, microbatch),
@@ -88,11 +96,10 @@ class _Interpreter:
             if not tables.is_lazy:
                 self._store_arrivals(tick, arrived)
             opcode, local = tables.opcode[tick], self.local[tick]
-            is_f, is_i, is_w = (opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
-            self._load(tick, "read", self.expected[tick], free=opcode != IDLE)
-            last_half, first_half = self.last_half[tick], self.first_half[tick]
-            is_last_read = (is_i & ~last_half) | first_half
-            self._load(tick, "residual", local, of=is_i | first_half, free=is_last_read)
+            is_f, is_i, is_w = (np.isin(opcode, of) for of in (Opcode.FORWARD, OF_I, OF_W))
+            self._load(tick, "read", self.expected[tick], free=opcode != Opcode.IDLE)
+            is_dx, is_lower = np.isin(opcode, _MAKES_DX), opcode == Opcode.BACKWARD_LOWER
+            self._load(tick, "residual", local, of=is_i | is_lower, free=is_dx)
             self._load(tick, "weight_residual", local, of=is_i | is_w, free=is_w)
             self._load(tick, "stash", local, of=is_w, free=is_w)
             self._load(tick, DEFERRED, local, of=is_w, free=is_w)

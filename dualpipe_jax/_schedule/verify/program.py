@@ -5,9 +5,10 @@ from itertools import islice
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD, letter_of
 from dualpipe_jax._schedule.dependencies import find_dependencies, run_in_order
 from dualpipe_jax._schedule.excerpt import show_action
-from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, OPCODE_LETTERS, WEIGHT_GRAD, Program
+from dualpipe_jax._schedule.ir import Program
 
 _MOST_NAMED = 8
 # Up to so many (stage, microbatch)s the missing actions are named, however few there are.
@@ -87,7 +88,7 @@ def _check_completeness(program: Program) -> None:
         ranks = units.rank[same & (units.opcode == opcode)]
         on = ", ".join(map(str, ranks[:_MOST_NAMED])) + (", .." if len(ranks) > _MOST_NAMED else "")
         found = f"{len(ranks)} times, on rank {on}" if len(ranks) else "no"
-        faults.append(f"{stage}{OPCODE_LETTERS[opcode]}{microbatch} ({found})")
+        faults.append(f"{stage}{letter_of(opcode)}{microbatch} ({found})")
         if at is None:
             at, relation = _find_place(program, opcode, stage, microbatch)
     kinds = "F and nothing else" if program.forward_only else "F, one I and one W (a B is both)"

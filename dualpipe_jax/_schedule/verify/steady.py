@@ -2,17 +2,18 @@
 
 import numpy as np
 
+from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD
 from dualpipe_jax._schedule.excerpt import fail_at
-from dualpipe_jax._schedule.ir import FORWARD, INPUT_GRAD, TICKS_PER_BEAT, WEIGHT_GRAD
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Pairs, Steady, Tables
+from dualpipe_jax._schedule.verify.interpreter import OF_W
 
 
 def verify_steady(tables: Tables) -> None:
     """Checks the straight-line run of verified tables, if there is one.
 
     - It has an even number of beats, all within the tables; in beat b every rank runs F of chunk
-      b % 2, then I and W of the other chunk and of one microbatch, with a slot in the stash, and
-      not as halves of a full backward.
+      b % 2, then I and W of the other chunk and of one microbatch, apart and not deferred.
     - What the first beat reads is in its slot when the run begins.
     - Every later x and cotangent is what the beat before sent to that rank, or what the rank's own
       head gave; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
@@ -49,10 +50,6 @@ def _check_actions(tables: Tables, steady: Steady) -> None:
             _fail_where(tables, tick + after, wrong, "is not what all ranks do in this beat")
         same = tables.microbatch[tick + 1] == tables.microbatch[tick + 2]
         _fail_where(tables, tick + 2, ~same, "must follow the input grad of its microbatch")
-        deferred = tables.deferred[tick + 1] >= 0
-        _fail_where(tables, tick + 1, deferred, "must stash for the weight grad that follows it")
-        is_half = tables.half[tick + 1] >= 0
-        _fail_where(tables, tick + 1, is_half, "must make its cotangent before the weight grad")
 
 
 def _check_idle(tables: Tables, steady: Steady, buffer: str) -> None:
@@ -62,7 +59,7 @@ def _check_idle(tables: Tables, steady: Steady, buffer: str) -> None:
         ticks = np.flatnonzero(slots[:, rank] >= 0)
         last = dict(zip(slots[ticks, rank].tolist(), ticks.tolist(), strict=True))
         for tick in last.values():
-            if tables.opcode[tick, rank] != WEIGHT_GRAD:
+            if tables.opcode[tick, rank] not in OF_W:
                 fault = f"has a slot of {buffer} in use, which is idle in the run"
                 fail_at(tables, tick, rank, fault)
 

@@ -3,18 +3,10 @@
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import IDLE, Opcode
 from dualpipe_jax._schedule.excerpt import fail_at
-from dualpipe_jax._schedule.ir import (
-    FIRST_LAYERS,
-    FORWARD,
-    IDLE,
-    INPUT_GRAD,
-    LAST_LAYERS,
-    OPCODE_LETTERS,
-    WEIGHT_GRAD,
-)
 from dualpipe_jax._schedule.tables import MOST_SETS, Tables
-from dualpipe_jax._schedule.verify.interpreter import BUFFER_OF, run_with_tokens
+from dualpipe_jax._schedule.verify.interpreter import BUFFER_OF, OF_I, OF_W, run_with_tokens
 
 
 def verify_tables(tables: Tables) -> None:
@@ -23,9 +15,9 @@ def verify_tables(tables: Tables) -> None:
     - All tables are int32[num_ticks, num_ranks]; every slot exists in its buffer.
     - Each (stage, microbatch) has exactly one F, one I and one W (forward-only: one F), each
       on a rank and a chunk that `stage_of` gives that stage.
-    - An action names exactly the slots that it uses, an idle rank none; an I and a W one of either
-      the stash or the deferred kind.
-    - Halves of a full backward are an I of the last layers and a W of the first ones, not deferred.
+    - I and W of a (stage, microbatch) run alike: apart, deferred, or as a full backward.
+    - An action names exactly the slots that it uses, an idle rank none; of stash and deferred, an I
+      and a W that run apart one in the stash, deferred ones one in deferred, full backwards none.
     - In the run of beats, and in lazy tables, nothing is sent later than made.
     - Tables have parts, and lazy ones none. Every tick outside of the run of beats has an exchange
       in every part, those in it none. The first one of a part is empty, passed over by executors.
@@ -70,7 +62,7 @@ def _check_shapes(tables: Tables) -> None:
 def _check_actions(tables: Tables) -> None:
     acts = tables.opcode != IDLE
     limits = {
-        "opcode": len(OPCODE_LETTERS),
+        "opcode": len(Opcode),
         "chunk": tables.num_chunks,
         "stage": tables.num_stages,
         "microbatch": tables.num_microbatches,
@@ -84,33 +76,41 @@ def _check_actions(tables: Tables) -> None:
     held = tables.stage_of[tables.chunk, np.arange(tables.num_ranks)]
     _fail_where(tables, acts & (held != tables.stage), "must be a stage that the rank's chunk is")
 
-    count = np.zeros((4, tables.num_stages, tables.num_microbatches), np.int64)
-    np.add.at(count, (tables.opcode[acts], tables.stage[acts], tables.microbatch[acts]), 1)
-    for opcode in (FORWARD, INPUT_GRAD, WEIGHT_GRAD):
-        wanted = 0 if tables.forward_only and opcode != FORWARD else 1
-        for stage, microbatch in np.argwhere(count[opcode] != wanted).tolist():
-            action = f"{stage}{OPCODE_LETTERS[opcode]}{microbatch}"
-            same = tables.opcode == opcode
-            same &= (tables.stage == stage) & (tables.microbatch == microbatch)
+    place = tables.stage, tables.microbatch
+    for letter, opcodes in (("F", (Opcode.FORWARD,)), ("I", OF_I), ("W", OF_W)):
+        is_one = np.isin(tables.opcode, opcodes)
+        count = np.zeros((tables.num_stages, tables.num_microbatches), np.int64)
+        np.add.at(count, (tables.stage[is_one], tables.microbatch[is_one]), 1)
+        wanted = 0 if tables.forward_only and letter != "F" else 1
+        for stage, microbatch in np.argwhere(count != wanted).tolist():
+            action = f"{stage}{letter}{microbatch}"
+            same = is_one & (tables.stage == stage) & (tables.microbatch == microbatch)
             _fail_where(tables, same, f"{action} must run exactly once")
             raise ScheduleError(f"{action} must run exactly once, but runs on no rank in no tick")
+    # The I of each stage and microbatch, as a number in OF_I, and its W's in OF_W.
+    form = np.full((2, tables.num_stages, tables.num_microbatches), -1)
+    for of, opcodes in enumerate((OF_I, OF_W)):
+        for number, opcode in enumerate(opcodes):
+            here = tables.opcode == opcode
+            form[of, tables.stage[here], tables.microbatch[here]] = number
+    is_w = np.isin(tables.opcode, OF_W)
+    other = is_w & (form[0] != form[1])[place]
+    _fail_where(tables, other, "is not the weight grad of its input grad")
 
 
 def _check_columns(tables: Tables) -> None:
-    is_f, is_i, is_w = (tables.opcode == o for o in (FORWARD, INPUT_GRAD, WEIGHT_GRAD))
-    last_half, first_half = (tables.half == half for half in (LAST_LAYERS, FIRST_LAYERS))
-    is_half = tables.half != -1
-    _fail_where(tables, is_half & ~(last_half | first_half), "half must be -1, 0 or 1")
-    _fail_where(tables, (last_half & ~is_i) | (first_half & ~is_w), "is not that half")
-    _fail_where(tables, is_half & (tables.deferred >= 0), "must not be deferred, being a half")
+    is_f, is_i, is_w = (np.isin(tables.opcode, of) for of in (Opcode.FORWARD, OF_I, OF_W))
+    is_upper, is_lower = (
+        tables.opcode == half for half in (Opcode.BACKWARD_UPPER, Opcode.BACKWARD_LOWER)
+    )
     saves = is_f & (not tables.forward_only)
     last_f = saves & (tables.stage == tables.num_stages - 1)
     used = {
-        "read": (is_f & (tables.stage > 0)) | is_i | first_half,
-        "residual": saves | is_i | first_half,
+        "read": (is_f & (tables.stage > 0)) | is_i | is_lower,
+        "residual": saves | is_i | is_lower,
         "weight_residual": saves | is_i | is_w,
-        "stash": (is_i | is_w) & (tables.deferred < 0),
-        "deferred": (is_i | is_w) & (tables.stash < 0),
+        "stash": np.isin(tables.opcode, (OF_I[0], OF_W[0])),
+        "deferred": np.isin(tables.opcode, (OF_I[1], OF_W[1])),
     }
     for column, mask in used.items():
         named = getattr(tables, column) >= 0
@@ -118,10 +118,10 @@ def _check_columns(tables: Tables) -> None:
         _fail_where(tables, named & ~mask, f"must have no slot in {column}")
     keeps = tables.keep >= 0
     _fail_where(tables, last_f & ~keeps, "must keep the cotangent that the head gives")
-    _fail_where(tables, last_half & ~keeps, "must keep the cotangent that the first layers read")
+    _fail_where(tables, is_upper & ~keeps, "must keep the cotangent that the lower half reads")
     sends = is_f & ~last_f & (tables.stage < tables.num_stages - 1)
-    sends |= ((is_i & ~last_half) | first_half) & (tables.stage > 0)
-    _fail_where(tables, keeps & ~(sends | last_f | last_half), "has no output to keep")
+    sends |= ((is_i & ~is_upper) | is_lower) & (tables.stage > 0)
+    _fail_where(tables, keeps & ~(sends | last_f | is_upper), "has no output to keep")
     if not tables.wraps:
         wrapped = np.zeros(tables.opcode.shape, bool)
         wrapped[:, 0] |= tables.from_left[:, 0] >= 0

@@ -3,9 +3,10 @@
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
+from dualpipe_jax._schedule.actions import FORWARD
 from dualpipe_jax._schedule.dependencies import find_dependencies, find_travelling
 from dualpipe_jax._schedule.excerpt import show_timeline
-from dualpipe_jax._schedule.ir import FORWARD, TICKS_PER_BEAT, Timeline
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Timeline
 
 
 def verify_timeline(timeline: Timeline) -> None:

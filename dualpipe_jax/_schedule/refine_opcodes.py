@@ -1,0 +1,93 @@
+"""Program -> Program: decides how each I and its W run, which are opcodes of their own.
+
+An I and its W run apart, in a tick each, unless they are asked to be refined:
+- deferred: if its rank does anything else between them, W finds its operands in slots of their own.
+- a full backward: if W directly follows its I, both run for the stage's last layers in I's tick and
+  for its first layers in W's, in two halves, so that a neighbour gets its cotangent after W's tick.
+  A full backward is not halved but runs in I's tick where the stage has a single layer, or where
+  the neighbour's tick comes before that. I and W of the run of beats stay apart, where W hides
+  transfers.
+
+Two ranks of zb-h1, of which rank 1 defers its first weight grad:
+
+>>> from dualpipe_jax._schedule.actions import Opcode
+>>> from dualpipe_jax._schedule.generators import GENERATORS
+>>> program = GENERATORS["zb-h1"](num_ranks=2, num_microbatches=2)
+>>> units = refine_opcodes(program, defers=True, full_backward=True).units
+>>> for action in range(units.row_start[1], len(units)):
+...     print(units.name(action), Opcode(units.opcode[action]).name)
+1F0 FORWARD
+1I0 INPUT_GRAD_DEFERRING
+1F1 FORWARD
+1I1 BACKWARD_UPPER
+1W1 BACKWARD_LOWER
+1W0 WEIGHT_GRAD_DEFERRED
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from dualpipe_jax._schedule.actions import INPUT_GRAD, WEIGHT_GRAD, Opcode
+from dualpipe_jax._schedule.dependencies import find_dependencies
+from dualpipe_jax._schedule.ir import Program, Timeline
+from dualpipe_jax._schedule.steady import Run
+
+
+def refine_opcodes(
+    program: Program,
+    *,
+    defers: bool = False,
+    full_backward: bool = False,
+    whole_stages: frozenset[int] = frozenset(),
+    aligned: Timeline | None = None,
+    run: Run | None = None,
+) -> Program:
+    """Refines the opcodes of a program whose I's and W's run apart.
+
+    Args:
+        program: The program.
+        defers: Whether deferred weight grads have slots of their own.
+        full_backward: Whether an I and the W that directly follows it are a full backward.
+        whole_stages: Stages whose full backwards have no halves.
+        aligned: The program's timeline, if that has a run of beats; ticks up to its end are kept.
+        run: That run.
+    """
+    units = program.units
+    input_grads = np.flatnonzero(units.opcode == INPUT_GRAD)
+    weight_grads = np.full_like(input_grads, -1)
+    own = find_dependencies(program).own
+    of_w = np.flatnonzero(units.opcode == WEIGHT_GRAD)
+    weight_grads[np.searchsorted(input_grads, own[of_w])] = of_w
+    # Actions of a rank are numbered in program order.
+    follows = weight_grads == input_grads + 1
+    opcode = units.opcode.copy()
+
+    def run_as(input_grad: Opcode, weight_grad: Opcode, mask: np.ndarray) -> None:
+        opcode[input_grads[mask]], opcode[weight_grads[mask]] = input_grad, weight_grad
+
+    if defers:
+        run_as(Opcode.INPUT_GRAD_DEFERRING, Opcode.WEIGHT_GRAD_DEFERRED, ~follows)
+    if full_backward:
+        is_whole = np.isin(units.stage[input_grads], list(whole_stages))
+        if aligned is not None and run is not None:
+            tick = aligned.tick_of[input_grads]
+            is_whole |= _sends_too_soon(aligned, run)[input_grads]
+            follows &= (tick < run.first_tick) | (tick >= run.stop)
+        run_as(Opcode.BACKWARD, Opcode.WEIGHT_GRAD_DONE, follows & is_whole)
+        run_as(Opcode.BACKWARD_UPPER, Opcode.BACKWARD_LOWER, follows & ~is_whole)
+    return program if (opcode == units.opcode).all() else replace(program, opcode=opcode)
+
+
+def _sends_too_soon(timeline: Timeline, run: Run) -> np.ndarray:
+    """bool[num_actions], the I's up to the run's end whose cotangent is read by the W's tick."""
+    units, tick_of = timeline.program.units, timeline.tick_of
+    payload = find_dependencies(timeline.program).payload
+    is_i = units.opcode == INPUT_GRAD
+    readers = np.flatnonzero(is_i & (payload >= 0))
+    made = payload[readers]
+    weight_grads = np.minimum(made + 1, len(units) - 1)
+    too_soon = is_i[made] & (tick_of[made] < run.stop) & (tick_of[readers] <= tick_of[weight_grads])
+    sends_too_soon = np.zeros(len(units), bool)
+    sends_too_soon[made[too_soon]] = True
+    return sends_too_soon
