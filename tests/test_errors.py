@@ -172,7 +172,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
             "params['ends']['table'] of shape (4, 4), spec P('data',): 'data' is none of them",
             "params['ends']['out'] of shape (4,), spec P('model', None): has 2 entries for 1 dims",
             "params['blocks']['w']",
-            "the layers' dim lies over 'pipe' alone",
+            "the layers' dim may be sharded over 'pipe' alone",
             "params['blocks']['b']",
             "'model' stands twice",
         ],

@@ -16,7 +16,7 @@ from tests.models import make_batch, make_model, make_params
 from tests.test_exact import make_mesh
 
 NUM_MICROBATCHES = 10
-ARRIVING = "what arrives while it leaves"
+ARRIVING = "arriving while others leave"
 
 
 def bytes_of(avals: Any) -> int:
@@ -129,7 +129,7 @@ def test_terms_are_what_is_carried(
     ):
         assert terms.get(name, 0) == bytes_of(buffers), name
     recomputes = remat == "block" and execution.deferred != "store"
-    of_deferred = "what deferred W recompute from" if recomputes else "stashes for deferred W"
+    of_deferred = "inputs of deferred W that recompute" if recomputes else "stashes for deferred W"
     assert terms.get(of_deferred, 0) == bytes_of(state.deferred)
     assert (terms.get(OF_FULL_BACKWARD, 0) > 0) == full_backward
     assert full_backward == (terms.get("stashes for W", 0) == 0)
@@ -145,13 +145,13 @@ def test_terms_are_what_is_carried(
         (
             {"remat": "block"},
             ["stash of a beat, without a slot", ARRIVING],
-            ["stashes for W", "what deferred W recompute from"],
+            ["stashes for W", "inputs of deferred W that recompute"],
         ),
         # Looped layers stash in the run, too.
         (
             {"remat": "block", "unroll": False},
             [ARRIVING],
-            ["what deferred W recompute from"],
+            ["inputs of deferred W that recompute"],
         ),
         ({"schedule": "zb-h1"}, [], []),  # no run
         (
@@ -162,7 +162,7 @@ def test_terms_are_what_is_carried(
         (
             {"split_backward": False, "remat": "block", "unroll": False},
             ["stashes for W", ARRIVING],
-            ["what deferred W recompute from", OF_FULL_BACKWARD],
+            ["inputs of deferred W that recompute", OF_FULL_BACKWARD],
         ),
         ({"split_backward": False, "schedule": "zb-h1"}, [], []),
     ],

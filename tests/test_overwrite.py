@@ -310,5 +310,7 @@ def test_shared_and_complex_parameters_are_refused() -> None:
     params = {**make_params(2), "shared": jnp.zeros(2)}
     params["ends"]["in"] = params["ends"]["in"].astype(complex)
     grad_fn = dpj.value_and_grad(MODEL, mesh=make_mesh(2), num_microbatches=2, overwrite=True)
-    with pytest.raises(ValueError, match=r"largest is taken(.|\n)*\['ends'\]\['in'\](.|\n)*shared"):
+    with pytest.raises(
+        ValueError, match=r"new values is kept(.|\n)*\['ends'\]\['in'\](.|\n)*shared"
+    ):
         jax.eval_shape(grad_fn, params, make_batch(2))

@@ -182,7 +182,7 @@ def test_gradients_alone_are_scattered(kind: AxisType, schedule: str) -> None:
     ("spec", "error", "words"),
     [
         (P(), ValueError, ["the gradient's spec is", "that of the parameter"]),
-        (P(None, "data"), ValueError, ["must lie over the axes of its parameter", "['up']"]),
+        (P(None, "data"), ValueError, ["must be sharded over the axes of its parameter", "['up']"]),
         (P(None, None, "other"), ValueError, ["grad_specs: may name the", "'other' is none of"]),
         (P(None, "data", "data"), ValueError, ["'data' stands twice"]),
         ("data", TypeError, ["grad_specs['blocks']['up'] is str 'data'"]),
@@ -240,7 +240,12 @@ def test_a_dim_that_lies_over_another_explicit_axis(argument: str) -> None:
     )
     with pytest.raises(ValueError) as caught:
         jax.eval_shape(grad_fn, params, make_batch(4))
-    for word in [argument, "['up']", "dim 2 lies over 'model' too", "not divisible by 4 devices"]:
+    for word in [
+        argument,
+        "['up']",
+        "dim 2 is sharded over 'model' too",
+        "not divisible by 4 devices",
+    ]:
         assert word in str(caught.value)
 
 
@@ -301,7 +306,7 @@ def test_memory_counts_what_is_gathered() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (P(("pipe", "data")), ["the layers' dim lies over 'pipe' alone"]),
+        (P(("pipe", "data")), ["the layers' dim may be sharded over 'pipe' alone"]),
         (P(None, None, "data", "data"), ["has 4 entries for 3 dims"]),
         (P(None, ("data", "model")), ["'data' must come last in its entry"]),
         (P(None, None, ("model", "data")), ["dim 2 is not divisible by 4 devices"]),

@@ -1,9 +1,11 @@
-"""Where the layers of one stack lie: from the canonical stack to the ranks, and gradients back.
+"""Brings the layers of one stack from their shards to the ranks that run them, and gradients back.
 
-A stack and its gradient are in model order, whatever the schedule. Here a rank gets the layers of
-each of its chunks (a stage that it holds for one direction), and gives their gradients back. The
-second copy that a bidirectional schedule needs exists only inside the step: it comes by a permute,
-and its gradient leaves by a permute and is added, so the copies cannot drift.
+A stack and its gradient are in model order, whatever the schedule. Here a rank receives the layers
+of each of its chunks (a stage that it holds for one direction), and returns their gradients. The
+second copy that a bidirectional schedule needs exists only inside the step: a permute brings it,
+and another returns its gradient, which is added, so that the copies cannot drift. Where each
+stage's layers begin, and how many it has, is found by formula if the spread is even or nearly so,
+else looked up in a table.
 """
 
 from collections.abc import Sequence
@@ -23,9 +25,9 @@ from dualpipe_jax._model.types import PyTree
 
 
 def spread(num_layers: int, num_stages: int) -> np.ndarray:
-    """Spreads layers over stages: int[num_stages + 1], each stage's first one, and their number.
+    """Spreads layers over stages: int[num_stages + 1], each stage's first layer, and their number.
 
-    Where they do not divide, the first stages get one more.
+    If they do not divide, the first stages get one more.
 
     >>> spread(7, 3)
     array([0, 3, 5, 7])
@@ -37,7 +39,7 @@ def spread(num_layers: int, num_stages: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Spread:
-    """Layers in a row, each stage's after those of the stage before.
+    """Divides a row of layers into stages.
 
     Attributes:
       first_layers: int[num_stages + 1], each stage's first layer, and the number of layers.
@@ -70,7 +72,7 @@ class Spread:
         return bool((self.first_layers == spread(self.num_layers, self.num_stages)).all())
 
     def num_layers_of(self, stage: Any) -> Any:
-        """Counts the layers of a stage: an int where all have as many, else an int32 scalar."""
+        """Counts the layers of a stage: an int if all have as many, else an int32 scalar."""
         if not self._follows_formula:
             return buffers.read(jnp.asarray(np.diff(self.first_layers), jnp.int32), stage)
         fewest, rest = divmod(self.num_layers, self.num_stages)
@@ -86,7 +88,7 @@ class Spread:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Stack(Spread):
-    """The layers of one kind, spread over stages, and the stages over ranks.
+    """Spreads the layers of one kind over stages, and the stages over ranks.
 
     Attributes:
       axis: The name of the pipeline axis.
@@ -103,20 +105,20 @@ class Stack(Spread):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the stack lies over the axis, as many layers a rank, to travel by permutes.
+        """Whether the stack is sharded over the axis, and its layers travel by permutes.
 
-        Else every rank is given the whole stack and takes its layers out of it (JAX has no uneven
+        Else every rank receives the whole stack and takes its layers out of it (JAX has no uneven
         shards).
         """
         return self.num_layers % self.stage_of.shape[1] == 0
 
     @property
     def shard_layers(self) -> int:
-        """Layers of what a rank is given of the stack, and gives back of its gradient."""
+        """Layers of a rank's shard of the stack, and of its gradient."""
         return self.num_layers // (self.stage_of.shape[1] if self.is_sharded else 1)
 
     def shard_avals(self, layer: PyTree) -> PyTree:
-        """Makes avals of a rank's shard, of those of one layer."""
+        """Makes avals of a rank's shard from those of one layer."""
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((self.shard_layers, *leaf.shape), leaf.dtype), layer
         )
@@ -132,7 +134,7 @@ class Stack(Spread):
         return jnp.minimum(self.first_layer_of(stage), self.num_layers - self.max_layers)
 
     def offset_of(self, stage: Any) -> Any:
-        """Finds where in its slab `[max_layers, ...]` a stage's first layer lies."""
+        """Finds where in its slab `[max_layers, ...]` a stage's first layer is."""
         if self.is_even or self.is_sharded:
             return 0
         return self.first_layer_of(stage) - self._slab_start(stage)
@@ -148,7 +150,7 @@ class Stack(Spread):
         return [jax.tree.unflatten(structure, chunk) for chunk in chunks]
 
     def _take(self, leaf: jax.Array) -> list[jax.Array]:
-        starts = (self._slab_start(self._my_stage(c)) for c in range(self.num_chunks))
+        starts = (self._slab_start(self._stage_of_rank(c)) for c in range(self.num_chunks))
         return [lax.dynamic_slice_in_dim(leaf, start, self.max_layers) for start in starts]
 
     @cached_property
@@ -156,32 +158,32 @@ class Stack(Spread):
         """Whether in every round every rank gets a whole chunk, and so all of them."""
         size = self.max_layers
         return len(self._rounds) == self.num_chunks and all(
-            w.count == size and ((w.place >= 0) & (w.place % size == 0)).all() for w in self._rounds
+            w.count == size and ((w.entry >= 0) & (w.entry % size == 0)).all() for w in self._rounds
         )
 
     def _pick(self, which: np.ndarray, pieces: list[jax.Array]) -> jax.Array:
-        """Picks one of `pieces` by this rank's entry of `which` `[num_ranks]`."""
-        index = self._mine(which)
+        """Picks one of `pieces` by this rank's number in `which` `[num_ranks]`."""
+        index = self._of_rank(which)
         return pieces[index] if isinstance(index, int) else lax.select_n(index, *pieces)
 
     def _fetch(self, shard: jax.Array) -> list[jax.Array]:
         if self._is_whole:
             return self._fetch_whole(shard)
-        size, num_places = self.max_layers, self.num_chunks * self.max_layers
-        # Which place a piece goes to may depend on the rank. Behind the last place is room for what
-        # has none; a place gets nothing if no stage that is held as this chunk fills it.
-        spare = max(way.count for way in self._rounds)
-        stack = jnp.zeros((num_places + spare, *shard.shape[1:]), shard.dtype)
+        size, num_entries = self.max_layers, self.num_chunks * self.max_layers
+        # The entry that a piece goes to may depend on the rank. Behind the last entry is room for
+        # pieces without one; an entry stays zero if no stage that is held as this chunk fills it.
+        spare = max(permute.count for permute in self._rounds)
+        stack = jnp.zeros((num_entries + spare, *shard.shape[1:]), shard.dtype)
         whole: dict[int, jax.Array] = {}  # chunks that are one piece on every rank
-        for way in self._rounds:
-            piece = _slice(shard, self._mine(way.first), way.count)
-            if not way.stays:
-                piece = lax.ppermute(piece, self.axis, way.pairs)
-            place = self._mine(np.where(way.place < 0, num_places, way.place))
-            if way.count == size and isinstance(place, int):
-                whole[place // size] = piece
+        for permute in self._rounds:
+            piece = _slice(shard, self._of_rank(permute.first), permute.count)
+            if not permute.stays:
+                piece = lax.ppermute(piece, self.axis, permute.pairs)
+            entry = self._of_rank(np.where(permute.entry < 0, num_entries, permute.entry))
+            if permute.count == size and isinstance(entry, int):
+                whole[entry // size] = piece
             else:
-                stack = lax.dynamic_update_slice_in_dim(stack, piece, place, 0)
+                stack = lax.dynamic_update_slice_in_dim(stack, piece, entry, 0)
         return [
             whole[c] if c in whole else lax.slice_in_dim(stack, c * size, (c + 1) * size)
             for c in range(self.num_chunks)
@@ -189,21 +191,21 @@ class Stack(Spread):
 
     def _fetch_whole(self, shard: jax.Array) -> list[jax.Array]:
         pieces = []
-        for way in self._rounds:
-            piece = _slice(shard, self._mine(way.first), way.count)
-            pieces.append(piece if way.stays else lax.ppermute(piece, self.axis, way.pairs))
-        # which[round, rank]: the chunk that comes in a round; its inverse: the round of a chunk
-        which = np.stack([way.place // self.max_layers for way in self._rounds])
+        for permute in self._rounds:
+            piece = _slice(shard, self._of_rank(permute.first), permute.count)
+            pieces.append(piece if permute.stays else lax.ppermute(piece, self.axis, permute.pairs))
+        # which[round, rank]: the chunk that a round brings; its inverse: the round of a chunk
+        which = np.stack([permute.entry // self.max_layers for permute in self._rounds])
         return [self._pick(rounds, pieces) for rounds in which.argsort(axis=0)]
 
-    def _mine(self, values: np.ndarray) -> Any:
-        """This rank's entry of `values` `[num_ranks]`; an int if all are alike."""
+    def _of_rank(self, values: np.ndarray) -> Any:
+        """Takes this rank's of `values` `[num_ranks]`; an int if all are alike."""
         if len(set(values)) == 1:
             return int(values[0])
         return jnp.asarray(values, jnp.int32)[lax.axis_index(self.axis)]
 
     def collect(self, grads: list[list[Any]], rules: Sequence[Rule]) -> list[jax.Array]:
-        """Adds up the chunks' gradients where the layers lie, as the stack, each by its rule."""
+        """Adds up the chunks' gradients in the form of the stack, each by its rule."""
         stacked = [
             [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in chunk]
             for chunk in grads
@@ -216,44 +218,44 @@ class Stack(Spread):
             return self._return(chunks, rule)
         total = rule.start((self.num_layers, *chunks[0].shape[1:]), chunks[0].dtype)
         for chunk, leaf in enumerate(chunks):
-            start = self._slab_start(self._my_stage(chunk))
-            mine = rule.combine(lax.dynamic_slice_in_dim(total, start, self.max_layers), leaf)
-            total = lax.dynamic_update_slice_in_dim(total, mine, start, 0)
+            start = self._slab_start(self._stage_of_rank(chunk))
+            changed = rule.combine(lax.dynamic_slice_in_dim(total, start, self.max_layers), leaf)
+            total = lax.dynamic_update_slice_in_dim(total, changed, start, 0)
         return rule.over([total], (self.axis,))[0]
 
     def _return(self, chunks: list[jax.Array], rule: Rule) -> jax.Array:
-        """Takes the ways of `_fetch` back, adding what comes to what is there."""
-        size, num_places = self.max_layers, self.num_chunks * self.max_layers
-        # Behind the last place lies nothing, for ranks that got nothing and so send nothing.
-        spare = max(way.count for way in self._rounds)
+        """Sends gradients back the ways of `_fetch`, and adds those that arrive."""
+        size, num_entries = self.max_layers, self.num_chunks * self.max_layers
+        # Behind the last entry are empty ones, for ranks that received, and so return, nothing.
+        spare = max(permute.count for permute in self._rounds)
         stack = _join([*chunks, rule.start((spare, *chunks[0].shape[1:]), chunks[0].dtype)])
         total = None
-        for way in self._rounds:
-            place = self._mine(np.where(way.place < 0, num_places, way.place))
+        for permute in self._rounds:
+            entry = self._of_rank(np.where(permute.entry < 0, num_entries, permute.entry))
             if self._is_whole:
-                piece = self._pick(way.place // size, chunks)
-            elif way.count == size and isinstance(place, int):
-                piece = chunks[place // size]
+                piece = self._pick(permute.entry // size, chunks)
+            elif permute.count == size and isinstance(entry, int):
+                piece = chunks[entry // size]
             else:
-                piece = _slice(stack, place, way.count)
-            if not way.stays:
-                piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in way.pairs])
-                if rule.nothing and (way.target < 0).any():
+                piece = _slice(stack, entry, permute.count)
+            if not permute.stays:
+                piece = lax.ppermute(piece, self.axis, [(t, s) for s, t in permute.pairs])
+                if rule.nothing and (permute.target < 0).any():
                     # A rank that sent nothing gets zeros back.
-                    sent = self._mine((way.target >= 0).astype(int)) > 0
+                    sent = self._of_rank((permute.target >= 0).astype(int)) > 0
                     piece = jnp.where(sent, piece, rule.nothing)
-            if way.count == self.shard_layers:
+            if permute.count == self.shard_layers:
                 total = piece if total is None else rule.combine(total, piece)
                 continue
             if total is None:
                 total = rule.start((self.shard_layers, *piece.shape[1:]), piece.dtype)
-            first = self._mine(way.first)
-            mine = rule.combine(_slice(total, first, way.count), piece)
-            total = lax.dynamic_update_slice_in_dim(total, mine, first, 0)
+            first = self._of_rank(permute.first)
+            changed = rule.combine(_slice(total, first, permute.count), piece)
+            total = lax.dynamic_update_slice_in_dim(total, changed, first, 0)
         assert total is not None
         return total
 
-    def _my_stage(self, chunk: int) -> jax.Array:
+    def _stage_of_rank(self, chunk: int) -> jax.Array:
         # A rank without this chunk never runs it: any stage will do.
         stages = np.maximum(self.stage_of[chunk], 0).astype(np.int32)
         return jnp.asarray(stages)[lax.axis_index(self.axis)]

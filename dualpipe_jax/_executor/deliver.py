@@ -1,10 +1,10 @@
-"""How outputs get from the ranks where the pipeline ends to those that keep them.
+"""Delivers outputs from the ranks where the pipeline ends to those that keep them.
 
-Rank r keeps those of microbatches `[r S, (r + 1) S)`, S = ceil(N / P), so that none ever holds more
-than its part of the batch. They travel round the ring of ranks, one rank a tick: those that end on
-the last rank over rank 0 upwards, those that end on rank 0 over the last rank downwards, at most
-about half of the ring. A rank passes on at once what is not its own; as a rank ends at most one
-microbatch a tick, no two of a direction are ever at the same place.
+Rank r keeps those of microbatches `[r S, (r + 1) S)`, S = ceil(N / P), so that no rank ever holds
+more than its part of the batch. They travel round the ring of ranks, one rank a tick: those that
+end on the last rank over rank 0 upwards, those that end on rank 0 over the last rank downwards, at
+most about half of the ring. A rank sends outputs of others on at once; as a rank ends at most one
+microbatch a tick, no two of a direction ever meet on a rank.
 
 Four ranks, eight microbatches, two a rank:
 
@@ -24,18 +24,17 @@ from jax import lax
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import buffers
 from dualpipe_jax._executor.buffers import when
+from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.actions import FORWARD
 from dualpipe_jax._schedule.tables import Tables
 
-PyTree = Any
-
 
 class Parcel(NamedTuple):
-    """Outputs of one microbatch on their way.
+    """Holds the outputs of one microbatch on their way.
 
     Attributes:
       outputs: The outputs, `[rows, ...]`.
-      microbatch: Which one, an int32 scalar; -1 for none.
+      microbatch: Its number, an int32 scalar; -1 for none.
     """
 
     outputs: PyTree
@@ -43,11 +42,11 @@ class Parcel(NamedTuple):
 
 
 class Mail(NamedTuple):
-    """What a rank holds of outputs.
+    """Holds the outputs that a rank keeps, and those that it sends on.
 
     Attributes:
       kept: The outputs that it keeps, `[S, rows, ...]`.
-      parcels: For each chunk what is to be sent on after this tick.
+      parcels: For each chunk the outputs to be sent on after this tick.
     """
 
     kept: PyTree
@@ -56,7 +55,7 @@ class Mail(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Delivery:
-    """Brings outputs to their ranks.
+    """Delivers outputs to their ranks.
 
     Attributes:
       axis: The pipeline axis.
@@ -68,7 +67,7 @@ class Delivery:
 
     @property
     def is_even(self) -> bool:
-        """Whether every rank keeps the outputs of as many microbatches."""
+        """Whether all ranks keep the outputs of the same number of microbatches."""
         return self.tables.num_microbatches % self.tables.num_ranks == 0
 
     @property
@@ -113,7 +112,7 @@ class Delivery:
         return Mail(kept=kept, parcels=[nothing] * self.tables.num_chunks)
 
     def post(self, mail: Mail, outputs: PyTree, microbatch: jax.Array, chunk: jax.Array) -> Mail:
-        """Keeps what the head made of a microbatch, or sends it on its way."""
+        """Keeps a microbatch's outputs, or sends them on their way."""
         kept, parcel = self._keep(mail.kept, Parcel(outputs, microbatch))
         parcels = [
             jax.tree.map(lambda new, old: jnp.where(chunk == c, new, old), parcel, old)  # noqa: B023
@@ -140,7 +139,7 @@ class Delivery:
         return Mail(kept, parcels)
 
     def finish(self, mail: Mail, later: jax.Array) -> PyTree:
-        """Delivers what is still on its way, and gives this rank's rows, in order.
+        """Delivers the parcels that are still on their way, and returns this rank's rows, in order.
 
         Returns:
           The outputs: `[S rows, ...]` of this rank's microbatches if `is_even`, else all rows.
@@ -149,18 +148,18 @@ class Delivery:
 
         def rows(leaf: jax.Array) -> jax.Array:
             size = leaf.shape[1]
-            mine = leaf.reshape(leaf.shape[0] * size, *leaf.shape[2:])
+            kept = leaf.reshape(leaf.shape[0] * size, *leaf.shape[2:])
             if self.is_even:
-                return mine
-            whole = lax.all_gather(mine, self.axis, tiled=True)
+                return kept
+            whole = lax.all_gather(kept, self.axis, tiled=True)
             return whole[: self.tables.num_microbatches * size]
 
         return jax.tree.map(rows, mail.kept)
 
     def _keep(self, kept: PyTree, parcel: Parcel) -> tuple[PyTree, Parcel]:
-        """Keeps what has come to its rank; no parcel is left of it."""
+        """Keeps a parcel that has reached its rank, and empties it."""
         first = lax.axis_index(self.axis) * self.share
-        place = parcel.microbatch - first
-        is_mine = (parcel.microbatch >= 0) & (place >= 0) & (place < self.share)
-        kept = when(is_mine, lambda kept: buffers.write(kept, parcel.outputs, place), kept)
-        return kept, parcel._replace(microbatch=jnp.where(is_mine, -1, parcel.microbatch))
+        entry = parcel.microbatch - first
+        is_own = (parcel.microbatch >= 0) & (entry >= 0) & (entry < self.share)
+        kept = when(is_own, lambda kept: buffers.write(kept, parcel.outputs, entry), kept)
+        return kept, parcel._replace(microbatch=jnp.where(is_own, -1, parcel.microbatch))

@@ -1,8 +1,10 @@
-"""What a step holds on one device beside its arguments: slots, copies of weights, accumulators.
+"""Counts the bytes and FLOPs of a step on one device, before any compiler is asked.
 
-In: what the step is made of. Out: a `MemoryReport`. All but two terms are exact, the sizes of the
-arrays that the executor carries from tick to tick: the working set is an estimate, and copies of
-weights are counted as XLA keeps them. None grows with the number of microbatches.
+In: the traced functions, tables, layout. Out: a `MemoryReport` of slots, copies of weights and
+accumulators, all that a step holds beside its arguments; and `Work`, the FLOPs of its contractions.
+All but two terms of memory are exact, the sizes of the arrays that the executor carries from tick
+to tick: the working set is an estimate, and copies of weights are counted as XLA keeps them. None
+grows with the number of microbatches.
 """
 
 import math
@@ -28,14 +30,14 @@ from dualpipe_jax._split_vjp import SplitVjp, contraction_flops
 
 @dataclass(frozen=True)
 class Term:
-    """One kind of array that a step holds.
+    """Counts one kind of array that a step holds.
 
     Attributes:
-      name: What it is.
-      count: How many there are, in words.
+      name: The arrays, in words.
+      count: Their number, in words.
       num_bytes: Bytes of all of them on one device.
-      phase: `"beats"` of what is there in the run of beats only, `"ticks"` in the ticks before and
-        after it only; empty of what is always there.
+      phase: `"beats"` if they exist in the steady phase only, `"ticks"` if in the ticks before and
+        after it only; empty if always.
     """
 
     name: str
@@ -46,9 +48,9 @@ class Term:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What a step holds on one device beside its arguments, by kind.
+    """Lists the arrays that a step holds on one device beside its arguments.
 
-    `num_bytes` adds up all that is there at once, in the run of beats or in the ticks around it,
+    `num_bytes` adds up all that exist at once, in the steady phase or in the ticks around it,
     whichever is more; the gradients that the step returns come after, when slots are free again.
 
     Attributes:
@@ -61,12 +63,12 @@ class MemoryReport:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all terms that are there at once."""
+        """Bytes of all terms that exist at once."""
         return _sum(self.fullest)
 
     @property
     def fullest(self) -> tuple[Term, ...]:
-        """The terms that are there at once, in beats or in other ticks, whichever are more."""
+        """The terms that exist at once, in beats or in other ticks, whichever are more."""
         in_beats, in_ticks = (
             tuple(term for term in self.terms if term.phase in ("", phase))
             for phase in ("beats", "ticks")
@@ -125,7 +127,7 @@ def report_memory(
     terms.append(Term("between ranks", f"{between} x and cotangents", between * x))
     if tables.steady is not None or tables.is_lazy:
         phase = "" if tables.is_lazy else "beats"
-        terms.append(Term("what arrives while it leaves", "2 x and cotangents", 2 * x, phase))
+        terms.append(Term("arriving while others leave", "2 x and cotangents", 2 * x, phase))
     terms += _weight_terms(gradients, arguments, layout, rounds=rounds)
     terms += _sum_terms(functions, gradients, arguments, layout)
     working = max(block.working_bytes for block in gradients.block.values())
@@ -150,7 +152,10 @@ def _slot_terms(
         ("residual", "residuals for I"),
         ("weight_residual", "residuals for I and W"),
         ("stash", "stashes for W"),
-        (DEFERRED, "what deferred W recompute from" if recomputes else "stashes for deferred W"),
+        (
+            DEFERRED,
+            "inputs of deferred W that recompute" if recomputes else "stashes for deferred W",
+        ),
     ):
         size = slots.get(buffer, 0) * _bytes_of_layers(functions.gradients, layout, buffer)
         if size:
@@ -181,7 +186,7 @@ def _stash_terms(
 def _weight_terms(
     gradients: Gradients, arguments: Arguments, layout: Layout, *, rounds: bool
 ) -> list[Term]:
-    """Lists the copies of weights, and those that are gathered."""
+    """Lists the copies of weights, and the gathered parameters."""
     num_chunks, weights = len(layout.stage_of), 0
     for kind, layer in arguments.layers.items():
         weights += layout.stacks[kind].max_layers * _copies(
@@ -273,7 +278,7 @@ def _bytes(avals: PyTree | Sequence[Any]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """FLOPs of one microbatch on one device.
+    """Counts the FLOPs of one microbatch on one device.
 
     Attributes:
       forward: F of all layers of the model.
@@ -293,7 +298,7 @@ class Work:
 
 
 def count_work(functions: Functions, arguments: Arguments, layout: Layout) -> Work:
-    """Counts what contractions compute; loops whose trips are not known count once."""
+    """Counts the FLOPs of contractions; a loop of unknown length counts as one trip."""
     gradients, outs = functions.gradients, functions.outputs
     assert gradients is not None
     outside, x, layer_ctx = arguments.outside, outs.x, outs.ctx

@@ -1,4 +1,4 @@
-"""The whole step as one program over the mesh: `program.run` on each device, under shard_map.
+"""Makes the whole step one program over the mesh: `program.run` on each device, under shard_map.
 
 In: a model, tables, a mesh. Out: a function of (params, batch, rng), and a report of its memory.
 """
@@ -46,11 +46,11 @@ Traced = tuple[Functions, Arguments]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Step:
-    """The step of one model, schedule and mesh: a function of (params, batch, rng).
+    """Runs the step of one model, schedule and mesh: a function of (params, batch, rng).
 
     Attributes:
       model: The model.
-      tables: What each rank does in each tick.
+      tables: The actions and slots of each rank in each tick.
       mesh: The device mesh; axes not named here are left to XLA's partitioner. A mesh of the
         context (`jax.set_mesh`) with the same axes takes its place, on whatever devices it is.
       axis: The pipeline axis.
@@ -66,7 +66,7 @@ class Step:
       execution: How the tables are run, all decided but `unroll`, which the layout decides.
       grad_dtype: The dtype of gradients; None for that of each parameter.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
-      placement: The name in the compiled program of how the tables were placed; "" for none.
+      placement: The name in the compiled program of how the actions were placed; "" for none.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
 
@@ -163,7 +163,7 @@ class Step:
         rng: jax.Array | None,
         traces: dict[bool, Traced] | None = None,
     ) -> MemoryReport:
-        """Adds up what the step holds on one device beside its arguments; avals will do.
+        """Counts the bytes that the step holds on one device beside its arguments; avals will do.
 
         Steps of one model that differ in nothing but their schedule may share their `traces`.
         """
@@ -186,7 +186,7 @@ class Step:
         traces: dict[bool, Traced] | None = None,
         recomputes: bool | None = None,
     ) -> Work:
-        """Counts what the step's actions compute on one device; avals will do.
+        """Counts the FLOPs of the step's actions on one device; avals will do.
 
         `traces` are as for `memory`; `recomputes` says whether deferred weight gradients count as
         if they recomputed, None as they do.

@@ -25,7 +25,7 @@ from dualpipe_jax._split_vjp import SplitVjp, capture, is_look_up, split_vjp, tr
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Arguments:
-    """Avals of the arguments of the model's functions on one device.
+    """Holds avals of the arguments of the model's functions on one device.
 
     Attributes:
       outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside of blocks.
@@ -51,13 +51,13 @@ class Arguments:
         return jax.tree.leaves({part: self.leaves[part] for part in self.outside})
 
     def leaves_of(self, kind: Kind) -> list[Leaf]:
-        """Lists the `Leaf`s of what a kind's block takes: a layer's, then the shared ones."""
+        """Lists the `Leaf`s of a kind's block: a layer's, then the shared ones."""
         return jax.tree.leaves((self.leaves["blocks"][kind], self.leaves.get("shared")))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Functions:
-    """The traced functions: either head and block, or these with their derivatives.
+    """Holds the traced functions: head and block, or the derivatives of all of them.
 
     Attributes:
       leaves: The `Leaf`s of the parameters, those of blocks by kind.
@@ -95,7 +95,7 @@ class Functions:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gradients:
-    """The derivatives of a model's functions.
+    """Holds the derivatives of a model's functions.
 
     Attributes:
       leaves: The `LeafGradient`s of the parameters, those of blocks by kind.
@@ -140,7 +140,7 @@ def trace(
       args: The functions' arguments.
       forward_only: Whether there are no gradients.
       output: `(ends, x, ctx) -> outputs`, in the place of head, in a forward-only program.
-      recomputes: Whether deferred weight gradients are to recompute what they need.
+      recomputes: Whether deferred weight gradients are to recompute their operands.
       hidden_axes: Mesh axes that no function may name.
 
     Raises:
@@ -220,7 +220,7 @@ def trace(
 
 @dataclass(frozen=True, kw_only=True)
 class _Calls:
-    """The model's functions in the forms that `Functions` lists."""
+    """Holds the model's functions in the forms that `Functions` lists."""
 
     embed: Callable[..., PyTree]
     head: Callable[..., tuple[jax.Array, PyTree]]
@@ -372,7 +372,7 @@ def _gradients(
 
 
 def _rules(leaves: list[Leaf], axes: Axes) -> list[Rule | None]:
-    """Gives rules to what a use adds: none to a zero that would count as a value."""
+    """Gives each gradient of a use its rule: none to a zero that would count as a value."""
     pairs = zip(leaves, axes, strict=True)
     return [None if leaf.overwritten and of is None else leaf.rule for leaf, of in pairs]
 

@@ -1,11 +1,11 @@
-"""How layers travel from the canonical stack to the ranks that run them: by permutes alone.
+"""Plans how layers travel from their shards to the ranks that run them: by permutes alone.
 
 In: which layers each rank holds as each of its chunks. Out: rounds, in each of which every rank
-sends at most one piece of its shard and gets at most one, so that a round is one permute. A piece
-is a run of layers, as many for all ranks. The layers are edges from rank to rank; to colour the
-edges of this bipartite graph, in as many colours as the fullest rank has layers (König 1916), is
-to find the rounds; colours that are alike for as long as runs last are one round. Gradients take
-the way back.
+sends at most one piece of its shard and receives at most one, so that a round is one permute. A
+piece is a number of adjacent layers, the same for all ranks. The layers are edges from rank to
+rank; rounds are found by colouring the edges of this bipartite graph in as many colours as the
+fullest rank has layers (König 1916); colours that are alike for as long as layers are adjacent are
+one round. Gradients travel the way back.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """One permute.
+    """Describes one permute.
 
     Attributes:
       target: int[num_ranks], the rank to which each rank sends; -1 for none.
       first: int[num_ranks], the first layer that each rank sends, in its shard.
-      place: int[num_ranks], where each rank puts what it gets, counted in layers over its chunks
-        one after the other; -1 where it gets nothing.
+      entry: int[num_ranks], where each rank puts the piece that it receives, counted in layers over
+        its chunks one after the other; -1 if it receives none.
       count: The layers that a piece has.
     """
 
     target: np.ndarray
     first: np.ndarray
-    place: np.ndarray
+    entry: np.ndarray
     count: int
 
     @property
@@ -56,7 +56,7 @@ def plan_travel(
     ...     stage_of=np.array([[0, 1], [3, 2]]), first_layers=np.arange(5), shard_layers=2
     ... )
     >>> for way in rounds:
-    ...     print(way.pairs, way.first, way.place, way.count)
+    ...     print(way.pairs, way.first, way.entry, way.count)
     [(0, 0), (1, 1)] [0 0] [0 1] 1
     [(0, 1), (1, 0)] [1 1] [1 0] 1
 
@@ -73,27 +73,27 @@ def plan_travel(
 
     rounds = []
     for matching, times in _matchings(counts):
-        # As many layers as `times` go this way; a round has as many as all runs last.
+        # `times` layers go this way; a round takes as many as are adjacent on all ranks.
         while times:
             count = min([times, *(runs[way][0][2] for way in matching)])
-            target, first, place = (np.full(num_ranks, -1) for _ in range(3))
+            target, first, entry = (np.full(num_ranks, -1) for _ in range(3))
             for source, rank in matching:
                 target[source] = rank
                 start, put, length = runs[source, rank].pop(0)
-                first[source], place[rank] = start, put
+                first[source], entry[rank] = start, put
                 if length > count:
                     runs[source, rank].insert(0, (start + count, put + count, length - count))
-            rounds.append(Round(target, np.maximum(first, 0), place, count))
+            rounds.append(Round(target, np.maximum(first, 0), entry, count))
             times -= count
     return rounds
 
 
-# (source, target): the runs of layers that have this way to go, as (first, place, count)
+# (source, target): the adjacent layers that have this way to go, as (first, entry, count)
 Runs = dict[tuple[int, int], list[tuple[int, int, int]]]
 
 
 def _runs(stage_of: np.ndarray, first_layers: np.ndarray, shard_layers: int) -> Runs:
-    """Finds the runs of layers that go from one rank's shard to one rank's chunk."""
+    """Finds the adjacent layers that go from one rank's shard to one rank's chunk."""
     chunk_layers = int(np.diff(first_layers).max())
     runs: Runs = {}
     for (chunk, rank), stage in np.ndenumerate(stage_of):
@@ -104,8 +104,8 @@ def _runs(stage_of: np.ndarray, first_layers: np.ndarray, shard_layers: int) -> 
         while layer < end:
             source, first = divmod(layer, shard_layers)
             count = min(end - layer, shard_layers - first)
-            place = chunk * chunk_layers + layer - begin
-            runs.setdefault((source, rank), []).append((first, place, count))
+            entry = chunk * chunk_layers + layer - begin
+            runs.setdefault((source, rank), []).append((first, entry, count))
             layer += count
     return runs
 
@@ -113,7 +113,7 @@ def _runs(stage_of: np.ndarray, first_layers: np.ndarray, shard_layers: int) -> 
 def _matchings(real: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], int]]:
     """Divides the edges of a bipartite multigraph into as few matchings as can be.
 
-    Yields each matching and how often it comes in a row.
+    Yields each matching and how often it is used in a row.
     """
     size = len(real)
     degree = int(max(real.sum(0).max(), real.sum(1).max()))
@@ -127,7 +127,7 @@ def _matchings(real: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], int]]:
             filler[source, target] += max(missing, 0)
 
     while degree:
-        # What stays where it is goes first and together: such a round needs no permute.
+        # Layers that stay on their rank go first and together: such a round needs no permute.
         cost = np.where(real > 0, 2 - np.eye(size), np.where(filler > 0, 3, 0))
         sources, targets = min_weight_full_bipartite_matching(csr_array(cost))
         ways = list(zip(sources.tolist(), targets.tolist(), strict=True))

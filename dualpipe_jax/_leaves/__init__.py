@@ -1,1 +1,1 @@
-"""What is done with each leaf of the parameters, and of their gradients."""
+"""Records for each leaf of the parameters: its sharding, its rule, and the way of its gradient."""

@@ -2,7 +2,7 @@
 
 `jax.shard_map` takes an argument on Explicit axes only in the very sharding that it asks for, and
 leaves the other Explicit axes to the user's code. So inside the step all axes are Auto, left to the
-partitioner; outside, what the step returns has the user's mesh in its type again.
+partitioner; outside, the step's results have the user's mesh in their types again.
 """
 
 from collections.abc import Callable
@@ -57,14 +57,14 @@ def run_as_auto(
     # Says on which devices, and as which mesh: inside auto_axes there is only an abstract one.
     placed = jax.jit(as_auto, out_shardings=(out_shardings[0], None))
     try:
-        # JAX drops a result that nobody reads, and with the first one what it knows of devices.
+        # JAX drops a result that nobody reads, and with the first one its knowledge of devices.
         return lax.optimization_barrier(placed(*args))
     except NotImplementedError as error:
         if "Closing over" not in str(error):
             raise
         raise ValueError(
-            "model: one of its functions closes over an array that lies on a mesh with Explicit "
-            "axes, which JAX cannot bring inside; pass it with params or batch, or close over a "
+            "model: one of its functions closes over an array on a mesh with Explicit axes, "
+            "which JAX cannot bring inside; pass it with params or batch, or close over a "
             "NumPy array (numpy.asarray(array))"
         ) from error
 
@@ -77,15 +77,15 @@ def sharding_like(
     over: dict[int, tuple[str, ...]],
     after: tuple[str, ...] = (),
 ) -> NamedSharding:
-    """Makes a sharding over the Explicit axes on which `leaf` lies.
+    """Makes a sharding like that of `leaf`, over Explicit axes.
 
     Args:
       leaf: An array.
       mesh: The mesh.
       without: Axes to leave out.
-      over: Dims, and axes over which they are to lie, where Explicit: as they do already, or else
-        within the parts that `after` make of them.
-      after: Axes.
+      over: Dims, and axes over which to shard them, if Explicit: as they already are, or else
+        within the parts that the axes `after` make of them.
+      after: Axes that come first in an entry of a dim.
     """
     explicit = explicit_axes(mesh)
     spec = jax.typeof(leaf).sharding.spec

@@ -1,7 +1,8 @@
-"""What tracing finds out of a leaf's gradient, and how accumulators become gradients.
+"""Records where each leaf's gradient is added up, and turns accumulators into gradients.
 
-In: `Leaf`s and the traced functions' reports. Out: a tree like the parameters of `LeafGradient`s,
-each with the entry of its accumulator; and `GradIndex`, the entries to which one action adds.
+In: `Leaf`s, and the axes that the trace of each function reports. Out: a tree of `LeafGradient`s
+like the parameters, each with the entry of its accumulator; and `GradIndex`, the entries to which
+one action adds.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from dualpipe_jax._model.types import PyTree
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LeafGradient:
-    """Where one leaf's gradient is added up, and over which axes at the end.
+    """Says where one leaf's gradient is added up, and over which axes it is summed at the end.
 
     Attributes:
       leaf: The leaf.
@@ -80,7 +81,7 @@ def sum_results(
 ) -> Callable[..., Any]:
     """Sums each of the gradients over its axes, if it has any.
 
-    They are the last of the results of `function`, or all of it.
+    The gradients are the last result of `function`, or all of it.
     """
     if not any(axes):
         return function
@@ -147,7 +148,7 @@ def gradients_of(
 
 @dataclass(frozen=True, kw_only=True)
 class GradIndex:
-    """The accumulators to which an action adds a block's gradients: a layer's, then shared ones.
+    """Lists the accumulators to which an action adds gradients: a layer's, then shared ones.
 
     Attributes:
       layer: Entries among the accumulators of a layer.

@@ -36,7 +36,7 @@ from dualpipe_jax._split_vjp import is_differentiable
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Leaf:
-    """What is done with one leaf of the parameters, and with its gradient.
+    """Decides all about one leaf of the parameters, and about its gradient.
 
     Methods that take an array on one device are called inside of the step's `jax.shard_map`.
 
@@ -88,14 +88,14 @@ class Leaf:
         return PartitionSpec(self.lead, *self.spec[1:]) if self.is_layer else self.spec
 
     def local_aval(self, value: Any) -> jax.ShapeDtypeStruct:
-        """Makes the aval of what a function of the model gets of it: in blocks of one layer."""
+        """Makes its aval on one device, as the model's functions get it: of blocks one layer."""
         shape = _part(value.shape, dims_over(self.spec))
         plain = jax.ShapeDtypeStruct(shape[1:] if self.is_layer else shape, value.dtype)
         # Where microbatches differ, so do a parameter's gradients: they are summed once, last.
         return varying.aval(plain, self.varies_over)
 
     def gather(self, value: jax.Array) -> jax.Array:
-        """Gathers a device's part over the axes over which nobody computes with parts."""
+        """Gathers it from a device's part, over the axes of which the model sees no part."""
         for dim, axes in _of_several(self.gather_dims).items():
             value = lax.all_gather(value, axes, axis=dim, tiled=True)
         return value
@@ -104,7 +104,7 @@ class Leaf:
         """Takes this device's part of its gradient, and combines it over the axes of that.
 
         Args:
-          total: What this device has added up.
+          total: The sum of this device.
           axes: The axes over which it is to be combined.
 
         Returns:

@@ -1,8 +1,8 @@
-"""How what microbatches, layers' copies, ranks and shards give of one leaf becomes its gradient.
+"""Combines the gradients of one leaf: of microbatches, of copies of layers, of ranks and shards.
 
-Gradients are added up. Of a leaf that its gradient overwrites, such as a scale of float8 or a
-history of largest values, each microbatch gives a new value, and the largest counts: what none of
-them may leave out of account.
+Gradients are added up. A leaf that its gradient overwrites, such as a scale of float8 or a history
+of largest values, gets a new value from each microbatch, and the largest is kept: it holds for all
+of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,14 +34,9 @@ class Rule:
         return self.combine(total, jnp.asarray(value).astype(total.dtype))
 
     def start(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """Makes an array of what changes nothing."""
+        """Makes an array of the value that changes nothing."""
         return jnp.full(shape, self.nothing, dtype)
 
 
 SUM = Rule(0, jnp.add, varying.sum_over)
 LARGEST = Rule(-jnp.inf, jnp.maximum, varying.largest_over)
-
-
-def rules_of(overwritten: Iterable[bool]) -> list[Rule]:
-    """Gives each leaf its rule."""
-    return [LARGEST if flag else SUM for flag in overwritten]

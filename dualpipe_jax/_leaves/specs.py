@@ -1,7 +1,7 @@
 """The trees that a user gives beside `params`, checked, with an entry for every leaf of it.
 
 In: `params`, and trees as `value_and_grad` takes them, whose leaves may stand for whole branches of
-`params`. Out: trees with the structure of `params`. Below: what is asked of a `PartitionSpec`.
+`params`. Out: trees with the structure of `params`. Below: small functions of a `PartitionSpec`.
 """
 
 import math
@@ -36,7 +36,7 @@ def find_wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) 
       ValueError: If the tree does not fit params.
       TypeError: If it holds anything but bools.
     """
-    meaning = "True for what is trained, and False for what is frozen"
+    meaning = "True for leaves to train, and False for frozen ones"
     return _differentiable(_flags("trainable", trainable, params, meaning=meaning), params)
 
 
@@ -60,11 +60,11 @@ def find_overwritten(
     """
     if overwrite is None:
         overwrite = tree_map_with_path(_is_in_flax_collection, dict(params))
-    meaning = "True for what its gradient overwrites, else False"
+    meaning = "True for leaves that their gradients overwrite, else False"
     full = _flags("overwrite", overwrite, params, meaning=meaning)
     raise_all(
-        "overwrite: of several new values the largest is taken, so they must be real numbers, of "
-        "one layer or of the ends; leave out what is shared or complex",
+        "overwrite: the largest of several new values is kept, so they must be real numbers, of "
+        "one layer or of the ends; leave out leaves that are shared or complex",
         (
             f"params{keystr(path)} is {show(leaf)}"
             for path, leaf, flag in full
@@ -194,7 +194,7 @@ def _spec_of_leaf(
 
     Args:
       leaf: The leaf.
-      spec: What the user says of it, or None.
+      spec: The user's spec for it, or None.
       mesh: The mesh.
       axis: The pipeline axis.
       manual_axes: The axes of which the model's functions see a device's part.
@@ -202,7 +202,7 @@ def _spec_of_leaf(
       is_block: Whether its first dim is the layers'.
 
     Returns:
-      The spec with an entry a dim, and all that is wrong with the user's.
+      The spec with an entry for each dim, and the problems of the user's.
     """
     if spec is not None and (spec.unreduced or spec.reduced):
         return PartitionSpec(), ["unreduced= and reduced= are not for parameters"]
@@ -223,7 +223,7 @@ def _spec_of_leaf(
         if name in may_gather and name not in named:
             entries[dim] = (*entries[dim], name)
     if is_block and entries and entries[0]:
-        problems.append(f"the layers' dim lies over {axis!r} alone")
+        problems.append(f"the layers' dim may be sharded over {axis!r} alone")
     return PartitionSpec(*(entry or None for entry in entries)), problems
 
 
@@ -268,12 +268,12 @@ def spread_grad_specs(
             continue
         more = {name for entry, of in entries for name in entry[len(of) :]}
         problems += [
-            f"{name}, and {axis!r} is one of the manual_axes, over which the parameter does not lie"
+            f"{name}, and {axis!r} is one of the manual_axes, but not one of the parameter's axes"
             for axis in sorted(more & set(axes["manual_axes"]))
         ]
     raise_all(
-        "grad_specs: a gradient must lie over the axes of its parameter, and may over more, named "
-        "after those in the entry of a dim, but no manual ones; None lies as the parameter",
+        "grad_specs: a gradient must be sharded over the axes of its parameter, and may be over "
+        "more, named after those in the entry of a dim, but no manual ones; None: as its parameter",
         problems,
     )
     return _like(params, found)
@@ -348,7 +348,7 @@ def _problems(
             more = [name for d, name in by_type if d == dim and name not in names]
             size = math.prod(mesh.shape[name] for name in (*entry, *more))
             if leaf.shape[dim] % size:
-                too = f"lies over {', '.join(map(repr, more))} too, and " if more else ""
+                too = f"is sharded over {', '.join(map(repr, more))} too, and " if more else ""
                 problems.append(f"dim {dim} {too}is not divisible by {size} devices")
     return problems
 

@@ -64,7 +64,7 @@ def test_every_layer_arrives_in_as_few_rounds_as_can_be(
             layers_of[0, source] += way.count
             layers_of[1, target] += way.count
             start = source * shard + way.first[source]
-            place = way.place[target]
+            place = way.entry[target]
             assert way.first[source] + way.count <= shard
             assert place // per_chunk == (place + way.count - 1) // per_chunk
             assert (got[target, place : place + way.count] == -1).all()
