@@ -16,7 +16,7 @@ from dualpipe_jax import _scopes
 from dualpipe_jax._api import build
 from dualpipe_jax._executor import Step
 from dualpipe_jax._executor.rank import Rank
-from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._predict import TRANSFER, usual_costs
 from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.actions import Opcode
@@ -504,7 +504,7 @@ def test_what_is_idle_is_not_carried_through_a_run(
     """There a beat has its stash; the slot it does without is an array [64, 128] at the least."""
     options = {"remat": remat, "execution": dpj.Execution(overlap=True, split_backward=True)}
     _, without = loops(trace_wide_step("dualpipe", **options).jaxpr)
-    monkeypatch.setattr(Layout, "idle_in", lambda self, steady: ())
+    monkeypatch.setattr(Stages, "idle_in", lambda self, steady: ())
     _, carries_it = loops(trace_wide_step("dualpipe", **options).jaxpr)
     assert bytes_in(carries_it) - bytes_in(without) >= 64 * 128 * 8
 
@@ -517,7 +517,7 @@ def test_what_is_idle_takes_no_memory_in_a_run(
     """Without rematerialisation the peak is in the ticks around the run, and falls by less."""
     options = {"remat": remat, "execution": dpj.Execution(overlap=True, split_backward=True)}
     without = wide_step("dualpipe", **options).memory_analysis().temp_size_in_bytes
-    monkeypatch.setattr(Layout, "idle_in", lambda self, steady: ())
+    monkeypatch.setattr(Stages, "idle_in", lambda self, steady: ())
     carried = wide_step("dualpipe", **options).memory_analysis().temp_size_in_bytes
     assert carried - without >= num_slots * 64 * 128 * 8
 

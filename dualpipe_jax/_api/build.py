@@ -127,14 +127,14 @@ class Builder:
         )
         checks.batch_axes_named(batch, **vars(axes))
         step = self._step(num_layers=num_layers, tables=tables, execution=execution)
-        if execution.unroll is True and not step.layout.has_equal_stages:
+        if execution.unroll is True and not step.stages.has_equal_stages:
             raise ValueError(
                 "execution=Execution(unroll=True): all stages must have the same kinds of layers "
                 f"in the same order, but {num_layers} layers are spread over {num_stages} unlike "
                 f"stages{where}; leave unroll out, or change the number of layers, "
                 "layers_per_stage or the layout"
             )
-        execution = replace(execution, unroll=step.layout.unrolled_by)
+        execution = replace(execution, unroll=step.stages.unrolled_by)
         return replace(
             step,
             execution=execution,

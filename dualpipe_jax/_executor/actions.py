@@ -24,7 +24,7 @@ from dualpipe_jax._schedule.actions import DEFERRED
 @jax.named_scope(_scopes.EMBED)
 def embed(rank: Rank, row: Row) -> PyTree:
     """Runs the embedding."""
-    return rank.functions.embed(rank.outside, rank.context(row, rank.layout.num_layers))
+    return rank.functions.embed(rank.outside, rank.context(row, rank.stages.num_layers))
 
 
 # The embedding's gradient follows the action that makes dx in the first stage. Its forward runs
@@ -32,7 +32,7 @@ def embed(rank: Rank, row: Row) -> PyTree:
 @jax.named_scope(_scopes.EMBED_GRAD)
 def embed_grad(rank: Rank, state: State, dx: list[jax.Array], row: Row) -> State:
     """Adds up the embedding's gradient; dx has the leaves of x that have a cotangent."""
-    ctx = rank.context(row, rank.layout.num_layers)
+    ctx = rank.context(row, rank.stages.num_layers)
     _, doutside = rank.gradients.embed(rank.outside, ctx, dx)
     return state.add_outside(doutside, rank.gradients.embed_rules)
 
@@ -45,7 +45,7 @@ def head(rank: Rank, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
 
     In a program that returns outputs, it sends these on their way instead.
     """
-    ctx = rank.context(row, rank.layout.num_layers + 1)
+    ctx = rank.context(row, rank.stages.num_layers + 1)
     gradients = rank.functions.gradients
     if rank.delivery is not None:
         assert rank.functions.output is not None
@@ -57,7 +57,7 @@ def head(rank: Rank, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
         assert rank.functions.head is not None
         loss, metrics = rank.functions.head(rank.outside, x, ctx)
     else:
-        (loss, metrics, dx), doutside = gradients.head(rank.outside, x, ctx, rank.loss_seed)
+        (loss, metrics, dx), doutside = gradients.head(rank.outside, x, ctx, rank.loss_cotangent)
         state, x = state.add_outside(doutside, gradients.head_rules), put_leaves(x, dx)
     sums = semantics.add((state.loss, state.metrics), (loss, metrics))
     return state._replace(loss=sums[0], metrics=sums[1]), x
@@ -124,7 +124,7 @@ def run_layers(
         return flow, tuple(getattr(buffers, name) for name in names)
 
     def loop(flow: Flow, taken: Any, is_on: Any) -> tuple[Flow, Any]:
-        return rank.layout.loop(
+        return rank.stages.loop(
             row["stage"], is_on, body, flow, taken, reverse=not is_forward, leave=lay_out
         )
 

@@ -1,12 +1,12 @@
-"""What runs before what, where the compiler keeps no `optimization_barrier`.
+"""Orders computations, also where the compiler keeps no `optimization_barrier`.
 
-XLA's compilers for TPUs keep barriers until they have decided what to copy; those for GPUs and CPUs
-drop them before. So what barriers are to order in a beat comes apart: on GPUs all weight grads sink
-to the end of the loop, the first forward runs with nothing beside it, and what runs beside a
-transfer are writes to slots, which could as well be anywhere; on both slot buffers are copied,
-because old and new values live at once. There the order is written into the data. On GPUs a value
-passes through a select whose predicate is true whatever it is computed from; on CPUs, where only
-slots are to be written later, or read later, a zero is added to the slot.
+XLA's compilers for TPUs keep barriers until they have placed all copies; those for GPUs and CPUs
+drop them before. So the order that barriers give a beat is lost: on GPUs all weight grads sink to
+the end of the loop, the first forward runs with nothing beside it, and writes to slots, which could
+be anywhere, run beside a transfer; on both slot buffers are copied, because old and new values live
+at once. There the order is written into the data. On GPUs a value passes through a select whose
+predicate is true whatever it is computed from; on CPUs, where only slots are to be written later,
+or read later, a zero is added to the slot.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-PyTree = Any
+from dualpipe_jax._model.types import PyTree
 
 
 def wait_for(values: PyTree, others: PyTree) -> PyTree:
@@ -28,9 +28,9 @@ def wait_for(values: PyTree, others: PyTree) -> PyTree:
 
 
 def copied_out(values: Sequence[Any], *, small: int) -> tuple[Any, ...]:
-    """Returns what was read from a slot; on GPUs what is no larger than `small` bytes as a copy.
+    """Returns values read from a slot; on GPUs those of at most `small` bytes as copies.
 
-    There what goes into a library's matmul has to be copied anyway. One copy, for I and W, leaves
+    There an operand of a library's matmul has to be copied anyway. One copy, for I and W, leaves
     the slot to whoever writes next; read in several places, its readers and that write wait for
     each other. (Eight H100s, a mixture of experts of three layers a stage and width 1024: with
     copies 24 of a trip's 24 all-to-alls have a matmul beside them, without 16.)
@@ -45,7 +45,7 @@ def copied_out(values: Sequence[Any], *, small: int) -> tuple[Any, ...]:
 
 
 def copied_or_read(copied: Sequence[Any], read: Sequence[Any], *, small: int) -> tuple[Any, ...]:
-    """Returns what a slot holds, as it is read now; on GPUs what `copied_out` has copied of it."""
+    """Returns a slot's values as they are read now; on GPUs the copies that `copied_out` made."""
 
     def either(old: Any, new: Any) -> Any:
         return lax.platform_dependent(old, new, cuda=lambda old, _: old, default=lambda _, new: new)
@@ -57,8 +57,8 @@ def copied_or_read(copied: Sequence[Any], read: Sequence[Any], *, small: int) ->
 def row_major(values: PyTree, dims: Sequence[tuple[int, ...] | None] | None = None) -> PyTree:
     """Returns the values; on TPUs they lie in memory row by row.
 
-    So do those that go through a loop of one trip or none (`registers.when`), of which XLA does not
-    look through to what would suit: every rank would copy them into that order, though only the
+    So do values that pass through a loop of one trip or none (`buffers.when`), behind which XLA
+    does not look for a better layout: every rank would copy them into that order, though only the
     end ranks enter the loop.
 
     Where XLA shards values over axes of its own they are left to it: it would gather them first.
@@ -103,13 +103,13 @@ def xla_shards() -> bool:
 def zero_after(values: PyTree, *, at: jax.Array | None = None) -> jax.Array:
     """Returns an int32 zero that is not known before an entry of each of `values` is.
 
-    To be added to the slot of a write that has to come after all reads of which they were made, or
-    of a read that is not to come before its turn.
-    XLA sees neither that nothing is less than -inf, nor that the loop is never run;
-    the loop keeps what is before it from being computed again wherever the zero is added.
+    The zero is added to the slot of a write that has to come after all reads from which the values
+    were computed, or of a read that must not come before its turn. XLA sees neither that nothing
+    is less than -inf, nor that the loop is never run; the loop keeps the computations before it
+    from being repeated wherever the zero is added.
 
     Args:
-      values: What is to be known.
+      values: The values that are to be known.
       at: Another such zero, the index of the entry in every dim; None for an index that XLA knows,
         so that it may compute an entry of a product by itself, and the rest of it later.
     """

@@ -75,14 +75,14 @@ class Beat:
         self.rank, self.f_row, self.i_row = rank, f_row, i_row
         self.forward, self.backward = parity, 1 - parity
         self.pairs = steady.x_pairs[parity], steady.cotangent_pairs[parity]
-        is_unrolled = rank.layout.is_unrolled
+        is_unrolled = rank.stages.is_unrolled
         self.work = LayerWork(
             rank=rank,
             forward=(self.forward, f_row),
             backward=(self.backward, i_row),
             stores=() if is_unrolled else ("stash",),
             is_straight=is_unrolled,
-            is_beside=rank.interleaves,
+            is_beside=rank.runs_side_by_side,
         )
 
     def run(
@@ -95,13 +95,13 @@ class Beat:
           x: The x that the forward reads, but on the first stage.
           cotangent: The cotangents that the input grad reads, of the leaves that have one.
         """
-        rank, layout = self.rank, self.rank.layout
-        stage_of, f_row, i_row = layout.stage_of, self.f_row, self.i_row
+        rank, stages = self.rank, self.rank.stages
+        stage_of, f_row, i_row = stages.stage_of, self.f_row, self.i_row
         if (stage_of[self.forward] == 0).any():
             x = self._embed(x)
         state, transfers = self._run_order(self._order(x), state, x, cotangent)
         (y, dx), (next_x, next_cotangent) = transfers.sent, transfers.arrivals
-        if rank.interleaves:
+        if rank.runs_side_by_side:
             # Else a GPU's compiler defers W to the end, and copies the slots that it reads.
             late = rank.gradients.with_weight_grad
             grads = state.take(("grads",), self.backward, late), state.take_shared(late)
@@ -110,13 +110,13 @@ class Beat:
             state = when(
                 i_row["stage"] == 0, lambda state: embed_grad(rank, state, dx, i_row), state
             )
-        if (stage_of[self.forward] == layout.num_stages - 1).any():
+        if (stage_of[self.forward] == stages.num_stages - 1).any():
             # Written over the value that came from a neighbour: nothing is selected on every rank.
             def run_head(carry: tuple[State, list[jax.Array]]) -> tuple[State, list[jax.Array]]:
                 state, out = head(rank, carry[0], y, f_row)
                 return state, pick(out)
 
-            is_last = f_row["stage"] == layout.num_stages - 1
+            is_last = f_row["stage"] == stages.num_stages - 1
             state, next_cotangent = when(is_last, run_head, (state, next_cotangent))
         if rank.poison:
             dead = {n: buffers.poison(getattr(state, n), i_row[n]) for n in (*RESIDUALS, "stash")}
@@ -133,15 +133,18 @@ class Beat:
 
     def _order(self, x: PyTree) -> Order:
         """Chooses the order in which the layers of the two stages run."""
-        rank, layout = self.rank, self.rank.layout
-        if not layout.is_unrolled:
-            if rank.interleaves and len(layout.pairs(self.forward, self.backward)) <= _MAX_PAIRS:
+        rank, stages = self.rank, self.rank.stages
+        if not stages.is_unrolled:
+            if (
+                rank.runs_side_by_side
+                and len(stages.pairs(self.forward, self.backward)) <= _MAX_PAIRS
+            ):
                 return layer_order.LOOPED
-            if rank.full_backward and not rank.interleaves:
+            if rank.full_backward and not rank.runs_side_by_side:
                 return layer_order.LOOPED_FULL_BACKWARD
             return layer_order.LOOPED_IN_A_ROW
-        layers = layout.layers_of(self.i_row["stage"])
-        if not rank.interleaves:
+        layers = stages.layers_of(self.i_row["stage"])
+        if not rank.runs_side_by_side:
             return layer_order.in_a_row(len(layers))
         if rank.communicates:
             return layer_order.side_by_side(len(layers), num_held=len(layers), all_wait=False)
@@ -166,7 +169,7 @@ class Beat:
     ) -> tuple[State, _Transfers]:
         """Interprets an order."""
         transfers, flow = _Transfers(), Flow(x=x, dx=cotangent)
-        run = self._run_steps if self.rank.layout.is_unrolled else self._run_loops
+        run = self._run_steps if self.rank.stages.is_unrolled else self._run_loops
         return run(order, state, flow, transfers), transfers
 
     def _run_loops(self, order: Order, state: State, flow: Flow, transfers: _Transfers) -> State:
@@ -190,7 +193,7 @@ class Beat:
 
     def _run_pairs(self, state: State, flow: Flow) -> tuple[State, Flow]:
         """Runs F of layer j beside I of layer L-1-j in a loop."""
-        work, layout, early = self.work, self.rank.layout, grads_index(self.rank, "I")
+        work, stages, early = self.work, self.rank.stages, grads_index(self.rank, "I")
         flow = flow._replace(aux=state.aux, shared=state.take_shared(early))
 
         def both(
@@ -214,9 +217,9 @@ class Beat:
             )
             return flow, {kind: mine._replace(**residuals[kind]) for kind, mine in of_kinds.items()}
 
-        stages = self.f_row["stage"], self.i_row["stage"]
+        stage_of_each = self.f_row["stage"], self.i_row["stage"]
         chunks, carry = (self.forward, self.backward), (flow, self._take(state, early))
-        flow, of_kinds = layout.loop_pairs(chunks, stages, both, carry)
+        flow, of_kinds = stages.loop_pairs(chunks, stage_of_each, both, carry)
         return self._put(state, of_kinds, flow), flow
 
     def _run_steps(self, order: Order, state: State, flow: Flow, transfers: _Transfers) -> State:
@@ -227,7 +230,7 @@ class Beat:
         )
         of_kinds = self._take(state, index)
         f_layers, i_layers = (
-            rank.layout.layers_of(row["stage"]) for row in (self.f_row, self.i_row)
+            rank.stages.layers_of(row["stage"]) for row in (self.f_row, self.i_row)
         )
         held: dict[int, Held] = {}
         for item in order:
@@ -253,7 +256,7 @@ class Beat:
         (taken["metrics"],) = state.take(("metrics",), self.forward, index)
         return {
             kind: LayerBuffers(**{name: by_kind[kind] for name, by_kind in taken.items()})
-            for kind in self.rank.layout.stacks
+            for kind in self.rank.stages.stacks
         }
 
     def _put(self, state: State, of_kinds: dict[Kind, LayerBuffers], flow: Flow) -> State:
@@ -283,7 +286,7 @@ class Beat:
     def _send(self, values: PyTree, pairs: Pairs) -> PyTree:
         with jax.named_scope(_scopes.SEND):
             if pairs:
-                return lax.ppermute(values, self.rank.layout.axis, pairs)
+                return lax.ppermute(values, self.rank.stages.axis, pairs)
         return buffers.allocate(values, poison=self.rank.poison)
 
     def _held_up(self, layer: Layer, held: Held, waits_for: str, transfers: _Transfers) -> Held:
@@ -305,21 +308,21 @@ class Beat:
 
 # On TPUs slots are read where the values are needed, by I and again by W, and not copied out first:
 # with `dualpipe_jax.compiler_options` a contraction reads a slot as fast as an array. (TPU v5e,
-# widths 1024 and 2048: copying what is no larger than x took 2 to 3 % more cycles. Without
+# widths 1024 and 2048: copying values no larger than x took 2 to 3 % more cycles. Without
 # xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.) On GPUs
 # they are copied out: `order.copied_out`.
 #
-# W of a layer follows its I and F, unless it has to hide what is sent at the end: that of the last
+# W of a layer follows its I and F, unless it has to hide the transfers at the end: that of the last
 # layer if it takes long enough, else that of as many of the last ones as do before the last one.
-# All of it then waits for what is sent. (Four layers of an MLP block, width 2048: 2 % fewer cycles
+# All of it then waits for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer cycles
 # than if all of W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. To have
 # the next I wait for W, as it does there, leaves 9 % less in a TPU's memory at width 1024, four
 # layers, and takes 0.7 % more cycles.)
 # Where blocks have collectives of their own, which W may have to hide, or layers are of several
 # kinds, all of W is at the end; and of the former only the last layer's waits.
 #
-# If W of the others hides it, what arrives from the neighbours is waited for before the last one's:
-# behind it, it comes from a TPU's memory while W computes, where the next beat's first matmuls
+# If W of the others hides the transfers, the last one's waits for the values that arrive: behind
+# it, they come from a TPU's memory while W computes, where the next beat's first matmuls
 # would else wait for it (width 1024, two layers: 4 % fewer cycles; before the last contraction
 # only: 1 %).
 def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTree) -> int:

@@ -20,7 +20,7 @@ def collect_gradients(rank: Rank, params: dict[str, PyTree], state: State) -> di
     Returns:
       A tree like `params` with a device's part of each gradient; None for a leaf that gets none.
     """
-    leaves, layout = rank.gradients.leaves, rank.layout
+    leaves, stages = rank.gradients.leaves, rank.stages
     outside = {part: tree for part, tree in leaves.items() if part != "blocks"}
     totals = combine(accumulated(outside), [*state.ends_grads, *state.shared_grads])
     num_ends = len(state.ends_grads)
@@ -30,12 +30,12 @@ def collect_gradients(rank: Rank, params: dict[str, PyTree], state: State) -> di
     of_kind = {kind: accumulated(stack) for kind, stack in leaves["blocks"].items()}
     rules = {kind: [gradient.leaf.rule for gradient in of] for kind, of in of_kind.items()}
     blocks = {}
-    for kind, sums in layout.collect(state.block_grads, rules).items():
+    for kind, sums in stages.collect(state.block_grads, rules).items():
         blocks[kind] = gradients_of(
             leaves["blocks"][kind],
             params["blocks"][kind],
             combine(of_kind[kind], sums),
-            num_layers=layout.stacks[kind].shard_layers,
+            num_layers=stages.stacks[kind].shard_layers,
         )
     return {**grads, "blocks": blocks}
 
@@ -45,7 +45,7 @@ def collect_metrics(rank: Rank, batch_axes: tuple[str, ...], state: State) -> di
     metrics = {kind: aux.metrics for kind, aux in rank.functions.outputs.aux.items()}
     rules = {kind: [SUM] * len(jax.tree.leaves(tree)) for kind, tree in metrics.items()}
     stacks = {}
-    for kind, leaves in rank.layout.collect(state.block_metrics, rules).items():
+    for kind, leaves in rank.stages.collect(state.block_metrics, rules).items():
         summed = varying.sum_over(leaves, batch_axes)
         stacks[kind] = jax.tree.unflatten(jax.tree.structure(metrics[kind]), summed)
     return stacks

@@ -115,8 +115,7 @@ class LayerWork:
             dx = flow.dx
             if self.is_beside:
                 # Each hides the other's collectives only if neither runs ahead by layers; and
-                # residuals, if written earlier, would be what a GPU runs beside them in a matmul's
-                # place.
+                # residuals, if written earlier, would run beside them on a GPU in a matmul's place.
                 x_and_dx = x, dx
                 if self.is_straight:
                     x, dx, residuals = barriers.wait_for((x, dx, residuals), x_and_dx)
@@ -125,13 +124,13 @@ class LayerWork:
                 flow = flow._replace(dx=dx)
             for name, values in zip(RESIDUALS, residuals, strict=True):
                 buffers = self._write(name, layer, buffers, values, row)
-        aux, metrics = add_aux(flow.aux, buffers.metrics or [], aux_of_layer, layer.place)
+        aux, metrics = add_aux(flow.aux, buffers.metrics or [], aux_of_layer, layer.entry)
         return flow._replace(x=x, aux=aux), buffers._replace(metrics=metrics)
 
     def run_input_grad(
         self, layer: Layer, flow: Flow, buffers: LayerBuffers
     ) -> tuple[Flow, LayerBuffers, Held]:
-        """Runs I of a layer, and returns what W of it reads beside slots."""
+        """Runs I of a layer, and returns the operands of its W that stand in no slot."""
         rank = self.rank
         row = rank.in_turn(self._row, flow.turn)
         residual, weight_residual = (
@@ -182,7 +181,7 @@ class LayerWork:
             buffers = self._hand_on((name, self.source), layer, buffers)
         elif self.is_beside:
             assert buffers.grads is not None
-            sums = [buffers.grads[number][layer.place] for number in late[layer.kind].layer]
+            sums = [buffers.grads[number][layer.entry] for number in late[layer.kind].layer]
             buffers = self._hand_on((name,), layer, buffers, after=sums)
         return flow, buffers
 
@@ -203,8 +202,11 @@ class LayerWork:
     @jax.named_scope(_scopes.INPUT_GRAD)
     def _input_grad(self, layer: Layer, dy: list[jax.Array], residual: Any, weight: Any) -> Any:
         params, ctx = self.rank.read_layer(self._row, self._chunk, layer)
-        block, aux_seed = self.rank.gradients.block[layer.kind], self.rank.aux_seed[layer.kind]
-        return block.input_grad(params, ctx, residual, weight, dy, aux_seed)
+        block, aux_cotangent = (
+            self.rank.gradients.block[layer.kind],
+            self.rank.aux_cotangent[layer.kind],
+        )
+        return block.input_grad(params, ctx, residual, weight, dy, aux_cotangent)
 
     @jax.named_scope(_scopes.WEIGHT_GRAD)
     def _weight_grad(self, layer: Layer, weight_residual: Any, operands: Any) -> list[jax.Array]:
@@ -262,5 +264,5 @@ class LayerWork:
         assert buffers.grads is not None
         assert flow.shared is not None
         of_kind = index[layer.kind]
-        grads, shared = add_gradients(buffers.grads, flow.shared, gradients, of_kind, layer.place)
+        grads, shared = add_gradients(buffers.grads, flow.shared, gradients, of_kind, layer.entry)
         return flow._replace(shared=shared), buffers._replace(grads=grads)

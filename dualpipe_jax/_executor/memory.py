@@ -1,6 +1,6 @@
 """Counts the bytes and FLOPs of a step on one device, before any compiler is asked.
 
-In: the traced functions, tables, layout. Out: a `MemoryReport` of slots, copies of weights and
+In: the traced functions, tables, stages. Out: a `MemoryReport` of slots, copies of weights and
 accumulators, all that a step holds beside its arguments; and `Work`, the FLOPs of its contractions.
 All but two terms of memory are exact, the sizes of the arrays that the executor carries from tick
 to tick: the working set is an estimate, and copies of weights are counted as XLA keeps them. None
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._executor.trace import Arguments, Functions, Gradients
 from dualpipe_jax._leaves.gradient import pick_accumulated
 from dualpipe_jax._leaves.pick import pick
@@ -98,7 +98,7 @@ def _sum(terms: Iterable[Term]) -> int:
 def report_memory(
     functions: Functions,
     arguments: Arguments,
-    layout: Layout,
+    stages: Stages,
     tables: Tables,
     *,
     slots: dict[str, int],
@@ -111,7 +111,7 @@ def report_memory(
     Args:
       functions: The functions.
       arguments: Avals of their arguments.
-      layout: Which layers each rank has.
+      stages: Which layers each rank has.
       tables: The tables.
       slots: The slots of each buffer, spare ones included.
       execution: How the tables are run, all decided.
@@ -120,16 +120,16 @@ def report_memory(
     """
     gradients = functions.gradients
     assert gradients is not None
-    terms = _slot_terms(functions, layout, tables, slots=slots, recomputes=recomputes)
-    terms += _stash_terms(gradients, layout, tables, full_backward=not execution.split_backward)
+    terms = _slot_terms(functions, stages, tables, slots=slots, recomputes=recomputes)
+    terms += _stash_terms(gradients, stages, tables, full_backward=not execution.split_backward)
     x = _bytes(functions.outputs.x)
     between = 1 if tables.is_lazy else 2
     terms.append(Term("between ranks", f"{between} x and cotangents", between * x))
     if tables.steady is not None or tables.is_lazy:
         phase = "" if tables.is_lazy else "beats"
         terms.append(Term("arriving while others leave", "2 x and cotangents", 2 * x, phase))
-    terms += _weight_terms(gradients, arguments, layout, rounds=rounds)
-    terms += _sum_terms(functions, gradients, arguments, layout)
+    terms += _weight_terms(gradients, arguments, stages, rounds=rounds)
+    terms += _sum_terms(functions, gradients, arguments, stages)
     working = max(block.working_bytes for block in gradients.block.values())
     terms.append(Term("working set, estimated", "1 layer", working))
     return MemoryReport(tuple(terms), execution)
@@ -137,7 +137,7 @@ def report_memory(
 
 def _slot_terms(
     functions: Functions,
-    layout: Layout,
+    stages: Stages,
     tables: Tables,
     *,
     slots: dict[str, int],
@@ -145,7 +145,7 @@ def _slot_terms(
 ) -> list[Term]:
     """Lists the slot buffers."""
     assert functions.gradients is not None
-    idle, received = layout.idle_in(tables.steady), slots["received"]
+    idle, received = stages.idle_in(tables.steady), slots["received"]
     size = received * _bytes(functions.outputs.x)
     terms = [Term("received x and cotangents", f"{received} slots", size)]
     for buffer, name in (
@@ -157,44 +157,44 @@ def _slot_terms(
             "inputs of deferred W that recompute" if recomputes else "stashes for deferred W",
         ),
     ):
-        size = slots.get(buffer, 0) * _bytes_of_layers(functions.gradients, layout, buffer)
+        size = slots.get(buffer, 0) * _bytes_of_layers(functions.gradients, stages, buffer)
         if size:
-            count = f"{slots[buffer]} slots x {_num_layers(layout)} layers"
+            count = f"{slots[buffer]} slots x {_num_layers(stages)} layers"
             terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
     return terms
 
 
 def _stash_terms(
-    gradients: Gradients, layout: Layout, tables: Tables, *, full_backward: bool
+    gradients: Gradients, stages: Stages, tables: Tables, *, full_backward: bool
 ) -> list[Term]:
     """Lists the stashes that have no slot, or have one in beats only."""
     steady, terms = tables.steady, []
     of_one = max((_bytes(block.stash) for block in gradients.block.values()), default=0)
-    of_all = f"{_num_layers(layout)} layers", _bytes_of_layers(gradients, layout, "stash")
-    if steady is not None and layout.is_unrolled:
-        phase = "beats" if full_backward or "stash" in layout.idle_in(steady) else ""
+    of_all = f"{_num_layers(stages)} layers", _bytes_of_layers(gradients, stages, "stash")
+    if steady is not None and stages.is_unrolled:
+        phase = "beats" if full_backward or "stash" in stages.idle_in(steady) else ""
         terms.append(Term("stash of a beat, without a slot", *of_all, phase))
     if full_backward:
         phase = "" if steady is None else "ticks"
         name = "stash of a full backward, without a slot"
         terms.append(Term(name, "1 layer", of_one, phase))
-        if steady is not None and not layout.is_unrolled:
+        if steady is not None and not stages.is_unrolled:
             terms.append(Term("stashes for W", *of_all, "beats"))
     return terms
 
 
 def _weight_terms(
-    gradients: Gradients, arguments: Arguments, layout: Layout, *, rounds: bool
+    gradients: Gradients, arguments: Arguments, stages: Stages, *, rounds: bool
 ) -> list[Term]:
     """Lists the copies of weights, and the gathered parameters."""
-    num_chunks, weights = len(layout.stage_of), 0
+    num_chunks, weights = len(stages.stage_of), 0
     for kind, layer in arguments.layers.items():
-        weights += layout.stacks[kind].max_layers * _copies(
-            gradients.block[kind], layer, num_chunks, is_unrolled=layout.is_unrolled, rounds=rounds
+        weights += stages.stacks[kind].max_layers * _copies(
+            gradients.block[kind], layer, num_chunks, is_unrolled=stages.is_unrolled, rounds=rounds
         )
     terms = [Term("copies of weights", f"{num_chunks} stages", weights)]
     blocks = {
-        kind: layout.stacks[kind].shard_avals(layer) for kind, layer in arguments.layers.items()
+        kind: stages.stacks[kind].shard_avals(layer) for kind, layer in arguments.layers.items()
     }
     are_gathered = [bool(leaf.gather_dims) for leaf in jax.tree.leaves(arguments.leaves)]
     gathered = pick({**arguments.outside, "blocks": blocks}, are_gathered)
@@ -204,11 +204,11 @@ def _weight_terms(
 
 
 def _sum_terms(
-    functions: Functions, gradients: Gradients, arguments: Arguments, layout: Layout
+    functions: Functions, gradients: Gradients, arguments: Arguments, stages: Stages
 ) -> list[Term]:
     """Lists the accumulators of gradients and metrics."""
-    num_chunks, leaves = len(layout.stage_of), gradients.leaves
-    num_layers = {kind: stack.max_layers for kind, stack in layout.stacks.items()}
+    num_chunks, leaves = len(stages.stage_of), gradients.leaves
+    num_layers = {kind: stack.max_layers for kind, stack in stages.stacks.items()}
     sums = 0
     for kind, layer in arguments.layers.items():
         with_grad = pick_accumulated(leaves["blocks"][kind], layer)
@@ -227,15 +227,15 @@ def _sum_terms(
     return terms
 
 
-def _num_layers(layout: Layout) -> int:
+def _num_layers(stages: Stages) -> int:
     """Counts the layers of all kinds for which a slot has room."""
-    return sum(stack.max_layers for stack in layout.stacks.values())
+    return sum(stack.max_layers for stack in stages.stacks.values())
 
 
-def _bytes_of_layers(gradients: Gradients, layout: Layout, buffer: str) -> int:
+def _bytes_of_layers(gradients: Gradients, stages: Stages, buffer: str) -> int:
     """Counts the bytes of a slot of a buffer."""
     blocks = gradients.block.items()
-    return sum(layout.stacks[kind].max_layers * _bytes(getattr(b, buffer)) for kind, b in blocks)
+    return sum(stages.stacks[kind].max_layers * _bytes(getattr(b, buffer)) for kind, b in blocks)
 
 
 def _copies(
@@ -297,7 +297,7 @@ class Work:
     head: int
 
 
-def count_work(functions: Functions, arguments: Arguments, layout: Layout) -> Work:
+def count_work(functions: Functions, arguments: Arguments, stages: Stages) -> Work:
     """Counts the FLOPs of contractions; a loop of unknown length counts as one trip."""
     gradients, outs = functions.gradients, functions.outputs
     assert gradients is not None
@@ -323,7 +323,7 @@ def count_work(functions: Functions, arguments: Arguments, layout: Layout) -> Wo
                 (given, layer_ctx, weight_residual, block.deferred),
             ),
         ):
-            sums[name] += layout.kinds.count(kind) * contraction_flops(function, *args)
+            sums[name] += stages.kinds.count(kind) * contraction_flops(function, *args)
     embed = contraction_flops(functions.embed, outside, ends_ctx)
     embed += contraction_flops(gradients.embed, outside, ends_ctx, pick(x))
     head = contraction_flops(gradients.head, outside, x, ends_ctx, outs.loss)

@@ -50,7 +50,7 @@ def run(
     rows, steady = rows_of(step.tables, step.columns, step.axis), step.tables.steady
     tick = make_tick(rank, step.tables)
     if step.delivery is not None:
-        none = dict.fromkeys(step.layout.stacks)
+        none = dict.fromkeys(step.stages.stacks)
         return _deliver(step, step.delivery, tick, state, rows), (none, None)
     if steady is None:
         state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
@@ -92,7 +92,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
         with jax.named_scope(_scopes.STEADY):
             for parity in range(2):
                 f_row, i_row = (tick_of(rows, TICKS_PER_BEAT * parity + i) for i in range(2))
-                if parity == 1 and not rank.interleaves:
+                if parity == 1 and not rank.runs_side_by_side:
                     f_row = after_beat(f_row, state, cotangent)
                 beat = Beat(rank, steady, parity, f_row, i_row)
                 state, x, cotangent = beat.run(state, x, cotangent)
@@ -108,7 +108,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
             for slot in slots:
                 state = state._replace(received=buffers.poison(state.received, slot))
         # A buffer that is idle takes no memory in the beats: it ends here, and is made again.
-        idle = {name: getattr(state, name) for name in rank.layout.idle_in(steady)}
+        idle = {name: getattr(state, name) for name in rank.stages.idle_in(steady)}
         in_beats: dict[str, Any] = {
             name: {kind: buffer.with_arrays() for kind, buffer in by_kind.items()}
             for name, by_kind in idle.items()
@@ -116,7 +116,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
         if rank.stashes_in_beats:
             # Only there: in ticks W of a layer runs right after its I.
             idle["stash"] = state.stash
-            stash = one_stash(rank.gradients, rank.layout, state.stash)
+            stash = one_stash(rank.gradients, rank.stages, state.stash)
             in_beats["stash"] = empty_after(stash, after=(x, cotangent), poison=rank.poison)
         state = state._replace(**in_beats)
         (state, x, cotangent), _ = lax.scan(
@@ -137,7 +137,7 @@ def _laid_out(state: State) -> State:
 def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list) -> State:
     """Stores the values that the last beat sent where the tables have them."""
     last = jax.tree.leaves(state.received)[0].shape[0] - 1
-    me = lax.axis_index(rank.layout.axis)
+    me = lax.axis_index(rank.stages.axis)
 
     def slot(slots: np.ndarray) -> jax.Array:
         return jnp.asarray(np.where(slots < 0, last, slots), jnp.int32)[me]
@@ -173,16 +173,16 @@ def start(
     loss_scale: Any,
 ) -> tuple[Rank, State, Any]:
     """Brings the parameters to their ranks, and makes empty buffers."""
-    model, tables, layout = step.model, step.tables, step.layout
+    model, tables, stages = step.model, step.tables, step.stages
     chunks = [
         {kind: (stack, traced.casts(kind, stack)) for kind, stack in chunk.items()}
-        for chunk in layout.fetch(params["blocks"])
+        for chunk in stages.fetch(params["blocks"])
     ]
     # Unrolled layers have arrays of their own: none is cut out of a stack again in every tick,
     # and none waits for another.
-    is_apart = layout.is_unrolled
+    is_apart = stages.is_unrolled
     if is_apart:
-        chunks = [layout.unstack(chunk) for chunk in chunks]
+        chunks = [stages.unstack(chunk) for chunk in chunks]
     weight = None if step.output else semantics.total_weight(model, batches)
     if weight is not None:
         weight = varying.sum_over(weight, step.batch_axes)
@@ -194,7 +194,7 @@ def start(
 
     rank = Rank(
         functions=traced,
-        layout=layout,
+        stages=stages,
         chunks=chunks,
         shared_casts={
             kind: traced.casts(kind, params.get("shared"), after=stack)
@@ -204,20 +204,20 @@ def start(
         microbatches=batches,
         rng=rng,
         shard=lax.axis_index(step.batch_axes) if step.num_shards > 1 else None,
-        loss_seed=cotangent(outs.loss, total if weight is None else weight),
-        aux_seed={kind: cotangent(aux.loss, total) for kind, aux in outs.aux.items()},
+        loss_cotangent=cotangent(outs.loss, total if weight is None else weight),
+        aux_cotangent={kind: cotangent(aux.loss, total) for kind, aux in outs.aux.items()},
         delivery=step.delivery,
         full_backward=step.full_backward,
         defers=step.defers,
         takes_turns=step.takes_turns,
-        interleaves=step.platform != "cpu",
+        runs_side_by_side=step.platform != "cpu",
         communicates=bool(step.manual_axes),
         device_kind=device_kind_of(step.mesh),
         poison=step.poison,
     )
     state = empty_state(
         traced,
-        layout,
+        stages,
         params,
         slots=step.slots,
         delivery=step.delivery,
@@ -228,7 +228,7 @@ def start(
 
 
 def _finish(step: "Step", rank: Rank, params: PyTree, state: State, weight: Any) -> tuple[Any, Any]:
-    """Sums over ranks and shards, and brings what belongs to layers back to their places."""
+    """Sums over ranks and shards, and brings the sums of layers back into their stacks."""
     sums = state.loss, state.aux, state.metrics
     loss, aux, metrics = varying.sum_over(sums, (step.axis, *step.batch_axes))
     count = step.tables.num_microbatches * step.num_shards

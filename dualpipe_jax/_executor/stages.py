@@ -1,8 +1,8 @@
-"""Where the layers of each stage lie, of whatever kinds, and the loop over them.
+"""Which layers each stage has, of whatever kinds, and the loop over them.
 
 The layers of a model are spread over stages in model order, and so are those of each kind, whose
-parameters are a stack of their own (stack.py): a stage's layers of a kind are neighbours in it. A
-rank has room for as many layers of each kind as the stage that has the most of it; none of it ever
+parameters are a stack of their own (`bring.Stack`): a stage's layers of a kind are neighbours in
+it. A rank has room for as many layers of each kind as the stage that has the most of it; no layer
 has the shapes of another kind.
 """
 
@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._executor import buffers as slots
+from dualpipe_jax._executor import buffers as slot_buffers
 from dualpipe_jax._executor.bring import Spread, Stack, spread
 from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._leaves.rules import Rule
@@ -37,23 +37,23 @@ _MAX_UNROLLED = 4
 
 
 class Layer(NamedTuple):
-    """One layer of a stage, as the loop over its layers hands it to its body.
+    """One layer of a stage, as the body of the loop over its layers gets it.
 
     Attributes:
       kind: The layer's kind.
-      index: Which of the stage's layers of this kind it is: its entry in the slot buffers.
-      place: Its entry in the chunk's parameters and gradients of this kind.
+      index: Its entry in the slot buffers: its number among the stage's layers of this kind.
+      entry: Its entry in the chunk's parameters and gradients of this kind.
       position: Its global index, in the model.
     """
 
     kind: Kind
     index: Any
-    place: Any
+    entry: Any
     position: Any
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Layout:
+class Stages:
     """Spreads layers over stages, and stages over ranks.
 
     Attributes:
@@ -91,7 +91,7 @@ class Layout:
             kind: Stack(
                 axis=self.axis,
                 stage_of=self.stage_of,
-                # as many as are of this kind before each stage's first layer
+                # the number of layers of this kind before each stage's first layer
                 first_layers=np.cumsum([0, *(k == kind for k in self.kinds)])[firsts],
             )
             for kind in dict.fromkeys(self.kinds)
@@ -99,7 +99,7 @@ class Layout:
 
     @property
     def specs(self) -> dict[Kind, PartitionSpec]:
-        """How each kind's stack lies over the axis, and its gradient."""
+        """The spec of each kind's stack, and of its gradient: over the axis where it divides."""
         return {
             kind: PartitionSpec(self.axis) if stack.is_sharded else PartitionSpec()
             for kind, stack in self.stacks.items()
@@ -133,9 +133,9 @@ class Layout:
         return len(set(self._kinds_of_stages)) == 1
 
     def idle_in(self, steady: Steady | None) -> tuple[str, ...]:
-        """Names the buffers that a run of beats does without: beats of unrolled layers stash none.
+        """Names the buffers without which the beats do: beats of unrolled layers stash nothing.
 
-        They end where the run begins, and are made again after it.
+        They end where the beats begin, and are made again after them.
         """
         names = () if steady is None else steady.idle
         return tuple(name for name in names if name != "stash" or self.is_unrolled)
@@ -151,7 +151,7 @@ class Layout:
     def collect(
         self, grads: list[dict[Kind, list[Any]]], rules: Mapping[Kind, Sequence[Rule]]
     ) -> dict[Kind, list[Any]]:
-        """Adds up the chunks' gradients where the layers of each kind lie, each by its rule."""
+        """Adds up the chunks' gradients in the stack of each kind, each by its rule."""
         return {
             kind: stack.collect([chunk[kind] for chunk in grads], rules[kind])
             for kind, stack in self.stacks.items()
@@ -166,7 +166,7 @@ class Layout:
         return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
 
     def zero_sums(self, kind: Kind, avals: list[Any], rules: Sequence[Rule]) -> list[Any]:
-        """Makes the accumulators of a chunk for what a layer of a kind has of `avals`.
+        """Makes the sums of a chunk for values of which each layer of a kind has one of `avals`.
 
         Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
         """
@@ -193,18 +193,18 @@ class Layout:
     ) -> tuple[Any, tuple[dict[Kind, Any], ...]]:
         """Runs `body` for each of a stage's layers, in order or in reverse, if `is_on` holds.
 
-        Given two `is_on`, the first says whether to run the half of them that comes first, which
-        may be one more than the other, the second whether to run the other half.
+        A full backward in halves gives two `is_on`, of the upper layers, which run first and may
+        be one more, and of the lower ones.
 
         Args:
           stage: The stage, an int32 scalar.
           is_on: Whether to run at all, a bool scalar; True without a choice; or a tuple of two.
-          body: `(layer, carry, mine) -> (carry, mine)`; `mine` is what `buffers` have for the
-            layer's kind, an entry for each.
-          carry: What goes from layer to layer.
+          body: `(layer, carry, entries) -> (carry, entries)`, with the entry of each of `buffers`
+            for the layer's kind.
+          carry: The values that pass from layer to layer.
           buffers: Dicts with an entry for each kind.
           reverse: Whether to begin with the last layer.
-          leave: What buffers go through at a loop's end; of straight-line code there is none.
+          leave: A function through which buffers go at a loop's end; straight-line code has none.
 
         Returns:
           carry and buffers, after the last layer.
@@ -215,8 +215,8 @@ class Layout:
                 return body(layer, *loop)
 
             loop = carry, tuple(each[layer.kind] for each in buffers)
-            carry, mine = one(loop) if predicate is None else when(predicate, one, loop)
-            both = zip(buffers, mine, strict=True)
+            carry, entries = one(loop) if predicate is None else when(predicate, one, loop)
+            both = zip(buffers, entries, strict=True)
             return carry, tuple({**each, layer.kind: new} for each, new in both)
 
         def left(loop: Any) -> Any:
@@ -249,9 +249,9 @@ class Layout:
             if len(self.stacks) == 1:
                 return left(run(self.layer_of_only_kind(stage, index), None, *loop))
             # Each kind's body stands in the program once, run or passed over.
-            number, place = slots.read(self._tables, stage, index)
+            number, index_in_kind = slot_buffers.read(self._tables, stage, index)
             for n, kind in enumerate(self.stacks):
-                loop = run(self._layer(stage, kind, index, place), number == n, *loop)
+                loop = run(self._layer(stage, kind, index, index_in_kind), number == n, *loop)
             return left(loop)
 
         start, stop = 0, count
@@ -271,13 +271,13 @@ class Layout:
         *,
         parts: bool = False,
     ) -> Any:
-        """Runs `step(i, carry) -> carry` for i from start to stop, as many in a trip as it is told.
+        """Runs `step(i, carry) -> carry` for i from start to stop, `unrolled_by` in each trip.
 
         Args:
           start: The first i.
           stop: The one after the last i.
-          step: What to run.
-          carry: What goes from one to the next.
+          step: The function to run.
+          carry: The values that pass from one i to the next.
           parts: Whether start and stop may be in the middle of a stage.
         """
         together, most = max(1, int(self.unrolled_by)), self._layers.max_layers
@@ -328,7 +328,7 @@ class Layout:
           stages: Their stages, int32 scalars.
           body: `(forward's layer, backward's layer, carry) -> carry`, None for a layer if there is
             none left. It stands in the program once for each of `pairs`.
-          carry: What goes from one to the next.
+          carry: The values that pass from one pair to the next.
         """
         pairs, kinds = self.pairs(*chunks), list(self.stacks)
         counts = [self._layers.num_layers_of(stage) for stage in stages]
@@ -342,14 +342,16 @@ class Layout:
                 # Each of the two stages is of one kind, whichever ranks hold them.
                 ahead, back = map(layer, pairs[0], stages, indices, indices)
                 return body(ahead, back, carry)
-            numbers, places = [], []
+            numbers, indices_in_kind = [], []
             for stage, index, count in zip(stages, indices, counts, strict=True):
                 is_there = (index >= 0) & (index < count)
-                number, place = slots.read(self._tables, stage, jnp.where(is_there, index, 0))
+                number, index_in_kind = slot_buffers.read(
+                    self._tables, stage, jnp.where(is_there, index, 0)
+                )
                 numbers.append(jnp.where(is_there, number, -1))
-                places.append(place)
+                indices_in_kind.append(index_in_kind)
             for pair in pairs:
-                ahead, back = map(layer, pair, stages, indices, places)
+                ahead, back = map(layer, pair, stages, indices, indices_in_kind)
                 is_met = (numbers[0] == pair[0]) & (numbers[1] == pair[1])
                 carry = when(is_met, functools.partial(body, ahead, back), carry)
             return carry
@@ -361,7 +363,7 @@ class Layout:
         """Describes the layers of a stage, in order, where all stages are alike."""
         kinds = self._kinds_of_stages[0]
         layers = enumerate(zip(kinds, places_of(kinds), strict=True))
-        return [self._layer(stage, kind, index, place) for index, (kind, place) in layers]
+        return [self._layer(stage, kind, index, in_kind) for index, (kind, in_kind) in layers]
 
     def layer_of_only_kind(self, stage: Any, index: Any) -> Layer:
         """Describes the layer of a stage that has this index, where there is one kind only."""
@@ -372,7 +374,7 @@ class Layout:
         return Layer(
             kind=kind,
             index=index_in_kind,
-            place=index_in_kind + self.stacks[kind].offset_of(stage),
+            entry=index_in_kind + self.stacks[kind].offset_of(stage),
             position=self._layers.first_layer_of(stage) + index,
         )
 

@@ -15,7 +15,7 @@ from jax import lax
 from dualpipe_jax._executor import barriers, buffers
 from dualpipe_jax._executor.buffers import RESIDUALS, STASHES, SlotBuffer, allocate_slots
 from dualpipe_jax._executor.deliver import Delivery, Mail
-from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._executor.trace import Functions, Gradients
 from dualpipe_jax._leaves.gradient import GradIndex, accumulated, pick_accumulated
 from dualpipe_jax._leaves.rules import SUM, Rule
@@ -110,7 +110,7 @@ class State(NamedTuple):
         )
 
     def put(self, names: Sequence[str], chunk: int, taken: Sequence[dict[Kind, Any]]) -> "State":
-        """Puts back what `take` took, maybe changed."""
+        """Puts back buffers that `take` took, maybe changed."""
         changed: dict[str, Any] = {}
         for name, by_kind in zip(names, taken, strict=True):
             if name == "grads":
@@ -131,7 +131,7 @@ class State(NamedTuple):
         return {number: self.shared_grads[number] for number in numbers}
 
     def put_shared(self, taken: SharedGrads) -> "State":
-        """Puts back what `take_shared` took, maybe changed."""
+        """Puts back sums that `take_shared` took, maybe changed."""
         sums = [taken.get(number, old) for number, old in enumerate(self.shared_grads)]
         return self._replace(shared_grads=sums)
 
@@ -187,7 +187,7 @@ def _add(total: Any, value: jax.Array, layer: Any, rule: Rule) -> Any:
 
 def empty_state(
     functions: Functions,
-    layout: Layout,
+    stages: Stages,
     params: PyTree,
     *,
     slots: dict[str, int],
@@ -199,7 +199,7 @@ def empty_state(
 
     Args:
       functions: The model's functions.
-      layout: Where the layers are.
+      stages: Where the layers are.
       params: The parameters of this device.
       slots: The slots of each buffer.
       delivery: Where outputs go, in a program that returns outputs.
@@ -207,7 +207,7 @@ def empty_state(
       poison: Whether slots start as values that spread, in tests.
     """
     outs, gradients = functions.outputs, functions.gradients
-    num_chunks = len(layout.stage_of)
+    num_chunks = len(stages.stage_of)
 
     def slot_buffers(name: str) -> dict[Kind, SlotBuffer]:
         return {
@@ -216,11 +216,11 @@ def empty_state(
                 name,
                 num_slots=slots.get(name, 0),
                 num_layers=stack.max_layers,
-                is_unrolled=layout.is_unrolled,
+                is_unrolled=stages.is_unrolled,
                 size_of_x=functions.size_of_x,
                 poison=poison,
             )
-            for kind, stack in layout.stacks.items()
+            for kind, stack in stages.stacks.items()
         }
 
     def zero_sums(part: str) -> list[jax.Array]:
@@ -240,7 +240,7 @@ def empty_state(
             jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
             for value in pick_accumulated(leaves, stack)
         ]
-        return layout.zero_sums(kind, layers, [each.leaf.rule for each in accumulated(leaves)])
+        return stages.zero_sums(kind, layers, [each.leaf.rule for each in accumulated(leaves)])
 
     loss, aux, metrics = semantics.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
     metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
@@ -261,7 +261,7 @@ def empty_state(
         metrics=metrics,
         block_metrics=[
             {
-                kind: layout.zero_sums(kind, metrics, [SUM] * len(metrics))
+                kind: stages.zero_sums(kind, metrics, [SUM] * len(metrics))
                 for kind, metrics in metrics_of.items()
             }
             for _ in range(num_chunks)
@@ -271,7 +271,7 @@ def empty_state(
     )
 
 
-def one_stash(gradients: Gradients, layout: Layout, like: dict[Kind, SlotBuffer]) -> Any:
+def one_stash(gradients: Gradients, stages: Stages, like: dict[Kind, SlotBuffer]) -> Any:
     """Makes avals of a stash buffer of a single slot, for looped layers."""
 
     def of(kind: Kind, num_layers: int) -> SlotBuffer:
@@ -281,7 +281,7 @@ def one_stash(gradients: Gradients, layout: Layout, like: dict[Kind, SlotBuffer]
         )
         return like[kind].with_arrays(avals)
 
-    return {kind: of(kind, stack.max_layers) for kind, stack in layout.stacks.items()}
+    return {kind: of(kind, stack.max_layers) for kind, stack in stages.stacks.items()}
 
 
 def empty_after(arrays: PyTree, *, after: PyTree, poison: bool) -> PyTree:

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dualpipe_jax._executor import program
 from dualpipe_jax._executor.deliver import Delivery
 from dualpipe_jax._executor.memory import MemoryReport, Work, count_work, report_memory
-from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._executor.trace import Arguments, Functions, trace
 from dualpipe_jax._leaves.explicit_axes import (
     context_mesh,
@@ -63,7 +63,7 @@ class Step:
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
-      execution: How the tables are run, all decided but `unroll`, which the layout decides.
+      execution: How the tables are run, all decided but `unroll`, which the stages decides.
       grad_dtype: The dtype of gradients; None for that of each parameter.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
       placement: The name in the compiled program of how the actions were placed; "" for none.
@@ -170,10 +170,10 @@ class Step:
         step = self._in_context
         return report_memory(
             *step._shared(traces, params, batch, rng, step.recomputes),
-            step.layout,
+            step.stages,
             step.tables,
             slots=step.slots,
-            execution=replace(step.execution, unroll=step.layout.unrolled_by),
+            execution=replace(step.execution, unroll=step.stages.unrolled_by),
             recomputes=step.recomputes,
             rounds=step.platform == "tpu",
         )
@@ -194,7 +194,7 @@ class Step:
         step = self._in_context
         recomputes = step.recomputes if recomputes is None else recomputes
         traced, arguments = step._shared(traces, params, batch, rng, recomputes)
-        return step._inside(lambda: count_work(traced, arguments, step.layout), step.mesh)
+        return step._inside(lambda: count_work(traced, arguments, step.stages), step.mesh)
 
     def _shared(
         self,
@@ -267,7 +267,7 @@ class Step:
             partial(program.run, self, functions),
             mesh=mesh,
             in_specs=(in_specs, PartitionSpec(self.batch_axes or None), replicated, replicated),
-            out_specs=(self._result_spec(), (self.layout.specs, grads_specs)),
+            out_specs=(self._result_spec(), (self.stages.specs, grads_specs)),
             axis_names={self.axis, *self.batch_axes, *self.manual_axes},
             check_vma=False,
         )(params, batch, rng, loss_scale)
@@ -305,7 +305,7 @@ class Step:
         if not self.tables.forward_only:
             grads = jax.tree.map(partial(Leaf.grad_sharding, mesh=self.mesh), leaves, params)
         result = NamedSharding(self.mesh, self._result_spec(explicit))
-        stacks = {kind: over_explicit(spec) for kind, spec in self.layout.specs.items()}
+        stacks = {kind: over_explicit(spec) for kind, spec in self.stages.specs.items()}
         return result, (stacks, grads)
 
     def _result_spec(self, axes: tuple[str, ...] | None = None) -> PartitionSpec:
@@ -316,9 +316,9 @@ class Step:
         return PartitionSpec(tuple(a for a in rows if axes is None or a in axes) or None)
 
     @cached_property
-    def layout(self) -> Layout:
+    def stages(self) -> Stages:
         """Which layers each rank has."""
-        return Layout(
+        return Stages(
             axis=self.axis,
             kinds=kinds_of(self.model, self.num_layers),
             num_stages=self.tables.num_stages,
@@ -357,7 +357,7 @@ class Step:
         """Whether the backwards of layers in a row are to wait for each other: `Rank.next_turn`."""
         named = {self.axis, *self.batch_axes, *self.manual_axes}
         leaves_none = all(n == 1 for axis, n in self.mesh.shape.items() if axis not in named)
-        return self.platform == "cpu" and self.layout.is_unrolled and leaves_none
+        return self.platform == "cpu" and self.stages.is_unrolled and leaves_none
 
     @property
     def slots(self) -> dict[str, int]:

@@ -1,20 +1,20 @@
-"""One tick of one rank: store what arrived, run this rank's action, send.
+"""One tick of one rank: store the values that arrived, run this rank's action, send.
 
-The tables say what to do; everything but the rank is static. Each kind of action of each chunk
+The tables name the action; everything but the rank is static. Each kind of action of each chunk
 stands in the program once, run or passed over by the rank's opcode, and holds no collective over
 the pipeline axis. The tick's exchange follows, two permutes that move activations and cotangents to
 the right and to the left between the ranks of its pairs: a branch for each exchange that a part of
 the line of ranks has. All ranks know which, so that all take the same.
 
-Lazy tables have no exchanges: a tick begins with two permutes between all neighbours, which move
+Lazy tables have no exchanges: a tick begins with two permutes between all neighbours, which send
 the values of the tick before, and ends when the values that arrive are stored. Nothing in between
 reads these, so that a compiler may start the permutes before all of the action and await them after
 it.
 
 The choice of actions is made by loops that run their body once or not at all (`when`), not by
-`lax.switch`: XLA copies whatever passes through a conditional, on every tick all slots and
-accumulators, but updates what passes through a loop in place. (On CPU, a transformer of width 256
-on two ranks: a switch copied every buffer twice a tick; so nothing is copied.)
+`lax.switch`: XLA copies every array that passes through a conditional, on every tick all slots and
+sums, but updates one that passes through a loop in place. (On CPU, a transformer of width 256 on
+two ranks: a switch copied every buffer twice a tick; so nothing is copied.)
 """
 
 import operator
@@ -52,12 +52,12 @@ ARRIVALS = ("from_left", "from_right")
 
 
 def rows_of(tables: Tables, columns: Sequence[str], axis: str) -> Row:
-    """Takes what this rank needs of the tables: int32[num_ticks] for each column and `exchange`."""
+    """Takes this rank's columns of the tables: int32[num_ticks] for each, and `exchange`."""
     table = np.stack([getattr(tables, name) for name in columns], axis=-1)
-    mine = lax.dynamic_index_in_dim(
+    columns_of_rank = lax.dynamic_index_in_dim(
         jnp.asarray(table, jnp.int32), lax.axis_index(axis), axis=1, keepdims=False
     )
-    rows = {name: mine[:, i] for i, name in enumerate(columns)}
+    rows = {name: columns_of_rank[:, i] for i, name in enumerate(columns)}
     return {**rows, "exchange": jnp.asarray(tables.exchange)}
 
 
@@ -100,7 +100,7 @@ def _sent(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State, PyTre
 
 
 def store_arrivals(state: State, row: Row, arrived: Sequence[PyTree]) -> State:
-    """Stores what has come from the left and from the right."""
+    """Stores the values that have arrived from the left and from the right."""
     slot = spare_slots(state, row, *ARRIVALS)
     received = state.received
     for name, values in zip(ARRIVALS, arrived, strict=True):
@@ -109,7 +109,7 @@ def store_arrivals(state: State, row: Row, arrived: Sequence[PyTree]) -> State:
 
 
 def spare_slots(state: State, row: Row, *columns: str) -> Row:
-    """Has a received slot of -1, none, be the last one, which nobody reads."""
+    """Replaces a received slot of -1, none, by the last one, which nobody reads."""
     last = jax.tree.leaves(state.received)[0].shape[0] - 1
     return {name: jnp.where(row[name] < 0, last, row[name]) for name in columns}
 
@@ -117,7 +117,7 @@ def spare_slots(state: State, row: Row, *columns: str) -> Row:
 def _exchange(
     rank: Rank, exchanges: Sequence[Sequence[Exchange]], numbers: jax.Array, out: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Sends to the right and to the left, and returns what has come from the left and right.
+    """Sends to the right and to the left, and returns the values from the left and the right.
 
     A link belongs to one part, and brings its value in that part.
     """
@@ -140,7 +140,7 @@ def _exchange(
     nothing = buffers.allocate(out, poison=rank.poison)
     arrived = nothing, nothing
     for number, part in zip(numbers, exchanges, strict=True):
-        # Passed over where nothing is sent: a part's arrivals are not merged in every tick.
+        # Skipped where nothing is sent: a part's arrivals are not merged in every tick.
         arrived = when(number > 0, partial(in_part, part, number), arrived)
     return arrived
 
@@ -159,12 +159,12 @@ def _permute(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTre
         if not pairs:
             return nothing
         with jax.named_scope(_scopes.SEND):
-            arrived = lax.ppermute(out, rank.layout.axis, pairs)
+            arrived = lax.ppermute(out, rank.stages.axis, pairs)
         if not rank.poison:
             return arrived
-        # A permute gives zeros to those to whom nothing is sent.
-        mine = _is_target(rank, pairs)
-        return jax.tree.map(partial(jnp.where, mine), arrived, nothing)
+        # A permute gives zeros to ranks to which nothing is sent.
+        is_target = _is_target(rank, pairs)
+        return jax.tree.map(partial(jnp.where, is_target), arrived, nothing)
 
     to_right, to_left = exchange
     return permute(to_right), permute(to_left)
@@ -172,22 +172,22 @@ def _permute(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTre
 
 def _is_target(rank: Rank, pairs: Collection[tuple[int, int]]) -> jax.Array:
     """Whether something is sent to this rank."""
-    ranks = np.arange(rank.layout.stage_of.shape[1])
+    ranks = np.arange(rank.stages.stage_of.shape[1])
     is_target = np.isin(ranks, [target for _, target in pairs])
-    return jnp.asarray(is_target)[lax.axis_index(rank.layout.axis)]
+    return jnp.asarray(is_target)[lax.axis_index(rank.stages.axis)]
 
 
 def _act(rank: Rank, tables: Tables, state: State, row: Row) -> tuple[State, PyTree]:
     """Runs this tick's action, and returns the value that it sends: an x, or a cotangent of one.
 
-    Of two ranks with a stage each, while microbatch 1 is in its forward and 0 in its backward:
+    Two ranks with a stage each, while microbatch 1 is in its forward and 0 in its backward:
     rank 0 runs `0F1`: read the received slot or embed -> layers -> send x to rank 1.
     rank 1 runs `1I0`: read the kept cotangent -> layers, backwards -> send dx to rank 0.
     All other pieces stand in the program too, and are passed over.
     """
     has_gradients = rank.functions.gradients is not None
     opcode, stage = row["opcode"], row["stage"]
-    is_first, is_last = stage == 0, stage == rank.layout.num_stages - 1
+    is_first, is_last = stage == 0, stage == rank.stages.num_stages - 1
     # One value goes through: the one that the action reads, then the output of its layers.
     out = buffers.read(state.received, row["read"])
     out = lax.cond((opcode == FORWARD) & is_first, lambda: embed(rank, row), lambda: out)

@@ -11,7 +11,7 @@ from dualpipe_jax._api import build
 from dualpipe_jax._executor import barriers, beats
 from dualpipe_jax._executor import step as step_module
 from dualpipe_jax._executor.layer import LayerWork
-from dualpipe_jax._executor.stages import Layout
+from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._schedule import layer_order
 from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
 from tests.test_exact import make_mesh
@@ -185,13 +185,13 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
     """F of each kind beside I of each kind that it meets on some rank."""
     monkeypatch.setattr(step_module, "platform_of", lambda mesh: "tpu")
     met = []
-    loop_pairs = Layout.loop_pairs
+    loop_pairs = Stages.loop_pairs
 
-    def spy(self: Layout, chunks: Any, *args: Any) -> Any:
+    def spy(self: Stages, chunks: Any, *args: Any) -> Any:
         met.append(self.pairs(*chunks))
         return loop_pairs(self, chunks, *args)
 
-    monkeypatch.setattr(Layout, "loop_pairs", spy)
+    monkeypatch.setattr(Stages, "loop_pairs", spy)
     model = make_kinds(letters, frozenset(["block_has_aux"]))
     params, batch = make_kinds_params(letters), make_batch(num_microbatches)
     grad_fn = dpj.value_and_grad(

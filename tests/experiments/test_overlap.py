@@ -126,7 +126,7 @@ def test_a_barrier_between_forward_and_backward_exposes_the_all_to_alls(
     monkeypatch.setattr(
         program,
         "make_steady",
-        lambda rank, *args: make_steady(dataclasses.replace(rank, interleaves=False), *args),
+        lambda rank, *args: make_steady(dataclasses.replace(rank, runs_side_by_side=False), *args),
     )
     (case, _) = overlap.cases("experts", widths=(1024,), layers=(2,))
     with jax.enable_x64(False):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualpipe_jax._executor.buffers import write
-from dualpipe_jax._executor.stages import Layer, Layout
+from dualpipe_jax._executor.stages import Layer, Stages
 
 # A letter is a layer, its name its kind.
 LAYOUTS = {
@@ -23,10 +23,10 @@ LAYOUTS = {
 }
 
 
-def make_layout(name: str) -> Layout:
+def make_layout(name: str) -> Stages:
     letters, num_stages = LAYOUTS[name]
     stage_of = np.arange(num_stages)[None]
-    return Layout(axis="pipe", kinds=tuple(letters), num_stages=num_stages, stage_of=stage_of)
+    return Stages(axis="pipe", kinds=tuple(letters), num_stages=num_stages, stage_of=stage_of)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -38,7 +38,7 @@ def test_each_layer_runs_once_in_order(name: str, reverse: bool) -> None:
 
     def body(layer: Layer, carry: Any, mine: Any) -> Any:
         seen, count = carry
-        entry = jnp.array([numbers[layer.kind], layer.index, layer.place, layer.position])
+        entry = jnp.array([numbers[layer.kind], layer.index, layer.entry, layer.position])
         # Only what the layer's own kind has is handed over.
         own = tuple(each.at[layer.index].add(layer.position + 1) for each in mine)
         return (write(seen, entry, count), count + 1), own
