@@ -135,14 +135,11 @@ class Beat:
         """Chooses the order in which the layers of the two stages run."""
         rank, stages = self.rank, self.rank.stages
         if not stages.is_unrolled:
-            if (
-                rank.runs_side_by_side
-                and len(stages.pairs(self.forward, self.backward)) <= _MAX_PAIRS
-            ):
-                return layer_order.LOOPED
-            if rank.full_backward and not rank.runs_side_by_side:
-                return layer_order.LOOPED_FULL_BACKWARD
-            return layer_order.LOOPED_IN_A_ROW
+            if not rank.runs_side_by_side:
+                is_full = rank.full_backward
+                return layer_order.LOOPED_FULL_BACKWARD if is_full else layer_order.LOOPED_IN_A_ROW
+            has_few_pairs = len(stages.pairs(self.forward, self.backward)) <= _MAX_PAIRS
+            return layer_order.LOOPED if has_few_pairs else layer_order.LOOPED_IN_A_ROW
         layers = stages.layers_of(self.i_row["stage"])
         if not rank.runs_side_by_side:
             return layer_order.in_a_row(len(layers))
@@ -310,21 +307,20 @@ class Beat:
 # with `dualpipe_jax.compiler_options` a contraction reads a slot as fast as an array. (TPU v5e,
 # widths 1024 and 2048: copying values no larger than x took 2 to 3 % more cycles. Without
 # xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.) On GPUs
-# they are copied out: `order.copied_out`.
+# they are copied out: `barriers.copied_out`.
 #
 # W of a layer follows its I and F, unless it has to hide the transfers at the end: that of the last
 # layer if it takes long enough, else that of as many of the last ones as do before the last one.
-# All of it then waits for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer cycles
-# than if all of W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. To have
-# the next I wait for W, as it does there, leaves 9 % less in a TPU's memory at width 1024, four
+# All of it then waits for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer
+# cycles than if all of W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. To
+# have the next I wait for W, as it does there, leaves 9 % less in a TPU's memory at width 1024, four
 # layers, and takes 0.7 % more cycles.)
 # Where blocks have collectives of their own, which W may have to hide, or layers are of several
-# kinds, all of W is at the end; and of the former only the last layer's waits.
+# kinds, all of W is at the end; and with collectives only the last layer's waits.
 #
-# If W of the others hides the transfers, the last one's waits for the values that arrive: behind
-# it, they come from a TPU's memory while W computes, where the next beat's first matmuls
-# would else wait for it (width 1024, two layers: 4 % fewer cycles; before the last contraction
-# only: 1 %).
+# If W of the others hides the transfers, the last one's waits for the values that arrive: behind it,
+# they come from a TPU's memory while W computes, where the next beat's first matmuls would else wait
+# for them (width 1024, two layers: 4 % fewer cycles; before the last contraction only: 1 %).
 def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTree) -> int:
     """Decides of how many layers W runs after the transfers have started.
 

@@ -1,8 +1,8 @@
 """Slot buffers: values that live between ticks, read and written in place, one entry at a time.
 
 A slot holds a whole x (`[slot, ...]` for each leaf, plain arrays), or values that the layers of a
-stage keep (`SlotBuffer`). A value of a stage's size is never gathered from a slot: the loop over layers
-reads and writes one layer.
+stage keep (`SlotBuffer`). A value of a stage's size is never gathered from a slot: the loop over
+layers reads and writes one layer.
 
 How slots lie in a TPU's memory, where ticks and beats share them: XLA chooses layouts for every
 loop by itself. In a tick the loops of F, I and W, and behind them the beats, stand one after the

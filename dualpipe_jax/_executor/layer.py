@@ -202,10 +202,8 @@ class LayerWork:
     @jax.named_scope(_scopes.INPUT_GRAD)
     def _input_grad(self, layer: Layer, dy: list[jax.Array], residual: Any, weight: Any) -> Any:
         params, ctx = self.rank.read_layer(self._row, self._chunk, layer)
-        block, aux_cotangent = (
-            self.rank.gradients.block[layer.kind],
-            self.rank.aux_cotangent[layer.kind],
-        )
+        aux_cotangent = self.rank.aux_cotangent[layer.kind]
+        block = self.rank.gradients.block[layer.kind]
         return block.input_grad(params, ctx, residual, weight, dy, aux_cotangent)
 
     @jax.named_scope(_scopes.WEIGHT_GRAD)

@@ -1,8 +1,8 @@
 """The program of one device: parameters in, the ticks run, sums and gradients out.
 
-The tables run in one `lax.scan` over their ticks, and the straight-line run of beats, where they
-have one, in a scan of its own that begins when its tick has come; program size does not depend on
-their lengths.
+The tables run in one `lax.scan` over their ticks, and the steady phase, the beats that are the same
+straight-line code on all ranks, where they have one, in a scan of its own that begins in its tick;
+program size does not depend on their lengths.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,19 @@ def run(
     rng: Any,
     loss_scale: Any,
 ) -> tuple[Any, Any]:
-    """The program of one device."""
+    """Runs the step on one device.
+
+    Args:
+      step: The step.
+      traced: The model's functions as this device runs them.
+      params: This device's part of the parameters, blocks as stacks by kind.
+      batch: Its shard of the batch.
+      rng: The step's key, or None.
+      loss_scale: The factor of all cotangents, a scalar, or None.
+
+    Returns:
+      `(loss, metrics)`, or outputs; and the blocks' metrics by kind and the gradients, or None.
+    """
     batches = semantics.split(batch, step.tables.num_microbatches)
     params = jax.tree.map(Leaf.gather, traced.leaves, params)
     rank, state, weight = start(step, traced, params, batches, rng, loss_scale)
@@ -72,17 +84,17 @@ def run(
 
 
 def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
-    """Makes the function that runs all beats.
+    """Makes the function that runs all beats, two in a trip of one `lax.scan`.
 
     Args:
       rank: The rank.
-      steady: The run of beats.
+      steady: The beats.
       rows: This rank's rows of the tables, int32[num_ticks] for each column.
     """
     ticks_per_trip = 2 * TICKS_PER_BEAT
     # (A beat's transfers are those of `Steady`.)
-    mine = {name: column[steady.ticks] for name, column in rows.items() if name != "exchange"}
-    trips = {name: column.reshape(-1, ticks_per_trip) for name, column in mine.items()}
+    in_steady = {n: column[steady.ticks] for n, column in rows.items() if n != "exchange"}
+    trips = {name: column.reshape(-1, ticks_per_trip) for name, column in in_steady.items()}
 
     def tick_of(rows: Row, tick: int) -> Row:
         return {name: column[tick] for name, column in rows.items()}
@@ -99,7 +111,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
         return (state, x, cotangent), None
 
     def run(state: State) -> State:
-        first = tick_of(mine, 0), tick_of(mine, 1)
+        first = tick_of(in_steady, 0), tick_of(in_steady, 1)
         state = store_arrivals(state, first[0], state.messages)
         # A rank that embeds reads nothing: the last slot, which nobody else reads.
         slots = [spare_slots(state, row, "read")["read"] for row in first]
@@ -151,7 +163,7 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
 def _deliver(
     step: "Step", delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
 ) -> PyTree:
-    """Runs all ticks, outputs moving on after each."""
+    """Runs all ticks, after each of which outputs move on by a rank."""
     now, later = delivery.rows()
 
     def tick_and_move(state: State, row: tuple[Row, jax.Array]) -> tuple[State, None]:
@@ -180,8 +192,7 @@ def start(
     ]
     # Unrolled layers have arrays of their own: none is cut out of a stack again in every tick,
     # and none waits for another.
-    is_apart = stages.is_unrolled
-    if is_apart:
+    if stages.is_unrolled:
         chunks = [stages.unstack(chunk) for chunk in chunks]
     weight = None if step.output else semantics.total_weight(model, batches)
     if weight is not None:
