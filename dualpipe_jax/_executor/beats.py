@@ -313,14 +313,14 @@ class Beat:
 # layer if it takes long enough, else that of as many of the last ones as do before the last one.
 # All of it then waits for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer
 # cycles than if all of W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. To
-# have the next I wait for W, as it does there, leaves 9 % less in a TPU's memory at width 1024, four
-# layers, and takes 0.7 % more cycles.)
+# have the next I wait for W, as it does there, leaves 9 % less in a TPU's memory at width 1024,
+# four layers, and takes 0.7 % more cycles.)
 # Where blocks have collectives of their own, which W may have to hide, or layers are of several
 # kinds, all of W is at the end; and with collectives only the last layer's waits.
 #
-# If W of the others hides the transfers, the last one's waits for the values that arrive: behind it,
-# they come from a TPU's memory while W computes, where the next beat's first matmuls would else wait
-# for them (width 1024, two layers: 4 % fewer cycles; before the last contraction only: 1 %).
+# If W of the others hides the transfers, the last one's waits for the values that arrive: behind
+# it, they come from a TPU's memory while W computes, where the next beat's first matmuls would else
+# wait for them (width 1024, two layers: 4 % fewer cycles; before the last contraction only: 1 %).
 def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTree) -> int:
     """Decides of how many layers W runs after the transfers have started.
 
