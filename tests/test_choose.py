@@ -4,7 +4,6 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax import schedules
 from dualpipe_jax._model.types import Aux
 from dualpipe_jax._predict import (
+    Candidate,
     Choice,
     Costs,
     LayerBytes,
@@ -251,26 +251,26 @@ def test_costs_count_multiplications() -> None:
 # ---- the order
 
 
-def options_of(*, num_layers: int, recomputes: bool = False) -> dict[str, Any]:
-    """The other arguments of `choices_of`."""
-    return {
-        "num_layers": num_layers,
-        "transfer": 0.1,
-        "recomputes": recomputes,
-        "terms_of": partial(memory_of, num_layers=num_layers, **SIZES),
-        "remat": "block" if recomputes else "none",
-    }
+def choices_with(
+    schedule: schedules.Schedule,
+    costs: Costs,
+    *,
+    num_layers: int,
+    limit: float = math.inf,
+    remat: str = "none",
+) -> list[Choice]:
+    candidate = Candidate(
+        schedule=schedule, num_layers=num_layers, remat=remat, costs=costs, transfer=0.1
+    )
+    terms_of = partial(memory_of, num_layers=num_layers, **SIZES)
+    return choices_of(candidate, terms_of=terms_of, limit=limit)
 
 
 def choose(names=NAMES, *, limit: float = math.inf, costs: Costs | None = None) -> list[Choice]:
     choices = []
     for name in names:
-        choices += choices_of(
-            schedules.make(name, num_ranks=4, num_microbatches=16),
-            costs=costs or Costs(),
-            limit=limit,
-            **options_of(num_layers=8),
-        )
+        made = schedules.make(name, num_ranks=4, num_microbatches=16)
+        choices += choices_with(made, costs or Costs(), num_layers=8, limit=limit)
     return in_order(choices)
 
 
@@ -293,7 +293,7 @@ def test_slots_are_those_of_the_program_that_is_timed() -> None:
     durations = durations_of(made, costs, transfer=0.1, layers_of_stage=(4,) * 4)
     (choice,) = (
         each
-        for each in choices_of(made, costs=costs, limit=math.inf, **options_of(num_layers=16))
+        for each in choices_with(made, costs, num_layers=16)
         if each.execution.overlap and each.execution.split_backward
     )
     placed, plain = (
@@ -323,8 +323,7 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
 
     def kinds(costs: Costs, num_layers: int = 16) -> dict[bool, Choice]:
         made = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
-        options = options_of(num_layers=num_layers)
-        choices = choices_of(made, costs=costs, limit=math.inf, **options)
+        choices = choices_with(made, costs, num_layers=num_layers)
         return {not choice.execution.split_backward: choice for choice in choices}
 
     # 16 microbatches and three ranks from end to end: 16 * 3 + 3 * (1 + 1) beside 16 * 3 + 3 * (1 +
@@ -385,12 +384,7 @@ def test_deferred_weight_grads_cost_what_they_recompute() -> None:
     assert num_deferred > 0
     made = simulate(schedule, costs=Costs(recompute=2))
     assert sum(made.work) == 4 * 8 * 3 + 2 * num_deferred
-    (choice,) = choices_of(
-        schedule,
-        costs=Costs(recompute=2),
-        limit=0,
-        **options_of(num_layers=4, recomputes=True),
-    )
+    (choice,) = choices_with(schedule, Costs(recompute=2), num_layers=4, limit=0, remat="block")
     assert made.recomputed == choice.simulation.recomputed == pytest.approx(2 * num_deferred / 4)
     makespan = choice.simulation.makespan
     assert choice.losses["recomputed"] == pytest.approx(made.recomputed / makespan)
@@ -408,7 +402,7 @@ def test_wrong_sizes_are_all_named() -> None:
         Transformer(layers=0, width=-1, **sizes)
     with pytest.raises(ValueError, match="remat='all': must be one of 'none', 'block'"):
         Transformer(layers=1, width=1, remat="all", **sizes)
-    with pytest.raises(ValueError, match="heads=3: must divide the width, 4"):
+    with pytest.raises(ValueError, match="heads=3: must divide width=4"):
         Transformer(layers=1, width=4, **{**sizes, "heads": 3})
     with pytest.raises(ValueError, match="ends=-1, gradient=nan: must be a finite number"):
         ParameterBytes(layer=1, ends=-1, parameter=1, gradient=math.nan, optimizer=1)

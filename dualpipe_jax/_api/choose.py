@@ -19,6 +19,7 @@ from dualpipe_jax._predict import (
     FULL_BACKWARD,
     HEADROOM,
     TRANSFER,
+    Candidate,
     Choice,
     Costs,
     MemoryTerm,
@@ -262,20 +263,21 @@ class _Given:
                 step = step_of()
                 if costs is None:
                     costs = self.costs(step, traces, recomputes=recomputes)
-                choices += choices_of(
-                    schedule,
+                candidate = Candidate(
+                    schedule=schedule,
                     num_layers=step.num_layers,
                     layers_per_stage=step.layers_per_stage,
+                    remat=remat,
                     costs=costs,
                     transfer=TRANSFER * costs.forward,
-                    recomputes=recomputes,
+                )
+                choices += choices_of(
+                    candidate,
                     terms_of=lambda _, execution, step_of=step_of, costs=costs: terms_of(
                         step_of(execution=execution, costs=costs)
                     ),
                     limit=limit,
                     headroom=headroom,
-                    remat=remat,
-                    placed_by=costs,
                 )
             except ValueError as error:
                 refusals[each if isinstance(each, str) else each.name] = error

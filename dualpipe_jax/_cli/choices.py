@@ -1,4 +1,4 @@
-"""Choices -> what `dualpipe-jax choose` prints of them."""
+"""Choices -> the output of `dualpipe-jax choose`."""
 
 from dataclasses import asdict
 
@@ -12,14 +12,14 @@ from dualpipe_jax._predict.memory import format_bytes
 _HEAD = ("", "schedule", "overlap", "step", "against best", "idle", "memory", "why")
 _FULL = "full backwards"
 _NOTES = (
-    "uneven: ranks with less work than the busiest; bubble: that one waits for what it needs;",
-    "false waits: for what it does not need yet, or never; recomputed: for deferred weight grads;",
+    "uneven: ranks with less work than the busiest; bubble: the busiest waits for values it needs;",
+    "false waits: for values not needed yet, or never; recomputed: for deferred weight grads;",
     "full backwards: weight grads run with the input grads that they follow, layer by layer",
 )
 
 
 def to_object(choice: Choice) -> dict[str, object]:
-    """Gives what JSON has of a choice."""
+    """Makes the JSON object of a choice."""
     made = choice.simulation
     return {
         "schedule": made.schedule,
@@ -43,9 +43,9 @@ def print_choices(
     costs: Costs,
     transfer: float,
 ) -> None:
-    """Prints the choices, what they were made from, the first one's memory, and its call."""
+    """Prints the choices, the model's sizes and costs, the first one's memory, and its call."""
     best = choices[0]
-    notes = _inputs(best, model, layer, parameters, costs, transfer)
+    notes = _sizes_and_costs(best, model, layer, parameters, costs, transfer)
     rows = [_row(choice, place, best) for place, choice in enumerate(choices, start=1)]
     print_table(
         _HEAD,
@@ -89,7 +89,7 @@ def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
     )
 
 
-def _inputs(
+def _sizes_and_costs(
     choice: Choice,
     model: Transformer,
     layer: LayerBytes,
@@ -101,7 +101,7 @@ def _inputs(
     sizes = f"ranks {made.num_ranks}, microbatches {made.num_microbatches}, {model.layers} layers"
     sizes += f" of {parameters.layer / 1e6:,.4g} M parameters, {parameters.ends / 1e6:,.4g} M in"
     times = f"costs of a rank's layers: F={costs.forward:.3g}, I={costs.input_grad:.3g}, "
-    times += f"W={costs.weight_grad:.3g}, as one {costs.full_backward_share * costs.backward:.3g}; "
+    times += f"W={costs.weight_grad:.3g}, fused {costs.full_backward_share * costs.backward:.3g}; "
     times += f"transfer {transfer:.3g}, embed {costs.embed:.3g}, head {costs.head:.3g}"
     if costs.recompute:
         times += f", recomputing a deferred W {costs.recompute:.3g}"

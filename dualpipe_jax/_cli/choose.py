@@ -17,6 +17,7 @@ from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._predict import (
     HEADROOM,
     TRANSFER,
+    Candidate,
     Choice,
     Costs,
     LayerBytes,
@@ -35,9 +36,13 @@ _HEADS = 32
 @click.command(cls=Command)
 @options.ranks
 @options.microbatches
-@click.option("--layers", type=int, default=64, show_default=True, help="Of the model.")
+@click.option("--layers", type=int, default=64, show_default=True, help="Layers of the model.")
 @click.option(
-    "--memory", type=Size(), default="80GiB", show_default=True, help="Of a device, for the step."
+    "--memory",
+    type=Size(),
+    default="80GiB",
+    show_default=True,
+    help="Memory of a device, for the step.",
 )
 @click.option(
     "--headroom",
@@ -48,58 +53,88 @@ _HEADS = 32
 )
 @click.option(
     "--costs",
-    help="F=..,I=..,W=.. of a rank's share of the layers, and B=.., of I and W as one, if not the "
+    help="F=..,I=..,W=.. of a rank's share of the layers, and B=.. of fused I and W, if not the "
     "sum. By default from the sizes.",
 )
 @click.option(
     "--costs-from",
     type=click.Path(path_type=Path, dir_okay=False),
-    help='A JSON file with the same as {"costs": {"forward": .., "input_grad": .., ..}}.',
+    help='A JSON file with the same costs, {"costs": {"forward": .., "input_grad": .., ..}}.',
 )
-@click.option("--embed", type=float, help="Of the embedding's forward. By default 0.")
-@click.option("--head", type=float, help="Of the head's forward. By default from the sizes.")
-@click.option("--transfer", type=float, help="Of a value to a neighbour. By default F / 10.")
-@click.option("--width", type=int, default=4096, show_default=True, help="Of x.")
+@click.option("--embed", type=float, help="Cost of the embedding's forward. By default 0.")
+@click.option("--head", type=float, help="Cost of the head's forward. By default from the sizes.")
+@click.option(
+    "--transfer", type=float, help="How long a value travels to a neighbour. By default F / 10."
+)
+@click.option("--width", type=int, default=4096, show_default=True, help="Width of x.")
 @click.option("--context", type=int, default=4096, show_default=True, help="Tokens a sequence.")
 @click.option(
-    "--microbatch-size", type=int, default=1, show_default=True, help="Sequences, on one device."
+    "--microbatch-size",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Sequences of a microbatch, on one device.",
 )
 @click.option("--vocabulary", type=int, default=32_000, show_default=True)
 @click.option(
     "--heads",
     type=int,
-    help="Of attention. By default 32, or the largest number that divides both 32 and the width.",
+    help="Heads of attention. By default 32, or the largest number that divides 32 and the width.",
 )
 @click.option(
     "--attention",
     type=click.Choice(ATTENTIONS),
     default="fused",
     show_default=True,
-    help="plain keeps its scores.",
+    help="plain keeps the scores of attention.",
 )
 @click.option(
-    "--remat", type=click.Choice(REMATS), default="none", show_default=True, help="Of a layer."
+    "--remat",
+    type=click.Choice(REMATS),
+    default="none",
+    show_default=True,
+    help="Whether layers are recomputed.",
 )
 @click.option(
-    "--activation-bytes", type=int, default=2, show_default=True, help="Of an entry of x."
-)
-@click.option("--parameter-bytes", type=float, default=2, show_default=True, help="Of a parameter.")
-@click.option(
-    "--gradient-bytes", type=float, default=4, show_default=True, help="Of one that is added up."
+    "--activation-bytes", type=int, default=2, show_default=True, help="Bytes of an entry of x."
 )
 @click.option(
-    "--optimizer-bytes", type=float, default=12, show_default=True, help="Of a parameter's state."
+    "--parameter-bytes", type=float, default=2, show_default=True, help="Bytes of a parameter."
 )
-@click.option("--layer-parameters", type=float, help="By default 12 width^2, and norms.")
-@click.option("--ends-parameters", type=float, help="By default 2 width x vocabulary, and a norm.")
-@click.option("--x-bytes", type=Size(), help="Of x; by default from the sizes.")
 @click.option(
-    "--residual-bytes", type=Size(), help="Of a layer and microbatch, F to I; from the sizes."
+    "--gradient-bytes",
+    type=float,
+    default=4,
+    show_default=True,
+    help="Bytes of a gradient in the accumulators.",
 )
-@click.option("--weight-residual-bytes", type=Size(), help="F to W.")
-@click.option("--stash-bytes", type=Size(), help="I to W.")
-@click.option("--deferred-bytes", type=Size(), help="I to a deferred W, under remat.")
-@click.option("--working-bytes", type=Size(), help="The largest value in no buffer.")
+@click.option(
+    "--optimizer-bytes",
+    type=float,
+    default=12,
+    show_default=True,
+    help="Bytes of a parameter's optimizer state.",
+)
+@click.option(
+    "--layer-parameters",
+    type=float,
+    help="Parameters of a layer. By default 12 width^2, and norms.",
+)
+@click.option(
+    "--ends-parameters",
+    type=float,
+    help="Parameters outside the layers. By default 2 width x vocabulary, and a norm.",
+)
+@click.option("--x-bytes", type=Size(), help="Bytes of x. By default from the sizes.")
+@click.option(
+    "--residual-bytes", type=Size(), help="Bytes kept from F to I, of a layer and microbatch."
+)
+@click.option("--weight-residual-bytes", type=Size(), help="Bytes kept from F to W.")
+@click.option("--stash-bytes", type=Size(), help="Bytes kept from I to W.")
+@click.option(
+    "--deferred-bytes", type=Size(), help="Bytes kept from I to a deferred W, under remat."
+)
+@click.option("--working-bytes", type=Size(), help="Bytes of the largest value in no buffer.")
 @click.option(
     "--format",
     "output_format",
@@ -129,10 +164,10 @@ def choose(
     """Rank the schedules by predicted step time within a memory limit.
 
     Memory is that of the slots, copies and accumulators that the compiled program holds, at the
-    bytes of a transformer of these sizes, or as stated; XLA's own temporaries come on top, and have
+    bytes of a transformer of these sizes, or as given; XLA's own temporaries come on top, and have
     the headroom. The step's time is replayed as by `simulate`. Arithmetic, not a measurement.
     """
-    stated = {
+    given_bytes = {
         name: sizes.pop(f"{name}_bytes")
         for name in ("x", "residual", "weight_residual", "stash", "deferred", "working")
     }
@@ -153,23 +188,24 @@ def choose(
     except ValueError as error:
         raise Refusal(str(error)) from error
     of_sizes = vars(model.layer_bytes)
-    layer = LayerBytes(**{n: of_sizes[n] if v is None else v for n, v in stated.items()})
+    layer = LayerBytes(**{n: of_sizes[n] if v is None else v for n, v in given_bytes.items()})
     transfer = all_costs.forward * TRANSFER if transfer is None else transfer
     choices: list[Choice] = []
     left_out = []
     for name in schedules.names():
         try:
-            made = schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
-            choices += choices_of(
-                made,
+            candidate = Candidate(
+                schedule=schedules.make(name, num_ranks=ranks, num_microbatches=microbatches),
                 num_layers=layers,
+                remat=model.remat,
                 costs=all_costs,
                 transfer=transfer,
-                recomputes=model.remat == "block",
+            )
+            choices += choices_of(
+                candidate,
                 terms_of=partial(memory_of, num_layers=layers, layer=layer, parameters=parameters),
                 limit=memory,
                 headroom=headroom,
-                remat=model.remat,
             )
         except ValueError as error:
             left_out.append((name, " ".join(str(error).split())))
@@ -195,13 +231,18 @@ def choose(
     for name, reason in left_out:
         click.echo(f"left out: {name}: {reason}", err=True)
     if not (choices[0].fits or choices[0].is_tight):
-        least = min(choices, key=lambda choice: choice.num_bytes)
-        remat = ", or --remat block" if model.remat == "none" else ""
-        raise Refusal(
-            f"--memory {format_bytes(memory)}: nothing fits; the least is "
-            f"{format_bytes(least.num_bytes)}, by {least.simulation.schedule}: take more ranks, "
-            f"a smaller microbatch{remat}"
-        )
+        raise _nothing_fits(choices, memory, model.remat)
+
+
+def _nothing_fits(choices: list[Choice], memory: float, remat: str) -> Refusal:
+    """Makes the message if no choice fits."""
+    least = min(choices, key=lambda choice: choice.num_bytes)
+    or_remat = ", or --remat block" if remat == "none" else ""
+    return Refusal(
+        f"--memory {format_bytes(memory)}: nothing fits; the least is "
+        f"{format_bytes(least.num_bytes)}, by {least.simulation.schedule}: take more ranks, "
+        f"a smaller microbatch{or_remat}"
+    )
 
 
 def _costs(
@@ -213,21 +254,21 @@ def _costs(
     embed: float | None,
     head: float | None,
 ) -> Costs:
-    """Takes what is stated, and what is not from the model's sizes."""
+    """Makes costs as given, and else by the model's sizes."""
     if text is not None and path is not None:
         raise Refusal(f"--costs {text!r} and --costs-from {path}: give one of them")
     if ranks < 1:
         raise Refusal(f"--ranks {ranks}: must be at least 1")
-    known = vars(model.costs(ranks))
-    stated: dict[str, float] = {}
+    by_sizes = vars(model.costs(ranks))
+    given: dict[str, float] = {}
     if text is not None:
-        stated = {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0, **parse_costs(text)}
+        given = {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0, **parse_costs(text)}
     elif path is not None:
-        stated = read_costs(path)
-    if stated:
-        # Those of a layer are in another unit than the sizes'.
-        known = {"head": known["head"] * stated["forward"]}
+        given = read_costs(path)
+    if given:
+        # The given costs are in another unit than those by the sizes.
+        by_sizes = {"head": by_sizes["head"] * given["forward"]}
     ends = {name: v for name, v in (("embed", embed), ("head", head)) if v is not None}
-    costs = Costs(**{**known, **stated, **ends})
-    # A deferred W runs again what I does, its forward included.
+    costs = Costs(**{**by_sizes, **given, **ends})
+    # A deferred W repeats the work of I, its forward included.
     return replace(costs, recompute=costs.input_grad if model.remat == "block" else 0.0)

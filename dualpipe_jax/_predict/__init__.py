@@ -1,9 +1,10 @@
-"""How long a step takes and what it holds, by its tables alone: simulated and ranked without JAX.
+"""Simulates and ranks schedules without JAX: time and memory of a step, by its tables alone.
 
-One file an idea: `costs`, `simulation` (what a replay took), `decide` (the fastest execution),
-`simulate`, `waits` (for whom ranks wait, and why), `published` (what the papers say); and to rank
-schedules, `transformer` (sizes -> bytes and costs), `memory` (tables and bytes -> a rank's memory,
-term by term), `ranking`. The replay, which waits as the program does, is the schedule compiler's.
+One file an idea: `costs`, `simulation` (the replay of a decided execution), `decide` (the fastest
+execution), `simulate` (checks, decides, replays), `waits` (for whom ranks wait, and why),
+`published` (the papers' bubbles); and to rank schedules, `transformer` (sizes -> bytes and costs),
+`memory` (tables and bytes -> a rank's memory, term by term), `ranking`. The replay, which waits as
+the program does, belongs to the schedule compiler.
 """
 
 from dualpipe_jax._predict.costs import FULL_BACKWARD as FULL_BACKWARD
@@ -19,6 +20,7 @@ from dualpipe_jax._predict.memory import MemoryTerm as MemoryTerm
 from dualpipe_jax._predict.memory import ParameterBytes as ParameterBytes
 from dualpipe_jax._predict.memory import memory_of as memory_of
 from dualpipe_jax._predict.ranking import HEADROOM as HEADROOM
+from dualpipe_jax._predict.ranking import Candidate as Candidate
 from dualpipe_jax._predict.ranking import Choice as Choice
 from dualpipe_jax._predict.ranking import choices_of as choices_of
 from dualpipe_jax._predict.ranking import in_order as in_order

@@ -1,4 +1,4 @@
-"""How long the actions take: a model's costs -> those of its stages."""
+"""A model's costs -> how long the actions of its stages take."""
 
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
@@ -8,24 +8,24 @@ import numpy as np
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD
 from dualpipe_jax._schedule.durations import Durations
 
-# How long a transfer is taken to be, beside a rank's forward, where nothing is said of it: at a
-# width of 1024 or more an activation takes up to about a tenth of it over today's links. (Without
-# transfers no alignment would pay: what it buys is that they run behind the beats' own compute.)
+# The length of a transfer, as a share of a rank's forward, where it is not given: at a width of
+# 1024 or more an activation takes up to about a tenth of it over today's links. (Without transfers
+# no alignment would pay: its gain is that they run behind the beats' own compute.)
 TRANSFER = 0.1
 # A full backward stashes nothing for all layers of a stage. Compiled for a TPU v5e it takes 0.81 to
-# 0.96 of the cycles of I and W apart in eleven of twelve stages of transformers and MLPs, 1.01 in
+# 0.96 of the cycles of split I and W in eleven of twelve stages of transformers and MLPs, 1.01 in
 # one of two layers of an MLP, without rematerialisation (experiments/full_backward).
 FULL_BACKWARD = 0.9
-# The largest cost, and one over the least of a forward: their products and sums over all actions of
-# a step are floats still.
+# The largest cost, and the inverse of the least of a forward: their products and sums over all
+# actions of a step are still floats.
 _MOST = 1e100
 
 
 def as_number(name: str, value: Any) -> float:
-    """Makes a float of what counts as one number, such as an array of one.
+    """Converts a number, or an array of one, to a float.
 
     Raises:
-      TypeError: if it is no number.
+      TypeError: if the value is no number.
       ValueError: if it is beyond all floats.
     """
     try:
@@ -39,7 +39,7 @@ def as_number(name: str, value: Any) -> float:
 
 
 def is_cost(number: float) -> bool:
-    """Whether it is neither negative nor so large that a step's time may be no float."""
+    """Whether a number is neither negative nor so large that a step's time may overflow."""
     return 0 <= number <= _MOST
 
 
@@ -48,7 +48,7 @@ COST = f"a cost must be a finite number, 0 or more and at most {_MOST:g}"
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Says how long actions take, in any one unit of time.
+    """Holds how long actions take, in any one unit of time.
 
     A schedule cuts the model into as many stages as there are ranks, or more. The costs are those
     of a rank's whole share of the layers, so that each schedule has the same work to do; a stage
@@ -58,19 +58,19 @@ class Costs:
       forward: F of num_layers / num_ranks layers.
       input_grad: I of as many.
       weight_grad: W of as many.
-      embed: The embedding's forward. It belongs to the first stage's F; its gradient, which is a
-        weight gradient alone, at `weight_grad / forward` times the cost, to the first stage's I,
-        or to the half of a full backward that makes the cotangent of x.
+      embed: The embedding's forward. It belongs to the first stage's F. Its gradient has a weight
+        gradient only, at `weight_grad / forward` times the cost, and belongs to the first stage's
+        I, or to the half of a full backward that makes the cotangent of x.
       head: The head's forward. It belongs to the last stage's F and so does its gradient, at
         `(input_grad + weight_grad) / forward` times the cost.
-      recompute: What a deferred W of as many layers as F costs beside, if it recomputes.
-      full_backward: B of as many, where I and W run as one (`Execution(split_backward=False)`);
-        None for as long as the two take.
+      recompute: The additional cost of a deferred W of as many layers as F, if it recomputes.
+      full_backward: B of as many, where I and W are fused (`Execution(split_backward=False)`);
+        None for the sum of the two.
 
     Raises:
       TypeError: if one is no number.
       ValueError: if one is negative, not finite or larger than 1e100, naming all such; if `forward`
-        is zero, or `full_backward` is not where I and W are.
+        is zero, or `full_backward` is not zero where I and W are.
     """
 
     forward: float = 1.0
@@ -125,7 +125,7 @@ class Costs:
         head: float,
         **more: Any,
     ) -> "Costs":
-        """Makes the costs of `embed` and `head` that are known with their gradients only.
+        """Makes costs where those of `embed` and `head` include their gradients.
 
         >>> Costs.with_whole_ends(forward=2, input_grad=2, weight_grad=4, embed=3, head=4)
         Costs(forward=2, input_grad=2, weight_grad=4, embed=1.0, head=1.0, ...)
@@ -141,17 +141,17 @@ class Costs:
 
     @property
     def backward(self) -> float:
-        """B of a rank's whole share of the layers."""
+        """Adds up I and W of a rank's whole share of the layers."""
         return self.input_grad + self.weight_grad
 
     @property
     def embed_grad(self) -> float:
-        """The embedding's gradient."""
+        """Computes the cost of the embedding's gradient."""
         return self.embed * self.weight_grad / self.forward
 
     @property
     def full_backward_share(self) -> float:
-        """How long I and W take as one, beside the two apart."""
+        """Divides the cost of fused I and W by that of the two split."""
         if self.full_backward is None or not self.backward:
             return 1.0
         return self.full_backward / self.backward
@@ -159,7 +159,7 @@ class Costs:
     def of_stages(
         self, *, num_ranks: int, layers_of_stage: np.ndarray, forward_only: bool = False
     ) -> np.ndarray:
-        """Spreads them over stages: float64[4, num_stages], by opcode.
+        """Spreads the costs over stages: float64[4, num_stages], by opcode.
 
         >>> costs = Costs(forward=2, input_grad=2, weight_grad=4, embed=1, head=1)
         >>> costs.of_stages(num_ranks=2, layers_of_stage=np.array([2, 1, 1])).tolist()
@@ -185,7 +185,7 @@ class Costs:
         full_backward: bool,
         forward_only: bool = False,
     ) -> Durations:
-        """Spreads them over stages, as the schedule's compiler takes them.
+        """Spreads the costs over stages, as the schedule's compiler takes them.
 
         Args:
           num_ranks: The ranks.
@@ -211,12 +211,12 @@ class Costs:
 
 
 def _share(num_ranks: int, layers_of_stage: np.ndarray) -> np.ndarray:
-    """The size of each stage, beside a rank's whole share of the layers."""
+    """Divides the size of each stage by a rank's whole share of the layers."""
     return layers_of_stage * (num_ranks / layers_of_stage.sum())
 
 
 def of_transformer(*, attention: float, recomputes: bool, head: float = 0.0) -> Costs:
-    """Counts multiplications of a transformer, in those of the forward of a rank's share of it.
+    """Makes costs from a transformer's multiplications, in forwards of a rank's share of it.
 
     A matmul's input grad and weight grad cost as much as its forward; attention, two matmuls of
     activations, has no weight grad, and twice the input grad.

@@ -1,6 +1,6 @@
 """Schedule and costs -> the `Execution` that is predicted to be the fastest, where it is left open.
 
-The one place in which it is decided, for steps, simulations and choices, on every platform.
+Steps, simulations and choices all decide it here, on every platform.
 """
 
 import math
@@ -14,13 +14,13 @@ from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax.schedules import Schedule
 
-# The attention's part of a transformer's forward, where the context is as long as the model is
+# The attention's share of a transformer's forward, where the context is as long as the model is
 # wide: 2 of 12 + 2.
 _ATTENTION = 1 / 7
 
 
 def usual_costs(*, recomputes: bool) -> Costs:
-    """Gives the costs of a transformer, for a model of which nothing is said.
+    """Gives the costs of a transformer, for a model without given costs.
 
     Args:
       recomputes: Whether an input grad, and a deferred weight grad, runs the blocks forward again.
@@ -40,13 +40,12 @@ def decide(
     rendezvous: bool = True,
     placed_by: Costs | None = None,
 ) -> Execution:
-    """Decides what an execution leaves open, but for `unroll`, which takes the same time here.
+    """Decides all that an execution leaves open, but for `unroll`, which takes the same time here.
 
-    The aligned timetable may have more ticks, but its run of beats hides the transfers; so it pays
-    from some number of microbatches on. For full backwards speaks that nothing is stashed for a
-    whole stage, and that their two halves take as long as each other; against them, that the
-    neighbour gets its cotangent later. A run of beats keeps input grads and weight grads apart:
-    around it a full backward gains less than what its loop may lose (up to 3 % of its cycles,
+    The aligned timetable may have more ticks, but its steady phase hides the transfers; so it pays
+    from some number of microbatches on. Full backwards stash nothing for a whole stage, but the
+    neighbour gets its cotangent later. A steady phase keeps input grads and weight grads split:
+    around it a full backward gains less than its loop may lose (up to 3 % of the loop's cycles,
     experiments/full_backward).
 
     >>> from dualpipe_jax import schedules
@@ -61,17 +60,17 @@ def decide(
 
     Args:
       schedule: The schedule.
-      execution: What is given.
+      execution: The execution as given.
       costs: As `simulate`.
       transfer: As `simulate`.
       layers_of_stage: The layers of each stage; None if they are alike, and have two equal halves.
-      recomputes: Whether there is anything that a deferred weight grad could recompute.
+      recomputes: Whether a deferred weight grad has anything to recompute.
       rendezvous: As `simulate`.
       placed_by: As `simulate`.
 
     Returns:
-      The execution; `overlap` is True only of one with a run of beats. Of equally fast ones, that
-      without a run, and that with input grads and weight grads apart.
+      The execution, whose `overlap` is True only if there is a steady phase. Among equally fast
+      ones the one without it, and with split input grads and weight grads.
 
     Raises:
       ValueError: if the schedule cannot run, or not be aligned where that is asked for.
@@ -89,10 +88,10 @@ def decide(
             placed_by=placed_by,
         ).makespan
 
-    def is_faster(execution: Execution, than: Execution) -> bool:
-        one, other = seconds(execution), seconds(than)
+    def is_faster(execution: Execution, other: Execution) -> bool:
+        time, other_time = seconds(execution), seconds(other)
         # Equal sums in different orders may differ in their last bits.
-        return one < other and not math.isclose(one, other, rel_tol=1e-9)
+        return time < other_time and not math.isclose(time, other_time, rel_tol=1e-9)
 
     if not recomputes:
         execution = replace(execution, deferred="store")
@@ -119,12 +118,12 @@ def decide(
 
 
 def has_pairs(schedule: Schedule) -> bool:
-    """Whether a forward and a backward of it run side by side, which can be aligned."""
+    """Whether a schedule has pairs of a forward and a backward, which can be aligned."""
     return bool((schedule.program.units.pair >= 0).any())
 
 
 def has_steady_state(schedule: Schedule) -> bool:
-    """Whether its pairs, aligned, have a run of beats.
+    """Whether the pairs of a schedule, aligned, have a steady phase.
 
     Raises:
       ValueError: if they cannot be aligned.

@@ -1,7 +1,7 @@
 """Compiled tables and bytes -> the memory of a rank inside a step, term by term.
 
 The buffers are those of the executor: slots by `num_slots`, each with room for the layers of the
-largest stage. What XLA needs beside them for its fusions and copies is not known here.
+largest stage. XLA's own temporaries, for its fusions and copies, are not known here.
 """
 
 import math
@@ -23,14 +23,14 @@ _UNITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
-    """Bytes that one layer keeps of one microbatch on one device, and two of no layer.
+    """Holds the bytes that one layer keeps of one microbatch on one device, and two other sizes.
 
     Attributes:
-      x: What travels between stages.
+      x: The value that travels between stages.
       residual: From the forward to the input grad, if only that reads it.
       weight_residual: From the forward to the weight grad.
       stash: From the input grad to the weight grad.
-      deferred: The same for a deferred weight grad, which may recompute.
+      deferred: From the input grad to a deferred weight grad, which may recompute.
       working: The largest value that is in no buffer, such as the logits.
     """
 
@@ -44,13 +44,13 @@ class LayerBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterBytes:
-    """Parameters on one device, and bytes of each.
+    """Counts parameters on one device, and the bytes of each.
 
     Attributes:
       layer: Parameters of a layer.
       ends: Parameters outside the layers; every rank has them all.
       parameter: Bytes of a parameter.
-      gradient: Bytes of its gradient while it is added up.
+      gradient: Bytes of its gradient, in the accumulators.
       optimizer: Bytes of its optimizer state.
 
     Raises:
@@ -71,7 +71,7 @@ class ParameterBytes:
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One part of a rank's memory, in bytes, and what it is made of."""
+    """Holds one part of a rank's memory, in bytes, and its factors."""
 
     name: str
     num_bytes: float
@@ -86,25 +86,25 @@ def memory_of(
     layer: LayerBytes,
     parameters: ParameterBytes,
 ) -> tuple[MemoryTerm, ...]:
-    """Lists what the fullest rank holds while the step runs.
+    """Lists the parts of the fullest rank's memory while a step runs.
 
     Args:
-      tables: The schedule's, compiled as the step compiles it.
-      execution: How they are run, all decided but `unroll`.
+      tables: The tables of the schedule, compiled as the step compiles it.
+      execution: The step's execution, all decided but `unroll`.
       num_layers: The layers of the model.
-      layer: What a layer keeps.
+      layer: The bytes that a layer keeps.
       parameters: The parameters.
     """
     P, S = tables.num_ranks, tables.num_stages
     of_stage = -(-num_layers // S)  # every slot and chunk has room for the largest stage
-    # Layers that do not divide by the ranks lie on all of them (JAX has no uneven shards).
+    # If the ranks do not divide the layers, each holds all of them (JAX has no uneven shards).
     shard = num_layers // P if num_layers % P == 0 else num_layers
     in_place = (tables.stage_of == np.arange(P)).all(axis=1) & (num_layers % S == 0)
     fetched = int((~in_place).sum()) * of_stage
     chunks = tables.num_chunks * of_stage
     full_backward = not execution.split_backward
     slots = tables.executed_slots(full_backward=full_backward)
-    # In a run of beats there is a stash still: weight grads hide the transfers there.
+    # A steady phase has a stash even so: weight grads hide the transfers there.
     by_layer = full_backward and tables.steady is None
     if full_backward:
         slots["stash"] = int(not by_layer)
@@ -155,7 +155,7 @@ def parse_bytes(value: object) -> float:
     (True, 1500000.0, 512.0)
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if it is no size.
     """
     text = str(value).strip()
     digits = text.rstrip("BKMGTi ")
@@ -170,7 +170,7 @@ def parse_bytes(value: object) -> float:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Writes a size as people read it.
+    """Writes a size with three digits and a unit.
 
     >>> format_bytes(512), format_bytes(1.5 * 2**20), format_bytes(80 * 2**30)
     ('512 B', '1.5 MiB', '80 GiB')

@@ -1,4 +1,4 @@
-"""The bubbles that the schedules' papers give, as formulas of sizes and costs."""
+"""Gives the bubbles of the schedules' papers, as formulas of sizes and costs."""
 
 import math
 from collections.abc import Callable
@@ -8,23 +8,23 @@ from dualpipe_jax.schedules import Schedule
 
 
 def published_bubble(schedule: Schedule, costs: Costs) -> float | None:
-    """Looks up the idle time of a rank that a schedule's paper gives, without transfers."""
+    """Computes the idle time of a rank by the schedule's paper, without transfers."""
     formula = _PUBLISHED.get(schedule.name)
     if formula is None:
         return None
     P, N, S = schedule.num_ranks, schedule.num_microbatches, schedule.num_stages
     bubble = formula(P, N, S, costs)
-    # A negative one is beyond what its formula is meant for.
+    # A negative one is outside of the range of its formula.
     return None if bubble is None or bubble < 0 else float(bubble)
 
 
-# Each of (P, N, number of stages, costs of a rank's share), None at sizes that it is not given for.
+# Formulas of (P, N, number of stages, costs of a rank's share), None outside of their range.
 # B is the full backward, I and W; fused pairs, F&B, are taken to last as long as F and B.
 _PUBLISHED: dict[str, Callable[[int, int, int, Costs], float | None]] = {
     # arXiv:1811.06965, arXiv:2104.04473: (P-1)(F+B)
     "gpipe": lambda P, N, S, c: (P - 1) * (c.forward + c.backward),
     "1f1b": lambda P, N, S, c: (P - 1) * (c.forward + c.backward),
-    # arXiv:2104.04473: a v-th of it with v stages a rank; N a multiple of P
+    # arXiv:2104.04473: a v-th of that with v stages a rank; N a multiple of P
     "interleaved-1f1b": lambda P, N, S, c: (
         (P - 1) * (c.forward + c.backward) * P / S if N % P == 0 else None
     ),
@@ -44,7 +44,7 @@ _PUBLISHED: dict[str, Callable[[int, int, int, Costs], float | None]] = {
         if P % 2 == 0 and N % 2 == 0 and N >= 2 * P
         else None
     ),
-    # github.com/deepseek-ai/DualPipe: the same of 2P stages, each half a rank's share; N >= 2P
+    # github.com/deepseek-ai/DualPipe: the same for 2P stages, each half a rank's share; N >= 2P
     "dualpipev": lambda P, N, S, c: (
         (P - 1) * (c.forward + 2 * c.backward - 3 * c.weight_grad) / 2 if N >= 2 * P else None
     ),

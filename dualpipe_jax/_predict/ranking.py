@@ -1,4 +1,4 @@
-"""Schedules, costs and bytes -> choices: those that fit by step time, then those that do not."""
+"""Schedules, costs and bytes -> choices, in order: those that fit by step time, then the others."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,25 +15,73 @@ from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
 # The share of the memory that is left to the compiler: the terms are within 5 % of the peak that a
-# TPU's compiler finds (experiments/memory); memory in pieces, and the optimizer's own temporaries,
-# are in neither.
+# TPU's compiler finds (experiments/memory); fragmentation, and the optimizer's own temporaries, are
+# in neither.
 HEADROOM = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Holds a schedule for a model, before its execution is chosen.
+
+    Attributes:
+      schedule: The schedule.
+      num_layers: The layers of the model.
+      layers_per_stage: As for `value_and_grad`.
+      remat: As for `value_and_grad`.
+      costs: How long actions take, and by which they are placed.
+      transfer: How long a value travels to a neighbour.
+    """
+
+    schedule: Schedule
+    num_layers: int
+    layers_per_stage: tuple[int, ...] | None = None
+    remat: Any
+    costs: Costs
+    transfer: float
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks are rematerialised."""
+        return self.remat != "none"
+
+    def simulate(self, execution: Execution) -> Simulation:
+        """Replays the schedule in an execution."""
+        return simulate(
+            self.schedule,
+            costs=self.costs,
+            transfer=self.transfer,
+            num_layers=self.num_layers,
+            layers_per_stage=self.layers_per_stage,
+            execution=execution,
+        )
+
+    def tables(self, execution: Execution) -> Tables:
+        """Compiles the schedule in a decided execution."""
+        layers = self.layers_per_stage or spread_evenly(self.num_layers, self.schedule.num_stages)
+        tables, _ = compile_for(
+            self.schedule,
+            execution,
+            costs=self.costs,
+            transfer=self.transfer,
+            layers_of_stage=layers,
+        )
+        return tables
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One schedule in one execution.
+    """Holds one schedule in one execution, with its predicted time and memory.
 
     Attributes:
       made: The schedule.
       layers_per_stage: As for `value_and_grad`.
-      simulation: What its replay took.
+      simulation: The replay of its step.
       remat: As for `value_and_grad`.
       terms: The memory of the fullest rank.
-      limit: The memory that there is; in bytes, as all.
+      limit: The memory of a device; in bytes, as all sizes.
       headroom: The share of it that is left to the compiler's own temporaries.
-      costs: The costs by which actions are to be placed; None for those of a model of which nothing
-        is said.
+      costs: The costs by which actions are to be placed.
     """
 
     made: Schedule
@@ -42,22 +90,22 @@ class Choice:
     remat: Any
     terms: tuple[MemoryTerm, ...]
     limit: float
-    headroom: float = 0.0
-    costs: Costs | None = None
+    headroom: float
+    costs: Costs
 
     @property
     def schedule(self) -> str:
-        """The schedule's name."""
+        """Gives the schedule's name."""
         return self.simulation.schedule
 
     @property
     def execution(self) -> Execution:
-        """How its order becomes a program, all decided but `unroll`."""
+        """Gives how its order becomes a program, all decided but `unroll`."""
         return self.simulation.execution
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `value_and_grad` that make this step, beside those that all share."""
+        """Gives the arguments of `value_and_grad` in which choices differ, as this one has them."""
         found = {
             "schedule": self.schedule if self.made.is_named else self.made,
             "layers_per_stage": self.layers_per_stage,
@@ -69,7 +117,7 @@ class Choice:
 
     @property
     def num_bytes(self) -> float:
-        """The sum of all terms."""
+        """Sums up all terms."""
         return sum(term.num_bytes for term in self.terms)
 
     @property
@@ -84,11 +132,11 @@ class Choice:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Shares of `num_ranks * makespan` that do not go into the work itself.
+        """Divides up the share of `num_ranks * makespan` that does not go into the work itself.
 
         `recomputed`: for deferred weight grads. `uneven`: ranks have less work than the busiest.
-        `bubble`: that one waits for what it needs. `false_waits`: and for what it does not need
-        yet, or never. All but the first are idle time.
+        `bubble`: the busiest waits for values that it needs. `false_waits`: it waits for values
+        that it does not need yet, or never. All but the first are idle time.
         """
         made = self.simulation
         mean, most = sum(made.work) / made.num_ranks, max(made.work)
@@ -103,7 +151,7 @@ class Choice:
 
     @property
     def why(self) -> str:
-        """Says in one line what it loses, or why it does not fit."""
+        """Writes in one line where its time goes beside the work, or why it does not fit."""
         if self.is_tight:
             left = format_bytes(self.limit - self.num_bytes)
             return (
@@ -122,78 +170,47 @@ class Choice:
 
 
 def choices_of(
-    schedule: Schedule,
+    candidate: Candidate,
     *,
-    num_layers: int,
-    layers_per_stage: tuple[int, ...] | None = None,
-    costs: Costs,
-    transfer: float,
-    recomputes: bool,
     terms_of: Callable[[Tables, Execution], tuple[MemoryTerm, ...]],
     limit: float,
-    remat: Any,
     headroom: float = 0.0,
-    placed_by: Costs | None = None,
 ) -> list[Choice]:
-    """Predicts time and memory of a schedule, with a run of beats and without, if it can have one.
+    """Predicts time and memory of a schedule, with a steady phase and without, if it can have one.
 
     With full backwards and without, the slower is left out unless it takes less memory.
 
     Args:
-      schedule: The schedule.
-      num_layers: The layers of the model.
-      layers_per_stage: As for `value_and_grad`.
-      costs: How long actions take.
-      transfer: How long a value travels to a neighbour.
-      recomputes: Whether blocks are rematerialised.
+      candidate: The schedule, the layers and their costs.
       terms_of: Gives the memory of the fullest rank.
-      limit: The memory of a rank, in bytes.
-      remat: As each `Choice` holds it; and so headroom.
-      headroom: See there.
-      placed_by: The costs that each `Choice` holds.
+      limit: The memory of a device, in bytes.
+      headroom: The share of it that is left to the compiler's own temporaries.
 
     Raises:
       ValueError: as `simulate`.
     """
-
-    def choice(execution: Execution) -> Choice:
-        simulation = simulate(
-            schedule,
-            costs=costs,
-            transfer=transfer,
-            num_layers=num_layers,
-            layers_per_stage=layers_per_stage,
-            execution=execution,
-        )
-        execution = simulation.execution
-        tables, _ = compile_for(
-            schedule,
-            execution,
-            costs=costs,
-            transfer=transfer,
-            layers_of_stage=layers_per_stage or spread_evenly(num_layers, schedule.num_stages),
-        )
-        terms = terms_of(tables, execution)
-        return Choice(
-            made=schedule,
-            layers_per_stage=layers_per_stage,
-            simulation=simulation,
-            remat=remat,
-            terms=terms,
-            limit=limit,
-            headroom=headroom,
-            costs=placed_by,
-        )
-
+    schedule = candidate.schedule
     overlaps = (False, True) if has_pairs(schedule) and has_steady_state(schedule) else (False,)
-    deferred = "recompute" if recomputes else "store"
+    deferred = "recompute" if candidate.recomputes else "store"
     choices = []
     for overlap in overlaps:
-        made = [
-            choice(Execution(overlap=overlap, split_backward=is_split, deferred=deferred))
-            for is_split in (True, False)
-        ]
-        first, *others = sorted(made, key=_time_and_memory)
+        found = []
+        for is_split in (True, False):
+            execution = Execution(overlap=overlap, split_backward=is_split, deferred=deferred)
+            simulation = candidate.simulate(execution)
+            execution = simulation.execution
+            choice = Choice(
+                made=schedule,
+                layers_per_stage=candidate.layers_per_stage,
+                simulation=simulation,
+                remat=candidate.remat,
+                terms=terms_of(candidate.tables(execution), execution),
+                limit=limit,
+                headroom=headroom,
+                costs=candidate.costs,
+            )
+            found.append(choice)
+        first, *others = sorted(found, key=_time_and_memory)
         choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
     return choices
 

@@ -1,4 +1,4 @@
-"""`simulate`: checks what the user gave, decides what is left open, and replays it."""
+"""`simulate`: checks its arguments, decides the execution where it is left open, and replays it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def simulate(
     rendezvous: bool = True,
     placed_by: Costs | None = None,
 ) -> Simulation:
-    """Replays the tables of a schedule.
+    """Replays a schedule by the clock: how long a step takes, and how long ranks idle.
 
     >>> from dualpipe_jax import schedules
     >>> schedule = schedules.make("zb-h1", num_ranks=2, num_microbatches=3)
@@ -36,16 +36,16 @@ def simulate(
       schedule: The schedule.
       costs: How long actions take; by default 1 each.
       transfer: How long a value travels to a neighbour, whatever the size of a stage.
-      num_layers: The layers of the model, of which the first stages get one more if they do not
-        divide; by default all stages are equal.
+      num_layers: The layers of the model; if the stages do not divide them, the first stages get
+        one more. By default all stages are equal.
       layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`.
       execution: As for `value_and_grad`, where None is decided at these costs; by default input
-        grads and weight grads run apart. Stages of a number of layers that is not given have two
-        halves alike.
+        grads and weight grads are split. If the number of layers is not given, the two halves of a
+        full backward are equal.
       rendezvous: Whether a sender waits for its receiver, as on CPUs and TPUs; not on GPUs.
-      placed_by: The costs by which the step's actions were placed in ticks, if not these: those of
-        `value_and_grad(costs=)`, with a transfer of a tenth of the forward as there. (Steps of more
-        than 20,000 actions, and in the two-tick timetable, are not placed by any.)
+      placed_by: The costs by which the step's actions were placed in ticks, if not `costs`: those
+        of `value_and_grad(costs=)`, with a transfer of a tenth of the forward as there. (Steps of
+        more than 20,000 actions, and of the two-tick timetable, are placed without costs.)
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, `transfer` is negative, not finite or
@@ -78,7 +78,7 @@ def simulate(
 def _layers_of_stage(
     schedule: Schedule, num_layers: int | None, layers_per_stage: Sequence[int] | None
 ) -> tuple[int, ...] | None:
-    """Counts the layers of each stage; None if nothing is said of them."""
+    """Counts the layers of each stage; None if they are not given."""
     num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
     sizes = stage_sizes(
         layers_per_stage,

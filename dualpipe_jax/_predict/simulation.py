@@ -18,26 +18,26 @@ from dualpipe_jax.schedules import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """Tells what a replay of a schedule took.
+    """Tells how long a replayed step takes, how long ranks idle, and how many values they hold.
 
     Attributes:
       schedule: The schedule's name.
       num_ranks: The ranks.
       num_microbatches: The microbatches of a step.
-      execution: How the order was made a program; what had been left out is decided, but `unroll`,
-        which changes nothing here.
+      execution: How the order becomes a program, all decided but `unroll`, which changes nothing
+        here.
       rendezvous: Whether senders were taken to wait for their receivers.
       makespan: From the first action's start to the last one's end, as the program waits.
       dependency_makespan: The same if ranks waited for stored values only: without false waits.
       work: For each rank the time in which it acts.
-      recomputed: Of it, what deferred weight grads recompute, the mean over ranks.
+      recomputed: The part of it in which deferred weight grads recompute, the mean over ranks.
       idle_share: The share of `num_ranks * makespan` in which ranks do not act.
       bubble: The idle time of a rank, the mean over ranks.
-      published_bubble: What the schedule's paper says of it; None where it says nothing.
+      published_bubble: The idle time by the schedule's paper; None where it gives none.
       peak_activations: The most (stage, microbatch)s of a rank between their F and their I.
-      peak_weight_activations: The most between their F and their W: what W reads is kept as long.
-      stage_share: A stage's mean size, in shares of the layers that a rank has.
-      parameter_copies: Parameters that a rank holds, in shares of the layers that a rank has.
+      peak_weight_activations: The most between their F and their W, which reads a part of them.
+      stage_share: A stage's mean size, as a share of num_layers / num_ranks.
+      parameter_copies: Layers whose parameters a rank holds, as a share of num_layers / num_ranks.
       num_transfers: Values that a rank stores from a neighbour, over all ranks.
     """
 
@@ -101,7 +101,7 @@ def compile_for(
     layers_of_stage: tuple[int, ...] | None,
     placed_by: Costs | None = None,
 ) -> tuple[Tables, Durations]:
-    """Compiles a schedule as a step with these costs would be, and says how long its actions take.
+    """Compiles a schedule as for a step with these costs; gives tables and durations of actions.
 
     Args:
       schedule: The schedule.
@@ -129,7 +129,7 @@ def compile_for(
     compiled = compile_program(
         schedule.program,
         timetable=execution.timetable,
-        # Where no other weight grad stashes, what a deferred one needs has slots of its own.
+        # Where no other weight grad stashes, deferred ones keep their operands in separate slots.
         stash_deferred=execution.deferred == "store" and bool(execution.split_backward),
         full_backward=not execution.split_backward,
         whole_stages=frozenset(s for s, size in enumerate(layers_of_stage or ()) if size == 1),
@@ -150,7 +150,7 @@ def replay_schedule(
 ) -> Simulation:
     """Replays a schedule whose execution is decided.
 
-    Arguments are those of `compile_for` and `simulate`.
+    The arguments are those of `compile_for` and `simulate`.
     """
     num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
     tables, durations = compile_for(

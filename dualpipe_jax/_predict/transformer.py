@@ -1,11 +1,11 @@
 """A transformer's sizes -> parameters, bytes of a layer and a microbatch, costs.
 
 A layer is pre-norm, with an MLP four times as wide and no biases: q, k, v, o of width x width, up
-and down of 4 width x width. What it keeps is what the library's split keeps of such a block (a test
-compares them). In units of one x, tokens x width:
+and down of 4 width x width. It keeps the values that the library's split keeps of such a block (a
+test compares them). In units of one x, tokens x width:
 
     remat     residual            weight_residual                    stash             deferred
-    none      q, k, v   3         x, what attention gives, their     cotangents:
+    none      q, k, v   3         x, attention's output, their       cotangents:
                                   sum: 3; up: 4                      1 + 4 + 1 + 3     the same
     block     x         1         0                                  the same, and     x and its
                                                                      W's inputs: 7     cotangent: 2
@@ -18,25 +18,25 @@ from dualpipe_jax._predict.memory import LayerBytes
 
 ATTENTIONS = ("fused", "plain")
 REMATS = ("none", "block")
-# Products of a few sizes are floats still.
+# The largest size: products of a few are still floats.
 _MOST = 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
-    """A language model's sizes.
+    """Holds a language model's sizes.
 
     Attributes:
-      layers: Of the model.
-      width: Of x.
-      context: Tokens of a sequence.
-      microbatch_size: Sequences of a microbatch, on one device.
-      vocabulary: Of the embedding and of the head, which are two matrices.
-      heads: Of attention.
+      layers: The layers of the model.
+      width: The width of x.
+      context: The tokens of a sequence.
+      microbatch_size: The sequences of a microbatch, on one device.
+      vocabulary: The tokens of the embedding and of the head, which are two matrices.
+      heads: The heads of attention.
       attention: "fused", by a kernel that keeps no scores; or "plain", which keeps them, in
         float32.
       remat: As in `value_and_grad`: "none" or "block".
-      activation_bytes: Of an entry of x.
+      activation_bytes: The bytes of an entry of x.
 
     Raises:
       ValueError: if a size is less than 1 or more than 10^12, naming all such; if heads do not
@@ -61,8 +61,8 @@ class Transformer:
             )
         if self.width % self.heads:
             raise ValueError(
-                f"heads={self.heads}: must divide the width, {self.width}, of which all heads have "
-                "equal parts; change one of the two"
+                f"heads={self.heads}: must divide width={self.width} into equal parts; "
+                "change one of the two"
             )
         for name, known in (("attention", ATTENTIONS), ("remat", REMATS)):
             if getattr(self, name) not in known:
@@ -71,22 +71,22 @@ class Transformer:
 
     @property
     def tokens(self) -> int:
-        """Of a microbatch."""
+        """Counts the tokens of a microbatch."""
         return self.microbatch_size * self.context
 
     @property
     def layer_parameters(self) -> int:
-        """Of a layer: 12 width^2, and two norms."""
+        """Counts the parameters of a layer: 12 width^2, and two norms."""
         return 12 * self.width**2 + 2 * self.width
 
     @property
     def ends_parameters(self) -> int:
-        """Of embedding, head and a norm."""
+        """Counts the parameters of embedding, head and a norm."""
         return 2 * self.vocabulary * self.width + self.width
 
     @property
     def layer_bytes(self) -> LayerBytes:
-        """What one layer keeps of one microbatch."""
+        """Counts the bytes that one layer keeps of one microbatch."""
         x = self.tokens * self.width * self.activation_bytes
         scores = 0
         if self.attention == "plain":
@@ -114,10 +114,10 @@ class Transformer:
         )
 
     def costs(self, num_ranks: int) -> Costs:
-        """Counts multiplications, in those of the forward of a rank's share of the layers.
+        """Makes costs from multiplications, in forwards of a rank's share of the layers.
 
-        Under remat I runs the forward again, and a deferred W forward and input grad. As one, I and
-        W take a tenth less than apart.
+        Under remat I runs the forward again, and a deferred W forward and input grad. Fused, I and
+        W take a tenth less than split.
 
         >>> sizes = dict(layers=8, width=2, context=6, microbatch_size=1, vocabulary=9, heads=1)
         >>> Transformer(**sizes).costs(num_ranks=4)

@@ -1,16 +1,16 @@
-"""Tables -> after each tick, who waits there in a permute, for which rank, how long, and why.
+"""Tables -> after each tick, which rank waits in a permute, for which rank, how long, and why.
 
-It takes the replay's time apart: of every rank its actions' times and these waits add up to the
-time at which it ends. A permute has five reasons to hold a rank up:
+The times of a rank's actions and its waits add up to the time at which it ends in the replay. A
+permute holds a rank up for five reasons:
 
 - `NEXT`: its next action reads the value that the other rank sends. No program can avoid it.
 - `EARLY`: a later action reads it. A false wait: the rank could act before.
-- `RECEIVER`: the rank sends, and the other one has not come to the permute yet. A false wait too.
+- `RECEIVER`: the rank sends, and the other one has not come to the permute yet: also a false wait.
 - `MERGED`: nobody stores the value; the pair is there because sets of pairs were merged.
 - `TRANSFER`: the other rank is there, and the value travels.
 
-A rank that is in several pairs at once waits for the last of them. The time goes to the reasons in
-the order above: a false wait is charged with what it adds to a needed one.
+A rank that is in several pairs at once waits for the last of them. The time is charged to the
+reasons in the order above: a false wait only with the time that it adds to a needed one.
 
 Two ranks, three microbatches of zb-h1, forwards that cost three: the case of `replay`. The last
 column is the tick in which the value is read.
@@ -49,15 +49,15 @@ NEXT, EARLY, RECEIVER, MERGED, TRANSFER = REASONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Wait:
-    """Tells of a wait of a rank at the end of a tick.
+    """Tells how long a rank waits at the end of a tick, and why.
 
     Attributes:
-      rank: Who waits.
+      rank: The rank that waits.
       other: The rank for which it waits.
       reason: One of `REASONS`.
       time: How long.
-      read_in: The tick in which the rank reads what it waits for; None for a sender, and for what
-        is not stored.
+      read_in: The tick in which the rank reads the value that it waits for; None for a sender, and
+        for a value that is not stored.
     """
 
     rank: int
@@ -69,11 +69,11 @@ class Wait:
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
-    """Tells of the end of a tick.
+    """Tells which actions run in a tick, and which ranks wait at its end.
 
     Attributes:
-      number: The tick's.
-      actions: What each rank did in it, `"0F3"`; None for an idle one.
+      number: The tick's number.
+      actions: The action of each rank, `"0F3"`; None for an idle one.
       exchange: The (source, target) ranks of its permutes, to the right and to the left.
       waits: Rank by rank.
     """
@@ -86,11 +86,11 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Waits:
-    """Tells where the time goes in which ranks do not act.
+    """Divides up the time in which ranks do not act.
 
     Attributes:
-      ticks: The ticks outside of the run of beats.
-      in_run: For how long each rank waits in the run of beats and for its last transfers.
+      ticks: The ticks outside of the steady phase.
+      in_run: For how long each rank waits in the steady phase and for its last transfers.
       finished: For how long each rank has nothing left to do while another one acts.
     """
 
@@ -99,7 +99,7 @@ class Waits:
     finished: tuple[float, ...]
 
     def by_reason(self) -> dict[str, float]:
-        """Sums up the waits in ticks over all of them and all ranks."""
+        """Sums up the waits in ticks by their reason, over all ticks and ranks."""
         total = dict.fromkeys(REASONS, 0.0)
         for tick in self.ticks:
             for wait in tick.waits:
@@ -112,14 +112,14 @@ def explain_waits(
 ) -> Waits:
     """Finds out for whom ranks wait, and why.
 
-    Arguments are those of `replay`.
+    The arguments are those of `replay`.
     """
     end = replay(tables, work, transfer=transfer, rendezvous=rendezvous)
     is_ramp, steady = np.ones(tables.num_ticks, bool), tables.steady
     in_run = np.zeros(tables.num_ranks)
     if steady is not None:
         is_ramp[steady.ticks] = False
-        # All but the actions, from the start of the first tick to that of the one after the run.
+        # All but the actions, from the start of the first tick to that of the one after the phase.
         first, after = steady.ticks.start, steady.ticks.stop
         begin = end[first] - work[first]
         in_run = end[after - 1] - begin - work[steady.ticks].sum(axis=0)
@@ -137,7 +137,7 @@ def explain_waits(
             for wait in waits_in_part:
                 ready[wait.rank] += wait.time
             waits += waits_in_part
-        right, left = (tuple(p for each in exchanges for p in each[side]) for side in range(2))
+        right, left = (tuple(p for sides in exchanges for p in sides[side]) for side in range(2))
         ticks.append(
             Tick(
                 number=tick,
@@ -163,7 +163,7 @@ def _waits(
     rendezvous: bool,
 ) -> Iterator[Wait]:
     """Yields the waits in an exchange to which ranks come at `end`, float64[num_ranks]."""
-    # For each rank its pairs: why it waits for the other one, which that is, and who reads it when.
+    # For each rank its pairs: the reason, the other rank, and the tick in which the value is read.
     held_up: list[list[tuple[str, int, int | None]]] = [[] for _ in range(tables.num_ranks)]
     right, left = exchange
     for pairs, column in ((right, tables.from_left), (left, tables.from_right)):
@@ -178,7 +178,7 @@ def _waits(
                 held_up[source].append((reason, target, None))
     for rank, pairs in enumerate(held_up):
         waited = 0.0
-        for reason, other, read_in in sorted(pairs, key=lambda each: REASONS.index(each[0])):
+        for reason, other, read_in in sorted(pairs, key=lambda pair: REASONS.index(pair[0])):
             lag = max(0.0, float(end[other] - end[rank])) if rendezvous else end[other] - end[rank]
             for why, until in ((reason, lag), (TRANSFER, lag + transfer)):
                 if until > waited:
@@ -189,9 +189,9 @@ def _waits(
 
 
 def _reader(tables: Tables, tick: int, rank: int, slot: int) -> tuple[str, int | None]:
-    """Why a rank receives a value that it stores in a slot as a tick begins, and when it reads it.
+    """Finds why a rank receives a value that it stores as a tick begins, and when it reads it.
 
-    Nothing else comes into the slot before it is read.
+    No other value is stored in the slot before it is read.
     """
     if slot < 0:
         return MERGED, None
