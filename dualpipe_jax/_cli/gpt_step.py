@@ -1,4 +1,9 @@
-"""What `dualpipe-jax preflight` runs: a GPT's training step, made of shapes alone -> a report."""
+"""A GPT-style language model, and its training step: the step that `preflight` compiles.
+
+Decoder-only, pre-norm, a gelu MLP of four times the width, positions by ALiBi (arXiv:2108.12409),
+the embedding tied to the output. Parameters are float32; layers compute in a dtype of choice. The
+step is made of shapes alone.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +15,22 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax._api.value_and_grad import value_and_grad
 from dualpipe_jax._model.types import Context, Model
-from dualpipe_jax._preflight import Report, preflight
 from dualpipe_jax._schedule.execution import Execution
+
+_AXIS = "pipe"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPT:
-    """A model of given sizes.
+    """Holds the sizes of a model, and makes its functions and parameters.
 
     Attributes:
       layers: Layers.
       width: The width of the residual stream.
       heads: Attention heads, into which the width divides.
-      context: Tokens that a prediction looks at.
-      vocabulary: Tokens that there are.
-      dtype: What layers compute in.
+      context: Tokens of a window.
+      vocabulary: The number of different tokens.
+      dtype: The dtype in which layers compute.
 
     Raises:
       ValueError: If the width does not divide into the heads.
@@ -101,50 +107,39 @@ def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _causal_bias(heads: int, length: int) -> jax.Array:
-    """Makes what is added to attention's logits, float32[heads, length, length].
+    """Makes the bias of attention's logits, float32[heads, length, length].
 
-    To query i, key j is worth -(i - j) 2^(-8 (h + 1) / heads) in head h if j <= i, else nothing.
+    For query i and key j in head h it is -(i - j) 2^(-8 (h + 1) / heads) if j <= i, else -inf.
     """
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
     slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)
     return jnp.where(distance >= 0, -slopes[:, None, None] * distance, -jnp.inf)
 
 
-_AXIS = "pipe"
-
-
-def rehearse(
+def make_step(
+    gpt: GPT,
     *,
-    topology: str,
     ranks: int,
     schedule: str,
-    overlap: Any,
+    overlap: bool | str | None,
     microbatch: int,
     microbatches: int,
     remat: str,
-    dtype: str,
-    compiler_options: dict[str, Any] | None = None,
-    **sizes: int,
-) -> Report:
-    """Compiles loss, gradients and AdamW's update of a GPT for a topology.
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """Makes loss, gradients and AdamW's update of a GPT: a jitted step, and avals of its arguments.
 
     Args:
-      topology: As `preflight` takes it.
+      gpt: The model.
       ranks: Devices of the pipeline.
       schedule: A name of `schedules.names()`.
-      overlap: As of `Execution`.
-      microbatch: Windows of text a microbatch.
-      microbatches: Microbatches a step.
+      overlap: As for `Execution`.
+      microbatch: Windows of text in a microbatch.
+      microbatches: Microbatches of a step.
       remat: `"none"` or `"block"`.
-      dtype: What layers compute in.
-      compiler_options: As `preflight` takes them.
-      **sizes: Those of `GPT`.
 
     Raises:
-      ValueError: If sizes do not fit each other, or no such topology is known.
-      ModuleNotFoundError: If the compiler for the topology is not installed.
+      ValueError: If sizes do not fit each other.
     """
-    gpt = GPT(dtype=jnp.dtype(dtype), **sizes)
     mesh = AbstractMesh((ranks,), (_AXIS,))
     grad_fn = value_and_grad(
         gpt.model(),
@@ -162,15 +157,13 @@ def rehearse(
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        is_spread = any(getattr(key, "key", None) == "blocks" for key in path)
-        spec = PartitionSpec(_AXIS) if is_spread and gpt.layers % ranks == 0 else PartitionSpec()
+    def shard(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_block = any(getattr(key, "key", None) == "blocks" for key in path)
+        spec = PartitionSpec(_AXIS) if is_block and gpt.layers % ranks == 0 else PartitionSpec()
         return leaf.update(sharding=NamedSharding(mesh, spec))
 
     params = jax.eval_shape(gpt.init, jax.eval_shape(lambda: jax.random.key(0)))
     batch = jax.ShapeDtypeStruct((microbatch * microbatches, gpt.context + 1), jnp.int32)
     args = params, jax.eval_shape(optimizer.init, params), batch
-    args = jax.tree_util.tree_map_with_path(place, args)
-    return preflight(
-        jax.jit(step, donate_argnums=(0, 1)), args, topology, compiler_options=compiler_options
-    )
+    args = jax.tree_util.tree_map_with_path(shard, args)
+    return jax.jit(step, donate_argnums=(0, 1)), args

@@ -1,4 +1,4 @@
-"""The commands -> `dualpipe-jax`."""
+"""Groups the commands to `dualpipe-jax`."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""The options that all commands about a schedule have."""
+"""The options that several commands share."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,12 +14,12 @@ ranks = click.option(
     "--ranks", type=int, default=8, show_default=True, help="Devices of the pipeline."
 )
 microbatches = click.option(
-    "--microbatches", type=int, default=20, show_default=True, help="Of one step."
+    "--microbatches", type=int, default=20, show_default=True, help="Microbatches of a step."
 )
 
 
 class Overlap(click.ParamType):
-    """`yes`, `no` or `two-tick` -> the `overlap` of an `Execution`."""
+    """Converts `yes`, `no` or `two-tick` to the `overlap` of an `Execution`."""
 
     name = "yes|no|two-tick"
 
@@ -35,21 +35,21 @@ class Overlap(click.ParamType):
 
 
 def overlap(*, default: str | None) -> Callable[[_Command], _Command]:
-    """Makes the option; without a default, that which is left out is decided by simulation."""
-    left_out = "" if default else " Left out, whichever of yes and no is the faster."
+    """Makes the option; without a default, a simulation decides where it is left out."""
+    left_out = "" if default else " By default the faster of yes and no."
     return click.option(
         "--overlap",
         type=Overlap(),
         default=default,
         show_default=default is not None,
-        help="yes: there is a run of beats, in which every rank runs a pair. no: every action as "
-        "soon as it can. two-tick, for GPUs: what a rank makes is read by another in the second "
-        f"tick after.{left_out}",
+        help="yes: there is a steady phase, in which every rank runs a pair. no: every action runs "
+        "as soon as it can. two-tick, for GPUs: a rank reads a neighbour's value in the second "
+        f"tick after it is made.{left_out}",
     )
 
 
 def show_overlap(execution: Execution) -> str:
-    """Names an overlap as the option does.
+    """Writes an overlap as the option reads it.
 
     >>> show_overlap(Execution(overlap=True)), show_overlap(Execution(overlap="two-tick"))
     ('yes', 'two-tick')

@@ -1,4 +1,4 @@
-"""`dualpipe-jax preflight`: whether a language model's step fits, and its communication overlaps.
+"""`dualpipe-jax preflight`: whether a language model's step fits, and communication is hidden.
 
 JAX and the modules that need it are imported when the command is invoked, Rich for a terminal only.
 """
@@ -17,6 +17,7 @@ from dualpipe_jax._cli import options
 from dualpipe_jax._cli.refusal import Command, Refusal
 
 _SIZE = click.IntRange(min=1)
+_SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
 
 
 @click.command(cls=Command)
@@ -24,7 +25,7 @@ _SIZE = click.IntRange(min=1)
     "--topology",
     default="tpu:v5e:2x4",
     show_default=True,
-    help="What to compile for: tpu:v5e:2x4, tpu:v5p:2x2x1, tpu:v6e:2x4, gpu:h100:8, cpu:8.",
+    help="Devices to compile for: tpu:v5e:2x4, tpu:v5p:2x2x1, tpu:v6e:2x4, gpu:h100:8, cpu:8.",
 )
 @click.option(
     "--schedule",
@@ -35,13 +36,13 @@ _SIZE = click.IntRange(min=1)
 @options.ranks
 @options.microbatches
 @options.overlap(default=None)
-@click.option("--layers", type=_SIZE, default=16, show_default=True, help="Over all stages.")
+@click.option("--layers", type=_SIZE, default=16, show_default=True, help="Layers of the model.")
 @click.option("--width", type=_SIZE, default=1024, show_default=True)
-@click.option("--heads", type=_SIZE, default=8, show_default=True, help="Of attention.")
-@click.option("--context", type=_SIZE, default=512, show_default=True, help="Tokens a window.")
+@click.option("--heads", type=_SIZE, default=8, show_default=True, help="Heads of attention.")
+@click.option("--context", type=_SIZE, default=512, show_default=True, help="Tokens of a window.")
 @click.option("--vocabulary", type=_SIZE, default=32768, show_default=True)
 @click.option(
-    "--microbatch", type=_SIZE, default=4, show_default=True, help="Windows a microbatch."
+    "--microbatch", type=_SIZE, default=4, show_default=True, help="Windows of a microbatch."
 )
 @click.option("--remat", type=click.Choice(["none", "block"]), default="none", show_default=True)
 @click.option(
@@ -49,7 +50,7 @@ _SIZE = click.IntRange(min=1)
     type=click.Choice(["bfloat16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="What layers compute in; parameters are float32.",
+    help="The dtype in which layers compute; parameters are float32.",
 )
 @click.option(
     "--options/--no-options",
@@ -65,26 +66,29 @@ _SIZE = click.IntRange(min=1)
     default="table",
     show_default=True,
 )
-def preflight(output_format: str, has_options: bool, **step: Any) -> None:
+def preflight(topology: str, output_format: str, has_options: bool, **options_of_step: Any) -> None:
     """Compile the training step of a GPT for hardware that need not be there.
 
-    Loss, gradients and AdamW's update, with float32 parameters. Says how much memory a device
-    needs, which collectives the steady loop has and whether compute hides them, how long a step
-    should take, and of a step in ticks which rank waits when, and why. Nothing runs; times are the
-    compiler's and the makers' figures, not measurements. For a step of your own:
+    Loss, gradients and AdamW's update, with float32 parameters. The report says how much memory a
+    device needs, which collectives the steady loop has and whether compute hides them, how long a
+    step should take, and for a step in ticks which rank waits when, and why. Nothing runs; times
+    are the compiler's and the makers' figures, not measurements. For a step of your own:
     dualpipe_jax.preflight.
 
     TPUs need pip install 'jax[tpu]', GPUs 'jax[cuda13]'.
     """
-    # Compilers for absent hardware are no backends: only the CPU's is to be started, and it needs
-    # the devices of a topology of CPUs.
+    # Compilers for absent hardware are no backends: only that of the CPU is started, with as many
+    # devices as a topology of CPUs has.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    platform, _, number = step["topology"].partition(":")
+    platform, _, number = topology.partition(":")
     if platform == "cpu" and number.isdigit():
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", number)
-    rehearse = importlib.import_module("dualpipe_jax._cli.gpt_step").rehearse
+    gpt_step = importlib.import_module("dualpipe_jax._cli.gpt_step")
+    compile_ahead = importlib.import_module("dualpipe_jax._preflight").preflight
     try:
-        report = rehearse(**step, compiler_options=None if has_options else {})
+        gpt = gpt_step.GPT(**{name: options_of_step.pop(name) for name in _SIZES_OF_GPT})
+        step, args = gpt_step.make_step(gpt, **options_of_step)
+        report = compile_ahead(step, args, topology, compiler_options=None if has_options else {})
     except (ValueError, ModuleNotFoundError) as error:
         raise Refusal(" ".join(str(error).split())) from error
     if output_format == "json":

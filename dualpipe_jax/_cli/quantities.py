@@ -1,4 +1,4 @@
-"""Reads what options say of costs and sizes: `F=1,I=1.2`, `80GiB`, a report's costs."""
+"""Reads costs and sizes: `F=1,I=1.2`, `80GiB`, the costs of a report."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ _REQUIRED = tuple(name for name in _FIELDS.values() if name not in _OPTIONAL)
 
 
 class Size(click.ParamType):
-    """A number of bytes, with or without a unit."""
+    """Converts a number of bytes, with or without a unit."""
 
     name = "size"
 

@@ -1,4 +1,4 @@
-"""How every command says what is wrong: one line on stderr, exit code 2."""
+"""Reports the mistakes of every command: one line on stderr, exit code 2."""
 
 import click
 
@@ -10,7 +10,7 @@ class Refusal(click.ClickException):
 
 
 class Command(click.Command):
-    """Refuses what Click cannot read in one line too, without the usage above it."""
+    """Reports options that Click cannot read in one line too, without the usage above it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As `click.Command.parse_args`."""

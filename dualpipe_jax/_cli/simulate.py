@@ -28,11 +28,11 @@ _HEAD = (
     "copies",
     "transfers",
 )
-# A narrow terminal does without the first ones of them.
+# A narrow terminal leaves out the first ones of these.
 _OPTIONAL = ("transfers", "copies", "paper", "no false waits", "peak live", "bubble", "overlap")
 _NOTES = (
-    "no false waits: the makespan if ranks waited for what they need only",
-    "bubble: a rank's mean idle time; paper: what the schedule's paper says of it",
+    "no false waits: the makespan if ranks waited only for values that they need",
+    "bubble: a rank's mean idle time; paper: the same by the schedule's paper",
     "peak live: activations of a rank between F and I, in stages (x their part of its layers)",
     "copies: of the parameters; transfers: values stored from a neighbour",
 )
@@ -58,27 +58,37 @@ _NOTES = (
     "--costs",
     default="F=1,I=1,W=1",
     show_default=True,
-    help="Of a rank's whole share of the layers; those left out are 1, and B (I and W as one) the "
-    "sum of the two.",
+    help="How long actions of a rank's whole share of the layers take; by default 1, and B (fused "
+    "I and W) the sum of the two.",
 )
 @click.option(
-    "--transfer", type=float, default=0.0, show_default=True, help="Of a value to a neighbour."
+    "--transfer",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="How long a value travels to a neighbour.",
 )
 @click.option(
-    "--embed", type=float, default=0.0, show_default=True, help="Of the embedding's forward."
+    "--embed",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="How long the embedding's forward takes.",
 )
-@click.option("--head", type=float, default=0.0, show_default=True, help="Of the head's forward.")
+@click.option(
+    "--head", type=float, default=0.0, show_default=True, help="How long the head's forward takes."
+)
 @click.option(
     "--split-backward/--no-split-backward",
     default=True,
     show_default=True,
-    help="Whether input grads and weight grads run apart; else as full backwards, layer by layer, "
-    "where one follows the other outside of the run of beats.",
+    help="Whether input grads and weight grads are split; else they run as full backwards, layer "
+    "by layer, where one follows the other outside of the steady phase.",
 )
 @click.option(
     "--layers",
     type=int,
-    help="Of the model; the first stages get one more. By default all stages are equal.",
+    help="Layers of the model; the first stages get one more. By default all stages are equal.",
 )
 @click.option(
     "--format",
@@ -106,8 +116,7 @@ def simulate(
     Actions are placed in ticks by these costs, and each rank waits as the compiled program does: at
     the end of a tick for the ranks with which it exchanges values, a sender for its receiver too.
     "no false waits" is the makespan if ranks waited only for values that they read. Costs are in
-    any one unit of time.
-    The gradients of embedding and head are counted in proportion.
+    any one unit of time; the gradients of embedding and head are counted in proportion.
     """
     simulations, left_out = [], []
     try:
@@ -135,14 +144,8 @@ def simulate(
         content = ",\n".join("  " + json.dumps(_to_object(s)) for s in simulations)
         click.echo(f"[\n{content}\n]")
     else:
-        both = all_costs.full_backward_share * all_costs.backward
-        full = f", full backwards {both:g}" if not split_backward else ""
-        caption = (
-            f"ranks {ranks}, microbatches {microbatches}; a rank's layers cost "
-            f"F={all_costs.forward:g}, I={all_costs.input_grad:g}, "
-            f"W={all_costs.weight_grad:g}; "
-            f"transfer {transfer:g}, embed {embed:g}, head {head:g}"
-            f"{full}; senders {'wait' if rendezvous else 'do not wait'} for receivers"
+        caption = _caption(
+            all_costs, simulations[0], transfer=transfer, split_backward=split_backward
         )
         rows = [_row(simulation) for simulation in simulations]
         print_table(_HEAD, rows, notes=(caption, *_NOTES), left=(0, 1), optional=_OPTIONAL)
@@ -150,8 +153,20 @@ def simulate(
         click.echo(f"left out: {name}: {reason}", err=True)
 
 
+def _caption(costs: Costs, simulation: Simulation, *, transfer: float, split_backward: bool) -> str:
+    """Writes the sizes and costs that all rows share."""
+    fused = costs.full_backward_share * costs.backward
+    full = f", full backwards {fused:g}" if not split_backward else ""
+    return (
+        f"ranks {simulation.num_ranks}, microbatches {simulation.num_microbatches}; a rank's "
+        f"layers cost F={costs.forward:g}, I={costs.input_grad:g}, W={costs.weight_grad:g}; "
+        f"transfer {transfer:g}, embed {costs.embed:g}, head {costs.head:g}{full}; "
+        f"senders {'wait' if simulation.rendezvous else 'do not wait'} for receivers"
+    )
+
+
 def _to_object(simulation: Simulation) -> dict[str, object]:
-    """Names the sizes as the options do."""
+    """Makes the JSON object of a simulation, which names sizes as the options do."""
     fields = asdict(simulation)
     sizes = {name: fields.pop(f"num_{name}") for name in ("ranks", "microbatches")}
     return {"schedule": fields.pop("schedule"), **sizes, **fields}

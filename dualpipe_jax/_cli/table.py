@@ -1,4 +1,4 @@
-"""Tables, text and calls -> stdout, within the width of a terminal and without a broken word.
+"""Prints tables, text and calls within the width of a terminal, without a broken word.
 
 Where stdout is no terminal, lines are as long as they are. Rich is imported for a terminal only.
 """
@@ -29,9 +29,9 @@ def print_table(
       head: The titles.
       rows: A cell for each title.
       notes: Lines below it, after an empty one.
-      left: The columns that stand to the left; the others are numbers.
-      optional: The titles of the columns that a narrow terminal does without, the first one first.
-      last_below: Whether the last column may go below its row where it does not fit beside it.
+      left: The columns that are set to the left; the others are numbers.
+      optional: The titles of the columns that a narrow terminal leaves out, the first one first.
+      last_below: Whether the last column may go below its row if it does not fit beside it.
     """
     if not sys.stdout.isatty():
         lines = _format([[title] for title in head], rows, left, gap="  ")
@@ -60,7 +60,7 @@ def print_table(
 
 
 def print_text(text: str, *, after: str = "", style: str = "") -> None:
-    """Prints a line of text after another one, and what does not fit into it below the text."""
+    """Prints text after another one, its continuation lines indented below it."""
     if not sys.stdout.isatty():
         click.echo(after + text)
         return
@@ -71,9 +71,9 @@ def print_text(text: str, *, after: str = "", style: str = "") -> None:
 
 
 def print_call(function: str, arguments: Sequence[str]) -> None:
-    """Prints a call to paste; on a terminal on which it is no line, an argument a line.
+    """Prints a call to paste; where it does not fit on a line of the terminal, an argument a line.
 
-    So does an argument that is a call itself, and no line.
+    Arguments that are calls are broken likewise.
     """
     line = f"{function}({', '.join(arguments)})"
     if sys.stdout.isatty() and len(line) > _terminal_width():

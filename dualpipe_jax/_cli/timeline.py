@@ -16,7 +16,7 @@ import click
 from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
 from dualpipe_jax._cli.refusal import Command, Refusal
-from dualpipe_jax._plot import FACES, INKS, pair_spans, plot_timeline, save, summarize
+from dualpipe_jax._plot import FACES, INKS, WORDS, pair_spans, plot_timeline, save, summarize
 
 _FORMATS = ("text", "csv", "json", "svg", "png")
 # A piece of a line of text and its Rich style, "" for none.
@@ -59,27 +59,27 @@ def timeline(
     """
     try:
         made = schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
-        made_timeline = made.timeline(overlap=overlap)
+        shown = made.timeline(overlap=overlap)
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
     output_format = output_format or _format_of(output)
     match output_format:
         case "text" if output is None and sys.stdout.isatty():
-            _print_in_color(made_timeline)
+            _print_in_color(shown)
             return
         case "text":
             content = "".join(
                 "".join(text for text, _ in line).rstrip() + "\n"
-                for line in _text_lines(made_timeline, width=None)
+                for line in _text_lines(shown, width=None)
             ).encode()
         case "csv":
             content = made.to_csv().encode()
         case "json":
-            content = _to_json(made_timeline).encode()
+            content = _to_json(shown).encode()
         case _:
             if output_format == "png" and output is None and sys.stdout.isatty():
                 raise Refusal("a png is not for a terminal: name a file with --output")
-            content = _to_picture(made_timeline, output_format)
+            content = _to_picture(shown, output_format)
     try:
         if output is None:
             click.echo(content, nl=False)
@@ -109,7 +109,7 @@ def _to_picture(timeline: schedules.Timeline, image_format: str) -> bytes:
 
 
 def _to_json(timeline: schedules.Timeline) -> str:
-    """Writes an object with a line a tick."""
+    """Writes the JSON object, with a line for each tick."""
     program = timeline.program
     head = {
         "schedule": program.name,
@@ -133,7 +133,7 @@ def _print_in_color(timeline: schedules.Timeline) -> None:
 
 
 def _text_lines(timeline: schedules.Timeline, *, width: int | None) -> Iterator[list[Piece]]:
-    """Yields the lines of the text form: a row a rank, a cell a tick, then what they mean.
+    """Yields the lines of the text form: a row a rank, a cell a tick, then the legend.
 
     A timetable wider than `width` columns is folded into blocks, each under its own ticks.
     """
@@ -186,8 +186,7 @@ def _text_cells(timeline: schedules.Timeline) -> list[list[Piece]]:
 
 def _text_legend(timeline: schedules.Timeline) -> Iterator[list[Piece]]:
     legend: list[Piece] = []
-    words = {"F": "forward", "I": "input grad", "W": "weight grad"}
-    for kind, word in words.items():
+    for kind, word in WORDS.items():
         legend += [(kind, f"{INKS[0]} on {FACES[kind][0]}"), (f" {word}   ", "")]
     legend += [(".", "dim"), (" idle", "")]
     if (timeline.pair >= 0).any():
@@ -195,7 +194,7 @@ def _text_legend(timeline: schedules.Timeline) -> Iterator[list[Piece]]:
     yield legend
     if len(timeline.program.routes) > 1:
         first, second = (route[0] for route in timeline.program.routes[:2])
-        example: list[Piece] = [(k.lower(), f"{INKS[1]} on {FACES[k][1]}") for k in words]
+        example: list[Piece] = [(k.lower(), f"{INKS[1]} on {FACES[k][1]}") for k in WORDS]
         yield [
             (f"upper case: direction 0, enters at rank {first}   ", ""),
             *example,

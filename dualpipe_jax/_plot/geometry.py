@@ -15,7 +15,7 @@ _PAIR_INSET, _RANK_INSET = 0.06, 0.04
 
 
 class Bands(NamedTuple):
-    """Folds a timeline into bands of `band` ticks, the last one of fewer; cells are in inches."""
+    """Holds how a timeline is folded: bands of `band` ticks, the last one of fewer; in inches."""
 
     num_bands: int
     band: int
@@ -24,12 +24,12 @@ class Bands(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """The size of a cell, as a share of the full size."""
+        """Divides the size of a cell by the full size."""
         return min(1.0, self.cell_width / CELL_WIDTH, self.cell_height / CELL_HEIGHT)
 
 
 class Boxes(NamedTuple):
-    """The edges of the box of each tick of each rank, each float64[num_ticks, num_ranks]."""
+    """Holds the edges of the box of each tick of each rank, each float64[num_ticks, num_ranks]."""
 
     left: np.ndarray
     right: np.ndarray
@@ -38,7 +38,7 @@ class Boxes(NamedTuple):
 
 
 def fold_into_bands(num_ticks: int, num_ranks: int) -> Bands:
-    """Finds the fewest bands with which cells are largest."""
+    """Finds the fewest bands that give the largest cells."""
     layouts = []
     for num_bands in range(1, num_ticks + 1):
         band = -(-num_ticks // num_bands)
@@ -62,7 +62,7 @@ def pair_spans(timeline: Timeline) -> list[tuple[int, int, int]]:
 
 
 def boxes_of(timeline: Timeline) -> Boxes:
-    """Gives a tick its own box; the F of a pair gets the upper half of the ticks of its pair.
+    """Makes the box of each tick; the F of a pair has the upper half of the ticks of its pair.
 
     Its I and W share the lower half. A pair in which the rank idles is drawn tick by tick.
 

@@ -1,4 +1,4 @@
-"""The colours of actions, and the legend that says which is which."""
+"""Chooses the colours of actions, and draws their legend."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 FACES = {"F": ("#8cc4ef", "#12508f"), "I": ("#ffa640", "#bd4400"), "W": ("#b3c48a", "#3b4722")}
 INKS = ("#000000", "#ffffff")  # of the numbers, by direction
 IDLE = "#f1f1f1"
-_KINDS = {"F": "forward (F)", "I": "input grad (I)", "W": "weight grad (W)"}
+WORDS = {"F": "forward", "I": "input grad", "W": "weight grad"}
 
 
 def draw_legend(
@@ -67,8 +67,8 @@ def _entries(timeline: Timeline, *, has_numbers: bool) -> list[tuple[object, str
 
     starts = [route[0] for route in timeline.program.routes[:2]]
     entries: list[tuple[object, str]] = [
-        (tuple(Patch(facecolor=face) for face in FACES[kind][: len(starts)]), label)
-        for kind, label in _KINDS.items()
+        (tuple(Patch(facecolor=face) for face in FACES[kind][: len(starts)]), f"{word} ({kind})")
+        for kind, word in WORDS.items()
     ]
     entries.append((Patch(facecolor=IDLE, edgecolor="#bbbbbb", linewidth=0.5), "idle"))
     if has_numbers:
@@ -84,7 +84,7 @@ def _entries(timeline: Timeline, *, has_numbers: bool) -> list[tuple[object, str
 
 
 class _PairSwatch:
-    """A handle of the legend, and Matplotlib's handler of it."""
+    """Draws a pair in the legend: a handle, and Matplotlib's handler of it."""
 
     def legend_artist(self, legend: Any, handle: Any, fontsize: float, box: Any) -> None:
         """Draws a pair: F above I and W."""

@@ -34,9 +34,9 @@ def plot_timeline(
     """Draws a timeline.
 
     Args:
-      timeline: What `Schedule.timeline()` gives.
-      title: Stands above the picture; `summarize(timeline)` by default.
-      path: A file to write it to as well, `.svg`, `.png` or whatever else Matplotlib writes.
+      timeline: The result of `Schedule.timeline()`.
+      title: The title above the picture; `summarize(timeline)` by default.
+      path: A file to write the picture to, `.svg`, `.png` or another format of Matplotlib.
 
     Returns:
       The figure, for the caller to add to or to save. It has one `Axes` for each band.
@@ -85,7 +85,7 @@ def plot_timeline(
 
 
 def save(figure: "Figure", file: str | PathLike[str] | IO[bytes], *, image_format: str) -> None:
-    """Writes a figure, the same bytes each time it is the same figure."""
+    """Writes a figure, the same bytes for the same figure."""
     from matplotlib import rc_context
 
     metadata = {"Date": None} if image_format == "svg" else None
@@ -94,7 +94,7 @@ def save(figure: "Figure", file: str | PathLike[str] | IO[bytes], *, image_forma
 
 
 def summarize(timeline: Timeline) -> str:
-    """Says in one line what a timeline is and how much of it is idle."""
+    """Describes a timeline in one line: its sizes, and how much of it is idle."""
     program = timeline.program
     idle = (timeline.opcode == 0).mean()
     name = "" if timeline.timetable == "shortest" else f", {timeline.timetable}"
@@ -136,7 +136,7 @@ def _draw_cells(
 
 
 def _font_size(timeline: Timeline, layout: Bands) -> float:
-    """The points of a number that fits into a cell, and into half of one."""
+    """Finds the size in points of a number that fits into a cell, and into half of one."""
     digits = len(str(timeline.program.num_microbatches - 1))
     # A digit is about 0.64 em wide.
     room = min(layout.cell_width / (0.64 * digits), layout.cell_height / 2)

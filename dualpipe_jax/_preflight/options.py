@@ -68,7 +68,7 @@ _OPTIONS: dict[str, tuple[CompilerOption, ...]] = {
         CompilerOption(
             name="xla_gpu_collective_permute_combine_threshold_bytes",
             value=0,
-            reason="activations and cotangents travel apart, each as soon as it is made",
+            reason="activations and cotangents travel separately, each as soon as it is made",
         ),
     ),
     "cpu": (),
@@ -95,8 +95,8 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
     xla_gpu_experimental_parallel_collective_overlap_limit=4: several transfers are under way at
       once; with one at a time, in a beat whose layers are a loop, the activations or the cotangents
       stop their device
-    xla_gpu_collective_permute_combine_threshold_bytes=0: activations and cotangents travel apart,
-      each as soon as it is made
+    xla_gpu_collective_permute_combine_threshold_bytes=0: activations and cotangents travel
+      separately, each as soon as it is made
     >>> compiler_options("tpu")
     {'xla_tpu_enable_async_all_to_all': True, 'xla_tpu_enable_async_ragged_all_to_all': True,
      'xla_lhs_loop_fusion_latency_multiplier': '0.5', 'xla_msa_use_bundle_aware_cost_model': True}

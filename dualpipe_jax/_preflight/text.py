@@ -7,6 +7,7 @@ several branches share a row. Waits are written tick by tick, and summed up by r
 import re
 from collections.abc import Iterable, Sequence
 
+from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._predict.waits import EARLY, MERGED, NEXT, RECEIVER, TRANSFER, Tick, Wait, Waits
 from dualpipe_jax._preflight.copies import Copy
 from dualpipe_jax._preflight.kernels import Kernel
@@ -64,13 +65,13 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def show_bytes(number: int | None) -> str:
     """Writes bytes in KiB, MiB, ..."""
-    return "-" if number is None else _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return "-" if number is None else format_bytes(number)
 
 
 def show_flops(number: float) -> str:
     """Writes FLOPs in kFLOP, MFLOP, ..."""
     units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
-    return _scaled(number, 1000, units) if number else "-"
+    return _scaled(number, units) if number else "-"
 
 
 def show_time(seconds: float | None) -> str:
@@ -79,13 +80,14 @@ def show_time(seconds: float | None) -> str:
         return "-"
     if seconds == 0:
         return "0"
-    return f"{seconds:.3g} s" if seconds >= 1 else _scaled(seconds * 1e9, 1000, ("ns", "us", "ms"))
+    return f"{seconds:.3g} s" if seconds >= 1 else _scaled(seconds * 1e9, ("ns", "us", "ms"))
 
 
-def _scaled(number: float, base: int, units: Sequence[str]) -> str:
+def _scaled(number: float, units: Sequence[str]) -> str:
+    """Writes a number in the largest of units, each a thousand of the one before, below it."""
     index = 0
-    while number >= base and index + 1 < len(units):
-        number, index = number / base, index + 1
+    while number >= 1000 and index + 1 < len(units):
+        number, index = number / 1000, index + 1
     return f"{number:,.0f} {units[index]}" if number >= 100 else f"{number:.3g} {units[index]}"
 
 

@@ -95,8 +95,8 @@ def test_attributes_take_several_lines(attributes: str) -> None:
         ("  %q = f32[2]{0} negate(%p", "'q = f32.*' is no instruction"),
         ("  %q = f32[2]", "'q = f32.*' is no instruction"),
         ("  not an instruction", "'not an instruction' is no instruction of computation main"),
-        ("}\n  %q = f32[2]{0} negate(%p)", "'%q = .*' stands outside of a computation"),
-        ("}\n}", "'}' stands outside of a computation"),
+        ("}\n  %q = f32[2]{0} negate(%p)", "'%q = .*' is outside of a computation"),
+        ("}\n}", "'}' is outside of a computation"),
         ("}\n%other (p: f32[2]) -> f32[2] {", "computation other has no end"),
     ],
 )
