@@ -1,7 +1,7 @@
-"""What is published of some devices: memory, peak, clock, and links.
+"""Published figures of some devices: memory, peak, clock, and links.
 
-Links are counted for one direction: what a device can send over one of them while it receives as
-much. Google publishes the sum over a chip's links and both directions.
+The bandwidth of a link is that of one direction: a device can send so much over it while it
+receives as much. Google publishes the sum over a chip's links and both directions.
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Tells what is published of a device.
+    """Holds the published figures of a device.
 
     Attributes:
       name: Its name.
-      kind: What JAX calls it, as `jax.Device.device_kind`.
+      kind: Its name in JAX, `jax.Device.device_kind`.
       memory: Its memory, in bytes.
       peak_flops: Dense bfloat16 FLOPs a second.
-      clock: Cycles a second, in which the compiler's estimates count; None without such estimates.
+      clock: Cycles a second, the unit of the compiler's estimates; None without such estimates.
       link: Bytes a second over one link, in one direction.
-      is_switched: Whether all devices reach each other over a switch, with all of `link`, instead
-        of over their neighbours in a grid.
+      is_switched: Whether a switch connects all devices, each with all of `link`, instead of a grid
+        that connects neighbours.
     """
 
     name: str
@@ -82,5 +82,5 @@ H100 = Device(
 
 
 def find_device(kind: str | None) -> Device | None:
-    """Finds what is published of devices of a kind; None if it is not known here."""
-    return next((each for each in (V5E, V5P, V6E, H100) if each.kind == kind), None)
+    """Finds the published figures of devices of a kind; None if they are not known here."""
+    return next((device for device in (V5E, V5P, V6E, H100) if device.kind == kind), None)

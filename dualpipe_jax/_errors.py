@@ -1,4 +1,4 @@
-"""How a mistake is told: what must be, and a line for each offender."""
+"""Messages of mistakes: the requirement, and a line for each offender."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -8,11 +8,11 @@ _MOST_NAMED = 20
 
 
 class ScheduleError(ValueError):
-    """Reports a schedule that cannot be run: naming action, rank and tick where there are any."""
+    """Reports a schedule that cannot run, with action, rank and tick if there are any."""
 
 
 def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:
-    """Raises `message` with the list of offenders, if there are any; of very many, the first."""
+    """Raises `message` with the list of the first 20 offenders, if there are any."""
     found = list(offenders)
     lines = [f"  * {line}" for line in found[:_MOST_NAMED]]
     if len(found) > _MOST_NAMED:
@@ -22,7 +22,14 @@ def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = V
 
 
 def call(name: str, must: str, function: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
-    """Calls a user's function, which is told by its name if it does not take these arguments.
+    """Calls a user's function; a message names it if it does not take these arguments.
+
+    Args:
+      name: The user's argument that gave the function.
+      must: The signature that it must have.
+      function: The function.
+      *inputs: Its arguments.
+      **more: Its arguments by name.
 
     >>> call("model.embed", "(ends, ctx) -> x", lambda ends: ends, 1, 2)
     Traceback (most recent call last):
@@ -30,7 +37,7 @@ def call(name: str, must: str, function: Callable[..., Any], *inputs: Any, **mor
     positional arguments
 
     Raises:
-      TypeError: If the function takes others.
+      TypeError: If the function takes other arguments.
     """
     try:
         return function(*inputs, **more)
@@ -48,17 +55,17 @@ def call(name: str, must: str, function: Callable[..., Any], *inputs: Any, **mor
         raise
 
 
-def name(argument: str, value: Any) -> str:
+def require_name(argument: str, value: Any) -> str:
     """Requires a name."""
     if not isinstance(value, str):
         raise TypeError(f"{argument}={repr(value)[:80]}: must be a name, got {show(value)}")
     return value
 
 
-def names(argument: str, value: Any) -> tuple[str, ...]:
+def require_names(argument: str, value: Any) -> tuple[str, ...]:
     """Requires a name, or a sequence of them; returns a tuple."""
     found = (value,) if isinstance(value, str) else value
-    if not isinstance(found, Sequence) or not all(isinstance(each, str) for each in found):
+    if not isinstance(found, Sequence) or not all(isinstance(name, str) for name in found):
         raise TypeError(
             f"{argument}={repr(value)[:80]}: must be a name, or a sequence of names; got "
             f"{show(value)}"
@@ -72,12 +79,12 @@ def is_array(leaf: Any) -> bool:
 
 
 def short(aval: Any) -> str:
-    """Writes dtype and shape as JAX does."""
+    """Formats dtype and shape as JAX does."""
     return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
 
 
 def show(value: Any) -> str:
-    """Says in a few words what a value is."""
+    """Describes a value in a few words."""
     if is_array(value):
         return f"an array {short(value)}"
     return f"{type(value).__name__} {value!r}"[:80]

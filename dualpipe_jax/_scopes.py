@@ -1,7 +1,7 @@
-"""The names of the parts of the step in a compiled program, `jax.named_scope`s.
+"""The names of a step's parts in a compiled program, as `jax.named_scope`s.
 
 Every instruction that XLA keeps has them in its metadata (`op_name`), one after the other: the
-segment of the timetable, then the action. The executor writes these names, preflight reads them.
+segment of the timetable, then the action. Readers of compiled programs find the parts by them.
 """
 
 import itertools
@@ -16,7 +16,7 @@ RAMP, STEADY = "dualpipe.ramp", "dualpipe.steady"
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = (
     f"dualpipe.{name}" for name in ("forward", "input_grad", "weight_grad")
 )
-# Around an input grad and the weight grad that runs with it, at once or in two halves.
+# Around an input grad and the weight grad that runs with it, at once or in two parts.
 FULL_BACKWARD = "dualpipe.full_backward"
 EMBED, EMBED_GRAD, HEAD = (f"dualpipe.{name}" for name in ("embed", "embed_grad", "head"))
 # Transfers between ranks.
@@ -26,15 +26,15 @@ ACTIONS = (FORWARD, INPUT_GRAD, WEIGHT_GRAD, EMBED, EMBED_GRAD, HEAD, SEND)
 
 
 def of_layers(count: int) -> str:
-    """Makes the name under which a loop of so many trips over the layers of a stage stands.
+    """Names a loop of so many trips over the layers of a stage.
 
-    Which ranks run it in a tick, and over which of them, the loop is told as it runs.
+    The ranks that run it in a tick, and the layers over which they run it, are values in the loop.
     """
     return f"dualpipe.layers.{count}"
 
 
 def read_layers(op_name: str) -> int | None:
-    """Reads off its name how many trips a loop over layers makes.
+    """Reads the number of trips of a loop over layers from its name; None of any other.
 
     >>> read_layers("jit(step)/dualpipe.ramp/dualpipe.layers.8/while")
     8
@@ -45,7 +45,7 @@ def read_layers(op_name: str) -> int | None:
 
 
 def of_schedule(name: str, *, num_ranks: int, num_microbatches: int) -> str:
-    """Makes the name under which a step of one of the named schedules stands.
+    """Names a step of one of the named schedules.
 
     >>> of_schedule("zb-h1", num_ranks=4, num_microbatches=8)
     'dualpipe.schedule.zb-h1.4.8'
@@ -54,7 +54,7 @@ def of_schedule(name: str, *, num_ranks: int, num_microbatches: int) -> str:
 
 
 def read_schedule(op_name: str) -> tuple[str, int, int] | None:
-    """Reads name, ranks and microbatches of the schedule off an instruction's name.
+    """Reads name, ranks and microbatches of the schedule from an instruction's name.
 
     >>> read_schedule("jit(step)/dualpipe.schedule.zb-h1.4.8/shard_map/while")
     ('zb-h1', 4, 8)
@@ -66,7 +66,7 @@ def read_schedule(op_name: str) -> tuple[str, int, int] | None:
 def of_placement(
     costs: Sequence[float | None], layers_of_stage: Sequence[int], execution: Sequence[Any]
 ) -> str:
-    """Makes the name under which a step stands whose actions were placed by these costs.
+    """Names a step whose actions were placed in ticks by these costs.
 
     >>> of_placement([1.0, 2.25, 0.75, None], [2, 2], [True, 3, False, "store"])
     'dualpipe.placed.1.0_2.25_0.75_none.2x2.true_3_false_store'
@@ -79,7 +79,7 @@ def of_placement(
 
 
 class Placement(NamedTuple):
-    """What `of_placement` was given."""
+    """Holds the arguments of `of_placement`."""
 
     costs: tuple[float | None, ...]
     layers_of_stage: tuple[int, ...]
@@ -87,7 +87,7 @@ class Placement(NamedTuple):
 
 
 def read_placement(op_name: str) -> Placement | None:
-    """Reads costs, the layers of stages and the execution off an instruction's name.
+    """Reads costs, the layers of stages and the execution from an instruction's name.
 
     >>> name = of_placement([1.0, 0.75, None], [2, 2, 3], ["two-tick", 3, False, "store"])
     >>> read_placement(f"jit(step)/{name}/shard_map/while")

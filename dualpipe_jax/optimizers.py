@@ -1,4 +1,4 @@
-"""Optimizers over stacked layers: an Optax transformation, applied to every layer by itself.
+"""Optimizers over stacked layers: an Optax transformation, applied to each layer separately.
 
 In: a transformation as for a model whose layers are separate. Out: the same for parameters with a
 layers' dim, by `jax.vmap` over that dim.
@@ -16,25 +16,25 @@ from jax.experimental.shard_alike import shard_alike
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from dualpipe_jax._errors import is_array, raise_all, show
-from dualpipe_jax._model import stacks as _stacks
+from dualpipe_jax._model.kinds import is_stacked, keys_of
 from dualpipe_jax._model.types import PyTree
 
 __all__ = ["per_layer"]
 
-# The keys that lead to a parameter from the root of the tree, and its number of layers; None if it
-# is not stacked.
+# The keys of a parameter's path in the tree.
 Stack = tuple[Any, ...]
-Params = Mapping[Stack, int | None]
+# The number of layers of every parameter; None if it is not stacked.
+NumLayers = Mapping[Stack, int | None]
 OfLayer = Callable[[Sequence[Any]], PyTree]
 
 
 def per_layer(
     tx: optax.GradientTransformation, *, blocks: str = "blocks"
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies a transformation to every layer by itself, where layers are stacked.
+    """Applies a transformation to each layer separately, where layers are stacked.
 
-    To Optax a stack `[num_layers, ...]` is one parameter. Its norm is over all layers; and it has a
-    dim more than a layer's parameter has, so that a mask by ndim decays biases, and Muon leaves
+    To Optax a stack `[num_layers, ...]` is one parameter. Its norm is over all layers; and it has
+    one dim more than a layer's parameter, so that a mask by ndim decays biases, and Muon leaves
     matrices to Adam. Here `tx` is given the parameters of one layer, without the layers' dim and
     under the same keys. Updates and state equal those of a model whose layers are separate:
 
@@ -51,25 +51,25 @@ def per_layer(
     >>> state[1][0].mu["blocks"]["w"].shape, state[1][0].count.shape
     ((4, 3, 3), ())
 
-    A norm over all parameters is taken outside, as `clip_by_global_norm` above, where a stack
-    counts as its layers do; inside it is refused. Noise (`optax.add_noise`) is added outside too:
-    inside, all layers would get the same, and no check finds that.
+    A norm over all parameters belongs outside, as `clip_by_global_norm` above, where the norm of a
+    stack is that of its layers; inside it is refused. Noise (`optax.add_noise`) belongs outside
+    too: inside, all layers would get the same noise, and no check finds that.
 
     Each device updates its own layers, and the program does not grow with their number. The state
-    has the layers' dim where the parameters have it, and `dpj.shardings` lays it as the parameters.
-    A state too large for one device is made by `jax.jit(tx.init, out_shardings=...)`.
+    has the layers' dim where the parameters have it, and `dpj.shardings` shards it as the
+    parameters. For a state too large for one device call `jax.jit(tx.init, out_shardings=...)`.
 
     Args:
       tx: The transformation. Its masks and labels, functions or trees, are for one layer.
       blocks: The key or attribute under which the layers are stacked, as for `dpj.shardings`. With
-        `Model.layout` the stacks of all kinds stand there, each with its own number of layers.
+        `Model.layout` the stacks of all kinds are there, each with its own number of layers.
 
     Returns:
       The transformation for stacked layers. An extra argument of its `update` may hold trees like
-      the parameters, which are stacked too; all else reaches `tx` as it is.
+      the parameters, which are stacked too; all other values reach `tx` unchanged.
 
     Raises:
-      ValueError: By `init` and `update`, if no parameter stands under `blocks`, if one there is a
+      ValueError: By `init` and `update`, if no parameter is under `blocks`, if one there is a
         scalar, or if `tx` combines different parameters.
     """
     tx = optax.with_extra_args_support(tx)
@@ -95,21 +95,17 @@ def per_layer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _num_layers(params: PyTree, blocks: str) -> Params:
+def _num_layers(params: PyTree, blocks: str) -> NumLayers:
     """Finds the stacks among parameters, and the number of layers of each."""
     flat, _ = tree_flatten_with_path(params, is_leaf=_is_masked)
     # `optax.tree_map_params` calls `init` with a tree that has no leaves.
-    if flat and not any(blocks in _stacks.keys_of(path) for path, _ in flat):
+    if flat and not any(blocks in keys_of(path) for path, _ in flat):
         raise_all(
-            f"blocks: must be a key or attribute of the parameters, the one under which their "
-            f"layers are stacked; {blocks!r} is none",
+            f"blocks={blocks!r}: must be the key or attribute of the parameters under which the "
+            "layers are stacked",
             (f"params{keystr(path)} is {show(leaf)}" for path, leaf in flat),
         )
-    found = [
-        (path, leaf, _stacks.is_stacked(path, blocks))
-        for path, leaf in flat
-        if not _is_masked(leaf)
-    ]
+    found = [(path, leaf, is_stacked(path, blocks)) for path, leaf in flat if not _is_masked(leaf)]
     raise_all(
         "params: every leaf under blocks must have the layers as its leading dim",
         (
@@ -119,7 +115,7 @@ def _num_layers(params: PyTree, blocks: str) -> Params:
         ),
     )
     return {
-        tuple(_stacks.keys_of(path)): np.shape(leaf)[0] if is_stack else None
+        tuple(keys_of(path)): np.shape(leaf)[0] if is_stack else None
         for path, leaf, is_stack in found
     }
 
@@ -128,10 +124,10 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _over_layers(function: Callable[[Any], PyTree], trees: PyTree, num_layers: Params) -> PyTree:
+def _over_layers(function: Callable[[Any], PyTree], trees: PyTree, num_layers: NumLayers) -> PyTree:
     """Calls a function of one layer's trees, vmapped over the layers' dim of all stacks.
 
-    Stacks of different lengths, those of different kinds, have vmapped dims of their own.
+    Stacks of different lengths, which are of different kinds, are vmapped one after the other.
     """
     lengths = {length for length in num_layers.values() if length is not None}
     if not lengths:
@@ -139,15 +135,15 @@ def _over_layers(function: Callable[[Any], PyTree], trees: PyTree, num_layers: P
     flat, structure = tree_flatten_with_path(trees)
     leaves = [leaf for _, leaf in flat]
     found = [_stack_of(path, num_layers) if is_array(leaf) else None for path, leaf in flat]
-    places = {place: stack for place, stack in enumerate(found) if stack is not None}
+    stack_at = {index: stack for index, stack in enumerate(found) if stack is not None}
 
     def of_layer(of_stacks: Sequence[Any]) -> PyTree:
-        here = dict(zip(places, of_stacks, strict=True))
+        replaced = dict(zip(stack_at, of_stacks, strict=True))
         return function(
-            jax.tree.unflatten(structure, [here.get(i, leaf) for i, leaf in enumerate(leaves)])
+            jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
         )
 
-    stacked, stacks = [leaves[place] for place in places], [*places.values()]
+    stacked, stacks = [leaves[index] for index in stack_at], [*stack_at.values()]
     out = jax.eval_shape(of_layer, [_layer_of(leaf) for leaf in stacked])
     flat_out, structure_out = tree_flatten_with_path(out)
     stacks_out = [_stack_of(path, num_layers) for path, _ in flat_out]
@@ -159,13 +155,13 @@ def _over_layers(function: Callable[[Any], PyTree], trees: PyTree, num_layers: P
     return jax.tree.unflatten(structure_out, mapped(stacked))
 
 
-def _stack_of(path: Sequence[Any], num_layers: Params) -> Stack | None:
-    """Finds the stack that a leaf belongs to, in any tree: its keys stand in the leaf's path.
+def _stack_of(path: Sequence[Any], num_layers: NumLayers) -> Stack | None:
+    """Finds the stack of a leaf in any tree: the leaf's path contains the keys of the stack.
 
-    The keys of several parameters may stand there, such as `ends, tower, blocks, kernel` and
-    `blocks, kernel`: the most keys count, or the last ones, behind labels of `optax.partition`.
+    It may contain the keys of several parameters, such as `ends, tower, blocks, kernel` and
+    `blocks, kernel`: the longest ones count, or the last ones, after labels of `optax.partition`.
     """
-    keys = tuple(_stacks.keys_of(path))
+    keys = tuple(keys_of(path))
     parts = (keys[i:j] for j in range(len(keys), 0, -1) for i in range(j))
     param = max((part for part in parts if part in num_layers), key=len, default=None)
     return None if param is None or num_layers[param] is None else param
@@ -187,9 +183,9 @@ def _vmapped(
     stacks: Sequence[Stack],
     stacks_out: Sequence[Stack | None],
 ) -> Callable[[Sequence[Any]], list[Any]]:
-    """Vmaps a function once for each of `levels`, over the leading dims of the stacks in it.
+    """Vmaps a function once for each of `levels`, over the leading dims of the level's stacks.
 
-    Results are a list of leaves. Those that belong to no stack of a level must not have its dim.
+    Results are a list of leaves. A result of a stack that is not in a level must not have its dim.
     """
 
     def mapped(of_stacks: Sequence[Any]) -> list[Any]:
@@ -197,7 +193,7 @@ def _vmapped(
 
     for level in levels:
         in_axes, out_axes = (
-            [0 if stack in level else None for stack in each] for each in (stacks, stacks_out)
+            [0 if stack in level else None for stack in own] for own in (stacks, stacks_out)
         )
         mapped = jax.vmap(mapped, in_axes=(in_axes,), out_axes=out_axes)
     return mapped
@@ -211,8 +207,8 @@ def _refuse_combining(
 ) -> None:
     """Refuses a function if a result for one stack, or for none, depends on another stack.
 
-    In a trace each stack is vmapped over half of a few dims, no two over the same half: if a result
-    depends on another stack, JAX finds a dim that it must not have.
+    In a trace each stack is vmapped over half of a few dims, no two stacks over the same half: if a
+    result depends on another stack, JAX finds a dim that the result must not have.
     """
     names = list(dict.fromkeys(stacks))
     num_dims = next(n for n in count(2) if comb(n, n // 2) >= len(names))
@@ -224,14 +220,14 @@ def _refuse_combining(
         jax.eval_shape(_vmapped(of_layer, levels, stacks, stacks_out), types)
     except ValueError as error:
         raise ValueError(
-            "tx: must transform each parameter by itself, but it combines several, as "
+            "tx: must transform each parameter separately, but it combines several, as "
             "clip_by_global_norm and apply_if_finite do; apply these outside of per_layer: "
             "optax.chain(optax.clip_by_global_norm(1.0), per_layer(optax.adamw(1e-3)))"
         ) from error
 
 
-def _sharded_alike(old: PyTree, new: PyTree, num_layers: Params) -> PyTree:
-    """Lays stacks of a new state as those of the old one, where a program is compiled.
+def _sharded_alike(old: PyTree, new: PyTree, num_layers: NumLayers) -> PyTree:
+    """Shards stacks of a new state as those of the old one, where a program is compiled.
 
     XLA would replicate a value that is the same for all layers, such as the zeros in place of the
     moments that Adafactor does not keep, and the next call would compile the program again.

@@ -547,7 +547,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "block changes the structure": (
         {"model": model(block=lambda p, x, c: {"x": x})},
         ValueError,
-        ["model.block", "structure of x", "PyTreeDef(*)", "{'x': *}", "return x as it came"],
+        ["model.block", "structure of x", "PyTreeDef(*)", "{'x': *}", "return x as it was given"],
     ),
     "block returns nothing": (
         {"model": model(block=constant(None))},
@@ -565,8 +565,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         ValueError,
         [
             "model.block",
-            "x['a'] comes as float64[2,4] and leaves as float64[1,4]",
-            "x['b'] comes as float64[2] and leaves as bfloat16[2]",
+            "x['a'] is given as float64[2,4] and returned as float64[1,4]",
+            "x['b'] is given as float64[2] and returned as bfloat16[2]",
             "cast or reshape",
         ],
     ),
@@ -800,7 +800,7 @@ def test_rows_over_an_axis_that_is_not_named_are_refused(mesh_types):
     is_explicit = mesh_types is jax.sharding.AxisType.Explicit
     for make in (dpj.value_and_grad, dpj.evaluate):
         forgets, names_it = make(MODEL, **options), make(MODEL, **options, batch_axes="data")
-        message = r"batch: its rows lie .*\n.*over 'data': batch_axes=\('data',\)"
+        message = r"batch: its rows are sharded .*\n.*over 'data': batch_axes=\('data',\)"
         with pytest.raises(ValueError, match=message):
             forgets(PARAMS, batch)
         with jax.set_mesh(mesh):

@@ -17,7 +17,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._api import build
-from dualpipe_jax._api.sequential import sequential as _sequential
+from dualpipe_jax._api import sequential as _sequential
 from dualpipe_jax._executor import Step
 from dualpipe_jax._model.kinds import blocks_of
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model
@@ -426,7 +426,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, Any, list[str]]] = {
         {"block": {**blocks_of(MODEL), "moe": lambda params, x, ctx: x[:1]}},
         PARAMS["blocks"],
         ValueError,
-        ["model.block['moe']: changes the shape", "return x as it came"],
+        ["model.block['moe']: changes the shape", "return x as it was given"],
     ),
 }
 

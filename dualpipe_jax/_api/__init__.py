@@ -1,1 +1,1 @@
-"""What a user calls: checks of what was given, and the step that it asks for."""
+"""The functions that a user calls: they check their arguments, and build steps."""

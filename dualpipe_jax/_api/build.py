@@ -1,6 +1,6 @@
-"""Builds steps: from what the user named, and the arguments of a call, to the step to be run.
+"""Builds steps: from a model, its options and the arguments of a call to the step that runs.
 
-In: axes, a program, a model and its options. Out: `Builder`, which gives the step for each call.
+In: mesh axes, a program, a model and its options. Out: `Builder`, which gives each call its step.
 """
 
 import math
@@ -11,19 +11,38 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax._api.programs import Forward, Training
+from dualpipe_jax._api.programs import Program
 from dualpipe_jax._executor import Step, context_mesh, platform_of
-from dualpipe_jax._model import checks, returns, semantics
-from dualpipe_jax._model import kinds as _kinds
-from dualpipe_jax._model.kinds import Kind
-from dualpipe_jax._model.types import Aux, AxisNames, Context, Mesh, Model, PyTree
-from dualpipe_jax._schedule import stage_sizes
+from dualpipe_jax._model import call_checks, checks, semantics
+from dualpipe_jax._model.kinds import Kind, block_name, blocks_of
+from dualpipe_jax._model.returns import require_same_x
+from dualpipe_jax._model.types import (
+    Aux,
+    AxisNames,
+    Batch,
+    Block,
+    Context,
+    Mesh,
+    Model,
+    Params,
+    PyTree,
+    Remat,
+)
 from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.stage_sizes import require_sum, spread_evenly
+from dualpipe_jax._scopes import of_placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The axes of the mesh, and what each is for."""
+    """Names the axes of the mesh by their use.
+
+    Attributes:
+      mesh: The mesh.
+      axis: The pipeline axis.
+      batch_axes: The axes that shard the batch.
+      manual_axes: The axes of the model's own collectives.
+    """
 
     mesh: Mesh
     axis: str
@@ -32,11 +51,11 @@ class Axes:
 
     @property
     def num_shards(self) -> int:
-        """Shards of the batch."""
+        """The shards of the batch."""
         return math.prod(self.mesh.shape[name] for name in self.batch_axes)
 
 
-def checked(
+def check_axes(
     model: Model,
     *,
     mesh: Mesh,
@@ -45,7 +64,7 @@ def checked(
     batch_axes: AxisNames,
     manual_axes: AxisNames,
 ) -> Axes:
-    """Checks what steps of all kinds are given, and makes the axes of it.
+    """Checks the arguments that steps of all kinds have in common, and returns their axes.
 
     Raises:
       ValueError: If an argument has a bad value.
@@ -64,10 +83,10 @@ def checked(
 
 
 class Builder:
-    """Checks the arguments of a call and gives the step for them.
+    """Checks the arguments of a call and gives its step.
 
-    Called outside of any jit the step is jitted, once for each number of layers: as with `jax.jit`,
-    what the model's functions read besides their arguments is read at the first call.
+    Outside of any jit the step is jitted, once for each number of layers: as with `jax.jit`, values
+    that the model's functions read besides their arguments are read at the first call.
     """
 
     def __init__(
@@ -75,7 +94,7 @@ class Builder:
         model: Model,
         *,
         axes: Axes,
-        program: Training | Forward,
+        program: Program,
         layers_per_stage: tuple[int, ...] | None = None,
         **options: Any,
     ):
@@ -84,85 +103,107 @@ class Builder:
         self._step = partial(
             Step, model=model, layers_per_stage=layers_per_stage, **vars(axes), **options
         )
-        self._steps: dict[tuple[int, Execution], Callable[..., Any]] = {}
+        self._jitted_steps: dict[tuple[int, Execution], Callable[..., Any]] = {}
 
-    @property
-    def _mesh(self) -> Mesh:
-        return context_mesh(like=self._axes.mesh) or self._axes.mesh
-
-    def __call__(self, params: PyTree, batch: PyTree, rng: Any) -> Callable[..., Any]:
-        """Gives the step, jitted outside of any jit."""
-        checks.can_be_jitted()
-        checks.on_devices_of(self._mesh, params=params, batch=batch)
+    def __call__(self, params: Params, batch: Batch, rng: jax.Array | None) -> Callable[..., Any]:
+        """Gives the step; outside of any jit, a jitted one."""
+        call_checks.can_be_jitted()
+        call_checks.on_devices_of(self._mesh, params=params, batch=batch)
         step = self.traced(params, batch, rng)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
-            # Inside the user's jit: traced as part of it, as often as it is.
+            # The user's jit traces the step as part of its program.
             return step
-        return self._steps.setdefault((step.num_layers, step.execution), jax.jit(step))
+        return self._jitted_steps.setdefault((step.num_layers, step.execution), jax.jit(step))
 
-    def traced(self, params: PyTree, batch: PyTree, rng: Any) -> Step:
-        """Gives the step, to be traced."""
+    def traced(self, params: Params, batch: Batch, rng: jax.Array | None) -> Step:
+        """Gives the step of these arguments, to be called under a trace.
+
+        The layers of `params` are divided into stages, the program is compiled for these stages,
+        and the step runs its tables.
+
+        Args:
+          params: The parameters, as for `value_and_grad`; arrays or avals.
+          batch: The batch, the same.
+          rng: A key, or None.
+
+        Raises:
+          ValueError: If the arguments do not fit the program, the mesh or one another.
+          TypeError: If a leaf is no array, or rng no key.
+        """
         axes, num_stages = self._axes, self._program.num_stages
         where = f" of the schedule over {axes.mesh.shape[axes.axis]} ranks"
-        num_layers = checks.num_layers(params, self._layout, num_stages=num_stages, where=where)
-        stage_sizes.require_sum(self._layers_per_stage, num_layers)
-        layers_of_stage = self._layers_per_stage or stage_sizes.spread_evenly(
-            num_layers, num_stages
+        num_layers = call_checks.num_layers(
+            params, self._layout, num_stages=num_stages, where=where
         )
-        execution = self._program.decided(layers_of_stage)
-        if execution.overlap == "two-tick" and platform_of(self._mesh) == "tpu":
-            raise ValueError(
-                'execution=Execution(overlap="two-tick"): must not be used on TPUs, where a '
-                "permute does not start until the rank that it sends to has come to it, so that "
-                "every rank would wait for its neighbours in every tick, and a step take up to 1.5 "
-                "times as long as its order needs, by simulation; leave overlap out, or pass False"
-            )
-        tables = self._program.tables(execution, layers_of_stage)
-        checks.key(rng)
-        checks.batch(
+        require_sum(self._layers_per_stage, num_layers)
+        layers_of_stage = self._layers_per_stage or spread_evenly(num_layers, num_stages)
+
+        compiled = self._program.compiled(layers_of_stage)
+        self._require_platform(compiled.execution)
+        call_checks.key(rng)
+        call_checks.batch(
             batch,
-            num_microbatches=tables.num_microbatches,
+            num_microbatches=compiled.tables.num_microbatches,
             num_shards=axes.num_shards,
             shards=", ".join(map(repr, axes.batch_axes)),
         )
-        checks.batch_axes_named(batch, **vars(axes))
-        step = self._step(num_layers=num_layers, tables=tables, execution=execution)
-        if execution.unroll is True and not step.stages.has_equal_stages:
+        call_checks.batch_axes_named(batch, **vars(axes))
+
+        step = self._step(
+            num_layers=num_layers, tables=compiled.tables, execution=compiled.execution
+        )
+        if compiled.execution.unroll is True and not step.stages.has_equal_stages:
             raise ValueError(
                 "execution=Execution(unroll=True): all stages must have the same kinds of layers "
                 f"in the same order, but {num_layers} layers are spread over {num_stages} unlike "
                 f"stages{where}; leave unroll out, or change the number of layers, "
                 "layers_per_stage or the layout"
             )
-        execution = replace(execution, unroll=step.stages.unrolled_by)
-        return replace(
-            step,
-            execution=execution,
-            placement=self._program.name_of(execution, layers_of_stage),
-        )
+        execution = replace(compiled.execution, unroll=step.stages.unrolled_by)
+        placement = ""
+        if compiled.costs is not None:
+            placement = of_placement(
+                tuple(vars(compiled.costs).values()),
+                layers_of_stage,
+                tuple(vars(execution).values()),
+            )
+        return replace(step, execution=execution, placement=placement)
+
+    @property
+    def _mesh(self) -> Mesh:
+        return context_mesh(like=self._axes.mesh) or self._axes.mesh
+
+    def _require_platform(self, execution: Execution) -> None:
+        """Refuses two-tick transfers on TPUs."""
+        if execution.overlap == "two-tick" and platform_of(self._mesh) == "tpu":
+            raise ValueError(
+                'execution=Execution(overlap="two-tick"): must not be used on TPUs, where a '
+                "permute does not start before the receiving rank has come to it, so that every "
+                "rank would wait for its neighbours in every tick, and a step would take up to 1.5 "
+                "times as long as its order needs, by simulation; leave overlap out, or pass False"
+            )
 
 
-def block_of(model: Model, remat: str | Callable[..., Any]) -> dict[Kind, Callable[..., Any]]:
-    """Gives each kind's block one form, `(params, x, ctx) -> (x, Aux)`."""
+def block_of(model: Model, remat: Remat) -> dict[Kind, Callable[..., tuple[PyTree, Aux]]]:
+    """Gives each kind's block in one form, `(params, x, ctx) -> (x, Aux)`, rematerialised."""
     return {
-        kind: _rematerialised(_of_one_form(model, kind), remat) for kind in _kinds.blocks_of(model)
+        kind: _rematerialised(_with_aux(model, kind, block), remat)
+        for kind, block in blocks_of(model).items()
     }
 
 
-def _of_one_form(model: Model, kind: Kind) -> Callable[..., Any]:
-    users_block = _kinds.blocks_of(model)[kind]
-
+def _with_aux(model: Model, kind: Kind, users_block: Block) -> Callable[..., tuple[PyTree, Aux]]:
     def block(params: PyTree, x: PyTree, ctx: Context) -> tuple[PyTree, Aux]:
         y, aux = semantics.block_outputs(model, users_block(params, x, ctx))
-        returns.require_same_x(x, y, name=_kinds.block_name(kind))
+        require_same_x(x, y, name=block_name(kind))
         return semantics.strong(y), aux
 
     return block
 
 
 def _rematerialised(
-    block: Callable[..., Any], remat: str | Callable[..., Any]
-) -> Callable[..., Any]:
+    block: Callable[..., tuple[PyTree, Aux]], remat: Remat
+) -> Callable[..., tuple[PyTree, Aux]]:
     if remat == "none":
         return block
     if remat == "block":
@@ -183,4 +224,19 @@ def _rematerialised(
     raise ValueError(
         f'remat={remat!r}: must be "none", "block" (True, or "full", elsewhere), or a policy of '
         "jax.checkpoint_policies"
+    )
+
+
+@jax.custom_jvp
+def without_derivative(tree: PyTree) -> PyTree:
+    """Returns arguments or results of a pipelined step unchanged, and refuses `jax.grad`."""
+    return tree
+
+
+@without_derivative.defjvp
+def _refuse_derivative(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "jax.grad of a pipelined step: dualpipe_jax.value_and_grad gives the gradient already, and "
+        "dualpipe_jax.evaluate is the forward alone; for jax.grad take "
+        "dualpipe_jax.sequential(model, num_microbatches=...)"
     )

@@ -1,20 +1,28 @@
-"""`choose`: a model's shapes -> the schedules in order of the predicted step, as memory allows."""
+"""`choose`: from a model's shapes to its schedules, ranked by predicted step time and memory."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
-from dualpipe_jax import schedules as _schedules
-from dualpipe_jax._api.build import Axes, checked
+from dualpipe_jax._api.build import Axes, check_axes
 from dualpipe_jax._api.shardings import shardings
 from dualpipe_jax._api.value_and_grad import value_and_grad
 from dualpipe_jax._errors import raise_all, show
 from dualpipe_jax._executor import Step, Work
-from dualpipe_jax._model.types import AxisNames, Mesh, Model, PyTree
+from dualpipe_jax._model.types import (
+    AxisNames,
+    Batch,
+    Mesh,
+    Model,
+    Params,
+    ParamsMask,
+    PyTree,
+    Remat,
+)
 from dualpipe_jax._predict import (
     FULL_BACKWARD,
     HEADROOM,
@@ -30,26 +38,42 @@ from dualpipe_jax._predict import (
 from dualpipe_jax._predict.costs import as_number
 from dualpipe_jax._predict.memory import format_bytes, parse_bytes
 from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax.schedules import Schedule, make, names
 
 _REMATS = ("none", "block")
 
 
-class Choices(tuple[Choice, ...]):
-    """Choices in order: those that fit, the fastest first; then tight ones; then all others.
+class Optimizer(Protocol):
+    """An optax transformation, of which `init` alone is used."""
 
-    `print` shows them, with the memory of the first one and the call that makes it. `left_out` says
-    which schedules cannot run, by name, and why.
+    @property
+    def init(self) -> Callable[[Params], PyTree]:
+        """Makes the state for parameters."""
+        ...
+
+
+class Choices(tuple[Choice, ...]):
+    """Holds choices in order: those that fit, the fastest first; then tight ones; then all others.
+
+    `print` shows them, with the memory of the first one and the call that makes it.
+
+    Attributes:
+      left_out: The schedules that cannot run, by name, and the reasons.
     """
 
     left_out: dict[str, str]
 
     def __str__(self) -> str:
         """Shows a row for each choice."""
+        return "\n".join((*self._table(), "", *self._first()))
+
+    def _table(self) -> list[str]:
+        """Writes the heading, a row for each choice, and the schedules that cannot run."""
         best = self[0].simulation.makespan
-        head = ("", "schedule", "remat", "step", "", "idle", "memory", "execution", "why")
+        heading = ("", "schedule", "remat", "step", "", "idle", "memory", "execution", "why")
         rows = [
             (
-                str(place) if choice.fits else "tight" if choice.is_tight else "-",
+                str(rank) if choice.fits else "tight" if choice.is_tight else "-",
                 choice.schedule,
                 _show_remat(choice.remat),
                 f"{choice.simulation.makespan:.4g}",
@@ -59,16 +83,20 @@ class Choices(tuple[Choice, ...]):
                 str(choice.execution),
                 choice.why,
             )
-            for place, choice in enumerate(self, start=1)
+            for rank, choice in enumerate(self, start=1)
         ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
         lines = [
             "  ".join(
                 cell.ljust(width) if index in (0, 1, 2, 7, 8) else cell.rjust(width)
                 for index, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
-            for row in (head, *rows)
+            for row in (heading, *rows)
         ]
+        return [*lines, *(f"left out: {name}: {why}" for name, why in self.left_out.items())]
+
+    def _first(self) -> list[str]:
+        """Writes the memory of the first choice, and the call that makes it."""
         width = max(len(term.name) for term in self[0].terms)
         terms = [
             f"  {term.name:{width}}  {format_bytes(term.num_bytes):>8}  {term.why}".rstrip()
@@ -80,46 +108,35 @@ class Choices(tuple[Choice, ...]):
         )
         number = self[0].simulation.num_microbatches
         call = ", ".join(("model", "mesh=mesh", f"num_microbatches={number}", *arguments))
-        left_out = [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
-        return "\n".join(
-            (
-                *lines,
-                *left_out,
-                "",
-                "memory of the first:",
-                *terms,
-                "",
-                f"dpj.value_and_grad({call})",
-            )
-        )
+        return ["memory of the first:", *terms, "", f"dpj.value_and_grad({call})"]
 
 
 def choose(
     model: Model,
-    params: PyTree,
-    batch: PyTree,
+    params: Params,
+    batch: Batch,
     *,
     mesh: Mesh,
     num_microbatches: int,
     memory: float | str = math.inf,
     headroom: float = HEADROOM,
-    optimizer: Any = None,
-    schedules: str | _schedules.Schedule | Iterable[str | _schedules.Schedule] | None = None,
-    remat: Sequence[Any] = _REMATS,
+    optimizer: Optimizer | None = None,
+    schedules: str | Schedule | Iterable[str | Schedule] | None = None,
+    remat: Remat | Sequence[Remat] = _REMATS,
     costs: Costs | None = None,
     axis: str = "pipe",
     batch_axes: AxisNames = (),
     manual_axes: AxisNames = (),
     param_specs: PyTree = None,
     layers_per_stage: Sequence[int] | None = None,
-    trainable: Any = True,
-    rng: Any = None,
+    trainable: ParamsMask = True,
+    rng: jax.Array | None = None,
 ) -> Choices:
-    """Ranks schedules for a model by the predicted step, within a memory limit; nothing runs.
+    """Ranks schedules for a model by the predicted time of a step, within a memory limit.
 
-    The time of a step is replayed from the schedule's tables, as by `simulate`, with a transfer of
-    a tenth of the forward. The memory is that of `value_and_grad(...).memory(...)`, with the
-    parameters, the batch and the optimizer's state as they lie on a device.
+    Nothing runs. The time of a step is simulated from the schedule's tables, as by `simulate`; a
+    transfer takes a tenth of the forward. The memory is that of `value_and_grad(...).memory(...)`,
+    with a device's shards of the parameters, the batch and the optimizer's state.
 
     >>> import jax, jax.numpy as jnp, dualpipe_jax as dpj
     >>> model = dpj.Model(
@@ -139,16 +156,16 @@ def choose(
     Args:
       model: The model.
       params: Its parameters: arrays, or `jax.ShapeDtypeStruct`s.
-      batch: A batch, the same.
+      batch: A batch: arrays, or `jax.ShapeDtypeStruct`s, `[B, ...]`.
       mesh: As for `value_and_grad`; an AbstractMesh will do.
       num_microbatches: As there.
-      memory: Bytes of a device, or a text such as `"80GiB"`.
-      headroom: The share of it that is left to the compiler's own temporaries.
-      optimizer: An optax transformation, whose state counts as it lies by `shardings`.
+      memory: The bytes of a device, or a text such as `"80GiB"`.
+      headroom: The share of the memory that is left to the compiler's own temporaries, from 0 to 1.
+      optimizer: An optax transformation, whose state counts as sharded by `shardings`.
       schedules: A name or a Schedule, or several; None for all names.
-      remat: What to try as `value_and_grad(remat=)`.
-      costs: How long actions take, with a single remat; None for the FLOPs of the model's
-        contractions, in those of the forward of a rank's layers.
+      remat: The values to try as `value_and_grad(remat=)`.
+      costs: The durations of actions, with a single remat; None counts the FLOPs of the model's
+        contractions, with the forward of a rank's layers as the unit.
       axis: As for `value_and_grad`.
       batch_axes: As there.
       manual_axes: As there.
@@ -158,22 +175,23 @@ def choose(
       rng: A key, if the model draws random numbers.
 
     Returns:
-      Choices in order. Each has `simulation` (the predicted step is its `makespan`), `terms` of
-      memory that add up to `num_bytes`, `fits`, `why`, and the `arguments` to pass on.
+      Choices in order. Each has `simulation` (the predicted time of a step is its `makespan`),
+      `terms` of memory that add up to `num_bytes`, `fits`, `why`, and `arguments` for
+      `value_and_grad`.
 
     Raises:
       ValueError: If an argument has a bad value, or no schedule can run.
-      TypeError: If it has a wrong type.
+      TypeError: If an argument has a wrong type.
     """
     limit = _bytes_of(memory)
     if not 0 <= as_number("headroom", headroom) < 1:
         raise ValueError(f"headroom={headroom!r}: must be a share, at least 0 and less than 1")
-    remats = _listed("remat", remat, 'of "none", "block" and policies')
-    named = _schedules.names() if schedules is None else schedules
-    named = _listed("schedules", named, "of names and Schedules, or None")
+    remats = _as_tuple("remat", remat, 'of "none", "block" and policies')
+    chosen = names() if schedules is None else schedules
+    chosen = _as_tuple("schedules", chosen, "of names and Schedules, or None")
     raise_all(
         "schedules: must be names, or Schedules",
-        (show(each) for each in named if not isinstance(each, str | _schedules.Schedule)),
+        (show(value) for value in chosen if not isinstance(value, str | Schedule)),
         error=TypeError,
     )
     if not isinstance(costs, Costs | None):
@@ -183,8 +201,8 @@ def choose(
             f"optimizer={repr(optimizer)[:80]}: must be an optax transformation, or None"
         )
     if costs is not None and len(remats) != 1:
-        raise ValueError(f"costs: must come with the one remat that they are of, not {remat!r}")
-    axes = checked(
+        raise ValueError(f"costs: must come with the one remat that they hold for, not {remat!r}")
+    axes = check_axes(
         model,
         mesh=mesh,
         num_microbatches=num_microbatches,
@@ -207,19 +225,18 @@ def choose(
     )
     choices: list[Choice] = []
     refusals: dict[str, ValueError] = {}
-    for each in remats:
-        found = given.choices(
-            named,
-            remat=each,
+    for one_remat in remats:
+        choices += given.choices(
+            chosen,
+            remat=one_remat,
             costs=costs,
             optimizer=optimizer,
             limit=limit,
             headroom=headroom,
             refusals=refusals,
         )
-        choices += found
     if not choices:
-        raise next(iter(refusals.values()), ValueError("schedules=(): must name one at least"))
+        raise next(iter(refusals.values()), ValueError("schedules=(): must name at least one"))
     ordered = Choices(in_order(choices))
     ordered.left_out = {name: " ".join(str(e).split()) for name, e in refusals.items()}
     return ordered
@@ -227,38 +244,38 @@ def choose(
 
 @dataclass(frozen=True, kw_only=True)
 class _Given:
-    """All that the steps which are compared have in common."""
+    """Holds the arguments that all compared steps have in common."""
 
     model: Model
-    params: PyTree
-    batch: PyTree
-    rng: Any
+    params: Params
+    batch: Batch
+    rng: jax.Array | None
     num_microbatches: int
     axes: Axes
     options: dict[str, Any]
 
     def choices(
         self,
-        schedules: Sequence[str | _schedules.Schedule],
+        schedules: Sequence[str | Schedule],
         *,
-        remat: Any,
+        remat: Remat,
         costs: Costs | None,
-        optimizer: Any,
+        optimizer: Optimizer | None,
         limit: float,
         headroom: float,
         refusals: dict[str, ValueError],
     ) -> list[Choice]:
-        """Looks at schedules with a remat; those that cannot run go to `refusals`."""
+        """Predicts the steps of schedules with a remat; `refusals` gets those that cannot run."""
         recomputes, traces = remat != "none", {}
         outside, choices = self.terms_outside(optimizer), []
 
         def terms_of(step: Step) -> tuple[MemoryTerm, ...]:
-            report = self._look(step.memory, traces)
+            report = self._on_avals(step.memory, traces)
             return (*outside, *(MemoryTerm(t.name, t.num_bytes, t.count) for t in report.fullest))
 
-        for each in schedules:
+        for named in schedules:
             try:
-                schedule = self.schedule(each)
+                schedule = self.schedule(named)
                 step_of = partial(self.step, schedule=schedule, remat=remat)
                 step = step_of()
                 if costs is None:
@@ -280,39 +297,37 @@ class _Given:
                     headroom=headroom,
                 )
             except ValueError as error:
-                refusals[each if isinstance(each, str) else each.name] = error
+                refusals[named if isinstance(named, str) else named.name] = error
         return choices
 
-    def schedule(self, schedule: str | _schedules.Schedule) -> _schedules.Schedule:
-        """Makes a schedule of a name."""
+    def schedule(self, schedule: str | Schedule) -> Schedule:
+        """Makes a named schedule."""
         if not isinstance(schedule, str):
             return schedule
         num_ranks = self.axes.mesh.shape[self.axes.axis]
-        return _schedules.make(
-            schedule, num_ranks=num_ranks, num_microbatches=self.num_microbatches
-        )
+        return make(schedule, num_ranks=num_ranks, num_microbatches=self.num_microbatches)
 
-    def step(self, **more: Any) -> Step:
+    def step(self, **more_options: Any) -> Step:
         """Makes a step, and checks its arguments."""
-        options = {**vars(self.axes), **self.options, **more}
+        options = {**vars(self.axes), **self.options, **more_options}
         grad_fn = value_and_grad(self.model, num_microbatches=self.num_microbatches, **options)
-        return self._look(grad_fn.build.traced)
+        return self._on_avals(grad_fn.build.traced)
 
-    def _look(self, function: Callable[..., Any], *more: Any) -> Any:
-        """Calls a function with the shapes of the arguments, as they lie."""
-        found = []
+    def _on_avals(self, function: Callable[..., Any], *more: Any) -> Any:
+        """Calls a function with tracers of params, batch and rng, which keep their shardings."""
+        results = []
 
-        def look(params: PyTree, batch: PyTree, rng: Any) -> None:
-            found.append(function(params, batch, rng, *more))
+        def run(params: Params, batch: Batch, rng: Any) -> None:
+            results.append(function(params, batch, rng, *more))
 
-        jax.eval_shape(look, self.params, self.batch, self.rng)
-        return found[0]
+        jax.eval_shape(run, self.params, self.batch, self.rng)
+        return results[0]
 
     def costs(self, step: Step, traces: dict[bool, Any], *, recomputes: bool) -> Costs:
-        """Counts FLOPs, in those of the forward of a rank's layers."""
-        work: Work = self._look(step.work, traces, recomputes)
+        """Counts FLOPs; the unit is the forward of a rank's layers."""
+        work: Work = self._on_avals(step.work, traces, recomputes)
         if not work.forward:
-            return usual_costs(recomputes=recomputes)  # of a model without contractions
+            return usual_costs(recomputes=recomputes)  # the model has no contractions
         num_ranks = self.axes.mesh.shape[self.axes.axis]
         input_grad, weight_grad = work.input_grad / work.forward, work.weight_grad / work.forward
         return Costs.with_whole_ends(
@@ -325,19 +340,21 @@ class _Given:
             full_backward=FULL_BACKWARD * (input_grad + weight_grad),
         )
 
-    def terms_outside(self, optimizer: Any) -> tuple[MemoryTerm, ...]:
-        """Lists the arguments of a training step, as they lie on a device."""
-        laid = {
+    def terms_outside(self, optimizer: Optimizer | None) -> tuple[MemoryTerm, ...]:
+        """Lists the bytes of a device's shards of a training step's arguments."""
+        options = {
             "mesh": self.axes.mesh,
             "axis": self.axes.axis,
             "param_specs": self.options["param_specs"],
         }
 
         def num_bytes(tree: PyTree) -> int:
-            leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, **laid))
+            leaves = jax.tree.leaves(tree)
             return sum(
-                math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                for leaf, place in zip(leaves, places, strict=True)
+                math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf, sharding in zip(
+                    leaves, jax.tree.leaves(shardings(tree, **options)), strict=True
+                )
             )
 
         params, batch = jax.eval_shape(lambda *trees: trees, self.params, self.batch)
@@ -350,13 +367,13 @@ class _Given:
         return (*terms, MemoryTerm("batch", size / self.axes.num_shards, ""))
 
 
-def _show_remat(remat: Any) -> str:
+def _show_remat(remat: Remat) -> str:
     return remat if isinstance(remat, str) else getattr(remat, "__name__", "policy")
 
 
-def _listed(argument: str, value: Any, of: str) -> tuple[Any, ...]:
-    """Makes a tuple of one thing, or of several."""
-    if isinstance(value, str | _schedules.Schedule) or callable(value):
+def _as_tuple(argument: str, value: Any, of: str) -> tuple[Any, ...]:
+    """Makes a tuple of one value, or of several."""
+    if isinstance(value, str | Schedule) or callable(value):
         return (value,)
     if not isinstance(value, Iterable):
         raise TypeError(f"{argument}={repr(value)[:80]}: must be a sequence {of}")

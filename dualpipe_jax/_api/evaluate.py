@@ -1,14 +1,23 @@
-"""Forwards alone, from both ends: `evaluate` gives the loss, `apply` what comes out, row by row."""
+"""Forwards alone, from both ends: `evaluate` gives the loss, `apply` the outputs of every row."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from dualpipe_jax._api.build import Builder, block_of, checked
+from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import Forward
-from dualpipe_jax._model import returns, semantics
-from dualpipe_jax._model.types import AxisNames, Context, Mesh, Model, PyTree
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.types import (
+    AxisNames,
+    Batch,
+    Context,
+    Mesh,
+    Model,
+    Output,
+    Params,
+    PyTree,
+)
 from dualpipe_jax._schedule.stage_sizes import stage_sizes
 
 
@@ -25,14 +34,14 @@ def evaluate(
 ) -> Callable[..., Any]:
     """Makes the pipelined loss of a model, without gradients: forwards from both ends.
 
-    Arguments are those of `value_and_grad` with the same names; a rank has one stage of each
-    direction, in layers_per_stage as well.
+    Arguments are as for `value_and_grad`, by the same names. A rank has one stage of each
+    direction, so that layers_per_stage has a number for each rank.
 
     Returns:
-      `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or
-      `(loss, Metrics)` if blocks give metrics; equal to `sequential(model, num_microbatches=...)`.
-      It keeps no activations for a backward, so that `jax.grad` cannot go through it;
-      `value_and_grad` is for that.
+      `(params, batch, *, rng=None) -> loss`, a scalar of at least float32, or `(loss, metrics)`
+      with `model.has_aux`, or `(loss, Metrics)` if blocks return metrics; equal to
+      `sequential(model, num_microbatches=...)`. It keeps no activations for a backward, so that
+      `jax.grad` cannot differentiate it; `value_and_grad` gives gradients.
 
     Raises:
       ValueError: As `value_and_grad`.
@@ -49,10 +58,8 @@ def evaluate(
         layers_per_stage=layers_per_stage,
     )
 
-    def loss_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> Any:
-        params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)
-        step = build(params, batch, rng)
-        return step(returns.without_derivative(params), batch, rng)[0]
+    def loss_fn(params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Any:
+        return _run(build, params, batch, rng)
 
     return loss_fn
 
@@ -63,27 +70,27 @@ def apply(
     mesh: Mesh,
     num_microbatches: int,
     axis: str = "pipe",
-    output: Callable[..., PyTree] | None = None,
+    output: Output | None = None,
     batch_axes: AxisNames = (),
     manual_axes: AxisNames = (),
     param_specs: PyTree = None,
     layers_per_stage: Sequence[int] | None = None,
 ) -> Callable[..., PyTree]:
-    """Makes the pipelined forward of a model whose outputs are wanted: forwards from both ends.
+    """Makes the pipelined forward that returns a model's outputs, such as logits.
 
-    Head and weight of the model are not used, and all that blocks give beside x is left out. In the
-    place of head is `output`, `(ends, x, ctx) -> outputs`, with head's context: any pytree of
-    arrays whose leading dim is the microbatch's rows, such as logits. None is for x itself, as it
-    leaves the last block. All other arguments are those of `evaluate`. Over one of manual_axes that
-    is not one of batch_axes, all devices must come to the same outputs.
+    Head and weight of the model are not used, and the Aux of blocks is left out. `output`,
+    `(ends, x, ctx) -> outputs`, takes the place of head, with the same context: outputs are any
+    pytree of arrays whose leading dim is the microbatch's rows. None returns x, the output of the
+    last block. All other arguments are as for `evaluate`. On all devices of one of manual_axes that
+    is not one of batch_axes, the outputs must be the same.
 
     Returns:
       `(params, batch, *, rng=None) -> outputs`, each leaf `[B, ...]` in the order of the batch.
-      The leading dim leaves sharded over batch_axes and, if num_microbatches divides by the size of
-      `axis`, over `axis` too, so that no device ever holds more than its part of the outputs:
-      what the last stage makes travels on, round the ring of ranks, to where it stays. Otherwise it
-      is gathered over `axis` once, at the end. Nothing is kept for a backward, so that `jax.grad`
-      cannot go through it.
+      The leading dim is sharded over batch_axes and, if the size of `axis` divides
+      num_microbatches, over `axis` too, so that no device ever holds more than its shard of the
+      outputs: outputs of the last stage are sent round the ring of ranks, each to its rank.
+      Otherwise the outputs are gathered over `axis` once, at the end. Nothing is kept for a
+      backward, so that `jax.grad` cannot differentiate it.
 
     Raises:
       ValueError: As `value_and_grad`; from the function, when traced, if outputs do not have the
@@ -103,13 +110,11 @@ def apply(
         manual_axes=manual_axes,
         param_specs=param_specs,
         layers_per_stage=layers_per_stage,
-        output=_hidden if output is None else output,
+        output=_last_x if output is None else output,
     )
 
-    def apply_fn(params: PyTree, batch: PyTree, *, rng: jax.Array | None = None) -> PyTree:
-        params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)
-        step = build(params, batch, rng)
-        return step(returns.without_derivative(params), batch, rng)[0]
+    def apply_fn(params: Params, batch: Batch, *, rng: jax.Array | None = None) -> PyTree:
+        return _run(build, params, batch, rng)
 
     return apply_fn
 
@@ -120,10 +125,10 @@ def _builder(
     num_microbatches: int,
     param_specs: PyTree,
     layers_per_stage: Sequence[int] | None,
-    output: Callable[..., PyTree] | None = None,
-    **where: Any,
+    output: Output | None = None,
+    **axes_options: Any,
 ) -> Builder:
-    axes = checked(model, num_microbatches=num_microbatches, **where)
+    axes = check_axes(model, num_microbatches=num_microbatches, **axes_options)
     num_ranks = axes.mesh.shape[axes.axis]
     return Builder(
         model,
@@ -136,7 +141,13 @@ def _builder(
     )
 
 
-def _hidden(ends: PyTree, x: PyTree, ctx: Context) -> PyTree:
-    """Gives the hidden states, of what the last block made."""
+def _run(build: Builder, params: Params, batch: Batch, rng: jax.Array | None) -> Any:
+    params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)
+    step = build(params, batch, rng)
+    return step(without_derivative(params), batch, rng)[0]
+
+
+def _last_x(ends: PyTree, x: PyTree, ctx: Context) -> PyTree:
+    """Returns the output of the last block."""
     del ends, ctx
     return x

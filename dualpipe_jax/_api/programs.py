@@ -1,9 +1,12 @@
-"""What a step runs, and how: tables and execution for a number of layers, trained or forward."""
+"""Programs of a step: a schedule with backwards, or forwards alone, compiled for given stages.
+
+In: the number of layers of each stage. Out: `Compiled`, tables and the execution they are made for.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
-from dualpipe_jax import _scopes
 from dualpipe_jax._predict import TRANSFER, Costs, compile_for, decide
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution
@@ -13,17 +16,45 @@ from dualpipe_jax.schedules import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """Holds a compiled program.
+
+    Attributes:
+      tables: The tables, `[ticks, ranks]`.
+      execution: The execution, all of it decided but `unroll`.
+      costs: The costs by which actions were placed in ticks; None if none were needed.
+    """
+
+    tables: Tables
+    execution: Execution
+    costs: Costs | None
+
+
+class Program(Protocol):
+    """Compiles to tables, once the layers of each stage are known."""
+
+    @property
+    def num_stages(self) -> int:
+        """The stages of a direction."""
+        ...
+
+    def compiled(self, layers_of_stage: tuple[int, ...]) -> Compiled:
+        """Compiles for stages of so many layers, `num_stages` numbers."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
-    """A schedule whose actions are placed by their costs.
+    """A schedule whose actions are placed in ticks by their costs.
 
     Attributes:
       schedule: The schedule.
-      execution: What is given of how it becomes a program.
-      costs: How long actions take.
+      execution: The user's choices; the open ones are decided by simulation.
+      costs: The costs of actions.
       recomputes: Whether blocks are rematerialised.
 
     Raises:
-      ValueError: if the schedule cannot run, or not be aligned where that is asked for.
+      ValueError: If the schedule cannot run, or cannot be aligned although execution asks for it.
     """
 
     schedule: Schedule
@@ -40,33 +71,25 @@ class Training:
         """The stages of the schedule."""
         return self.schedule.num_stages
 
-    def decided(self, layers_of_stage: tuple[int, ...]) -> Execution:
-        """Decides what is left open of the execution, but `unroll`."""
-        return decide(
+    def compiled(self, layers_of_stage: tuple[int, ...]) -> Compiled:
+        """Decides the execution and compiles the schedule, as `simulate` does with these costs."""
+        transfer = TRANSFER * self.costs.forward
+        execution = decide(
             self.schedule,
             self.execution,
             costs=self.costs,
-            transfer=TRANSFER * self.costs.forward,
+            transfer=transfer,
             layers_of_stage=layers_of_stage,
             recomputes=self.recomputes,
         )
-
-    def tables(self, execution: Execution, layers_of_stage: tuple[int, ...]) -> Tables:
-        """Compiles the schedule, as `simulate` does with these costs."""
         tables, _ = compile_for(
             self.schedule,
             execution,
             costs=self.costs,
-            transfer=TRANSFER * self.costs.forward,
+            transfer=transfer,
             layers_of_stage=layers_of_stage,
         )
-        return tables
-
-    def name_of(self, execution: Execution, layers_of_stage: tuple[int, ...]) -> str:
-        """Names costs, stages and execution for who reads the compiled program."""
-        return _scopes.of_placement(
-            tuple(vars(self.costs).values()), layers_of_stage, tuple(vars(execution).values())
-        )
+        return Compiled(tables=tables, execution=execution, costs=self.costs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +109,16 @@ class Forward:
         """The stages of a direction."""
         return self.num_ranks
 
-    def decided(self, layers_of_stage: tuple[int, ...]) -> Execution:
-        """Gives that of a program without backwards."""
+    def compiled(self, layers_of_stage: tuple[int, ...]) -> Compiled:
+        """Compiles the forwards; the layers of stages make no difference."""
         del layers_of_stage
-        return Execution(overlap=False, split_backward=True, deferred="store")
+        return self._compiled
 
     @cached_property
-    def _tables(self) -> Tables:
+    def _compiled(self) -> Compiled:
         sizes = {"num_ranks": self.num_ranks, "num_microbatches": self.num_microbatches}
-        return compile_program(forward_only(**sizes)).tables
-
-    def tables(self, execution: Execution, layers_of_stage: tuple[int, ...]) -> Tables:
-        """Gives the tables, the same for all."""
-        del execution, layers_of_stage
-        return self._tables
-
-    def name_of(self, execution: Execution, layers_of_stage: tuple[int, ...]) -> str:
-        """Names nothing."""
-        del execution, layers_of_stage
-        return ""
+        return Compiled(
+            tables=compile_program(forward_only(**sizes)).tables,
+            execution=Execution(overlap=False, split_backward=True, deferred="store"),
+            costs=None,
+        )

@@ -1,4 +1,4 @@
-"""How parameters, and the state of an optimizer, lie over a mesh: as gradients leave a step."""
+"""Shardings of parameters, and of an optimizer's state: those of the gradients of a step."""
 
 import math
 import operator
@@ -8,27 +8,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from dualpipe_jax._errors import raise_all, show
 from dualpipe_jax._model import checks
-from dualpipe_jax._model import stacks as _stacks
-from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._model.kinds import PARTS, is_stacked, keys_of
+from dualpipe_jax._model.types import Mesh, PyTree
 
 
 def shardings(
     tree: PyTree,
     *,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh,
     axis: str = "pipe",
     param_specs: PyTree = None,
     blocks: str = "blocks",
 ) -> PyTree:
-    """Says how parameters lie over the mesh, or any state that holds trees like them.
+    """Gives the shardings of parameters, or of any state that holds trees like them.
 
-    So gradients leave `value_and_grad`, and so the updated state leaves a training step. A state
-    that lies otherwise when it comes in makes the second call of the step compile it again:
+    The gradients of `value_and_grad` have these shardings, and so has the updated state of a
+    training step. If the first state has others, the second call of the step is compiled again:
 
     >>> import jax, jax.numpy as jnp, optax, dualpipe_jax as dpj
     >>> mesh = jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2])
@@ -41,21 +41,23 @@ def shardings(
     Args:
       tree: Arrays or `jax.ShapeDtypeStruct`s: parameters, an optax state, a
         `flax.training.train_state.TrainState`, an `nnx.Module`, an `nnx.Optimizer`. A leaf under
-        a key or attribute `blocks` has the layers' dim first, unless they are those of a module
-        whose layers stand in a list.
+        a key or attribute `blocks` has the layers' dim first, unless a module holds its layers in
+        a list.
       mesh: The mesh.
       axis: The pipeline axis.
-      param_specs: As for `value_and_grad`, by `"ends"`, `"blocks"` and `"shared"` always. An
-        optimizer's state of a parameter lies as the parameter, in the dims that the axes divide.
-      blocks: The key or attribute under which the layers are stacked: of an NNX module that of the
-        stack.
+      param_specs: As for `value_and_grad`, with the keys `"ends"`, `"blocks"` and `"shared"` also
+        where `blocks` is another name. An optimizer's state of a parameter is sharded as the
+        parameter, in the dims that the axes divide.
+      blocks: The key or attribute under which the layers are stacked; in an NNX module the
+        attribute of the stack.
 
     Returns:
-      A tree of `jax.sharding.NamedSharding`s, as `jax.device_put` and `out_shardings=` take it:
-      the layers' dim over `axis` if the axis divides it, all else as param_specs says.
+      A tree of `jax.sharding.NamedSharding`s for `jax.device_put` or `out_shardings=`: the layers'
+      dim over `axis` if the axis divides it, all other dims by param_specs.
 
     Raises:
-      ValueError: If the mesh has no such axis, or param_specs names another one, or one twice.
+      ValueError: If the mesh has no such axis, or param_specs names an axis that the mesh does not
+        have, or one twice in a spec.
       TypeError: If param_specs holds anything but PartitionSpecs, or blocks is no name.
     """
     checks.mesh_axis(mesh, axis)
@@ -63,36 +65,36 @@ def shardings(
         raise TypeError(f"blocks={blocks!r}: must be a name")
     _require_specs(param_specs, mesh)
 
-    def sharding(keys: Sequence[Any], leaf: Any, *, is_stacked: bool) -> NamedSharding:
+    def sharding(keys: Sequence[Any], leaf: Any, *, has_layers: bool) -> NamedSharding:
         shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
         spec = _spec_of(param_specs, keys)
         entries = [_divided(mesh, entry, n) for entry, n in zip(spec, shape, strict=False)]
-        if is_stacked and shape:
+        if has_layers and shape:
             entries[:1] = [axis if shape[0] % mesh.shape[axis] == 0 else None]
         while entries and entries[-1] is None:
             entries.pop()
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     def in_parameters(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        keys = _stacks.keys_of(path)
-        return sharding(keys, leaf, is_stacked=keys[0] == "blocks")
+        keys = keys_of(path)
+        return sharding(keys, leaf, has_layers=keys[0] == "blocks")
 
     def elsewhere(path: Sequence[Any], leaf: Any) -> Any:
         if _is_parameters(leaf):
             return of_parameters(leaf)
-        # In a module, say, parts go by their names alone, and layers may stand in a list.
-        keys = _stacks.keys_of(path)
-        names = (*_stacks.PARTS, blocks)
+        # In a module, say, parts are known by their names alone, and layers may be in a list.
+        keys = keys_of(path)
+        names = (*PARTS, blocks)
         found = keys[next((n for n, key in enumerate(keys) if key in names), len(keys)) :]
         found[:1] = ["blocks" if key == blocks else key for key in found[:1]]
-        return sharding(found, leaf, is_stacked=_stacks.is_stacked(path, blocks))
+        return sharding(found, leaf, has_layers=is_stacked(path, blocks))
 
     def of_parameters(node: Mapping[str, Any]) -> PyTree:
         is_child = partial(operator.is_not, node)
         parts, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_child)
         inner = [any(map(_is_parameters, _leaves(part))) for _, part in parts]
         if any(inner):
-            # Its keys are labels, of groups of parameters say.
+            # Its keys are labels, of groups of parameters for example.
             return structure.unflatten([of_any(part) for _, part in parts])
         return jax.tree_util.tree_map_with_path(in_parameters, node)
 
@@ -110,8 +112,8 @@ def _leaves(tree: PyTree) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=_is_parameters)
 
 
-def _require_specs(param_specs: PyTree, mesh: Mesh | AbstractMesh) -> None:
-    """Requires a tree of PartitionSpecs, by parts, whose axes are the mesh's, each once in a spec.
+def _require_specs(param_specs: PyTree, mesh: Mesh) -> None:
+    """Requires a tree of PartitionSpecs of the mesh's axes, each once in a spec.
 
     Raises:
       ValueError: If it names other parts or axes, or one twice.
@@ -123,11 +125,11 @@ def _require_specs(param_specs: PyTree, mesh: Mesh | AbstractMesh) -> None:
         parts = param_specs
     else:
         raise TypeError(
-            f"param_specs: must be a dict by the parts of params; got {show(param_specs)}"
+            f"param_specs: must be a dict with the keys of params; got {show(param_specs)}"
         )
     raise_all(
-        f"param_specs: must be by {', '.join(map(repr, _stacks.PARTS))}",
-        (repr(key) for key in parts if key not in _stacks.PARTS),
+        f"param_specs: must have keys among {', '.join(map(repr, PARTS))}",
+        (repr(key) for key in parts if key not in PARTS),
     )
     leaves = jax.tree_util.tree_leaves_with_path(
         param_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
@@ -142,29 +144,29 @@ def _require_specs(param_specs: PyTree, mesh: Mesh | AbstractMesh) -> None:
         f"param_specs: must name axes of the mesh, which has {tuple(mesh.shape)}, each once",
         (
             f"{keystr(path)} names {name!r}" + " twice" * (name in mesh.shape)
-            for path, each in names
-            for name in dict.fromkeys(each)
-            if name not in mesh.shape or each.count(name) > 1
+            for path, axes in names
+            for name in dict.fromkeys(axes)
+            if name not in mesh.shape or axes.count(name) > 1
         ),
     )
 
 
 def _is_spec(leaf: Any) -> bool:
-    """Whether it is a PartitionSpec of names, tuples of names, and None."""
+    """Whether a leaf is a PartitionSpec of names, tuples of names, and None."""
     if not isinstance(leaf, PartitionSpec):
         return False
     return all(entry is None or all(isinstance(n, str) for n in _names(entry)) for entry in leaf)
 
 
 def _names(entry: Any) -> tuple[Any, ...]:
-    """The axes that an entry of a spec names."""
+    """Lists the axes that an entry of a spec names."""
     if entry is None:
         return ()
     return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
 
 
 def _spec_of(specs: PyTree, keys: Sequence[Any]) -> PartitionSpec:
-    """Finds the spec of the branch of parameters in which a leaf stands; empty if there is none."""
+    """Finds the spec of the branch of parameters that holds a leaf; an empty one if none does."""
     node = specs if keys else None
     for key in keys:
         if node is None or isinstance(node, PartitionSpec):
@@ -176,7 +178,7 @@ def _spec_of(specs: PyTree, keys: Sequence[Any]) -> PartitionSpec:
     return node if isinstance(node, PartitionSpec) else PartitionSpec()
 
 
-def _divided(mesh: Mesh | AbstractMesh, entry: Any, size: int) -> Any:
-    """An entry of a spec for a dim of a size; None where the axes do not divide it."""
+def _divided(mesh: Mesh, entry: Any, size: int) -> Any:
+    """Gives an entry of a spec for a dim of a size; None where the axes do not divide it."""
     parts = math.prod(mesh.shape[name] for name in _names(entry))
     return entry if entry is not None and size % parts == 0 else None

@@ -1,25 +1,33 @@
-"""Gradients: validate what the user gave, compile the schedule, build the step."""
+"""Gradients: `value_and_grad` checks its arguments, and makes a program, a builder, a function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from dualpipe_jax import _scopes
-from dualpipe_jax import schedules as _schedules
-from dualpipe_jax._api.build import Builder, block_of, checked
+from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import Training
-from dualpipe_jax._api.sequential import sequential as sequential
 from dualpipe_jax._executor import MemoryReport
-from dualpipe_jax._model import checks, semantics
-from dualpipe_jax._model import returns as _outputs
-from dualpipe_jax._model.types import AxisNames, Mesh, Model, PyTree
+from dualpipe_jax._model import call_checks, semantics
+from dualpipe_jax._model.types import (
+    AxisNames,
+    Batch,
+    Mesh,
+    Model,
+    Params,
+    ParamsMask,
+    PyTree,
+    Remat,
+)
 from dualpipe_jax._predict import Costs, usual_costs
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.stage_sizes import stage_sizes
+from dualpipe_jax._scopes import of_schedule
+from dualpipe_jax.schedules import Schedule, make, names
 
 
 def value_and_grad(
@@ -32,12 +40,12 @@ def value_and_grad(
     manual_axes: AxisNames = (),
     param_specs: PyTree = None,
     grad_specs: PyTree = None,
-    schedule: str | _schedules.Schedule = "dualpipe",
+    schedule: str | Schedule = "dualpipe",
     layers_per_stage: Sequence[int] | None = None,
-    remat: str | Callable[..., Any] = "none",
-    grad_dtype: Any = None,
-    trainable: PyTree | Callable[[PyTree], PyTree] = True,
-    overwrite: PyTree | Callable[[PyTree], PyTree] | None = None,
+    remat: Remat = "none",
+    grad_dtype: DTypeLike | None = None,
+    trainable: ParamsMask = True,
+    overwrite: ParamsMask | None = None,
     execution: Execution = Execution(),  # noqa: B008
     costs: Costs | None = None,
 ) -> "GradFunction":
@@ -48,91 +56,92 @@ def value_and_grad(
     optimizer's update. DualPipe: DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv:2412.19437).
 
     Args:
-      Needed, by `evaluate` and `apply` too, as are axis, batch_axes, manual_axes and param_specs:
+      Required (these, axis, batch_axes, manual_axes and param_specs also by `evaluate`, `apply`):
       model: The model, as pure functions.
       mesh: The devices. Axes not named here are left to XLA's partitioner; inside the model's
         functions they are Auto axes, whatever they are outside. Where `jax.set_mesh` names a mesh
         with the same axes, its devices are taken instead; then an AbstractMesh will do.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
 
-      Where things lie:
+      Sharding:
       axis: The mesh axis over which the layers are spread; its size is the number of ranks.
       batch_axes: Mesh axes over which the leading dim of the batch is sharded (data parallel).
-      manual_axes: Mesh axes of which the model's functions use collectives by name (expert, tensor
-        or sequence parallel): they are given a device's part of the parameters and, where the axis
-        is one of batch_axes too, of the batch. JAX's check of varying values holds for them, as in
-        `jax.shard_map`. Over an axis that is not one of batch_axes all devices must come to the
-        same loss, weight and metrics.
-      param_specs: How params lie over manual_axes: a tree of PartitionSpecs whose leaves stand for
-        whole branches of params, the first entry in blocks being that of the layers' dim; None for
-        the same on all devices. Leaves outside of blocks may lie over `axis` too, and any leaf over
-        batch_axes that are not manual_axes (FSDP), but for the layers' dim: they are gathered once
-        a step, and their gradients scattered alike. (docs/mesh_axes.md)
-      grad_specs: How gradients lie: a tree as param_specs; None for as their parameters. Over more
-        axes than its parameter, batch_axes that are not manual_axes and outside of blocks `axis`, a
-        gradient is summed and scattered at once, after the last tick (ZeRO's second stage,
-        arXiv:1910.02054, section 5.2). The zeros of frozen parameters lie as these.
+      manual_axes: Mesh axes that the model's functions name in collectives (expert, tensor or
+        sequence parallel): these functions are given a device's shard of the parameters and, where
+        the axis is one of batch_axes too, of the batch. JAX's check of varying values applies, as
+        in `jax.shard_map`. Loss, weight and metrics must be the same on all devices of an axis that
+        is not one of batch_axes.
+      param_specs: How params are sharded over manual_axes: a tree of PartitionSpecs whose leaves
+        stand for whole branches of params; in blocks the first entry is that of the layers' dim.
+        None replicates them. Leaves outside of blocks may be sharded over `axis` too, and any leaf
+        over batch_axes that are not manual_axes (FSDP), except in the layers' dim: they are
+        gathered once a step, and their gradients are scattered likewise. (docs/mesh_axes.md)
+      grad_specs: How gradients are sharded: a tree as param_specs; None: as their parameters. A
+        gradient may be sharded over more axes than its parameter, over batch_axes that are not
+        manual_axes and outside of blocks over `axis`: it is then summed and scattered at once,
+        after the last tick (ZeRO's second stage, arXiv:1910.02054, section 5.2). The zeros of
+        frozen parameters are sharded likewise.
 
       Memory against time:
       schedule: A name of `schedules.names()`, or a Schedule for as many ranks and microbatches. The
-        default, like `"chimera"`, has the fewest idle devices, for which a step holds two copies of
-        the layers' parameters and gradients; `"dualpipev"` and the others hold one. `choose` ranks
-        them for your model and memory.
+        default, like `"chimera"`, has the least idle time, but its step holds two copies of the
+        layers' parameters and gradients; with `"dualpipev"` and the others a step holds one.
+        `choose` ranks them for your model and memory.
       layers_per_stage: How many layers each stage has, in model order, as many numbers as the
         schedule has stages; fewer for the last one, say, whose head takes time, too. Every rank
-        gets room for as many layers as the fullest stage has. None spreads them evenly, the first
-        stages getting one more if they do not divide.
-      remat: What a block keeps for its backward: `"none"` recomputes nothing costly, `"block"`
-        keeps its input only, a `jax.checkpoint` policy says itself.
+        allocates as many layers as the largest stage has. None spreads them evenly, the first
+        stages having one more if they do not divide.
+      remat: Which values a block keeps for its backward: `"none"` recomputes nothing costly,
+        `"block"` keeps the block's input only, a `jax.checkpoint` policy decides itself.
 
       Numerics:
       grad_dtype: The dtype of the gradients; None for that of each parameter.
 
       Rare:
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
-        branches of params, or a function from params to one (as the masks of optax). For the others
-        nothing is computed or kept, and their gradient is zeros; that of one that its gradient
-        overwrites is itself.
-      overwrite: Which parameters are overwritten by what comes as their gradient, such as the
-        scales and histories of float8: a tree of bools or a function, as `trainable`; None for what
-        lies under a key `"_overwrite_with_gradient"`, as Flax's float8 does. The largest of the new
-        values of microbatches and shards is taken, neither added up nor scaled. Each is used once
-        in a layer, and none may be in `"shared"`.
-      execution: How the order of the schedule becomes a program: see `Execution`. By default all is
-        decided for you, by simulation at `costs`, the same on every platform.
-      costs: How long actions take, in any one unit of time, by which they are placed in ticks, so
-        that ranks wait less for each other; a transfer is taken to be a tenth of the forward. As
-        the program, they must be the same on every process: measure them on one. None: a
-        transformer's, rematerialised if `remat` says so.
+        branches of params, or a function from params to such a tree (as the masks of optax). For
+        frozen parameters nothing is computed or kept, and their gradients are zeros; the gradient
+        of a frozen parameter that is also one of overwrite is its value.
+      overwrite: Which parameters their gradients overwrite, such as the scales and histories of
+        float8: a tree of bools or a function, as `trainable`; None: those under a key
+        `"_overwrite_with_gradient"`, as in Flax's float8. The gradient of such a parameter is the
+        largest new value over all microbatches and shards, neither added up nor scaled. A layer may
+        use it once only, and none may be in `"shared"`.
+      execution: How the order of the schedule becomes a program: see `Execution`. By default every
+        choice is made by simulation at `costs`, the same on every platform.
+      costs: The durations of actions, in any one unit of time, by which they are placed in ticks,
+        so that ranks wait less for each other; a transfer is assumed to take a tenth of the
+        forward. They must be the same in every process: measure them in one. None: the costs of a
+        transformer, with those of recomputing if `remat` is not `"none"`.
 
     Returns:
       `grad_fn(params, batch, *, rng=None, loss_scale=None) -> (loss, grads)`; with `model.has_aux`,
-      `((loss, metrics), grads)`; if blocks give metrics (`Aux`), `((loss, Metrics), grads)`, those
-      of blocks sharded over `axis` as their gradients are. It is not itself differentiable by
-      `jax.grad`; `sequential` is.
+      `((loss, metrics), grads)`; if blocks return metrics (`Aux`), `((loss, Metrics), grads)`, the
+      metrics of blocks sharded over `axis` as their gradients are. `jax.grad` cannot differentiate
+      it; it can differentiate `sequential`.
 
       params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
-        model order, sharded in any way; with `model.layout`, blocks is a dict of such stacks, one
+        model order, with any sharding; with `model.layout`, blocks is a dict of such stacks, one
         for each kind of layer, and num_layers counts the layers of that kind. Parameters that all
-        blocks use are `"shared": pytree`, and they see them as `ctx.shared`.
-      batch: a pytree of arrays `[B, ...]`; microbatch m is rows `[m B/N, (m+1) B/N)`.
-      rng: a key, or None.
-      loss: a scalar of at least float32.
-      grads: as params in structure, shapes and dtypes, accumulated in float32 or wider; float0
-        zeros for integer leaves, as with `allow_int=True`. Gradients of blocks leave sharded over
-        `axis` if num_layers divides by its size, else replicated: lay blocks so from the start
-        (`shardings`), and no update has to move them.
-      loss_scale: a positive number, or an array of one, for float16, whose range cotangents leave
-        downwards: all of them are multiplied by it, and the gradients, once they are added up,
-        divided. So neither loss nor gradients show it, but that gradients are not finite if
-        cotangents left the range upwards: skip such a step, and lower the scale.
+        blocks use are in `"shared": pytree`, and blocks read them as `ctx.shared`.
+      batch: A pytree of arrays `[B, ...]`; microbatch m is rows `[m B/N, (m+1) B/N)`.
+      rng: A key, or None.
+      loss: A scalar of at least float32.
+      grads: As params in structure, shapes and dtypes, accumulated in float32 or wider; float0
+        zeros for integer leaves, as with `allow_int=True`. Gradients of blocks are sharded over
+        `axis` if its size divides num_layers, else replicated: shard the parameters likewise from
+        the start (`shardings`), and no update has to move them.
+      loss_scale: A positive scalar, for float16, in which small cotangents underflow: all
+        cotangents are multiplied by it, and the accumulated gradients divided by it, so that it
+        changes neither loss nor gradients. Gradients are not finite if scaled cotangents overflow:
+        skip such a step, and lower the scale.
 
     Raises:
       ValueError: If an argument has a bad value; from grad_fn, when traced, if params, batch or
         the model's functions do not fit.
-      TypeError: If an argument, or what a function of the model returns, has a wrong type.
+      TypeError: If an argument, or an output of a function of the model, has a wrong type.
     """
-    axes = checked(
+    axes = check_axes(
         model,
         mesh=mesh,
         num_microbatches=num_microbatches,
@@ -144,22 +153,20 @@ def value_and_grad(
     if not isinstance(execution, Execution):
         raise TypeError(f"execution={execution!r}: must be a dualpipe_jax.Execution")
     block, recomputes = block_of(model, remat), remat != "none"
-    if costs is None:
-        costs = usual_costs(recomputes=recomputes)
-    elif not isinstance(costs, Costs):
-        raise TypeError(f"costs={costs!r}: must be a dualpipe_jax.Costs, or None")
-    dtype = None if grad_dtype is None else _float_dtype("grad_dtype", grad_dtype)
+    costs = _costs_for(costs, recomputes=recomputes)
+    dtype = None if grad_dtype is None else _float_dtype(grad_dtype)
+    sizes = stage_sizes(
+        layers_per_stage,
+        num_stages=schedule.num_stages,
+        where=f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks",
+    )
+
+    program = Training(schedule=schedule, execution=execution, costs=costs, recomputes=recomputes)
     build = Builder(
         model,
         axes=axes,
-        program=Training(
-            schedule=schedule, execution=execution, costs=costs, recomputes=recomputes
-        ),
-        layers_per_stage=stage_sizes(
-            layers_per_stage,
-            num_stages=schedule.num_stages,
-            where=f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks",
-        ),
+        program=program,
+        layers_per_stage=sizes,
         block=block,
         param_specs=param_specs,
         grad_specs=grad_specs,
@@ -172,53 +179,59 @@ def value_and_grad(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GradFunction:
-    """What `value_and_grad` makes: a function of (params, batch), as described there."""
+    """Computes loss and gradients of (params, batch), as `value_and_grad` describes it.
+
+    Attributes:
+      build: Gives the step for the arguments of a call.
+      schedule: The schedule.
+      grad_dtype: The dtype of gradients; None for that of each parameter.
+    """
 
     build: Builder
-    schedule: _schedules.Schedule
-    grad_dtype: Any
+    schedule: Schedule
+    grad_dtype: jnp.dtype | None
     # The name of `jax.jit(grad_fn)`'s program in logs and profiles.
     __name__ = "pipelined_value_and_grad"
 
     def __repr__(self) -> str:
-        """Says of which schedule it is."""
-        made = self.schedule
+        """Names the schedule, its ranks and its microbatches."""
+        schedule = self.schedule
         return (
-            f"<dualpipe_jax.value_and_grad: {made.name}, {made.num_ranks} ranks, "
-            f"{made.num_microbatches} microbatches>"
+            f"<dualpipe_jax.value_and_grad: {schedule.name}, {schedule.num_ranks} ranks, "
+            f"{schedule.num_microbatches} microbatches>"
         )
 
     def __call__(
         self,
-        params: PyTree,
-        batch: PyTree,
+        params: Params,
+        batch: Batch,
         *,
         rng: jax.Array | None = None,
-        loss_scale: Any = None,
-    ) -> Any:
+        loss_scale: float | jax.Array | None = None,
+    ) -> tuple[Any, Params]:
         """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
         params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)
-        loss_scale = checks.loss_scale(loss_scale)
+        loss_scale = call_checks.loss_scale(loss_scale)
         step = self.build(params, batch, rng)
-        checks.grad_dtype(self.grad_dtype, params)
+        call_checks.grad_dtype(self.grad_dtype, params)
         with jax.named_scope(self._scope) if self._scope else nullcontext():
             result, grads = step(params, batch, rng, loss_scale)
-        return _outputs.without_derivative(result), grads
+        return without_derivative(result), grads
 
     @property
     def _scope(self) -> str:
-        """The schedule's name in the compiled program, if it tells which one it is; "" if not."""
-        made = self.schedule
-        if not made.is_named:
+        """The schedule's name in the compiled program; "" if its name does not identify it."""
+        schedule = self.schedule
+        if not schedule.is_named:
             return ""
-        return _scopes.of_schedule(
-            made.name, num_ranks=made.num_ranks, num_microbatches=made.num_microbatches
+        return of_schedule(
+            schedule.name,
+            num_ranks=schedule.num_ranks,
+            num_microbatches=schedule.num_microbatches,
         )
 
-    def memory(
-        self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
-    ) -> MemoryReport:
-        """Adds up what a step holds on one device beside params and batch, without compiling it.
+    def memory(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> MemoryReport:
+        """Adds up a step's memory on one device, without params and batch, and without compiling.
 
         Args:
           params: As for a call; arrays, or `jax.ShapeDtypeStruct`s.
@@ -226,9 +239,9 @@ class GradFunction:
           rng: As for a call.
 
         Returns:
-          A MemoryReport; `print` it, or see its `terms` and its `execution`. It tells of
-          accelerators, whatever the devices of the mesh; XLA's compiler for CPUs may hold more. The
-          compiler has the last word: `preflight` asks it.
+          A MemoryReport, in bytes; `print` it, or see its `terms` and its `execution`. It is for
+          accelerators, whatever the devices of the mesh; a program for CPUs may hold more. The
+          compiler decides in the end: `preflight` asks it.
 
         Raises:
           ValueError: As a call.
@@ -236,42 +249,46 @@ class GradFunction:
         """
         reports = []
 
-        def look(params: PyTree, batch: PyTree, rng: Any) -> None:
+        def look(params: Params, batch: Batch, rng: Any) -> None:
             reports.append(self.build.traced(params, batch, rng).memory(params, batch, rng))
 
         jax.eval_shape(look, params, batch, rng)
         return reports[0]
 
 
-def _schedule_for(
-    schedule: str | _schedules.Schedule, num_ranks: int, num_microbatches: int
-) -> _schedules.Schedule:
+def _schedule_for(schedule: str | Schedule, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Makes a named schedule, or requires a given one to fit the mesh and the microbatches."""
     if isinstance(schedule, str):
-        return _schedules.make(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    if not isinstance(schedule, _schedules.Schedule):
-        raise TypeError(
-            f"schedule={schedule!r}: must be one of {_schedules.names()}, or a Schedule"
-        )
+        return make(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule={schedule!r}: must be one of {names()}, or a Schedule")
     if schedule.program.forward_only:
         raise ValueError(
             f"schedule={schedule.name!r}: must have backwards; give every stage and microbatch its "
-            "B, or its I and W (dualpipe_jax.evaluate is for forwards alone)"
+            "B, or its I and W (for forwards alone call dualpipe_jax.evaluate)"
         )
-    made_for = schedule.num_ranks, schedule.num_microbatches
-    if made_for != (num_ranks, num_microbatches):
+    if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, num_microbatches):
         raise ValueError(
             f"schedule={schedule.name!r}: must be made for the {num_ranks} devices of the mesh "
-            f"axis and num_microbatches={num_microbatches}, but is for {made_for[0]} ranks and "
-            f"{made_for[1]} microbatches; make it for those, or pass its name"
+            f"axis and num_microbatches={num_microbatches}, but is for {schedule.num_ranks} ranks "
+            f"and {schedule.num_microbatches} microbatches; make it for those, or pass its name"
         )
     return schedule
 
 
-def _float_dtype(name: str, dtype: Any) -> Any:
+def _costs_for(costs: Costs | None, *, recomputes: bool) -> Costs:
+    if costs is None:
+        return usual_costs(recomputes=recomputes)
+    if not isinstance(costs, Costs):
+        raise TypeError(f"costs={costs!r}: must be a dualpipe_jax.Costs, or None")
+    return costs
+
+
+def _float_dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
         known = jnp.dtype(dtype)
     except TypeError:
         known = None
     if known is None or not jnp.issubdtype(known, jnp.inexact):
-        raise ValueError(f"{name}={dtype!r}: must be a floating-point dtype, or None")
+        raise ValueError(f"grad_dtype={dtype!r}: must be a floating-point dtype, or None")
     return known

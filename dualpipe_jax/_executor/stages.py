@@ -25,7 +25,7 @@ from dualpipe_jax._executor.bring import Spread, Stack, spread
 from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._leaves.rules import Rule
 from dualpipe_jax._model import semantics
-from dualpipe_jax._model.kinds import Kind, places_of
+from dualpipe_jax._model.kinds import Kind, indices_in_stack
 from dualpipe_jax._schedule.stage_sizes import first_half
 from dualpipe_jax._schedule.tables import Steady
 
@@ -362,7 +362,7 @@ class Stages:
     def layers_of(self, stage: Any) -> list[Layer]:
         """Describes the layers of a stage, in order, where all stages are alike."""
         kinds = self._kinds_of_stages[0]
-        layers = enumerate(zip(kinds, places_of(kinds), strict=True))
+        layers = enumerate(zip(kinds, indices_in_stack(kinds), strict=True))
         return [self._layer(stage, kind, index, in_kind) for index, (kind, in_kind) in layers]
 
     def layer_of_only_kind(self, stage: Any, index: Any) -> Layer:
@@ -386,5 +386,5 @@ class Stages:
         number, index = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for stage, kinds in enumerate(self._kinds_of_stages):
             number[stage, : len(kinds)] = [numbers[kind] for kind in kinds]
-            index[stage, : len(kinds)] = places_of(kinds)
+            index[stage, : len(kinds)] = indices_in_stack(kinds)
         return jnp.asarray(number), jnp.asarray(index)

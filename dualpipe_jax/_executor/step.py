@@ -29,10 +29,10 @@ from dualpipe_jax._leaves.leaf import Leaf, make_leaves
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.kinds import (
     Kind,
-    by_layout,
-    in_form_of,
     kinds_of,
+    put_stacks,
     stacks_of,
+    unwrap_stacks,
     with_values,
 )
 from dualpipe_jax._model.types import Model, PyTree
@@ -127,10 +127,12 @@ class Step:
         if self.output is not None:
             return result, None
         loss, metrics = result
-        result = semantics.result(self.model, loss, metrics, by_layout(self.model, block_metrics))
+        result = semantics.result(
+            self.model, loss, metrics, unwrap_stacks(self.model, block_metrics)
+        )
         if grads is None:
             return result, None
-        blocks = in_form_of(self.model, params["blocks"], grads["blocks"])
+        blocks = put_stacks(self.model, params["blocks"], grads["blocks"])
         return result, jax.tree.map(
             partial(Leaf.finish, dtype=self.grad_dtype, loss_scale=loss_scale),
             leaves,

@@ -1,1 +1,1 @@
-"""What a model means, the same for the pipeline and for `sequential`."""
+"""The meaning of a model, the same for the pipeline and for `sequential`."""

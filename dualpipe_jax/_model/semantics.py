@@ -1,6 +1,6 @@
 """The meaning of a step, shared by the pipeline and by `sequential`.
 
-What microbatch m is, which key a layer gets, and what the loss is made of: defined once, here.
+This module alone defines microbatch m, the key of a layer, and the terms of the loss.
 """
 
 from typing import Any
@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualpipe_jax._model.types import Aux, Context, Metrics, Model, PyTree
+from dualpipe_jax._model.types import Aux, Batch, Context, Metrics, Model, PyTree
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-    """Makes arrays of Python scalars, and leaves what is not one for the checks to name."""
+    """Converts Python scalars to arrays; other leaves stay, and the checks refuse them."""
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf,
         tree,
     )
 
 
-def split(batch: PyTree, num_microbatches: int) -> PyTree:
+def split(batch: Batch, num_microbatches: int) -> PyTree:
     """Reshapes every leaf `[B, ...]` to `[num_microbatches, B / num_microbatches, ...]`."""
     return jax.tree.map(
         lambda leaf: (
@@ -38,23 +38,28 @@ def take(tree: PyTree, index: jax.Array | int) -> PyTree:
 
 
 def microbatch_key(rng: jax.Array | None, index: jax.Array) -> jax.Array | None:
-    """Derives the key of microbatch `index`, or None."""
+    """Derives the key of microbatch `index`; None without `rng`."""
     return None if rng is None else jax.random.fold_in(rng, index)
 
 
 def context(
-    microbatch: PyTree,
+    microbatch: Batch,
     key: jax.Array | None,
-    position: Any,
+    position: jax.Array | int,
     *,
     is_layer: bool = False,
     shard: jax.Array | None = None,
     shared: PyTree = None,
 ) -> Context:
-    """Builds the context of a function at `position`: a layer, or past the layers for the ends.
+    """Builds the context of embed, head or a block.
 
-    `key` is the microbatch's key; embed is at position num_layers, head at num_layers + 1. The
-    index of a shard of the batch, if there are several, is folded in last.
+    Args:
+      microbatch: The microbatch, leaves `[rows, ...]`.
+      key: The microbatch's key, or None.
+      position: The index of a layer; num_layers for embed, num_layers + 1 for head.
+      is_layer: Whether position is a layer, and so becomes `ctx.layer`.
+      shard: The index of this shard of the batch, folded into the key last; None with one shard.
+      shared: `params["shared"]`, if any.
     """
     if key is not None:
         key = jax.random.fold_in(key, position)
@@ -87,7 +92,7 @@ def add(total: PyTree, value: PyTree) -> PyTree:
 
 
 def strong(tree: PyTree) -> PyTree:
-    """Gives every leaf its dtype for good: a Python scalar's weak type would not survive a loop."""
+    """Drops the weak types of Python scalars, which a loop's carry would not keep."""
     return jax.tree.map(
         lambda a: lax.convert_element_type(a, a.dtype) if a.weak_type else a,
         jax.tree.map(jnp.asarray, tree),
@@ -95,19 +100,19 @@ def strong(tree: PyTree) -> PyTree:
 
 
 def head_outputs(model: Model, outputs: PyTree) -> tuple[jax.Array, PyTree]:
-    """Splits what head returned into its loss and its metrics (None without has_aux)."""
+    """Splits the outputs of head into its loss and its metrics (None without has_aux)."""
     loss, metrics = outputs if model.has_aux else (outputs, None)
     return jnp.asarray(loss), jax.tree.map(jnp.asarray, metrics)
 
 
-def gives_aux(outputs: Any) -> bool:
+def has_aux(outputs: Any) -> bool:
     """Whether a block returned `(x, Aux)`."""
     return isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], Aux)
 
 
 def block_outputs(model: Model, outputs: PyTree) -> tuple[PyTree, Aux]:
-    """Splits what block returned into x and its Aux (an empty one without)."""
-    x, aux = outputs if model.block_has_aux or gives_aux(outputs) else (outputs, Aux())
+    """Splits the outputs of a block into x and its Aux (an empty one if it returned none)."""
+    x, aux = outputs if model.block_has_aux or has_aux(outputs) else (outputs, Aux())
     aux = aux if isinstance(aux, Aux) else Aux(loss=aux)
     return jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, aux)
 
@@ -126,19 +131,19 @@ def total_weight(model: Model, microbatches: PyTree) -> jax.Array | None:
     return lax.scan(body, jnp.zeros((), dtype), microbatches)[0]
 
 
-def add_at(total: PyTree, value: PyTree, index: Any) -> PyTree:
+def add_at(total: PyTree, value: PyTree, index: jax.Array | int) -> PyTree:
     """Adds `value` to entry `index` of the leading dim of `total`, in the dtype of `total`."""
 
-    def one(total: jax.Array, mine: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(total, mine, index, 0)
+    def update(total: jax.Array, entry: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(total, entry, index, 0)
 
-    return jax.tree.map(one, total, add(take(total, index), value))
+    return jax.tree.map(update, total, add(take(total, index), value))
 
 
 def loss_of_sums(
     loss_sum: jax.Array, aux_sum: jax.Array | None, weight: jax.Array | None, count: int
 ) -> jax.Array:
-    """Makes the loss of sums over `count` microbatches.
+    """Computes the loss from sums over `count` microbatches.
 
     loss = sum(head) / count or sum(head) / sum(weight), plus sum(aux losses) / count.
     """
@@ -164,9 +169,16 @@ def loss_cotangent(loss: Any, total: jax.Array, scale: jax.Array | None) -> jax.
 
 
 def result(model: Model, loss: jax.Array, metrics: PyTree, blocks: PyTree) -> Any:
-    """Makes what a user is given of the loss, the head's metrics, and those of blocks, stacked.
+    """Builds the value that a step returns, from its loss and its metrics.
 
-    That is the loss, `(loss, metrics)` with has_aux, or `(loss, Metrics)` if blocks have any.
+    Args:
+      model: The model.
+      loss: The loss, a scalar.
+      metrics: The metrics of head; None without has_aux.
+      blocks: The metrics of blocks, stacked by layer.
+
+    Returns:
+      The loss; `(loss, metrics)` with has_aux; `(loss, Metrics)` if blocks have metrics.
     """
     if jax.tree.leaves(blocks):
         return loss, Metrics(head=metrics, blocks=blocks)

@@ -1,10 +1,10 @@
-"""Over which manual mesh axes a value differs from device to device, and JAX's types that say so.
+"""The manual mesh axes over which a value varies from device to device, and JAX's types for them.
 
-JAX derives collectives correctly only where the type of a value says over which axes it varies
-(`check_vma=True` of `jax.shard_map`): the sum of what varies does not, and its transpose is a cast.
-So the model's functions are traced, with their derivatives, where JAX keeps these types. The step
-itself runs without them: over the pipeline axis everything varies, and code that knows nothing of
-that axis would not pass the check.
+JAX differentiates collectives correctly only where the type of a value tells the axes over which it
+varies (`check_vma=True` of `jax.shard_map`): the sum of varying values does not vary, and its
+transpose is a cast. So the model's functions and their derivatives are traced where JAX keeps these
+types. The step itself runs without them: over the pipeline axis all values vary, and code that
+knows nothing of that axis would not pass the check.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,25 +14,28 @@ import jax
 from jax import lax
 from jax.extend import core as jcore
 from jax.extend.core import primitives
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-PyTree = Any
+from dualpipe_jax._model.types import Mesh, PyTree
 
-# What only exists between types, and the collectives of which a type picks a kind of its own.
+# Primitives that change the type alone.
 _CASTS = frozenset({"pvary", "pcast"})
 
 
 def inside(
     build: Callable[[], Any],
     *,
-    mesh: Mesh | AbstractMesh | None,
+    mesh: Mesh | None,
     outer: Iterable[str],
     manual: tuple[str, ...],
 ) -> Any:
-    """Returns `build()`, called where the model's functions are traced for one device.
+    """Returns `build()`, called in the context in which the model's functions are traced.
 
-    There the axes `outer` are manual without types, and the axes `manual` with them. What is built
-    may hold jaxprs, but no arrays that were made there.
+    Args:
+      build: The function; its result may hold jaxprs, but no arrays made in the call.
+      mesh: The mesh; None for that of the context.
+      outer: The axes that are manual without types.
+      manual: The axes that are manual with types.
     """
     built = []
 
@@ -60,7 +63,7 @@ def varies_over(value: Any) -> frozenset[str]:
 
 
 def cast(value: Any, axes: Iterable[str]) -> Any:
-    """Gives an array the type of one that varies over `axes` too."""
+    """Changes the type of an array to one that varies over `axes` too."""
     missing = tuple(sorted(set(axes) - varies_over(value)))
     return lax.pcast(value, missing, to="varying") if missing else value
 
@@ -73,31 +76,31 @@ def aval(value: Any, axes: Iterable[str] = ()) -> jax.ShapeDtypeStruct:
 
 
 def eval_shape(function: Callable[..., Any], *args: Any) -> Any:
-    """As `jax.eval_shape`; what it returns may be an argument again."""
+    """As `jax.eval_shape`; the returned avals may be arguments of another call."""
     return with_mesh(jax.eval_shape(function, *args))
 
 
 def with_mesh(avals: PyTree) -> PyTree:
-    """Gives avals that vary the mesh of the context, which JAX demands of an argument.
+    """Gives avals that vary the mesh of the context, which JAX requires of an argument.
 
-    It leaves the mesh out of what it returns if some axes are the partitioner's.
+    JAX leaves the mesh out of the avals that it returns if some axes are the partitioner's.
     """
 
-    def place(leaf: Any) -> Any:
+    def add_mesh(leaf: Any) -> Any:
         if not varies_over(leaf) or leaf.sharding is not None:
             return leaf
         return leaf.update(
             sharding=NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
         )
 
-    return jax.tree.map(place, avals)
+    return jax.tree.map(add_mesh, avals)
 
 
 def close_over(step: Callable[[PyTree], tuple[list[PyTree], Any]], x: PyTree) -> tuple[PyTree, Any]:
-    """Finds over which manual axes x varies if the results of functions of x become x again.
+    """Finds the manual axes over which x varies if results of functions of x become x again.
 
     Args:
-      step: `x -> (ys, rest)`, on avals: what becomes x again, and anything else.
+      step: `x -> (ys, rest)`, on avals: the results that become x again, and any others.
       x: Avals.
 
     Returns:
@@ -117,9 +120,9 @@ def close_over(step: Callable[[PyTree], tuple[list[PyTree], Any]], x: PyTree) ->
 
 
 def sum_over(values: PyTree, axes: Iterable[str]) -> PyTree:
-    """Sums arrays over mesh axes; over one that stands twice, twice.
+    """Sums arrays over mesh axes, twice over an axis that is named twice.
 
-    Axes of one device are left out: where all manual axes are such, XLA's partitioner refuses sums.
+    Axes of one device are left out: if all manual axes have one, XLA's partitioner refuses sums.
     """
     left = [name for name in axes if lax.axis_size(name) > 1]
     while left:
@@ -147,47 +150,49 @@ def named_axes(jaxpr: Any) -> set[str]:
 
 
 def without_types(closed: Any) -> Any:
-    """Rewrites a jaxpr so that it runs where no types are kept, to the same values.
+    """Rewrites a jaxpr without types of varying values; it computes the same values.
 
     Raises:
-      ValueError: If devices part ways before a collective, which JAX does not refuse.
+      ValueError: If not all devices of an axis run a collective over it, which JAX does not refuse.
     """
-    _require_company(closed.jaxpr)
+    _require_all_run_collectives(closed.jaxpr)
     if not any(varies_over(var.aval) for var in _variables(closed.jaxpr)):
         return closed
-    return jcore.ClosedJaxpr(_plain(closed.jaxpr), closed.consts)
+    return jcore.ClosedJaxpr(_untyped(closed.jaxpr), closed.consts)
 
 
-def _require_company(jaxpr: Any) -> None:
-    """Requires that all devices of an axis come to each collective over it."""
+def _require_all_run_collectives(jaxpr: Any) -> None:
+    """Requires all devices of an axis to run each collective over it."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "shard_map":  # one of the model's own is JAX's to check
+        if eqn.primitive.name == "shard_map":  # JAX checks the model's own
             continue
         inner = list(jcore.jaxprs_in_params(eqn.params))
-        parted: frozenset[str] = frozenset()
+        chosen_over: frozenset[str] = frozenset()
         if eqn.primitive.name == "cond":
-            parted = varies_over(eqn.invars[0].aval)
+            chosen_over = varies_over(eqn.invars[0].aval)
         elif eqn.primitive.name == "while":
-            parted = varies_over(eqn.params["cond_jaxpr"].jaxpr.outvars[0].aval)
-        met = set().union(*(_communicates_over(each) for each in inner)) & parted
-        if met:
+            chosen_over = varies_over(eqn.params["cond_jaxpr"].jaxpr.outvars[0].aval)
+        refused = set().union(*map(_communicates_over, inner)) & chosen_over
+        if refused:
             raise ValueError(
                 f"model: a jax.lax.{eqn.primitive.name} must not hold a collective over "
-                f"{', '.join(map(repr, sorted(met)))}, where devices of it choose differently: "
-                "some would wait for ever; choose by what is the same on all of them, or take the "
-                "collective out. The gradient of what is the same on all is one: give it to "
+                f"{', '.join(map(repr, sorted(refused)))}, where devices of that axis choose "
+                "differently: some would wait for ever; choose by a value that is the same on all "
+                "of them, or move the collective out. The gradient of a value that is the same on "
+                "all devices is a collective too: give the value to "
                 "jax.lax.pcast(.., to='varying') before the choice"
             )
-        for each in inner:
-            _require_company(each)
+        for jaxpr_inside in inner:
+            _require_all_run_collectives(jaxpr_inside)
 
 
 def _communicates_over(jaxpr: Any) -> set[str]:
-    alone = {"axis_index", *_CASTS}
+    """Collects the mesh axes over which a jaxpr sends values."""
+    local = {"axis_index", *_CASTS}
     return {
         name
         for eqn in jaxpr.eqns
-        if eqn.primitive.name not in alone
+        if eqn.primitive.name not in local
         for name in _axes_of(eqn)
         | set().union(*map(_communicates_over, jcore.jaxprs_in_params(eqn.params)))
     }
@@ -196,20 +201,21 @@ def _communicates_over(jaxpr: Any) -> set[str]:
 def _axes_of(eqn: Any) -> set[str]:
     values = (eqn.params.get(key, ()) for key in ("axes", "axis_name"))
     entries = (value if isinstance(value, tuple | list) else (value,) for value in values)
-    return {entry for each in entries for entry in each if isinstance(entry, str)}
+    return {entry for names in entries for entry in names if isinstance(entry, str)}
 
 
 def _variables(jaxpr: Any) -> Iterable[Any]:
-    """Yields the variables of a jaxpr, and of those in it that are typed as it is."""
+    """Yields the variables of a jaxpr and of the jaxprs in it that share its types."""
     yield from (*jaxpr.constvars, *jaxpr.invars)
     for eqn in jaxpr.eqns:
         yield from eqn.outvars
-        if eqn.primitive.name != "shard_map":  # one of the model's own keeps types of its own
+        if eqn.primitive.name != "shard_map":  # the model's own has its own types
             for inner in jcore.jaxprs_in_params(eqn.params):
                 yield from _variables(inner)
 
 
-def _plain(jaxpr: Any) -> Any:
+def _untyped(jaxpr: Any) -> Any:
+    """Rewrites a jaxpr and those in it: variables vary over nothing, and casts are left out."""
     env: dict[Any, Any] = {}
 
     def new(var: Any) -> Any:
@@ -238,12 +244,12 @@ def _plain(jaxpr: Any) -> Any:
             continue
         primitive, params = _without_kind(eqn)
         if primitive.name == "shard_map":
-            # One that keeps types of its own would find those missing that were taken out here.
+            # With its check it would refuse values whose types were removed here.
             params = {**params, "check_vma": False}
         eqns.append(
             eqn.replace(
                 primitive=primitive,
-                params={name: _plain_param(value) for name, value in params.items()},
+                params={name: _untyped_param(value) for name, value in params.items()},
                 invars=[read(atom) for atom in eqn.invars],
                 outvars=[new(var) for var in eqn.outvars],
             )
@@ -258,19 +264,19 @@ def _plain(jaxpr: Any) -> Any:
 
 
 def _without_kind(eqn: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns the primitive of the collective, whatever its result is for the types."""
-    plain = {"psum_invariant": primitives.psum_p, "all_gather_invariant": primitives.all_gather_p}
-    primitive = plain.get(eqn.primitive.name)
+    """Returns the primitive and params of an equation, collectives without a type of result."""
+    untyped = {"psum_invariant": primitives.psum_p, "all_gather_invariant": primitives.all_gather_p}
+    primitive = untyped.get(eqn.primitive.name)
     if primitive is None:
         return eqn.primitive, eqn.params
     return primitive, {"axis_index_groups": None, **eqn.params}
 
 
-def _plain_param(value: Any) -> Any:
+def _untyped_param(value: Any) -> Any:
     if isinstance(value, jcore.ClosedJaxpr):
-        return jcore.ClosedJaxpr(_plain(value.jaxpr), value.consts)
+        return jcore.ClosedJaxpr(_untyped(value.jaxpr), value.consts)
     if isinstance(value, jcore.Jaxpr):
-        return _plain(value)
+        return _untyped(value)
     if isinstance(value, tuple | list):
-        return type(value)(map(_plain_param, value)) if type(value) in (tuple, list) else value
+        return type(value)(map(_untyped_param, value)) if type(value) in (tuple, list) else value
     return value

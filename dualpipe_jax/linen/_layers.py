@@ -1,7 +1,7 @@
-"""The parameters of a Flax model as `{"ends": ..., "blocks": ...}`, and back.
+"""Converts a Flax model's parameters to `{"ends": ..., "blocks": ...}`, and back.
 
-Also trees of the same form anywhere in gradients, optimizer and train states: what holds the layers
-is found by their names, and everything else is left as it is.
+Trees of the same form in gradients, optimizer and train states are converted too: the dicts that
+hold the layers are found by the layers' names, and all other nodes stay as they are.
 """
 
 import functools
@@ -12,12 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualpipe_jax import _errors
-from dualpipe_jax._errors import raise_all, show
-from dualpipe_jax._model import kinds as _kinds
-from dualpipe_jax._model import stacks as _stacks
+from dualpipe_jax._errors import raise_all, require_name, show
+from dualpipe_jax._model.kinds import (
+    Kind,
+    group_by_kind,
+    indices_in_stack,
+    layout_of,
+    replicate_layers_dim,
+    require_layout_length,
+    stack_layers,
+    take_layer,
+    unwrap_kinds,
+)
 from dualpipe_jax._model.types import PyTree
-from dualpipe_jax.linen import _metadata as metadata
+from dualpipe_jax.linen._metadata import add_name, take_name
 
 HOLE = "{}"
 
@@ -30,26 +38,26 @@ def to_canonical(
     axis: str = "pipe",
     layout: Sequence[str] | None = None,
 ) -> PyTree:
-    """Makes `{"ends": ..., "blocks": ...}` of the parameters of a Flax model, wherever they stand.
+    """Converts the parameters of a Flax model, wherever in `tree`, to `{"ends": .., "blocks": ..}`.
 
     Args:
       tree: The parameters, or a tree that holds trees like them: gradients, an optimizer's state, a
         TrainState, all variables. Arrays, or boxes around them.
-      layers: Where the layers are, as names joined by "/". With "{}" for the number in the last
-        name (`"layers_{}"`, `"transformer/h/{}"`): one entry for each layer, counted from 0.
-        Without: the layers are stacked already, as by `nn.scan` (`"decoder/layers"`).
+      layers: The path of the layers, names joined by "/". With "{}" for the number in the last name
+        (`"layers_{}"`, `"transformer/h/{}"`): one entry for each layer, counted from 0. Without
+        "{}": the layers are stacked already, as by `nn.scan` (`"decoder/layers"`).
       dim: The layers' dim of a stack, `variable_axes={"params": dim}` of `nn.scan`.
-      axis: The name that boxes get for the layers' dim, in place of what the scan called it.
+      axis: The name of the layers' dim in boxes, in place of the name that the scan gave it.
       layout: The kind of every layer, for layers of different kinds (see `Model`).
 
     Returns:
-      The tree with `{"ends": what is left of the parameters, "blocks": the layers, stacked}` in
+      The tree with `{"ends": the parameters outside the layers, "blocks": the layers, stacked}` in
       place of parameters; leaves of blocks are `[num_layers, ...]`. Without layout the blocks have
-      the structure of one layer's parameters, else are a dict with a stack for each kind.
+      the structure of one layer's parameters; with one they are a dict with a stack for each kind.
 
     Raises:
-      ValueError: If no layers are found, if one is missing, if layers that are to be stacked are
-        not alike, or if a stack has no such dim.
+      ValueError: If no layers are found, if one is missing, if layers of one kind have different
+        parameters, or if a stack has no such dim.
       TypeError: If an argument has a wrong type.
 
     >>> import jax.numpy as jnp, dualpipe_jax as dpj
@@ -74,21 +82,17 @@ def to_canonical(
         if not is_named:
             _require_dim(holder[last], dim, layers)
             blocks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, dim, 0), holder[last])
-            blocks = metadata.add_name(metadata.take_name(blocks, dim, axis), 0, axis)
+            blocks = add_name(take_name(blocks, dim, axis), 0, axis)
             return {"ends": _without(params, parent, [last]), "blocks": blocks}
         names = _numbered(holder, last, layers)
-        if layout is not None and len(layout) != len(names):
-            raise ValueError(
-                f"layout={layout!r}: must name the kind of every layer, but names "
-                f"{len(layout)}, and {layers!r} has {len(names)}"
-            )
-        kinds = (None,) * len(names) if layout is None else layout
+        if layout is not None:
+            require_layout_length(layout, len(names), where=f" {layers!r}")
+        kinds: tuple[Kind, ...] = (None,) * len(names) if layout is None else layout
         stacks = {
-            kind: _stack([n for n, k in zip(names, kinds, strict=True) if k == kind], holder, axis)
-            for kind in dict.fromkeys(kinds)
+            kind: _stack(names_of_kind, holder, axis)
+            for kind, names_of_kind in group_by_kind(kinds, names).items()
         }
-        blocks = stacks[None] if layout is None else stacks
-        return {"ends": _without(params, parent, names), "blocks": blocks}
+        return {"ends": _without(params, parent, names), "blocks": unwrap_kinds(stacks)}
 
     def holds_layers(node: Any) -> bool:
         holder = _get(node, parent)
@@ -96,8 +100,7 @@ def to_canonical(
             return False
         return last.format(0) in holder if is_named else isinstance(holder.get(last), Mapping)
 
-    what = f"the layers {layers!r}, as keys of a dict"
-    return _map(convert, tree, holds_layers, what)
+    return _map(convert, tree, holds_layers, f"the layers {layers!r}, as keys of a dict")
 
 
 def to_flax(
@@ -109,16 +112,16 @@ def to_flax(
     partition_name: str = "layers",
     layout: Sequence[str] | None = None,
 ) -> PyTree:
-    """Makes the parameters of a Flax model of `{"ends": ..., "blocks": ...}`, wherever they stand.
+    """Converts `{"ends": ..., "blocks": ...}`, wherever in `tree`, to a Flax model's parameters.
 
     The inverse of `to_canonical`, with the same arguments.
 
     Args:
-      tree: What `to_canonical` returns: parameters, or a tree that holds trees like them.
-      layers: Where the layers are to be.
-      dim: The layers' dim of a stack.
-      axis: The name that boxes have for the layers' dim of blocks.
-      partition_name: The name that boxes of a stack get for the layers' dim: that in
+      tree: A result of `to_canonical`: parameters, or a tree that holds trees like them.
+      layers: The path of the layers in the result.
+      dim: The layers' dim of a stack in the result.
+      axis: The name of the layers' dim of blocks in boxes.
+      partition_name: The name of the layers' dim of a stack in boxes of the result: that in
         `metadata_params` of the `nn.scan`.
       layout: The kind of every layer, for layers of different kinds.
 
@@ -136,27 +139,26 @@ def to_flax(
         blocks = params["blocks"]
         if HOLE not in last:
             _require_dim(blocks, dim, layers)
-            blocks = metadata.add_name(metadata.take_name(blocks, 0, axis), dim, partition_name)
+            blocks = add_name(take_name(blocks, 0, axis), dim, partition_name)
             blocks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, dim), blocks)
             return _with(params["ends"], parent, {last: blocks})
-        blocks = _stacks.gathered(blocks)
+        blocks = replicate_layers_dim(blocks)
         stacks: Any = {None: blocks} if layout is None else blocks
-        kinds = (None,) * num_layers() if layout is None else layout
+        kinds: tuple[Kind, ...] = (None,) * num_layers() if layout is None else layout
         if layout is not None:
             _require_kinds(stacks, layout)
-        places = _kinds.places_of(kinds)
-        found = {
-            last.format(i): _layer(stacks[kind], place, axis)
-            for i, (kind, place) in enumerate(zip(kinds, places, strict=True))
+        entries = {
+            last.format(layer): take_name(take_layer(stacks[kind], index), 0, axis)
+            for layer, (kind, index) in enumerate(zip(kinds, indices_in_stack(kinds), strict=True))
         }
-        return _with(params["ends"], parent, found)
+        return _with(params["ends"], parent, entries)
 
     def is_canonical(node: Any) -> bool:
         return isinstance(node, Mapping) and set(node) == {"ends", "blocks"}
 
     @functools.cache
     def num_layers() -> int:
-        """Counts layers in all of the tree: where an optimizer masks the blocks, none are left."""
+        """Counts layers in the whole tree: a part in which an optimizer masks blocks has none."""
         nodes = filter(is_canonical, jax.tree.leaves(tree, is_leaf=is_canonical))
         sizes = {leaf.shape[0] for node in nodes for leaf in jax.tree.leaves(node["blocks"])}
         if len(sizes) != 1:
@@ -167,20 +169,20 @@ def to_flax(
             )
         return sizes.pop()
 
-    return _map(convert, tree, is_canonical, 'what to_canonical makes, {"ends": .., "blocks": ..}')
+    return _map(convert, tree, is_canonical, 'a result of to_canonical, {"ends": .., "blocks": ..}')
 
 
 def _checked(
     layers: str, *, dim: Any, axis: Any, layout: Sequence[str] | None
 ) -> tuple[str, ...] | None:
-    """Requires arguments that fit the layers, named or a stack; returns the layout as a tuple."""
-    _errors.name("axis", axis)
+    """Requires arguments that fit named layers, or a stack; returns the layout as a tuple."""
+    require_name("axis", axis)
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim={dim!r}: must be an integer, got {show(dim)}")
-    kinds, is_named = _kinds.layout_of(layout), HOLE in layers
+    kinds, is_named = layout_of(layout), HOLE in layers
     if is_named and dim != 0:
         raise ValueError(
-            f"dim={dim}: must be 0 for layers by name ({layers!r}), which are no stack"
+            f"dim={dim}: must be 0 for separate layers ({layers!r}), which have no layers' dim"
         )
     if kinds is not None and not is_named:
         raise ValueError(
@@ -207,15 +209,14 @@ def _require_kinds(stacks: Any, layout: tuple[str, ...]) -> None:
     if not isinstance(stacks, Mapping) or set(stacks) != set(layout):
         has = sorted(map(str, stacks)) if isinstance(stacks, Mapping) else show(stacks)
         raise ValueError(
-            f"layout={layout!r}: must name the kinds of tree's blocks, each at least once; these "
-            f"have {has}"
+            f"layout={layout!r}: must name the kinds of tree's blocks, each at least once; the "
+            f"kinds are {has}"
         )
     raise_all(
-        f"layout={layout!r}: must name the kind of every layer, as many of each as tree's blocks "
-        "have",
+        f"layout={layout!r}: must name each kind as often as tree's blocks have layers of it",
         (
             f"blocks[{kind!r}]{jax.tree_util.keystr(path)} is of shape {jnp.shape(leaf)}, and "
-            f"{kind!r} is named {layout.count(kind)} times"
+            f"the layout names {kind!r} {layout.count(kind)} times"
             for kind, stack in stacks.items()
             for path, leaf in jax.tree_util.tree_leaves_with_path(stack)
             if jnp.shape(leaf)[:1] != (layout.count(kind),)
@@ -224,14 +225,15 @@ def _require_kinds(stacks: Any, layout: tuple[str, ...]) -> None:
 
 
 def _map(
-    convert: Callable[[Any], Any], tree: PyTree, is_params: Callable[[Any], bool], what: str
+    convert: Callable[[Any], Any], tree: PyTree, is_params: Callable[[Any], bool], wanted: str
 ) -> PyTree:
-    """Converts every subtree that is parameters."""
+    """Converts every subtree that is parameters; `wanted` describes these in a message."""
     nodes = jax.tree.leaves(tree, is_leaf=is_params)
     if not any(map(is_params, nodes)):
         keys = sorted(map(str, tree)) if isinstance(tree, Mapping) else show(tree)
         raise ValueError(
-            f"tree: must hold {what}; found none under {keys}; mind the names of the modules above"
+            f"tree: must hold {wanted}; found none under {keys}; give the names of the modules "
+            "above them too"
         )
     return jax.tree.map(
         lambda node: convert(node) if is_params(node) else node, tree, is_leaf=is_params
@@ -239,12 +241,12 @@ def _map(
 
 
 def _path(layers: str) -> list[str]:
-    """Splits the names, of which the last alone may have the number."""
+    """Splits a path into names; the last alone may have the hole for a number."""
     path = layers.split("/") if isinstance(layers, str) else []
     if not all(path) or not path or HOLE in "".join(path[:-1]) or path[-1].count(HOLE) > 1:
         raise ValueError(
             f"layers={layers!r}: must be the name of the stack, or that of the layers with {{}} "
-            'for their number; after the names of the modules above, joined by "/"'
+            'for their number, after the names of the modules above it, joined by "/"'
         )
     return path
 
@@ -258,7 +260,7 @@ def _get(tree: Any, path: Sequence[str]) -> Any:
 
 
 def _without(tree: Any, path: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Copies dicts along the path, leaving out names at its end, and what is empty then."""
+    """Copies dicts along the path, without `names` at its end, and without emptied dicts."""
     if not path:
         return {name: value for name, value in tree.items() if name not in names}
     inner = _without(tree[path[0]], path[1:], names)
@@ -270,7 +272,7 @@ def _without(tree: Any, path: Sequence[str], names: Sequence[str]) -> dict[str, 
 
 
 def _with(tree: Any, path: Sequence[str], entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies dicts along the path, with more entries at its end."""
+    """Copies dicts along the path, and adds entries at its end."""
     if not isinstance(tree, Mapping):
         raise ValueError(
             f'tree: must have a dict in "ends", got {show(tree)}; where an optimizer masks '
@@ -288,7 +290,7 @@ def _with(tree: Any, path: Sequence[str], entries: Mapping[str, Any]) -> dict[st
 
 
 def _numbered(holder: Mapping[str, Any], last: str, layers: str) -> list[str]:
-    """Lists the names of the layers in order, of which none may be missing."""
+    """Lists the names of the layers in order, and requires all of them."""
     before, after = map(re.escape, last.split(HOLE))
     numbers = [re.fullmatch(f"{before}([0-9]+){after}", name) for name in holder]
     count = len([match for match in numbers if match])
@@ -303,6 +305,7 @@ def _numbered(holder: Mapping[str, Any], last: str, layers: str) -> list[str]:
 
 
 def _stack(names: list[str], holder: Mapping[str, Any], axis: str) -> PyTree:
+    """Stacks the layers of one kind, which must have the same parameters."""
     trees = [holder[name] for name in names]
     first = jax.tree.map(jnp.shape, trees[0])
     for name, tree in zip(names, trees, strict=True):
@@ -312,8 +315,4 @@ def _stack(names: list[str], holder: Mapping[str, Any], axis: str) -> PyTree:
                 f"tree: layers of one kind must have the same parameters, but {names[0]!r} has "
                 f"{first} and {name!r} has {shapes}; name the kind of every layer in layout="
             )
-    return metadata.add_name(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), 0, axis)
-
-
-def _layer(stack: PyTree, place: int, axis: str) -> PyTree:
-    return metadata.take_name(jax.tree.map(lambda leaf: leaf[place], stack), 0, axis)
+    return add_name(stack_layers(trees), 0, axis)

@@ -1,7 +1,7 @@
 """Partitioning metadata of the layers' dim: `nn.Partitioned` and other boxes around parameters.
 
 A stack's boxes have one name more than a layer's, for the leading dim. Inside the blocks there are
-no boxes: parameters are laid out already, and a constraint named for the stack would not fit.
+no boxes: parameters are sharded already, and a constraint with the stack's names would not fit.
 """
 
 from typing import Any
@@ -28,12 +28,12 @@ def unboxed(tree: PyTree) -> PyTree:
 
 
 def add_name(tree: PyTree, dim: int, name: str | None) -> PyTree:
-    """Names a new dim of every box."""
+    """Adds the name of a new dim to every box."""
     return meta.add_axis(tree, dim, {meta.PARTITION_NAME: name})
 
 
 def take_name(tree: PyTree, dim: int, name: str | None) -> PyTree:
-    """Drops the name of a dim of every box; `name` is for boxes that do not list their names."""
+    """Removes the name of a dim from every box; boxes that list no names are given `name`."""
 
     def take(leaf: Any) -> Any:
         if not is_box(leaf):

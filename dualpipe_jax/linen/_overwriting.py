@@ -1,8 +1,8 @@
-"""Flax's collection of what gradients overwrite: among the parameters, or beside them as in Flax.
+"""Flax's collection of variables that gradients overwrite: among the parameters, or beside them.
 
-In: `{"ends": ..., "blocks": ...}` in which the collection stands under its own name among the
-parameters, as a pipeline takes them; or Flax's `{"params": ..., "_overwrite_with_gradient": ...}`,
-as a TrainState takes them. Out: the other of the two.
+In: `{"ends": ..., "blocks": ...}` with the collection among the parameters, under its own name, as
+a pipeline takes them; or Flax's `{"params": ..., "_overwrite_with_gradient": ...}`, as a TrainState
+takes them. Out: the other of these two forms.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +18,7 @@ from dualpipe_jax._model.types import PyTree
 
 
 def collections_of(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Takes the parameters of one stack, or of the ends, apart into collections."""
+    """Splits the parameters of one stack, or of the ends, into collections."""
     if OVERWRITE_WITH_GRADIENT not in params:
         return {"params": params}
     rest = {name: tree for name, tree in params.items() if name != OVERWRITE_WITH_GRADIENT}
@@ -26,14 +26,14 @@ def collections_of(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def to_variables(params: Mapping[str, PyTree], *, kinds: Collection[Kind]) -> dict[str, PyTree]:
-    """As `LinenModel.to_variables`; blocks hold a stack for each of `kinds`, or are one if None."""
+    """As `LinenModel.to_variables`; with the kind None, blocks are one stack."""
     _require_parts("params", {"params": params}, kinds)
     params = unfreeze({**params})
     found = _by_stack(lambda stack: stack.get(OVERWRITE_WITH_GRADIENT, {}), kinds, params)
     rest = _by_stack(lambda stack: collections_of(stack)["params"], kinds, params)
     variables = {"params": {**params, **rest}}
     raise_all(
-        f"params: {OVERWRITE_WITH_GRADIENT!r} must stand in the ends, and in the blocks of each "
+        f"params: {OVERWRITE_WITH_GRADIENT!r} must be a key of the ends, and of the blocks of each "
         "kind of layer, as model.init and model.to_params put it",
         (
             f"params{jax.tree_util.keystr(path)}"
@@ -47,16 +47,16 @@ def to_variables(params: Mapping[str, PyTree], *, kinds: Collection[Kind]) -> di
 
 
 def to_params(variables: Mapping[str, PyTree], *, kinds: Collection[Kind]) -> dict[str, PyTree]:
-    """As `LinenModel.to_params`; blocks hold a stack for each of `kinds`, or are one if None."""
+    """As `LinenModel.to_params`; with the kind None, blocks are one stack."""
     known = {"params", OVERWRITE_WITH_GRADIENT}
     if not isinstance(variables, Mapping) or not {"params"} <= set(variables) <= known:
         if isinstance(variables, Mapping):
-            got = f"{sorted(variables)}; what is only read goes to model.with_constants"
+            got = f"{sorted(variables)}; give constants to model.with_constants"
         else:
-            got = f"{show(variables)}; of a TrainState give its params"
+            got = f"{show(variables)}; from a TrainState give its params"
         raise ValueError(
-            f'variables: must be {{"params": .., {OVERWRITE_WITH_GRADIENT!r}: ..}}, the second if '
-            f"there is one, got {got}"
+            f'variables: must be {{"params": .., {OVERWRITE_WITH_GRADIENT!r}: ..}}, or without the '
+            f"second, got {got}"
         )
     variables = unfreeze({**variables})
     _require_parts("variables", variables, kinds)
@@ -86,8 +86,8 @@ def _by_stack(
 def _require_parts(name: str, collections: Mapping[str, PyTree], kinds: Collection[Kind]) -> None:
     raise_all(
         f'{name}: must be {{"ends": .., "blocks": ..}} in each collection, as model.init and '
-        "to_canonical make them; to_canonical leaves a collection that has nothing of the layers "
-        'as it is: give {"ends": that, "blocks": {}}',
+        "to_canonical make them; to_canonical leaves a collection without layers unchanged: give "
+        'that as {"ends": collection, "blocks": {}}',
         (
             f"{key!r} is {sorted(tree) if isinstance(tree, Mapping) else show(tree)}"
             for key, tree in collections.items()
@@ -98,7 +98,7 @@ def _require_parts(name: str, collections: Mapping[str, PyTree], kinds: Collecti
         return
     raise_all(
         f"{name}: blocks must have a stack for each kind of layer, {sorted(map(str, kinds))}; in "
-        f"{OVERWRITE_WITH_GRADIENT!r} those may be left out that have nothing of it",
+        f"{OVERWRITE_WITH_GRADIENT!r} empty stacks may be left out",
         (
             f"{key!r} has {sorted(map(str, tree['blocks']))}"
             for key, tree in collections.items()

@@ -1,4 +1,4 @@
-"""One of a model's three modules, as a function: of its variables, what it is given, and a context.
+"""One of a model's modules as a function of its variables, its inputs and a context.
 
 In: an `nn.Module`, a method of one, or a pair of one and a function. Out: `Part`, which initialises
 and calls it.
@@ -21,11 +21,17 @@ from dualpipe_jax.linen._metadata import unboxed
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
-    """A module, and how it is called.
+    """Calls and initialises a module.
 
-    `function` takes the bound module, `num_inputs` values that flow through the model (x, or
-    nothing) and the context; None for a call of the module itself, or of its `method`, which takes
-    those values, and the microbatch where `takes_microbatch`.
+    Attributes:
+      name: The user's argument that gave the module, in messages.
+      module: The module.
+      function: A function of the bound module, x (not for embed) and the context; None calls the
+        module itself, or its `method`.
+      method: A method of the module, or None.
+      kwargs: Further arguments of every call.
+      rngs: The names of the streams of random keys.
+      takes_microbatch: Whether the module, or its method, is given the microbatch, after x.
     """
 
     name: str
@@ -54,7 +60,7 @@ class Part:
         return call(self.name, must, function, *given.values(), **self.kwargs)
 
     def apply(self, variables: Mapping[str, PyTree], *inputs: PyTree, ctx: Context) -> Any:
-        """Calls the module with variables, which may be boxed.
+        """Calls the module with its variables, boxed or not.
 
         Raises:
           ValueError: If the module writes to a collection, or needs a key or variables that it is
@@ -72,16 +78,17 @@ class Part:
         except errors.ModifyScopeVariableError as error:
             raise ValueError(
                 f"{self.name}: {type(self.module).__name__} writes to a collection of variables in "
-                "a call, but a microbatch may leave nothing behind but its gradient: microbatches "
-                "run in another order, and on several devices; use a layer without running "
-                "statistics (LayerNorm, GroupNorm), or have it read them only "
+                "a call, but a microbatch must change nothing: microbatches run in another order, "
+                "and on several devices; use a layer without running "
+                "statistics (LayerNorm, GroupNorm), or one that only reads them "
                 f"(use_running_average=True). Flax says: {error}"
             ) from error
         except errors.ScopeCollectionNotFound as error:
             raise ValueError(
                 f"{self.name}: {type(self.module).__name__} reads variables that it is not given; "
-                "what gradients overwrite (scales of float8) is among the params that model.init "
-                "and model.to_params make, and what is only read goes to model.with_constants. "
+                "variables that gradients overwrite (scales of float8) must be among the params, "
+                "as model.init and model.to_params make them, and constants must be given to "
+                "model.with_constants. "
                 f"Flax says: {error}"
             ) from error
         except errors.InvalidRngError as error:
@@ -98,23 +105,23 @@ class Part:
     def init(
         self, key: jax.Array, *inputs: PyTree, ctx: Context, run: Callable[..., Any] | None = None
     ) -> tuple[Any, dict[str, PyTree]]:
-        """Initialises the module, by a call; returns what that returned, and the variables."""
+        """Initialises the module by a call; returns the outputs of the call, and the variables."""
         method = run or self.run
         out, variables = self.module.init_with_output(key, *inputs, ctx=ctx, method=method)
         return out, {**unfreeze(variables)}
 
     def keys(self, rng: jax.Array | None) -> dict[str, jax.Array] | None:
-        """Derives a key for each named stream: `fold_in(ctx.rng, its place in rngs)`."""
+        """Derives a key for each named stream, `fold_in(rng, index in rngs)`; None without rng."""
         if rng is None:
             return None
         return {name: jax.random.fold_in(rng, i) for i, name in enumerate(self.rngs)}
 
 
 def part_of(name: str, value: Any, **options: Any) -> Part:
-    """Makes a part of what the user gave for the argument `name`.
+    """Makes a part from the user's argument `name`.
 
     Raises:
-      TypeError: If it is nothing of the kind.
+      TypeError: If the argument is neither a module, nor a method of one, nor a pair.
     """
     module, function, method = value, None, None
     if isinstance(value, tuple) and len(value) == 2:
@@ -123,13 +130,13 @@ def part_of(name: str, value: Any, **options: Any) -> Part:
         module, method = value.__self__, value
     if not isinstance(module, nn.Module) or not (function is None or callable(function)):
         raise TypeError(
-            f"{name}={_told(value)}: must be a flax.linen Module, a method of one (ends.head), or "
+            f"{name}={_show(value)}: must be a flax.linen Module, a method of one (ends.head), or "
             "a pair of a Module and a function of it (gpt, lambda gpt, ctx: ...)"
         )
     return Part(name=name, module=module, function=function, method=method, **options)
 
 
-def _told(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, tuple):
-        return f"({', '.join(map(_told, value))})"
+        return f"({', '.join(map(_show, value))})"
     return f"a {type(value).__name__}" if isinstance(value, nn.Module) else show(value)

@@ -1,4 +1,4 @@
-"""Flax NNX modules as a pipelined model, opt-in: `import dualpipe_jax` alone imports no Flax.
+"""Flax NNX modules as a pipelined model.
 
 In: a module that holds a list, or a stack, of layers. Out: a `dualpipe_jax.Model`, and gradients as
 `nnx.Optimizer.update` takes them.
@@ -10,20 +10,17 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from dualpipe_jax import _errors
-from dualpipe_jax._api import value_and_grad as _api
-from dualpipe_jax._errors import call, raise_all, show
+from dualpipe_jax._api.value_and_grad import GradFunction
+from dualpipe_jax._api.value_and_grad import value_and_grad as value_and_grad_of_params
+from dualpipe_jax._errors import call, raise_all, require_name, require_names, show
 from dualpipe_jax._executor import MemoryReport
-from dualpipe_jax._model import kinds as _kinds
-from dualpipe_jax._model.types import Context, Model, PyTree
-from dualpipe_jax.nnx._layers import Layers, take_apart
+from dualpipe_jax._model.kinds import index_in_stack, layout_of, unwrap_kinds
+from dualpipe_jax._model.types import Batch, Block, Context, Model, Params, PyTree, Weight
+from dualpipe_jax.nnx._layers import Layers
 from dualpipe_jax.nnx._part import Part
-
-__all__ = ["NNXModel", "model", "value_and_grad"]
+from dualpipe_jax.nnx._take_apart import take_apart
 
 
 def model(
@@ -34,49 +31,48 @@ def model(
     block: Callable[[Any, PyTree, Context], Any] | None = None,
     head: Callable[[Any, PyTree, Context], Any],
     loss: Callable[[Any, PyTree], Any] | None = None,
-    weight: Callable[[PyTree], Any] | None = None,
+    weight: Weight | None = None,
     has_aux: bool = False,
     block_has_aux: bool = False,
     layout: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     axis: str = "pipe",
 ) -> "NNXModel":
-    """Makes a pipelined model of an NNX module that holds its layers.
+    """Makes a pipelined model from an NNX module that holds its layers.
 
-    The module itself is not changed, and not kept: its structure is read, and what in it is no
-    `nnx.Param`. Its random streams (`nnx.Rngs`, of Dropout) draw from the step's key in a call:
-    stream i of a layer starts at `fold_in(ctx.rng, i)`, so that every microbatch and layer has
-    numbers of its own, the same in every schedule; their state in the module stays as it is. Other
-    variables are constants, of which each device holds those of all layers.
+    The module is neither changed nor kept: only its structure, and its state other than `nnx.Param`
+    are read. Its random streams (`nnx.Rngs`, of Dropout) draw from the step's key in a call: stream
+    i of a layer starts at `fold_in(ctx.rng, i)`, so that every microbatch and layer has its own
+    numbers, the same in every schedule; their state in the module stays as it is. Other variables
+    are constants; each device holds the constants of all layers.
 
-    Layers that differ in a static field, such as a window's size, are of different kinds: each kind
-    has a stack of its own, as with `Model.layout`.
+    Layers that differ in a static field, such as the size of a window, are of different kinds: each
+    kind has its own stack, as with `Model.layout`.
 
     Args:
       module: The module.
-      blocks: The attribute that holds the layers, after the names of those above
-        (`"decoder.layers"`): a list of modules, or one module whose state `nnx.vmap` stacked
-        on a leading dim.
-      embed: `(rest, ctx) -> x`, the first thing. `rest` is the module without its layers, x any
+      blocks: The path of the attribute that holds the layers (`"decoder.layers"`): a list of
+        modules, or one module whose state `nnx.vmap` stacked on a leading dim.
+      embed: `(rest, ctx) -> x`, the first function. `rest` is the module without its layers, x any
         pytree of arrays.
       block: `(layer, x, ctx) -> x`, one layer; None calls `layer(x)`.
-      head: `(rest, x, ctx) -> logits`, or the loss where there is no `loss`.
-      loss: `(what head returns, microbatch) -> loss`, a floating-point scalar.
+      head: `(rest, x, ctx) -> logits`, or the loss if there is no `loss`.
+      loss: `(outputs of head, microbatch) -> loss`, a floating-point scalar.
       weight: As `Model.weight`.
       has_aux: Whether loss (or head, without loss) returns `(loss, metrics)`, as in `Model`.
       block_has_aux: Whether block returns `(x, aux_loss)`, as in `Model`.
-      layout: The name of the kind of every layer; None finds them, and names them by their classes.
-      ignore: Names of attributes of layers, and of modules in them, which make no difference to a
-        call (a layer's own number, say): those of the first layer of a kind stand for all.
-      axis: The name that sharding metadata gets for the layers' dim of blocks.
+      layout: The name of the kind of every layer; None finds the kinds, and names them by classes.
+      ignore: Names of attributes of layers, and of modules in them, that make no difference to a
+        call (a layer's own number, say): all layers of a kind get the values of the first one.
+      axis: The name of the layers' dim of blocks in sharding metadata.
 
     Returns:
-      An NNXModel: a `dualpipe_jax.Model`, of parameters that `NNXModel.params` makes of the module.
+      An NNXModel: a `dualpipe_jax.Model`, whose parameters `NNXModel.params` takes from the module.
 
     Raises:
       TypeError: If an argument has a wrong type.
-      ValueError: If layers are not found, share parameters, or fit into no kinds; at a call, if the
-        module changes its variables (as BatchNorm does in training), or draws without a key.
+      ValueError: If layers are not found, share parameters, or all differ; at a call, if the module
+        changes its variables (as BatchNorm does in training), or draws without a key.
 
     >>> import jax, jax.numpy as jnp, optax, dualpipe_jax as dpj
     >>> from flax import nnx
@@ -97,48 +93,47 @@ def model(
     >>> loss, grads = grad_fn(net, jnp.ones((4, 2), int))
     >>> _ = optimizer.update(net, grads)
     """
-    functions = {"embed": embed, "head": head}
-    functions |= {name: f for name, f in {"block": block, "loss": loss}.items() if f is not None}
+    optional = {"block": block, "loss": loss}
+    given = {"embed": embed, "head": head}
+    given |= {argument: f for argument, f in optional.items() if f is not None}
     raise_all(
-        "model: embed, block, head and loss must be functions (the last of the module and of a "
-        "context; see dualpipe_jax.nnx.model)",
-        (f"{name} is {show(value)}" for name, value in functions.items() if not callable(value)),
+        "model: embed, block, head and loss must be functions, as dualpipe_jax.nnx.model tells",
+        (f"{argument} is {show(f)}" for argument, f in given.items() if not callable(f)),
         error=TypeError,
     )
     layers, rest, parts = take_apart(
         module,
         blocks,
-        layout=_kinds.layout_of(layout),
-        ignore=_errors.names("ignore", ignore),
-        axis=_errors.name("axis", axis),
+        layout=layout_of(layout),
+        ignore=require_names("ignore", ignore),
+        axis=require_name("axis", axis),
     )
-    of_rest = partial(call, "embed", "(rest, ctx) -> x", embed)
-    to_logits = partial(call, "head", "(rest, x, ctx) -> logits, or the loss", head)
+    call_embed = partial(call, "embed", "(rest, ctx) -> x", embed)
+    call_head = partial(call, "head", "(rest, x, ctx) -> logits, or the loss", head)
+    call_block = _call if block is None else partial(call, "block", "(layer, x, ctx) -> x", block)
 
     def run_embed(ends: PyTree, ctx: Context) -> PyTree:
-        return rest.run(of_rest, ends, ctx=ctx)
+        return rest.run(call_embed, ends, ctx=ctx)
 
     def run_head(ends: PyTree, x: PyTree, ctx: Context) -> Any:
-        out = rest.run(to_logits, ends, x, ctx=ctx)
+        out = rest.run(call_head, ends, x, ctx=ctx)
         if loss is None:
             return out
         return call("loss", "(logits, microbatch) -> scalar", loss, out, ctx.microbatch)
 
-    places = np.asarray(_kinds.places_of(layers.kinds), np.int32)
-    run_layer = _call if block is None else partial(call, "block", "(layer, x, ctx) -> x", block)
-
-    def block_of(part: Part) -> Callable[[PyTree, PyTree, Context], Any]:
+    def block_of(part: Part) -> Block:
         def run_block(params: PyTree, x: PyTree, ctx: Context) -> Any:
-            place = jnp.asarray(places)[ctx.layer]
-            return part.run(run_layer, params, x, ctx=ctx, place=place)
+            assert ctx.layer is not None
+            index = index_in_stack(layers.kinds, ctx.layer)
+            return part.run(call_block, params, x, ctx=ctx, index=index)
 
         return run_block
 
-    of_kind: dict[Any, Callable[..., Any]] = {kind: block_of(part) for kind, part in parts.items()}
-    kinds: Any = None if None in of_kind else layers.kinds
+    run_blocks: Any = unwrap_kinds({kind: block_of(part) for kind, part in parts.items()})
+    kinds: Any = None if None in parts else layers.kinds
     return NNXModel(
         embed=run_embed,
-        block=of_kind.get(None, of_kind),
+        block=run_blocks,
         head=run_head,
         weight=weight,
         has_aux=has_aux,
@@ -154,35 +149,35 @@ class NNXModel(Model):
 
     layers: Layers
 
-    def params(self, module: nnx.Module) -> PyTree:
-        """Takes the parameters of the module apart: `{"ends": nnx.State, "blocks": nnx.State}`.
+    def params(self, module: nnx.Module) -> Params:
+        """Takes the parameters from a module: `{"ends": nnx.State, "blocks": nnx.State}`.
 
         The variables keep their metadata; that of blocks has `axis` as the name of the layers' dim,
-        so that `nnx.get_partition_spec` lays the layers over the pipeline. Layers in a list are
-        stacked: a copy, in every step of which it is part. With a layout, blocks is a dict with a
-        state for each kind.
+        so that `nnx.get_partition_spec` shards the layers over the pipeline. Layers in a list are
+        stacked: a copy, in each step that calls this function. With a layout, blocks is a dict with
+        a state for each kind.
 
         Args:
-          module: The module of which the model was made, or one like it.
+          module: The module from which the model was made, or one like it.
 
         Raises:
-          ValueError: If it is none of these.
+          ValueError: If its parameters are others.
           TypeError: If it is no module.
         """
         return self.layers.params(module)
 
-    def state(self, tree: PyTree) -> nnx.State:
-        """Makes the module's state of parameters, or gradients, as `params` returns them.
+    def state(self, tree: Params) -> nnx.State:
+        """Converts parameters, or gradients, in the form of `params` to the module's state.
 
         Args:
           tree: `{"ends": ..., "blocks": ...}`.
 
         Returns:
-          What `nnx.state(module, nnx.Param)` has for its structure: gradients for
+          A state with the structure of `nnx.state(module, nnx.Param)`: gradients for
           `nnx.Optimizer.update(module, grads)`, parameters for `nnx.update(module, state)`.
 
         Raises:
-          ValueError: If tree is nothing of the kind.
+          ValueError: If tree is not of that form.
         """
         return self.layers.state(tree)
 
@@ -191,7 +186,7 @@ def value_and_grad(model: NNXModel, **options: Any) -> "NNXGradFunction":
     """Makes the pipelined `nnx.value_and_grad` of a model's loss.
 
     Args:
-      model: What `model` returns.
+      model: A model made by `dualpipe_jax.nnx.model`.
       **options: As for `dualpipe_jax.value_and_grad`.
 
     Returns:
@@ -206,39 +201,47 @@ def value_and_grad(model: NNXModel, **options: Any) -> "NNXGradFunction":
       ValueError: As `dualpipe_jax.value_and_grad`.
     """
     if not isinstance(model, NNXModel):
-        raise TypeError(f"model: must be what dualpipe_jax.nnx.model returns, got {show(model)}")
-    return NNXGradFunction(model=model, of_params=_api.value_and_grad(model, **options))
+        raise TypeError(f"model: must be made by dualpipe_jax.nnx.model, got {show(model)}")
+    return NNXGradFunction(model=model, of_params=value_and_grad_of_params(model, **options))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NNXGradFunction:
-    """A function of (module, batch), as `value_and_grad` describes it."""
+    """Computes loss and gradients of (module, batch), as `value_and_grad` describes it.
+
+    Attributes:
+      model: The model.
+      of_params: The same function of parameters.
+    """
 
     model: NNXModel
-    of_params: _api.GradFunction
+    of_params: GradFunction
 
     def __call__(
         self,
         module: nnx.Module,
-        batch: PyTree,
+        batch: Batch,
         *,
         rng: jax.Array | None = None,
-        loss_scale: Any = None,
-    ) -> Any:
+        loss_scale: float | jax.Array | None = None,
+    ) -> tuple[Any, nnx.State]:
         """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
         params = self.model.params(module)
         value, grads = self.of_params(params, batch, rng=rng, loss_scale=loss_scale)
         return value, self.model.state(grads)
 
     def memory(
-        self, module: nnx.Module, batch: PyTree, *, rng: jax.Array | None = None
+        self, module: nnx.Module, batch: Batch, *, rng: jax.Array | None = None
     ) -> MemoryReport:
-        """Adds up a step's memory on one device, as `memory` of `dualpipe_jax.value_and_grad`.
+        """Adds up a step's memory on one device, as `grad_fn.memory` of `value_and_grad`.
 
         Args:
           module: As for a call; of arrays, or of shapes (`nnx.eval_shape`).
           batch: As for a call; arrays, or `jax.ShapeDtypeStruct`s.
           rng: As for a call.
+
+        Returns:
+          A MemoryReport, in bytes.
         """
         params = jax.eval_shape(self.model.params, module)
         return self.of_params.memory(params, batch, rng=rng)

@@ -1,40 +1,44 @@
-"""A module's state as `{"ends": ..., "blocks": ...}`, and back.
+"""Converts a module's state to `{"ends": ..., "blocks": ...}`, and back.
 
-In: a module, and where its layers are: a list of modules, or one module made by `nnx.vmap`, all of
-whose state has the layers as its leading dim. Out: `Layers`, which takes the state apart.
+The layers of the module are a list of modules, or one module made by `nnx.vmap`, all of whose state
+has the layers as its leading dim.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dualpipe_jax._errors import raise_all, show
-from dualpipe_jax._model import kinds as _kinds
-from dualpipe_jax._model import stacks as _stacks
-from dualpipe_jax._model.kinds import Kind
-from dualpipe_jax._model.types import PyTree
-from dualpipe_jax.nnx._kinds import kinds_of
-from dualpipe_jax.nnx._part import Part, Path
+from dualpipe_jax._model.kinds import (
+    Kind,
+    group_by_kind,
+    indices_in_stack,
+    replicate_layers_dim,
+    stack_layers,
+    take_layer,
+    unwrap_kinds,
+)
+from dualpipe_jax._model.types import Params
+from dualpipe_jax.nnx._part import Path
 
-# The part of canonical parameters beside those of the kinds.
+# Names the part of parameters outside the layers, beside the kinds.
 _ENDS = ("ends",)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layers:
-    """Where a module's layers are, and what kind each is of.
+    """Converts the state of a module whose layers are at a path.
 
     Attributes:
-      path: Where they are, from the module.
+      path: The path of the layers, from the module.
       kinds: The kind of every layer, in model order.
-      is_stack: Whether they are one module, stacked.
+      is_stack: Whether the layers are one module, stacked.
       structures: The structure of each parameter of the module, a variable with its metadata.
-      axis: The name that metadata gets for the layers' dim of blocks.
+      axis: The name of the layers' dim of blocks in metadata.
     """
 
     path: Path
@@ -43,18 +47,18 @@ class Layers:
     structures: dict[Path, Any]
     axis: str
 
-    def params(self, module: nnx.Module) -> PyTree:
-        """Takes the parameters of the module apart.
+    def params(self, module: nnx.Module) -> Params:
+        """Takes the parameters from a module.
 
         Raises:
-          ValueError: If it is not the module that the model was made of, or one like it.
+          ValueError: If its parameters are not those of the module from which the model was made.
           TypeError: If it is no module.
         """
-        _require_module(module)
+        require_module(module)
         found = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
         raise_all(
-            "module: must have the parameters of the module of which the model was made; make a "
-            "new model of what was changed",
+            "module: must have the parameters of the module from which the model was made; make a "
+            "new model after a change",
             (
                 f"{'.'.join(map(str, path))} is {'missing' if path in self.structures else 'new'}"
                 for path in {**self.structures, **found}
@@ -64,32 +68,28 @@ class Layers:
         ends = {path: v for path, v in found.items() if not self._is_inside(path)}
         layers = {path: v for path, v in found.items() if self._is_inside(path)}
         stacks = {kind: self._stack(kind, layers) for kind in dict.fromkeys(self.kinds)}
-        return {
-            "ends": nnx.from_flat_state(ends),
-            "blocks": stacks.get(None, stacks),
-        }
+        return {"ends": nnx.from_flat_state(ends), "blocks": unwrap_kinds(stacks)}
 
-    def state(self, tree: PyTree) -> nnx.State:
-        """Puts the module's state together of canonical parameters, or of trees like them.
+    def state(self, tree: Params) -> nnx.State:
+        """Makes the module's state from canonical parameters, or from a tree like them.
 
         Raises:
-          ValueError: If it is nothing of the kind.
+          ValueError: If it is no such tree.
         """
-        parts, places = self._parts_of(tree), _kinds.places_of(self.kinds)
+        parts, indices = self._parts_of(tree), indices_in_stack(self.kinds)
 
-        def value_of(path: Path) -> list[Any]:
-            part, rest = self._place_of(path)
-            leaves = jax.tree.leaves(parts[part][rest])
-            if part == _ENDS or self.is_stack:
-                return leaves
-            place = places[path[len(self.path)]]
-            return [leaf[place] for leaf in leaves]
+        def leaves_of(path: Path) -> list[Any]:
+            part, path_in_part = self._locate(path)
+            variable = parts[part][path_in_part]
+            if part != _ENDS and not self.is_stack:
+                variable = take_layer(variable, indices[path[len(self.path)]])
+            return jax.tree.leaves(variable)
 
         return nnx.from_flat_state(
-            {path: jax.tree.unflatten(s, value_of(path)) for path, s in self.structures.items()}
+            {path: jax.tree.unflatten(s, leaves_of(path)) for path, s in self.structures.items()}
         )
 
-    def _parts_of(self, tree: PyTree) -> dict[Any, dict[Path, nnx.Variable]]:
+    def _parts_of(self, tree: Params) -> dict[Any, dict[Path, nnx.Variable]]:
         """Requires canonical parameters, or a tree like them; returns the variables of each part.
 
         The parts are `_ENDS` and the kinds.
@@ -113,21 +113,23 @@ class Layers:
         is_list = not self.is_stack
         flat = {
             part: dict(
-                nnx.to_flat_state(_stacks.gathered(state) if is_list and part != _ENDS else state)
+                nnx.to_flat_state(
+                    replicate_layers_dim(state) if is_list and part != _ENDS else state
+                )
             )
             for part, state in states.items()
         }
         offenders = []
         for path in self.structures:
-            part, rest = self._place_of(path)
-            name = ".".join(map(str, (_name_of(part), *rest)))
-            if rest not in flat[part]:
+            part, path_in_part = self._locate(path)
+            name = ".".join(map(str, (_name_of(part), *path_in_part)))
+            if path_in_part not in flat[part]:
                 offenders.append(f"{name} is missing")
             elif is_list and part != _ENDS:
                 count = self.kinds.count(part)
                 offenders += [
                     f"{name} is {show(leaf)}, not of {count} layers"
-                    for leaf in jax.tree.leaves(flat[part][rest])
+                    for leaf in jax.tree.leaves(flat[part][path_in_part])
                     if np.shape(leaf)[:1] != (count,)
                 ]
         raise_all(
@@ -136,8 +138,8 @@ class Layers:
         )
         return flat
 
-    def _place_of(self, path: Path) -> tuple[Any, Path]:
-        """Says in which part a parameter of the module stands, and under which path."""
+    def _locate(self, path: Path) -> tuple[Any, Path]:
+        """Gives the part that holds a parameter of the module, and the parameter's path in it."""
         depth = len(self.path)
         if not self._is_inside(path):
             return _ENDS, path
@@ -154,165 +156,23 @@ class Layers:
         if self.is_stack:
             stack = nnx.from_flat_state({path[depth:]: v for path, v in layers.items()})
             return _named(stack, self.axis, is_new=False)
-        own = [
-            {path[depth + 1 :]: v for path, v in layers.items() if path[depth] == layer}
-            for layer, k in enumerate(self.kinds)
-            if k == kind
-        ]
-        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.from_flat_state, own))
-        return _named(stack, self.axis, is_new=True)
-
-
-def take_apart(
-    module: nnx.Module,
-    blocks: str,
-    *,
-    layout: Sequence[str] | None,
-    ignore: Sequence[str],
-    axis: str,
-) -> tuple[Layers, Part, dict[Kind, Part]]:
-    """Finds the layers of a module; returns them, the rest of it, and a layer of each kind.
-
-    Raises:
-      ValueError: If there are no layers, if they share parameters with one another or with the
-        rest, or if they do not fit the layout.
-      TypeError: If module is none.
-    """
-    _require_module(module)
-    path = _path(module, blocks)
-    found = _get(module, path)
-    is_stack = isinstance(found, nnx.Module) and not isinstance(found, nnx.List)
-    layers = [found] if is_stack else list(found) if isinstance(found, Sequence | nnx.List) else []
-    if not layers or not all(isinstance(layer, nnx.Module) for layer in layers):
-        raise ValueError(
-            f"blocks={blocks!r}: must be a list of modules (nnx.List), or one module whose state "
-            f"is stacked by nnx.vmap; got {show(found)}"
-        )
-    _require_attributes(layers, ignore)
-    rest = nnx.merge(*nnx.split(module))
-    delattr(_get(rest, path[:-1]), path[-1])
-    _require_own_parameters(module, rest, layers, blocks)
-    name = f"module.{blocks}"
-    if is_stack:
-        if layout is not None:
-            raise ValueError(
-                f"layout={tuple(layout)!r}: layers of a stack are of one kind; leave it out, or "
-                "have a list of layers"
+        states = [
+            nnx.from_flat_state(
+                {path[depth + 1 :]: v for path, v in layers.items() if path[depth] == layer}
             )
-        kinds: tuple[Kind, ...] = (None,) * _num_layers(found, blocks)
-        parts: dict[Kind, Part] = {None: Part.of(name, found)}
-    else:
-        kinds = kinds_of(layers, layout, ignore)
-        parts = {kind: _part(name, layers, kinds, kind) for kind in dict.fromkeys(kinds)}
-        if layout is None and len(parts) == 1:
-            kinds = (None,) * len(layers)
-            parts = dict.fromkeys([None], *parts.values())
-    variables = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return (
-        Layers(
-            path=path,
-            kinds=kinds,
-            is_stack=is_stack,
-            structures={path: jax.tree.structure(variable) for path, variable in variables},
-            axis=axis,
-        ),
-        Part.of("module", rest),
-        parts,
-    )
+            for layer in group_by_kind(self.kinds, range(len(self.kinds)))[kind]
+        ]
+        return _named(stack_layers(states), self.axis, is_new=True)
 
 
-def _require_module(module: Any) -> None:
+def require_module(module: Any) -> None:
+    """Requires an NNX module."""
     if not isinstance(module, nnx.Module):
         raise TypeError(f"module: must be a flax.nnx.Module, got {show(module)}")
 
 
-def _require_attributes(layers: list[nnx.Module], ignore: Sequence[str]) -> None:
-    """Requires names that an attribute of a layer has, or of a module in it."""
-    paths = (path for layer in layers for path, _ in nnx.iter_graph(layer))
-    known = {path[-1] for path in paths if path and isinstance(path[-1], str)}
-    unknown = [name for name in ignore if name not in known]
-    if unknown:
-        has = sorted(name for name in known if not name.startswith("_"))
-        raise ValueError(
-            f"ignore={ignore!r}: must name attributes of layers, but they have no "
-            f"{', '.join(map(repr, unknown))}; they have {has[:20]}"
-        )
-
-
 def _name_of(part: Any) -> str:
     return "ends" if part == _ENDS else "blocks" if part is None else f"blocks[{part!r}]"
-
-
-def _part(name: str, layers: list, kinds: tuple[Kind, ...], kind: Kind) -> Part:
-    """Makes the part of a kind, its constants stacked."""
-    parts = [
-        Part.of(f"{name}[{layer}]", layers[layer]) for layer, k in enumerate(kinds) if k == kind
-    ]
-    values = [jax.tree.leaves(part.constants) for part in parts]
-    stacked = [jnp.stack(leaves) for leaves in zip(*values, strict=True)]
-    first = parts[0]
-    constants = jax.tree.unflatten(
-        jax.tree.structure(first.constants), _stacks.as_constants(stacked)
-    )
-    return replace(first, constants=constants)
-
-
-def _path(module: nnx.Module, blocks: str) -> Path:
-    names = tuple(blocks.split(".")) if isinstance(blocks, str) else ()
-    for depth, name in enumerate(names):
-        holder = _get(module, names[:depth])
-        if not hasattr(holder, name):
-            known = [n for n, v in vars(holder).items() if isinstance(v, nnx.Pytree)]
-            raise ValueError(
-                f"blocks={blocks!r}: must name the attribute that holds the layers, but "
-                f"{type(holder).__name__} has no {name!r}; its modules are {known}"
-            )
-    if not names:
-        raise TypeError(f"blocks={blocks!r}: must be the name of the attribute with the layers")
-    return names
-
-
-def _get(module: Any, path: Path) -> Any:
-    for name in path:
-        module = getattr(module, name)
-    return module
-
-
-def _require_own_parameters(module: Any, rest: Any, layers: list, blocks: str) -> None:
-    """Requires every parameter to belong to one layer, or to the rest of the module."""
-
-    def count(module: Any) -> int:
-        return len(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-
-    if count(module) == count(rest) + sum(map(count, layers)):
-        return
-    owners: dict[int, list[str]] = {}
-    for i, layer in enumerate(layers):
-        for path, node in nnx.iter_graph(layer):
-            if isinstance(node, nnx.Param):
-                name = ".".join(map(str, (blocks, i, *path)))
-                owners.setdefault(id(node), []).append(name)
-    shared = [" and ".join(names) for names in owners.values() if len(names) > 1]
-    raise_all(
-        f"blocks={blocks!r}: layers must have parameters of their own, which no other layer and "
-        "nothing else in the module holds; make a dualpipe_jax.Model with params['shared'] for "
-        "what all blocks use",
-        [f"{name} are one" for name in shared] or ["the layers share with the rest of the module"],
-    )
-
-
-def _num_layers(stack: nnx.Module, blocks: str) -> int:
-    """Requires one leading dim of all state of a stack."""
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(stack))
-    shapes = [np.shape(leaf) for _, leaf in leaves]
-    sizes = {shape[:1] for shape in shapes}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            f"blocks={blocks!r}: must be a list of modules, or one whose state is stacked by "
-            "nnx.vmap, all with the layers as leading dim; its variables have the shapes "
-            f"{sorted(set(shapes))[:8]}"
-        )
-    return sizes.pop()[0]
 
 
 def _named(stack: nnx.State, axis: str, *, is_new: bool) -> nnx.State:

@@ -1,7 +1,7 @@
-"""A module, or the part of one, as a function of its parameters.
+"""A module, or a part of one, as a function of its parameters.
 
-In: a module. Out: `Part`, which puts it together again inside a step, with the step's parameters
-and keys, and calls a function of it.
+In: a module. Out: `Part`, which rebuilds the module inside a step, with the step's parameters and
+keys, and calls a function of it.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jax.extend import core as jcore
 from jax.extend.core import primitives
 
 from dualpipe_jax._errors import raise_all
-from dualpipe_jax._model import stacks
+from dualpipe_jax._model.kinds import as_constants, take_layer
 from dualpipe_jax._model.types import Context, PyTree
 
 Path = tuple[Any, ...]
@@ -25,15 +25,15 @@ _CALLS = (primitives.jit_p, primitives.remat_p, primitives.closed_call_p)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
-    """What a module is beside its parameters.
+    """Holds all of a module but its parameters, and runs it with given ones.
 
     Attributes:
-      name: How messages call it.
+      name: Its name in messages.
       graphdef: Its static structure.
       params: The structure of its `nnx.Param` state.
-      rngs: The structure of its random state, and the variables' types.
-      rng_types: The type of every leaf of that.
-      constants: Its other variables and arrays; of a stack of layers with a leading dim.
+      rngs: The structure of its random state.
+      rng_types: The variable type of every leaf of its random state.
+      constants: Its other variables and arrays; with a leading dim for a stack of layers.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str, module: nnx.Module) -> "Part":
-        """Takes a module apart."""
+        """Splits a module."""
         graphdef, params, rngs, constants = nnx.split(module, nnx.Param, nnx.RngState, ...)
         return cls(
             name=name,
@@ -53,7 +53,7 @@ class Part:
             params=jax.tree.structure(params),
             rngs=jax.tree.structure(rngs),
             rng_types=tuple(type(variable) for _, variable in nnx.to_flat_state(rngs)),
-            constants=stacks.as_constants(constants),
+            constants=as_constants(constants),
         )
 
     def run(
@@ -62,23 +62,23 @@ class Part:
         params: PyTree,
         *inputs: PyTree,
         ctx: Context,
-        place: jax.Array | None = None,
+        index: jax.Array | None = None,
     ) -> Any:
         """Calls `function(module, *inputs, ctx)`.
 
         Args:
           function: A function of the module.
-          params: Its parameters, in the order of its own.
-          *inputs: What flows through the model.
-          ctx: The context, whose key the module's random streams get: stream i `fold_in(key, i)`.
-          place: Which entry of the constants is the layer's; None if they have no leading dim.
+          params: Its parameters, in the order of the module's own.
+          *inputs: x; nothing for embed.
+          ctx: The context; stream i of the module's random streams gets `fold_in(ctx.rng, i)`.
+          index: The index of the layer in the constants; None if they have no leading dim.
 
         Raises:
           ValueError: If the call changes the module, or needs a key that it is not given.
         """
         constants = self.constants
-        if place is not None:
-            constants = jax.tree.map(lambda leaf: jnp.asarray(leaf)[place], constants)
+        if index is not None:
+            constants = take_layer(jax.tree.map(jnp.asarray, constants), index)
         rngs = jax.tree.unflatten(self.rngs, self._random_state(ctx.rng))
         own = jax.tree.unflatten(self.params, jax.tree.leaves(params))
 
@@ -91,15 +91,15 @@ class Part:
         out, before, after = call(own, rngs, constants)
         has_key = ctx.rng is not None
         if _refused(_changed(before, after), has_key=has_key):
-            # nnx.remat and nnx.jit write all variables back: are they what was passed in?
+            # nnx.remat and nnx.jit write all variables back: did these change?
             changed = _find_changed(lambda *state: call(*state)[1:], own, rngs, constants)
             self._require_unchanged(_refused(changed, has_key=has_key))
         return out
 
     def _random_state(self, key: jax.Array | None) -> list[jax.Array]:
-        """Gives every random stream a key, from which nothing has been drawn yet."""
+        """Gives every random stream a key, with a count of no draws."""
         if key is None:
-            key = jax.random.key(0)  # stands in: what draws from it is refused
+            key = jax.random.key(0)  # a module that draws from it is refused
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         leaves, num_streams = [], 0
@@ -115,13 +115,13 @@ class Part:
         drawn = [path for path, kind in changed.items() if issubclass(kind, nnx.RngState)]
         if drawn:
             raise ValueError(
-                f"{self.name}: draws from the random streams {_names(drawn)}, but has no key; call "
-                "with rng=key, or make it deterministic first (module.eval())"
+                f"{self.name}: draws from the random streams {_names(drawn)}, but is given no key; "
+                "call with rng=key, or make it deterministic first (module.eval())"
             )
         raise_all(
-            f"{self.name}: changes its variables in a call, but a microbatch may leave nothing "
-            "behind but its gradient: microbatches run in another order, and on several devices; "
-            "use layers without running statistics (LayerNorm, GroupNorm), or module.eval()",
+            f"{self.name}: changes its variables in a call, but a microbatch must change nothing: "
+            "microbatches run in another order, and on several devices; use layers without running "
+            "statistics (LayerNorm, GroupNorm), or module.eval()",
             (f"{kind.__name__} {'.'.join(map(str, path))}" for path, kind in changed.items()),
         )
 
@@ -131,7 +131,7 @@ _State = dict[Path, tuple[type, Any]]
 
 
 def _changed(before: _State, after: _State) -> dict[Path, type]:
-    """Finds the variables that have another value, by identity, and their types."""
+    """Finds the variables whose values are other objects, and their types."""
     return {
         path: kind
         for path, (kind, value) in after.items()
@@ -140,7 +140,7 @@ def _changed(before: _State, after: _State) -> dict[Path, type]:
 
 
 def _refused(changed: dict[Path, type], *, has_key: bool) -> dict[Path, type]:
-    """Leaves out sown values, and random streams where there is a key: a call may change these."""
+    """Leaves out the variables that a call may change: sown values, and with a key random state."""
     may_change = nnx.RngState | nnx.Intermediate if has_key else nnx.Intermediate
     return {path: kind for path, kind in changed.items() if not issubclass(kind, may_change)}
 
@@ -164,11 +164,11 @@ def _find_changed(call: Callable[..., tuple[_State, _State]], *state: PyTree) ->
 
 
 def _sources(jaxpr: Any) -> list[Any]:
-    """Finds for each output the variable that it is, through calls that pass it on."""
-    passed_on: dict[Any, Any] = {}
+    """Finds for each output the variable that calls in the jaxpr pass through to it."""
+    passed_through: dict[Any, Any] = {}
 
     def source(atom: Any) -> Any:
-        return passed_on.get(atom, atom) if isinstance(atom, jcore.Var) else atom
+        return passed_through.get(atom, atom) if isinstance(atom, jcore.Var) else atom
 
     for eqn in jaxpr.eqns:
         inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
@@ -177,12 +177,12 @@ def _sources(jaxpr: Any) -> list[Any]:
             outside = dict(zip(inner.invars, map(source, eqn.invars), strict=True))
             for out, of in zip(eqn.outvars, _sources(inner), strict=True):
                 if isinstance(of, jcore.Var) and of in outside:
-                    passed_on[out] = outside[of]
+                    passed_through[out] = outside[of]
     return [source(atom) for atom in jaxpr.outvars]
 
 
 def _values(module: nnx.Module) -> _State:
-    """Lists the type and the value of everything that a call may change."""
+    """Lists the types and the values of all variables and arrays of a module."""
     return {
         path: (type(leaf), leaf.get_value())
         if isinstance(leaf, nnx.Variable)

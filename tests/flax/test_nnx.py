@@ -427,8 +427,9 @@ def test_bad_arguments_are_refused(options: Any, error: Any, message: str) -> No
 
 
 def test_bad_arguments_of_the_rest_are_refused() -> None:
-    plain = dpj.Model(embed=len, block=len, head=len)
-    with pytest.raises(TypeError, match=r"must be what dualpipe_jax.nnx.model returns, got Model"):
+    function: Any = len
+    plain = dpj.Model(embed=function, block=function, head=function)
+    with pytest.raises(TypeError, match=r"must be made by dualpipe_jax.nnx.model, got Model"):
         dpj.nnx.value_and_grad(plain, mesh=mesh_of(), num_microbatches=2)  # pyrefly: ignore
     net = Net(nnx.Rngs(0))
     model = model_of(net)
