@@ -56,7 +56,7 @@ def value_and_grad(
     optimizer's update. DualPipe: DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv:2412.19437).
 
     Args:
-      Required (these, axis, batch_axes, manual_axes and param_specs also by `evaluate`, `apply`):
+      Required (`evaluate` and `apply` take these, axis, batch_axes, manual_axes, param_specs too):
       model: The model, as pure functions.
       mesh: The devices. Axes not named here are left to XLA's partitioner; inside the model's
         functions they are Auto axes, whatever they are outside. Where `jax.set_mesh` names a mesh
