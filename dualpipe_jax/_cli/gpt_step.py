@@ -6,7 +6,7 @@ step is made of shapes alone.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def make_step(
     *,
     ranks: int,
     schedule: str,
-    overlap: bool | str | None,
+    overlap: bool | Literal["two-tick"] | None,
     microbatch: int,
     microbatches: int,
     remat: str,
