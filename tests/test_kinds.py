@@ -392,7 +392,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, Any, list[str]]] = {
             "model.layout",
             "names 'norm' (layers 0, 3), but block has 'dense', 'moe'",
             "names 'nrom' (layers 2)",
-            "block has 'dense', but no layer is of it",
+            "block has 'dense', but no layer is of that kind",
         ],
     ),
     "one stack": (
@@ -410,9 +410,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, Any, list[str]]] = {
         ValueError,
         [
             'params["blocks"]',
-            "nothing for 'dense', of which layout has 1 layers",
-            "['norm'] is of no kind in layout, which has 'dense', 'moe'",
-            "['moe']['a'] of shape (3, 2), but layout has 2 layers of 'moe'",
+            "nothing for 'dense', of which the layout has 1 layers",
+            "['norm'] is of no kind in the layout, which has ['dense', 'moe']",
+            "['moe']['a'] of shape (3, 2), but the layout has 2 layers of 'moe'",
             "['moe']['b'] of shape ()",
         ],
     ),

@@ -474,7 +474,7 @@ def test_bad_values_are_refused() -> None:
     kinds = three_modules(block={"a": Layer()}, layout=("a", "a"))
     with pytest.raises(ValueError, match="num_layers=3: must be 2, the length of layout"):
         kinds.init(jax.random.key(0), tokens, num_layers=3)
-    with pytest.raises(ValueError, match='constants: must be without "params"'):
+    with pytest.raises(ValueError, match='constants: must not hold "params"'):
         three_modules().with_constants({"params": {}})
     with pytest.raises(ValueError, match="constants: every collection must be"):
         three_modules().with_constants({"fixed": {"ends": {}}})

@@ -163,7 +163,9 @@ def test_kinds_are_those_of_the_model() -> None:
     with pytest.raises(ValueError, match=r"(?s)params: .*each kind.*'params' has \['a'\]"):
         model.to_variables({**params, "blocks": {"a": params["blocks"]["a"]}})
     one = three_modules(block=nn.Dense(WIDTH, **Float8))
-    with pytest.raises(ValueError, match=r"(?s)params: '_overwrite_with_gradient' must stand in"):
+    with pytest.raises(
+        ValueError, match=r"(?s)params: '_overwrite_with_gradient' must be a key of"
+    ):
         one.to_variables(params)
 
 
@@ -173,7 +175,7 @@ def test_a_train_state_is_told_from_its_params() -> None:
     state = TrainState.create(apply_fn=None, params=model.to_variables(params), tx=optax.adam(1e-2))
     with pytest.raises(ValueError, match=r"(?s)params: must be .*'params' is int 3"):
         model.to_variables(3)
-    with pytest.raises(ValueError, match="of a TrainState give its params"):
+    with pytest.raises(ValueError, match="from a TrainState give its params"):
         model.to_params(state)
 
 
@@ -194,11 +196,11 @@ def test_where_they_belong_is_told() -> None:
     variables = model.to_variables(params)
     with pytest.raises(ValueError, match=r"block: Dense reads variables.*model.to_params make"):
         dpj.sequential(model, num_microbatches=2)(variables["params"], tokens)
-    with pytest.raises(ValueError, match=r"constants: must be without '_overwrite.*to_params"):
+    with pytest.raises(ValueError, match=r"constants: must not hold '_overwrite.*to_params"):
         model.with_constants({OVERWRITE_WITH_GRADIENT: variables[OVERWRITE_WITH_GRADIENT]})
     with pytest.raises(ValueError, match=r"variables: must be .*got \['blocks', 'ends'\]"):
         model.to_params(params)
-    with pytest.raises(ValueError, match=r"got \['fixed', 'params'\]; what is only read goes to"):
+    with pytest.raises(ValueError, match=r"got \['fixed', 'params'\]; give constants to"):
         model.to_params({"params": variables["params"], "fixed": {}})
     with pytest.raises(
         ValueError, match=r"(?s)variables: .*'_overwrite_with_gradient' is \['out'\]"

@@ -276,7 +276,7 @@ def test_layers_that_differ_are_kinds_of_their_own() -> None:
     assert set(named.params(net)["blocks"]) == {"near", "far"}
     with pytest.raises(ValueError, match="'a' has layers 0 and 1: window is int 0 in layer 0"):
         model_of(net, ignore="number", layout=tuple("aaaa"))
-    with pytest.raises(ValueError, match=r"names 3, and there are 4"):
+    with pytest.raises(ValueError, match=r"has 3 names for the 4 layers"):
         model_of(net, layout=tuple("abc"))
 
 

@@ -172,7 +172,7 @@ def test_nnx_layers_quantised_before_are_refused() -> None:
     net, x = NnxModel(nnx.Rngs(0)), jnp.ones((2, 3, WIDTH))
     layers = [qwix.quantize_model(layer, provider_of(**INT8), x) for layer in net.layers]
     net.layers = nnx.List(layers)
-    with pytest.raises(ValueError, match="the 4 layers differ from one another all"):
+    with pytest.raises(ValueError, match="all 4 layers differ from one another"):
         dpj.nnx.model(
             net,
             blocks="layers",
