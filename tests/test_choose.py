@@ -1,4 +1,4 @@
-"""What `choose` predicts: a rank's memory by hand, a transformer's sizes, the order."""
+"""Predictions of `choose`: a rank's memory by hand, a transformer's sizes, the order."""
 
 import itertools
 import math
@@ -229,7 +229,7 @@ def test_memory_is_about_what_the_program_takes(name: str, remat: str) -> None:
     )
     predicted = sum(term.num_bytes for term in terms)
     actual = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    # The rest is what XLA has beside the buffers, on CPU: gathered layers, results, masks.
+    # The rest is XLA's own beside the buffers, on CPU: gathered layers, results, masks.
     assert 0.9 * predicted <= actual <= 1.8 * predicted
 
 
@@ -333,7 +333,7 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
     even, cheap = kinds(Costs()), kinds(cheap_at_once)
     assert set(even) == {False, True}
     assert even[False].simulation.makespan < even[True].simulation.makespan
-    # A slot of a stage's stash, or what is at hand of one layer's.
+    # A slot of a stage's stash, or that of the present layer.
     assert even[False].num_bytes - even[True].num_bytes == 3 * 1_000
     assert set(cheap) == {True}  # the faster in less memory
     expected = simulate(
@@ -344,14 +344,14 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
         execution=Execution(split_backward=False),
     )
     assert cheap[True].simulation == expected
-    # Stages of one layer have no halves, and a stash no larger than what is at hand; as one they
+    # Stages of one layer have no halves, and a stash no larger than that of a layer; fused they
     # may cost less.
     one, cheap = (kinds(Costs(input_grad=2, full_backward=b), num_layers=4) for b in (None, 0.5))
     assert set(one) == {False}
     assert set(cheap) == {True}
     # Of stages with two layers and with one there are some halves.
     assert set(kinds(Costs(input_grad=2), num_layers=5)) == {False, True}
-    # What is put off has its stash, where that is what it keeps.
+    # A deferred weight grad has its stash, where it stores one.
     zb = tables_of("zb-h1", 4, 16, stash_deferred=False, full_backward=True)
     for deferred, num_bytes in (("store", 1_000), ("recompute", 10_000)):
         terms = terms_of(zb, 8, replace(FULL, deferred=deferred))

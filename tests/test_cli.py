@@ -1,4 +1,4 @@
-"""The command line: each format, where it goes, and what a mistake says."""
+"""The command line: each format, where it goes, and the messages of mistakes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`dualpipe-jax choose`: both formats, what options reach, and what a mistake says."""
+"""`dualpipe-jax choose`: both formats, the effects of options, and the messages of mistakes."""
 
 import ast
 import json

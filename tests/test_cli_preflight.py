@@ -1,4 +1,4 @@
-"""`dualpipe-jax preflight`: both formats, its options, and what a mistake says.
+"""`dualpipe-jax preflight`: both formats, its options, and the messages of mistakes.
 
 A step is compiled for each run. The cheapest schedule is taken where any will do, and the command
 runs in this process, with JAX imported, where a process of its own shows no more.

@@ -1,4 +1,4 @@
-"""`dualpipe-jax simulate`: both formats, the terminal, and what a mistake says."""
+"""`dualpipe-jax simulate`: both formats, the terminal, and the messages of mistakes."""
 
 import json
 import re

@@ -39,7 +39,7 @@ def drawn_boxes(axes: Any) -> dict[Box, str]:
 
 
 def expected_boxes(made: dpj.Timeline, num_first: int) -> dict[Box, str]:
-    """Gives what is drawn of a timeline; microbatches below `num_first` have direction 0."""
+    """Lists the boxes drawn of a timeline; microbatches below `num_first` have direction 0."""
     colors = {}
     for tick, row in enumerate(made.actions):
         for rank, action in enumerate(row):
@@ -127,7 +127,7 @@ def test_a_long_timeline_is_folded_into_bands() -> None:
     assert edges == [(0, 67), (67, 134), (134, made.num_ticks)]
     boxes: dict[Box, str] = {}
     for axes in figure.axes:
-        boxes |= drawn_boxes(axes)  # what a band's end cuts is in both
+        boxes |= drawn_boxes(axes)  # a box that a band's end cuts is in both
         bottom, top = axes.get_ylim()
         assert (bottom, top) == (15.5, -0.5)
     assert boxes == expected_boxes(made, 32)

@@ -76,7 +76,7 @@ def test_false_waits_by_hand() -> None:
     # rank 0  F0 3  F1 6  .     I0 8   W0 9  F2 12  I1 13  W1 14  I2 17  W2 18
     # rank 1  .     F0 6  I0 7  F1 10  I1 11 W1 12  F2 15  I2 16  W2 17  W0 18
     # Rank 1 keeps the value of 1I1, made at 11, and sends it at 12, when both ranks have ended an
-    # action: nobody waits for what it does not read next.
+    # action: nobody waits for a value that it does not read next.
     made = run("zb-h1", 2, 3, costs=Costs(forward=3))
     assert (made.makespan, made.dependency_makespan) == (18.0, 18.0)
     # With each action as early as it can be, rank 0 has the value of 1I1 to wait for before 0F2,
@@ -128,7 +128,7 @@ def test_forward_only_has_no_gradient_of_the_head() -> None:
     assert (made.makespan, made.peak_activations, made.published_bubble) == (6.0, 0, None)
 
 
-# ---- what the schedules promise
+# ---- the promises of the schedules
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -334,7 +334,7 @@ def test_one_stage_of_one_layer_is_no_cliff() -> None:
 def test_without_transfers_bubbles_are_those_by_hand(
     input_grad: float, weight_grad: float, full_backward: bool
 ) -> None:
-    """What fills and drains the pipeline, three ranks from end to end, and no waits beside.
+    """Filling and draining the pipeline, three ranks from end to end, and no other waits.
 
     A cotangent reaches the next rank after an input grad, or after a full backward; ZB-H1 has a
     weight grad for each of the gaps; stages are half as large where a rank has two.
@@ -417,7 +417,7 @@ def test_placed_by_the_costs_of_the_program_is_as_without(name: str) -> None:
     options = {"costs": TRANSFORMERS[1], "transfer": 0.1}
     plain = run(name, 4, 16, **options)
     assert run(name, 4, 16, **options, placed_by=TRANSFORMERS[1]) == plain
-    # By others it is placed worse, or by chance as well; what it has to do is the same.
+    # By others it is placed worse, or by chance as well; its work is the same.
     other = run(name, 4, 16, **options, placed_by=Costs(input_grad=0.3, weight_grad=3))
     assert other.makespan >= plain.makespan * (1 - 1e-12)
     if other.execution == plain.execution:

@@ -31,6 +31,7 @@ from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._predict.transformer import ATTENTIONS, REMATS
 
 _HEADS = 32
+_LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "working")
 
 
 @click.command(cls=Command)
@@ -167,10 +168,7 @@ def choose(
     bytes of a transformer of these sizes, or as given; XLA's own temporaries come on top, and have
     the headroom. The step's time is replayed as by `simulate`. Arithmetic, not a measurement.
     """
-    given_bytes = {
-        name: sizes.pop(f"{name}_bytes")
-        for name in ("x", "residual", "weight_residual", "stash", "deferred", "working")
-    }
+    given_bytes = {name: sizes.pop(f"{name}_bytes") for name in _LAYER_BYTES}
     if sizes["heads"] is None:
         sizes["heads"] = math.gcd(_HEADS, sizes["width"])
     if not 0 <= headroom < 1:
@@ -187,22 +185,21 @@ def choose(
         )
     except ValueError as error:
         raise Refusal(str(error)) from error
-    of_sizes = vars(model.layer_bytes)
-    layer = LayerBytes(**{n: of_sizes[n] if v is None else v for n, v in given_bytes.items()})
+    layer = _layer_bytes(model, given_bytes)
     transfer = all_costs.forward * TRANSFER if transfer is None else transfer
     choices: list[Choice] = []
     left_out = []
     for name in schedules.names():
         try:
-            candidate = Candidate(
-                schedule=schedules.make(name, num_ranks=ranks, num_microbatches=microbatches),
-                num_layers=layers,
-                remat=model.remat,
-                costs=all_costs,
-                transfer=transfer,
-            )
+            schedule = schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
             choices += choices_of(
-                candidate,
+                Candidate(
+                    schedule=schedule,
+                    num_layers=layers,
+                    remat=model.remat,
+                    costs=all_costs,
+                    transfer=transfer,
+                ),
                 terms_of=partial(memory_of, num_layers=layers, layer=layer, parameters=parameters),
                 limit=memory,
                 headroom=headroom,
@@ -232,6 +229,12 @@ def choose(
         click.echo(f"left out: {name}: {reason}", err=True)
     if not (choices[0].fits or choices[0].is_tight):
         raise _nothing_fits(choices, memory, model.remat)
+
+
+def _layer_bytes(model: Transformer, given: dict[str, float | None]) -> LayerBytes:
+    """Makes the bytes of a layer as given, and else by the model's sizes."""
+    by_sizes = vars(model.layer_bytes)
+    return LayerBytes(**{n: by_sizes[n] if v is None else v for n, v in given.items()})
 
 
 def _nothing_fits(choices: list[Choice], memory: float, remat: str) -> Refusal:

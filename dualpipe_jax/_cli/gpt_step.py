@@ -60,8 +60,8 @@ class GPT:
         }
         keys = jax.random.split(key, len(shapes) + 1)
         blocks = {
-            name: 0.02 * jax.random.normal(each, shape, jnp.float32)
-            for each, (name, shape) in zip(keys[1:], shapes.items(), strict=True)
+            name: 0.02 * jax.random.normal(of_leaf, shape, jnp.float32)
+            for of_leaf, (name, shape) in zip(keys[1:], shapes.items(), strict=True)
         }
         norms = {name: jnp.ones((layers, width), jnp.float32) for name in ("norm_1", "norm_2")}
         table = 0.02 * jax.random.normal(keys[0], (self.vocabulary, width), jnp.float32)

@@ -14,7 +14,7 @@ from dualpipe_jax._preflight.predict import (
     find_num_trips,
     predict,
 )
-from dualpipe_jax._preflight.report import Loop
+from dualpipe_jax._preflight.report import LoopTrip
 from dualpipe_jax._preflight.timing import Collective, Replay, exposed_seconds, with_runs
 from dualpipe_jax._preflight.work import (
     ActionWork,
@@ -28,7 +28,7 @@ from dualpipe_jax._preflight.work import (
 class Analysis(NamedTuple):
     """The fields of a `Report` that are read off the program's text."""
 
-    loop: Loop | None
+    loop: LoopTrip | None
     prediction: Prediction
     waits: Waits | None
     copies: tuple[Copy, ...]
@@ -71,13 +71,13 @@ def _loop(
     counter: WorkCounter,
     replay: Replay,
     collectives: list[Collective],
-) -> Loop:
+) -> LoopTrip:
     """Describes one trip of the loop."""
     total, num_trips = counter.of_computation(found.body), find_num_trips(module, found)
     has_cycles = counter.has_cycles
     work = work_by_action(module, counter, found.body)
     order = sorted(work.items(), key=lambda item: (-item[1].cycles, -item[1].flops))
-    return Loop(
+    return LoopTrip(
         kind=found.kind,
         name=found.instruction.name,
         num_trips=num_trips,
@@ -104,7 +104,7 @@ def _outside_seconds(
     """Times the entry computation without the loop that holds the steady one."""
     total = CompiledWork()
     for instruction in module.entry.instructions:
-        inside = [each.name for c in module.callees(instruction) for each in module.within(c)]
+        inside = [inner.name for c in module.callees(instruction) for inner in module.within(c)]
         if loop.instruction.name not in (instruction.name, *inside):
             total += counter.of(instruction, module.entry)
     exposed = exposed_seconds(replay.run(module.entry, loops=False))

@@ -62,11 +62,11 @@ def find_global_permutes(module: Module) -> dict[str, str]:
     takes one. A permute for whose pairs none is left gets the one of all cores.
     """
     return {
-        each.name: each.op_name
+        permute.name: permute.op_name
         for computation in module.computations.values()
-        for each in computation.instructions
-        if _kind(each.opcode) == "collective-permute"
-        and '"barrier_type":"GLOBAL"' in each.attributes
+        for permute in computation.instructions
+        if _kind(permute.opcode) == "collective-permute"
+        and '"barrier_type":"GLOBAL"' in permute.attributes
     }
 
 
@@ -112,8 +112,8 @@ def _begun(
     for callee in module.callees(instruction):
         if _is_between(callee) or _targets(callee, _DONE):
             continue
-        for each in callee.instructions:
-            inner = _begun(module, callee, each)
+        for inside in callee.instructions:
+            inner = _begun(module, callee, inside)
             if inner is not None and "all-reduce-scatter" in callee.name:
                 # TPUs fuse an all-reduce with the slice that takes a device's part.
                 return "reduce-scatter", *inner[1:]
@@ -129,8 +129,8 @@ def _is_between(computation: Computation) -> bool:
 
 def _targets(computation: Computation, target: str) -> bool:
     return any(
-        each.opcode == "custom-call" and f'"{target}"' in each.attributes
-        for each in computation.instructions
+        call.opcode == "custom-call" and f'"{target}"' in call.attributes
+        for call in computation.instructions
     )
 
 
@@ -165,7 +165,7 @@ def _start_of(module: Module, where: Computation, done: Instruction) -> Instruct
 
 
 def _num_bytes(kind: str, collective: Instruction, home: Computation) -> int:
-    operands = [shape for each in home.operands_of(collective) for shape in each.shapes]
+    operands = [shape for operand in home.operands_of(collective) for shape in operand.shapes]
     if kind == "ragged-all-to-all":
         # One buffer is sent from, the other received into. The program does not say how many bytes
         # move, but no more than fit in both where no row goes to two devices.

@@ -27,7 +27,7 @@ buffers smaller than `LEAST_BYTES`.
 ... }
 ... ''')
 >>> copies = find_copies(module, WorkCounter(module), None)
->>> [(each.shape, each.num_bytes, each.count) for each in copies]
+>>> [(copy.shape, copy.num_bytes, copy.count) for copy in copies]
 [('f32[9,64,512]', 1179648, 2)]
 """
 
@@ -107,11 +107,11 @@ def _find_buffers(module: Module) -> set[Shape]:
     """Finds the shapes of all buffers that are large enough."""
     written, carried = set(), set()
     for where in module.computations.values():
-        for each in where.instructions:
-            if each.opcode == "while":
-                carried.update(each.shapes)
-            elif each.opcode == "dynamic-update-slice":
-                buffer, update, *indices = where.operands_of(each)
+        for instruction in where.instructions:
+            if instruction.opcode == "while":
+                carried.update(instruction.shapes)
+            elif instruction.opcode == "dynamic-update-slice":
+                buffer, update, *indices = where.operands_of(instruction)
                 sizes = zip(buffer.shapes[0].dims, update.shapes[0].dims, indices, strict=True)
                 if any(a > b == 1 and i.opcode != "constant" for a, b, i in sizes):
                     written.add(buffer.shapes[0])
@@ -126,18 +126,18 @@ def _in_loops(
     def within(
         here: Computation, times: int, where: str, action: str
     ) -> Iterator[tuple[Instruction, int, str, str]]:
-        for each in here.instructions:
-            if each.opcode == "while":
-                body = module.computations[each.called["body"][0]]
-                inside, again = _kind_of_loop(module, each, body, where, loop)
-                trips = trip_count(module, each, here) or most_trips(each)
+        for instruction in here.instructions:
+            if instruction.opcode == "while":
+                body = module.computations[instruction.called["body"][0]]
+                inside, again = _kind_of_loop(module, instruction, body, where, loop)
+                trips = trip_count(module, instruction, here) or most_trips(instruction)
                 of_body = _action(module, body, action) if again else OTHER
                 yield from within(body, times * trips if again else 1, inside, of_body)
-            elif each.opcode in ("conditional", "call"):
-                for callee in module.callees(each):
+            elif instruction.opcode in ("conditional", "call"):
+                for callee in module.callees(instruction):
                     yield from within(callee, times, where, _action(module, callee, action))
             elif where:
-                yield each, times, where, action
+                yield instruction, times, where, action
 
     yield from within(module.entry, 1, "", OTHER)
 
@@ -150,7 +150,7 @@ def _kind_of_loop(
         return "loop", where == "loop"
     if instruction is loop.instruction:
         return ("steady", False) if loop.kind == "steady" else ("tick", False)
-    holds_it = any(each is loop.instruction for each in module.within(body))
+    holds_it = any(inner is loop.instruction for inner in module.within(body))
     if holds_it:
         return ("once" if where == "tick" else "tick"), False
     return (where or "loop"), bool(where)
@@ -158,7 +158,10 @@ def _kind_of_loop(
 
 def _action(module: Module, inside: Computation, around: str) -> str:
     """Names the action of a loop or branch; the action around it if it has several or none."""
-    names = {action_of(each.op_name) for each in module.within(inside)} - {OTHER, _scopes.SEND}
+    names = {action_of(instruction.op_name) for instruction in module.within(inside)} - {
+        OTHER,
+        _scopes.SEND,
+    }
     if names == {_scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}:
         return _scopes.FULL_BACKWARD
     return names.pop() if len(names) == 1 else around
@@ -177,7 +180,9 @@ def _copied(module: Module, instruction: Instruction, buffers: set[Shape]) -> li
     root = fused.root
     results = fused.operands_of(root) if root.opcode == "tuple" else [root]
     sizes = {
-        _size(each) for each in fused.instructions if each.opcode == "parameter" and each.shapes
+        _size(parameter)
+        for parameter in fused.instructions
+        if parameter.opcode == "parameter" and parameter.shapes
     }
     return [
         shape

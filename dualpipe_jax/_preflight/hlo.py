@@ -137,7 +137,7 @@ class Computation:
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
         """Maps names to instructions."""
-        return {each.name: each for each in self.instructions}
+        return {instruction.name: instruction for instruction in self.instructions}
 
     @property
     def root(self) -> Instruction:
@@ -150,9 +150,9 @@ class Computation:
 
     def parameter(self, number: int) -> Instruction | None:
         """Finds a parameter by its number."""
-        for each in self.instructions:
-            if each.opcode == "parameter" and each.arguments.strip() == str(number):
-                return each
+        for instruction in self.instructions:
+            if instruction.opcode == "parameter" and instruction.arguments.strip() == str(number):
+                return instruction
         return None
 
 

@@ -52,7 +52,7 @@ def _attention(matmuls: int) -> Callable[[Operands], float]:
     """Makes a function that counts so many matmuls over all queries, keys and features."""
 
     def flops(operands: Operands) -> float:
-        floats = [each for each in operands if jnp.issubdtype(each.dtype, jnp.floating)]
+        floats = [operand for operand in operands if jnp.issubdtype(operand.dtype, jnp.floating)]
         if len(floats) < 2 or len(floats[1].shape) < 2:
             return math.nan  # not the kernel that comes with JAX
         queries, keys = floats[:2]
@@ -95,15 +95,15 @@ class Kernels:
         """Lists the kernels of a module by name, those of unknown cost first."""
         calls: dict[tuple[str, str], list[float]] = {}
         for where in module.computations.values():
-            for each in where.instructions:
-                if is_kernel(each):
-                    flops, source = self._find(each, where) or (math.nan, "")
-                    calls.setdefault((name_of(each), source), []).append(flops)
+            for call in where.instructions:
+                if is_kernel(call):
+                    flops, source = self._find(call, where) or (math.nan, "")
+                    calls.setdefault((name_of(call), source), []).append(flops)
         kernels = [
             Kernel(name=name, count=len(flops), flops=max(flops) if source else None, source=source)
             for (name, source), flops in calls.items()
         ]
-        return tuple(sorted(kernels, key=lambda each: (each.flops is not None, each.name)))
+        return tuple(sorted(kernels, key=lambda kernel: (kernel.flops is not None, kernel.name)))
 
     def _find(self, call: Instruction, where: Computation) -> tuple[float, str] | None:
         """Finds the FLOPs of a kernel, and where they are from; None if they are not known."""
@@ -152,7 +152,9 @@ def _evaluate(cost: KernelCost, call: Instruction, where: Computation, name: str
 def _call(cost: KernelCost, call: Instruction, where: Computation) -> float:
     if not callable(cost):
         return float(cost)
-    return cost(tuple(_aval(each.shapes[0]) for each in where.operands_of(call) if each.shapes))
+    return cost(
+        tuple(_aval(operand.shapes[0]) for operand in where.operands_of(call) if operand.shapes)
+    )
 
 
 def is_flops(value: Any) -> bool:

@@ -209,7 +209,7 @@ def _of_mesh(axes: str, devices: str | None, within: str) -> tuple[tuple[int, ..
 
 def _iota(text: str) -> NDArray[np.int_]:
     """Makes an array of the numbers from 0, its dims then permuted: "[2,4]T(1,0)"."""
-    shape, permutation = (_numbers(each) for each in text.split("]"))
+    shape, permutation = (_numbers(part) for part in text.split("]"))
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return numbers.transpose(permutation) if permutation else numbers
 

@@ -78,10 +78,10 @@ def _exposed_cycles(collectives: Iterable[Collective], clock: float) -> dict[str
     The simulator counts the transfers between ranks itself.
     """
     exposed: dict[str, float] = defaultdict(float)
-    for each in collectives:
-        action = action_of(each.op_name)
+    for collective in collectives:
+        action = action_of(collective.op_name)
         if action != _scopes.SEND:
-            exposed[action] += (each.exposed_seconds or 0) * each.count * clock
+            exposed[action] += (collective.exposed_seconds or 0) * collective.count * clock
     return exposed
 
 
@@ -169,7 +169,7 @@ def _costs_of_ticks(
 def _names_in(module: Module, instruction: Instruction) -> set[str]:
     """Lists the actions in a part, with that of a full backward if they belong to one."""
     names = {
-        each.op_name for callee in module.callees(instruction) for each in module.within(callee)
+        inner.op_name for callee in module.callees(instruction) for inner in module.within(callee)
     }
     is_full = any(_scopes.FULL_BACKWARD in name for name in names)
     return {action_of(name) for name in names} | ({_scopes.FULL_BACKWARD} if is_full else set())

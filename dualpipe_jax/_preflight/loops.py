@@ -69,14 +69,18 @@ def _loops(module: Module) -> Iterator[_Loop]:
 def _sends(module: Module, body: Computation, scope: str, *, loops: bool) -> bool:
     """Whether a body, with the loops inside it or without, holds a collective of that scope."""
     return any(
-        is_collective(each) and scope in each.op_name for each in module.within(body, loops=loops)
+        is_collective(inner) and scope in inner.op_name
+        for inner in module.within(body, loops=loops)
     )
 
 
 def _outermost(module: Module, loops: list[_Loop]) -> list[_Loop]:
     """Leaves out the loops inside the body of another one."""
     inner = {
-        each.name for _, body, _ in loops for each in module.within(body) if each.opcode == "while"
+        inside.name
+        for _, body, _ in loops
+        for inside in module.within(body)
+        if inside.opcode == "while"
     }
     return [loop for loop in loops if loop[0].name not in inner]
 

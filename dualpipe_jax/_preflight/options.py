@@ -7,7 +7,7 @@ preference for depth, and asynchronous copies in place of slices; its release of
 more. Nor does the GPU compiler's latency-hiding scheduler have to be switched on. Its pass
 `collective-permute-motion` moves a loop's last permutes to the next trip's start, where they are
 waited for at once; it finds none in a program of this library, where received values pass through
-a select (`_executor/order.py`).
+a select (`_executor/barriers.py`).
 
 The two for GPUs were an improvement before a beat had all the order that it has now, with which
 XLA's defaults hide as much, in one larger permute a beat.

@@ -99,7 +99,7 @@ def predict(
         return Prediction(reason=_NO_CYCLES), None
     if loop is None or loop.kind not in ("steady", "ramp"):
         return Prediction(reason=_NO_LOOP), None
-    op_names = [each.op_name for each in module.within(module.entry)]
+    op_names = [instruction.op_name for instruction in module.within(module.entry)]
     schedule = _find_schedule(op_names)
     if schedule is None:
         return Prediction(reason=_NO_NAME), None
@@ -153,14 +153,16 @@ def predict(
 
 def find_execution(module: Module) -> Execution | None:
     """Reads off a program how the order of its schedule became the program; None if not named."""
-    return _find_placement(each.op_name for each in module.within(module.entry)).execution
+    return _find_placement(
+        instruction.op_name for instruction in module.within(module.entry)
+    ).execution
 
 
 def find_num_trips(module: Module, loop: FoundLoop) -> int | None:
     """Finds how often a loop runs: by its text, else for a steady loop by its schedule."""
     if loop.num_trips is not None or loop.kind != "steady":
         return loop.num_trips
-    schedule = _find_schedule(each.op_name for each in module.within(module.entry))
+    schedule = _find_schedule(instruction.op_name for instruction in module.within(module.entry))
     steady = None if schedule is None else schedule.compiled(overlap=True).tables.steady
     return None if steady is None else steady.num_beats // BEATS_PER_TRIP
 
@@ -229,22 +231,22 @@ def _find_schedule(op_names: Iterable[str]) -> Schedule | None:
 
 def _transfer_seconds(collectives: Iterable[Collective]) -> float:
     """Finds how long a value travels between ranks, in the longest of the transfers of a trip."""
-    sends = [each for each in collectives if _scopes.SEND in each.op_name]
+    sends = [send for send in collectives if _scopes.SEND in send.op_name]
     # An x of several arrays has a permute for each, which share a tick's links.
     # (Parts of an exchange have a conditional each, one after the other, and links of their own.)
     in_ticks = [
-        exposed_seconds([each for each in sends if each.conditional == conditional]) or 0
-        for conditional in {each.conditional for each in sends if each.branch is not None}
+        exposed_seconds([send for send in sends if send.conditional == conditional]) or 0
+        for conditional in {send.conditional for send in sends if send.branch is not None}
     ]
-    return max([0, *in_ticks, *(each.link_seconds or 0 for each in sends)])
+    return max([0, *in_ticks, *(send.link_seconds or 0 for send in sends)])
 
 
 def _pairs(module: Module, network: Network, branch: Computation) -> set[tuple[int, ...]]:
     """Lists the (source, target) indices of a branch's permutes, along the axis of the permute."""
     found = set()
-    for each in module.within(branch):
-        for pair in source_target_pairs(each) or ():
-            found |= _along_axes(network, each, pair)
+    for permute in module.within(branch):
+        for pair in source_target_pairs(permute) or ():
+            found |= _along_axes(network, permute, pair)
     return found
 
 

@@ -54,7 +54,7 @@ def preflight(
     ...     (32, 8), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("pipe"))
     ... )
     >>> report = preflight(step, (x,), "cpu:4")
-    >>> [(each.kind, each.num_bytes) for each in report.loop.collectives], report.loop.num_trips
+    >>> [(found.kind, found.num_bytes) for found in report.loop.collectives], report.loop.num_trips
     ([('collective-permute', 256)], 3)
 
     Args:
@@ -227,7 +227,9 @@ def _axes_apart(axes: MeshAxes, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
 def _program_size(module: Module, analysis: Any) -> ProgramSize:
     """Counts instructions and code."""
     return ProgramSize(
-        num_instructions=sum(len(each.instructions) for each in module.computations.values()),
+        num_instructions=sum(
+            len(computation.instructions) for computation in module.computations.values()
+        ),
         # The CPU's compiler does not count its code.
         code_bytes=getattr(analysis, "generated_code_size_in_bytes", None) or None,
         global_permutes=find_global_permutes(module),

@@ -83,7 +83,7 @@ class ProgramSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
+class LoopTrip:
     """Tells the work and the collectives of one trip of the steady loop.
 
     Attributes:
@@ -146,7 +146,7 @@ class Report:
     compile_seconds: float
     memory: Memory
     program: ProgramSize | None
-    loop: Loop | None
+    loop: LoopTrip | None
     copies: tuple[Copy, ...]
     prediction: Prediction
     execution: Execution | None = None
@@ -249,7 +249,7 @@ def _program_lines(program: ProgramSize) -> list[str]:
     return lines
 
 
-def _loop_lines(loop: Loop) -> list[str]:
+def _loop_lines(loop: LoopTrip) -> list[str]:
     trips = "an unknown number of" if loop.num_trips is None else f"{loop.num_trips:,}"
     hidden = sum(collective.is_hidden is True for collective in loop.collectives)
     number = sum(collective.is_beside_another for collective in loop.collectives)

@@ -167,7 +167,7 @@ def _convolution_flops(convolution: Instruction, where: Computation) -> float:
     """Counts products with data, not with padding: TPUs write batched matmuls as dilated ones."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert labels, convolution.attributes
-    lhs, rhs = (each.shapes[0].dims for each in where.operands_of(convolution)[:2])
+    lhs, rhs = (operand.shapes[0].dims for operand in where.operands_of(convolution)[:2])
     size_of = [
         dict(zip(names, dims, strict=True))
         for names, dims in zip(labels.groups(), (lhs, rhs, convolution.shapes[0].dims), strict=True)
@@ -268,9 +268,9 @@ def count_parts(module: Module, body: Computation, action: str) -> int:
     """Counts the conditionals and loops of a body that hold an action."""
     return sum(
         any(
-            action_of(each.op_name) == action
+            action_of(inner.op_name) == action
             for callee in module.callees(instruction)
-            for each in module.within(callee)
+            for inner in module.within(callee)
         )
         for instruction in body.instructions
         if instruction.opcode in ("while", "conditional")
@@ -279,7 +279,9 @@ def count_parts(module: Module, body: Computation, action: str) -> int:
 
 def _only_action(module: Module, computations: list[Computation]) -> str | None:
     """Names the action of the computations, if they have one only."""
-    named = {action_of(each.op_name) for c in computations for each in module.within(c)} - {OTHER}
+    named = {
+        action_of(instruction.op_name) for c in computations for instruction in module.within(c)
+    } - {OTHER}
     return named.pop() if len(named) == 1 else None
 
 

@@ -50,7 +50,7 @@ ENTRY = f"  %a = (s32[], {ROWS}) parameter(0)"
 
 
 def _found(*lines: str, fused: str = "p") -> tuple[Copy, ...]:
-    """Finds what a loop of these lines, and a write, copies."""
+    """Finds the copies in a loop of these lines and a write."""
     body = _body("body", *lines, WRITE)
     module = program(f"{ENTRY}\n  {_while('loop', 'body', of='a')}", _in_place(fused), body)
     return find_copies(module, WorkCounter(module), None)

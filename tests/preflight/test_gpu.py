@@ -40,7 +40,7 @@ TRITON = """  %gemm_fusion_dot.14 = bf16[1024,1024]{1,0} fusion(%p, %q), kind=kC
 CUBLAS = """  %custom-call.3 = (bf16[1024,1024]{1,0}, s8[33554432]{0}) custom-call(%p, %q), custom_call_target="__cublas$lt$matmul", backend_config={"operation_queue_id":"0","gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]},"epilogue":"DEFAULT"}}"""  # noqa: E501
 PERMUTE = """  %collective-permute-start.2 = (bf16[2,512,1024]{2,1,0}, bf16[2,512,1024]{2,1,0}) collective-permute-start(%x), channel_id=1, source_target_pairs={{1,2},{2,1},{3,4},{4,3},{5,6},{6,5}}, metadata={op_name="jit(grad_fn)/dualpipe.steady/dualpipe.send/ppermute"}, backend_config={"operation_queue_id":"0","collective_backend_config":{"is_sync":IS_SYNC,"is_pipelined":false,"backend":"DEFAULT"}}"""  # noqa: E501
 PERMUTED = "  %collective-permute-done.2 = bf16[2,512,1024]{2,1,0} collective-permute-done(%collective-permute-start.2)"  # noqa: E501
-# Of two operands each: what the combiner makes of two permutes between the same ranks.
+# Two operands each: two permutes between the same ranks, after the combiner.
 COMBINED = PERMUTE.replace("start(%x)", "start(%x, %x)").replace(
     "(bf16[2,512,1024]{2,1,0}, bf16[2,512,1024]{2,1,0}) c",
     "((bf16[2,512,1024]{2,1,0}, bf16[2,512,1024]{2,1,0}), "

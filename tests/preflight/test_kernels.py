@@ -62,7 +62,9 @@ def test_what_is_not_known_is_named() -> None:
     # Under a known name, but not that kernel.
     (found,) = Kernels().list_calls(with_kernel("flash_attention", dtype="s8"))
     assert (found.name, found.flops, found.source) == ("flash_attention", None, "")
-    with pytest.raises(ValueError, match="kernel_costs: that of 'mine' gives nan, must be FLOPs"):
+    with pytest.raises(
+        ValueError, match="kernel_costs: the function for 'mine' gives nan, must be FLOPs"
+    ):
         Kernels({"mine": lambda operands: float("nan")}).list_calls(module)
 
 

@@ -1,4 +1,4 @@
-"""The predicted time: the simulator's, with the costs that stand in the compiled program."""
+"""The predicted time: the simulator's, with the costs of the compiled program."""
 
 import pytest
 
@@ -74,7 +74,7 @@ def test_exposed_collectives_of_the_model_are_part_of_its_actions() -> None:
 def test_the_head_counts_with_its_gradient() -> None:
     forward, backward = 100, 120 + 140
     made = predict(under(work("h", 50), _scopes.HEAD))
-    # In each beat, 25: what the simulator makes of a forward and its gradient in proportion.
+    # 25 in each beat; the simulator divides them by the costs of forward and gradient.
     head = 25 * forward / (forward + backward)
     expected = simulated(forward=100, input_grad=120, weight_grad=140, head=head)
     assert made.seconds == pytest.approx(expected)
@@ -137,8 +137,8 @@ def in_ticks(
 
     Args:
       schedule: Its name.
-      places: The scopes and the cycles of what ranks run or pass over, in the order of the program.
-      beside: The cycles of what all of them run in every tick.
+      places: The scopes and the cycles of the parts that ranks run or pass over, in program order.
+      beside: The cycles of the instructions that all ranks run in every tick.
       layers: If given, places are loops over so many layers, of which each takes the cycles.
     """
     ramp = f"jit(step)/{_scopes.of_schedule(schedule, num_ranks=4, num_microbatches=16)}/while/body"

@@ -1,4 +1,4 @@
-"""The whole way on CPU devices: a step of ours, one of a user's own, and what is refused."""
+"""The whole way on CPU devices: a step of the library, a user's own, and refusals."""
 
 import re
 from typing import Any

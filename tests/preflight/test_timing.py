@@ -132,7 +132,7 @@ def test_a_rank_hides_a_transfer_behind_what_it_runs_itself(
 
 
 def test_what_a_rank_runs_before_hides_nothing() -> None:
-    """Of two actions one stands before the start: the rank that runs it has nothing left."""
+    """One of two actions runs before the start: the rank that runs it has nothing left."""
     first, others = places(99, 98)
     before, after = first.splitlines()
     (permute,) = replay(lines(before, start("s"), after, done("d", "s"), others=others))
@@ -155,7 +155,7 @@ def test_ends_of_a_step_hide_nothing(make: Any) -> None:
     # Beside them, actions do.
     between, others = make(99, 18, 20, 22, scopes=(ENDS, *ACTIONS))
     (permute,) = replay(lines(start("s"), between, done("d", "s"), others=others))
-    # A conditional's cheapest branch is all ranks': one of the others stands in its place.
+    # All ranks run a conditional's cheapest branch; another branch replaces it.
     least = 18 if make is places else 20
     assert (permute.cycles, permute.exposed_seconds) == (least, 0)
 
@@ -271,7 +271,7 @@ def test_ragged_all_to_alls_move_no_more_than_fits_in_both_buffers(
     assert (exchange.kind, exchange.num_bytes) == ("ragged-all-to-all", 16)
 
 
-# As the TPU compiler writes it: start and done are fusions, and so is what computes between.
+# As the TPU compiler writes it: start, done and the compute between are fusions.
 FUSION_START = """%gather_start (q: f32[4]) -> (f32[4], f32[8], u32[]) {
   %q = f32[4]{0} parameter(0)
   %all-gather.9 = f32[8]{0} all-gather(%q), replica_groups={{0,1}}, dimensions={0}

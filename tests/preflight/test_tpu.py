@@ -89,7 +89,7 @@ def test_steps_in_ticks_are_predicted(num_layers: int) -> None:
     assert made.loop_seconds is not None
     assert least < made.loop_seconds < num_ticks * (report.loop.compute_seconds + transfer)
     assert 0 < (made.idle_share or 0) < 0.5
-    # The permutes stand in the branches of a conditional, of which each tick takes the one that the
+    # The permutes are in the branches of a conditional, of which each tick takes the one that the
     # tables say; and all idle time has its reasons.
     waits = report.waits
     assert waits is not None
@@ -132,7 +132,7 @@ def test_no_loop_copies_a_slot_buffer(
     layers: int,
     unroll: bool,
 ) -> None:
-    """Of attentions, whose contractions want what they read and write in several layouts.
+    """Attentions, whose contractions want their operands and results in several layouts.
 
     Queries, keys and values are parts of one projection or three. All of these copied buffers of
     8 to 64 MiB before slots and their entries had one layout.
