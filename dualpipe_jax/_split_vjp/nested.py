@@ -6,10 +6,10 @@ Scans, conditionals and `shard_map`s. Other calls are opened when the graph is m
 from collections.abc import Iterable
 from typing import Any
 
-from dualpipe_jax._split_vjp.branches import split_branches
+from dualpipe_jax._split_vjp.cond import split_branches
 from dualpipe_jax._split_vjp.graph import Branches, Graph, Mapped, Node, Scan, When
-from dualpipe_jax._split_vjp.loops import split_scan
-from dualpipe_jax._split_vjp.mapped import split_mapped
+from dualpipe_jax._split_vjp.scan import split_scan
+from dualpipe_jax._split_vjp.shard_map import split_mapped
 
 
 def split_nested(graph: Graph, wanted: Iterable[Any], *, only: When | None = None) -> list[Node]:

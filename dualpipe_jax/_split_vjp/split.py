@@ -17,18 +17,18 @@ from typing import Any
 import jax
 
 from dualpipe_jax._model.types import Aux
-from dualpipe_jax._split_vjp.branches import inline_free
 from dualpipe_jax._split_vjp.capture import with_effects
 from dualpipe_jax._split_vjp.chains import finish_chains
-from dualpipe_jax._split_vjp.crossing import may_wait, parts_of
+from dualpipe_jax._split_vjp.cond import inline_free
 from dualpipe_jax._split_vjp.cut import CHEAP, CHEAP_LATER, REDUCTIONS, minimum_cut
-from dualpipe_jax._split_vjp.early import part_early
+from dualpipe_jax._split_vjp.for_compilers import may_wait, parts_of
 from dualpipe_jax._split_vjp.graph import Node, When, evaluate, needed, read
-from dualpipe_jax._split_vjp.joint import Joint, is_differentiable, trace_joint
-from dualpipe_jax._split_vjp.mapped import hoist_free
 from dualpipe_jax._split_vjp.memory_order import MemoryOrder, memory_orders
 from dualpipe_jax._split_vjp.nested import split_nested
 from dualpipe_jax._split_vjp.readers import find_casts, find_reads, find_rounded
+from dualpipe_jax._split_vjp.shard_map import hoist_free
+from dualpipe_jax._split_vjp.trace import Joint, is_differentiable, trace_joint
+from dualpipe_jax._split_vjp.with_input_grad import part_early
 from dualpipe_jax._split_vjp.working import working_bytes
 
 PyTree = Any
@@ -54,10 +54,11 @@ class SplitVjp:
         if it recomputes.
       residual: Avals of `residual`; so are `weight_residual`, `stash` and `deferred` of theirs.
       residual_parts: For each of `residual` in how many parts its readers take it; so are
-        `weight_residual_parts`. See `crossing.parts_of`.
+        `weight_residual_parts`. See `for_compilers.parts_of`.
       residual_orders: For each of `residual` how it lies best in memory; so are
         `weight_residual_orders`.
-      stash_may_wait: For each of `stash` whether a barrier may hold it up: `crossing.may_wait`.
+      stash_may_wait: For each of `stash` whether a barrier may hold it up:
+        `for_compilers.may_wait`.
       is_early: For every leaf of params, whether its gradient is made with the input gradient, by
         an equation that makes both. Where `is_late` holds too, the gradient is the sum of the two.
       is_late: For every leaf of params, whether its gradient waits for the weight grad's turn.

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 import dualpipe_jax as dpj
 from tests.hlo import AS_EVER
 from tests.models import WIDTH, assert_close, make_batch, make_model, make_params
-from tests.split_vjp.test_early import fused
+from tests.split_vjp.test_with_input_grad import fused
 from tests.test_exact import RUN_MICROBATCHES, sequential_value_and_grad
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import SplitVjp, split_vjp
-from tests.split_vjp import checks, test_branches, test_loops
+from tests.split_vjp import checks, test_cond, test_scan
 from tests.split_vjp.checks import W, X
 from tests.split_vjp.test_split import FLAX, FLAX_IDS, POLICIES, SEQUENCE, Mlp, flax_block
 
@@ -27,12 +27,12 @@ def both_weight_grads(parts, params, x, ctx=None):
     )
 
 
-RNN = test_loops.RNN
+RNN = test_scan.RNN
 BLOCKS = {
-    "cond": (test_branches.two, test_branches.P),
-    "nested cond": (test_branches.nested, test_branches.P),
-    "scan over time": (test_loops.rnn, RNN),
-    "scan over layers": (test_loops.stack, test_loops.STACK),
+    "cond": (test_cond.two, test_cond.P),
+    "nested cond": (test_cond.nested, test_cond.P),
+    "scan over time": (test_scan.rnn, RNN),
+    "scan over layers": (test_scan.stack, test_scan.STACK),
     "parameters alone": (lambda p, x, c: x @ jnp.tanh(p), W),
     "a weight twice": (lambda p, x, c: jnp.tanh(x @ p) @ p, W),
 }

@@ -1,7 +1,7 @@
 """Divides the body of an equation: what its first half runs, what its second, what passes between.
 
 In: the body as a graph and the outputs that the first half is for. Out: `Halves`, from which
-`branches.py` builds two conditionals and `mapped.py` two `shard_map`s.
+`cond.py` builds two conditionals and `shard_map.py` two `shard_map`s.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
-from dualpipe_jax._split_vjp.early import is_early
 from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, needed
+from dualpipe_jax._split_vjp.with_input_grad import is_early
 
 # Splits the nodes of a graph, given the outputs that the first halves are for.
 SplitInner = Callable[[Graph, Sequence[Any]], list[Node]]

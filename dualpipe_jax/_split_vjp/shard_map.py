@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax._model.varying import varies_over
+from dualpipe_jax._split_vjp.bodies import SplitInner, halve, made_early
 from dualpipe_jax._split_vjp.graph import (
     Constant,
     Graph,
@@ -28,7 +29,6 @@ from dualpipe_jax._split_vjp.graph import (
     needed,
     read,
 )
-from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early
 
 
 def split_mapped(

@@ -10,10 +10,10 @@ from typing import Any
 
 from jax import lax
 
+from dualpipe_jax._split_vjp.bodies import SplitInner
 from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
-from dualpipe_jax._split_vjp.early import is_early
 from dualpipe_jax._split_vjp.graph import Graph, Node, Scan, When, evaluate, needed, read
-from dualpipe_jax._split_vjp.halves import SplitInner
+from dualpipe_jax._split_vjp.with_input_grad import is_early
 
 
 def split_scan(

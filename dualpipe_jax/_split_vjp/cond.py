@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax._model.varying import varies_over
+from dualpipe_jax._split_vjp.bodies import SplitInner, halve, made_early, open_body
 from dualpipe_jax._split_vjp.graph import (
     Branches,
     Constant,
@@ -35,7 +36,6 @@ from dualpipe_jax._split_vjp.graph import (
     evaluate,
     needed,
 )
-from dualpipe_jax._split_vjp.halves import SplitInner, halve, made_early, open_body
 
 _Body = tuple[Graph, list[int | Constant], list[int | Constant]]  # and its inputs, its outputs
 
