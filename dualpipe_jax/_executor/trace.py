@@ -342,7 +342,7 @@ def _gradients(
         axes = now(args.leaves_of(kind), [*block.reduce_axes])
         with_input_grad, with_weight_grad = (
             [of for of, flag in zip(axes, flags, strict=True) if flag]
-            for flags in (block.is_early, block.is_late)
+            for flags in (block.made_with_input_grad, block.made_with_weight_grad)
         )
         return replace(
             block,
@@ -356,8 +356,12 @@ def _gradients(
     def index(kind: Kind, flags: Sequence[bool]) -> GradIndex:
         return GradIndex.of([of_leaf[leaf] for leaf in pick(args.leaves_of(kind), flags)])
 
-    with_input_grad = {kind: index(kind, block.is_early) for kind, block in blocks.items()}
-    with_weight_grad = {kind: index(kind, block.is_late) for kind, block in blocks.items()}
+    with_input_grad = {
+        kind: index(kind, block.made_with_input_grad) for kind, block in blocks.items()
+    }
+    with_weight_grad = {
+        kind: index(kind, block.made_with_weight_grad) for kind, block in blocks.items()
+    }
     return Gradients(
         leaves=gradients,
         head=sum_results(head, now(outside, head_axes)),

@@ -1,29 +1,41 @@
-"""Divides the body of an equation: what its first half runs, what its second, what passes between.
+"""Splits equations that hold programs of their own: shared by `scan`, `cond` and `shard_map`.
 
-In: the body as a graph and the outputs that the first half is for. Out: `Halves`, from which
-`cond.py` builds two conditionals and `shard_map.py` two `shard_map`s.
+A transposed scan, conditional or shard_map makes dx and dW together. Each is replaced by two: the
+first makes the outputs that dx needs, and passes the values that the second needs; the second makes
+the rest from them. The body is divided as a whole block is, by liveness and a minimum cut.
+
+Calls (jit, remat, custom_vjp) never come here: `equations.append` has opened them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from dualpipe_jax._split_vjp.cut import CHEAP, minimum_cut
-from dualpipe_jax._split_vjp.graph import Constant, Graph, Node, When, needed
-from dualpipe_jax._split_vjp.with_input_grad import is_early
+from dualpipe_jax._split_vjp.cut import minimum_cut
+from dualpipe_jax._split_vjp.graph import Atom, Graph, Node, When, needed, numbers
+from dualpipe_jax._split_vjp.primitives import CHEAP
+from dualpipe_jax._split_vjp.with_input_grad import is_made_with
 
-# Splits the nodes of a graph, given the outputs that the first halves are for.
-SplitInner = Callable[[Graph, Sequence[Any]], list[Node]]
+# Appends a body's equations to a graph, given atoms for its inputs, and returns its outputs.
+Body = Callable[[Graph, Sequence[Atom]], list[Atom]]
 
 
 @dataclass(frozen=True)
-class Halves:
-    """The body of an equation, divided.
+class Opened:
+    """The body of an equation as a graph of its own, and its inputs and outputs there."""
+
+    graph: Graph
+    inputs: list[Atom]
+    outputs: list[Atom]
+
+
+@dataclass(frozen=True)
+class Division:
+    """A body's nodes, divided.
 
     Attributes:
-      first: The nodes that make the first half's outputs and `passed`.
+      first: The nodes that make the first equation's outputs and `passed`.
       second: The nodes that make the other outputs from `passed` and the body's inputs.
-      passed: The values that pass from one to the other; none is an input.
+      passed: The values that pass from the first to the second; none is an input.
     """
 
     first: list[Node]
@@ -31,63 +43,85 @@ class Halves:
     passed: list[int]
 
 
-def halve(
-    body: Graph,
-    inputs: Sequence[int | Constant],
-    outputs: Sequence[int | Constant],
-    wanted: set[int],
-    split_inner: SplitInner,
-) -> Halves:
-    """Divides `body` into what the outputs of the indices `wanted` need, and the rest.
-
-    What the second half reads is chosen by a minimum cut, the body's inputs among it: they have to
-    be kept for it like anything else, unless they depend on parameters alone.
-    """
-    wanted_first = [v for i, v in enumerate(outputs) if i in wanted]
-    wanted_later = [v for i, v in enumerate(outputs) if i not in wanted and isinstance(v, int)]
-    nodes = split_inner(body, wanted_first)
-    first = needed(nodes, wanted_first)
-    in_first = {id(n) for n in first}
-    kept = minimum_cut(
-        nodes,
-        wanted=wanted_later,
-        can_keep=lambda n: id(n) in in_first,
-        can_redo=lambda n: id(n) not in in_first or n.name in CHEAP,
-        size=body.num_bytes,
-        is_free=lambda v: body.when[v] is When.ALWAYS,
-        prefer_late=False,
-    )
-    given = {v for v in inputs if isinstance(v, int)}
-    return Halves(first, needed(nodes, wanted_later, known=kept), sorted(kept - given))
-
-
-def made_early(
-    body: Graph,
-    outputs: Sequence[int | Constant],
-    wanted: set[int],
-    split_inner: SplitInner,
-) -> set[int]:
-    """Lists the outputs that the first half makes for `wanted` anyway, or nearly so."""
-    wanted_first = [v for i, v in enumerate(outputs) if i in wanted]
-    nodes = split_inner(body, wanted_first)
-    first = needed(nodes, wanted_first)
-    rest = [i for i in range(len(outputs)) if i not in wanted]
-    return {i for i in rest if is_early(body, nodes, first, outputs[i])}
-
-
-def open_body(
-    graph: Graph, add: Callable[[Graph, Sequence[Any]], list[Any]], values: Sequence[int | Constant]
-) -> tuple[Graph, list[int | Constant], list[int | Constant]]:
-    """Makes a graph of an equation's body, its inputs as late as `values` are in `graph`.
-
-    Returns:
-      The body, its inputs and its outputs.
-    """
-    body = Graph()
-    inputs = [
-        body.new_value(graph.avals[v], min(graph.when[v], When.FORWARD))
+def open_body(graph: Graph, body: Body, values: Sequence[Atom]) -> Opened:
+    """Makes a graph of an equation's body, whose inputs are known when `values` of `graph` are."""
+    inner = Graph()
+    inputs: list[Atom] = [
+        inner.new_value(graph.avals[v], min(graph.when[v], When.FORWARD))
         if isinstance(v, int)
         else v
         for v in values
     ]
-    return body, inputs, add(body, inputs)
+    return Opened(inner, inputs, body(inner, inputs))
+
+
+def split_bodies(graph: Graph, wanted: Iterable[Atom], *, only: When | None = None) -> list[Node]:
+    """Splits each equation that holds programs and makes more than `wanted` needs.
+
+    `scan.py`, `cond.py` and `shard_map.py` have an example each.
+
+    Args:
+      graph: A graph; values that pass from a first equation to its second are added to it.
+      wanted: The outputs that the first equations are for.
+      only: Which equations to split, by the time they run; None for all.
+
+    Returns:
+      The nodes of the graph, in an order in which they can run.
+    """
+    live = set(numbers(wanted))
+    nodes: list[Node] = []
+    for node in reversed(graph.nodes):
+        live_outputs = live.intersection(node.outputs)
+        parts = [node]
+        if live_outputs:
+            if node.inner is not None and only in (None, node.when):
+                parts = node.inner.split(graph, node, live_outputs)
+            live.update(parts[0].reads)
+        nodes.extend(reversed(parts))
+    return nodes[::-1]
+
+
+def divide_body(body: Opened, wanted: set[int]) -> Division:
+    """Divides `body` into the nodes that its outputs of the indices `wanted` need, and the rest.
+
+    A minimum cut chooses the values that the second part reads, the body's inputs among them: they
+    have to be kept for it like any other value, unless they depend on parameters alone.
+    """
+    graph = body.graph
+    wanted_first = [v for i, v in enumerate(body.outputs) if i in wanted]
+    wanted_second = numbers(v for i, v in enumerate(body.outputs) if i not in wanted)
+    nodes = split_bodies(graph, wanted_first)
+    first = needed(nodes, wanted_first)
+    passed = cut_between(graph, nodes, first, wanted_second, is_free=graph.is_free)
+    given = set(numbers(body.inputs))
+    return Division(first, needed(nodes, wanted_second, known=passed), sorted(passed - given))
+
+
+def cut_between(
+    graph: Graph,
+    nodes: Sequence[Node],
+    first: Sequence[Node],
+    wanted: Iterable[int],
+    *,
+    is_free: Callable[[int], bool],
+) -> set[int]:
+    """Chooses the values that the nodes `first` keep for making `wanted` later."""
+    in_first = {id(n) for n in first}
+    return minimum_cut(
+        nodes,
+        wanted=wanted,
+        can_keep=lambda n: id(n) in in_first,
+        can_redo=lambda n: id(n) not in in_first or n.name in CHEAP,
+        size=graph.num_bytes,
+        is_free=is_free,
+        prefer_late=False,
+    )
+
+
+def outputs_made_with(body: Opened, wanted: set[int]) -> set[int]:
+    """Finds the other outputs that the first part makes for `wanted` anyway, or nearly so."""
+    wanted_first = [v for i, v in enumerate(body.outputs) if i in wanted]
+    nodes = split_bodies(body.graph, wanted_first)
+    first = needed(nodes, wanted_first)
+    rest = [i for i in range(len(body.outputs)) if i not in wanted]
+    return {i for i in rest if is_made_with(body.graph, nodes, first, body.outputs[i])}

@@ -1,4 +1,4 @@
-"""Compares a split backward with `jax.vjp`, and counts what its parts compute and keep.
+"""Compares a split backward with `jax.vjp`, and counts the operations and bytes of its parts.
 
 The reference differentiates with respect to all leaves, integers included, and knows nothing of
 how the library picks the differentiable ones.
@@ -68,24 +68,25 @@ def run(parts: SplitVjp, params: Any, x: Any, ctx: Any, *, has_aux: bool = False
     assert (aux.loss is not None) == has_aux
     dy = _without_float0(jax.tree.map(cotangent, y))
     daux = cotangent(aux.loss) if has_aux else None
-    dx, stash, _, early = parts.input_grad(params, ctx, residual, weight_residual, dy, daux)
-    late = iter(parts.weight_grad(params, ctx, weight_residual, stash))
-    early = iter(early)
+    dx, stash, _, gradients = parts.input_grad(params, ctx, residual, weight_residual, dy, daux)
+    with_weight_grad = iter(parts.weight_grad(params, ctx, weight_residual, stash))
+    with_input_grad = iter(gradients)
     for name, values in zip(
         ("residual", "weight_residual", "stash"), (residual, weight_residual, stash), strict=True
     ):
         avals = getattr(parts, name)
         assert [(v.shape, v.dtype) for v in values] == [(a.shape, a.dtype) for a in avals], name
     dparams = []
-    leaves = jax.tree.leaves(params)
-    for leaf, is_early, is_late in zip(leaves, parts.is_early, parts.is_late, strict=True):
+    made = zip(parts.made_with_input_grad, parts.made_with_weight_grad, strict=True)
+    for leaf, (by_input_grad, by_weight_grad) in zip(jax.tree.leaves(params), made, strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            grads = [next(g) for g, mine in ((early, is_early), (late, is_late)) if mine]
+            grads = [next(with_input_grad)] if by_input_grad else []
+            grads += [next(with_weight_grad)] if by_weight_grad else []
             dparams.append(sum(grads) if grads else jnp.zeros(leaf.shape, leaf.dtype))
         else:
-            assert not is_early
-            assert not is_late
-    assert not [*early, *late]
+            assert not by_input_grad
+            assert not by_weight_grad
+    assert not [*with_input_grad, *with_weight_grad]
     return jax.tree.leaves((y, aux)), dx, dparams
 
 
@@ -115,7 +116,7 @@ def num_bytes(avals: Iterable[Any]) -> int:
 
 
 def passed_on(parts: SplitVjp) -> list[Any]:
-    """Lists the avals of all that passes from one part to another."""
+    """Lists the avals of all values that pass from one part to another."""
     return [*parts.residual, *parts.weight_residual, *parts.stash]
 
 
@@ -128,14 +129,14 @@ def count_parts(name: str, parts: SplitVjp, params: Any, x: Any, ctx: Any = None
     """Counts how often forward, input_grad and weight_grad run the primitive `name`."""
     y, aux, *_ = jax.eval_shape(parts.forward, params, x, ctx)
     dy = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    kept, kept_longer, stash = (
+    residual, weight_residual, stash = (
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         for avals in (parts.residual, parts.weight_residual, parts.stash)
     )
     return [
         count(name, parts.forward, params, x, ctx),
-        count(name, parts.input_grad, params, ctx, kept, kept_longer, dy, aux.loss),
-        count(name, parts.weight_grad, params, ctx, kept_longer, stash),
+        count(name, parts.input_grad, params, ctx, residual, weight_residual, dy, aux.loss),
+        count(name, parts.weight_grad, params, ctx, weight_residual, stash),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The split of `cond` and `switch`: what dx needs in one, the weight gradients in another."""
+"""Splits `cond` and `switch`: dx in one, the weight gradients in another."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def two(params: Any, x: Any, ctx: Any) -> Any:
 
 
 def cast(params: Any, x: Any, ctx: Any) -> Any:
-    """What the branches read of the parameters is not the parameters themselves."""
+    """The branches read values made of the parameters, not the parameters themselves."""
     return lax.cond(
         x[0, 0] > 0,
         lambda: jnp.tanh(x @ jnp.exp(params["w"])) @ params["v"],
@@ -44,12 +44,12 @@ def switch(params: Any, x: Any, ctx: Any) -> Any:
 
 
 def in_scan(params: Any, x: Any, ctx: Any, *, wrap: Any = lambda body: body) -> Any:
-    """A conditional in every iteration, on what the loop carries."""
+    """A conditional in every iteration, on the loop's carry."""
     return lax.scan(wrap(lambda h, _: (two(params, h, ctx), None)), x, length=5)[0]
 
 
 def over_layers(params: Any, x: Any, ctx: Any) -> Any:
-    """The layers are scanned over, their weights are what the branches read."""
+    """The layers are scanned over, and the branches read their weights."""
 
     def body(h: Any, layer: Any) -> Any:
         return lax.cond(
@@ -187,8 +187,8 @@ def test_no_weight_and_no_weight_gradient_is_kept(case, wrap):
     assert all(a.shape[-2:] != (D, D) for a in checks.passed_on(parts))
 
 
-def test_branches_share_places():
-    """Each branch hands on one value [T, D] and the cotangent: together they take as much."""
+def test_branches_share_entries():
+    """Each branch passes one value [T, D] and the cotangent: together they take as much."""
     parts = checks.split(two, P, X)
     assert [a.shape for a in parts.stash if a.ndim == 2] == [(T, D)] * 2
 

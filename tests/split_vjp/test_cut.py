@@ -50,18 +50,18 @@ def test_among_equal_cuts_prefers_as_asked():
     assert cut(chain, [2], [8, 8, 8], prefer_late=True) == {2}
 
 
-def test_what_cannot_run_late_is_kept_and_what_cannot_run_early_is_not():
+def test_nodes_that_cannot_run_late_are_kept_and_those_that_cannot_run_early_are_not():
     chain = [node([1], [0], "keep"), node([2], [1], "redo"), node([3], [2], BOTH)]
     assert cut(chain, [3], [1, 100, 1, 1]) == {1}
 
 
-def test_what_follows_a_late_node_cannot_be_kept():
+def test_a_value_after_a_late_node_cannot_be_kept():
     # 3 is small, but its producer reads 2, which is made late only.
     chain = [node([1], [0], BOTH), node([2], [1], "redo"), node([3], [2], BOTH)]
     assert cut(chain, [3], [100, 90, 1, 1]) == {1}
 
 
-def test_what_is_at_hand_costs_nothing():
+def test_values_at_hand_cost_nothing():
     nodes = [node([2], [0, 1], BOTH), node([3], [2, 1], BOTH)]
     assert cut(nodes, [3], [50, 1000, 40, 60], free={1}) == {2}
     assert cut(nodes, [3], [50, 1000, 40, 60], free={0, 1}) == set()
@@ -107,7 +107,7 @@ def test_many_forced_values_do_not_overflow():
 
 @st.composite
 def graphs(draw):
-    """Draws nodes over at most 9 values, sizes, what is wanted, and what is at hand."""
+    """Draws nodes over at most 9 values, sizes, wanted values, and values at hand."""
     num_inputs = draw(st.integers(1, 3))
     nodes, num_values = [], num_inputs
     for _ in range(draw(st.integers(1, 5))):
@@ -123,7 +123,7 @@ def graphs(draw):
 
 
 def is_enough(kept, nodes, wanted, free):
-    """Whether the later phase can make `wanted` of what is kept and what is at hand."""
+    """Whether the later phase can make `wanted` of the values kept and those at hand."""
     made = set(kept) | set(free)
     for n in nodes:
         if "redo" in n.name and made.issuperset(n.reads):
@@ -132,7 +132,7 @@ def is_enough(kept, nodes, wanted, free):
 
 
 def keepable(nodes, num_values, free):
-    """Lists what the earlier phase can make: it has the inputs, and what is at hand."""
+    """Lists the values that the earlier phase can make: it has the inputs, and those at hand."""
     late = set()
     for n in nodes:
         if "keep" not in n.name or late.intersection(n.reads):

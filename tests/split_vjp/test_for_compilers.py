@@ -1,4 +1,4 @@
-"""What of a stash may wait, and what is read from a slot in parts."""
+"""Chains that end in a barrier, stashes that may wait, values read from a slot in parts."""
 
 import math
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from dualpipe_jax._split_vjp import split_vjp
 
 PARAMS = {
     "up": jnp.ones((4, 8)),
+    "gate": jnp.ones((4, 8)),
     "down": jnp.ones((8, 4)),
     "qkv": jnp.ones((4, 3, 4)),
     "many": jnp.ones((4, 12, 4)),
@@ -57,13 +58,13 @@ def test_cotangents_wait() -> None:
     assert _waiting(_mlp) == [((ROWS, 4), True), ((ROWS, 8), True)]
 
 
-def test_what_is_recomputed_does_not() -> None:
-    """Of the second matmul's operands one is recomputed: the activation."""
+def test_recomputed_values_do_not() -> None:
+    """One operand of the second matmul is recomputed: the activation."""
     recomputed = (ROWS, 8), False
     assert _waiting(jax.checkpoint(_mlp)) == [((ROWS, 4), True), recomputed, ((ROWS, 8), True)]
 
 
-def test_what_is_only_moved_does_not() -> None:
+def test_moved_values_do_not() -> None:
     """Cotangents of queries, keys and values, put together for one contraction; all else would."""
     split = _split(lambda params, x: _stacked(params, _mlp(params, x)))
     moved = [
@@ -117,8 +118,8 @@ def test_reading_in_parts_reads_the_same(is_unrolled: bool) -> None:
     assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, parts))
 
 
-def test_what_is_read_in_parts_is_not_put_together() -> None:
-    """XLA sees that the readers take it apart again; where they want all of it, it must be."""
+def test_a_value_read_in_parts_is_not_put_together() -> None:
+    """XLA sees that the readers take it apart again; where they want all of it, it is."""
     buffer = jnp.ones((4, 3, 8, 8))
 
     def text(reader: Callable[..., Any]) -> str:
@@ -131,3 +132,40 @@ def test_what_is_read_in_parts_is_not_put_together() -> None:
 
     assert "concatenate" not in text(lambda value: _attend(value[0], value[1], value[2]))
     assert "concatenate" in text(lambda value: value)
+
+
+# --- finish_chains: where a forward keeps an activation function with the contraction before it -
+
+
+def _gated(params: Any, x: jax.Array) -> jax.Array:
+    return (jax.nn.silu(x @ params["gate"]) * (x @ params["up"])) @ params["down"]
+
+
+def _plain(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.maximum(x @ params["up"], 0) @ params["down"]
+
+
+def _of_x(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x) @ params["up"] @ params["down"]
+
+
+def _softmax(params: Any, x: jax.Array) -> jax.Array:
+    return jax.nn.softmax(x @ params["up"]) @ params["down"]
+
+
+@pytest.mark.parametrize(
+    ("block", "count"), [(_mlp, 1), (_gated, 1), (_plain, 0), (_of_x, 0), (_softmax, 0)]
+)
+def test_barriers_of_a_rematerialised_forward(block: Callable[..., Any], count: int) -> None:
+    assert _barriers(jax.checkpoint(block)) == count
+
+
+@pytest.mark.parametrize("block", [_mlp, _gated])
+def test_stored_input_needs_none(block: Callable[..., Any]) -> None:
+    assert _barriers(block) == 0
+
+
+def _barriers(block: Callable[..., Any]) -> int:
+    x = jnp.ones((ROWS, 4))
+    text = str(jax.make_jaxpr(_split(block).forward)(PARAMS, x, ()))
+    return text.count("optimization_barrier")

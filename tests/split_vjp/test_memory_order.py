@@ -1,4 +1,4 @@
-"""How what is kept for the backward is to lie in memory."""
+"""The order in memory of the values that the forward keeps for the backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,26 +52,26 @@ def test_stacked_parts_come_first_then_heads() -> None:
     assert ((3, ROWS, LENGTH, HEADS, SIZE), (0, 1, 3, 2, 4), True) in found
 
 
-def test_operands_lie_as_the_backward_contracts_them() -> None:
-    mine = [dims for shape, dims, _ in _orders(_separate) if shape == (ROWS, LENGTH, HEADS, SIZE)]
+def test_operands_have_the_order_in_which_the_backward_contracts_them() -> None:
+    found = [dims for shape, dims, _ in _orders(_separate) if shape == (ROWS, LENGTH, HEADS, SIZE)]
     # Queries and keys are contracted over tokens, values over a head's entries.
-    assert sorted(mine) == [(0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 3, 1)]
+    assert sorted(found) == [(0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 3, 1)]
 
 
 def test_scores_are_left_to_the_compiler() -> None:
     for block in (_fused, _separate):
-        scores = [each for each in _orders(block) if each[0] == (ROWS, HEADS, LENGTH, LENGTH)]
+        scores = [order for order in _orders(block) if order[0] == (ROWS, HEADS, LENGTH, LENGTH)]
         assert scores
         assert not any(is_sure for _, _, is_sure in scores)
 
 
-def test_result_of_a_contraction_lies_as_that_makes_it() -> None:
-    """Of values and scores: heads, entries, tokens; heads and entries are joined after it."""
-    mine = [dims for shape, dims, _ in _orders(_fused) if shape == (ROWS, LENGTH, WIDTH)]
-    assert (0, 2, 1) in mine
+def test_a_result_has_the_order_in_which_its_contraction_makes_it() -> None:
+    """Values times scores: heads, entries, tokens; heads and entries are joined after it."""
+    found = [dims for shape, dims, _ in _orders(_fused) if shape == (ROWS, LENGTH, WIDTH)]
+    assert (0, 2, 1) in found
 
 
-def test_without_batch_dims_values_lie_row_by_row() -> None:
+def test_without_batch_dims_values_are_stored_row_by_row() -> None:
     def mlp(params: Any, x: jax.Array) -> jax.Array:
         return jax.nn.gelu(x @ params["up"]) @ params["down"]
 

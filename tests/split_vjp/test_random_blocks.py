@@ -54,7 +54,7 @@ def draw_block(rng: np.random.Generator, num_steps: int, depth: int = 2) -> Any:
 
 
 def scan(inner: Any, weights: list, start: Any, rows: Any) -> Any:
-    """Runs `inner` once for each row, on what it made of the rows before."""
+    """Runs `inner` once for each row, on its result for the rows before."""
 
     def body(h: Any, row: Any) -> tuple[Any, Any]:
         return jnp.tanh(inner(weights, [h, rows + row])), h.sum()
@@ -63,7 +63,7 @@ def scan(inner: Any, weights: list, start: Any, rows: Any) -> Any:
 
 
 def choose(inner: Any, weights: list, a: Any, b: Any) -> Any:
-    """Runs `inner`, on one thing or the other."""
+    """Runs `inner` on one operand or another, or not at all."""
     return lax.switch(
         jnp.argmax(jnp.abs(a).sum(-1)) + 1,
         [

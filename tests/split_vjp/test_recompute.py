@@ -1,4 +1,4 @@
-"""A weight gradient that is put off under rematerialisation keeps little, and recomputes."""
+"""A deferred weight gradient under rematerialisation keeps little, and recomputes."""
 
 import jax
 import jax.numpy as jnp
@@ -62,22 +62,22 @@ def test_recomputed_gradients_of_a_transformer(policy):
 def test_under_checkpoint_only_x_and_the_cotangent_are_kept(module):
     block, params = flax_block(module)
     parts = split(jax.checkpoint(block), params, SEQUENCE)
-    kept = [*parts.weight_residual, *parts.deferred]
-    assert checks.num_bytes(kept) <= 2 * checks.num_bytes([SEQUENCE])
+    passed = [*parts.weight_residual, *parts.deferred]
+    assert checks.num_bytes(passed) <= 2 * checks.num_bytes([SEQUENCE])
     assert checks.num_bytes(parts.deferred) < checks.num_bytes(parts.stash)
 
 
-def test_only_the_one_put_off_recomputes():
+def test_only_the_deferred_one_recomputes():
     block, params = flax_block(Mlp())
     parts = split(jax.checkpoint(block), params, SEQUENCE)
-    # One dot a weight; put off, besides: the first layer's output, its cotangent, and that of the
+    # One dot a weight; deferred, besides: the first layer's output, its cotangent, and that of the
     # LayerNorm.
     assert checks.count_parts("dot_general", parts, params, SEQUENCE) == [2, 3, 2]
-    kept, deferred = (
+    residual, deferred = (
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         for avals in (parts.weight_residual, parts.deferred)
     )
-    dots = checks.count("dot_general", parts.deferred_weight_grad, params, None, kept, deferred)
+    dots = checks.count("dot_general", parts.deferred_weight_grad, params, None, residual, deferred)
     assert dots == 5
 
 

@@ -1,4 +1,4 @@
-"""The split of `scan`: what dx needs in one loop, the weight gradients in another."""
+"""Splits `scan`: dx in one loop, the weight gradients in another."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def rnn(params, x, ctx, *, wrap=lambda body: body, **kwargs):
 
 
 def stack(params, x, ctx, *, wrap=lambda body: body, **kwargs):
-    """Scans over layers; the weights are what is scanned over."""
+    """Scans over layers; the weights are scanned over with them."""
 
     def body(h, layer):
         return h + jnp.tanh(h @ layer["w"] + layer["b"]), None
@@ -194,8 +194,8 @@ def test_keeps_activations_only():
         # Neither weights nor their gradients, per iteration or not.
         assert all(a.shape[-2:] != (D, D) for a in checks.passed_on(parts)), case
     parts = checks.split(CASES["layers, checkpointed body"][0], STACK, X)
-    kept = [*parts.residual, *parts.weight_residual]
-    assert [a.shape for a in kept] == [(5, *X.shape)]
+    residuals = [*parts.residual, *parts.weight_residual]
+    assert [a.shape for a in residuals] == [(5, *X.shape)]
 
 
 def test_an_unused_stack_has_no_gradient():

@@ -1,4 +1,4 @@
-"""The split of `shard_map`: what dx needs in one, the weight gradients in another."""
+"""Splits `shard_map`: dx in one, the weight gradients in another."""
 
 from functools import partial
 from typing import Any
@@ -76,7 +76,7 @@ def in_scan(params: Any, x: Any, ctx: Any, *, check_vma: bool) -> Any:
 
 
 def of_scan_and_cond(params: Any, x: Any, ctx: Any, *, check_vma: bool) -> Any:
-    """A scan and a conditional, on what each device has, inside of a `shard_map`."""
+    """A scan and a conditional, on each device's part, inside of a `shard_map`."""
 
     def fn(params: Any, x: Any) -> Any:
         def body(h: Any, _: Any) -> Any:

@@ -94,7 +94,7 @@ def test_checkpoint_of_a_transformer_block(policy):
     block = jax.checkpoint(block, policy=POLICIES[policy])
     parts = checks.assert_equals_vjp(block, params, SEQUENCE)
     forward, input_grad, weight_grad = checks.count_parts("dot_general", parts, params, SEQUENCE)
-    # What is recomputed, is so once: in the input gradient, unless only a weight gradient needs it
+    # Recomputed values are so once: in the input gradient, unless only a weight gradient needs them
     # (the attention's output). All but the last dot of the forward is needed again.
     expected = {
         "everything": (17, 6),
@@ -111,8 +111,8 @@ def test_under_checkpoint_only_x_is_kept():
     for module in (Attention(), Mlp(), Transformer()):
         block, params = flax_block(module)
         parts = checks.split(jax.checkpoint(block), params, SEQUENCE)
-        kept = [*parts.residual, *parts.weight_residual]
-        assert [(a.shape, a.dtype) for a in kept] == [(SEQUENCE.shape, SEQUENCE.dtype)]
+        residuals = [*parts.residual, *parts.weight_residual]
+        assert [(a.shape, a.dtype) for a in residuals] == [(SEQUENCE.shape, SEQUENCE.dtype)]
         # Nothing is computed for the backward alone.
         assert checks.count_parts("dot_general", parts, params, SEQUENCE)[0] == (
             checks.count("dot_general", lambda p, x: block(p, x, None), params, SEQUENCE)  # noqa: B023
@@ -120,7 +120,7 @@ def test_under_checkpoint_only_x_is_kept():
 
 
 def bytes_saved_by_jax(block: Any, params: Any, x: Any) -> int:
-    """Counts what `jax.vjp` keeps besides the parameters themselves."""
+    """Counts the bytes that `jax.vjp` keeps besides the parameters themselves."""
 
     def residuals(params: Any, x: Any) -> Any:
         pull = jax.vjp(lambda params, x: block(params, x, None), params, x)[1]
@@ -155,7 +155,7 @@ def test_stash_holds_one_cotangent_a_weight():
     assert checks.num_bytes(parts.stash) <= 8 * (2 * 5 * (32 + 8) + 32 + 3 * 8)
 
 
-# --- what depends on parameters, constants or ctx alone ----------------------------------------
+# --- values that depend on parameters, constants or ctx alone ----------------------------------
 
 TABLE = 1000  # nothing else is as large
 CONSTANT = np.random.default_rng(0).normal(size=(TABLE, D))
@@ -209,14 +209,14 @@ WRAPS = {
 
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("source", FREE)
-def test_what_does_not_depend_on_x_is_never_kept(source, wrap):
+def test_values_that_do_not_depend_on_x_are_never_kept(source, wrap):
     block = FREE[source]
     params = {"rows": array(TABLE), "cols": array(TABLE), "w": W}
     ctx = {"scale": jnp.float64(0.01), "key": jax.random.key(3)}
     parts = checks.split(WRAPS[wrap](block), params, X, ctx)
     offenders = [a for a in checks.passed_on(parts) if a.size >= TABLE]
     assert not offenders
-    # Nor is a weight matrix, or what is made of it.
+    # Nor is a weight matrix, or a value made of it.
     assert all(a.shape[-2:] != (D, D) for a in [*parts.residual, *parts.weight_residual])
 
 

@@ -101,8 +101,8 @@ def test_gradient_comes_with_that_of_x(kind):
         lambda p, x, c: jnp.tanh(fn(x, p["w"])) @ p["v"] + p["b"], P, X
     )
     # b, v, w
-    assert parts.is_early == (False, False, True)
-    assert parts.is_late == (True, True, False)
+    assert parts.made_with_input_grad == (False, False, True)
+    assert parts.made_with_weight_grad == (True, True, False)
     assert all(a.shape != (D, D) for a in checks.passed_on(parts))
 
 
@@ -117,35 +117,35 @@ def test_gradient_comes_with_that_of_x(kind):
     ],
     ids=["layers", "time", "cond", "shard_map"],
 )
-def test_inside_of_what_is_split(block, params, wrap):
+def test_inside_of_equations_that_are_split(block, params, wrap):
     parts = checks.assert_equals_vjp(wrap(block), params, X)
-    assert parts.is_early[-1]
-    assert not parts.is_late[-1]
+    assert parts.made_with_input_grad[-1]
+    assert not parts.made_with_weight_grad[-1]
     assert all(a.shape[-2:] != (D, D) for a in parts.stash)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_weight_may_be_early_and_late(kind):
-    """Its gradient is a sum: of one use with x's gradient, of the others later."""
+def test_a_weight_may_have_a_gradient_with_each(kind):
+    """Its gradient is a sum: one use's with x's gradient, the others' later."""
     fn = KINDS[kind]
     parts = checks.assert_equals_vjp(
         lambda w, x, c: fn(jnp.tanh(x @ w), w) + jnp.sin(fn(x, w)) + x @ w, W, X
     )
-    assert parts.is_early == parts.is_late == (True,)
+    assert parts.made_with_input_grad == parts.made_with_weight_grad == (True,)
     assert checks.count_parts("dot_general", parts, W, X)[2] == 2
     assert all(a.shape != (D, D) for a in checks.passed_on(parts))
 
 
-def test_nothing_is_early_in_a_block_that_can_be_opened():
+def test_no_gradient_comes_with_that_of_x_in_a_block_that_can_be_opened():
     def block(p: Any, x: Any, c: Any) -> Any:
         h = (x - x.mean(-1, keepdims=True)) * p["b"] + p["v"][0]
         return x + jnp.tanh(h @ p["w"]) @ p["v"]
 
     for wrapped in (block, jax.checkpoint(block)):
-        assert checks.assert_equals_vjp(wrapped, P, X).is_early == (False,) * 3
+        assert checks.assert_equals_vjp(wrapped, P, X).made_with_input_grad == (False,) * 3
 
 
-def test_what_is_smaller_than_the_gradient_waits():
+def test_a_source_smaller_than_the_gradient_waits():
     """A row that comes with dx, from which the gradient is made later at little cost."""
 
     @jax.custom_vjp
@@ -161,5 +161,5 @@ def test_what_is_smaller_than_the_gradient_waits():
 
     scale.defvjp(lambda x, table: (scale(x, table), (x, table)), backward)
     parts = checks.assert_equals_vjp(lambda p, x, c: scale(x, p), array(40, D), X)
-    assert parts.is_early == (False,)
+    assert parts.made_with_input_grad == (False,)
     assert [a.shape for a in parts.stash] == [(D,)]

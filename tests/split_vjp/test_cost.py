@@ -1,4 +1,4 @@
-"""What counts as a look-up: so little work that every rank may as well do it."""
+"""Which functions count as look-ups: so little work that every rank may as well do it."""
 
 from collections.abc import Callable
 from typing import Any
