@@ -3,40 +3,26 @@
 Every schedule takes any number of ranks and of microbatches, from 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, wraps
+from typing import Literal, Protocol
 
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.execution import timetable_of
 from dualpipe_jax._schedule.generators import GENERATORS
-from dualpipe_jax._schedule.generators import interleaved_one_f_one_b as _interleaved
 from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.ir import Timeline as Timeline
 from dualpipe_jax._schedule.place import shortest_ticks
 from dualpipe_jax._schedule.verify import verify_program
 
-__all__ = [
-    "Schedule",
-    "Timeline",
-    "chimera",
-    "dualpipe",
-    "dualpipev",
-    "gpipe",
-    "interleaved_one_f_one_b",
-    "make",
-    "names",
-    "one_f_one_b",
-    "zb_h1",
-]
-
 
 @dataclass(frozen=True)
 class Schedule:
     """Says in which order each rank runs which part of which microbatch.
 
-    >>> schedule = one_f_one_b(num_ranks=2, num_microbatches=2)
+    >>> schedule = make("1f1b", num_ranks=2, num_microbatches=2)
     >>> print(schedule.to_csv(), end="")
     0F0,0F1,0B0,0B1
     1F0,1B0,1F1,1B1
@@ -86,7 +72,7 @@ class Schedule:
 
     @classmethod
     def from_csv(cls, text: str, name: str = "csv") -> "Schedule":
-        """Reads what `to_csv` writes; stages and ranks are inferred.
+        """Reads the text of `to_csv`; stages and ranks are inferred.
 
         Raises:
             TypeError: if the text or the name is no str.
@@ -110,7 +96,7 @@ class Schedule:
     def timeline(self, *, overlap: bool | Literal["two-tick"] = False) -> Timeline:
         """Gives every action its tick, if forwards, input grads and weight grads take one each.
 
-        >>> schedule = dualpipe(num_ranks=4, num_microbatches=16)
+        >>> schedule = make("dualpipe", num_ranks=4, num_microbatches=16)
         >>> schedule.timeline().num_ticks
         49
         >>> aligned = schedule.timeline(overlap=True)
@@ -118,12 +104,12 @@ class Schedule:
         (49, 10)
 
         Args:
-            overlap: As of `Execution`. False, the shortest timetable: every action as soon as it
-                can. True, the aligned one: up to the end of a run of beats, in which every rank
-                runs a pair, a pair in three adjacent ticks and all pairs at the same tick modulo
-                3; where there is no such run, and without pairs, the two are the same.
-                `"two-tick"`, for GPUs: every action as soon as it can, but what another rank makes
-                is read in the second tick after that or later.
+            overlap: As in `Execution`. False, the shortest timetable: every action as soon as it
+                can. True, the aligned one: up to the end of the steady phase, in which every rank
+                runs pairs, a pair takes three adjacent ticks and all pairs start at the same tick
+                modulo 3; a schedule without pairs, or without such a phase, has the shortest one.
+                `"two-tick"`, for GPUs: every action as soon as it can, but another rank's value is
+                read in the second tick after it was made, or later.
 
         Raises:
             ValueError: if the schedule cannot run or be aligned, or there is no such timetable.
@@ -139,85 +125,6 @@ class Schedule:
             TypeError: if overlap is of another type.
         """
         return compile_program(self.program, timetable=timetable_of(overlap))
-
-
-def gpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Makes GPipe (arXiv:1811.06965): all forwards, then all backwards.
-
-    Raises:
-        ValueError: if a size is not an integer of at least 1.
-    """
-    return make("gpipe", num_ranks=num_ranks, num_microbatches=num_microbatches)
-
-
-def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Makes 1F1B (arXiv:2104.04473): a forward and a backward in turn.
-
-    Raises:
-        ValueError: if a size is not an integer of at least 1.
-    """
-    return make("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches)
-
-
-def interleaved_one_f_one_b(
-    *, num_ranks: int, num_microbatches: int, num_stages_per_rank: int = 2
-) -> Schedule:
-    """Makes interleaved 1F1B (arXiv:2104.04473): microbatches go round the ranks several times.
-
-    1F1B's idle time divided by `num_stages_per_rank`, for as many times the transfers and for
-    more live activations. `make("interleaved-1f1b", ...)` is the one with 2.
-
-    Raises:
-        ValueError: if a size is not an integer of at least 1.
-    """
-    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
-    return Schedule(_interleaved(**sizes, num_stages_per_rank=num_stages_per_rank))
-
-
-def zb_h1(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Makes ZB-H1 (arXiv:2401.10241): 1F1B whose weight grads are put off to fill its bubbles.
-
-    As many live activations as 1F1B, the same number on every rank.
-
-    Raises:
-        ValueError: if a size is not an integer of at least 1.
-    """
-    return make("zb-h1", num_ranks=num_ranks, num_microbatches=num_microbatches)
-
-
-def chimera(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Makes Chimera (arXiv:2107.06925): two 1F1B pipelines in opposite directions.
-
-    The published order where there is one, that is for an even `num_ranks` and a multiple of it of
-    microbatches; elsewhere one made by simulation.
-
-    Raises:
-        ValueError: if a size is not an integer of at least 1.
-    """
-    return make("chimera", num_ranks=num_ranks, num_microbatches=num_microbatches)
-
-
-def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Makes DualPipe (arXiv:2412.19437): microbatches enter at both ends.
-
-    The published order where there is one, that is for even sizes and `num_microbatches` at least
-    `2 * num_ranks`; elsewhere an order made by the same rules.
-
-    Raises:
-        ValueError: if a size is not an integer of at least 1.
-    """
-    return make("dualpipe", num_ranks=num_ranks, num_microbatches=num_microbatches)
-
-
-def dualpipev(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Makes DualPipeV (github.com/deepseek-ai/DualPipe): down the ranks and up again.
-
-    The published order from `2 * num_ranks` microbatches on; fewer are ordered by the same rules.
-
-    Raises:
-        ValueError: if a size is not an integer of at least 1.
-    """
-    return make("dualpipev", num_ranks=num_ranks, num_microbatches=num_microbatches)
 
 
 def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -239,3 +146,33 @@ def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
 def names() -> tuple[str, ...]:
     """Lists the names that `make` knows."""
     return tuple(GENERATORS)
+
+
+class Factory(Protocol):
+    """Makes a schedule of some size, as `make` does."""
+
+    def __call__(self, *, num_ranks: int, num_microbatches: int, **more: int) -> Schedule:
+        """Makes the schedule; `interleaved_one_f_one_b` takes `num_stages_per_rank` too."""
+        ...
+
+
+def _factory(generate: Callable[..., Program]) -> Factory:
+    @wraps(generate)
+    def factory(**sizes: int) -> Schedule:
+        return Schedule(generate(**sizes))
+
+    factory.__module__ = __name__
+    factory.__annotations__ = generate.__annotations__ | {"return": Schedule}
+    return factory
+
+
+# A function for each generator, under the same name.
+_FACTORIES = {generate.__name__: _factory(generate) for generate in GENERATORS.values()}
+globals().update(_FACTORIES)
+
+__all__ = ["Factory", "Schedule", "Timeline", "make", "names", *_FACTORIES]
+
+
+def __getattr__(name: str) -> Factory:
+    """Raises; its type is that of the functions above, for type checkers."""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -51,7 +51,7 @@ def wait_as_told(
         def begun(
             permute: Any, pairs: Iterable[tuple[int, int]], now: float
         ) -> Generator[None, None, float]:
-            """Starts a permute that goes on beside what follows: a sender waits for its target."""
+            """Starts a permute that goes on beside later actions: a sender waits for its target."""
             came[permute, rank] = free = now
             for source, target in pairs:
                 if rank == source and rendezvous:
@@ -77,7 +77,7 @@ def wait_as_told(
             assert steady is not None
             beat, phase = divmod(tick - steady.first_tick, 3)
             name = ("x", "cotangent", "")[phase]
-            if name in under_way:  # what the beat before made is read in this tick
+            if name in under_way:  # the value of the beat before is read in this tick
                 now = yield from through(*under_way[name], now)
             now += took
             end[tick, rank] = now

@@ -15,7 +15,7 @@ LARGER_SIZES = ((12, 5), (12, 31), (13, 26), (16, 33), (16, 40), (24, 49))
 
 # (name, num_ranks, num_microbatches) of everything the compiler can be asked for by name.
 WIDE_GRID = tuple((name, P, N) for name in NAMES for P, N in WIDE_SIZES + LARGER_SIZES)
-# What evaluation runs is not public: it has no gradients.
+# The program of evaluation is not public: it has no gradients.
 FORWARD_ONLY_GRID = tuple(("forward-only", P, N) for P, N in WIDE_SIZES)
 
 
@@ -40,8 +40,8 @@ def compiled(
     )
 
 
-def has_run(name: str, num_ranks: int, num_microbatches: int, overlap: Any) -> bool:
-    """Whether a step takes a straight-line run of beats: all that is to cover runs must."""
+def has_steady(name: str, num_ranks: int, num_microbatches: int, overlap: Any) -> bool:
+    """Whether a step has a steady phase: all cases that are to cover these must."""
     if not overlap:
         return False
     return compiled(name, num_ranks, num_microbatches, "aligned").tables.steady is not None

@@ -1,6 +1,6 @@
 """A slow, plain executor of `Tables` in NumPy, and the model it runs: sin(weight @ x) a stage.
 
-The model needs every buffer: I needs what only it needs (the residual, weight @ x), W needs x (the
+The model needs every buffer: I reads a value of its own (the residual, weight @ x), W needs x (the
 weight residual) and the cotangent of weight @ x, which I computes for it (the stash). In a full
 backward the upper half is the sin's, the lower one the product's. A slot that holds nothing
 holds NaN, which would spread to loss or gradient. Exchanges bring to each rank the values of their
@@ -60,7 +60,7 @@ def run(tables: Tables, weights: np.ndarray, inputs: np.ndarray) -> tuple[float,
         for name, num_slots in tables.num_slots.items()
     }
     loss, grads = 0.0, np.zeros((tables.num_chunks, *weights[tables.stage_of[0]].shape))
-    # By the sender's side: what has come from the left neighbour, and from the right one.
+    # By the sender's side: the values from the left neighbour, and from the right one.
     arrived = {side: np.full((num_ranks, WIDTH), np.nan) for side in ("from_left", "from_right")}
 
     def take(name: str, rank: int, slot: int, *, last_read: bool = True) -> np.ndarray:
@@ -162,7 +162,7 @@ def _pairs_of(tables: Tables, tick: int) -> tuple[list[tuple[int, int]], list[tu
         ]
         right, left = ([pair for each in exchanges for pair in each[side]] for side in (0, 1))
         return right, left
-    assert not tables.wraps, "runs of beats are on a line of ranks"
+    assert not tables.wraps, "steady phases are on a line of ranks"
     beat, phase = divmod(tick - steady.first_tick, 3)
     if phase == 2:  # nothing follows a W
         return [], []

@@ -11,7 +11,7 @@ from jax import lax
 import dualpipe_jax as dpj
 from dualpipe_jax._executor import step as step_module
 from tests.models import assert_close
-from tests.schedules_under_test import NAMES, has_run
+from tests.schedules_under_test import NAMES, has_steady
 from tests.test_exact import make_mesh
 
 WIDTH, ROWS = 3, 2
@@ -88,7 +88,7 @@ CASES = [
 def test_cases_cover() -> None:
     assert {case.schedule for case in CASES} == set(NAMES)
     aligned = [case for case in CASES if case.overlap is True]
-    assert all(has_run(*case[:3], True) for case in aligned)
+    assert all(has_steady(*case[:3], True) for case in aligned)
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_beats_for_accelerators(monkeypatch: pytest.MonkeyPatch, num_layers: int
         num_microbatches=6,
         execution=dpj.Execution(overlap=True, split_backward=True),
     )
-    assert has_run("dualpipe", 2, 6, True)
+    assert has_steady("dualpipe", 2, 6, True)
     assert_close(jax.jit(grad_fn)(params, batch), expected(MODEL, params, batch, 6))
 
 

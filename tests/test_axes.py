@@ -15,7 +15,7 @@ from tests.hlo import loop_lines
 from tests.models import assert_close, make_model
 from tests.models import make_batch as make_model_batch
 from tests.models import make_params as make_model_params
-from tests.schedules_under_test import has_run
+from tests.schedules_under_test import has_steady
 from tests.test_exact import sequential_value_and_grad
 
 WIDTH, HIDDEN, ROWS, LENGTH, EXPERTS, LAYERS = 4, 6, 2, 4, 4, 4
@@ -156,7 +156,7 @@ def test_expert_parallel(
     axes: Any, remat: str, kind: AxisType, num_microbatches: int, overlap: Any
 ) -> None:
     """Two all-to-alls in the block; rows and experts lie over the same axis."""
-    assert has_run("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
+    assert has_steady("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
     params, batch = make_params(**EXPERT_SHAPES), make_batch(num_microbatches * EXPERTS)
     mesh = make_mesh(kind, **axes)
     grad_fn = dpj.value_and_grad(
@@ -266,7 +266,7 @@ def test_tensor_parallel(
     axes: Any, schedule: str, kind: AxisType, num_microbatches: int, overlap: Any
 ) -> None:
     """Rows are the same on all devices of the axis; a sum in the block, and in the head."""
-    assert has_run(schedule, axes["pipe"], num_microbatches, overlap) == (overlap is True)
+    assert has_steady(schedule, axes["pipe"], num_microbatches, overlap) == (overlap is True)
     params = make_params(**TENSOR_SHAPES)
     params["ends"]["part"] = params["ends"]["table"] + 0.1
     num_shards = axes.get("data", 1)

@@ -22,7 +22,7 @@ from dualpipe_jax._executor import Step
 from dualpipe_jax._model.kinds import blocks_of
 from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model
 from tests.models import make_params as make_params_of_one_kind
-from tests.schedules_under_test import has_run
+from tests.schedules_under_test import has_steady
 from tests.test_exact import make_mesh, sequential_value_and_grad
 
 NUM_EXPERTS, HIDDEN = 3, 6
@@ -154,7 +154,7 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_sequential(case: Case) -> None:
-    assert has_run(*case[:3], case.execution.overlap) == (case.execution.overlap is True)
+    assert has_steady(*case[:3], case.execution.overlap) == (case.execution.overlap is True)
     model = make_kinds(case.letters, frozenset(case.features.split()))
     params, batch = make_params(case.letters), make_batch(case.num_microbatches)
     rng = jax.random.key(7) if "dropout" in case.features else None

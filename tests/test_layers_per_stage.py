@@ -9,7 +9,7 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
 from tests.models import assert_close, make_batch, make_model, make_params
-from tests.schedules_under_test import has_run
+from tests.schedules_under_test import has_steady
 from tests.test_exact import make_mesh, sequential_value_and_grad
 
 FEATURES = frozenset(["dropout", "weight", "block_has_aux", "has_aux"])
@@ -36,7 +36,7 @@ def test_equals_sequential(
     layers_per_stage: tuple[int, ...],
     overlap: bool,
 ) -> None:
-    assert has_run(schedule, num_ranks, num_microbatches, overlap) == (overlap is True)
+    assert has_steady(schedule, num_ranks, num_microbatches, overlap) == (overlap is True)
     model, rng = make_model(FEATURES), jax.random.key(2)
     params, batch = make_params(sum(layers_per_stage)), make_batch(num_microbatches)
     grad_fn = dpj.value_and_grad(

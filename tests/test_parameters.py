@@ -10,7 +10,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from tests.models import assert_close
-from tests.schedules_under_test import has_run
+from tests.schedules_under_test import has_steady
 from tests.test_exact import make_mesh, sequential_value_and_grad
 
 WIDTH, RANK, ROWS, LENGTH, VOCABULARY = 6, 2, 2, 4, 5
@@ -103,7 +103,7 @@ def _weight_grads(text: Any) -> int:
 @pytest.mark.parametrize(("num_microbatches", "overlap"), [(2, None), (6, True)])
 def test_any_mask(num_microbatches: int, overlap: Any) -> None:
     """Branches, NumPy bools, everything frozen; integer leaves stay what they are."""
-    assert has_run("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
+    assert has_steady("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
     params, batch, mesh = lora_params(2), make_batch(num_microbatches), make_mesh(2)
     params["ends"]["version"] = jnp.arange(2)
     loss, grads = sequential_value_and_grad(LORA, num_microbatches)(params, batch)
@@ -213,7 +213,7 @@ def test_shared_parameters(
     schedule: str, num_ranks: int, num_layers: int, remat: str, trainable: Any, overlap: Any
 ) -> None:
     """Every use counts: in blocks of all ranks and both directions, in embed and in head."""
-    assert has_run(schedule, num_ranks, 6, overlap) == (overlap is True)
+    assert has_steady(schedule, num_ranks, 6, overlap) == (overlap is True)
     params, batch = shared_params(num_layers), make_batch(6)
     grad_fn = dpj.value_and_grad(
         SHARED,
@@ -239,7 +239,7 @@ def test_shared_parameters(
 @pytest.mark.parametrize(("num_microbatches", "overlap"), [(2, None), (6, True)])
 def test_shared_parameters_beside_other_axes(num_microbatches: int, overlap: Any) -> None:
     """Over a data axis, and sharded over a manual one; collectives in embed and head."""
-    assert has_run("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
+    assert has_steady("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
     params, batch = shared_params(2), make_batch(2 * num_microbatches)
     mesh = jax.make_mesh((2, 2, 2), ("pipe", "data", "model"))
 

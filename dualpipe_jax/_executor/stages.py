@@ -26,7 +26,7 @@ from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._leaves.rules import Rule
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind, indices_in_stack
-from dualpipe_jax._schedule.stage_sizes import first_half
+from dualpipe_jax._schedule.stage_sizes import upper_layers
 from dualpipe_jax._schedule.tables import Steady
 
 PyTree = Any
@@ -236,7 +236,7 @@ class Stages:
                 return unrolled(loop, layers)
             parts = [(is_on, layers)]
             if isinstance(is_on, tuple):
-                middle = first_half(len(layers))
+                middle = upper_layers(len(layers))
                 parts = zip(is_on, (layers[:middle], layers[middle:]), strict=True)
             for predicate, part in parts:
                 loop = when(predicate, lambda loop, part=part: left(unrolled(loop, part)), loop)
@@ -256,7 +256,7 @@ class Stages:
 
         start, stop = 0, count
         if isinstance(is_on, tuple):
-            middle = first_half(count)
+            middle = upper_layers(count)
             start, stop = jnp.where(is_on[0], 0, middle), jnp.where(is_on[1], count, middle)
         elif is_on is not True:
             stop = jnp.where(is_on, count, 0)
@@ -295,7 +295,7 @@ class Stages:
             carry = lax.fori_loop(0, num_trips, trip, carry)
         sizes = np.diff(self._layers.first_layers)
         if parts:
-            sizes = np.concatenate([sizes, first_half(sizes)])
+            sizes = np.concatenate([sizes, upper_layers(sizes)])
         if not (sizes % together).any():
             return carry
         with jax.named_scope(_scopes.of_layers(together - 1)):

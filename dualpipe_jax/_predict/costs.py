@@ -180,7 +180,7 @@ class Costs:
         *,
         num_ranks: int,
         layers_of_stage: np.ndarray,
-        last_layers: np.ndarray,
+        upper_share: np.ndarray,
         transfer: float,
         full_backward: bool,
         forward_only: bool = False,
@@ -190,8 +190,7 @@ class Costs:
         Args:
           num_ranks: The ranks.
           layers_of_stage: int[num_stages].
-          last_layers: float64[num_stages], the share of them in the half of a full backward that
-            runs first.
+          upper_share: float64[num_stages], the share of them in the upper half of a full backward.
           transfer: How long a value travels to a neighbour.
           full_backward: Whether weight grads run with the input grads that they follow.
           forward_only: Whether there are no gradients.
@@ -203,7 +202,7 @@ class Costs:
         return Durations(
             of_opcode=tuple(map(tuple, of_opcode.tolist())),
             recompute=tuple(recompute.tolist()),
-            last_layers=tuple(last_layers.tolist()),
+            upper_share=tuple(upper_share.tolist()),
             full_backward=self.full_backward_share if full_backward else None,
             embed_grad=self.embed_grad,
             transfer=transfer,

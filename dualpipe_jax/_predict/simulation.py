@@ -11,7 +11,7 @@ from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
-from dualpipe_jax._schedule.stage_sizes import first_half
+from dualpipe_jax._schedule.stage_sizes import upper_layers
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
@@ -79,13 +79,13 @@ def durations_of(
     """
     layers = np.ones(schedule.num_stages, int) if layers_of_stage is None else layers_of_stage
     layers = np.array(layers)
-    last_layers = np.full(schedule.num_stages, 0.5)
+    upper_share = np.full(schedule.num_stages, 0.5)
     if layers_of_stage is not None:
-        last_layers = first_half(layers) / layers
+        upper_share = upper_layers(layers) / layers
     return costs.durations(
         num_ranks=schedule.num_ranks,
         layers_of_stage=layers,
-        last_layers=last_layers,
+        upper_share=upper_share,
         transfer=transfer,
         full_backward=full_backward,
         forward_only=schedule.program.forward_only,

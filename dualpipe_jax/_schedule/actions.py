@@ -2,7 +2,7 @@
 
 The passes, the simulator and the executor know it from here; the verifiers have rules of their own.
 A program has three actions of each (stage, microbatch), F, I and W. `refine_opcodes` says of each I
-and its W how they run: apart; apart and deferred, with slots of their own for what W needs; or as
+and its W how they run: apart; apart and deferred, with slots of their own for W's operands; or as
 a full backward, which stashes nothing, in two halves or in the I's tick alone.
 """
 
@@ -46,16 +46,16 @@ X, COTANGENT, MIDDLE = "x", "cotangent", "middle"
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """Says what an action does.
+    """Describes what one action does to values and buffers.
 
     Attributes:
       unit: Which action of a program it is: F, I or W.
       follows: Which action of the same stage and microbatch it follows, on the same rank.
       takes: The value that it reads in a received slot. (Stage 0's F takes none.)
       makes: The value that it makes. (The last stage's F makes the cotangent that the head gives.)
-      reads, writes, frees: The other buffers in which it names a slot. What an action writes, the
-        one of the same stage and microbatch that frees it is the last to need. (A forward-only
-        program writes none.)
+      reads, writes, frees: The other buffers in which it names a slot. A value lives from the
+        action that writes it to the one of the same stage and microbatch that frees it. (A
+        forward-only program writes none.)
     """
 
     unit: Opcode

@@ -1,10 +1,10 @@
 """Timeline -> Timeline: delays actions until every rank starts its pairs at the same tick modulo 3.
 
-The three ticks in which every rank runs a pair are a beat; a steady state of beats is straight-line
+The three ticks in which every rank runs a pair are a beat; a steady phase of beats is straight-line
 code, the same on all ranks. A pair takes three adjacent ticks, F, I, W, and each rank keeps its
-order. Of the three phases the one with the fewest ticks is taken, then the one with the most beats;
+order. The one of the three phases with the fewest ticks is taken, then the one with the most beats;
 for that phase no action could come earlier. DualPipe takes its published 3N + P - 2 ticks so (at
-F = I = W = 1, even sizes, N >= 2P), P/2 - 1 more than the shortest; `release` gives them back.
+F = I = W = 1, even sizes, N >= 2P), P/2 - 1 more than the shortest; `release` takes them back.
 
 DualPipeV on two ranks, its stages left out. Rank 0 starts its pairs at ticks 7, 10 and 15, rank 1
 at 8, 11 and 14. Aligned, they start at 8, 11 and 17, and at 8, 11 and 14: two beats.
@@ -81,7 +81,7 @@ def _run_aligned(program: Program, needs: Dependencies, phase: int) -> np.ndarra
         run = ready[~is_start]
         tick_of[upcoming[run]] = tick
         if tick % TICKS_PER_BEAT == phase:
-            # A pair's I is in the next tick: it may need what another rank does in this one.
+            # A pair's I is in the next tick: it may need another rank's value of this one.
             forward = upcoming[ready[is_start]]
             start = ready[is_start][_last_need_of_backward(tick_of, needs, forward) <= tick]
             tick_of[upcoming[start]] = tick
@@ -105,13 +105,13 @@ def _last_need(tick_of: np.ndarray, needs: Dependencies, action: np.ndarray) -> 
 def _last_need_of_backward(
     tick_of: np.ndarray, needs: Dependencies, forward: np.ndarray
 ) -> np.ndarray:
-    """Finds the same of the I's of pairs, but for what they need of their pairs' F's."""
+    """Finds the same for the I's of pairs, leaving out their pairs' F's."""
     producers = np.stack([needs.payload[forward + 1], needs.own[forward + 1]])
     return tick_of[np.where(producers == forward, -1, producers)].max(axis=0)
 
 
 def _describe_deadlock(program: Program, needs: Dependencies, tick_of: np.ndarray) -> str:
-    """Says of each rank that does not come to its end what it would do next, and what it awaits."""
+    """Names the next action of each rank that does not come to its end, and the one it awaits."""
     units, starts_pair = program.units, _starts_pair(program)
     never = np.flatnonzero(tick_of == NEVER)
     stuck = never[np.unique(units.rank[never], return_index=True)[1]].tolist()

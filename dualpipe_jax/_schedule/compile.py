@@ -11,13 +11,13 @@ from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.emit import emit
 from dualpipe_jax._schedule.exchanges import add_exchanges, has_merged
+from dualpipe_jax._schedule.find_steady import SteadyPhase, find_steady
 from dualpipe_jax._schedule.ir import TIMETABLES, Allocation, Program, Timeline
 from dualpipe_jax._schedule.place import place_shortest
 from dualpipe_jax._schedule.place_by_clock import place_by_clock
 from dualpipe_jax._schedule.refine_opcodes import refine_opcodes
 from dualpipe_jax._schedule.release import release
 from dualpipe_jax._schedule.replay import replay
-from dualpipe_jax._schedule.steady import Run, find_run
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import (
     verify_allocation,
@@ -28,7 +28,7 @@ from dualpipe_jax._schedule.verify import (
     verify_timeline,
 )
 
-# How patient ranks are, and into how many parts the line of ranks is cut, in what is tried.
+# How patient ranks are, and into how many parts the line of ranks is cut, in all that is tried.
 _PATIENCE = (np.inf, 2.0)
 _PARTS = (1, 2, 4)
 # How much less time something else than the simplest has to take: more parts are more program, and
@@ -43,7 +43,7 @@ _IDLE_TICK = 0.02
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """Holds what each pass made of a program."""
+    """Holds the outcome of each pass."""
 
     program: Program
     timeline: Timeline
@@ -65,12 +65,11 @@ def compile_program(
     Args:
         program: The program.
         timetable: One of `TIMETABLES`.
-        stash_deferred: Whether every I stashes for its W; else what a deferred W needs has slots of
-            another kind, be it that it recomputes the rest, or that no other W needs any.
-        full_backward: Whether an I and the W that directly follows it are the two halves of a full
-            backward, so that a neighbour gets its cotangent after the W. Not those of the run of
-            beats, nor those before it of which a neighbour reads the cotangent sooner.
-        whole_stages: Stages whose full backwards have no halves, but are in the I's ticks.
+        stash_deferred: Whether deferred weight grads share the stash; else their operands have
+            slots of their own, since they recompute the rest, or since no other W stashes.
+        full_backward: Whether an I and the W that directly follows it are a full backward, as
+            `refine_opcodes` decides.
+        whole_stages: Stages whose full backwards have no halves, but run in I's tick.
         durations: How long actions take, by which they are placed, so that ranks wait less for each
             other, in programs of up to 20,000 of them; None to have each take a tick, and be placed
             as soon as it can, as in a timetable in which no transfer is urgent.
@@ -110,7 +109,7 @@ def _compile(
         "full_backward": full_backward,
         "whole_stages": whole_stages,
     }
-    run = None
+    steady = None
     if timetable != "aligned":
         program = refine_opcodes(program, **options)
         timeline = place_shortest(program, timetable=timetable)
@@ -120,15 +119,15 @@ def _compile(
         timeline = align(timeline)
         verify_timeline(timeline)
         verify_pairs(timeline)
-        run = find_run(timeline)
-        program = refine_opcodes(program, **options, aligned=timeline, run=run)
-        timeline = release(timeline, run, program)
+        steady = find_steady(timeline)
+        program = refine_opcodes(program, **options, aligned=timeline, steady=steady)
+        timeline = release(timeline, steady, program)
     verify_timeline(timeline)
-    made = _lower(timeline, run)
+    made = _lower(timeline, steady)
     if durations is None or made.tables.is_lazy or len(program.units) > _MOST_PLACED:
         made = replace(made, tables=add_exchanges(made.tables))
     else:
-        made = _fastest(made, run, durations)
+        made = _fastest(made, steady, durations)
         verify_timeline(made.timeline)
     verify_allocation(made.timeline, made.allocation)
     verify_tables(made.tables)
@@ -136,10 +135,10 @@ def _compile(
     return made
 
 
-def _lower(timeline: Timeline, run: Run | None) -> Compiled:
+def _lower(timeline: Timeline, steady: SteadyPhase | None) -> Compiled:
     """Makes tables of a timeline, without exchanges."""
     allocation = allocate(timeline)
-    return Compiled(timeline.program, timeline, allocation, emit(timeline, allocation, run))
+    return Compiled(timeline.program, timeline, allocation, emit(timeline, allocation, steady))
 
 
 def _is_same(one: Timeline, other: Timeline) -> bool:
@@ -147,23 +146,23 @@ def _is_same(one: Timeline, other: Timeline) -> bool:
     return bool((one.tick_of == other.tick_of).all() and (one.sent_in == other.sent_in).all())
 
 
-def _fastest(made: Compiled, run: Run | None, durations: Durations) -> Compiled:
-    """Places actions by the clock, in several ways, and takes what replays fastest."""
+def _fastest(made: Compiled, steady: SteadyPhase | None, durations: Durations) -> Compiled:
+    """Places actions by the clock, in several ways, and takes the tables that replay fastest."""
     timeline, tables = made.timeline, made.tables
     work = durations.work(tables)
     ends = replay(add_exchanges(tables), work, transfer=durations.transfer)
     placed = [made]
     for patience in _PATIENCE:
-        again, run_then = place_by_clock(
+        again, steady_then = place_by_clock(
             timeline,
-            run,
+            steady,
             took=work[timeline.tick_of, timeline.program.units.rank],
-            after_run=ends[0 if run is None else run.stop - 1],
+            after_steady=ends[0 if steady is None else steady.stop - 1],
             transfer=durations.transfer,
             patience=patience,
         )
         if not any(_is_same(again, each.timeline) for each in placed):
-            placed.append(_lower(again, run_then))
+            placed.append(_lower(again, steady_then))
 
     def seconds(each: Compiled) -> float:
         work = durations.work(each.tables)

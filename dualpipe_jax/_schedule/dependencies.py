@@ -1,4 +1,4 @@
-"""What each action needs, who produces it, and how long the values in between live.
+"""Finds the values that each action needs, who makes them, and how long they live.
 
 Between two ranks with one microbatch there are two transfers, and every other value stays home:
 
@@ -39,7 +39,7 @@ NEVER = int(np.iinfo(np.int64).max)
 
 @dataclass(frozen=True, eq=False)
 class Dependencies:
-    """Names the producers of what each action reads: int64[num_actions] into `program.units`.
+    """Names the producers of the values that actions read: int64[num_actions] into `program.units`.
 
     `payload` makes its x or its cotangent, maybe on a neighbour; `own` is the F that an I follows
     and the I that a W follows, on the same rank. -1 is none. (The lower half of a full
@@ -51,7 +51,7 @@ class Dependencies:
 
 
 def find_dependencies(program: Program) -> Dependencies:
-    """Finds the producers of what each action of a program reads.
+    """Finds the producers of the values that a program's actions read.
 
     Where a program is not legal, a producer may be missing, as if nothing were needed, or be there
     twice; then the first is meant.
@@ -108,7 +108,7 @@ def run_in_order(
 
     Args:
         program: The program.
-        needs: What its actions need.
+        needs: Its dependencies.
         earliest: int64[num_actions], the tick before which each must not run; by default 0.
         lag: How many ticks after another rank has made a value an action may read it.
 

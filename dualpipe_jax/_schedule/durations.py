@@ -16,16 +16,15 @@ class Durations:
     Attributes:
       of_opcode: For each opcode the durations over stages; idling takes none.
       recompute: The time that a deferred W of each stage takes beside.
-      last_layers: The share of each stage's layers that stand in the half of a full backward that
-        runs first.
-      full_backward: How long I and W take as one, beside the two apart; None if none do.
+      upper_share: The share of each stage's layers in the upper half of a full backward.
+      full_backward: How long I and W take as one, beside the two apart; None without such.
       embed_grad: The time of the first stage's I that is the embedding's gradient.
       transfer: How long a value travels to a neighbour.
     """
 
     of_opcode: tuple[tuple[float, ...], ...]
     recompute: tuple[float, ...]
-    last_layers: tuple[float, ...]
+    upper_share: tuple[float, ...]
     full_backward: float | None
     embed_grad: float
     transfer: float
@@ -46,7 +45,7 @@ class Durations:
         return as_full_backwards(
             tables,
             work,
-            last_layers=np.array(self.last_layers),
+            upper_share=np.array(self.upper_share),
             cost=self.full_backward,
             embed_grad=self.embed_grad,
         )

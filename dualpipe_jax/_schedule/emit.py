@@ -1,7 +1,7 @@
-"""Timeline and Allocation -> Tables: writes down, per tick and rank, what an executor does.
+"""Timeline and Allocation -> Tables: writes down the action of each tick and rank, and its slots.
 
 Two ranks, one microbatch. Rank 1 stores x on arrival, keeps the head's cotangent, and rank 0
-stores what comes back from its right:
+stores the cotangent that comes back from its right:
 
 >>> from dualpipe_jax._schedule.allocate import allocate
 >>> from dualpipe_jax._schedule.generators import GENERATORS
@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 
 from dualpipe_jax._schedule.actions import DEFERRED, FORWARD, IDLE, opcodes_with
+from dualpipe_jax._schedule.find_steady import SteadyPhase
 from dualpipe_jax._schedule.ir import Allocation, LiveRanges, Timeline
-from dualpipe_jax._schedule.steady import Run
 from dualpipe_jax._schedule.tables import Steady, Tables
 
 
-def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> Tables:
-    """Emits the tables of an allocated timeline, its straight-line run of beats among them.
+def emit(timeline: Timeline, allocation: Allocation, steady: SteadyPhase | None = None) -> Tables:
+    """Emits the tables of an allocated timeline, its steady phase among them.
 
-    With a run, each rank's chunks are numbered by their roles in it: chunk 0 is the one that runs
-    forward in even beats.
+    With a steady phase, each rank's chunks are numbered by their roles in it: chunk 0 runs forward
+    in even beats.
     """
     program = timeline.program
     units, tick_of, num_ranks = program.units, timeline.tick_of, program.num_ranks
@@ -42,16 +42,16 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
     here = tick_of, units.rank
     columns["opcode"][:] = timeline.grid(units.opcode, idle=IDLE)
     chunk, stage_of = program.chunk_of[direction, units.stage], program.stage_of
-    if run is not None:
-        chunk = chunk ^ run.first_chunk[units.rank]
-        stage_of = np.where(run.first_chunk, stage_of[::-1], stage_of)
+    if steady is not None:
+        chunk = chunk ^ steady.first_chunk[units.rank]
+        stage_of = np.where(steady.first_chunk, stage_of[::-1], stage_of)
     columns["chunk"][here] = chunk
     columns["stage"][here] = units.stage
     columns["microbatch"][here] = units.microbatch
 
     live, slot = allocation.live_ranges["received"], allocation.slot_of["received"]
     sender = units.rank[live.producer]
-    # A value lies where it is read, or, until after it is sent, where it was made.
+    # A value is where it is read, or, until after it is sent, where it was made.
     is_read = units.rank[live.consumer] == live.rank
     columns["read"][live.end[is_read], live.rank[is_read]] = slot[is_read]
     columns["send"][live.end[~is_read] - 1, live.rank[~is_read]] = slot[~is_read]
@@ -88,17 +88,17 @@ def emit(timeline: Timeline, allocation: Allocation, run: Run | None = None) -> 
         forward_only=program.forward_only,
         wraps=bool(wraps.any()),
         is_lazy=timeline.lag > 1,
-        steady=None if run is None else _steady(timeline, allocation, run),
+        steady=None if steady is None else _steady(timeline, allocation, steady),
     )
 
 
-def _steady(timeline: Timeline, allocation: Allocation, run: Run) -> Steady:
-    """Finds the slots of what the run's last beat sends."""
+def _steady(timeline: Timeline, allocation: Allocation, steady: SteadyPhase) -> Steady:
+    """Finds the slots of the values that the steady phase's last beat sends."""
     units, tick_of = timeline.program.units, timeline.tick_of
     live, slot = allocation.live_ranges["received"], allocation.slot_of["received"]
     of_x, of_cotangent = (np.full(timeline.num_ranks, -1, np.int32) for _ in range(2))
-    is_last = (tick_of[live.producer] == run.last_tick) | (
-        tick_of[live.producer] == run.last_tick + 1
+    is_last = (tick_of[live.producer] == steady.last_tick) | (
+        tick_of[live.producer] == steady.last_tick + 1
     )
     is_x = units.opcode[live.consumer] == FORWARD
     of_x[live.rank[is_last & is_x]] = slot[is_last & is_x]
@@ -106,21 +106,20 @@ def _steady(timeline: Timeline, allocation: Allocation, run: Run) -> Steady:
     idle = [
         name
         for name in ("stash", DEFERRED)
-        if name in allocation.live_ranges and _is_idle(allocation.live_ranges[name], run)
+        if name in allocation.live_ranges and _is_idle(allocation.live_ranges[name], steady)
     ]
     return Steady(
-        first_tick=run.first_tick,
-        num_beats=run.num_beats,
-        x_pairs=run.x_pairs,
-        cotangent_pairs=run.cotangent_pairs,
+        first_tick=steady.first_tick,
+        num_beats=steady.num_beats,
+        x_pairs=steady.x_pairs,
+        cotangent_pairs=steady.cotangent_pairs,
         x_slot=of_x,
         cotangent_slot=of_cotangent,
         idle=tuple(idle),
     )
 
 
-def _is_idle(live: LiveRanges, run: Run) -> bool:
-    """Whether no value lives both in the run and outside of it."""
-    return not any(
-        ((live.start < edge) & (live.end >= edge)).any() for edge in (run.first_tick, run.stop)
-    )
+def _is_idle(live: LiveRanges, steady: SteadyPhase) -> bool:
+    """Whether no value lives both in the steady phase and outside of it."""
+    edges = steady.first_tick, steady.stop
+    return not any(((live.start < edge) & (live.end >= edge)).any() for edge in edges)

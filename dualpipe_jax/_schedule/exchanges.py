@@ -2,7 +2,7 @@
 
 A permute makes a sender wait for its receiver, and a receiver for its sender; a rank in no pair
 waits for nobody. So a tick's exchange has the pairs whose value is stored, and no others. In the
-run of beats transfers are those of `Steady`; lazy tables have no exchanges.
+steady phase transfers are those of `Steady`; lazy tables have no exchanges.
 
 A compiler for TPUs has 36 barriers between pairs of cores, one for each distinct set of
 pairs that permutes have; beyond, every core waits. So the permutes to one side have at most
@@ -95,7 +95,7 @@ def has_merged(tables: Tables) -> bool:
 def _number(
     used: np.ndarray, part: np.ndarray, num_ranks: int
 ) -> tuple[np.ndarray, tuple[Exchange, ...]]:
-    """Numbers the exchanges of a part, the empty one 0: those of ticks, and what they are."""
+    """Numbers the exchanges of a part, the empty one 0: those of ticks, and their pairs."""
     rows, which, _ = _distinct(used)
     if rows[:1].any():
         rows, which = np.concatenate([np.zeros_like(rows[:1]), rows]), which + 1

@@ -14,8 +14,8 @@ class Execution:
     """Says how the order of a schedule becomes a program: each None is decided for you.
 
     Overlap and split_backward become those of the fastest step by simulation, at the costs that the
-    step is given (with a steady state, I and W stay apart). Gradients are the same whatever is
-    chosen, and the choice is the same on every platform: a test over fake CPU devices runs the
+    step is given (with a steady phase, I and W stay apart). Every choice gives the same
+    gradients, and the choice is the same on every platform: a test over fake CPU devices runs the
     program that a pod runs. (docs/execution.md)
 
     >>> import dualpipe_jax as dpj
@@ -24,7 +24,7 @@ class Execution:
 
     Attributes:
       overlap: True: all ranks start their pairs together (the aligned timetable) and, as long as
-        every rank has one, run straight-line code, the steady state, in which XLA hides transfers
+        every rank has one, run straight-line code, the steady phase, in which XLA hides transfers
         behind compute. False: every action as soon as it can (the shortest timetable).
         `"two-tick"`, for GPUs, on request only and not on TPUs: another rank's value is read in the
         second tick after it was made or later, so that a whole action hides each transfer.
@@ -33,7 +33,7 @@ class Execution:
         one, which compiles sooner. By default all of up to four where stages are alike, else one.
       split_backward: True: the input grad (I) of a stage and its weight grad (W) run apart, so that
         a neighbour gets its cotangent sooner. False: where W follows its I outside of the steady
-        state, the two run as a full backward, the last layers in I's tick and the first ones in
+        phase, the two run as a full backward, the last layers in I's tick and the first ones in
         W's, and nothing is stashed for a whole stage.
       deferred: The values that a weight grad which the schedule defers finds under
         rematerialisation: `"recompute"`, its blocks' inputs and cotangents only, so that
@@ -84,7 +84,7 @@ class Execution:
         return ", ".join(found) or "decided for you"
 
     def __repr__(self) -> str:
-        """Writes what is decided, to be pasted."""
+        """Writes the decided fields, to be pasted."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         written = (f"{name}={value!r}" for name, value in given.items() if value is not None)
         return f"Execution({', '.join(written)})"

@@ -1,7 +1,7 @@
 """The records that the passes hand to each other: Program -> Timeline -> Allocation.
 
 A `Program` says in which order each rank acts, a `Timeline` in which tick, an `Allocation` in
-which slots its values lie. All three as integers, for an executor to run, are `tables.Tables`.
+which slots its values are. All three as integers, for an executor to run, are `tables.Tables`.
 """
 
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ class UnitActions:
 
 @dataclass(frozen=True)
 class Program:
-    """Gives each rank its actions in order; what a generator makes.
+    """Gives each rank its actions in order, as a generator makes it.
 
     Stages count along each direction's own model order. Which rank holds which stage is not
     stated but read off the rows in which the actions stand.
@@ -195,7 +195,7 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """Gives each action of a program its tick, all ranks alike: what `place` makes.
+    """Gives each action of a program its tick, as `place` makes it.
 
     `tick_of` is int64[num_actions], in the order of `program.units`, and so is `sent_in`, the tick
     at whose end an action's value goes to another rank, if it does: its own or a later one.
@@ -287,7 +287,7 @@ class Timeline:
 class LiveRanges:
     """Lists the values that pass through one buffer, each int64[num_values].
 
-    A value lies on `rank` from the start of tick `start` to the end of tick `end`; the action
+    A value is on `rank` from the start of tick `start` to the end of tick `end`; the action
     `producer` makes it and `consumer` is the last to use it.
     """
 
@@ -300,7 +300,7 @@ class LiveRanges:
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """Gives each value of a timeline its slot, for each buffer: what `allocate` makes.
+    """Gives each value of a timeline its slot, for each buffer, as `allocate` makes it.
 
     `slot_of[buffer]` is int64[num_values], in the order of `live_ranges[buffer]`.
     """

@@ -1,11 +1,12 @@
 """Program -> Timeline: gives each action its tick.
 
-What a rank produces in tick t, itself or a neighbour may use in tick t + 1. Here is the shortest
-timetable: every action as soon as its rank is free and its inputs are there, in program order. The
-pass `align` makes another one, in which all ranks start their pairs at the same tick modulo 3.
+A value that a rank makes in tick t may be read in tick t + 1, there or on a neighbour. Here is the
+shortest timetable: every action runs as soon as its rank is free and its inputs are there, in
+program order. `align` makes another one, in which all ranks start their pairs at the same tick
+modulo 3.
 
-The two-tick timetable is the shortest one if a neighbour may use only in tick t + 2 what a rank
-produces in tick t: then no transfer is urgent, and all travel behind the whole of tick t + 1
+The two-tick timetable is the shortest one if a neighbour may read only in tick t + 2 a value
+of tick t: then no transfer is urgent, and all travel behind the whole of tick t + 1
 (`Tables.is_lazy`). It has more ticks, and as many more idle ones, which cost next to nothing.
 Replays of P=8 N=32 in which senders do not wait for their receivers take 1.00 to 1.05 of the time
 that the order needs. Where an input grad takes twice as long as a forward, 1f1b and zb-h1 take 1.06
@@ -83,7 +84,7 @@ def shortest_ticks(program: Program, *, timetable: str = "shortest") -> np.ndarr
 
 
 def _describe_deadlock(program: Program, needs: Dependencies, tick_of: np.ndarray) -> str:
-    """Finds a circle of ranks, and says what each would do next and for what it waits."""
+    """Finds a circle of ranks, and names the next action of each and the one for which it waits."""
     name, rank_of = program.units.name, program.units.rank
     # The first action that each rank does not come to, and one for which it waits.
     stuck, awaited = {}, {}

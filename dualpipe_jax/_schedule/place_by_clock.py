@@ -23,7 +23,7 @@ it may begin without. So rank 1 goes on with `1W1`, and sends it after that, in 
 >>> units = shortest.program.units
 >>> took = np.array([0.0, 3, 1, 1])[units.opcode]
 >>> placed, _ = place_by_clock(
-...     shortest, None, took=took, after_run=np.zeros(2), transfer=0.0, patience=np.inf
+...     shortest, None, took=took, after_steady=np.zeros(2), transfer=0.0, patience=np.inf
 ... )
 >>> for row in zip(*placed.actions, strict=True):
 ...     print(*(action or "..." for action in row))
@@ -41,8 +41,8 @@ from dataclasses import replace
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import build_timeline, find_dependencies
+from dualpipe_jax._schedule.find_steady import SteadyPhase
 from dualpipe_jax._schedule.ir import Timeline
-from dualpipe_jax._schedule.steady import Run
 
 # Instants that differ by less than this share of the longest action are one: sums in different
 # orders differ in their last bits.
@@ -51,43 +51,44 @@ _SAME_INSTANT = 1e-9
 
 def place_by_clock(
     timeline: Timeline,
-    run: Run | None,
+    steady: SteadyPhase | None,
     *,
     took: np.ndarray,
-    after_run: np.ndarray,
+    after_steady: np.ndarray,
     transfer: float,
     patience: float,
-) -> tuple[Timeline, Run | None]:
-    """Places what is before the run of beats, and what is after it; the run stays as it is.
+) -> tuple[Timeline, SteadyPhase | None]:
+    """Places the actions before the steady phase and those after it, which itself stays as it is.
 
     Args:
         timeline: A timeline.
-        run: Its run of beats.
+        steady: Its steady phase.
         took: float64[num_actions], how long each takes.
-        after_run: float64[num_ranks], when each rank is free after the run.
+        after_steady: float64[num_ranks], when each rank is free after the steady phase.
         transfer: How long a value travels to a neighbour.
         patience: For how much of its own wait a rank takes a wait of its neighbour.
     """
     tick_of, start = timeline.tick_of, 0
     bounds = [(0, timeline.num_ticks)]
-    if run is not None:
-        bounds = [(0, run.first_tick), (run.stop, timeline.num_ticks)]
+    if steady is not None:
+        bounds = [(0, steady.first_tick), (steady.stop, timeline.num_ticks)]
     placed, sent_in = tick_of.copy(), tick_of.copy()
     for number, (first, stop) in enumerate(bounds):
         here = (tick_of >= first) & (tick_of < stop)
         walk = _Walk(timeline, here, took, transfer=transfer, patience=patience)
-        acts, sends = walk.run(after_run if number else np.zeros(timeline.num_ranks))
+        acts, sends = walk.run(after_steady if number else np.zeros(timeline.num_ranks))
         placed[here], sent_in[here] = start + acts[here], start + sends[here]
         start += int(sends[here].max(initial=-1)) + 1
-        if run is not None and number == 0:
-            in_run = (tick_of >= run.first_tick) & (tick_of < run.stop)
-            placed[in_run] += start - run.first_tick
-            sent_in[in_run] = placed[in_run]
-            run, start = replace(run, first_tick=start), start + run.stop - run.first_tick
+        if steady is not None and number == 0:
+            in_steady = (tick_of >= steady.first_tick) & (tick_of < steady.stop)
+            placed[in_steady] += start - steady.first_tick
+            sent_in[in_steady] = placed[in_steady]
+            num_ticks = steady.stop - steady.first_tick
+            steady, start = replace(steady, first_tick=start), start + num_ticks
     placed_timeline = build_timeline(
         timeline.program, placed, sent_in=sent_in, timetable=timeline.timetable
     )
-    return placed_timeline, run
+    return placed_timeline, steady
 
 
 # An action, or the sending of its value in a later tick.
@@ -123,7 +124,7 @@ class _Walk:
         self.payload = needs.payload.tolist()
         self.neighbours = [{(r - 1) % num_ranks, (r + 1) % num_ranks} for r in range(num_ranks)]
         self.same = _SAME_INSTANT * float(took.max(initial=0.0))
-        # Whether what an action makes is where it is read; one entry more, for "needs nothing".
+        # Whether an action's value is where it is read; one entry more, for "needs nothing".
         is_over = timeline.tick_of < timeline.tick_of[here].min(initial=timeline.num_ticks)
         self.is_there = [*is_over.tolist(), True]
         self.rows = [np.flatnonzero(here & (units.rank == r)).tolist() for r in range(num_ranks)]
@@ -230,7 +231,7 @@ class _Walk:
         return both
 
     def _begins(self, rank: int, now: float) -> bool:
-        """Begins a rank's next action, if it is free and has what it reads, and need not wait."""
+        """Begins a rank's next action, if it is free, has all values, and need not wait."""
         row, following = self.rows[rank], self.next[rank]
         if not self._is_between(rank, now) or following == len(row):
             return False
@@ -264,7 +265,7 @@ class _Walk:
         return end - comes > self.patience * (comes - now) + self.same
 
     def _find_ticks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the earliest ticks in which whatever is handed over meets the same actions."""
+        """Finds the earliest ticks in which each transfer meets the same actions."""
         ticks = dict.fromkeys(self.before, 0)
         # Moves stand in time's order, so that a sweep settles all of them but those that wait for
         # one of the same moment that stands later.

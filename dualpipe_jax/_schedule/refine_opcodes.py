@@ -1,12 +1,11 @@
-"""Program -> Program: decides how each I and its W run, which are opcodes of their own.
+"""Program -> Program: decides how each I and its W run, by opcodes of their own.
 
-An I and its W run apart, in a tick each, unless they are asked to be refined:
-- deferred: if its rank does anything else between them, W finds its operands in slots of their own.
-- a full backward: if W directly follows its I, both run for the stage's last layers in I's tick and
-  for its first layers in W's, in two halves, so that a neighbour gets its cotangent after W's tick.
-  A full backward is not halved but runs in I's tick where the stage has a single layer, or where
-  the neighbour's tick comes before that. I and W of the run of beats stay apart, where W hides
-  transfers.
+An I and its W run apart, in a tick each, unless the options refine them:
+- deferred, with `defers`: a W that does not directly follow its I reads slots of the deferred kind.
+- a full backward, with `full_backward`: the I of a W that directly follows it runs both for the
+  stage's last layers, the W both for the first ones. So a neighbour gets its cotangent after W's
+  tick. Where it reads it sooner, and where a stage has a single layer, I's tick runs all of it.
+  I and W of the steady phase stay apart, since W hides a transfer there.
 
 Two ranks of zb-h1, of which rank 1 defers its first weight grad:
 
@@ -30,8 +29,8 @@ import numpy as np
 
 from dualpipe_jax._schedule.actions import INPUT_GRAD, WEIGHT_GRAD, Opcode
 from dualpipe_jax._schedule.dependencies import find_dependencies
+from dualpipe_jax._schedule.find_steady import SteadyPhase
 from dualpipe_jax._schedule.ir import Program, Timeline
-from dualpipe_jax._schedule.steady import Run
 
 
 def refine_opcodes(
@@ -41,7 +40,7 @@ def refine_opcodes(
     full_backward: bool = False,
     whole_stages: frozenset[int] = frozenset(),
     aligned: Timeline | None = None,
-    run: Run | None = None,
+    steady: SteadyPhase | None = None,
 ) -> Program:
     """Refines the opcodes of a program whose I's and W's run apart.
 
@@ -50,8 +49,8 @@ def refine_opcodes(
         defers: Whether deferred weight grads have slots of their own.
         full_backward: Whether an I and the W that directly follows it are a full backward.
         whole_stages: Stages whose full backwards have no halves.
-        aligned: The program's timeline, if that has a run of beats; ticks up to its end are kept.
-        run: That run.
+        aligned: The aligned timeline, whose ticks up to the end of its steady phase are kept.
+        steady: That steady phase, if there is one.
     """
     units = program.units
     input_grads = np.flatnonzero(units.opcode == INPUT_GRAD)
@@ -70,24 +69,25 @@ def refine_opcodes(
         run_as(Opcode.INPUT_GRAD_DEFERRING, Opcode.WEIGHT_GRAD_DEFERRED, ~follows)
     if full_backward:
         is_whole = np.isin(units.stage[input_grads], list(whole_stages))
-        if aligned is not None and run is not None:
+        if aligned is not None and steady is not None:
             tick = aligned.tick_of[input_grads]
-            is_whole |= _sends_too_soon(aligned, run)[input_grads]
-            follows &= (tick < run.first_tick) | (tick >= run.stop)
+            is_whole |= _sends_too_soon(aligned, steady)[input_grads]
+            follows &= (tick < steady.first_tick) | (tick >= steady.stop)
         run_as(Opcode.BACKWARD, Opcode.WEIGHT_GRAD_DONE, follows & is_whole)
         run_as(Opcode.BACKWARD_UPPER, Opcode.BACKWARD_LOWER, follows & ~is_whole)
     return program if (opcode == units.opcode).all() else replace(program, opcode=opcode)
 
 
-def _sends_too_soon(timeline: Timeline, run: Run) -> np.ndarray:
-    """bool[num_actions], the I's up to the run's end whose cotangent is read by the W's tick."""
+def _sends_too_soon(timeline: Timeline, steady: SteadyPhase) -> np.ndarray:
+    """bool[num_actions], the I's before the phase's end whose cotangent is read by W's tick."""
     units, tick_of = timeline.program.units, timeline.tick_of
     payload = find_dependencies(timeline.program).payload
     is_i = units.opcode == INPUT_GRAD
     readers = np.flatnonzero(is_i & (payload >= 0))
     made = payload[readers]
     weight_grads = np.minimum(made + 1, len(units) - 1)
-    too_soon = is_i[made] & (tick_of[made] < run.stop) & (tick_of[readers] <= tick_of[weight_grads])
+    is_kept = is_i[made] & (tick_of[made] < steady.stop)
+    too_soon = is_kept & (tick_of[readers] <= tick_of[weight_grads])
     sends_too_soon = np.zeros(len(units), bool)
     sends_too_soon[made[too_soon]] = True
     return sends_too_soon

@@ -7,13 +7,13 @@ So a rank waits for each rank with which it is a pair, even if it reads the valu
 sets of pairs were merged, never: a false wait. A rank in no pair waits for nobody, and an idle tick
 costs nothing by itself.
 (So it is on CPUs, by the clock, and on TPUs, where a permute's start waits for the target, and its
-done for what is sent as for what is received: read in a v5e's low-level code. On GPUs sends have a
-stream of their own, and nobody but the receiver waits: `rendezvous=False`.)
+done for both values, the sent and the received: read in a v5e's low-level code. On GPUs sends have
+a stream of their own, and nobody but the receiver waits: `rendezvous=False`.)
 
-In the run of beats (`Tables.steady`) the F of a beat makes an x that travels behind the beat's I
+In the steady phase (`Tables.steady`) the F of a beat makes an x that travels behind the beat's I
 and W, and the I a cotangent that travels behind W and the next beat's F. Their senders wait for
 their receivers where the transfer starts, and the next beat's F, or I, for its end. The last beat's
-transfers are awaited at the run's end.
+transfers are awaited at the steady phase's end.
 
 Lazy tables (`Tables.is_lazy`) have two permutes a tick between all neighbours, which start before
 its action and are awaited after it. As a rendezvous they make every rank wait for its neighbours at
@@ -56,7 +56,7 @@ def as_full_backwards(
     tables: Tables,
     work: np.ndarray,
     *,
-    last_layers: np.ndarray,
+    upper_share: np.ndarray,
     cost: float = 1.0,
     embed_grad: float = 0.0,
 ) -> np.ndarray:
@@ -73,7 +73,7 @@ def as_full_backwards(
     ...     made = compile_program(program, full_backward=True, whole_stages=whole_stages)
     ...     tables = made.tables
     ...     before = np.array([0.0, 3, 1, 2])[unit_of(tables.opcode)]
-    ...     after = as_full_backwards(tables, before, last_layers=np.full(2, 0.5))
+    ...     after = as_full_backwards(tables, before, upper_share=np.full(2, 0.5))
     ...     for work in zip(before.T, after.T, strict=True):
     ...         print(*(" ".join(f"{ticks:g}" for ticks in each) for each in work), sep=" -> ")
     3 3 0 1 2 1 2 -> 3 3 0 3 0 3 0
@@ -83,15 +83,14 @@ def as_full_backwards(
 
     Args:
       tables: The tables.
-      work: As `replay` takes it, of halves apart.
-      last_layers: float64[num_stages], of each stage the share of its layers that stand in the half
-        that runs first.
+      work: As for `replay`, I and W apart.
+      upper_share: float64[num_stages], the share of each stage's layers in the upper half.
       cost: How long the two take as one, beside the two apart.
-      embed_grad: What an input grad of the first stage spends on the embedding's gradient, which
-        follows all of its layers' and is not to be multiplied.
+      embed_grad: The time of the embedding's gradient in an input grad of the first stage, which
+        follows all layers and is not to be multiplied.
 
     Returns:
-      What `replay` takes.
+      The `work` that `replay` takes.
     """
     work = work.copy()
     for rank, opcode in enumerate(tables.opcode.T):
@@ -101,9 +100,9 @@ def as_full_backwards(
         stage, in_halves = tables.stage[here, rank], opcode[before] == Opcode.BACKWARD_UPPER
         embedding = np.where(stage == 0, embed_grad, 0.0)
         of_layers = cost * (work[before, rank] + work[here, rank] - embedding)
-        of_last = of_layers * np.where(in_halves, last_layers[stage], 1)
-        work[before, rank] = of_last + np.where(in_halves, 0, embedding)
-        work[here, rank] = of_layers - of_last + np.where(in_halves, embedding, 0)
+        of_upper = of_layers * np.where(in_halves, upper_share[stage], 1)
+        work[before, rank] = of_upper + np.where(in_halves, 0, embedding)
+        work[here, rank] = of_layers - of_upper + np.where(in_halves, embedding, 0)
     return work
 
 
@@ -115,7 +114,7 @@ def replay(
     Args:
       tables: The tables.
       work: float64[num_ticks, num_ranks], how long each tick's action takes; idle ones 0.
-      transfer: How long a value travels to a neighbour; what a rank sends itself, not at all.
+      transfer: How long a value travels to a neighbour; one that a rank sends itself takes no time.
       rendezvous: Whether a sender waits for its receiver.
 
     Returns:
@@ -199,13 +198,13 @@ class _Permutes:
 
 
 def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:
-    """Finds when each tick ends if ranks wait only for what they read, as late as they read it.
+    """Finds when each tick ends if ranks wait only for values that they read, when they do.
 
     Arguments and result are those of `replay`.
     """
     ranks = np.arange(tables.num_ranks)
     end = np.zeros((tables.num_ticks + 1, tables.num_ranks))
-    # When what lies in each received slot came; one slot more, for -1: what nobody reads or wants.
+    # When the value in each received slot came; one slot more, for -1: values that nobody reads.
     came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1))
     # When the value that each rank sends was made.
     sent = np.zeros(tables.num_ranks)

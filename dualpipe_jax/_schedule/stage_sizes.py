@@ -1,4 +1,4 @@
-"""How many layers each stage has, where the user says so: checked, without JAX."""
+"""Checks and counts the layers of each stage, without JAX."""
 
 import operator
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
     (3, 3, 2)
 
     Args:
-      value: What the user gave as `layers_per_stage`.
+      value: The user's `layers_per_stage`.
       num_stages: The stages.
-      where: Of what, for the message.
+      where: Words of a message that follow "for each of the stages".
 
     Raises:
       ValueError: If there are too many or too few, or one is not positive.
@@ -58,17 +58,17 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
     return tuple(sizes)
 
 
-def first_half(num_layers: Any) -> Any:
-    """Counts the layers in the half of a full backward that runs first: the stage's last ones.
+def upper_layers(num_layers: Any) -> Any:
+    """Counts the layers in the upper half of a full backward: the stage's last ones, run first.
 
-    >>> first_half(4), first_half(5)
+    >>> upper_layers(4), upper_layers(5)
     (2, 3)
     """
     return (num_layers + 1) // 2
 
 
 def spread_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Counts the layers of each stage, of which the first ones get one more if they do not divide.
+    """Counts the layers of each stage; the first ones get one more if they do not divide.
 
     >>> spread_evenly(7, 4)
     (2, 2, 2, 1)

@@ -25,24 +25,24 @@ Exchange = tuple[Pairs, Pairs]
 
 @dataclass(frozen=True, eq=False)
 class Steady:
-    """A run of beats in which all ranks run the same straight-line code.
+    """Describes the steady phase: beats in which all ranks run the same straight-line code.
 
-    Beat b of the run is ticks `first_tick + 3 b` to `first_tick + 3 b + 2`: every rank runs the
-    forward of its chunk b % 2 and the backward of the other one, and sends between the same ranks
-    as in beat b + 2. What is sent is read in the beat after, and so needs no slot in between; what
-    the last beat leaves goes to the received slots `x_slot` and `cotangent_slot`.
+    Its beat b is ticks `first_tick + 3 b` to `first_tick + 3 b + 2`: every rank runs the forward of
+    its chunk b % 2 and the backward of the other one, and sends between the same ranks as in beat
+    b + 2. A value that is sent is read in the beat after, and so needs no slot in between; those
+    that the last beat sends go to the received slots `x_slot` and `cotangent_slot`.
 
     Attributes:
-      first_tick: The first tick of the run.
+      first_tick: The first tick of the steady phase.
       num_beats: How many beats it has, an even number.
-      x_pairs: For even and odd beats, from and to which ranks what the forwards made travels; a
+      x_pairs: For even and odd beats, from and to which ranks the x's that forwards made travel; a
         rank may be its own neighbour.
-      cotangent_pairs: The same of what the input grads made. (The cotangent that a head's gradient
-        gives stays on its rank.)
+      cotangent_pairs: The same for the cotangents that input grads made. (The cotangent that a
+        head's gradient gives stays on its rank.)
       x_slot: int32[num_ranks], -1 for none.
       cotangent_slot: int32[num_ranks], -1 for none.
-      idle: Those of `stash` and `deferred` of which no rank has a slot in use when the run begins
-        or ends. The W's of the run follow their I's, so that they may do without.
+      idle: Those of `stash` and `deferred` in which no rank has a slot in use when the phase begins
+        or ends. Its W's follow their I's, so that they may do without.
     """
 
     first_tick: int
@@ -55,17 +55,17 @@ class Steady:
 
     @property
     def ticks(self) -> slice:
-        """The ticks of the run."""
+        """The ticks of the steady phase."""
         return slice(self.first_tick, self.first_tick + TICKS_PER_BEAT * self.num_beats)
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Tells an executor what each rank does in each tick.
+    """Tells an executor which action each rank runs in each tick, and on which slots.
 
     Arrays are int32[num_ticks, num_ranks], -1 for none. In each tick a rank
-    (1) stores what its neighbours sent in the tick before into the received slots `from_left`
-    (from rank - 1) and `from_right` (from rank + 1, both modulo the number of ranks),
+    (1) stores the values that its neighbours sent in the tick before into the received slots
+    `from_left` (from rank - 1) and `from_right` (from rank + 1, both modulo the number of ranks),
     (2) runs its action, and
     (3) stores the output in the received slot `keep`, and takes part in the tick's exchange, part
     after part: to the ranks with which it is a pair there it sends the output or, if there is one,
@@ -98,10 +98,10 @@ class Tables:
 
     Tables that are lazy (`is_lazy`) have neither exchanges nor a `steady`: a value travels behind
     the whole action of the tick after the one that makes it. In each tick a rank
-    (1) starts to send what it made in the tick before to both neighbours, wanted or not,
+    (1) starts to send its output of the tick before to both neighbours, wanted or not,
     (2) runs its action, and
-    (3) stores the output in `keep`, and what its neighbours started to send in this tick in
-    `from_left` and `from_right`.
+    (3) stores the output in `keep`, and the values that its neighbours started to send in this tick
+    in `from_left` and `from_right`.
     So the row of an arrival is that of other tables, the tick after the one in which the neighbour
     makes it; but it is stored at the end of that tick, and may be read from the next one on.
     """
@@ -150,11 +150,11 @@ class Tables:
         """Counts the slots that an executor has, for each buffer.
 
         Args:
-          full_backward: Whether it runs full backwards. Then the run of beats alone stashes, and
-            has its own buffer for it.
+          full_backward: Whether it runs full backwards. Then the steady phase alone stashes, in a
+            buffer of its own.
         """
         slots = dict(self.num_slots)
-        slots["received"] += 1  # one that nobody reads, for what nobody wants
+        slots["received"] += 1  # one that nobody reads, for values that nobody wants
         if full_backward:
             slots["stash"] = 0
         elif DEFERRED in slots:
@@ -164,7 +164,7 @@ class Tables:
 
     @property
     def neighbours(self) -> Exchange:
-        """All pairs of ranks that are neighbours: what lazy tables send between in every tick."""
+        """All pairs of ranks that are neighbours, between which lazy tables send in every tick."""
         num_ranks = self.num_ranks
         sources = range(num_ranks if self.wraps else num_ranks - 1)
         right = tuple((source, (source + 1) % num_ranks) for source in sources)

@@ -1,4 +1,4 @@
-"""Tables with one wrong entry, for what verifiers must refuse."""
+"""Tables with one wrong entry, which verifiers must refuse."""
 
 import dataclasses
 from typing import Any

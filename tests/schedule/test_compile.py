@@ -1,4 +1,4 @@
-"""What every schedule of every size must keep to, through all passes."""
+"""The contracts of every schedule of every size, through all passes."""
 
 import time
 
@@ -50,7 +50,7 @@ def test_two_tick_tables_compute_loss_and_grads(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ticks_lie_between_ranks_and_no_more_than_need_be(name):
-    """Whatever is not in its first tick waits for its rank, or for what it reads."""
+    """An action that is not in its first tick waits for its rank, or for a value that it reads."""
     for num_ranks, num_microbatches in ((2, 5), (4, 9), (5, 11)):
         timeline = compiled(name, num_ranks, num_microbatches, "two-tick").timeline
         units, tick_of = timeline.program.units, timeline.tick_of

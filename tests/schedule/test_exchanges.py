@@ -27,7 +27,7 @@ Sent = set[tuple[int, int, int, int]]
 
 
 def sent_by_program(made: Compiled) -> Sent:
-    """Finds all that travels outside of the run, by the program: knows no column of slots."""
+    """Finds all that travels in ramps, by the program: knows no column of slots."""
     program, tables, last = made.program, made.tables, made.program.num_stages - 1
     tick_of = {}
     for tick, rank in np.argwhere(tables.opcode).tolist():
@@ -188,7 +188,7 @@ def test_parts_are_stretches_of_the_line() -> None:
     assert add_exchanges(compiled("1f1b", 1, 4).tables, num_parts=4).exchanges == ((((), ()),),)
 
 
-# ---- what the verifier refuses
+# ---- faults that the verifier refuses
 
 
 def with_pairs(tables: Tables, part: int, number: int, exchange: Exchange) -> Tables:

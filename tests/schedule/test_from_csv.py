@@ -13,7 +13,7 @@ from dualpipe_jax.schedules import Schedule
 from tests import table_interpreter
 from tests.schedules_under_test import NAMES
 
-# What is refused, and the whole message, but for the name of the schedule at its start.
+# Refused texts, and the whole message, but for the name of the schedule at its start.
 REFUSED = {
     "rank 1 takes microbatch 1 first": (
         """

@@ -41,8 +41,8 @@ def test_random_programs_compute_the_gradients(program, stash_deferred):
 
 @pytest.mark.parametrize("timetable", TIMETABLES)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_directly_follows_is_a_half(name: str, timetable: str) -> None:
-    """But in the run of beats, and in the pairs before it."""
+def test_a_weight_grad_that_directly_follows_is_a_half(name: str, timetable: str) -> None:
+    """Except in the steady phase, and in the pairs before it."""
     for size in SIZES:
         tables = compiled(name, *size, timetable, full_backward=True).tables
         assert Opcode.BACKWARD_UPPER in tables.opcodes
@@ -109,7 +109,7 @@ def test_1f1b_in_halves_is_that_of_the_paper() -> None:
 @pytest.mark.parametrize("timetable", TIMETABLES)
 @pytest.mark.parametrize("name", NAMES)
 def test_halves_take_no_residual_longer(name: str, timetable: str) -> None:
-    """Between the two nothing runs; what travels takes a slot or two more at most."""
+    """Between the two nothing runs; values that travel take a slot or two more at most."""
     for size in SIZES:
         split, full = (
             compiled(name, *size, timetable, full_backward=on).tables.num_slots

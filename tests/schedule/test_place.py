@@ -22,7 +22,7 @@ def test_every_action_runs_as_soon_as_it_can():
 
 
 def tick_by_tick(program: Program, lag: int) -> list[int]:
-    """Runs every rank's next action in the first tick in which what it needs is there."""
+    """Runs every rank's next action in the first tick in which its values are there."""
     units, needs = program.units, find_dependencies(program)
     tick_of = [NEVER] * len(units)
     upcoming = units.row_start[:-1].tolist()

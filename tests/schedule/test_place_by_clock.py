@@ -29,11 +29,11 @@ SIZES = ((1, 1), (1, 5), (2, 3), (2, 8), (3, 4), (3, 10), (4, 9), (5, 16), (8, 1
 
 
 def make_durations(num_stages: int, **changed: Any) -> Durations:
-    """Makes those of equal stages that take 1 each, but for what is changed."""
+    """Makes those of equal stages that take 1 each, but for the changes."""
     equal: dict[str, Any] = {
         "of_opcode": ((0.0,) * num_stages, *[(1.0,) * num_stages] * 3),
         "recompute": (0.0,) * num_stages,
-        "last_layers": (0.5,) * num_stages,
+        "upper_share": (0.5,) * num_stages,
         "full_backward": None,
         "embed_grad": 0.0,
         "transfer": 0.0,
@@ -44,7 +44,7 @@ def make_durations(num_stages: int, **changed: Any) -> Durations:
 @st.composite
 def durations(draw: Any, num_stages: int, *, full_backward: bool = False) -> Durations:
     """Draws those of unlike stages, some of whose actions take no time."""
-    # Not too small: sums of very unlike terms lose what the small ones are.
+    # Not too small: sums of very unlike terms lose the small ones.
     each = st.integers(0, 3).map(float) | st.floats(0.01, 3)
 
     def of_stages(values: st.SearchStrategy[float]) -> tuple[float, ...]:
@@ -55,14 +55,14 @@ def durations(draw: Any, num_stages: int, *, full_backward: bool = False) -> Dur
         num_stages,
         of_opcode=((0.0,) * num_stages, forward, input_grad, weight_grad),
         recompute=of_stages(st.just(0.0) | st.just(1.0)),
-        last_layers=of_stages(st.sampled_from([0.5, 2 / 3, 1.0])),
+        upper_share=of_stages(st.sampled_from([0.5, 2 / 3, 1.0])),
         full_backward=draw(st.sampled_from([0.8, 1.0])) if full_backward else None,
         transfer=draw(st.sampled_from([0.0, 0.1, 2.0])),
     )
 
 
 def order_of(made: Compiled) -> list[list[str]]:
-    """Lists what each rank does, tick after tick: knows no program."""
+    """Lists each rank's actions, tick after tick: knows no program."""
     return [
         [action for action in row if action] for row in zip(*made.timeline.actions, strict=True)
     ]
@@ -85,7 +85,7 @@ def assert_only_waits_less(program: Program, durations: Durations, **options: An
         for name in ("num_beats", "x_pairs", "cotangent_pairs", "idle"):
             assert getattr(one, name) == getattr(other, name), name
         assert plain.timeline.actions[one.ticks] == placed.timeline.actions[other.ticks]
-    # How many live at once hangs on each rank's order alone, but for what is on its way.
+    # How many live at once hangs on each rank's order alone, but for values on their way.
     for name in plain.tables.num_slots.keys() - {"received"}:
         assert plain.tables.num_slots[name] == placed.tables.num_slots[name], name
     # Idle ticks cost a little, by the compiler's measure.
@@ -226,7 +226,7 @@ def _of_opcode(*of_each: float, embed_grad: float = 0.0, num_stages: int = 8) ->
     [
         ("gpipe", (4, 6), "transfer", 1.0, {}, {}),
         ("dualpipev", (4, 6), "recompute", (2.0,) * 8, {}, {"stash_deferred": False}),
-        ("dualpipev", (4, 8), "last_layers", (0.9,) * 8, {}, {"full_backward": True}),
+        ("dualpipev", (4, 8), "upper_share", (0.9,) * 8, {}, {"full_backward": True}),
         ("dualpipev", (4, 8), "full_backward", 0.5, {}, {"full_backward": True}),
         (
             *("dualpipev", (4, 8), "embed_grad", 2.0),

@@ -30,7 +30,7 @@ def make(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def stage_of(schedule: Schedule) -> SimpleNamespace:
-    """Makes what PyTorch's schedules ask of a stage before they run."""
+    """Makes a stage as PyTorch's schedules ask for before they run."""
     return SimpleNamespace(
         num_stages=schedule.num_stages,
         group_size=schedule.num_ranks,

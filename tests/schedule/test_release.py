@@ -1,13 +1,13 @@
-"""Released timelines: the run is kept, and nothing after it waits for what it does not need."""
+"""Released timelines: the steady phase is kept, and no action after it waits without need."""
 
 import numpy as np
 import pytest
 
 from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.dependencies import find_dependencies
+from dualpipe_jax._schedule.find_steady import SteadyPhase, find_steady
 from dualpipe_jax._schedule.ir import Timeline
 from dualpipe_jax._schedule.release import release
-from dualpipe_jax._schedule.steady import Run, find_run
 from dualpipe_jax._schedule.verify import verify_timeline
 from tests.schedules_under_test import WIDE_GRID, compiled
 
@@ -16,9 +16,9 @@ PAIRED = [case for case in WIDE_GRID if case[0] in ("dualpipe", "dualpipev")]
 
 def released(
     name: str, num_ranks: int, num_microbatches: int
-) -> tuple[Timeline, Timeline, Run | None]:
+) -> tuple[Timeline, Timeline, SteadyPhase | None]:
     aligned = align(compiled(name, num_ranks, num_microbatches).timeline)
-    run = find_run(aligned)
+    run = find_steady(aligned)
     return aligned, release(aligned, run), run
 
 
@@ -47,20 +47,20 @@ def test_dualpipev_has_its_run_in_the_fewest_ticks(num_ranks: int) -> None:
 
 
 def test_the_run_and_all_before_it_stay_as_they_were() -> None:
-    has_run = 0
+    has_steady = 0
     for case in PAIRED:
         aligned, timeline, run = released(*case)
         if run is None:
             continue
-        has_run += 1
+        has_steady += 1
         is_kept = aligned.tick_of < run.stop
         np.testing.assert_array_equal(timeline.tick_of[is_kept], aligned.tick_of[is_kept])
         assert (timeline.tick_of[~is_kept] >= run.stop).all()
         assert (timeline.tick_of <= aligned.tick_of).all()
-        again = find_run(timeline)
+        again = find_steady(timeline)
         assert again is not None
         assert (again.first_tick, again.num_beats) == (run.first_tick, run.num_beats)
-    assert has_run > 50
+    assert has_steady > 50
 
 
 def test_nothing_after_the_run_could_come_earlier() -> None:

@@ -96,8 +96,8 @@ def test_parts_come_one_after_the_other_by_hand() -> None:
 
 @pytest.mark.parametrize(("transfer", "excess"), [(0, 0), (1, 0), (2, 0), (3, 1), (5, 3)])
 def test_transfers_hide_in_the_run_by_hand(transfer: float, excess: float) -> None:
-    # What F makes travels behind I and W, what I makes behind W and the next F: two ticks. On two
-    # ranks odd beats send, and even ones keep what the head's gradient gave.
+    # An F's value travels behind I and W, an I's behind W and the next F: two ticks. On two
+    # ranks odd beats send, and even ones keep the cotangent that the head gave.
     tables = compiled("dualpipe", 2, 8, "aligned").tables
     steady = tables.steady
     assert steady is not None
@@ -106,13 +106,13 @@ def test_transfers_hide_in_the_run_by_hand(transfer: float, excess: float) -> No
     assert (first_beat[0] == first_beat).all()
     run_end = first_beat + 3 * (steady.num_beats - 1) + excess * (steady.num_beats // 2 - 1)
     assert ends[steady.ticks.stop - 1].tolist() == run_end.tolist()
-    # What the last F sent was on its way for two ticks, the last cotangent for one.
+    # The value of the last F was on its way for two ticks, the last cotangent for one.
     after = ends[steady.ticks.stop] - ends[steady.ticks.stop - 1]
     assert after.tolist() == [1 + max(0, transfer - 1)] * 2
 
 
 def test_a_sender_in_the_run_waits_where_its_transfer_starts_by_hand() -> None:
-    # Two ranks swap what they made in odd beats. Rank 1's F of such a beat takes 5 more.
+    # Two ranks swap values in odd beats. Rank 1's F of such a beat takes 5 more.
     tables = compiled("dualpipe", 2, 8, "aligned").tables
     steady = tables.steady
     assert steady is not None
@@ -129,7 +129,7 @@ def test_a_sender_in_the_run_waits_where_its_transfer_starts_by_hand() -> None:
 def test_a_ring_waits_only_where_it_hands_on_by_hand() -> None:
     tables = compile_program(LOOPED).tables
     assert tables.wraps
-    # In tick 3 rank 0 reads what rank 2 made in tick 2; rank 1 is in no pair with either.
+    # In tick 3 rank 0 reads rank 2's value of tick 2; rank 1 is in no pair with either.
     assert tables.exchanges[0][tables.exchange[2, 0]] == (((2, 0),), ())
     work = np.zeros(tables.opcode.shape)
     work[2] = [1, 2, 4]
@@ -140,7 +140,7 @@ def test_beats_of_a_run_are_no_full_backwards() -> None:
     tables = compiled("dualpipe", 4, 16, "aligned", full_backward=True).tables
     assert tables.steady is not None
     work = np.array([0.0, 2, 3, 5])[unit_of(tables.opcode)]
-    full = as_full_backwards(tables, work, last_layers=np.full(tables.num_stages, 0.5))
+    full = as_full_backwards(tables, work, upper_share=np.full(tables.num_stages, 0.5))
     ticks = tables.steady.ticks
     assert (full[ticks] == work[ticks]).all()
     assert (full[: ticks.start] != work[: ticks.start]).any()
@@ -156,7 +156,7 @@ def test_the_gradient_of_an_embedding_comes_last() -> None:
         full = as_full_backwards(
             tables,
             np.array([0, 2, 3, 5.0])[unit] + 2.5 * embeds,
-            last_layers=np.full(2, 0.5),
+            upper_share=np.full(2, 0.5),
             cost=0.5,
             embed_grad=2.5,
         )

@@ -62,8 +62,8 @@ def tables_of(name: str, num_ranks: int, num_microbatches: int) -> Tables:
 def run_with_steady(tables: Tables) -> Counter[str]:
     """Executes the ramps by the tables and the run by the words of `Steady`, with tokens.
 
-    A received slot holds ("x", s, m), what F of stage s and microbatch m reads, or ("dx", s, m),
-    what its I reads; a residual's or a stash's holds (s, m).
+    A received slot holds ("x", s, m), read by F of stage s and microbatch m, or ("dx", s, m),
+    read by its I; a residual's or a stash's holds (s, m).
 
     Returns:
       How often each action ran.
@@ -296,7 +296,7 @@ def test_schedules_of_many_orders() -> None:
     assert num_without > 0
 
 
-# ---- what the verifier refuses
+# ---- faults that the verifier refuses
 
 
 def change(tables: Tables, **fields: Any) -> Tables:
@@ -323,7 +323,7 @@ STEADY = TABLES.steady
 assert STEADY is not None
 FIRST, STOP = STEADY.ticks.start, STEADY.ticks.stop
 LAST = STOP - TICKS_PER_BEAT
-# Two beats: what the last one sends is read in the ramp only.
+# Two beats: the values of the last one are read in the ramp only.
 SHORT = tables_of("dualpipe", 4, 8)
 assert SHORT.steady is not None
 assert SHORT.steady.num_beats == 2
@@ -383,18 +383,18 @@ def with_slot(field: str, rank: int, slot: int) -> Tables:
 even, odd = STEADY.x_pairs
 SHORT_PAIRS = SHORT.steady.x_pairs[0]
 FAULTS = {
-    "no beats": (change(TABLES, num_beats=0), "a run has beats"),
-    "fewer than none": (change(TABLES, num_beats=-2), "a run has beats"),
+    "no beats": (change(TABLES, num_beats=0), "a steady phase has beats"),
+    "fewer than none": (change(TABLES, num_beats=-2), "a steady phase has beats"),
     "odd": (change(TABLES, num_beats=STEADY.num_beats - 1), "as many even beats as odd"),
-    "before all ticks": (change(TABLES, first_tick=-3), "a run is in its tables"),
-    "past all ticks": (change(TABLES, num_beats=40), "a run is in its tables"),
-    "a tick early": (change(TABLES, first_tick=FIRST - 1), "what all ranks do"),
-    "a tick late": (change(TABLES, first_tick=FIRST + 1), "what all ranks do"),
-    "a beat early": (change(TABLES, first_tick=FIRST - 3), "what all ranks do"),
-    "too long": (change(TABLES, num_beats=STEADY.num_beats + 2), "what all ranks do"),
-    "other chunks": (renumber_chunks(), "on rank 2 .*what all ranks do"),
+    "before all ticks": (change(TABLES, first_tick=-3), "a steady phase is in its tables"),
+    "past all ticks": (change(TABLES, num_beats=40), "a steady phase is in its tables"),
+    "a tick early": (change(TABLES, first_tick=FIRST - 1), "the action of all ranks"),
+    "a tick late": (change(TABLES, first_tick=FIRST + 1), "the action of all ranks"),
+    "a beat early": (change(TABLES, first_tick=FIRST - 3), "the action of all ranks"),
+    "too long": (change(TABLES, num_beats=STEADY.num_beats + 2), "the action of all ranks"),
+    "other chunks": (renumber_chunks(), "on rank 2 .*the action of all ranks"),
     "another W": (exchange_weight_grads(), "must follow the input grad of its microbatch"),
-    "no stash": (deferred_in_run(), "what all ranks do"),
+    "no stash": (deferred_in_run(), "the action of all ranks"),
     "kept late": (late_cotangent("keep", FIRST), "its cotangent before the first beat"),
     "from the left late": (late_cotangent("from_left", FIRST + 1), "before the first beat"),
     "from the right late": (late_cotangent("from_right", FIRST + 1), "before the first beat"),
@@ -428,7 +428,7 @@ FAULTS = {
         "leaves another value than the tables store",
     ),
     "a stash in use": (in_use("stash"), "on rank 1 .*has a slot of stash in use"),
-    "what is deferred in use": (in_use("deferred"), "on rank 1 .*has a slot of deferred in use"),
+    "deferred operands in use": (in_use("deferred"), "on rank 1 .*has a slot of deferred in use"),
     "another last cotangent": (
         change(SHORT, cotangent_pairs=(SHORT_PAIRS, ((1, 1), (2, 2)))),
         "leaves another value than the tables store",
@@ -448,7 +448,7 @@ def test_a_fault_shows_the_ticks_around() -> None:
     with pytest.raises(ScheduleError) as error:
         verify_steady(FAULTS["no x"][0])
     lines = str(error.value).splitlines()
-    # Beat 2 reads what beat 1 sent: rank 2 has no x for its F.
+    # Beat 2 reads the values of beat 1: rank 2 has no x for its F.
     assert "on rank 2 in tick 14: does not get its x" in lines[0]
     assert any("[" in line for line in lines if line.startswith("  rank 2"))
 
@@ -487,7 +487,7 @@ def changed(draw) -> Tables:
 @given(changed())
 @settings(max_examples=400, deadline=None)
 def test_what_the_verifier_accepts_runs_every_action_once(tables: Tables) -> None:
-    """A change that alters what the run does is refused; the others are harmless."""
+    """A change that alters the actions that run is refused; the others are harmless."""
     try:
         verify_steady(tables)
     except (ScheduleError, AssertionError):

@@ -1,4 +1,4 @@
-"""Each verifier accepts what its pass makes and refuses what is broken, saying where."""
+"""Each verifier accepts the outcome of its pass and refuses broken ones, saying where."""
 
 import dataclasses
 from typing import Any
@@ -162,7 +162,7 @@ def test_tables_say_which_value_was_found():
     (tick,) = np.flatnonzero((tables.opcode[:, 0] == 2) & (tables.microbatch[:, 0] == 0))
     swapped[tick, 0] = 1 - swapped[tick, 0]
     with pytest.raises(
-        ScheduleError, match=r"0I0 on rank 0 in .* expects what chunk 0 saved for stage 0"
+        ScheduleError, match=r"0I0 on rank 0 in .* expects the value that chunk 0 saved for stage 0"
     ):
         verify_tables(_mutate(tables, residual=swapped))
 
@@ -181,7 +181,7 @@ def test_lazy_tables_have_neither_exchanges_nor_beats():
     exchange = np.zeros((tables.num_ticks, 1), np.int32)
     one = {"exchange": exchange, "exchanges": ((((), ()),),)}
     for more in ({"steady": steady}, one):
-        with pytest.raises(ScheduleError, match="lazy tables have exchanges, or a run of beats"):
+        with pytest.raises(ScheduleError, match="lazy tables have exchanges, or a steady phase"):
             verify_tables(_mutate(tables, **more))
 
 

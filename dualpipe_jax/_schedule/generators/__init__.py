@@ -1,4 +1,8 @@
-"""One module a schedule: each makes a `Program` of any number of ranks and microbatches."""
+"""One module a schedule: each makes a `Program` of any number of ranks and microbatches.
+
+A new schedule is a module here and a line of `GENERATORS`, whose names the public functions, the
+command line, `choose` and the tests take from it.
+"""
 
 from collections.abc import Callable
 

@@ -15,10 +15,10 @@ from dualpipe_jax._schedule.ir import Action, Program, Row
 
 
 def chimera(*, num_ranks: int, num_microbatches: int) -> Program:
-    """Generates Chimera, in the published order where there is one.
+    """Makes Chimera (arXiv:2107.06925): two 1F1B pipelines in opposite directions.
 
-    That is for an even number of ranks and a multiple of it of microbatches. Other sizes are
-    list-scheduled.
+    The published order where there is one, that is for an even `num_ranks` and a multiple of it of
+    microbatches; elsewhere one made by simulation (`list_schedule`).
 
     >>> print(chimera(num_ranks=2, num_microbatches=4).to_csv(), end="")
     0F0,1F2,1B2,0B0,0F1,1F3,1B3,0B1

@@ -15,15 +15,14 @@ from dualpipe_jax._schedule.ir import Program, Row
 
 
 def dualpipe(*, num_ranks: int, num_microbatches: int) -> Program:
-    """Generates DualPipe, in the published order where there is one.
+    """Makes DualPipe (arXiv:2412.19437): microbatches enter at both ends.
 
-    That is for an even number of ranks and an even number of microbatches, at least twice as
-    many. Other sizes are list-scheduled.
+    The published order where there is one, that is for even sizes and `num_microbatches` at least
+    `2 * num_ranks`; elsewhere an order made by the same rules (`list_schedule`).
 
-    >>> for row in dualpipe(num_ranks=2, num_microbatches=4).rows:
-    ...     print(*row)
-    0F0 1F2 0F1 1B2 (1F3;0B0)OVERLAP_F_B 1B3 0I1 0W1
-    0F2 1F0 0F3 1B0 (1F1;0B2)OVERLAP_F_B 1B1 0I3 0W3
+    >>> print(dualpipe(num_ranks=2, num_microbatches=4).to_csv(), end="")
+    0F0,1F2,0F1,1B2,(1F3;0B0)OVERLAP_F_B,1B3,0I1,0W1
+    0F2,1F0,0F3,1B0,(1F1;0B2)OVERLAP_F_B,1B1,0I3,0W3
 
     Raises:
         ValueError: if a size is not a positive integer.

@@ -12,12 +12,13 @@ from dualpipe_jax._schedule.ir import Program
 
 
 def dualpipev(*, num_ranks: int, num_microbatches: int) -> Program:
-    """Generates DualPipeV, in the published order from `2 * num_ranks` microbatches on.
+    """Makes DualPipeV (github.com/deepseek-ai/DualPipe): down the ranks and up again.
 
-    Fewer are list-scheduled.
+    The published order from `2 * num_ranks` microbatches on; fewer are ordered by the same rules
+    (`list_schedule`).
 
-    >>> for row in dualpipev(num_ranks=2, num_microbatches=4).rows:
-    ...     print(*row)
+    >>> for row in dualpipev(num_ranks=2, num_microbatches=4).to_csv().splitlines():
+    ...     print(*row.split(","))
     0F0 0F1 0F2 3F0 3I0 3W0 3F1 (0F3;3B1)OVERLAP_F_B (3F2;0B0)OVERLAP_F_B 3B2
         (3F3;0B1)OVERLAP_F_B 3B3 0I2 0W2 0I3 0W3
     1F0 2F0 1F1 2F1 1F2 2B0 (2F2;1B0)OVERLAP_F_B (1F3;2B1)OVERLAP_F_B (2F3;1B1)OVERLAP_F_B

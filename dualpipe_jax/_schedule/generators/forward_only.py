@@ -1,4 +1,4 @@
-"""Forwards only, entering at both ends: what evaluation runs.
+"""Forwards only, entering at both ends, as evaluation runs them.
 
 Each rank takes its near direction until the far one has come through the pipeline to it, then
 both in turn.

@@ -5,7 +5,9 @@ from dualpipe_jax._schedule.ir import Action, Program
 
 
 def gpipe(*, num_ranks: int, num_microbatches: int) -> Program:
-    """Generates GPipe: the least code, and every microbatch's activations alive at once.
+    """Makes GPipe (arXiv:1811.06965): all forwards, then all backwards.
+
+    The activations of every microbatch are alive at once.
 
     >>> print(gpipe(num_ranks=2, num_microbatches=2).to_csv(), end="")
     0F0,0F1,0B0,0B1

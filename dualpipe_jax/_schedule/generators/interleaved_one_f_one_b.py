@@ -13,11 +13,15 @@ from dualpipe_jax._schedule.ir import Action, Program, Row
 def interleaved_one_f_one_b(
     *, num_ranks: int, num_microbatches: int, num_stages_per_rank: int = 2
 ) -> Program:
-    """Generates interleaved 1F1B; rank r holds the stages r, P + r, 2P + r and so on.
+    """Makes interleaved 1F1B (arXiv:2104.04473): microbatches go round the ranks several times.
 
-    The microbatches go in groups of P, each through all stages of a rank in turn. Published for
-    multiples of P only; others make groups of more than P, as equal as can be, larger ones first
-    (Megatron-LM's microbatch groups), and fewer than P make one group.
+    1F1B's idle time divided by `num_stages_per_rank`, for as many times the transfers and for more
+    live activations. `make("interleaved-1f1b", ...)` is the one with 2.
+
+    Rank r holds the stages r, P + r, 2P + r and so on. The microbatches go in groups of P, each
+    through all stages of a rank in turn. Published for multiples of P only; others make groups of
+    more than P, as equal as can be, larger ones first (Megatron-LM's microbatch groups), and fewer
+    than P make one group.
 
     >>> print(interleaved_one_f_one_b(num_ranks=2, num_microbatches=2).to_csv(), end="")
     0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1

@@ -54,7 +54,7 @@ class _Rank:
 
     def __init__(self, max_deferred: int):
         self.lanes: list[_Lane] = []
-        # From I to W a microbatch still holds what W needs, so the limits hold from F to W too.
+        # From I to W a microbatch still holds W's operands, so the limits hold from F to W too.
         self.num_live = self.max_live = 0
         self.row: list[Action] = []
         self.max_deferred = max_deferred
@@ -69,7 +69,7 @@ class _Rank:
         """Picks F first, then I, then W, with two exceptions.
 
         While forwards remain, a W follows its I before the next I does: that makes pairs. And
-        when `max_deferred` wait, a W goes first. Of two lanes the one that is behind is served.
+        when `max_deferred` wait, a W goes first. The lane that is behind is served first.
         """
         if len(self.deferred) >= self.max_deferred:
             return "W", None
@@ -83,7 +83,7 @@ class _Rank:
         return ("W", None) if self.deferred else None
 
     def run(self, kind: str, lane: _Lane | None) -> None:
-        """Runs what was chosen; a W is that of the I that has just run, else the oldest."""
+        """Runs the chosen action; a W is that of the I that has just run, else the oldest."""
         if lane is None:
             action = self.deferred.pop(-1 if self._after_input_grad() else 0)
             self.num_live -= 1
@@ -142,7 +142,7 @@ def list_schedule(
 
     num_left = 3 * sum(map(len, microbatches)) * len(routes[0])
     while num_left:
-        # All choose before any runs: what a rank produces now, others have in the next tick.
+        # All choose before any runs: others have a rank's value in the next tick.
         chosen = [(rank, choice) for rank in ranks if (choice := rank.choose())]
         assert chosen, f"the limits {limits} let no rank act"
         for rank, (kind, lane) in chosen:

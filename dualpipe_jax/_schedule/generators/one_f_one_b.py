@@ -9,7 +9,7 @@ from dualpipe_jax._schedule.ir import Action, Program, Row
 
 
 def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Program:
-    """Generates 1F1B.
+    """Makes 1F1B (arXiv:2104.04473): a forward and a backward in turn.
 
     >>> print(one_f_one_b(num_ranks=2, num_microbatches=3).to_csv(), end="")
     0F0,0F1,0B0,0F2,0B1,0B2

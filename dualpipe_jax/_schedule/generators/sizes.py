@@ -1,4 +1,4 @@
-"""What every generator does with its sizes."""
+"""Checks and splits the sizes of a generator."""
 
 import math
 import operator

@@ -1,12 +1,12 @@
 """ZB-H1 (Qi et al. 2023, Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 2.3).
 
-1F1B with the backward split: rank r puts off r weight grads and runs them at the end, where 1F1B
+1F1B with the backward split: rank r defers r weight grads and runs them at the end, where 1F1B
 idles. Rank r's P-r activations of 1F1B and these r are P together, on every rank.
 
-Weight grads take as long, whichever microbatch's they are. So it is the first r that wait, to the
-end, and every later one follows its input grad at once, where a queue would put all of them off by
-r. Ticks and slots are the same; what recomputes does so for r microbatches and not for all, and
-what W reads of I is still at hand.
+Weight grads take equally long for all microbatches. So the first r wait, to the end, and every
+later one follows its input grad at once, where a queue would defer all of them by r. Ticks and
+slots are the same, but only r weight grads recompute, and the others find the values of their input
+grads still at hand.
 """
 
 from dataclasses import replace
@@ -17,7 +17,9 @@ from dualpipe_jax._schedule.ir import Action, Program, Row
 
 
 def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
-    """Generates ZB-H1.
+    """Makes ZB-H1 (arXiv:2401.10241): 1F1B that defers weight grads to fill its bubbles.
+
+    As many live activations as 1F1B, the same number on every rank.
 
     >>> print(zb_h1(num_ranks=2, num_microbatches=3).to_csv(), end="")
     0F0,0F1,0B0,0F2,0B1,0B2
@@ -28,13 +30,13 @@ def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
     """
     plain = one_f_one_b(num_ranks=num_ranks, num_microbatches=num_microbatches)
     rows = (
-        _put_off(row, min(rank, plain.num_microbatches - 1)) for rank, row in enumerate(plain.rows)
+        _defer(row, min(rank, plain.num_microbatches - 1)) for rank, row in enumerate(plain.rows)
     )
     return replace(plain, name="zb-h1", rows=tuple(rows))
 
 
-def _put_off(row: Row, count: int) -> Row:
-    """Puts off the weight grads of a row's first `count` microbatches to its end."""
+def _defer(row: Row, count: int) -> Row:
+    """Defers the weight grads of a row's first `count` microbatches to its end."""
     backwards = (each for each in row if isinstance(each, Action) and each.kind == "B")
     waiting = list(islice(backwards, count))
     split = [each._replace(kind="I") if each in waiting else each for each in row]

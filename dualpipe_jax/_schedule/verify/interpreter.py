@@ -1,9 +1,9 @@
 """Executes Tables with tokens in place of arrays.
 
-It knows nothing of the timeline or of the allocator: only what `Tables` says an executor does. A
+It knows nothing of the timeline or of the allocator: only the rules of `Tables`. A
 token is a number for one value, such as "the x that enters stage 3 with microbatch 7". An exchange
-hands on what its pairs carry, and nothing else. In lazy tables every neighbour's value is sent; in
-the run of beats it is at hand, as `verify_steady` holds `Steady` to the tables.
+sends the values of its pairs, and nothing else. In lazy tables every neighbour's value is sent; in
+the steady phase it is at hand, as `verify_steady` holds `Steady` to the tables.
 """
 
 import numpy as np
@@ -36,7 +36,7 @@ BUFFER_OF = {"from_left": "received", "from_right": "received", "read": "receive
 BUFFER_OF |= {"keep": "received", "send": "received"} | {
     name: name for name in (*BUFFERS[1:], DEFERRED)
 }
-# What a payload is; of a value that stays on its rank, the token counts the chunk instead.
+# The kinds of payload; the token of a value that stays on its rank counts the chunk instead.
 _X, _COTANGENT, _IN_STAGE = range(3)
 
 
@@ -116,10 +116,10 @@ class _Interpreter:
             arrived = self._exchange(tick, sent)
         for buffer, slots in self.slots.items():
             for rank, slot in np.argwhere(slots >= 0).tolist():
-                what = (
+                fault = (
                     f"{buffer} slot {slot} still holds {self._describe(buffer, slots[rank, slot])}"
                 )
-                fail_at(tables, tables.num_ticks - 1, rank, f"{what} after the last tick")
+                fail_at(tables, tables.num_ticks - 1, rank, f"{fault} after the last tick")
 
     def _store_arrivals(self, tick: int, arrived: np.ndarray) -> None:
         for column, tokens in zip(("from_left", "from_right"), arrived, strict=True):
@@ -156,12 +156,12 @@ class _Interpreter:
         slots, at = self.slots[BUFFER_OF[column]], (ranks, slot[ranks])
         if (slots[at] >= 0).any() or (tokens[ranks] < 0).any():
             for rank in ranks.tolist():
-                what = f"{column} stores in {BUFFER_OF[column]} slot {slot[rank]}"
+                fault = f"{column} stores in {BUFFER_OF[column]} slot {slot[rank]}"
                 if tokens[rank] < 0:
-                    fail_at(self.tables, tick, rank, f"{what}, but nothing was sent")
+                    fail_at(self.tables, tick, rank, f"{fault}, but nothing was sent")
                 if slots[rank, slot[rank]] >= 0:
                     still = self._describe(BUFFER_OF[column], slots[rank, slot[rank]])
-                    fail_at(self.tables, tick, rank, f"{what}, where {still} is still to be read")
+                    fail_at(self.tables, tick, rank, f"{fault}, where {still} is still to be read")
         slots[at] = tokens[ranks]
 
     def _load(
@@ -194,8 +194,8 @@ class _Interpreter:
         for rank in np.flatnonzero(of).tolist():
             for slot, token in enumerate(self.slots["stash"][rank].tolist()):
                 if token >= 0:
-                    what = f"names a slot in deferred while stash slot {slot} holds"
-                    fail_at(self.tables, tick, rank, f"{what} {self._describe('stash', token)}")
+                    fault = f"names a slot in deferred while stash slot {slot} holds"
+                    fail_at(self.tables, tick, rank, f"{fault} {self._describe('stash', token)}")
 
     def _describe(self, buffer: str, token: int) -> str:
         if token < 0:
@@ -203,9 +203,9 @@ class _Interpreter:
         rest, microbatch = divmod(token, self.tables.num_microbatches)
         kind, stage = divmod(rest, self.tables.num_stages)
         if buffer == "received":
-            what = "the x of" if kind == _X else "the cotangent for"
-            return f"{what} {stage}{'FIW'[kind]}{microbatch}"
-        return f"what chunk {kind} saved for stage {stage}, microbatch {microbatch}"
+            payload = "the x of" if kind == _X else "the cotangent for"
+            return f"{payload} {stage}{'FIW'[kind]}{microbatch}"
+        return f"the value that chunk {kind} saved for stage {stage}, microbatch {microbatch}"
 
 
 def _find_targets(tables: Tables) -> np.ndarray:

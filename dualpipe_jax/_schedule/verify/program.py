@@ -52,13 +52,13 @@ def _check_numbers(program: Program) -> None:
     )
     # A gap is named before the numbers size an array: a typing error may be a huge one.
     faults, num_faults = [], 0
-    for what, number, used in (
+    for name, number, used in (
         ("stage", program.num_stages, units.stage),
         ("microbatch", program.num_microbatches, units.microbatch),
     ):
         present = set(used.tolist())
         missing = (n for n in range(number) if n not in present)
-        faults += [f"{what} {n} has none" for n in islice(missing, _MOST_NAMED)]
+        faults += [f"{name} {n} has none" for n in islice(missing, _MOST_NAMED)]
         num_faults += number - len(present)
     rule = "must have actions of each stage and microbatch, counting from 0"
     _raise_for(program, faults, rule, num_faults=num_faults)

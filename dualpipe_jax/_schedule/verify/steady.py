@@ -10,17 +10,17 @@ from dualpipe_jax._schedule.verify.interpreter import OF_W
 
 
 def verify_steady(tables: Tables) -> None:
-    """Checks the straight-line run of verified tables, if there is one.
+    """Checks the steady phase of verified tables, if there is one.
 
     - It has an even number of beats, all within the tables; in beat b every rank runs F of chunk
       b % 2, then I and W of the other chunk and of one microbatch, apart and not deferred.
-    - What the first beat reads is in its slot when the run begins.
-    - Every later x and cotangent is what the beat before sent to that rank, or what the rank's own
-      head gave; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
-    - What the last beat sends is what the tables store then, in the same slots, and nothing else of
-      the run is stored for later.
-    - Of a buffer that is idle, every slot that an I has written before the run a W has read before
-      it. (So has, at its end, whatever the run's own I's wrote: their W's are in the run.)
+    - The values that the first beat reads are in their slots when the phase begins.
+    - Every later x and cotangent was sent to that rank by the beat before, or given by the rank's
+      own head; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
+    - The values that the last beat sends are those that the tables store then, in the same slots,
+      and nothing else of the phase is stored for later.
+    - If a buffer is idle, a W has read every slot that an I wrote before the phase. (At its end
+      this holds, too: the W's of the phase's own I's are in it.)
 
     Raises:
         ScheduleError: naming action, rank and tick, and showing the ticks around.
@@ -28,9 +28,10 @@ def verify_steady(tables: Tables) -> None:
     if tables.steady is None:
         return
     steady = tables.steady
-    assert steady.num_beats > 0, "a run has beats"
-    assert steady.num_beats % 2 == 0, "a run has as many even beats as odd ones"
-    assert 0 <= steady.first_tick <= steady.ticks.stop <= tables.num_ticks, "a run is in its tables"
+    assert steady.num_beats > 0, "a steady phase has beats"
+    assert steady.num_beats % 2 == 0, "a steady phase has as many even beats as odd ones"
+    inside = 0 <= steady.first_tick <= steady.ticks.stop <= tables.num_ticks
+    assert inside, "a steady phase is in its tables"
     _check_actions(tables, steady)
     for buffer in steady.idle:
         _check_idle(tables, steady, buffer)
@@ -47,20 +48,20 @@ def _check_actions(tables: Tables, steady: Steady) -> None:
         for after, (opcode, chunk) in enumerate(roles):
             wrong = tables.opcode[tick + after] != opcode
             wrong |= tables.chunk[tick + after] != chunk
-            _fail_where(tables, tick + after, wrong, "is not what all ranks do in this beat")
+            _fail_where(tables, tick + after, wrong, "is not the action of all ranks in this beat")
         same = tables.microbatch[tick + 1] == tables.microbatch[tick + 2]
         _fail_where(tables, tick + 2, ~same, "must follow the input grad of its microbatch")
 
 
 def _check_idle(tables: Tables, steady: Steady, buffer: str) -> None:
-    """Whatever named a slot last before the run is a W."""
+    """Requires of each slot that a W names it last before the steady phase."""
     slots = getattr(tables, buffer)[: steady.first_tick]
     for rank in range(tables.num_ranks):
         ticks = np.flatnonzero(slots[:, rank] >= 0)
         last = dict(zip(slots[ticks, rank].tolist(), ticks.tolist(), strict=True))
         for tick in last.values():
             if tables.opcode[tick, rank] not in OF_W:
-                fault = f"has a slot of {buffer} in use, which is idle in the run"
+                fault = f"has a slot of {buffer} in use, which is idle in the steady phase"
                 fail_at(tables, tick, rank, fault)
 
 
@@ -78,7 +79,7 @@ def _token(tables: Tables, stage: np.ndarray, microbatch: np.ndarray) -> np.ndar
 
 
 def _made(tables: Tables, tick: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each rank makes in the beat that begins here: x, its head's cotangent, its I's.
+    """Names the values that ranks make in a beat: x, the head's cotangent, that of I.
 
     As tokens of the actions that read it; -1 for none.
     """
@@ -125,7 +126,7 @@ def _check_exit(tables: Tables, steady: Steady, x: np.ndarray, cotangent: np.nda
     last = steady.ticks.stop - TICKS_PER_BEAT
     made_x, from_head, made_cotangent = _made(tables, last)
     has_head = from_head >= 0
-    # Each column of the tables that may store what the last beat makes, and what that is.
+    # Each column of the tables that may store values of the last beat, and which values.
     of_x = [(np.where(has_head, -1, tables.keep[last]), made_x)]
     of_cotangent = [
         (np.where(has_head, tables.keep[last], -1), from_head),
@@ -136,7 +137,7 @@ def _check_exit(tables: Tables, steady: Steady, x: np.ndarray, cotangent: np.nda
         of_cotangent.append((column[last + 2], np.roll(made_cotangent, step)))
         if last + TICKS_PER_BEAT < tables.num_ticks:
             late = column[last + TICKS_PER_BEAT] >= 0
-            _fail_where(tables, last + TICKS_PER_BEAT, late, "stores what no weight grad sent")
+            _fail_where(tables, last + TICKS_PER_BEAT, late, "stores a value of a weight grad")
     for slots, stored, arrived in (
         (steady.x_slot, of_x, x),
         (steady.cotangent_slot, of_cotangent, cotangent),

@@ -18,13 +18,13 @@ def verify_tables(tables: Tables) -> None:
     - I and W of a (stage, microbatch) run alike: apart, deferred, or as a full backward.
     - An action names exactly the slots that it uses, an idle rank none; of stash and deferred, an I
       and a W that run apart one in the stash, deferred ones one in deferred, full backwards none.
-    - In the run of beats, and in lazy tables, nothing is sent later than made.
-    - Tables have parts, and lazy ones none. Every tick outside of the run of beats has an exchange
+    - In the steady phase, and in lazy tables, nothing is sent later than made.
+    - Tables have parts, and lazy ones none. Every tick outside of the steady phase has an exchange
       in every part, those in it none. The first one of a part is empty, passed over by executors.
     - Pairs are neighbours, on the ring where the tables wrap; no rank is twice a source or a target
       to one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a
       side.
-    - Lazy tables have no run of beats.
+    - Lazy tables have no steady phase.
     - A value that is stored on arrival was made by that neighbour in the tick before, or kept by it
       until then, and sent in a pair of that tick's exchange, or lazily.
     - Every read finds the value it expects; F, I and W of one (stage, microbatch) find each
@@ -134,19 +134,19 @@ def _check_exchanges(tables: Tables) -> None:
     if exchange.shape != shape or exchange.dtype != np.int32:
         raise ScheduleError(f"exchange is {exchange.dtype}{exchange.shape}, not int32{shape}")
     if tables.is_lazy and (tables.exchanges or tables.steady is not None):
-        raise ScheduleError("lazy tables have exchanges, or a run of beats")
+        raise ScheduleError("lazy tables have exchanges, or a steady phase")
     if bool(tables.exchanges) == tables.is_lazy:
         wanted = "no part" if tables.is_lazy else "a part"
         raise ScheduleError(f"exchanges have {len(tables.exchanges)} parts, must have {wanted}")
-    in_run = np.zeros(tables.num_ticks, bool)
+    in_steady = np.zeros(tables.num_ticks, bool)
     if tables.steady is not None:
-        in_run[tables.steady.ticks] = True
-    at_once = (in_run | tables.is_lazy)[:, None]
+        in_steady[tables.steady.ticks] = True
+    at_once = (in_steady | tables.is_lazy)[:, None]
     _fail_where(tables, at_once & (tables.send >= 0), "must send its output in its own tick")
     limits = np.array([len(of_part) for of_part in tables.exchanges])
-    known = np.where(in_run[:, None], exchange == -1, (exchange >= 0) & (exchange < limits))
+    known = np.where(in_steady[:, None], exchange == -1, (exchange >= 0) & (exchange < limits))
     for tick, part in np.argwhere(~known).tolist():
-        wanted = "-1" if in_run[tick] else f"in 0..{limits[part] - 1}"
+        wanted = "-1" if in_steady[tick] else f"in 0..{limits[part] - 1}"
         fail_at(tables, tick, 0, f"exchange {exchange[tick, part]} must be {wanted}")
     for of_part in tables.exchanges:
         if of_part[0] != ((), ()):

@@ -58,7 +58,7 @@ def _check_sends(timeline: Timeline, senders: np.ndarray) -> None:
 
 
 def verify_pairs(timeline: Timeline) -> None:
-    """Checks what `align` made: a timeline with pairs that nothing comes between, in step.
+    """Checks an aligned timeline: pairs are in one piece, and in step.
 
     - The actions of a pair run in adjacent ticks.
     - All pairs start at the same tick modulo 3.

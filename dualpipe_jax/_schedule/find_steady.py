@@ -1,24 +1,24 @@
-"""Timeline -> the longest run of beats that is the same straight-line code on all ranks.
+"""Timeline -> its longest steady phase: beats that are the same straight-line code on all ranks.
 
 A beat follows another if every rank runs the chunk backwards that it ran forwards, and the other
 way round, and all that the beats send each other is read in the very next one. Then the roles of a
 rank's two chunks, and who sends to whom, are the same in every second beat. Beats at the edges of
-the aligned part, which read what came earlier or make what is read later, are left out.
+the aligned part, which read earlier values or make values that are read later, are left out.
 
-DualPipe on two ranks: rank 0 is forward with what enters there (direction 0) in the beats in which
-rank 1 is forward with what enters at rank 1; so they swap what they made, and change roles.
+DualPipe on two ranks: rank 0 runs microbatches forward that enter there (direction 0) in the beats
+in which rank 1 runs forward those that enter at rank 1; so they swap values, and change roles.
 
 >>> from dualpipe_jax._schedule.align import align
 >>> from dualpipe_jax._schedule.generators import GENERATORS
 >>> from dualpipe_jax._schedule.place import place_shortest
 >>> timeline = align(place_shortest(GENERATORS["dualpipe"](num_ranks=2, num_microbatches=8)))
->>> run = find_run(timeline)
->>> for tick in run.first_tick, run.first_tick + 3, run.first_tick + 6:
+>>> steady = find_steady(timeline)
+>>> for tick in steady.first_tick, steady.first_tick + 3, steady.first_tick + 6:
 ...     print([action[:2] for action in timeline.actions[tick]])
 ['1F', '1F']
 ['0F', '0F']
 ['1F', '1F']
->>> run.num_beats, run.x_pairs, run.first_chunk.tolist()
+>>> steady.num_beats, steady.x_pairs, steady.first_chunk.tolist()
 (4, ((), ((0, 1), (1, 0))), [1, 0])
 """
 
@@ -32,8 +32,8 @@ from dualpipe_jax._schedule.tables import Pairs
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """What `tables.Steady` says, before slots, and before chunks are numbered by their roles.
+class SteadyPhase:
+    """Describes the beats of `tables.Steady`, before these have slots and chunks by their roles.
 
     Attributes:
       first_tick, num_beats, x_pairs, cotangent_pairs: As in `tables.Steady`.
@@ -53,11 +53,11 @@ class Run:
 
     @property
     def stop(self) -> int:
-        """The tick after the run."""
+        """The tick after the steady phase."""
         return self.last_tick + TICKS_PER_BEAT
 
 
-def find_run(timeline: Timeline) -> Run | None:
+def find_steady(timeline: Timeline) -> SteadyPhase | None:
     """Finds the longest run; None where no two beats follow each other."""
     program = timeline.program
     if len(program.stage_of) != 2:
@@ -85,7 +85,7 @@ def find_run(timeline: Timeline) -> Run | None:
 
     def travel(made: np.ndarray) -> Pairs:
         made = made[consumer[made] >= 0]
-        # What the head's gradient gives, an F's that an I reads, does not travel.
+        # The cotangent that the head gives, which an I reads from an F, does not travel.
         made = made[units.opcode[made] == units.opcode[consumer[made]]]
         ranks = zip(units.rank[made].tolist(), units.rank[consumer[made]].tolist(), strict=True)
         return tuple(sorted(ranks))
@@ -98,7 +98,7 @@ def find_run(timeline: Timeline) -> Run | None:
     if not longest:
         return None
     even, odd = (actions(beat) for beat in longest[:2])
-    return Run(
+    return SteadyPhase(
         first_tick=longest[0],
         num_beats=len(longest),
         x_pairs=(travel(even[0]), travel(odd[0])),
