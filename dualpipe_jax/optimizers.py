@@ -212,7 +212,8 @@ def _refuse_combining(
     """
     names = list(dict.fromkeys(stacks))
     num_dims = next(n for n in count(2) if comb(n, n // 2) >= len(names))
-    halves = dict(zip(names, combinations(range(num_dims), num_dims // 2), strict=False))
+    choices = combinations(range(num_dims), num_dims // 2)
+    halves = {name: next(choices) for name in names}
     levels = [{stack for stack in names if dim in halves[stack]} for dim in range(num_dims)]
     levels = [level for level in levels if level]
     types = [_layer_of(leaf, num_dims // 2) for leaf in stacked]

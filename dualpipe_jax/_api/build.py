@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax._api.programs import Program
+from dualpipe_jax._api.programs import StepProgram
 from dualpipe_jax._executor import Step, context_mesh, platform_of
 from dualpipe_jax._model import call_checks, checks, semantics
 from dualpipe_jax._model.kinds import Kind, block_name, blocks_of
@@ -94,7 +94,7 @@ class Builder:
         model: Model,
         *,
         axes: Axes,
-        program: Program,
+        program: StepProgram,
         layers_per_stage: tuple[int, ...] | None = None,
         **options: Any,
     ):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
-from dualpipe_jax._api.programs import Forward
+from dualpipe_jax._api.programs import ForwardOnly
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.types import (
     AxisNames,
@@ -133,7 +133,7 @@ def _builder(
     return Builder(
         model,
         axes=axes,
-        program=Forward(num_ranks=num_ranks, num_microbatches=num_microbatches),
+        program=ForwardOnly(num_ranks=num_ranks, num_microbatches=num_microbatches),
         block=block_of(model, "none"),
         param_specs=param_specs,
         layers_per_stage=stage_sizes(layers_per_stage, num_stages=num_ranks, where=", one a rank"),

@@ -1,6 +1,6 @@
 """Programs of a step: a schedule with backwards, or forwards alone, compiled for given stages.
 
-In: the number of layers of each stage. Out: `Compiled`, tables and the execution they are made for.
+In: the layers of each stage. Out: `StepTables`, tables and the execution they are made for.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dualpipe_jax.schedules import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compiled:
+class StepTables:
     """Holds a compiled program.
 
     Attributes:
@@ -30,7 +30,7 @@ class Compiled:
     costs: Costs | None
 
 
-class Program(Protocol):
+class StepProgram(Protocol):
     """Compiles to tables, once the layers of each stage are known."""
 
     @property
@@ -38,7 +38,7 @@ class Program(Protocol):
         """The stages of a direction."""
         ...
 
-    def compiled(self, layers_of_stage: tuple[int, ...]) -> Compiled:
+    def compiled(self, layers_of_stage: tuple[int, ...]) -> StepTables:
         """Compiles for stages of so many layers, `num_stages` numbers."""
         ...
 
@@ -71,7 +71,7 @@ class Training:
         """The stages of the schedule."""
         return self.schedule.num_stages
 
-    def compiled(self, layers_of_stage: tuple[int, ...]) -> Compiled:
+    def compiled(self, layers_of_stage: tuple[int, ...]) -> StepTables:
         """Decides the execution and compiles the schedule, as `simulate` does with these costs."""
         transfer = TRANSFER * self.costs.forward
         execution = decide(
@@ -89,11 +89,11 @@ class Training:
             transfer=transfer,
             layers_of_stage=layers_of_stage,
         )
-        return Compiled(tables=tables, execution=execution, costs=self.costs)
+        return StepTables(tables=tables, execution=execution, costs=self.costs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forward:
+class ForwardOnly:
     """Forwards alone, from both ends.
 
     Attributes:
@@ -109,15 +109,15 @@ class Forward:
         """The stages of a direction."""
         return self.num_ranks
 
-    def compiled(self, layers_of_stage: tuple[int, ...]) -> Compiled:
+    def compiled(self, layers_of_stage: tuple[int, ...]) -> StepTables:
         """Compiles the forwards; the layers of stages make no difference."""
         del layers_of_stage
         return self._compiled
 
     @cached_property
-    def _compiled(self) -> Compiled:
+    def _compiled(self) -> StepTables:
         sizes = {"num_ranks": self.num_ranks, "num_microbatches": self.num_microbatches}
-        return Compiled(
+        return StepTables(
             tables=compile_program(forward_only(**sizes)).tables,
             execution=Execution(overlap=False, split_backward=True, deferred="store"),
             costs=None,

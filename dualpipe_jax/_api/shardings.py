@@ -68,7 +68,10 @@ def shardings(
     def sharding(keys: Sequence[Any], leaf: Any, *, has_layers: bool) -> NamedSharding:
         shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
         spec = _spec_of(param_specs, keys)
-        entries = [_divided(mesh, entry, n) for entry, n in zip(spec, shape, strict=False)]
+        # A spec may have fewer entries than the leaf has dims.
+        entries = [
+            _divided(mesh, entry, shape[dim]) for dim, entry in enumerate(spec[: len(shape)])
+        ]
         if has_layers and shape:
             entries[:1] = [axis if shape[0] % mesh.shape[axis] == 0 else None]
         while entries and entries[-1] is None:

@@ -40,7 +40,7 @@ from dualpipe_jax._leaves.pick import pick, put_leaves
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule import layer_order
-from dualpipe_jax._schedule.layer_order import RECEIVE, SEND, Loop, Order, Step
+from dualpipe_jax._schedule.layer_order import RECEIVE, SEND, LayerAction, Loop, Order
 from dualpipe_jax._schedule.tables import Pairs, Steady
 from dualpipe_jax._split_vjp import contraction_flops
 
@@ -231,7 +231,7 @@ class Beat:
         )
         held: dict[int, Held] = {}
         for item in order:
-            if not isinstance(item, Step):
+            if not isinstance(item, LayerAction):
                 self._transfer(item, flow, transfers)
                 continue
             layer = (f_layers if item.action == "F" else i_layers)[item.layer]

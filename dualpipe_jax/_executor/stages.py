@@ -26,10 +26,9 @@ from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._leaves.rules import Rule
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind, indices_in_stack
+from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.stage_sizes import upper_layers
 from dualpipe_jax._schedule.tables import Steady
-
-PyTree = Any
 
 # Layers are unrolled up to this number a stage: XLA then fuses and schedules across them. Beyond,
 # a loop keeps program size and compile time from growing with depth.

@@ -218,7 +218,7 @@ def choices_of(
 def in_order(choices: Iterable[Choice]) -> list[Choice]:
     """Sorts choices: those that fit, the fastest first; then tight ones, then others, likewise.
 
-    Of two that are equally fast, the one with less memory comes first.
+    The one with less memory comes first where two are equally fast.
     """
     return sorted(choices, key=_place)
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 SEND, RECEIVE = "send", "receive"
 
 
-class Step(NamedTuple):
+class LayerAction(NamedTuple):
     """One action of one layer of the stage.
 
     Attributes:
@@ -51,7 +51,7 @@ class Loop(NamedTuple):
 
 
 # Transfers are the strings `SEND` and `RECEIVE`.
-Order = tuple[Step | Loop | str, ...]
+Order = tuple[LayerAction | Loop | str, ...]
 
 # A tick runs one of these, a beat of looped layers one of the three after them.
 TICK_ORDERS: dict[str, Order] = {actions: (Loop(actions),) for actions in ("F", "I", "W", "IW")}
@@ -75,17 +75,17 @@ def side_by_side(
         waits for their end. Else W's wait for their start.
       all_wait: Whether all of those do, or only the last one.
     """
-    order: list[Step | Loop | str] = []
+    order: list[LayerAction | Loop | str] = []
     for number in range(num_layers):
         layer = num_layers - 1 - number
-        order += [Step("I", layer), Step("F", number)]
+        order += [LayerAction("I", layer), LayerAction("F", number)]
         if number < num_layers - num_held:
-            order.append(Step("W", layer))
+            order.append(LayerAction("W", layer))
     order.append(SEND)
     for layer in reversed(range(num_held)):
         waits = RECEIVE if reads_arrivals else SEND
         is_on = layer == 0 or (all_wait and not reads_arrivals)
-        order.append(Step("W", layer, waits if is_on else ""))
+        order.append(LayerAction("W", layer, waits if is_on else ""))
     return (*order, *(() if reads_arrivals else (RECEIVE,)))
 
 
@@ -94,8 +94,8 @@ def in_a_row(num_layers: int) -> Order:
 
     All reads of the slots come after the writes of F, so that only the next beat's F waits.
     """
-    forward = [Step("F", layer) for layer in range(num_layers)]
-    backward = [Step(act, layer) for layer in reversed(range(num_layers)) for act in "IW"]
+    forward = [LayerAction("F", layer) for layer in range(num_layers)]
+    backward = [LayerAction(act, layer) for layer in reversed(range(num_layers)) for act in "IW"]
     return (*forward, *backward, SEND, RECEIVE)
 
 

@@ -106,10 +106,11 @@ def make_functions(
         params: PyTree, ctx: PyTree, *groups: tuple[Sequence[int], Sequence[jax.Array]]
     ) -> Environment:
         """Gives values to the leaves of params, or of (params, casts), of ctx and to `groups`."""
-        leaves = jax.tree.leaves(params)
-        env: Environment = dict(zip(trace.params, leaves, strict=False))
-        for values, array in zip(casts.values(), leaves[len(trace.params) :], strict=False):
-            env.update(dict.fromkeys(values, array))
+        leaves, num_params = jax.tree.leaves(params), len(trace.params)
+        env: Environment = dict(zip(trace.params, leaves[:num_params], strict=True))
+        if given := leaves[num_params:]:
+            for values, array in zip(casts.values(), given, strict=True):
+                env.update(dict.fromkeys(values, array))
         for values, arrays in ((trace.ctx, jax.tree.leaves(ctx)), *groups):
             env.update(zip(values, arrays, strict=True))
         return env

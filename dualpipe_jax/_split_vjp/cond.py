@@ -95,7 +95,7 @@ class Cond:
         writes = [[values.get(entry, aval) for entry, aval in avals.items()] for values in passed]
         reads = [[values.get(entry) for entry in avals] for values in passed]
 
-        parts = _Parts(graph, node, self, bodies)
+        parts = _CondParts(graph, node, self, bodies)
         return [
             parts.node([d.first for d in divisions], first, writes=writes, extra_outputs=entries),
             parts.node([d.second for d in divisions], second, reads=reads, extra_inputs=entries),
@@ -182,7 +182,7 @@ def _whole(graph: Graph, node: Node, cond: Cond, outputs: Sequence[int]) -> Node
     """Makes a node of `cond` that returns `outputs`, and can be split."""
     bodies = cond.open(graph)
     nodes = [needed(body.graph.nodes, [body.outputs[i] for i in outputs]) for body in bodies]
-    whole = _Parts(graph, node, cond, bodies).node(nodes, outputs)
+    whole = _CondParts(graph, node, cond, bodies).node(nodes, outputs)
 
     def some_of(body: Body) -> Body:
         def some(graph: Graph, values: Sequence[Atom]) -> list[Atom]:
@@ -194,7 +194,7 @@ def _whole(graph: Graph, node: Node, cond: Cond, outputs: Sequence[int]) -> Node
     return replace(whole, inner=replace(cond, bodies=tuple(map(some_of, cond.bodies))))
 
 
-class _Parts:
+class _CondParts:
     """Builds conditionals that run a part of each branch of one conditional."""
 
     def __init__(self, graph: Graph, original: Node, cond: Cond, bodies: Sequence[Opened]):

@@ -8,7 +8,10 @@ which `bodies.split_bodies` splits later; every other equation becomes a node th
 >>> from dualpipe_jax._split_vjp.graph import show
 >>> block = jax.make_jaxpr(lambda w, x: jax.checkpoint(jnp.sin)(x) * w)(1.0, 2.0)
 >>> graph = Graph()
->>> w, x = (graph.new_value(v.aval, t) for v, t in zip(block.jaxpr.invars, When, strict=False))
+>>> w, x = (
+...     graph.new_value(v.aval, when)
+...     for v, when in zip(block.jaxpr.invars, [When.ALWAYS, When.FORWARD], strict=True)
+... )
 >>> outputs = append(graph, block.jaxpr, block.consts, [w, x])
 >>> show(graph.nodes, {w: "w", x: "x"})
 v2 = sin x

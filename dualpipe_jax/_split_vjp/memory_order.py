@@ -170,7 +170,8 @@ def _moved(dims: _Dims, old: tuple[int, ...], new: tuple[int, ...]) -> _Dims:
     indices = [index for index, size in enumerate(new) if size != 1]
     out: list[int | None] = [None] * len(new)
     for step in (1, -1):
-        for (size, dim), index in zip(left[::step], indices[::step], strict=False):
+        for number in range(min(len(left), len(indices))):
+            (size, dim), index = left[::step][number], indices[::step][number]
             if size != new[index]:
                 break
             out[index] = dim

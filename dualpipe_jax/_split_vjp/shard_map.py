@@ -92,7 +92,7 @@ class ShardMap:
         first = [i for i, v in enumerate(node.outputs) if v in wanted]
         if len(first) == len(node.outputs) or node.has_effect:
             return [node]
-        parts = _Parts(graph, node, self)
+        parts = _ShardMapParts(graph, node, self)
         first += sorted(outputs_made_with(parts.body, set(first)))
         second = [i for i in range(len(node.outputs)) if i not in first]
         if not second:
@@ -114,7 +114,7 @@ def hoist_free(graph: Graph) -> None:
         if not isinstance(shard_map, ShardMap) or node.when is When.ALWAYS or node.has_effect:
             nodes.append(node)
             continue
-        parts = _Parts(graph, node, shard_map)
+        parts = _ShardMapParts(graph, node, shard_map)
         is_free = [parts.body.graph.is_free(v) for v in parts.body.outputs]
         free = [i for i, yes in enumerate(is_free) if yes]
         rest = [i for i, yes in enumerate(is_free) if not yes]
@@ -128,7 +128,7 @@ def hoist_free(graph: Graph) -> None:
     graph.nodes[:] = nodes
 
 
-class _Parts:
+class _ShardMapParts:
     """Builds `shard_map`s that run a part of the body of one."""
 
     def __init__(self, graph: Graph, original: Node, shard_map: ShardMap):

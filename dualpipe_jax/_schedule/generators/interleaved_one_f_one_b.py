@@ -62,7 +62,8 @@ def _row(rank: int, num_ranks: int, groups: list[range], num_stages_per_rank: in
     # Warm-up: F
     row = forwards[:num_ahead]
     # Steady state: F B
-    for forward, backward in zip(forwards[num_ahead:], backwards, strict=False):
+    num_pairs = len(forwards) - num_ahead
+    for forward, backward in zip(forwards[num_ahead:], backwards[:num_pairs], strict=True):
         row += [forward, backward]
     # Cool-down: B
-    return tuple(row + backwards[len(forwards) - num_ahead :])
+    return tuple(row + backwards[num_pairs:])

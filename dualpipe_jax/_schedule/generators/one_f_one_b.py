@@ -29,6 +29,7 @@ def _row(rank: int, num_ranks: int, num_microbatches: int) -> Row:
     forwards = [Action("F", rank, m) for m in range(num_microbatches)]
     backwards = [Action("B", rank, m) for m in range(num_microbatches)]
     row = forwards[:num_ahead]
-    for forward, backward in zip(forwards[num_ahead:], backwards, strict=False):
+    num_pairs = num_microbatches - num_ahead
+    for forward, backward in zip(forwards[num_ahead:], backwards[:num_pairs], strict=True):
         row += [forward, backward]
-    return tuple(row + backwards[num_microbatches - num_ahead :])
+    return tuple(row + backwards[num_pairs:])
