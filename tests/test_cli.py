@@ -106,6 +106,21 @@ def test_terminal_gets_color_and_blocks_of_its_width() -> None:
     assert cells_of(plain, 4) == cells_of(run(*SIZES).output, 4)
 
 
+def test_layers_adds_their_order_inside_a_tick_and_a_beat() -> None:
+    timetable, order = run(*SIZES, "--overlap", "yes", "--layers", "2").output.split("\nOrder of ")
+    assert timetable == run(*SIZES, "--overlap", "yes").output
+    assert order.splitlines() == [
+        "2 unrolled layers of a stage:",
+        "  tick of F            F0 F1",
+        "  tick of I            I1 I0",
+        "  tick of W            W1 W0",
+        "  full backward        I1 W1 I0 W0",
+        "  beat, TPUs and GPUs  I1 F0 W1 I0 F1 send W0@receive",
+        "  beat, CPUs           F0 F1 I1 W1 I0 W0 send receive",
+    ]
+    assert "beat" not in run(*SIZES, "--layers", "2").output.split("\nOrder of ")[1]
+
+
 def test_csv_is_the_schedules() -> None:
     assert run(*SIZES, "--format", "csv").output == MADE.to_csv()
 
@@ -163,6 +178,7 @@ def test_format_is_stronger_than_the_suffix(tmp_path: Path) -> None:
         (["--ranks", "two"], ["--ranks", "'two'"]),
         (["--overlap", "maybe"], ["'maybe'", "'yes'", "'no'", "'two-tick'"]),
         (["--bogus"], ["--bogus"]),
+        (["--layers", "4", "--format", "json"], ["--layers 4", "json"]),
         (["--output", "/nowhere/a.svg"], ["/nowhere/a.svg", "No such file or directory"]),
     ],
 )

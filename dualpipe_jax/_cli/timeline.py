@@ -17,6 +17,7 @@ from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._plot import FACES, INKS, WORDS, pair_spans, plot_timeline, save, summarize
+from dualpipe_jax._schedule import layer_order
 
 _FORMATS = ("text", "csv", "json", "svg", "png")
 # A piece of a line of text and its Rich style, "" for none.
@@ -34,6 +35,11 @@ Piece = tuple[str, str]
 @options.microbatches
 @options.overlap(default="no")
 @click.option(
+    "--layers",
+    type=click.IntRange(min=1, max=64),
+    help="Layers of a stage: the text adds their order inside a tick and a beat.",
+)
+@click.option(
     "--format",
     "output_format",
     type=click.Choice(_FORMATS),
@@ -49,6 +55,7 @@ def timeline(
     ranks: int,
     microbatches: int,
     overlap: Any,
+    layers: int | None,
     output_format: str | None,
     output: Path | None,
 ) -> None:
@@ -63,15 +70,20 @@ def timeline(
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
     output_format = output_format or _format_of(output)
+    if layers is not None and output_format != "text":
+        raise Refusal(f"--layers {layers}: is shown as text, not as {output_format}")
+    orders = [] if layers is None else _order_lines(shown, layers)
     match output_format:
         case "text" if output is None and sys.stdout.isatty():
             _print_in_color(shown)
+            click.echo("".join(orders), nl=False)
             return
         case "text":
-            content = "".join(
+            lines = (
                 "".join(text for text, _ in line).rstrip() + "\n"
                 for line in _text_lines(shown, width=None)
-            ).encode()
+            )
+            content = "".join((*lines, *orders)).encode()
         case "csv":
             content = made.to_csv().encode()
         case "json":
@@ -121,6 +133,14 @@ def _to_json(timeline: schedules.Timeline) -> str:
     }
     ticks = ",\n".join("    " + json.dumps(row) for row in timeline.actions)
     return json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "actions": [\n{ticks}\n  ]\n}}\n'
+
+
+def _order_lines(timeline: schedules.Timeline, num_layers: int) -> list[str]:
+    """Writes the order of a stage's layers inside a tick, and inside a beat if there are any."""
+    orders = layer_order.orders_of(num_layers, has_beats=len(timeline.beats) > 0)
+    width = max(map(len, orders))
+    lines = (f"  {name:{width}}  {layer_order.write(order)}\n" for name, order in orders.items())
+    return [f"\nOrder of {num_layers} unrolled layers of a stage:\n", *lines]
 
 
 def _print_in_color(timeline: schedules.Timeline) -> None:

@@ -85,7 +85,7 @@ def run_backward(
       The state, and the cotangent of the stage's input, or dx if it is not on.
     """
     rank = work.rank
-    shared = state.take_shared(grads_index(rank, actions))
+    shared = state.take_shared(rank.gradients.index[actions])
     # Layers take turns where they recompute: in full backwards, and where W is deferred.
     recomputes = {
         "I": work.stores == (DEFERRED,),
@@ -99,14 +99,6 @@ def run_backward(
     return state.put_shared(flow.shared), flow.dx
 
 
-def grads_index(rank: Rank, actions: str) -> Any:
-    """Says to which sums actions add."""
-    gradients = rank.gradients
-    return {"I": gradients.with_input_grad, "W": gradients.with_weight_grad, "IW": gradients.both}[
-        actions
-    ]
-
-
 def run_layers(
     work: LayerWork, actions: str, state: State, flow: Flow, is_on: Any
 ) -> tuple[State, Flow]:
@@ -115,7 +107,7 @@ def run_layers(
     chunk_and_row = work.forward if is_forward else work.backward
     assert chunk_and_row is not None
     chunk, row = chunk_and_row
-    index = {} if is_forward else grads_index(rank, actions)
+    index = {} if is_forward else rank.gradients.index[actions]
 
     def body(layer: Layer, flow: Flow, taken: tuple[Any, ...]) -> tuple[Flow, tuple[Any, ...]]:
         flow, buffers = work.run(

@@ -26,7 +26,6 @@ from dualpipe_jax._executor import barriers, buffers
 from dualpipe_jax._executor.actions import (
     embed,
     embed_grad,
-    grads_index,
     head,
     run_backward,
     run_forward,
@@ -103,8 +102,8 @@ class Beat:
         (y, dx), (next_x, next_cotangent) = transfers.sent, transfers.arrivals
         if rank.runs_side_by_side:
             # Else a GPU's compiler defers W to the end, and copies the slots that it reads.
-            late = rank.gradients.with_weight_grad
-            grads = state.take(("grads",), self.backward, late), state.take_shared(late)
+            of_w = rank.gradients.index["W"]
+            grads = state.take(("grads",), self.backward, of_w), state.take_shared(of_w)
             next_x, next_cotangent = barriers.wait_for((next_x, next_cotangent), grads)
         if (stage_of[self.backward] == 0).any():
             state = when(
@@ -190,8 +189,8 @@ class Beat:
 
     def _run_pairs(self, state: State, flow: Flow) -> tuple[State, Flow]:
         """Runs F of layer j beside I of layer L-1-j in a loop."""
-        work, stages, early = self.work, self.rank.stages, grads_index(self.rank, "I")
-        flow = flow._replace(aux=state.aux, shared=state.take_shared(early))
+        work, stages, index = self.work, self.rank.stages, self.rank.gradients.index["I"]
+        flow = flow._replace(aux=state.aux, shared=state.take_shared(index))
 
         def both(
             f_layer: Layer | None, i_layer: Layer | None, carry: tuple[Flow, Any]
@@ -215,13 +214,13 @@ class Beat:
             return flow, {kind: mine._replace(**residuals[kind]) for kind, mine in of_kinds.items()}
 
         stage_of_each = self.f_row["stage"], self.i_row["stage"]
-        chunks, carry = (self.forward, self.backward), (flow, self._take(state, early))
+        chunks, carry = (self.forward, self.backward), (flow, self._take(state, index))
         flow, of_kinds = stages.loop_pairs(chunks, stage_of_each, both, carry)
         return self._put(state, of_kinds, flow), flow
 
     def _run_steps(self, order: Order, state: State, flow: Flow, transfers: _Transfers) -> State:
         """Interprets an order of straight-line code."""
-        rank, work, index = self.rank, self.work, grads_index(self.rank, "IW")
+        rank, work, index = self.rank, self.work, self.rank.gradients.index["IW"]
         flow = flow._replace(
             aux=state.aux, shared=state.take_shared(index), turn=rank.first_turn(self.i_row)
         )

@@ -151,9 +151,7 @@ class LayerWork:
                 kept = store(buffers.deferred)
             buffers = buffers._replace(deferred=kept)
         buffers = self._hand_on(RESIDUALS, layer, buffers, after=(dx, stash, gradients))
-        flow, buffers = self._add(
-            layer, flow._replace(dx=dx), buffers, gradients, rank.gradients.with_input_grad
-        )
+        flow, buffers = self._add(layer, flow._replace(dx=dx), buffers, gradients, "I")
         return flow, buffers, Held(weight_residual, stash)
 
     def run_weight_grad(
@@ -175,13 +173,13 @@ class LayerWork:
         else:
             weight_residual, operands = held
         gradients = self._weight_grad(layer, weight_residual, operands)
-        late = rank.gradients.with_weight_grad
-        flow, buffers = self._add(layer, flow, buffers, gradients, late)
+        flow, buffers = self._add(layer, flow, buffers, gradients, "W")
         if held is None:
             buffers = self._hand_on((name, self.source), layer, buffers)
         elif self.is_beside:
             assert buffers.grads is not None
-            sums = [buffers.grads[number][layer.entry] for number in late[layer.kind].layer]
+            numbers = rank.gradients.index["W"][layer.kind].layer
+            sums = [buffers.grads[number][layer.entry] for number in numbers]
             buffers = self._hand_on((name,), layer, buffers, after=sums)
         return flow, buffers
 
@@ -257,10 +255,10 @@ class LayerWork:
         return buffers._replace(**changed)
 
     def _add(
-        self, layer: Layer, flow: Flow, buffers: LayerBuffers, gradients: Any, index: Any
+        self, layer: Layer, flow: Flow, buffers: LayerBuffers, gradients: Any, action: str
     ) -> tuple[Flow, LayerBuffers]:
         assert buffers.grads is not None
         assert flow.shared is not None
-        of_kind = index[layer.kind]
-        grads, shared = add_gradients(buffers.grads, flow.shared, gradients, of_kind, layer.entry)
+        index = self.rank.gradients.index[action][layer.kind]
+        grads, shared = add_gradients(buffers.grads, flow.shared, gradients, index, layer.entry)
         return flow._replace(shared=shared), buffers._replace(grads=grads)

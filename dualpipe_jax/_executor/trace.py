@@ -1,8 +1,8 @@
 """A model -> its functions as one device runs them, traced once, with their derivatives.
 
 In: the model, and avals of the functions' arguments on one device. Out: `Functions`; each takes
-this device's part of everything, and may be called in any loop of the step. All uses of a parameter
-outside of blocks leave the same sums over mesh axes to the end of the step.
+this device's part of its arguments, and may be called in any loop of the step. All uses of a
+parameter outside of blocks leave the same sums over mesh axes to the end of the step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -106,9 +106,7 @@ class Gradients:
       head_rules: The same for head.
       block: For each kind of layer its block's forward, input grad and weight grad; its gradients
         are those of the wanted leaves of the layer, then of shared.
-      with_input_grad: For each kind where the gradients made with the input grad are added up.
-      with_weight_grad: The same of those made with the weight grad.
-      both: The same of those made with either.
+      index: For `"I"`, `"W"` and both, `"IW"`, and each kind the sums to which they add gradients.
     """
 
     leaves: PyTree
@@ -117,9 +115,7 @@ class Gradients:
     embed_rules: list[Rule | None]
     head_rules: list[Rule | None]
     block: dict[Kind, SplitVjp]
-    with_input_grad: dict[Kind, GradIndex]
-    with_weight_grad: dict[Kind, GradIndex]
-    both: dict[Kind, GradIndex]
+    index: dict[str, dict[Kind, GradIndex]]
 
 
 def trace(
@@ -356,12 +352,11 @@ def _gradients(
     def index(kind: Kind, flags: Sequence[bool]) -> GradIndex:
         return GradIndex.of([of_leaf[leaf] for leaf in pick(args.leaves_of(kind), flags)])
 
-    with_input_grad = {
-        kind: index(kind, block.made_with_input_grad) for kind, block in blocks.items()
+    index_of = {
+        "I": {kind: index(kind, block.made_with_input_grad) for kind, block in blocks.items()},
+        "W": {kind: index(kind, block.made_with_weight_grad) for kind, block in blocks.items()},
     }
-    with_weight_grad = {
-        kind: index(kind, block.made_with_weight_grad) for kind, block in blocks.items()
-    }
+    index_of["IW"] = {kind: of.join(index_of["W"][kind]) for kind, of in index_of["I"].items()}
     return Gradients(
         leaves=gradients,
         head=sum_results(head, now(outside, head_axes)),
@@ -369,9 +364,7 @@ def _gradients(
         head_rules=_rules(outside, head_axes),
         embed_rules=_rules(outside, embed_axes),
         block={kind: summed(kind, block) for kind, block in blocks.items()},
-        with_input_grad=with_input_grad,
-        with_weight_grad=with_weight_grad,
-        both={kind: of.join(with_weight_grad[kind]) for kind, of in with_input_grad.items()},
+        index=index_of,
     )
 
 
@@ -392,8 +385,8 @@ def _require_one_use(
         if leaf.overwritten and None not in axes
     ]
     for kind, block in blocks.items():
-        of_block = zip(args.leaves_of(kind), block.is_sum, strict=True)
-        found += [leaf for leaf, is_sum in of_block if leaf.overwritten and is_sum]
+        both = zip(args.leaves_of(kind), block.is_sum, strict=True)
+        found += [leaf for leaf, is_sum in both if leaf.overwritten and is_sum]
     raise_all(
         "overwrite: a leaf that its gradient overwrites must be used once in each microbatch and "
         "layer, as its new values would be added up; give each use a leaf of its own",

@@ -53,8 +53,7 @@ class Loop(NamedTuple):
 # Transfers are the strings `SEND` and `RECEIVE`.
 Order = tuple[LayerAction | Loop | str, ...]
 
-# A tick runs one of these, a beat of looped layers one of the three after them.
-TICK_ORDERS: dict[str, Order] = {actions: (Loop(actions),) for actions in ("F", "I", "W", "IW")}
+# Orders of a beat where layers are a loop.
 LOOPED: Order = (Loop("IF"), SEND, Loop("W"), RECEIVE)
 LOOPED_IN_A_ROW: Order = (Loop("F"), Loop("I"), SEND, Loop("W"), RECEIVE)
 LOOPED_FULL_BACKWARD: Order = (Loop("F"), Loop("IW"), SEND)
@@ -102,3 +101,28 @@ def in_a_row(num_layers: int) -> Order:
 def write(order: Order) -> str:
     """Writes an order in a line."""
     return " ".join(map(str, order))
+
+
+def orders_of(num_layers: int, *, has_beats: bool) -> dict[str, Order]:
+    """Names the orders of unrolled layers in a tick, and in a beat if the schedule has any.
+
+    >>> for name, order in orders_of(3, has_beats=True).items():
+    ...     print(f"{name:23}{write(order)}")
+    tick of F              F0 F1 F2
+    tick of I              I2 I1 I0
+    tick of W              W2 W1 W0
+    full backward          I2 W2 I1 W1 I0 W0
+    beat, TPUs and GPUs    I2 F0 W2 I1 F1 W1 I0 F2 send W0@receive
+    beat, CPUs             F0 F1 F2 I2 W2 I1 W1 I0 W0 send receive
+    """
+    up, down = range(num_layers), range(num_layers - 1, -1, -1)
+    orders: dict[str, Order] = {
+        "tick of F": tuple(LayerAction("F", layer) for layer in up),
+        "tick of I": tuple(LayerAction("I", layer) for layer in down),
+        "tick of W": tuple(LayerAction("W", layer) for layer in down),
+        "full backward": tuple(LayerAction(action, layer) for layer in down for action in "IW"),
+    }
+    if has_beats:
+        orders["beat, TPUs and GPUs"] = side_by_side(num_layers, num_held=1, reads_arrivals=True)
+        orders["beat, CPUs"] = in_a_row(num_layers)
+    return orders
