@@ -1,5 +1,8 @@
 """The package's door: what `import dualpipe_jax` gives, and what it leaves alone."""
 
+import inspect
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +49,16 @@ def test_an_install_brings_the_library_and_nothing_beside_it(tmp_path: Path) -> 
     line = [sys.executable, "-I", "-c", code]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["dualpipe_jax"]
+
+
+def test_each_stop_of_the_walk_through_a_step_is_a_function() -> None:
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    stops = re.findall(r"^\d+\. `([\w.]+)`", page, re.MULTILINE)
+    assert 8 <= len(stops) <= 12
+    for stop in stops:
+        found = pkgutil.resolve_name(f"dualpipe_jax.{stop}")
+        assert inspect.isfunction(found)
+        assert inspect.getdoc(found)
 
 
 def test_import_is_lazy() -> None:

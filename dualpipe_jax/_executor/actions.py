@@ -110,10 +110,8 @@ def run_layers(
     index = {} if is_forward else rank.gradients.index[actions]
 
     def body(layer: Layer, flow: Flow, taken: tuple[Any, ...]) -> tuple[Flow, tuple[Any, ...]]:
-        flow, buffers = work.run(
-            actions, layer, flow, LayerBuffers(**dict(zip(names, taken, strict=True)))
-        )
-        return flow, tuple(getattr(buffers, name) for name in names)
+        flow, buffers = work.run(actions, layer, flow, LayerBuffers.of(names, taken))
+        return flow, buffers.entries(names)
 
     def loop(flow: Flow, taken: Any, is_on: Any) -> tuple[Flow, Any]:
         return rank.stages.loop(
@@ -131,8 +129,8 @@ def run_layers(
             )
             return flow, lay_out(taken), lay_out(stash)
 
-        flow, taken, stash = when(is_on, without_stash, (flow, taken, state.stash))
-        state = state._replace(stash=stash)
+        flow, taken, stash = when(is_on, without_stash, (flow, taken, state.slots["stash"]))
+        state = state.with_slots({"stash": stash})
     else:
         is_full = actions == "IW"
         with jax.named_scope(_scopes.FULL_BACKWARD) if is_full else nullcontext():

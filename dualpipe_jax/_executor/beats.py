@@ -45,6 +45,8 @@ from dualpipe_jax._split_vjp import contraction_flops
 
 # Kinds of layers that meet, F's and I's: each pair's code stands in the program once.
 _MAX_PAIRS = 6
+# The buffers of the backward chunk's layers, and the slots of the forward's, that a beat touches.
+_TOUCHES = (*RESIDUALS, "stash", "grads")
 
 
 def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
@@ -118,8 +120,8 @@ class Beat:
             is_last = f_row["stage"] == stages.num_stages - 1
             state, next_cotangent = when(is_last, run_head, (state, next_cotangent))
         if rank.poison:
-            dead = {n: buffers.poison(getattr(state, n), i_row[n]) for n in (*RESIDUALS, "stash")}
-            state = state._replace(**dead)
+            names = (*RESIDUALS, "stash")
+            state = state.with_slots({n: buffers.poison(state.slots[n], i_row[n]) for n in names})
         return state, next_x, next_cotangent
 
     def _embed(self, x: PyTree) -> PyTree:
@@ -207,11 +209,11 @@ class Beat:
             # Not the stash: `LayerWork` does not write it in its order in memory either.
             residuals = lay_out(
                 {
-                    kind: {name: getattr(mine, name) for name in RESIDUALS}
+                    kind: {name: mine.slots[name] for name in RESIDUALS}
                     for kind, mine in of_kinds.items()
                 }
             )
-            return flow, {kind: mine._replace(**residuals[kind]) for kind, mine in of_kinds.items()}
+            return flow, {kind: mine.with_slots(residuals[kind]) for kind, mine in of_kinds.items()}
 
         stage_of_each = self.f_row["stage"], self.i_row["stage"]
         chunks, carry = (self.forward, self.backward), (flow, self._take(state, index))
@@ -247,21 +249,22 @@ class Beat:
         return self._put(state, of_kinds, flow)
 
     def _take(self, state: State, index: Any) -> dict[Kind, LayerBuffers]:
-        names = (*RESIDUALS, "stash", "grads")
-        taken = dict(zip(names, state.take(names, self.backward, index), strict=True))
-        (taken["metrics"],) = state.take(("metrics",), self.forward, index)
+        taken = state.take(_TOUCHES, self.backward, index)
+        (metrics,) = state.take(("metrics",), self.forward, index)
         return {
-            kind: LayerBuffers(**{name: by_kind[kind] for name, by_kind in taken.items()})
+            kind: LayerBuffers.of(_TOUCHES, [by_kind[kind] for by_kind in taken])._replace(
+                metrics=metrics[kind]
+            )
             for kind in self.rank.stages.stacks
         }
 
     def _put(self, state: State, of_kinds: dict[Kind, LayerBuffers], flow: Flow) -> State:
-        def by_kind(name: str) -> dict[Kind, Any]:
-            return {kind: getattr(mine, name) for kind, mine in of_kinds.items()}
+        def by_kind(names: tuple[str, ...]) -> list[dict[Kind, Any]]:
+            entries = {kind: mine.entries(names) for kind, mine in of_kinds.items()}
+            return [{kind: of[i] for kind, of in entries.items()} for i in range(len(names))]
 
-        names = (*RESIDUALS, "stash", "grads")
-        state = state.put(names, self.backward, [by_kind(name) for name in names])
-        state = state.put(("metrics",), self.forward, [by_kind("metrics")])
+        state = state.put(_TOUCHES, self.backward, by_kind(_TOUCHES))
+        state = state.put(("metrics",), self.forward, by_kind(("metrics",)))
         assert flow.shared is not None
         return state.put_shared(flow.shared)._replace(aux=flow.aux)
 

@@ -34,11 +34,13 @@ from jax import lax
 
 from dualpipe_jax._executor import barriers
 from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._schedule.actions import EFFECTS, Opcode
 from dualpipe_jax._split_vjp import SplitVjp
 
 # The buffers in which F keeps values for I and for W, and those in which I keeps values for W.
-RESIDUALS = ("residual", "weight_residual")
-STASHES = ("stash", "deferred")
+RESIDUALS = EFFECTS[Opcode.FORWARD].writes
+STASHES = (*EFFECTS[Opcode.INPUT_GRAD].writes, *EFFECTS[Opcode.INPUT_GRAD_DEFERRING].writes)
+SLOTS = (*RESIDUALS, *STASHES)
 # The order of a value's dims in memory, the outermost first; None leaves it to XLA.
 MemoryOrder = tuple[int, ...] | None
 
@@ -136,7 +138,7 @@ def allocate_slots(
 
     Args:
       block: The block whose values it holds; None in forward-only programs.
-      name: Which of its values: one of `RESIDUALS` or `STASHES`.
+      name: Which of its values: one of `SLOTS`.
       num_slots: The slots; none for a buffer without arrays.
       num_layers: The layers of the kind that a stage has.
       is_unrolled: Whether each layer gets arrays of its own.

@@ -17,20 +17,12 @@ import jax
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._executor import barriers
-from dualpipe_jax._executor.buffers import RESIDUALS, SlotBuffer, when
+from dualpipe_jax._executor.buffers import RESIDUALS, STASHES, SlotBuffer, when
 from dualpipe_jax._executor.rank import Rank, Row
 from dualpipe_jax._executor.stages import Layer
 from dualpipe_jax._executor.state import LayerBuffers, SharedGrads, add_aux, add_gradients
 from dualpipe_jax._model.types import PyTree
-from dualpipe_jax._schedule.actions import DEFERRED
-
-# The buffers and sums that actions touch, in the order in which these pass through loops.
-TOUCHES = {
-    "F": (*RESIDUALS, "metrics"),
-    "I": ("stash", "deferred", *RESIDUALS, "grads"),
-    "W": ("grads", "weight_residual"),
-    "IW": (*RESIDUALS, "grads"),
-}
+from dualpipe_jax._schedule.actions import DEFERRED, EFFECTS, Opcode
 
 
 class Flow(NamedTuple):
@@ -83,8 +75,16 @@ class LayerWork:
     is_beside: bool = False
 
     def touches(self, actions: str) -> tuple[str, ...]:
-        """Names the buffers that actions touch, in the order in which they pass through loops."""
-        return (*TOUCHES[actions], *((self.source,) if actions == "W" else ()))
+        """Names the slots and sums that actions touch, in the order in which they pass a loop."""
+        if actions == "W":
+            is_deferred = self.source == DEFERRED
+            opcode = Opcode.WEIGHT_GRAD_DEFERRED if is_deferred else Opcode.WEIGHT_GRAD
+            return ("grads", *EFFECTS[opcode].reads)
+        return {
+            "F": (*RESIDUALS, "metrics"),
+            "I": (*STASHES, *EFFECTS[Opcode.INPUT_GRAD].reads, "grads"),
+            "IW": (*EFFECTS[Opcode.BACKWARD_LOWER].reads, "grads"),
+        }[actions]
 
     def run(
         self, actions: str, layer: Layer, flow: Flow, buffers: LayerBuffers
@@ -145,11 +145,10 @@ class LayerWork:
                 values = buffer.in_memory_order(deferred)
                 return buffer.write(layer.index, self._row[DEFERRED], values)
 
-            if "stash" in self.stores:
-                kept = when(row["is_deferring"], store, buffers.deferred)
-            else:
-                kept = store(buffers.deferred)
-            buffers = buffers._replace(deferred=kept)
+            kept = buffers.slots[DEFERRED]
+            is_choice = "stash" in self.stores
+            kept = when(row["is_deferring"], store, kept) if is_choice else store(kept)
+            buffers = buffers.with_slots({DEFERRED: kept})
         buffers = self._hand_on(RESIDUALS, layer, buffers, after=(dx, stash, gradients))
         flow, buffers = self._add(layer, flow._replace(dx=dx), buffers, gradients, "I")
         return flow, buffers, Held(weight_residual, stash)
@@ -224,7 +223,7 @@ class LayerWork:
     def _read(
         self, name: str, layer: Layer, buffers: LayerBuffers, row: Row, *, is_copied: bool = False
     ) -> tuple[jax.Array, ...]:
-        buffer: SlotBuffer = getattr(buffers, name)
+        buffer = buffers.slots[name]
         values = buffer.read(layer.index, row[name], in_parts=self.is_straight)
         if not self.is_straight:
             return buffer.in_memory_order(values)
@@ -234,13 +233,12 @@ class LayerWork:
     def _write(
         self, name: str, layer: Layer, buffers: LayerBuffers, values: Sequence[jax.Array], row: Row
     ) -> LayerBuffers:
-        buffer: SlotBuffer = getattr(buffers, name)
+        buffer = buffers.slots[name]
         # A beat's stash lies as I makes it: row by row it took 2 % more cycles (TPU v5e, a
         # transformer).
         if not self.is_straight and not (self.is_beside and name == "stash"):
             values = buffer.in_memory_order(values)
-        changed: dict[str, Any] = {name: buffer.write(layer.index, row[name], values)}
-        return buffers._replace(**changed)
+        return buffers.with_slots({name: buffer.write(layer.index, row[name], values)})
 
     def _hand_on(
         self, names: Sequence[str], layer: Layer, buffers: LayerBuffers, *, after: PyTree = ()
@@ -249,10 +247,8 @@ class LayerWork:
         if self.is_straight and not self.is_beside:
             return buffers  # `barriers.zero_after` orders them
         after = after if self.is_beside else ()
-        changed: dict[str, Any] = {
-            name: getattr(buffers, name).hand_on(layer.index, after=after) for name in names
-        }
-        return buffers._replace(**changed)
+        slots = buffers.slots
+        return buffers.with_slots({n: slots[n].hand_on(layer.index, after=after) for n in names})
 
     def _add(
         self, layer: Layer, flow: Flow, buffers: LayerBuffers, gradients: Any, action: str

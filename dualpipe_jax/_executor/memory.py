@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpipe_jax._executor.buffers import SLOTS
 from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._executor.trace import Arguments, Functions, Gradients
 from dualpipe_jax._leaves.gradient import pick_accumulated
@@ -148,15 +149,14 @@ def _slot_terms(
     idle, received = stages.idle_in(tables.steady), slots["received"]
     size = received * _bytes(functions.outputs.x)
     terms = [Term("received x and cotangents", f"{received} slots", size)]
-    for buffer, name in (
-        ("residual", "residuals for I"),
-        ("weight_residual", "residuals for I and W"),
-        ("stash", "stashes for W"),
-        (
-            DEFERRED,
-            "inputs of deferred W that recompute" if recomputes else "stashes for deferred W",
-        ),
-    ):
+    names = {
+        "residual": "residuals for I",
+        "weight_residual": "residuals for I and W",
+        "stash": "stashes for W",
+        DEFERRED: "inputs of deferred W that recompute" if recomputes else "stashes for deferred W",
+    }
+    for buffer in SLOTS:
+        name = names.get(buffer, buffer)
         size = slots.get(buffer, 0) * _bytes_of_layers(functions.gradients, stages, buffer)
         if size:
             count = f"{slots[buffer]} slots x {_num_layers(stages)} layers"

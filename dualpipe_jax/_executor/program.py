@@ -19,7 +19,7 @@ from dualpipe_jax._executor.beats import Beat, after_beat
 from dualpipe_jax._executor.buffers import lay_out, when
 from dualpipe_jax._executor.deliver import Delivery
 from dualpipe_jax._executor.rank import Rank, Row
-from dualpipe_jax._executor.state import SLOTS, State, empty_after, empty_state, one_stash
+from dualpipe_jax._executor.state import State, empty_after, empty_state, one_stash
 from dualpipe_jax._executor.ticks import make_tick, rows_of, spare_slots, store_arrivals
 from dualpipe_jax._executor.trace import Functions
 from dualpipe_jax._leaves.explicit_axes import device_kind_of
@@ -122,22 +122,22 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
             for slot in slots:
                 state = state._replace(received=buffers.poison(state.received, slot))
         # A buffer that is idle takes no memory in the beats: it ends here, and is made again.
-        idle = {name: getattr(state, name) for name in rank.stages.idle_in(steady)}
+        idle = {name: state.slots[name] for name in rank.stages.idle_in(steady)}
         in_beats: dict[str, Any] = {
             name: {kind: buffer.with_arrays() for kind, buffer in by_kind.items()}
             for name, by_kind in idle.items()
         }
         if rank.stashes_in_beats:
             # Only there: in ticks W of a layer runs right after its I.
-            idle["stash"] = state.stash
-            stash = one_stash(rank.gradients, rank.stages, state.stash)
+            idle["stash"] = state.slots["stash"]
+            stash = one_stash(rank.gradients, rank.stages, state.slots["stash"])
             in_beats["stash"] = empty_after(stash, after=(x, cotangent), poison=rank.poison)
-        state = state._replace(**in_beats)
+        state = state.with_slots(in_beats)
         (state, x, cotangent), _ = lax.scan(
             two_beats, (_laid_out(state), x, pick(cotangent)), trips
         )
         state = _laid_out(state)
-        state = state._replace(**empty_after(idle, after=(x, cotangent), poison=rank.poison))
+        state = state.with_slots(empty_after(idle, after=(x, cotangent), poison=rank.poison))
         return _leave(rank, steady, state, x, cotangent)
 
     return run
@@ -145,7 +145,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
 
 def _laid_out(state: State) -> State:
     """Has a state's slots lie in memory as ticks have them."""
-    return state._replace(**lay_out({name: getattr(state, name) for name in SLOTS}))
+    return state._replace(slots=lay_out(state.slots))
 
 
 def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list) -> State:

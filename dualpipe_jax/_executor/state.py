@@ -5,7 +5,8 @@ of the state (`State.take`), so that these alone pass through its loop over laye
 back.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax._executor import barriers, buffers
-from dualpipe_jax._executor.buffers import RESIDUALS, STASHES, SlotBuffer, allocate_slots
+from dualpipe_jax._executor.buffers import SLOTS, SlotBuffer, allocate_slots
 from dualpipe_jax._executor.deliver import Delivery, Mail
 from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._executor.trace import Functions, Gradients
@@ -23,25 +24,35 @@ from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import Aux, PyTree
 
-SLOTS = (*RESIDUALS, *STASHES)
-
 
 class LayerBuffers(NamedTuple):
-    """The buffers of the layers of one kind, those that an action touches.
+    """The buffers of the layers of one kind that an action touches.
 
     Attributes:
-      residual, weight_residual, stash, deferred: As in `State`.
+      slots: The slot buffers by name, as in `State`.
       grads: For each leaf that gets a gradient from the action, by its number, the sum
         `[layer, ...]`, or a list of an array for each layer where layers are unrolled.
       metrics: The same for the metrics of the layers.
     """
 
-    residual: SlotBuffer = SlotBuffer()
-    weight_residual: SlotBuffer = SlotBuffer()
-    stash: SlotBuffer = SlotBuffer()
-    deferred: SlotBuffer = SlotBuffer()
+    slots: OrderedDict[str, SlotBuffer] = OrderedDict()  # noqa: RUF012
     grads: dict[int, Any] | None = None
     metrics: list[Any] | None = None
+
+    def with_slots(self, changed: Mapping[str, SlotBuffer]) -> "LayerBuffers":
+        """Returns the buffers with some slot buffers replaced."""
+        return self._replace(slots=OrderedDict({**self.slots, **changed}))
+
+    @classmethod
+    def of(cls, names: Sequence[str], entries: Sequence[Any]) -> "LayerBuffers":
+        """Joins entries in the order of `State.take`."""
+        named = OrderedDict(zip(names, entries, strict=True))
+        sums = {name: named.pop(name) for name in ("grads", "metrics") if name in named}
+        return cls(slots=named, **sums)
+
+    def entries(self, names: Sequence[str]) -> tuple[Any, ...]:
+        """Lists them in the order of `State.put`."""
+        return tuple(self.slots[n] if n in self.slots else getattr(self, n) for n in names)
 
 
 # Sums of gradients outside of the layers' own, by the number of the leaf of shared.
@@ -56,12 +67,11 @@ class State(NamedTuple):
     Attributes:
       received: Activations and cotangents that wait for their action, `[slot, ...]` for each leaf
         of x; nobody reads the last slot.
-      residual: Values that F keeps for the input grad.
-      weight_residual: Values that F keeps for the weight grad, and the input grad may read.
-      stash: Values that the input grad keeps for the weight grad. Without slots where these run as
-        one.
-      deferred: Values that it keeps for a deferred weight grad, which may recompute the rest.
-        Without slots where deferred weight grads have none of their own.
+      slots: The slot buffers by name, in the order of `SLOTS`, and by kind: `residual`, values that
+        F keeps for the input grad; `weight_residual`, those that it keeps for the weight grad, and
+        the input grad may read; `stash`, those that the input grad keeps for the weight grad, none
+        where the two run as one; `deferred`, those that it keeps for a deferred weight grad, which
+        may recompute the rest, none where deferred weight grads share the stash.
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
@@ -73,10 +83,7 @@ class State(NamedTuple):
     """
 
     received: PyTree
-    residual: dict[Kind, SlotBuffer]
-    weight_residual: dict[Kind, SlotBuffer]
-    stash: dict[Kind, SlotBuffer]
-    deferred: dict[Kind, SlotBuffer]
+    slots: OrderedDict[str, dict[Kind, SlotBuffer]]
     block_grads: list[dict[Kind, list[Any]]]
     ends_grads: list[jax.Array]
     shared_grads: list[jax.Array]
@@ -105,13 +112,14 @@ class State(NamedTuple):
             if name == "grads"
             else self.block_metrics[chunk]
             if name == "metrics"
-            else getattr(self, name)
+            else self.slots[name]
             for name in names
         )
 
     def put(self, names: Sequence[str], chunk: int, taken: Sequence[dict[Kind, Any]]) -> "State":
         """Puts back buffers that `take` took, maybe changed."""
         changed: dict[str, Any] = {}
+        slots = OrderedDict(self.slots)
         for name, by_kind in zip(names, taken, strict=True):
             if name == "grads":
                 sums = {
@@ -122,8 +130,12 @@ class State(NamedTuple):
             elif name == "metrics":
                 changed["block_metrics"] = _with_entry(self.block_metrics, chunk, by_kind)
             else:
-                changed[name] = by_kind
-        return self._replace(**changed)
+                slots[name] = by_kind
+        return self._replace(slots=slots, **changed)
+
+    def with_slots(self, changed: Mapping[str, dict[Kind, SlotBuffer]]) -> "State":
+        """Returns the state with some slot buffers replaced."""
+        return self._replace(slots=OrderedDict({**self.slots, **changed}))
 
     def take_shared(self, index: dict[Kind, GradIndex]) -> SharedGrads:
         """Takes the sums of shared's gradients to which any kind of layer adds."""
@@ -247,7 +259,7 @@ def empty_state(
     nothing = buffers.allocate(outs.x, poison=poison)
     return State(
         received=buffers.allocate(outs.x, slots["received"], poison=poison),
-        **{name: slot_buffers(name) for name in SLOTS},
+        slots=OrderedDict((name, slot_buffers(name)) for name in SLOTS),
         block_grads=[]
         if gradients is None
         else [

@@ -277,13 +277,13 @@ def _poison_dead(
 
     def overwrite(name: str) -> PyTree:
         is_dead = _is_one_of(opcodes_that(frees=name), tables, row)
-        return when(is_dead, lambda slots: buffers.poison(slots, row[name]), getattr(state, name))
+        return when(is_dead, lambda slots: buffers.poison(slots, row[name]), state.slots[name])
 
     names = ["residual", "weight_residual"]
     names += ["stash"] * (not rank.full_backward) + [DEFERRED] * rank.defers
     changed = {name: overwrite(name) for name in names}
     received = buffers.poison(state.received, row["read"])
-    state = state._replace(received=received, **changed)
+    state = state.with_slots(changed)._replace(received=received)
     makes = (opcodes_that(makes=value) for value in (X, MIDDLE, COTANGENT))
     sends = reduce(operator.or_, (_is_one_of(opcodes, tables, row) for opcodes in makes))
     nothing = buffers.allocate(out, poison=True)
