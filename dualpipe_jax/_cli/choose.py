@@ -68,7 +68,7 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
     "--transfer", type=float, help="How long a value travels to a neighbour. By default F / 10."
 )
 @click.option("--width", type=int, default=4096, show_default=True, help="Width of x.")
-@click.option("--context", type=int, default=4096, show_default=True, help="Tokens a sequence.")
+@click.option("--context", type=int, default=4096, show_default=True, help="Tokens of a sequence.")
 @click.option(
     "--microbatch-size",
     type=int,
