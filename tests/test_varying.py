@@ -38,3 +38,21 @@ def test_types_in_a_loop_alone() -> None:
     _, pull = jax.vjp(lambda w, x: 3 * jnp.sin(3 * jnp.sin(x * w) * w), w, x)
     for got, want in zip(jax.jit(plain)(w, x, x), pull(x), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_an_axis_spreads_from_leaf_to_leaf() -> None:
+    """Each round carries it one leaf on, as many rounds as there are leaves, and one to see it."""
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    rounds = []
+
+    def step(x: list[jax.ShapeDtypeStruct]) -> tuple[list, int]:
+        rounds.append(x)
+        first = _varying.aval(x[0], ["model"])
+        return [[first, *x[:-1]]], len(rounds)
+
+    aval = jax.ShapeDtypeStruct((3,), jnp.float32)
+    x, last = _varying.inside(
+        lambda: _varying.close_over(step, [aval] * 3), mesh=mesh, outer=(), manual=("model",)
+    )
+    assert last == len(rounds) == 4
+    assert [_varying.varies_over(leaf) for leaf in x] == [{"model"}] * 3
