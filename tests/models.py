@@ -117,3 +117,14 @@ def assert_close(got: Any, want: Any, *, tolerance: float = 1e-12) -> None:
         assert np.isfinite(g).all(), name
         scale = max(np.abs(w).max(), 1e-30)
         assert np.abs(g - w).max() <= tolerance * scale, (name, np.abs(g - w).max() / scale)
+
+
+def make_mesh(num_ranks: int, **more: int) -> jax.sharding.Mesh:
+    shape = (num_ranks, *more.values())
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, ("pipe", *more), devices=devices)
+
+
+def sequential_value_and_grad(model: dpj.Model, num_microbatches: int) -> Any:
+    loss_fn = dpj.sequential(model, num_microbatches=num_microbatches)
+    return jax.jit(jax.value_and_grad(loss_fn, has_aux=model.has_aux, allow_int=True))

@@ -12,8 +12,7 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from dualpipe_jax._kinds import blocks_of
-from tests.models import assert_close, make_batch, make_model, make_params
-from tests.test_exact import make_mesh
+from tests.models import assert_close, make_batch, make_mesh, make_model, make_params
 
 # block_has_aux, weight and has_aux are of no use to it, and must do no harm.
 FEATURES = frozenset(["dropout", "pytree", "block_has_aux", "weight", "has_aux"])

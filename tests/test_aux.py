@@ -10,9 +10,8 @@ from jax import lax
 
 import dualpipe_jax as dpj
 from dualpipe_jax._executor import settings
-from tests.models import assert_close
+from tests.models import assert_close, make_mesh
 from tests.schedules_under_test import NAMES, has_run
-from tests.test_exact import make_mesh
 
 WIDTH, ROWS = 3, 2
 

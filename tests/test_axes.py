@@ -12,11 +12,10 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from tests.hlo import loop_lines
-from tests.models import assert_close, make_model
+from tests.models import assert_close, make_model, sequential_value_and_grad
 from tests.models import make_batch as make_model_batch
 from tests.models import make_params as make_model_params
 from tests.schedules_under_test import has_run
-from tests.test_exact import sequential_value_and_grad
 
 WIDTH, HIDDEN, ROWS, LENGTH, EXPERTS, LAYERS = 4, 6, 2, 4, 4, 4
 

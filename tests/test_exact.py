@@ -19,7 +19,14 @@ from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._simulate import simulate, simulation, usual_costs
 from dualpipe_jax._simulate.simulation import durations_of
-from tests.models import assert_close, make_batch, make_model, make_params
+from tests.models import (
+    assert_close,
+    make_batch,
+    make_mesh,
+    make_model,
+    make_params,
+    sequential_value_and_grad,
+)
 
 
 class Case(NamedTuple):
@@ -130,19 +137,6 @@ TWO_TICK_CASES = [
         Case("dualpipev", 4, 9, 8, ALL),
     )
 ]
-# How many it takes on two ranks.
-RUN_MICROBATCHES = 8
-
-
-def make_mesh(num_ranks: int, **more: int) -> jax.sharding.Mesh:
-    shape = (num_ranks, *more.values())
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, ("pipe", *more), devices=devices)
-
-
-def sequential_value_and_grad(model: dpj.Model, num_microbatches: int) -> Any:
-    loss_fn = dpj.sequential(model, num_microbatches=num_microbatches)
-    return jax.jit(jax.value_and_grad(loss_fn, has_aux=model.has_aux, allow_int=True))
 
 
 def test_covering_set_covers() -> None:

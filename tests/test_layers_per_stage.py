@@ -8,9 +8,15 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
-from tests.models import assert_close, make_batch, make_model, make_params
+from tests.models import (
+    assert_close,
+    make_batch,
+    make_mesh,
+    make_model,
+    make_params,
+    sequential_value_and_grad,
+)
 from tests.schedules_under_test import has_run
-from tests.test_exact import make_mesh, sequential_value_and_grad
 
 FEATURES = frozenset(["dropout", "weight", "block_has_aux", "has_aux"])
 

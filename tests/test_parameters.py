@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from tests.models import assert_close
+from tests.models import assert_close, make_mesh, sequential_value_and_grad
 from tests.schedules_under_test import has_run
-from tests.test_exact import make_mesh, sequential_value_and_grad
 
 WIDTH, RANK, ROWS, LENGTH, VOCABULARY = 6, 2, 2, 4, 5
 

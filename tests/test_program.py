@@ -25,8 +25,17 @@ from dualpipe_jax._simulate import TRANSFER, usual_costs
 from dualpipe_jax._simulate.simulation import durations_of
 from tests.hlo import AS_EVER, instructions, loop_lines
 from tests.jaxprs import bytes_in, loops
-from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model, make_params
-from tests.test_exact import make_mesh, sequential_value_and_grad
+from tests.models import (
+    LENGTH,
+    ROWS,
+    WIDTH,
+    assert_close,
+    make_batch,
+    make_mesh,
+    make_model,
+    make_params,
+    sequential_value_and_grad,
+)
 
 NUM_RANKS, STAGE_LAYERS = 4, 3
 # From a few more microbatches than ranks on, pipelines are full, and ticks have the same exchanges.

@@ -11,10 +11,9 @@ from dualpipe_jax import _build
 from dualpipe_jax._executor import order, settings, unrolled
 from dualpipe_jax._executor.layout import Layout
 from dualpipe_jax._executor.rank import Rank
-from tests.models import FEATURES, assert_close, make_batch, make_model, make_params
-from tests.test_exact import make_mesh
-from tests.test_kinds import make_kinds
-from tests.test_kinds import make_params as make_kinds_params
+from tests.kinds import make_kinds
+from tests.kinds import make_params as make_kinds_params
+from tests.models import FEATURES, assert_close, make_batch, make_mesh, make_model, make_params
 
 
 def assert_equals_sequential(grad_fn: Any, model: dpj.Model, params: Any, batch: Any) -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from dualpipe_jax._split_vjp import SplitVjp, split_vjp
 from dualpipe_jax._types import Aux
-from tests.split_vjp import checks, test_branches, test_loops
+from tests.split_vjp import blocks, checks
+from tests.split_vjp.blocks import FLAX, FLAX_IDS, POLICIES, SEQUENCE, Mlp, flax_block
 from tests.split_vjp.checks import W, X
-from tests.split_vjp.test_split import FLAX, FLAX_IDS, POLICIES, SEQUENCE, Mlp, flax_block
 
 
 def split(block, params, x, ctx=None) -> SplitVjp:
@@ -27,12 +27,11 @@ def both_weight_grads(parts, params, x, ctx=None):
     )
 
 
-RNN = test_loops.RNN
 BLOCKS = {
-    "cond": (test_branches.two, test_branches.P),
-    "nested cond": (test_branches.nested, test_branches.P),
-    "scan over time": (test_loops.rnn, RNN),
-    "scan over layers": (test_loops.stack, test_loops.STACK),
+    "cond": (blocks.two_branches, blocks.PARAMS),
+    "nested cond": (blocks.nested_branches, blocks.PARAMS),
+    "scan over time": (blocks.rnn, blocks.RNN),
+    "scan over layers": (blocks.stack, blocks.STACK),
     "parameters alone": (lambda p, x, c: x @ jnp.tanh(p), W),
     "a weight twice": (lambda p, x, c: jnp.tanh(x @ p) @ p, W),
 }
