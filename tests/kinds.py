@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dualpipe_jax as dpj
-from tests.models import WIDTH, make_model
+from tests.models import WIDTH, keep, make_model
 from tests.models import make_params as make_params_of_one_kind
 
 NUM_EXPERTS, HIDDEN = 3, 6
@@ -22,7 +22,7 @@ def dense(params: Any, x: Any, ctx: dpj.Context) -> Any:
     assert ctx.layer is not None
     inner = jnp.tanh(x @ params["up"]) * (1 + 0.01 * ctx.layer)
     if ctx.rng is not None:
-        inner *= jax.random.bernoulli(ctx.rng, 0.7, inner.shape)
+        inner *= keep(ctx.rng, 0.7, inner.shape)
     # Of another dtype than the other kind's.
     return x + inner @ params["down"], jnp.square(inner).mean().astype(jnp.float32)
 
@@ -32,7 +32,7 @@ def moe(params: Any, x: Any, ctx: dpj.Context) -> Any:
     router, (experts, _) = params["router"], params["experts"]
     gates = jax.nn.softmax(x @ router)
     if ctx.rng is not None:
-        gates *= jax.random.bernoulli(ctx.rng, 0.8, gates.shape)
+        gates *= keep(ctx.rng, 0.8, gates.shape)
     out = jnp.einsum("blg,blw,gwv->blv", gates, jnp.sin(x), experts)
     out += 0.01 * ctx.microbatch["side"].mean() * ctx.layer
     return x + 0.3 * out, jnp.square(gates).mean()
