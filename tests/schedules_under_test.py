@@ -8,6 +8,8 @@ from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.generators import GENERATORS, forward_only
 
 NAMES = schedules.names()
+# Those of pairs, which have a straight-line run of beats.
+PAIRED = ("dualpipe", "dualpipev")
 
 # Odd and even, fewer microbatches than ranks, as many, twice as many, more.
 WIDE_SIZES = tuple((P, N) for P in range(1, 10) for N in range(1, 3 * P + 3))

@@ -22,9 +22,7 @@ from dualpipe_jax._schedule.ir import (
 from dualpipe_jax._schedule.tables import Steady, Tables
 from dualpipe_jax._schedule.verify import verify_steady, verify_tables
 from dualpipe_jax.schedules import Schedule
-from tests.schedules_under_test import NAMES, RUN_SIZES, WIDE_GRID, compiled
-
-PAIRED = ("dualpipe", "dualpipev")
+from tests.schedules_under_test import NAMES, PAIRED, RUN_SIZES, WIDE_GRID, compiled
 
 
 def by_hand(each_way: int, near: int, far: int) -> Schedule:
