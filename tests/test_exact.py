@@ -107,6 +107,14 @@ def name_of(case: dict[str, Any]) -> str:
     return "-".join(parts)
 
 
+def test_rules_leave_out_no_value() -> None:
+    """That all pairs are met but those is for test_pairwise.py."""
+    for name, values in OPTIONS.items():
+        assert {case[name] for case in CASES} >= set(values)
+    assert {case["schedule"] for case in CASES if case["overlap"] is True} == set(PAIRED)
+    assert len(CASES) <= 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_equals_sequential(case: dict[str, Any]) -> None:
