@@ -37,11 +37,10 @@ def adamw(**more: Any) -> Any:
 
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    "global norm": lambda: optax.chain(
+    "global norm and weight-decay mask": lambda: optax.chain(
         optax.clip_by_global_norm(LIMIT),
-        adamw(),
+        adamw(weight_decay=0.3, mask=is_matrix),
     ),
-    "weight-decay mask": lambda: adamw(weight_decay=0.3, mask=is_matrix),
     "MultiSteps": lambda: optax.MultiSteps(
         optax.chain(optax.clip_by_global_norm(LIMIT), adamw()), every_k_schedule=3
     ),
