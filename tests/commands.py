@@ -1,5 +1,7 @@
 """Runs the command line as a user does."""
 
+import os
+import pty
 import resource
 import subprocess
 import sys
@@ -18,3 +20,40 @@ def cpu_seconds(*args: str) -> float:
         end = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime)
     return min(seconds)
+
+
+def in_terminal(*arguments: str, columns: int, command: str = "timeline") -> tuple[str, int]:
+    """Runs the command with a terminal for its output; returns that and the exit code."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    line = [sys.executable, "-m", "dualpipe_jax", command, *arguments]
+    process = subprocess.Popen(line, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    output = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            output += chunk
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    os.close(ours)
+    return output.decode().replace("\r\n", "\n"), process.wait(timeout=30)
+
+
+def broken_words(narrow: str, whole: str) -> set[str]:
+    """Lists the words of a terminal's table that the table of a pipe does not have."""
+    note = "left out in so narrow a terminal:"
+    return {word.rstrip(",") for word in narrow.replace(note, "").split()} - {
+        word.rstrip(",") for word in whole.split()
+    }
+
+
+def modules_after(code: str) -> set[str]:
+    """Names the top-level packages that a fresh interpreter has imported after `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; sys.stderr.write(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in done.stderr.split()}

@@ -13,45 +13,63 @@ WIDTH, VOCABULARY, LENGTH, ROWS = 4, 7, 3, 2
 FEATURES = ("dropout", "weight", "block_has_aux", "has_aux", "pytree")
 
 
+def keep(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """As `jax.random.bernoulli`, of bytes: in float64 most of a step would be random numbers."""
+    return jax.random.bits(key, shape, jnp.uint8) < round(256 * rate)
+
+
 def make_model(features: frozenset[str] = frozenset()) -> dpj.Model:
     """Makes a language model with a tied embedding.
 
     "pytree": x is a dict with an integer leaf that travels along; "weight": the loss is a sum over
-    the tokens that are not padding (0), divided by their number.
+    the tokens that are not padding (0), divided by their number. Beside FEATURES, "metrics": blocks
+    have an `Aux` with metrics of every dtype; "shared": all functions use `ctx.shared`.
     """
+
+    def with_gain(hidden: jax.Array, ctx: dpj.Context) -> jax.Array:
+        return hidden * ctx.shared["gain"] if "shared" in features else hidden
 
     def embed(ends: Any, ctx: dpj.Context) -> Any:
         tokens = ctx.microbatch["tokens"]
-        hidden = jnp.tanh(ends["table"][tokens]) * ends["scale"]
+        hidden = with_gain(jnp.tanh(ends["table"][tokens]) * ends["scale"], ctx)
         if "dropout" in features:
             assert ctx.layer is None
             assert ctx.rng is not None
-            hidden *= jax.random.bernoulli(ctx.rng, 0.8, hidden.shape)
+            hidden *= keep(ctx.rng, 0.8, hidden.shape)
         return {"hidden": hidden, "parity": tokens % 2} if "pytree" in features else hidden
 
     def block(params: Any, x: Any, ctx: dpj.Context) -> Any:
         hidden = x["hidden"] if "pytree" in features else x
-        inner = jnp.tanh(hidden @ params["up"] + params["bias"])
+        inner = jnp.tanh(with_gain(hidden, ctx) @ params["up"] + params["bias"])
         if "pytree" in features:
             inner = inner * (1 + 0.1 * x["parity"][..., None])
         if "dropout" in features:
             assert ctx.rng is not None
-            inner *= jax.random.bernoulli(ctx.rng, 0.7, inner.shape)
+            inner *= keep(ctx.rng, 0.7, inner.shape)
         # The layer's index and the microbatch's own data both matter.
         assert ctx.layer is not None
         inner = inner * (1 + 0.01 * ctx.layer) + 0.01 * ctx.microbatch["side"].mean()
         # The kind of weight that is used twice.
         out = hidden + inner @ params["down"] + jnp.sin(inner @ params["down"]) * 0.1
         y = {**x, "hidden": out} if "pytree" in features else out
-        return (y, jnp.square(inner).mean()) if "block_has_aux" in features else y
+        loss = jnp.square(inner).mean() if "block_has_aux" in features else None
+        if "metrics" in features:
+            metrics = {
+                "dead": (inner < 0).sum((0, 1)),
+                "any": (inner > 0.5).any(),
+                "norm": (jnp.square(inner).sum() * (ctx.layer + 1), params["up"].sum()),
+                "one": 1,
+            }
+            return y, dpj.Aux(loss=loss, metrics=metrics)
+        return y if loss is None else (y, loss)
 
     def head(ends: Any, x: Any, ctx: dpj.Context) -> Any:
         hidden = x["hidden"] if "pytree" in features else x
         if "dropout" in features:
             assert ctx.rng is not None
-            hidden = hidden * jax.random.bernoulli(ctx.rng, 0.9, hidden.shape)
+            hidden = hidden * keep(ctx.rng, 0.9, hidden.shape)
         tokens = ctx.microbatch["tokens"]
-        log_probs = jax.nn.log_softmax(hidden @ ends["table"].T)
+        log_probs = jax.nn.log_softmax(with_gain(hidden, ctx) @ ends["table"].T)
         losses = -jnp.take_along_axis(log_probs, tokens[..., None], -1)[..., 0]
         mask = tokens > 0
         loss = (losses * mask).sum() if "weight" in features else losses.mean()
@@ -95,6 +113,12 @@ def make_params(num_layers: int, *, seed: int = 0, dtype: Any = np.float64) -> A
     }
 
 
+def make_shared() -> Any:
+    """Makes parameters that all functions of a model with "shared" use, and some that none does."""
+    gain = 1 + np.random.default_rng(2).normal(size=WIDTH) / 4
+    return {"gain": jnp.asarray(gain), "unused": jnp.ones(2), "version": jnp.arange(2)}
+
+
 def make_batch(num_microbatches: int, *, seed: int = 1) -> Any:
     """Makes a batch whose rows have paddings of different lengths."""
     rng = np.random.default_rng(seed)
@@ -117,3 +141,18 @@ def assert_close(got: Any, want: Any, *, tolerance: float = 1e-12) -> None:
         assert np.isfinite(g).all(), name
         scale = max(np.abs(w).max(), 1e-30)
         assert np.abs(g - w).max() <= tolerance * scale, (name, np.abs(g - w).max() / scale)
+
+
+def make_mesh(num_ranks: int, **more: int) -> jax.sharding.Mesh:
+    shape = (num_ranks, *more.values())
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, ("pipe", *more), devices=devices)
+
+
+def sequential_value_and_grad(
+    model: dpj.Model, num_microbatches: int, *, has_metrics: bool = False
+) -> Any:
+    """Differentiates the sequential model; `has_metrics` if the blocks of one without aux do."""
+    loss_fn = dpj.sequential(model, num_microbatches=num_microbatches)
+    has_aux = model.has_aux or has_metrics
+    return jax.jit(jax.value_and_grad(loss_fn, has_aux=has_aux, allow_int=True))

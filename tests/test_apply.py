@@ -12,8 +12,8 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from dualpipe_jax._model.kinds import blocks_of
-from tests.models import assert_close, make_batch, make_model, make_params
-from tests.test_exact import make_mesh
+from tests.cheap_keys import make_key
+from tests.models import assert_close, make_batch, make_mesh, make_model, make_params
 
 # block_has_aux, weight and has_aux are of no use to it, and must do no harm.
 FEATURES = frozenset(["dropout", "pytree", "block_has_aux", "weight", "has_aux"])
@@ -62,7 +62,7 @@ def test_equals_a_plain_loop(num_ranks: int, num_microbatches: int) -> None:
     model, output = make_model(FEATURES), None if num_microbatches == 9 else logits
     num_layers = num_ranks + 1
     params, batch = make_params(num_layers), make_batch(num_microbatches)
-    rng = jax.random.key(5)
+    rng = make_key(5)
     apply = dpj.apply(
         model, mesh=make_mesh(num_ranks), num_microbatches=num_microbatches, output=output
     )

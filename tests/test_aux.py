@@ -1,6 +1,9 @@
-"""A block's own loss and metrics: those of the sequential model, whatever the schedule."""
+"""A block's own loss and metrics: in kinds of layers, over other axes, and what is refused.
 
-from typing import Any, NamedTuple
+That they are those of the sequential model, with every schedule and option, is in test_exact.py.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,7 @@ import pytest
 from jax import lax
 
 import dualpipe_jax as dpj
-from dualpipe_jax._executor import step as step_module
-from tests.models import assert_close
-from tests.schedules_under_test import NAMES, has_steady
-from tests.test_exact import make_mesh
+from tests.models import assert_close, make_mesh
 
 WIDTH, ROWS = 3, 2
 
@@ -55,80 +55,6 @@ def make_batch(num_microbatches: int) -> jax.Array:
 def expected(model: dpj.Model, params: Any, batch: Any, num_microbatches: int) -> Any:
     loss_fn = dpj.sequential(model, num_microbatches=num_microbatches)
     return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch)
-
-
-class Case(NamedTuple):
-    schedule: str
-    num_ranks: int
-    num_microbatches: int
-    num_layers: int
-    overlap: bool = False
-    remat: str = "none"
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self))
-
-
-CASES = [
-    Case("dualpipe", 2, 4, 5),
-    Case("dualpipev", 2, 3, 5, remat="block"),
-    Case("chimera", 2, 3, 2),
-    Case("zb-h1", 2, 4, 10, remat="block"),
-    Case("interleaved-1f1b", 2, 2, 4),
-    Case("1f1b", 3, 3, 4),
-    Case("gpipe", 2, 2, 2),
-    # Straight-line beats: unrolled, in one loop, in loops of their own.
-    Case("dualpipe", 2, 6, 4, True, "block"),
-    Case("dualpipe", 2, 6, 10, True),
-    Case("dualpipe", 2, 6, 5, True),
-    Case("dualpipev", 1, 4, 4, True),
-]
-
-
-def test_cases_cover() -> None:
-    assert {case.schedule for case in CASES} == set(NAMES)
-    aligned = [case for case in CASES if case.overlap is True]
-    assert all(has_steady(*case[:3], True) for case in aligned)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_sequential(case: Case) -> None:
-    params, batch = make_params(case.num_layers), make_batch(case.num_microbatches)
-    grad_fn = dpj.value_and_grad(
-        MODEL,
-        mesh=make_mesh(case.num_ranks),
-        num_microbatches=case.num_microbatches,
-        schedule=case.schedule,
-        execution=dpj.Execution(overlap=case.overlap),
-        remat=case.remat,
-    )
-    got = jax.jit(grad_fn)(params, batch)
-    assert_close(got, expected(MODEL, params, batch, case.num_microbatches))
-    (_, metrics), _ = got
-    assert metrics.head is None
-    assert metrics.blocks["dead"].dtype == jnp.int64  # of a sum of bools, as x64 is on
-    assert metrics.blocks["any"].dtype == jnp.int32
-    # Once a microbatch, in each layer: not again where a backward recomputes.
-    np.testing.assert_array_equal(metrics.blocks["one"], [case.num_microbatches] * case.num_layers)
-    is_even = case.num_layers % case.num_ranks == 0
-    assert metrics.blocks["dead"].sharding.spec[0] == ("pipe" if is_even else None)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_layers", [4, 10])
-def test_beats_for_accelerators(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> None:
-    """F beside I, as traced for devices that overlap: unrolled, and in one loop for both."""
-    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "tpu")
-    params, batch = make_params(num_layers), make_batch(6)
-    grad_fn = dpj.value_and_grad(
-        MODEL,
-        mesh=make_mesh(2),
-        num_microbatches=6,
-        execution=dpj.Execution(overlap=True, split_backward=True),
-    )
-    assert has_steady("dualpipe", 2, 6, True)
-    assert_close(jax.jit(grad_fn)(params, batch), expected(MODEL, params, batch, 6))
 
 
 def test_sequential_is_the_plain_meaning() -> None:

@@ -11,12 +11,12 @@ from jax import P, lax
 from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
+from tests.cheap_keys import make_key
 from tests.hlo import loop_lines
-from tests.models import assert_close, make_model
+from tests.models import assert_close, make_model, sequential_value_and_grad
 from tests.models import make_batch as make_model_batch
 from tests.models import make_params as make_model_params
 from tests.schedules_under_test import has_steady
-from tests.test_exact import sequential_value_and_grad
 
 WIDTH, HIDDEN, ROWS, LENGTH, EXPERTS, LAYERS = 4, 6, 2, 4, 4, 4
 
@@ -374,7 +374,7 @@ def test_a_batch_axis_may_be_manual_too() -> None:
             batch_axes="data",
             manual_axes=manual_axes,
         )
-        results.append(jax.jit(grad_fn)(params, batch, rng=jax.random.key(1)))
+        results.append(jax.jit(grad_fn)(params, batch, rng=make_key(1)))
     assert_close(results[1], results[0])
 
 

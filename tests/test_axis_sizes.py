@@ -18,8 +18,7 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from tests.hlo import collectives
-from tests.models import assert_close
-from tests.test_exact import sequential_value_and_grad
+from tests.models import assert_close, sequential_value_and_grad
 
 WIDTH, HIDDEN, EXPERTS, VOCABULARY = 3, 8, 8, 5
 NUM_MICROBATCHES, ROWS = 2, 16

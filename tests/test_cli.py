@@ -1,10 +1,7 @@
 """The command line: each format, where it goes, and the messages of mistakes."""
 
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dualpipe_jax import __version__, _cli, schedules
-from tests.commands import cpu_seconds
+from tests.commands import cpu_seconds, in_terminal
 
 SIZES = ["--schedule", "dualpipe", "--ranks", "4", "--microbatches", "10"]
 MADE = schedules.make("dualpipe", num_ranks=4, num_microbatches=10)
@@ -20,32 +17,6 @@ MADE = schedules.make("dualpipe", num_ranks=4, num_microbatches=10)
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(_cli.main, ["timeline", *arguments], catch_exceptions=False)
-
-
-def in_terminal(*arguments: str, columns: int, command: str = "timeline") -> tuple[str, int]:
-    """Runs the command with a terminal for its output; returns that and the exit code."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color"}
-    environment.pop("NO_COLOR", None)
-    line = [sys.executable, "-m", "dualpipe_jax", command, *arguments]
-    process = subprocess.Popen(line, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    output = b""
-    try:
-        while chunk := os.read(ours, 65536):
-            output += chunk
-    except OSError:  # Linux's way to say that the other end is closed
-        pass
-    os.close(ours)
-    return output.decode().replace("\r\n", "\n"), process.wait(timeout=30)
-
-
-def broken_words(narrow: str, whole: str) -> set[str]:
-    """Lists the words of a terminal's table that the table of a pipe does not have."""
-    note = "left out in so narrow a terminal:"
-    return {word.rstrip(",") for word in narrow.replace(note, "").split()} - {
-        word.rstrip(",") for word in whole.split()
-    }
 
 
 def cells_of(text: str, num_ranks: int) -> list[str]:

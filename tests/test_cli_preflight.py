@@ -17,8 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dualpipe_jax import _cli
-from tests.test_cli import in_terminal
-from tests.test_package import modules_after
+from tests.commands import in_terminal, modules_after
 
 SIZES = ["--width", "16", "--heads", "2", "--context", "8", "--vocabulary", "32"]
 SIZES += ["--microbatch", "1"]

@@ -9,9 +9,7 @@ from click.testing import CliRunner, Result
 import dualpipe_jax as dpj
 from dualpipe_jax import _cli, schedules
 from dualpipe_jax._predict import Costs, simulate
-from tests.commands import cpu_seconds
-from tests.test_cli import broken_words, in_terminal
-from tests.test_package import modules_after
+from tests.commands import broken_words, cpu_seconds, in_terminal, modules_after
 
 
 def run(*arguments: str) -> Result:

@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import dualpipe_jax as dpj
-from tests.models import make_batch, make_model, make_params
+from tests.models import make_batch, make_mesh, make_model, make_params
 from tests.schedules_under_test import NAMES
-from tests.test_exact import make_mesh
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Layers of different kinds in one model: each kind has its own block, stack and buffers.
 
-The two kinds here differ in the shapes, the structure and the number of their parameters.
+That gradients are exact, with every schedule and option, is in test_exact.py.
 """
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import jax
@@ -20,165 +19,17 @@ from dualpipe_jax._api import build
 from dualpipe_jax._api import sequential as _sequential
 from dualpipe_jax._executor import Step
 from dualpipe_jax._model.kinds import blocks_of
-from tests.models import LENGTH, ROWS, WIDTH, assert_close, make_batch, make_model
-from tests.models import make_params as make_params_of_one_kind
-from tests.schedules_under_test import has_steady
-from tests.test_exact import make_mesh, sequential_value_and_grad
-
-NUM_EXPERTS, HIDDEN = 3, 6
-
-
-def dense(params: Any, x: Any, ctx: dpj.Context) -> Any:
-    assert ctx.layer is not None
-    inner = jnp.tanh(x @ params["up"]) * (1 + 0.01 * ctx.layer)
-    if ctx.rng is not None:
-        inner *= jax.random.bernoulli(ctx.rng, 0.7, inner.shape)
-    # Of another dtype than the other kind's.
-    return x + inner @ params["down"], jnp.square(inner).mean().astype(jnp.float32)
-
-
-def moe(params: Any, x: Any, ctx: dpj.Context) -> Any:
-    assert ctx.layer is not None
-    router, (experts, _) = params["router"], params["experts"]
-    gates = jax.nn.softmax(x @ router)
-    if ctx.rng is not None:
-        gates *= jax.random.bernoulli(ctx.rng, 0.8, gates.shape)
-    out = jnp.einsum("blg,blw,gwv->blv", gates, jnp.sin(x), experts)
-    out += 0.01 * ctx.microbatch["side"].mean() * ctx.layer
-    return x + 0.3 * out, jnp.square(gates).mean()
-
-
-def scale(params: Any, x: Any, ctx: dpj.Context) -> Any:
-    """A kind without any parameters."""
-    return 0.9 * x + 0.02 * jnp.cos(x), jnp.sin(x).mean()
-
-
-BLOCKS = {"dense": dense, "moe": moe, "scale": scale}
-NAMES = {"D": "dense", "M": "moe", "S": "scale"}
-
-
-def layout_of(letters: str) -> tuple[str, ...]:
-    """Spells `"DMM"` out."""
-    return tuple(NAMES[letter] for letter in letters)
-
-
-def without_aux(block: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: block(*args)[0]
-
-
-def make_kinds(letters: str, features: frozenset[str] = frozenset()) -> dpj.Model:
-    layout = layout_of(letters)
-    has_aux = "block_has_aux" in features
-    return replace(
-        make_model(features),
-        block={
-            kind: block if has_aux else without_aux(block)
-            for kind, block in BLOCKS.items()
-            if kind in layout
-        },
-        layout=layout,
-    )
-
-
-def make_params(letters: str, *, seed: int = 0) -> Any:
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape) * 0.5)
-
-    D, M = letters.count("D"), letters.count("M")
-    stacks = {
-        "dense": {
-            "up": normal(D, WIDTH, HIDDEN),
-            "down": normal(D, HIDDEN, WIDTH),
-            "unused": normal(D, 2),
-        },
-        "moe": {
-            "router": normal(M, WIDTH, NUM_EXPERTS),
-            "experts": (normal(M, NUM_EXPERTS, WIDTH, WIDTH), jnp.arange(M)),
-        },
-        "scale": {},
-    }
-    kinds = layout_of(letters)
-    ends = make_params_of_one_kind(1)["ends"]
-    return {"ends": ends, "blocks": {kind: stacks[kind] for kind in stacks if kind in kinds}}
-
-
-class Case(NamedTuple):
-    schedule: str
-    num_ranks: int
-    num_microbatches: int
-    letters: str  # a layer each
-    features: str = ""
-    remat: Any = "none"
-    execution: dpj.Execution = dpj.Execution(split_backward=False)
-
-    def __str__(self) -> str:
-        return "-".join(
-            [self.schedule, f"P{self.num_ranks}-N{self.num_microbatches}", self.letters]
-            + self.features.split()
-            + ([] if self.remat == "none" else ["remat"])
-            + (["overlap"] if self.execution.overlap else [])
-            + ([] if self.execution.unroll is None else ["loop"])
-            + (["split"] if self.execution.split_backward else [])
-        )
-
-
-SPLIT = dpj.Execution(split_backward=True)
-BY_FOUR = dpj.Execution(split_backward=False, unroll=4)
-RUN = dpj.Execution(overlap=True, split_backward=False)
-RUN_LOOP = dpj.Execution(overlap=True, split_backward=False, unroll=False)
-ALL = "dropout weight block_has_aux has_aux"
-CASES = [
-    # Both kinds in both stages, odd counts.
-    Case("dualpipe", 2, 4, "DMMDM", ALL, execution=SPLIT),
-    Case("dualpipe", 3, 5, "DDMMMMM", "block_has_aux", "block"),  # DDM MM MM
-    Case("1f1b", 3, 4, "DDDDMMMM", "dropout"),  # DDD DMM MM
-    Case("zb-h1", 3, 4, "DMDMDM", "dropout", "block", execution=SPLIT),
-    Case("dualpipe", 4, 8, "DMDMDMDM", "block_has_aux dropout"),  # every stage the same, unrolled
-    Case("gpipe", 4, 3, "DDDDMMMMMMMM", "weight"),  # DDD DMM MMM MMM, both stacks sharded
-    Case("dualpipev", 2, 4, "DDMMMMMM", "block_has_aux"),  # a chunk without one of the kinds
-    Case("dualpipev", 2, 4, "DDMM", "dropout"),  # no chunk with both
-    Case("interleaved-1f1b", 2, 2, "DDMM", "weight"),
-    # Three kinds, one without parameters.
-    Case("dualpipev", 2, 3, "MDMDSMSMD", ALL, execution=SPLIT),
-    # Every stage the same, in a loop.
-    Case("1f1b", 2, 4, "DMMDMMDMMDMM", "dropout", execution=BY_FOUR),
-    # With a straight-line run of beats: stages alike, unrolled and in loops, and unlike.
-    Case("dualpipe", 2, 6, "DMDM", "block_has_aux dropout", "block", RUN),
-    Case("dualpipev", 2, 5, "DMDMDMDM", "block_has_aux", "none", RUN_LOOP),
-    Case("dualpipe", 2, 6, "DMMDM", "dropout", "none", RUN),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_sequential(case: Case) -> None:
-    assert has_steady(*case[:3], case.execution.overlap) == (case.execution.overlap is True)
-    model = make_kinds(case.letters, frozenset(case.features.split()))
-    params, batch = make_params(case.letters), make_batch(case.num_microbatches)
-    rng = jax.random.key(7) if "dropout" in case.features else None
-    grad_fn = dpj.value_and_grad(
-        model,
-        mesh=make_mesh(case.num_ranks),
-        num_microbatches=case.num_microbatches,
-        schedule=case.schedule,
-        remat=case.remat,
-        execution=case.execution,
-    )
-    result, grads = jax.jit(grad_fn)(params, batch, rng=rng)
-    want, want_grads = sequential_value_and_grad(model, case.num_microbatches)(
-        params, batch, rng=rng
-    )
-    assert_close(result, want)
-    assert_close(grads, want_grads)
-    blocks = grads["blocks"]
-    assert not np.asarray(blocks["dense"]["unused"]).any()
-    # No layer was dropped, and each stack lies over the ranks if its own layers divide.
-    for letter, leaf in (("D", blocks["dense"]["up"]), ("M", blocks["moe"]["experts"][0])):
-        assert np.abs(leaf).reshape(len(leaf), -1).max(axis=1).min() > 0
-        divides = case.letters.count(letter) % case.num_ranks == 0
-        assert leaf.sharding.is_fully_replicated != divides
+from tests.cheap_keys import make_key
+from tests.kinds import BLOCKS, HIDDEN, NUM_EXPERTS, dense, layout_of, make_kinds, make_params, moe
+from tests.models import (
+    LENGTH,
+    ROWS,
+    WIDTH,
+    assert_close,
+    make_batch,
+    make_mesh,
+    sequential_value_and_grad,
+)
 
 
 # Few runs of one kind, and more than the sequential model spells out.
@@ -186,7 +37,7 @@ def test_equals_sequential(case: Case) -> None:
 def test_sequential_is_the_plain_meaning(letters: str) -> None:
     """Against a Python loop over the layers."""
     model = make_kinds(letters, frozenset(["dropout", "block_has_aux"]))
-    params, batch, rng = make_params(letters), make_batch(2), jax.random.key(3)
+    params, batch, rng = make_params(letters), make_batch(2), make_key(3)
     losses = []
     for m in range(2):
         microbatch = jax.tree.map(lambda leaf, m=m: leaf[ROWS * m : ROWS * (m + 1)], batch)
@@ -220,8 +71,8 @@ def test_both_ways_of_the_sequential_model_have_the_same_gradients(
 
 def test_evaluate_equals_sequential() -> None:
     letters = "DMMDM"
-    model = make_kinds(letters, frozenset(ALL.split()))
-    params, batch, rng = make_params(letters), make_batch(4), jax.random.key(3)
+    model = make_kinds(letters, frozenset(["dropout", "weight", "block_has_aux", "has_aux"]))
+    params, batch, rng = make_params(letters), make_batch(4), make_key(3)
     evaluate = dpj.evaluate(model, mesh=make_mesh(2), num_microbatches=4)
     want = jax.jit(dpj.sequential(model, num_microbatches=4))
     assert_close(jax.jit(evaluate)(params, batch, rng=rng), want(params, batch, rng=rng))

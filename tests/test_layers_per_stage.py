@@ -8,51 +8,20 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
-from tests.models import assert_close, make_batch, make_model, make_params
-from tests.schedules_under_test import has_steady
-from tests.test_exact import make_mesh, sequential_value_and_grad
+from tests.cheap_keys import make_key
+from tests.models import (
+    assert_close,
+    make_batch,
+    make_mesh,
+    make_model,
+    make_params,
+)
 
 FEATURES = frozenset(["dropout", "weight", "block_has_aux", "has_aux"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("schedule", "num_ranks", "num_microbatches", "layers_per_stage", "overlap"),
-    [
-        ("dualpipe", 2, 4, (3, 1), False),
-        ("dualpipe", 3, 6, (1, 4, 2), False),
-        ("dualpipe", 2, 6, (1, 3), True),
-        ("dualpipe", 2, 6, (2, 2), True),  # as without
-        ("dualpipev", 2, 4, (2, 3, 2, 1), False),
-        ("dualpipev", 2, 5, (1, 1, 1, 3), True),
-        ("1f1b", 2, 3, (6, 2), False),
-        ("1f1b", 4, 4, (3, 2, 2, 1), False),
-    ],
-)
-def test_equals_sequential(
-    schedule: str,
-    num_ranks: int,
-    num_microbatches: int,
-    layers_per_stage: tuple[int, ...],
-    overlap: bool,
-) -> None:
-    assert has_steady(schedule, num_ranks, num_microbatches, overlap) == (overlap is True)
-    model, rng = make_model(FEATURES), jax.random.key(2)
-    params, batch = make_params(sum(layers_per_stage)), make_batch(num_microbatches)
-    grad_fn = dpj.value_and_grad(
-        model,
-        mesh=make_mesh(num_ranks),
-        num_microbatches=num_microbatches,
-        schedule=schedule,
-        execution=dpj.Execution(overlap=overlap),
-        layers_per_stage=layers_per_stage,
-    )
-    want = sequential_value_and_grad(model, num_microbatches)(params, batch, rng=rng)
-    assert_close(jax.jit(grad_fn)(params, batch, rng=rng), want)
-
-
 def test_evaluate_and_apply() -> None:
-    model, rng = make_model(FEATURES), jax.random.key(2)
+    model, rng = make_model(FEATURES), make_key(2)
     params, batch = make_params(6), make_batch(4)
     options: dict[str, Any] = {"mesh": make_mesh(3), "num_microbatches": 4}
     evaluate = dpj.evaluate(model, **options, layers_per_stage=np.array([1, 3, 2]).tolist())

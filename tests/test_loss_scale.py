@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from tests.models import assert_close, make_batch, make_model, make_params
-from tests.test_exact import make_mesh, sequential_value_and_grad
+from tests.models import (
+    assert_close,
+    make_batch,
+    make_mesh,
+    make_model,
+    make_params,
+    sequential_value_and_grad,
+)
 
 WIDTH, LAYERS, ROWS, NUM_MICROBATCHES = 8, 4, 16, 4
 

@@ -12,8 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import dualpipe_jax as dpj
 from dualpipe_jax._executor import program
-from tests.models import make_batch, make_model, make_params
-from tests.test_exact import make_mesh
+from tests.models import make_batch, make_mesh, make_model, make_params
 
 NUM_MICROBATCHES = 10
 ARRIVING = "arriving while others leave"

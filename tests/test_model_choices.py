@@ -12,9 +12,15 @@ from jax.sharding import AbstractMesh
 
 import dualpipe_jax as dpj
 from dualpipe_jax._predict.memory import parse_bytes
-from tests.models import assert_close, make_batch, make_model, make_params
+from tests.models import (
+    assert_close,
+    make_batch,
+    make_mesh,
+    make_model,
+    make_params,
+    sequential_value_and_grad,
+)
 from tests.schedules_under_test import NAMES
-from tests.test_exact import make_mesh, sequential_value_and_grad
 
 WHERE: dict[str, Any] = {"mesh": AbstractMesh((4,), ("pipe",)), "num_microbatches": 8}
 ROWS, WIDTH = 16, 32

@@ -13,9 +13,8 @@ from jax import P
 from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
-from tests.models import assert_close
-from tests.test_exact import make_mesh
-from tests.test_precision import loops
+from tests.jaxprs import loops
+from tests.models import assert_close, make_mesh
 
 WIDTH, ROWS, LAYERS, NUM_MICROBATCHES = 4, 2, 4, 4
 

@@ -10,17 +10,7 @@ from pathlib import Path
 import pytest
 
 import dualpipe_jax
-
-
-def modules_after(code: str) -> set[str]:
-    """Names the top-level packages that a fresh interpreter has imported after `code`."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; sys.stderr.write(' '.join(sys.modules))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {name.partition(".")[0] for name in done.stderr.split()}
+from tests.commands import modules_after
 
 
 @pytest.mark.parametrize("name", dualpipe_jax.__all__)

@@ -10,8 +10,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from tests.jaxprs import loops
-from tests.models import assert_close
-from tests.test_exact import make_mesh, sequential_value_and_grad
+from tests.models import assert_close, make_mesh, sequential_value_and_grad
 
 WIDTH, HIDDEN, LAYERS, ROWS, NUM_MICROBATCHES = 8, 12, 4, 4, 8
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)

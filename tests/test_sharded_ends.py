@@ -12,8 +12,7 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from tests.hlo import loop_lines
-from tests.models import assert_close
-from tests.test_exact import make_mesh, sequential_value_and_grad
+from tests.models import assert_close, make_mesh, sequential_value_and_grad
 
 VOCABULARY, WIDTH, ROWS, LENGTH, LAYERS = 8, 4, 2, 3, 4
 SPECS = {

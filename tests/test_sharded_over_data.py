@@ -12,8 +12,7 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from tests.hlo import Collective, collectives
-from tests.models import assert_close
-from tests.test_exact import sequential_value_and_grad
+from tests.models import assert_close, sequential_value_and_grad
 
 VOCABULARY, WIDTH, HIDDEN, ROWS, LENGTH, LAYERS = 8, 4, 6, 2, 3, 4
 AXES = {"pipe": 2, "data": 2, "model": 2}

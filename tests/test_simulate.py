@@ -19,7 +19,7 @@ from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax.schedules import Schedule
 from tests.replay_references import follow_dependencies, wait_as_told
-from tests.schedule.test_random_programs import programs
+from tests.schedule.random_programs import programs
 from tests.schedules_under_test import NAMES, WIDE_SIZES
 
 # Twice as many stages as ranks, down and up again.

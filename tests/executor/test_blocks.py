@@ -11,9 +11,15 @@ from jax.sharding import AxisType
 
 import dualpipe_jax as dpj
 from tests.hlo import AS_EVER
-from tests.models import WIDTH, assert_close, make_batch, make_model, make_params
-from tests.split_vjp.test_with_input_grad import fused
-from tests.test_exact import RUN_MICROBATCHES, sequential_value_and_grad
+from tests.models import (
+    WIDTH,
+    assert_close,
+    make_batch,
+    make_model,
+    make_params,
+    sequential_value_and_grad,
+)
+from tests.split_vjp.blocks import fused
 
 
 def make_mesh(**sizes: int) -> jax.sharding.Mesh:
@@ -101,7 +107,7 @@ def test_gradients_made_with_that_of_x(num_layers: int, overlap: bool) -> None:
 
     blocks = {name: normal(num_layers, WIDTH, WIDTH) for name in ("both", "kernel", "late")}
     model, params = with_block(block, blocks)
-    num_microbatches = RUN_MICROBATCHES if overlap else 4
+    num_microbatches = 8 if overlap else 4
     batch = make_batch(num_microbatches)
     grad_fn = dpj.value_and_grad(
         model,

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import dualpipe_jax as dpj
-from tests.flax.test_outside import LENGTH, ROWS, VOCABULARY, loss_of, make_batch, mesh_of
+from tests.flax.outside_models import LENGTH, ROWS, VOCABULARY, loss_of, make_batch, mesh_of
 from tests.models import assert_close
 
 

@@ -14,7 +14,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT, Fp8DirectDotGeneralOp, F
 from flax.training.train_state import TrainState
 
 import dualpipe_jax as dpj
-from tests.flax.test_linen import (
+from tests.flax.linen_models import (
     LAYERS,
     VOCABULARY,
     WIDTH,

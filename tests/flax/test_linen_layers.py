@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dualpipe_jax as dpj
-from tests.flax.test_linen import Model, tokens_of
+from tests.flax.linen_models import Model, tokens_of
 from tests.models import assert_close
 
 

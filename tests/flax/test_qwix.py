@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import dualpipe_jax as dpj
-from tests.flax.test_linen import (
+from tests.flax.linen_models import (
     LAYERS,
     VOCABULARY,
     WIDTH,

@@ -28,3 +28,24 @@ FUSED = """%fused (p: f32[4]) -> f32[4] {
 }"""
 A = "  %a = f32[4]{0} parameter(0)"
 SWAP = "source_target_pairs={{0,1},{1,0}}"
+
+
+LOOP = """%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %s = (s32[], f32[4]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %a = f32[4]{{0}} get-tuple-element(%s), index=1
+{inside}
+  ROOT %t = (s32[], f32[4]{{0}}) tuple(%i, %x)
+}}
+
+%condition (s.1: (s32[], f32[4])) -> pred[] {{
+  %s.1 = (s32[], f32[4]{{0}}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %limit = s32[] {limit}
+  ROOT %lt = pred[] compare(%i.1, %limit), direction=LT
+}}"""
+
+
+WHILE = """  %zero = s32[] constant({start})
+  %state = (s32[], f32[4]{{0}}) tuple(%zero, %a)
+  ROOT %loop = (s32[], f32[4]{{0}}) while(%state), condition=%condition, body=%body{more}"""

@@ -107,7 +107,7 @@ def test_gpus_have_coordinates_but_no_neighbours() -> None:
 
 @pytest.fixture
 def _as_users_compute() -> Iterator[None]:
-    pytest.importorskip("jax_plugins.xla_cuda13")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="no compiler for GPUs: make test-gpu")
     with jax.enable_x64(False):
         yield
 

@@ -7,8 +7,7 @@ from dualpipe_jax._predict import Costs, simulate
 from dualpipe_jax._preflight.analysis import analyze
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._schedule.execution import Execution
-from tests.preflight.snippets import FUSED, SWAP, A, network, program, work
-from tests.preflight.test_work import LOOP, WHILE
+from tests.preflight.snippets import FUSED, LOOP, SWAP, WHILE, A, network, program, work
 
 SCOPE = _scopes.of_schedule("dualpipe", num_ranks=4, num_microbatches=16)
 

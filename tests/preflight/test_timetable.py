@@ -11,8 +11,7 @@ from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.report import Memory, ProgramSize, Report
 from dualpipe_jax._preflight.text import ticks_table
 from dualpipe_jax._schedule.tables import Exchange, Tables
-from tests.preflight.snippets import FUSED, TOY, A, network, program, work
-from tests.preflight.test_work import LOOP, WHILE
+from tests.preflight.snippets import FUSED, LOOP, TOY, WHILE, A, network, program, work
 
 P, N = 4, 8
 RAMP = f"jit(step)/{_scopes.of_schedule('1f1b', num_ranks=P, num_microbatches=N)}/{_scopes.RAMP}"

@@ -7,8 +7,7 @@ import pytest
 from dualpipe_jax import _scopes
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.timing import Collective, Replay, exposed_seconds, with_runs
-from tests.preflight.snippets import FUSED, SWAP, A, network, program, work
-from tests.preflight.test_work import LOOP, WHILE
+from tests.preflight.snippets import FUSED, LOOP, SWAP, WHILE, A, network, program, work
 
 
 def start(name: str, operand: str = "a") -> str:

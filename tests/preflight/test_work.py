@@ -6,7 +6,7 @@ import pytest
 
 from dualpipe_jax._preflight.hlo import Module, parse
 from dualpipe_jax._preflight.work import CompiledWork, WorkCounter, trip_count
-from tests.preflight.snippets import FUSED, A, program, work
+from tests.preflight.snippets import FUSED, LOOP, WHILE, A, program, work
 
 
 def total(module: Module, *, at_least: bool = False) -> CompiledWork:
@@ -66,25 +66,6 @@ def test_what_the_compiler_writes_is_counted(shapes: tuple[tuple[int, ...], ...]
     text = jax.jit(jnp.matmul).lower(x, y).compile().as_text()
     assert text
     assert total(parse(text)).flops == 2 * x.size * 16
-
-
-LOOP = """%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {{
-  %s = (s32[], f32[4]{{0}}) parameter(0)
-  %i = s32[] get-tuple-element(%s), index=0
-  %a = f32[4]{{0}} get-tuple-element(%s), index=1
-{inside}
-  ROOT %t = (s32[], f32[4]{{0}}) tuple(%i, %x)
-}}
-
-%condition (s.1: (s32[], f32[4])) -> pred[] {{
-  %s.1 = (s32[], f32[4]{{0}}) parameter(0)
-  %i.1 = s32[] get-tuple-element(%s.1), index=0
-  %limit = s32[] {limit}
-  ROOT %lt = pred[] compare(%i.1, %limit), direction=LT
-}}"""
-WHILE = """  %zero = s32[] constant({start})
-  %state = (s32[], f32[4]{{0}}) tuple(%zero, %a)
-  ROOT %loop = (s32[], f32[4]{{0}}) while(%state), condition=%condition, body=%body{more}"""
 
 
 def looped(*, start: int = 0, limit: str = "constant(7)", more: str = "") -> Module:

@@ -20,7 +20,7 @@ from dualpipe_jax._schedule.place import place_shortest
 from dualpipe_jax._schedule.verify import verify_pairs, verify_timeline
 from dualpipe_jax.schedules import Schedule
 from tests import table_interpreter
-from tests.schedule.test_random_programs import programs
+from tests.schedule.random_programs import programs
 from tests.schedules_under_test import NAMES, WIDE_GRID, compiled
 
 

@@ -16,7 +16,7 @@ from dualpipe_jax._schedule.tables import MOST_SETS, Exchange, Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
 from tests.schedule.mutations import draw_changed
-from tests.schedule.test_random_programs import programs
+from tests.schedule.random_programs import programs
 from tests.schedules_under_test import FORWARD_ONLY_GRID, NAMES, WIDE_GRID, compiled
 
 PARTS = (1, 2, 4)

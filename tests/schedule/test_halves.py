@@ -15,9 +15,8 @@ from dualpipe_jax._schedule.ir import TIMETABLES
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests.schedule.mutations import draw_changed
-from tests.schedule.test_random_programs import programs
-from tests.schedule.test_steady import SIZES as RUN_SIZES
-from tests.schedules_under_test import NAMES, compiled
+from tests.schedule.random_programs import programs
+from tests.schedules_under_test import NAMES, RUN_SIZES, compiled
 from tests.table_interpreter import assert_computes_loss_and_grads
 
 SIZES = [(1, 3), (2, 4), (2, 8), (3, 2), (3, 7), (4, 8), (4, 16), (5, 11), (8, 16), (8, 24)]

@@ -8,7 +8,7 @@ from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.place import place_shortest
 from dualpipe_jax.schedules import Schedule
-from tests.schedule.test_random_programs import programs
+from tests.schedule.random_programs import programs
 
 
 def test_every_action_runs_as_soon_as_it_can():

@@ -19,7 +19,7 @@ from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._schedule.verify import verify_tables
 from tests import table_interpreter
 from tests.schedule.mutations import draw_changed
-from tests.schedule.test_random_programs import programs
+from tests.schedule.random_programs import programs
 from tests.schedules_under_test import NAMES
 
 # The timetables in which a value may be read a tick after it is made.

@@ -23,7 +23,7 @@ from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.replay import as_full_backwards, replay, replay_dependencies
 from dualpipe_jax._schedule.tables import Tables
 from tests.replay_references import follow_dependencies, wait_as_told, wait_lazily
-from tests.schedule.test_random_programs import programs
+from tests.schedule.random_programs import programs
 from tests.schedules_under_test import compiled
 
 # Twice as many stages as ranks, on a ring that wraps.

@@ -17,21 +17,7 @@ from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Steady, Tables
 from dualpipe_jax._schedule.verify import verify_steady, verify_tables
 from dualpipe_jax.schedules import Schedule
-from tests.schedules_under_test import NAMES, WIDE_GRID, compiled
-
-PAIRED = ("dualpipe", "dualpipev")
-# Few beats and many, odd sizes, one rank, a neighbour to itself, nothing to send in even beats.
-SIZES = [
-    ("dualpipe", 2, 8),
-    ("dualpipe", 3, 12),
-    ("dualpipe", 4, 8),
-    ("dualpipe", 4, 16),
-    ("dualpipe", 8, 20),
-    ("dualpipev", 1, 5),
-    ("dualpipev", 2, 5),
-    ("dualpipev", 3, 9),
-    ("dualpipev", 4, 10),
-]
+from tests.schedules_under_test import NAMES, PAIRED, RUN_SIZES, WIDE_GRID, compiled
 
 
 def by_hand(each_way: int, near: int, far: int) -> Schedule:
@@ -260,7 +246,7 @@ def test_ramps_and_run_do_every_action_once(name: str) -> None:
 def test_the_run_is_the_same_where_deferred_weight_grads_recompute() -> None:
     """A W in a pair follows its I at once: it has its stash, whatever the others do."""
     some_recompute = False
-    for name, P, N in SIZES:
+    for name, P, N in RUN_SIZES:
         program = compiled(name, P, N).program
         kept, recomputed = (
             compile_program(program, timetable="aligned", stash_deferred=stash).tables
@@ -456,7 +442,7 @@ def test_a_fault_shows_the_ticks_around() -> None:
 @st.composite
 def changed(draw) -> Tables:
     """Draws a run with one field changed in one place."""
-    tables = tables_of(*draw(st.sampled_from(SIZES)))
+    tables = tables_of(*draw(st.sampled_from(RUN_SIZES)))
     steady, ranks = tables.steady, st.integers(0, tables.num_ranks - 1)
     assert steady is not None
     fields = [field.name for field in dataclasses.fields(Steady)]
@@ -495,7 +481,7 @@ def test_what_the_verifier_accepts_runs_every_action_once(tables: Tables) -> Non
     assert run_with_steady(tables) == every_action_once(tables)
 
 
-@given(st.sampled_from(SIZES), st.sampled_from(Tables.columns()), st.data())
+@given(st.sampled_from(RUN_SIZES), st.sampled_from(Tables.columns()), st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_changed_entry_of_a_run_is_refused(case: Any, column: str, data: Any) -> None:
     tables = tables_of(*case)

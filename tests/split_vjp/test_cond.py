@@ -8,19 +8,10 @@ import pytest
 from jax import lax
 
 from tests.split_vjp import checks
-from tests.split_vjp.checks import D, T, V, W, X, array
+from tests.split_vjp.blocks import PARAMS, nested_branches, two_branches
+from tests.split_vjp.checks import D, T, X, array
 
-P = {"w": W, "v": V, "b": W[0]}
 STACK = {"w": array(5, D, D), "v": array(5, D, D, seed=1)}
-
-
-def two(params: Any, x: Any, ctx: Any) -> Any:
-    """Two weights in one branch, one in the other."""
-    return lax.cond(
-        x[0, 0] > 0,
-        lambda: jnp.tanh(x @ params["w"]) @ params["v"],
-        lambda: jnp.sin(x @ params["v"]) + params["b"],
-    )
 
 
 def cast(params: Any, x: Any, ctx: Any) -> Any:
@@ -37,15 +28,15 @@ def switch(params: Any, x: Any, ctx: Any) -> Any:
 
     def deep() -> Any:
         h = lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ params["w"] + i), x)
-        return two(params, h, ctx) @ params["v"]
+        return two_branches(params, h, ctx) @ params["v"]
 
     branches = [lambda: x, lambda: x + params["b"], lambda: jnp.sin(x @ params["w"]), deep]
     return lax.switch(jnp.argmax(x[0]) + ctx, branches)
 
 
 def in_scan(params: Any, x: Any, ctx: Any, *, wrap: Any = lambda body: body) -> Any:
-    """A conditional in every iteration, on the loop's carry."""
-    return lax.scan(wrap(lambda h, _: (two(params, h, ctx), None)), x, length=5)[0]
+    """A conditional in every iteration, on what the loop carries."""
+    return lax.scan(wrap(lambda h, _: (two_branches(params, h, ctx), None)), x, length=5)[0]
 
 
 def over_layers(params: Any, x: Any, ctx: Any) -> Any:
@@ -66,15 +57,6 @@ def scan_in_branch(params: Any, x: Any, ctx: Any) -> Any:
         return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, STACK["w"] * params["w"])[0]
 
     return lax.cond(x[0, 0] > 0, layers, lambda: x @ params["v"])
-
-
-def nested(params: Any, x: Any, ctx: Any) -> Any:
-    """A conditional in a branch, on another predicate."""
-    return lax.cond(
-        x[0, 0] > 0,
-        lambda: jnp.sin(two(params, x @ params["w"], ctx)),
-        lambda: two(params, -x, ctx) * params["b"],
-    )
 
 
 @jax.custom_vjp
@@ -111,32 +93,38 @@ def while_in_backward(params: Any, x: Any, ctx: Any) -> Any:
 
 
 BLOCKS = {
-    "cond": (two, P),
-    "cond of casts": (cast, P),
-    "checkpoint": (jax.checkpoint(two), P),
+    "cond": (two_branches, PARAMS),
+    "cond of casts": (cast, PARAMS),
+    "checkpoint": (jax.checkpoint(two_branches), PARAMS),
     "checkpoint of a branch": (
         lambda p, x, c: lax.cond(
-            x[0, 0] > 0, jax.checkpoint(lambda x: two(p, jnp.sin(x), c)), lambda x: x @ p["v"], x
+            x[0, 0] > 0,
+            jax.checkpoint(lambda x: two_branches(p, jnp.sin(x), c)),
+            lambda x: x @ p["v"],
+            x,
         ),
-        P,
+        PARAMS,
     ),
-    "jit": (jax.jit(lambda p, x, c: jax.jit(two)(p, x, c) @ p["v"]), P),
-    "cond twice": (lambda p, x, c: two(p, two(p, x, c), c), P),
-    "cond on the same": (lambda p, x, c: two(p, x, c) @ p["w"] + two(p, x, c), P),
-    "in a scan": (in_scan, P),
+    "jit": (jax.jit(lambda p, x, c: jax.jit(two_branches)(p, x, c) @ p["v"]), PARAMS),
+    "cond twice": (lambda p, x, c: two_branches(p, two_branches(p, x, c), c), PARAMS),
+    "cond on the same": (
+        lambda p, x, c: two_branches(p, x, c) @ p["w"] + two_branches(p, x, c),
+        PARAMS,
+    ),
+    "in a scan": (in_scan, PARAMS),
     "in a checkpointed scan": (
         lambda p, x, c: in_scan(p, x, c, wrap=jax.checkpoint),
-        P,
+        PARAMS,
     ),
-    "scan in a branch": (scan_in_branch, P),
+    "scan in a branch": (scan_in_branch, PARAMS),
     "over layers": (over_layers, STACK),
-    "nested": (nested, P),
-    "checkpoint of nested": (jax.checkpoint(nested), P),
-    "custom_vjp": (lambda p, x, c: own_backward(jnp.sin(x @ p["v"]), p["w"]) @ p["w"], P),
-    "while in a backward": (while_in_backward, P),
+    "nested": (nested_branches, PARAMS),
+    "checkpoint of nested": (jax.checkpoint(nested_branches), PARAMS),
+    "custom_vjp": (lambda p, x, c: own_backward(jnp.sin(x @ p["v"]), p["w"]) @ p["w"], PARAMS),
+    "while in a backward": (while_in_backward, PARAMS),
     "one branch frozen": (
-        lambda p, x, c: two({**p, "v": lax.stop_gradient(p["v"])}, x, c),
-        P,
+        lambda p, x, c: two_branches({**p, "v": lax.stop_gradient(p["v"])}, x, c),
+        PARAMS,
     ),
 }
 
@@ -155,7 +143,7 @@ def test_equals_vjp(case, sign):
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_equals_vjp_in_every_branch_of_a_switch(wrap, first):
     x = X.at[0, 0].set(9.0)  # the largest: the index is that of the context
-    checks.assert_equals_vjp(wrap(switch), P, x, jnp.int32(first))
+    checks.assert_equals_vjp(wrap(switch), PARAMS, x, jnp.int32(first))
 
 
 @pytest.mark.parametrize(
@@ -187,14 +175,14 @@ def test_no_weight_and_no_weight_gradient_is_kept(case, wrap):
     assert all(a.shape[-2:] != (D, D) for a in checks.passed_on(parts))
 
 
-def test_branches_share_entries():
-    """Each branch passes one value [T, D] and the cotangent: together they take as much."""
-    parts = checks.split(two, P, X)
+def test_branches_share_places():
+    """Each branch hands on one value [T, D] and the cotangent: together they take as much."""
+    parts = checks.split(two_branches, PARAMS, X)
     assert [a.shape for a in parts.stash if a.ndim == 2] == [(T, D)] * 2
 
 
 def test_forward_makes_no_copy_of_a_weight():
-    forward = jax.make_jaxpr(checks.split(two, P, X).forward)(P, X, None).jaxpr
+    forward = jax.make_jaxpr(checks.split(two_branches, PARAMS, X).forward)(PARAMS, X, None).jaxpr
     (eqn,) = [e for e in _equations(forward) if e.primitive.name == "cond"]
     assert all(v.aval.shape != (D, D) for v in eqn.outvars)
 

@@ -6,9 +6,9 @@ import pytest
 
 from dualpipe_jax._model.types import Aux
 from dualpipe_jax._split_vjp import SplitVjp, split_vjp
-from tests.split_vjp import checks, test_cond, test_scan
+from tests.split_vjp import blocks, checks
+from tests.split_vjp.blocks import FLAX, FLAX_IDS, POLICIES, SEQUENCE, Mlp, flax_block
 from tests.split_vjp.checks import W, X
-from tests.split_vjp.test_split import FLAX, FLAX_IDS, POLICIES, SEQUENCE, Mlp, flax_block
 
 
 def split(block, params, x, ctx=None) -> SplitVjp:
@@ -27,12 +27,11 @@ def both_weight_grads(parts, params, x, ctx=None):
     )
 
 
-RNN = test_scan.RNN
 BLOCKS = {
-    "cond": (test_cond.two, test_cond.P),
-    "nested cond": (test_cond.nested, test_cond.P),
-    "scan over time": (test_scan.rnn, RNN),
-    "scan over layers": (test_scan.stack, test_scan.STACK),
+    "cond": (blocks.two_branches, blocks.PARAMS),
+    "nested cond": (blocks.nested_branches, blocks.PARAMS),
+    "scan over time": (blocks.rnn, blocks.RNN),
+    "scan over layers": (blocks.stack, blocks.STACK),
     "parameters alone": (lambda p, x, c: x @ jnp.tanh(p), W),
     "a weight twice": (lambda p, x, c: jnp.tanh(x @ p) @ p, W),
 }

@@ -6,29 +6,8 @@ import pytest
 from jax import lax
 
 from tests.split_vjp import checks
-from tests.split_vjp.checks import D, V, W, X, array
-
-STACK = {"w": array(5, D, D), "b": array(5, D)}
-RNN = {"w": W, "u": V, "b": W[0]}
-
-
-def rnn(params, x, ctx, *, wrap=lambda body: body, **kwargs):
-    """Scans over time; the weights are constants of the loop."""
-
-    def body(h, x_t):
-        h = jnp.tanh(x_t @ params["w"] + h @ params["u"] + params["b"])
-        return h, h
-
-    return lax.scan(wrap(body), jnp.zeros(D), x, **kwargs)[1]
-
-
-def stack(params, x, ctx, *, wrap=lambda body: body, **kwargs):
-    """Scans over layers; the weights are scanned over with them."""
-
-    def body(h, layer):
-        return h + jnp.tanh(h @ layer["w"] + layer["b"]), None
-
-    return lax.scan(wrap(body), x, params, **kwargs)[0]
+from tests.split_vjp.blocks import RNN, STACK, rnn, stack
+from tests.split_vjp.checks import D, X
 
 
 def with_(block, **kwargs):

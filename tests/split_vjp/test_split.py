@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,58 +10,17 @@ from jax import lax
 from jax.extend.core import Literal
 
 from tests.split_vjp import checks
+from tests.split_vjp.blocks import (
+    FLAX,
+    FLAX_IDS,
+    POLICIES,
+    SEQUENCE,
+    Attention,
+    Mlp,
+    Transformer,
+    flax_block,
+)
 from tests.split_vjp.checks import D, W, X, array
-
-
-class Attention(nn.Module):
-    """Pre-norm self-attention: 4 weight matrices, 2 contractions of activations."""
-
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.LayerNorm(param_dtype=float)(x)
-        h = nn.MultiHeadDotProductAttention(num_heads=2, param_dtype=float)(h)
-        return x + nn.Dropout(self.dropout, deterministic=self.dropout == 0)(h)
-
-
-class Mlp(nn.Module):
-    """Pre-norm MLP: 2 weight matrices."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.LayerNorm(param_dtype=float)(x)
-        h = nn.gelu(nn.Dense(4 * x.shape[-1], param_dtype=float)(h))
-        return x + nn.Dense(x.shape[-1], param_dtype=float)(h)
-
-
-class Transformer(nn.Module):
-    """A transformer block: 6 weight matrices, 2 contractions of activations."""
-
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return Mlp()(Attention(self.dropout)(x))
-
-
-SEQUENCE = array(2, 5, 8)
-
-
-def flax_block(module: nn.Module) -> tuple[Any, Any]:
-    """Returns the block `(params, x, ctx) -> y` of a module, and params; ctx is a dropout key."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), SEQUENCE)
-    params = jax.tree.map(lambda a: 0.3 * array(*a.shape), shapes)
-
-    def block(params: Any, x: Any, ctx: Any) -> Any:
-        return module.apply(params, x, rngs=None if ctx is None else {"dropout": ctx})
-
-    return block, params
-
-
-# Weight matrices and contractions of two activations; a contraction has two dots for dx.
-FLAX = [(Attention(), 4, 2), (Mlp(), 2, 0), (Transformer(), 6, 2)]
-FLAX_IDS = [type(module).__name__ for module, _, _ in FLAX]
 
 
 @pytest.mark.parametrize(("module", "num_weights", "num_contractions"), FLAX, ids=FLAX_IDS)
@@ -77,15 +35,6 @@ def test_no_dot_of_a_flax_block_runs_twice(module, num_weights, num_contractions
     total = checks.count_vjp("dot_general", block, params, SEQUENCE)
     assert total == 3 * (num_weights + num_contractions)
     assert all(parts.has_grad)
-
-
-POLICIES = {
-    "everything": None,
-    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
-    "dots_saveable": jax.checkpoint_policies.dots_saveable,
-    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "everything_saveable": jax.checkpoint_policies.everything_saveable,
-}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -7,33 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental import pallas as pl
 
 from tests.split_vjp import checks
-from tests.split_vjp.checks import D, V, W, X, array
-
-P = {"w": W, "v": V, "b": W[0]}
-
-
-def _kernel(x_ref: Any, w_ref: Any, g_ref: Any, dx_ref: Any, dw_ref: Any) -> None:
-    x, w, g = x_ref[:], w_ref[:], g_ref[:]
-    dx_ref[:] = jnp.dot(g, w.T)
-    dw_ref[:] = jnp.dot(x.T, g)
-
-
-@jax.custom_vjp
-def fused(x: Any, w: Any) -> Any:
-    """`x @ w`, whose backward is one kernel."""
-    return x @ w
-
-
-def _fused_backward(kept: Any, g: Any) -> Any:
-    x, w = kept
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, w)]
-    return pl.pallas_call(_kernel, out_shape=shapes, interpret=True)(x, w, g)
-
-
-fused.defvjp(lambda x, w: (x @ w, (x, w)), _fused_backward)
+from tests.split_vjp.blocks import PARAMS, fused
+from tests.split_vjp.checks import D, W, X, array
 
 
 @jax.custom_vjp
@@ -98,7 +75,7 @@ STACK = array(5, D, D)
 def test_gradient_comes_with_that_of_x(kind):
     fn = KINDS[kind]
     parts = checks.assert_equals_vjp(
-        lambda p, x, c: jnp.tanh(fn(x, p["w"])) @ p["v"] + p["b"], P, X
+        lambda p, x, c: jnp.tanh(fn(x, p["w"])) @ p["v"] + p["b"], PARAMS, X
     )
     # b, v, w
     assert parts.made_with_input_grad == (False, False, True)
@@ -112,8 +89,8 @@ def test_gradient_comes_with_that_of_x(kind):
     [
         (layers(fused), STACK),
         (over_time(fused), W),
-        (in_cond(fused), P),
-        (in_shard_map(fused), P),
+        (in_cond(fused), PARAMS),
+        (in_shard_map(fused), PARAMS),
     ],
     ids=["layers", "time", "cond", "shard_map"],
 )
@@ -142,7 +119,7 @@ def test_no_gradient_comes_with_that_of_x_in_a_block_that_can_be_opened():
         return x + jnp.tanh(h @ p["w"]) @ p["v"]
 
     for wrapped in (block, jax.checkpoint(block)):
-        assert checks.assert_equals_vjp(wrapped, P, X).made_with_input_grad == (False,) * 3
+        assert checks.assert_equals_vjp(wrapped, PARAMS, X).made_with_input_grad == (False,) * 3
 
 
 def test_a_source_smaller_than_the_gradient_waits():
