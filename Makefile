@@ -45,7 +45,7 @@ benchmark: $(READY)  ## measure a step beside the limit and the usual recipe (op
 	@$(BIN)/python -m experiments.benchmarks.benchmarks $(ARGS)
 
 memory: $(READY)  ## compile steps for a TPU and compare what they hold (options: ARGS="--width 512")
-	@$(BIN)/python -m experiments.memory.memory $(ARGS)
+	@$(BIN)/python -m experiments.compiled.memory $(ARGS)
 
 ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time (options: ARGS="--ranks 4")
 	@$(BIN)/python -m experiments.ends.ends $(ARGS)
@@ -57,10 +57,10 @@ precision: $(READY)  ## train in float32 and in bfloat16 and draw both losses (o
 	@$(BIN)/python -m experiments.precision.precision $(ARGS)
 
 overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
-	@$(BIN)/python -m experiments.overlap.overlap $(ARGS)
+	@$(BIN)/python -m experiments.compiled.overlap $(ARGS)
 
 backwards: $(READY)  ## what a TPU's compiler makes of full backwards, and of halves apart (minutes)
-	@$(BIN)/python -m experiments.full_backward.full_backward $(ARGS)
+	@$(BIN)/python -m experiments.compiled.backwards $(ARGS)
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -71,7 +71,7 @@ test-outside:  ## a larger published model, too; brings 1 GB of packages in an e
 
 test-gpu:  ## what hides collectives on eight H100s; brings 5 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \
-		PYTEST_ARGS="tests/experiments/overlap_on_gpus.py tests/preflight/test_gpu.py" test
+		PYTEST_ARGS="tests/experiments/compiled/gpus.py tests/preflight/test_gpu.py" test
 
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }

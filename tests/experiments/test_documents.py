@@ -10,9 +10,9 @@ ROOT = Path(documents.__file__).resolve().parents[1]
 PLACES = [
     ("experiments/benchmarks/README.md", "table"),
     ("experiments/ends/README.md", "table"),
-    ("experiments/full_backward/README.md", "ticks"),
-    ("experiments/full_backward/README.md", "beats"),
-    ("experiments/memory/README.md", "table"),
+    ("experiments/compiled/backwards.md", "ticks"),
+    ("experiments/compiled/backwards.md", "beats"),
+    ("experiments/compiled/memory.md", "table"),
     ("docs/mesh_axes.md", "zero"),
 ]
 

@@ -25,7 +25,8 @@ from dualpipe_jax._preflight.topologies import (
     make_mesh,
     num_adjacent,
 )
-from experiments.overlap_gpu import gpu, steps
+from experiments.compiled import gpu
+from experiments.compiled import gpu_steps as steps
 from tests.preflight.snippets import program
 from tests.preflight.steps import make_args, make_step
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 import dualpipe_jax as dpj
-from experiments.overlap_gpu import gpu
+from experiments.compiled import gpu
 from tests.preflight.steps import make_args, make_mesh, make_step
 
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments.benchmarks import variants
-from experiments.memory import memory
+from experiments.compiled import memory
 
 SIZES = memory.Sizes(
     topology="tpu:v5e:2x2",

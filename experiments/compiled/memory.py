@@ -19,7 +19,7 @@ from experiments.benchmarks import variants
 from experiments.train_lm import flags
 from experiments.train_lm.model import LanguageModel
 
-README = Path(__file__).with_name("README.md")
+README = Path(__file__).with_name("memory.md")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from rich.progress import track
 
 import dualpipe_jax as dpj
 from experiments import documents
-from experiments.overlap import sizes, steps
-from experiments.overlap.steps import Case
+from experiments.compiled import sizes, steps
+from experiments.compiled.steps import Case
 from experiments.train_lm import flags
 
-README = Path(__file__).parent / "README.md"
+README = Path(__file__).parent / "backwards.md"
 BLOCKS, REMATS = ("mlp", "transformer"), ("none", "block")
 # Schedules in ticks, and how many ranks the times are of, with four microbatches each.
 SCHEDULES, RANKS = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "chimera"), (4, 8, 16)

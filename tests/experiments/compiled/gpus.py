@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import dualpipe_jax as dpj
-from experiments.overlap_gpu import gpu, steps
+from experiments.compiled import gpu
+from experiments.compiled import gpu_steps as steps
 
 
 @pytest.mark.parametrize("layers", [2, 4])

@@ -9,12 +9,12 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax._simulate import of_transformer
 from experiments import documents
-from experiments.full_backward import full_backward
-from experiments.full_backward.full_backward import Beats, Row
+from experiments.compiled import backwards
+from experiments.compiled.backwards import Beats, Row
 
 # The compiler for TPUs takes longer the larger the arrays are.
 SIZES: dict[str, Any] = {"widths": (128,), "layers": (2,), "tokens": 256}
-CASE = full_backward.cases("1f1b", **SIZES)[0]
+CASE = backwards.cases("1f1b", **SIZES)[0]
 ROW = Row(
     case=CASE,
     forward=2e6,
@@ -28,7 +28,7 @@ ROW = Row(
 
 def test_what_is_compiled() -> None:
     sizes = {"widths": (1024, 2048), "layers": (2, 8), "tokens": 4096}
-    ticks = full_backward.cases("1f1b", **sizes)
+    ticks = backwards.cases("1f1b", **sizes)
     assert len(set(ticks)) == 12
     assert {(case.width, case.layers) for case in ticks} == {(1024, 2), (1024, 8), (2048, 2)}
     assert {(case.family, case.remat) for case in ticks} == {
@@ -57,25 +57,25 @@ def test_time_at_the_costs_of_a_row() -> None:
 
 
 def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_backward, "RANKS", (2, 4))
-    costs, times = full_backward.tables_of_ticks([ROW]).split("\n\n")
+    monkeypatch.setattr(backwards, "RANKS", (2, 4))
+    costs, times = backwards.tables_of_ticks([ROW]).split("\n\n")
     assert costs.splitlines()[2] == (
         "| mlp | none | 128 | 2 | 2.00 | 3.00 | 1.00 | 3.00 | 0.75 | 1,024 | 512 |"
     )
     cells = times.splitlines()[2].split(" | ")[4:]
-    assert len(cells) == len(full_backward.SCHEDULES)
+    assert len(cells) == len(backwards.SCHEDULES)
     assert cells[1] == ", ".join(
         f"{100 * ROW.change_of_time('1f1b', ranks=ranks):+.0f}" for ranks in (2, 4)
     )
     beats = Beats(case=CASE, cycles=(1e6, 1.5e6), temporaries=(2**20, 2**21), seconds=(0.1, 0.098))
-    assert full_backward.table_of_beats([beats]).splitlines()[2] == (
+    assert backwards.table_of_beats([beats]).splitlines()[2] == (
         "| mlp | none | 128 | 2 | 1,000,000 | 1,500,000 | 1 | 2 | -2.0 |"
     )
 
 
 def test_the_committed_figures_are_what_the_library_counts_with() -> None:
     """The share of a full backward is the middle of what was compiled."""
-    readme = documents.read_from(full_backward.README, name="ticks").split("\n\n")[0]
+    readme = documents.read_from(backwards.README, name="ticks").split("\n\n")[0]
     lines = [line.strip("| ").split(" | ") for line in readme.splitlines()[2:]]
     assert len(lines) == 12
     shares = sorted(float(line[8]) for line in lines)
@@ -93,9 +93,9 @@ def test_the_committed_figures_are_what_the_library_counts_with() -> None:
 
 @pytest.mark.slow
 def test_small_steps_compiled_for_tpus() -> None:
-    beats = full_backward.cases("dualpipe", **SIZES)[0]
+    beats = backwards.cases("dualpipe", **SIZES)[0]
     with jax.enable_x64(False):
-        ticks, steady = full_backward.measure_ticks(CASE), full_backward.measure_beats(beats)
+        ticks, steady = backwards.measure_ticks(CASE), backwards.measure_beats(beats)
     # A matrix unit's cycle is 131,072 FLOPs at most; two matmuls each, of two layers.
     matmuls = 2 * 2 * 2 * 256 * 128 * 512 / 131072
     assert min(ticks.forward, ticks.input_grad, ticks.weight_grad) > matmuls
@@ -117,7 +117,7 @@ def test_small_steps_compiled_for_tpus() -> None:
 )
 def test_mistake_is_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        full_backward.main(flags.split())
+        backwards.main(flags.split())
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert message in error

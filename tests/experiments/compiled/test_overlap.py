@@ -14,11 +14,11 @@ from dualpipe_jax._executor import program
 from dualpipe_jax._executor.layout import Layer
 from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._schedule.tables import Steady
-from experiments.overlap import models, overlap, report, steps
-from experiments.overlap.steps import Case
+from experiments.compiled import models, overlap, report, steps
+from experiments.compiled.steps import Case
 from tests.experiments.refusals import refusal
 
-FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "overlap"
+FOLDER = Path(__file__).resolve().parents[3] / "experiments" / "compiled"
 
 
 @pytest.mark.parametrize("name", ["mlp", "transformer"])

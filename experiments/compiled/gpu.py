@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 import dualpipe_jax as dpj
-from experiments.overlap_gpu import steps
+from experiments.compiled import gpu_steps as steps
 from experiments.train_lm import flags
 from experiments.train_lm.flags import POSITIVE, Refusal
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cells
-from experiments.overlap.steps import Case, cycles_of_layers
+from experiments.compiled.steps import Case, cycles_of_layers
 
 # FLOPs a second as published, by the generation in a topology's name.
 PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from experiments.overlap.models import HEAD_SIZE
+from experiments.compiled.models import HEAD_SIZE
 from experiments.train_lm import flags
 
 widths = click.option(

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
-from experiments.overlap import models
+from experiments.compiled import models
 
 # By these names preflight knows what belongs to embedding and head, in any program.
 EMBED, HEAD = "dualpipe.embed", "dualpipe.head"

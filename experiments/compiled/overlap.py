@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import click
 from rich.console import Console
 
-from experiments.overlap import report, sizes, steps
-from experiments.overlap.steps import Case
+from experiments.compiled import report, sizes, steps
+from experiments.compiled.steps import Case
 from experiments.train_lm import flags
 from experiments.train_lm.flags import Refusal
 
