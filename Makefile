@@ -33,10 +33,10 @@ deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape (
 	@$(BIN)/python -m experiments.deepseek_mini.deepseek_mini $(ARGS)
 
 compare: $(READY)  ## train one small model with every schedule and compare (options: ARGS="--ranks 2")
-	@$(BIN)/python -m experiments.compare_schedules.compare_schedules $(ARGS)
+	@$(BIN)/python -m experiments.compare.schedules $(ARGS)
 
 idle: $(READY)  ## replay every schedule over many sizes and compare idle time (options: ARGS="--ranks 8")
-	@$(BIN)/python -m experiments.idle_time.idle_time $(ARGS)
+	@$(BIN)/python -m experiments.compare.idle $(ARGS)
 
 clock: $(READY)  ## time a step of every schedule over processes that sleep (options: ARGS="--ranks 4")
 	@$(BIN)/python -m experiments.by_the_clock.by_the_clock $(ARGS)

@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 
 import dualpipe_jax as dpj
-from experiments.compare_schedules import measuring, report
+from experiments.compare import measuring, report
 from experiments.progress import bar
 from experiments.train_lm import data, flags, training
 from experiments.train_lm.devices import find_devices

@@ -8,12 +8,13 @@ import matplotlib.image
 import pytest
 
 import dualpipe_jax as dpj
-from experiments.idle_time import costs, report
-from experiments.idle_time.idle_time import main, replay
+from experiments.compare import costs
+from experiments.compare import idle_report as report
+from experiments.compare.idle import main, replay
 from tests.experiments.refusals import refusal
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "experiments" / "idle_time"
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "experiments" / "compare"
 SIZES = costs.Sizes(layers=64, width=4096, context=4096, heads=32, vocabulary=32_000)
 SMALL = "--ranks 2 --ranks 4 --microbatches 2 --layers 8 --width 16 --context 8 --heads 2"
 
@@ -65,7 +66,7 @@ def test_committed_figures_are_reproduced() -> None:
 def test_the_readme_has_the_table_of_the_committed_figures(tmp_path: Path) -> None:
     rows = report.read_csv(FOLDER / "idle.csv")
     report.write_markdown(rows, tmp_path / "table.md")
-    assert (tmp_path / "table.md").read_text() in (FOLDER / "README.md").read_text()
+    assert (tmp_path / "table.md").read_text() in (FOLDER / "idle.md").read_text()
     report.write_csv(rows, tmp_path / "idle.csv")
     assert (tmp_path / "idle.csv").read_text() == (FOLDER / "idle.csv").read_text()
 
@@ -75,7 +76,7 @@ def test_figures_that_the_readme_names() -> None:
         (row.schedule, row.ranks, row.microbatches): row
         for row in report.read_csv(FOLDER / "idle.csv")
     }
-    text = (FOLDER / "README.md").read_text()
+    text = (FOLDER / "idle.md").read_text()
     of_64 = [rows[n, 8, 64] for n in ("dualpipe", "dualpipev", "zb-h1", "1f1b")]
     with_transfers = [f"{100 * row.with_transfers:.1f}" for row in of_64]
     assert "for {} % of the step, DualPipeV for {} %, ZB-H1 for {} % and 1F1B for {} %".format(
@@ -95,7 +96,7 @@ def test_figures_that_the_readme_names() -> None:
 
 @pytest.mark.slow
 def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.idle_time.idle_time", *SMALL.split()]
+    command = [sys.executable, "-m", "experiments.compare.idle", *SMALL.split()]
     result = subprocess.run(
         [*command, "--output", str(tmp_path)],
         cwd=ROOT,

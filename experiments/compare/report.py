@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments.compare_schedules.measuring import SEQUENTIAL, Contender
+from experiments.compare.measuring import SEQUENTIAL, Contender
 
 # Light to dark over the numbers of ranks.
 _COLORS = ("#8cc4ef", "#3d86c6", "#12508f", "#0a2c52")

@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 import dualpipe_jax as dpj
 from experiments import cells
-from experiments.idle_time.costs import Flops
+from experiments.compare.costs import Flops
 
 # A hue a family: 1F1B's blue, two directions orange, the V olive; marks tell all apart.
 LOOKS = {

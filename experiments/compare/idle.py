@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 
 import dualpipe_jax as dpj
-from experiments.idle_time import costs, report
+from experiments.compare import costs
+from experiments.compare import idle_report as report
 from experiments.progress import bar
 from experiments.train_lm import flags
 from experiments.train_lm.flags import POSITIVE, Refusal

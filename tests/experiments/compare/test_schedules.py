@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
-from experiments.compare_schedules import measuring, report
-from experiments.compare_schedules.compare_schedules import main, require_same_losses
+from experiments.compare import measuring, report
+from experiments.compare.schedules import main, require_same_losses
 from tests.experiments.refusals import refusal
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("dualpipe", "1f1b")
 TINY = (
     "--ranks 2 --steps 3 --microbatches 4 --batch-size 8 --context 16 --layers 2 --width 16 "
@@ -31,7 +31,7 @@ TINY = (
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs the script as a user does, with fake devices of its own."""
     folder = tmp_path_factory.mktemp("compare")
-    command = [sys.executable, "-m", "experiments.compare_schedules.compare_schedules"]
+    command = [sys.executable, "-m", "experiments.compare.schedules"]
     result = subprocess.run(
         [*command, *TINY.split(), "--output", str(folder)],
         cwd=ROOT,
