@@ -48,10 +48,10 @@ memory: $(READY)  ## compile steps for a TPU and compare what they hold (options
 	@$(BIN)/python -m experiments.compiled.memory $(ARGS)
 
 ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time (options: ARGS="--ranks 4")
-	@$(BIN)/python -m experiments.ends.ends $(ARGS)
+	@$(BIN)/python -m experiments.sharded.ends $(ARGS)
 
 zero: $(READY)  ## count what sharding over the data axis saves on a device (options: ARGS="--shards 2")
-	@$(BIN)/python -m experiments.zero.zero $(ARGS)
+	@$(BIN)/python -m experiments.sharded.zero $(ARGS)
 
 precision: $(READY)  ## train in float32 and in bfloat16 and draw both losses (options: ARGS="--steps 50")
 	@$(BIN)/python -m experiments.precision.precision $(ARGS)

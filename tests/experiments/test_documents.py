@@ -9,7 +9,7 @@ from experiments import documents
 ROOT = Path(documents.__file__).resolve().parents[1]
 PLACES = [
     ("experiments/benchmarks/README.md", "table"),
-    ("experiments/ends/README.md", "table"),
+    ("experiments/sharded/ends.md", "table"),
     ("experiments/compiled/backwards.md", "ticks"),
     ("experiments/compiled/backwards.md", "beats"),
     ("experiments/compiled/memory.md", "table"),

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from experiments.ends import ends
+from experiments.sharded import ends
 
 SIZES = ends.Sizes(ranks=4, microbatches=4, layers=8, width=8, vocabulary=512, context=4)
 

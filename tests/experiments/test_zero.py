@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments import documents
-from experiments.zero import zero
+from experiments.sharded import zero
 from tests.hlo import collectives
 
 SMALL = zero.Sizes(ranks=2, shards=2, microbatches=2, layers=2, width=8, vocabulary=64, context=4)

@@ -17,7 +17,7 @@ import dualpipe_jax as dpj
 from experiments import documents
 from experiments.train_lm import flags
 
-README = Path(__file__).with_name("README.md")
+README = Path(__file__).with_name("ends.md")
 AXIS = "pipe"
 # How the ends lie over the ranks: embedding, head.
 LAYOUTS = {
