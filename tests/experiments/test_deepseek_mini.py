@@ -611,7 +611,7 @@ def test_training_learns_balances_and_leaves_its_files(tmp_path: Path) -> None:
 
 
 BAD = {
-    "--schedule 2f2b": ["--schedule 2f2b", "dualpipe"],
+    "--schedule 2f2b": ["--schedule", "2f2b", "dualpipe"],
     "--experts 7": ["--experts 7", "--expert-devices 2"],
     "--chosen 9": ["--chosen 9", "--experts 8"],
     "--dense-layers 8": ["--dense-layers 8", "fewer than --layers 8"],
