@@ -1,78 +1,76 @@
-"""Compiles steps for TPUs that are not there, with full backwards and without; compares the two.
+"""Compares full backwards with input grads and weight grads apart, in programs for absent TPUs.
 
-In: flags. Out, printed: tables. See README.md beside it.
+In: flags. Out, printed and in a folder: three tables. See README.md beside it.
 """
 
 import itertools
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-# Compilers for absent hardware are no backends: only the CPU's is to be started.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import click
 from rich.progress import track
 
 import dualpipe_jax as dpj
-from experiments import documents
-from experiments.compiled import sizes, steps
+from experiments import tables
+from experiments.compiled import flags
+from experiments.compiled.compiles import Figures
 from experiments.compiled.steps import Case
-from experiments.train_lm import flags
+from experiments.train_lm.flags import POSITIVE, script
 
-README = Path(__file__).parent / "backwards.md"
 BLOCKS, REMATS = ("mlp", "transformer"), ("none", "block")
 # Schedules in ticks, and how many ranks the times are of, with four microbatches each.
 SCHEDULES, RANKS = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "chimera"), (4, 8, 16)
 _TRANSFER = 0.1  # of a forward
-_NAMES = "block | remat | width | layers"
+_WORDS = ("block", "remat")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a tick of 1F1B costs, in cycles as the compiler estimates them, for all of a stage.
-
-    Attributes:
-      case: What was compiled.
-      forward: F.
-      input_grad: I.
-      weight_grad: W.
-      full_backward: Both as one, in its two halves.
-      temporaries: Of the step with I and W apart, in bytes.
-      temporaries_full: With both as one.
-    """
+    """A step with input grads and weight grads apart, and with full backwards."""
 
     case: Case
-    forward: float
-    input_grad: float
-    weight_grad: float
-    full_backward: float
-    temporaries: int
-    temporaries_full: int
+    apart: Figures
+    full: Figures
+
+    @classmethod
+    def of(cls, case: Case, compiles: Any) -> "Row":
+        """Compiles a case twice."""
+        apart, full = (compiles(replace(case, split_backward=split)) for split in (True, False))
+        return cls(case=case, apart=apart, full=full)
+
+    def cycles(self, action: str) -> float:
+        """The cycles of a tick's action of a whole stage, as the compiler estimates them."""
+        if action != "full_backward":
+            return self.apart.cycles[action]
+        halves = self.full.cycles["input_grad"] + self.full.cycles["weight_grad"]
+        # What has no action's name, such as a copy of a stash, is not part of F.
+        return halves + self.full.cycles["other"] - self.apart.cycles["other"]
 
     @property
     def share(self) -> float:
-        """Cycles of both as one, beside the two apart."""
-        return self.full_backward / (self.input_grad + self.weight_grad)
+        """Cycles of a full backward over those of the two apart."""
+        apart = self.cycles("input_grad") + self.cycles("weight_grad")
+        return self.cycles("full_backward") / apart
 
     def change_of_time(self, schedule: str, *, ranks: int) -> float:
         """Simulates how much longer a schedule takes with full backwards, at these costs."""
         made = dpj.schedules.make(schedule, num_ranks=ranks, num_microbatches=4 * ranks)
+        forward, input_grad = self.cycles("forward"), self.cycles("input_grad")
         costs = dpj.Costs(
-            forward=self.forward,
-            input_grad=self.input_grad,
-            weight_grad=self.weight_grad,
-            full_backward=self.full_backward,
-            # A deferred W runs again what I does, its forward included.
-            recompute=self.input_grad if self.case.remat == "block" else 0.0,
+            forward=forward,
+            input_grad=input_grad,
+            weight_grad=self.cycles("weight_grad"),
+            full_backward=self.cycles("full_backward"),
+            # A deferred W repeats all of I, its forward included.
+            recompute=input_grad if self.case.remat == "block" else 0.0,
         )
         apart, full = (
             dpj.simulate(
                 made,
                 costs=costs,
-                transfer=_TRANSFER * self.forward,
+                transfer=_TRANSFER * forward,
                 execution=dpj.Execution(split_backward=is_split),
             ).makespan
             for is_split in (True, False)
@@ -80,158 +78,88 @@ class Row:
         return full / apart - 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Beats:
-    """What DualPipe's step is with input grads and weight grads apart, and as one outside its run.
-
-    Attributes:
-      case: What was compiled.
-      cycles: Of a layer and a microbatch in the steady loop, apart and as one.
-      temporaries: Of the step, in bytes.
-      seconds: That preflight predicts for a step.
-    """
-
-    case: Case
-    cycles: tuple[float, float]
-    temporaries: tuple[int, int]
-    seconds: tuple[float, float]
-
-
-def measure_ticks(case: Case) -> Row:
-    """Compiles a case of a schedule without a run of beats twice."""
-    apart, full = (steps.pipelined(case, split_backward=is_split) for is_split in (True, False))
-    before, after = (
-        {action.name: action.cycles for action in report.loop.actions} for report in (apart, full)
-    )
-    # What stands under no action's name, such as a copy of what is stashed, is not F's.
-    other = after["other"] - before["other"]
-    return Row(
-        case=case,
-        forward=before["forward"],
-        input_grad=before["input_grad"],
-        weight_grad=before["weight_grad"],
-        full_backward=after["input_grad"] + after["weight_grad"] + other,
-        temporaries=apart.memory.temporaries,
-        temporaries_full=full.memory.temporaries,
-    )
-
-
-def measure_beats(case: Case) -> Beats:
-    """Compiles a case of a schedule with a run of beats twice."""
-    apart, full = (steps.pipelined(case, split_backward=is_split) for is_split in (True, False))
-
-    def cycles(report: Any) -> float:
-        return steps.cycles_of_layers(report.loop) / (2 * case.layers)  # two beats a trip
-
-    return Beats(
-        case=case,
-        cycles=(cycles(apart), cycles(full)),
-        temporaries=(apart.memory.temporaries, full.memory.temporaries),
-        seconds=(apart.prediction.seconds, full.prediction.seconds),
-    )
-
-
 def cases(
     schedule: str, *, widths: Sequence[int], layers: Sequence[int], tokens: int
 ) -> list[Case]:
-    """Lists what is compiled: all layers at the first width, the fewest at the others."""
+    """Lists the steps: all layers at the first width, the fewest at the others."""
     sizes = [(widths[0], count) for count in layers] + [(width, layers[0]) for width in widths[1:]]
+    over_4 = Case(topology="tpu:v5e:2x2", ranks=4, tokens=tokens, schedule=schedule)
     return [
-        Case(
-            topology="tpu:v5e:2x2",
-            ranks=4,
-            family=family,
-            remat=remat,
-            width=width,
-            layers=count,
-            tokens=tokens,
-            schedule=schedule,
-        )
+        replace(over_4, family=family, remat=remat, width=width, layers=count)
         for family, remat, (width, count) in itertools.product(BLOCKS, REMATS, sizes)
     ]
 
 
-def tables_of_ticks(rows: Sequence[Row]) -> str:
-    """Writes what ticks cost, and what steps of such ticks take, as two tables in Markdown."""
-    costs = [
-        (
-            *(f"{value / 1e6:.2f}" for value in (row.forward, row.input_grad, row.weight_grad)),
-            f"{row.full_backward / 1e6:.2f}",
-            f"{row.share:.2f}",
-            f"{row.temporaries / 2**20:,.0f}",
-            f"{row.temporaries_full / 2**20:,.0f}",
-        )
-        for row in rows
-    ]
-    times = [
-        tuple(
-            ", ".join(f"{100 * row.change_of_time(name, ranks=ranks):+.0f}" for ranks in RANKS)
-            for name in SCHEDULES
-        )
-        for row in rows
-    ]
-    head = f"{_NAMES} | F | I | W | as one | as one / I + W | MiB | MiB, as one"
-    return "\n\n".join(
-        (
-            _table(head, rows, costs),
-            _table(" | ".join((_NAMES, *(f"`{name}`" for name in SCHEDULES))), rows, times),
-        )
+def _millions(action: str) -> Any:
+    return lambda row: f"{row.cycles(action) / 1e6:.2f}"
+
+
+def _changes(schedule: str) -> Any:
+    return lambda row: ", ".join(
+        f"{100 * row.change_of_time(schedule, ranks=ranks):+.0f}" for ranks in RANKS
     )
 
 
-def table_of_beats(rows: Sequence[Beats]) -> str:
-    """Writes what becomes of DualPipe as a table in Markdown."""
-    cells = []
-    for row in rows:
-        before, after = row.seconds
-        cells.append(
-            (
-                *(f"{cycles:,.0f}" for cycles in row.cycles),
-                *(f"{num_bytes / 2**20:,.0f}" for num_bytes in row.temporaries),
-                f"{100 * (after / before - 1):+.1f}",
-            )
-        )
-    head = f"{_NAMES} | a layer's cycles | as one | MiB | MiB, as one | step, %"
-    return _table(head, rows, cells)
+_STEP: tables.Columns = {
+    "block": lambda row: row.case.family,
+    "remat": lambda row: row.case.remat,
+    "width": lambda row: row.case.width,
+    "layers": lambda row: row.case.layers,
+}
+_MEMORY: tables.Columns = {
+    "MiB": lambda row: tables.number(row.apart.temporaries, ",.0f", unit=2**20),
+    "MiB, full": lambda row: tables.number(row.full.temporaries, ",.0f", unit=2**20),
+}
+TICKS: tables.Columns = {
+    **_STEP,
+    "F": _millions("forward"),
+    "I": _millions("input_grad"),
+    "W": _millions("weight_grad"),
+    "full": _millions("full_backward"),
+    "full / I + W": lambda row: f"{row.share:.2f}",
+    **_MEMORY,
+}
+TIMES: tables.Columns = {**_STEP, **{f"`{name}`": _changes(name) for name in SCHEDULES}}
+BEATS: tables.Columns = {
+    **_STEP,
+    # Two beats a trip.
+    "a layer's cycles": lambda r: f"{r.apart.cycles_of_layers / (2 * r.case.layers):,.0f}",
+    "full": lambda r: f"{r.full.cycles_of_layers / (2 * r.case.layers):,.0f}",
+    **_MEMORY,
+    "step, %": lambda r: f"{100 * (r.full.predicted_seconds / r.apart.predicted_seconds - 1):+.1f}",
+}
 
 
-def _table(head: str, rows: Sequence[Row | Beats], cells: Sequence[tuple[str, ...]]) -> str:
-    lines = [f"| {head} |", "| --- | --- " + "| ---: " * (head.count("|") - 1) + "|"]
-    for row, values in zip(rows, cells, strict=True):
-        case = row.case
-        line: tuple[Any, ...] = (case.family, case.remat, case.width, case.layers, *values)
-        lines.append(f"| {' | '.join(map(str, line))} |")
-    return "\n".join(lines)
+def make_tables(ticks: Sequence[Row], beats: Sequence[Row]) -> dict[str, str]:
+    """Writes the costs of ticks, the times of steps of such ticks, and DualPipe's step."""
+    subjects = {"ticks": (TICKS, ticks), "times": (TIMES, ticks), "beats": (BEATS, beats)}
+    return {name: tables.markdown(*table, words=_WORDS) for name, table in subjects.items()}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@sizes.widths
-@sizes.layers(default=(2, 8), fewest=2)
-@click.option("--tokens", type=flags.POSITIVE, default=4096, help="A microbatch.")
-@click.option("--write-readme", is_flag=True, help="Put the tables into the README.")
-def command(
-    *, widths: tuple[int, ...], layers: tuple[int, ...], tokens: int, write_readme: bool
+@script("backwards")
+@flags.widths
+@flags.layers(default=(2, 8), fewest=2)
+@click.option("--tokens", type=POSITIVE, default=4096, help="A microbatch.")
+@flags.output
+@flags.write_readme
+def main(
+    *,
+    widths: tuple[int, ...],
+    layers: tuple[int, ...],
+    tokens: int,
+    output: Path,
+    write_readme: bool,
 ) -> None:
     """Compare full backwards with input grads and weight grads apart, in programs for TPUs."""
-    sizes.require_whole_heads(widths)
+    flags.require_whole_heads(widths)
+    compiles = flags.open_compiles(output)
     ticks = cases("1f1b", widths=widths, layers=layers, tokens=tokens)
     beats = cases("dualpipe", widths=widths, layers=layers[:1], tokens=tokens)
-    try:
-        texts = {
-            "ticks": tables_of_ticks([measure_ticks(c) for c in track(ticks, "1f1b")]),
-            "beats": table_of_beats([measure_beats(c) for c in track(beats, "dualpipe")]),
-        }
-    except ModuleNotFoundError as error:
-        raise flags.Refusal(str(error)) from error
-    for name, text in texts.items():
-        click.echo(f"{text}\n")
-        if write_readme:
-            documents.write_into(README, text, name=name)
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    flags.run(command, args, name="full_backward")
+    made = make_tables(
+        [Row.of(case, compiles) for case in track(ticks, "1f1b")],
+        [Row.of(case, compiles) for case in track(beats, "dualpipe")],
+    )
+    flags.publish(made, output, is_for_readme=write_readme)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Three blocks of a language model in plain functions, with the shapes of their parameters.
+"""Blocks of a language model in plain functions, with the shapes of their parameters.
 
-Pre-norm; compute in bfloat16, parameters in float32. A microbatch is `[tokens]` of token ids.
+Pre-norm; compute in bfloat16. A microbatch is token ids, `[tokens]` or `[windows, tokens]`.
 """
 
 from collections.abc import Callable
@@ -19,55 +19,32 @@ DTYPE, VOCABULARY, HEAD_SIZE, CONTEXT, EXPERTS = jnp.bfloat16, 1024, 128, 1024, 
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Family:
-    """Tells of a kind of block.
-
-    Attributes:
-      block: `(params, x, ctx) -> x`, x `[tokens, width]`.
-      shapes: `width -> ` the shapes of a layer's parameters.
-      has_experts: Whether it has all-to-alls over a manual axis `"expert"`.
-    """
-
-    block: Callable[[Any, jax.Array, Any], jax.Array]
-    shapes: Callable[[int], Shapes]
-    has_experts: bool = False
-
-    @property
-    def model(self) -> dpj.Model:
-        """The model."""
-        return dpj.Model(embed=embed, block=self.block, head=head)
-
-    @property
-    def param_specs(self) -> Any:
-        """How parameters lie over the manual axes."""
-        of_experts = PartitionSpec(None, "expert")
-        blocks = {
-            name: of_experts if name in ("up", "down") else PartitionSpec()
-            for name in self.shapes(1)
-        }
-        return {"ends": PartitionSpec(), "blocks": blocks}
-
-
 def embed(ends: Any, ctx: Any) -> jax.Array:
     return ends["table"].astype(DTYPE)[ctx.microbatch]
 
 
 def head(ends: Any, x: jax.Array, ctx: Any) -> jax.Array:
-    """Cross-entropy of each token's own id: what is predicted does not matter here."""
+    """Cross-entropy of each token's own id: the prediction itself does not matter here."""
     logits = (norm(x, ends["gain"]) @ ends["table"].astype(DTYPE).T).astype(jnp.float32)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ctx.microbatch[:, None], 1)
     return -picked.mean()
 
 
-def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+def head_without_gain(ends: Any, x: jax.Array, ctx: Any) -> jax.Array:
+    """The same loss over windows, by a log-sum-exp."""
+    logits = (norm(x) @ ends["table"].T.astype(DTYPE)).astype(jnp.float32)
+    of_token = jnp.take_along_axis(logits, ctx.microbatch[..., None], axis=-1)[..., 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - of_token).mean()
+
+
+def norm(x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
-    return wide.astype(DTYPE) * gain.astype(DTYPE)
+    return wide.astype(DTYPE) if gain is None else wide.astype(DTYPE) * gain.astype(DTYPE)
 
 
 def mlp(params: Any, x: jax.Array, ctx: Any) -> jax.Array:
-    hidden = jax.nn.gelu(norm(x, params["gain"]) @ params["up"].astype(DTYPE))
+    hidden = jax.nn.gelu(norm(x, params.get("gain")) @ params["up"].astype(DTYPE))
     return x + hidden @ params["down"].astype(DTYPE)
 
 
@@ -102,31 +79,85 @@ def experts(params: Any, x: jax.Array, ctx: Any) -> jax.Array:
     return x + exchange(hidden @ params["down"][0].astype(DTYPE)) * gate.astype(DTYPE)
 
 
-def _mlp_shapes(width: int) -> Shapes:
-    return {"gain": (width,), "up": (width, 4 * width), "down": (4 * width, width)}
+def mlp_and_experts(params: Any, x: jax.Array, ctx: Any) -> jax.Array:
+    """An MLP, then one of two experts for each token by its position; two all-to-alls."""
+    x = x + jax.nn.gelu(norm(x) @ params["dense_up"]) @ params["dense_down"]
+    tokens = norm(x).reshape(EXPERTS, -1, x.shape[-1])
+    tokens = lax.all_to_all(tokens, "expert", 0, 0, tiled=True)
+    up, down = params["up"][0], params["down"][0]
+    tokens = jax.nn.gelu(tokens @ up) @ down
+    return x + lax.all_to_all(tokens, "expert", 0, 0, tiled=True).reshape(x.shape)
+
+
+def _kernels(width: int, *lead: int, prefix: str = "") -> Shapes:
+    up, down = (*lead, width, 4 * width), (*lead, 4 * width, width)
+    return {f"{prefix}up": up, f"{prefix}down": down}
 
 
 def _transformer_shapes(width: int) -> Shapes:
     heads = max(1, width // HEAD_SIZE)
-    attention = {
-        "gain_1": (width,),
-        "qkv": (width, 3, heads, HEAD_SIZE),
-        "out": (heads, HEAD_SIZE, width),
-    }
-    return _mlp_shapes(width) | attention
+    qkv, out = (width, 3, heads, HEAD_SIZE), (heads, HEAD_SIZE, width)
+    return {"gain": (width,), **_kernels(width), "gain_1": (width,), "qkv": qkv, "out": out}
 
 
-def _experts_shapes(width: int) -> Shapes:
-    return {
-        "gain": (width,),
-        "router": (width, EXPERTS),
-        "up": (EXPERTS, width, 4 * width),
-        "down": (EXPERTS, 4 * width, width),
-    }
+@dataclass(frozen=True)
+class Family:
+    """Describes a kind of block.
+
+    Attributes:
+      block: `(params, x, ctx) -> x`, x `[..., width]`.
+      shapes: `width -> ` the shapes of a layer's parameters.
+      spread: The parameters that lie over a manual axis `"expert"`, over which the block has
+        all-to-alls; none without.
+      is_half: Whether parameters are bfloat16 and norms have no gain; else float32, with gains.
+      window: Tokens of a window; None if a microbatch is one row of tokens.
+    """
+
+    block: Callable[[Any, jax.Array, Any], jax.Array]
+    shapes: Callable[[int], Shapes]
+    spread: tuple[str, ...] = ()
+    is_half: bool = False
+    window: int | None = None
+
+    @property
+    def model(self) -> dpj.Model:
+        """The model."""
+        last = head_without_gain if self.is_half else head
+        return dpj.Model(embed=embed, block=self.block, head=last)
+
+    def avals(self, width: int, num_layers: int) -> Any:
+        """Makes the shapes and dtypes of the parameters of so many layers."""
+        ends = {"table": (VOCABULARY, width)} | ({} if self.is_half else {"gain": (width,)})
+        dtype = DTYPE if self.is_half else jnp.float32
+        layers = self.shapes(width).items()
+        return {
+            "ends": {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in ends.items()},
+            "blocks": {n: jax.ShapeDtypeStruct((num_layers, *s), dtype) for n, s in layers},
+        }
+
+    def specs(self, *axes: str | None) -> Any:
+        """Says how parameters lie, layers over the axes and experts over theirs."""
+        whole, spread = PartitionSpec(*axes), PartitionSpec(*(axes or (None,)), "expert")
+        blocks = {name: spread if name in self.spread else whole for name in self.shapes(1)}
+        return {"ends": PartitionSpec(), "blocks": blocks}
 
 
+_SPREAD = ("up", "down")
 FAMILIES = {
-    "mlp": Family(mlp, _mlp_shapes),
+    "mlp": Family(mlp, lambda width: {"gain": (width,), **_kernels(width)}),
     "transformer": Family(transformer, _transformer_shapes),
-    "experts": Family(experts, _experts_shapes, has_experts=True),
+    "experts": Family(
+        experts,
+        lambda w: {"gain": (w,), "router": (w, EXPERTS), **_kernels(w, EXPERTS)},
+        spread=_SPREAD,
+    ),
+    # Those of the steps for GPUs.
+    "dense": Family(mlp, _kernels, is_half=True, window=512),
+    "mixture": Family(
+        mlp_and_experts,
+        lambda width: _kernels(width, prefix="dense_") | _kernels(width, EXPERTS),
+        spread=_SPREAD,
+        is_half=True,
+        window=512,
+    ),
 }

@@ -1,26 +1,41 @@
-"""A case -> `dpj.preflight`'s reports on its pipelined step and on the same layers unpipelined.
+"""A case -> its step: a function, its arguments as shapes alone, and the mesh. Nothing runs."""
 
-Arguments are shapes alone: no array is made, and nothing runs.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
 from experiments.compiled import models
 
-# By these names preflight knows what belongs to embedding and head, in any program.
+# By these names preflight knows the parts of embedding and head, in any program.
 EMBED, HEAD = "dualpipe.embed", "dualpipe.head"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step, `fn(*args)`, over a mesh of no devices in particular.
+
+    Attributes:
+      fn: The step.
+      args: Shapes, dtypes and shardings of its arguments.
+      mesh: The mesh.
+      memory: What the library says of the step's memory by itself (`grad_fn.memory`), if asked.
+    """
+
+    fn: Callable[..., Any]
+    args: Any
+    mesh: Mesh | AbstractMesh
+    memory: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """Tells of one step.
+    """Describes one step.
 
     Attributes:
       topology: As `dpj.preflight` takes it.
@@ -33,6 +48,10 @@ class Case:
       schedule: One of `dpj.schedules.names()`.
       overlap: As `dpj.Execution` takes it.
       remat: `"none"` or `"block"`.
+      split_backward: As `dpj.Execution` takes it.
+      has_pipeline: Whether the step has a pipeline; else it is gradient accumulation over one
+        stage's layers, on every device the same.
+      has_options: Whether it is compiled with `dpj.compiler_options`; else with none.
     """
 
     topology: str
@@ -45,63 +64,67 @@ class Case:
     schedule: str = "dualpipe"
     overlap: bool | None = True
     remat: str = "none"
+    split_backward: bool | None = None
+    has_pipeline: bool = True
+    has_options: bool = True
 
     @property
     def num_microbatches(self) -> int:
         """Enough for a steady state: four a rank."""
         return 4 * self.ranks
 
+    def make(self) -> Step:
+        """Makes the step."""
+        return _pipelined(self) if self.has_pipeline else _unpipelined(self)
 
-def pipelined(case: Case, *, split_backward: bool | None = None) -> Any:
-    """Compiles the whole pipelined step, and gives preflight's report.
 
-    Args:
-      case: What to compile.
-      split_backward: As `dpj.Execution` takes it.
-    """
+def lay(avals: Any, specs: Any, mesh: AbstractMesh) -> Any:
+    """Gives avals their shardings; `specs` is a prefix tree of theirs."""
+
+    def laid(spec: PartitionSpec, tree: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
+
+    return jax.tree.map(laid, specs, avals, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def _pipelined(case: Case) -> Step:
     family = models.FAMILIES[case.family]
-    other = "expert" if family.has_experts else "data"
+    other = "expert" if family.spread else "data"
     sizes = (case.ranks,) if case.beside == 1 else (case.ranks, case.beside)
     axes = ("pipe", other)[: len(sizes)]
     mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * len(sizes))
-    more: dict[str, Any] = {}
-    if case.beside > 1:
-        more["batch_axes"] = other
-    if family.has_experts:
-        more |= {"manual_axes": other, "param_specs": family.param_specs}
+    more: dict[str, Any] = {"batch_axes": other} if case.beside > 1 else {}
+    if family.spread:
+        more |= {"manual_axes": other, "param_specs": family.specs()}
     grad_fn = dpj.value_and_grad(
         family.model,
         mesh=mesh,
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         remat=case.remat,
-        execution=dpj.Execution(overlap=case.overlap, split_backward=split_backward),
+        execution=dpj.Execution(overlap=case.overlap, split_backward=case.split_backward),
         **more,
     )
-
-    def blocks_spec(name: str) -> PartitionSpec:
-        of_experts = family.has_experts and name in ("up", "down")
-        return PartitionSpec("pipe", "expert") if of_experts else PartitionSpec("pipe")
-
-    params = _avals(case, case.layers * case.ranks, mesh, blocks_spec)
-    rows = case.num_microbatches * case.beside * case.tokens
-    spec = PartitionSpec(other) if case.beside > 1 else PartitionSpec()
-    batch = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=NamedSharding(mesh, spec))
-    return dpj.preflight(jax.jit(grad_fn), (params, batch), case.topology, mesh=mesh)
+    params = family.avals(case.width, case.layers * case.ranks)
+    tokens = case.num_microbatches * case.beside * case.tokens
+    shape = (tokens,) if family.window is None else (tokens // family.window, family.window)
+    batch_spec = PartitionSpec(other) if case.beside > 1 else PartitionSpec()
+    avals = params, jax.ShapeDtypeStruct(shape, jnp.int32)
+    args = lay(avals, (family.specs("pipe"), batch_spec), mesh)
+    return Step(fn=jax.jit(grad_fn), args=args, mesh=mesh)
 
 
-def unpipelined(case: Case) -> Any:
-    """Compiles gradient accumulation over one stage's layers, unrolled, and no parallelism.
-
-    The same block, rematerialisation and dtype of the accumulators. Every device of the topology
-    does the same as all others.
-    """
+def _unpipelined(case: Case) -> Step:
+    """The same block, rematerialisation and dtype of the accumulators; layers unrolled."""
     family = models.FAMILIES[case.family]
-    assert not family.has_experts, "its all-to-alls need more than one device"
+    assert not family.spread, "its all-to-alls need more than one device"
     mesh = AbstractMesh((case.ranks * case.beside,), ("same",), axis_types=(AxisType.Auto,))
 
     def loss_of(ends: Any, layers: Any, tokens: jax.Array) -> jax.Array:
-        ctx = _Context(tokens)
+        ctx = dpj.Context(microbatch=tokens)
         with jax.named_scope(EMBED):
             x = models.embed(ends, ctx)
 
@@ -130,35 +153,6 @@ def unpipelined(case: Case) -> Any:
         start = jnp.zeros(()), *zeros
         return lax.scan(microbatch, start, batch.reshape(case.num_microbatches, -1))[0]
 
-    params = _avals(case, case.layers, mesh, lambda name: PartitionSpec())
-    batch = jax.ShapeDtypeStruct(
-        (case.num_microbatches * case.tokens,),
-        jnp.int32,
-        sharding=NamedSharding(mesh, PartitionSpec()),
-    )
-    return dpj.preflight(jax.jit(step), (params, batch), case.topology, mesh=mesh)
-
-
-def cycles_of_layers(loop: Any) -> float:
-    """Sums the cycles of a trip without those of embedding and head."""
-    ends = {"embed", "embed_grad", "head"}
-    return sum(each.cycles for each in loop.actions if each.name not in ends)
-
-
-@dataclass(frozen=True)
-class _Context:
-    microbatch: jax.Array
-
-
-def _avals(case: Case, num_layers: int, mesh: Any, spec_of: Any) -> Any:
-    def aval(shape: tuple[int, ...], spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-
-    ends = {"table": (models.VOCABULARY, case.width), "gain": (case.width,)}
-    blocks = models.FAMILIES[case.family].shapes(case.width)
-    return {
-        "ends": {name: aval(shape, PartitionSpec()) for name, shape in ends.items()},
-        "blocks": {
-            name: aval((num_layers, *shape), spec_of(name)) for name, shape in blocks.items()
-        },
-    }
+    batch = jax.ShapeDtypeStruct((case.num_microbatches * case.tokens,), jnp.int32)
+    avals = family.avals(case.width, case.layers), batch
+    return Step(fn=jax.jit(step), args=lay(avals, PartitionSpec(), mesh), mesh=mesh)

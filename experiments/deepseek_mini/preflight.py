@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import dualpipe_jax as dpj
+from experiments.compiled.compiles import count
 from experiments.deepseek_mini import model
 from experiments.deepseek_mini.model import DeepSeekMini
 
@@ -119,15 +120,10 @@ def describe(what: str, report: Any) -> str:
     """Counts the collectives of a trip: how many are asynchronous, and how many are hidden."""
     if report.loop is None:
         return f"{what}: no loop to look at; {report.failure or 'see above'}"
-    kinds = dict.fromkeys(each.kind for each in report.loop.collectives)
-    counts = []
-    for kind in kinds:
-        mine = [each for each in report.loop.collectives if each.kind == kind]
-        total, of_async, hidden = (
-            sum(each.count for each in mine if keep(each))
-            for keep in (lambda _: True, lambda e: e.is_async, lambda e: e.is_hidden is True)
-        )
-        counts.append(f"{total} {kind} ({of_async} asynchronous, {hidden} hidden)")
+    counts = [
+        f"{each.total} {kind} ({each.num_async} asynchronous, {each.num_hidden} hidden)"
+        for kind, each in count(report.loop.collectives).items()
+    ]
     loop = report.loop
     exposed = "?" if loop.exposed_seconds is None else f"{loop.exposed_seconds * 1e6:,.0f}"
     compute = "?" if loop.compute_seconds is None else f"{loop.compute_seconds * 1e6:,.0f}"

@@ -1,18 +1,22 @@
-"""What hides a beat's collectives on eight H100s: `make test-gpu`, as the compiler is large."""
+"""The collectives that a beat hides on eight H100s: `make test-gpu`, as the compiler is large."""
+
+from dataclasses import replace
 
 import jax
 import pytest
 
-import dualpipe_jax as dpj
-from experiments.compiled import gpu
-from experiments.compiled import gpu_steps as steps
+from experiments.compiled import overlap
+from experiments.compiled.compiles import EXCHANGE, PERMUTE, Figures, compile_case
+
+DENSE, MIXTURE = overlap.cases("gpu", widths=(1024,), layers=(2,))
 
 
 @pytest.mark.parametrize("layers", [2, 4])
 def test_dense_permutes_have_matmuls_beside_them(layers: int) -> None:
-    permutes, exchanges = _counts(steps.dense(layers_per_stage=layers, width=1024))
-    assert permutes.total == permutes.num_async == permutes.num_hidden == 4
-    assert exchanges.total == 0
+    figures = _figures(replace(DENSE, layers=layers))
+    permutes = figures.count(PERMUTE)
+    assert permutes.total == permutes.num_async == permutes.num_covered == 4
+    assert figures.count(EXCHANGE).total == 0
 
 
 # Six layers a stage are a loop.
@@ -20,15 +24,12 @@ def test_dense_permutes_have_matmuls_beside_them(layers: int) -> None:
     ("layers", "width"), [(2, 1024), (3, 1024), (4, 1024), (6, 1024), (2, 2048), (4, 2048)]
 )
 def test_so_do_the_all_to_alls_of_experts(layers: int, width: int) -> None:
-    permutes, exchanges = _counts(steps.experts(layers_per_stage=layers, width=width))
-    assert permutes.total == permutes.num_async == permutes.num_hidden == 4
-    assert exchanges.total == exchanges.num_async == exchanges.num_hidden == 8 * layers
+    figures = _figures(replace(MIXTURE, layers=layers, width=width))
+    permutes, exchanges = figures.count(PERMUTE), figures.count(EXCHANGE)
+    assert permutes.total == permutes.num_async == permutes.num_covered == 4
+    assert exchanges.total == exchanges.num_async == exchanges.num_covered == 8 * layers
 
 
-def _counts(step: steps.Step) -> list[gpu.Count]:
+def _figures(case: overlap.Case) -> Figures:
     with jax.enable_x64(False):
-        options = dpj.compiler_options("gpu")
-        report = dpj.preflight(
-            step.fn, step.args, gpu.TOPOLOGY, compiler_options=options, mesh=step.mesh
-        )
-    return [gpu.count(report, kind) for kind in gpu.KINDS]
+        return compile_case(case)

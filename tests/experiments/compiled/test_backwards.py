@@ -9,20 +9,23 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax._simulate import of_transformer
 from experiments import documents
-from experiments.compiled import backwards
-from experiments.compiled.backwards import Beats, Row
+from experiments.compiled import backwards, flags
+from experiments.compiled.backwards import Row
+from experiments.compiled.compiles import compile_case
+from tests.experiments.compiled.figures import figures_of
 
 # The compiler for TPUs takes longer the larger the arrays are.
 SIZES: dict[str, Any] = {"widths": (128,), "layers": (2,), "tokens": 256}
 CASE = backwards.cases("1f1b", **SIZES)[0]
+APART = {"forward": 2e6, "input_grad": 3e6, "weight_grad": 1e6, "other": 1e5}
 ROW = Row(
     case=CASE,
-    forward=2e6,
-    input_grad=3e6,
-    weight_grad=1e6,
-    full_backward=3e6,
-    temporaries=2**30,
-    temporaries_full=2**29,
+    apart=figures_of(cycles=APART, temporaries=2**30, predicted_seconds=0.1),
+    full=figures_of(
+        cycles={**APART, "input_grad": 1.5e6, "weight_grad": 1e6, "other": 6e5},
+        temporaries=2**29,
+        predicted_seconds=0.098,
+    ),
 )
 
 
@@ -58,24 +61,21 @@ def test_time_at_the_costs_of_a_row() -> None:
 
 def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backwards, "RANKS", (2, 4))
-    costs, times = backwards.tables_of_ticks([ROW]).split("\n\n")
-    assert costs.splitlines()[2] == (
+    made = {k: v.splitlines()[2] for k, v in backwards.make_tables([ROW], [ROW]).items()}
+    assert made["ticks"] == (
         "| mlp | none | 128 | 2 | 2.00 | 3.00 | 1.00 | 3.00 | 0.75 | 1,024 | 512 |"
     )
-    cells = times.splitlines()[2].split(" | ")[4:]
+    cells = made["times"].split(" | ")[4:]
     assert len(cells) == len(backwards.SCHEDULES)
     assert cells[1] == ", ".join(
         f"{100 * ROW.change_of_time('1f1b', ranks=ranks):+.0f}" for ranks in (2, 4)
     )
-    beats = Beats(case=CASE, cycles=(1e6, 1.5e6), temporaries=(2**20, 2**21), seconds=(0.1, 0.098))
-    assert backwards.table_of_beats([beats]).splitlines()[2] == (
-        "| mlp | none | 128 | 2 | 1,000,000 | 1,500,000 | 1 | 2 | -2.0 |"
-    )
+    assert made["beats"] == "| mlp | none | 128 | 2 | 1,525,000 | 1,275,000 | 1,024 | 512 | -2.0 |"
 
 
 def test_the_committed_figures_are_what_the_library_counts_with() -> None:
     """The share of a full backward is the middle of what was compiled."""
-    readme = documents.read_from(backwards.README, name="ticks").split("\n\n")[0]
+    readme = documents.read_from(flags.README, name="ticks")
     lines = [line.strip("| ").split(" | ") for line in readme.splitlines()[2:]]
     assert len(lines) == 12
     shares = sorted(float(line[8]) for line in lines)
@@ -95,30 +95,15 @@ def test_the_committed_figures_are_what_the_library_counts_with() -> None:
 def test_small_steps_compiled_for_tpus() -> None:
     beats = backwards.cases("dualpipe", **SIZES)[0]
     with jax.enable_x64(False):
-        ticks, steady = backwards.measure_ticks(CASE), backwards.measure_beats(beats)
+        ticks, steady = Row.of(CASE, compile_case), Row.of(beats, compile_case)
     # A matrix unit's cycle is 131,072 FLOPs at most; two matmuls each, of two layers.
     matmuls = 2 * 2 * 2 * 256 * 128 * 512 / 131072
-    assert min(ticks.forward, ticks.input_grad, ticks.weight_grad) > matmuls
-    assert ticks.full_backward > 2 * matmuls
+    assert min(map(ticks.cycles, ("forward", "input_grad", "weight_grad"))) > matmuls
+    assert ticks.cycles("full_backward") > 2 * matmuls
     assert 0.5 < ticks.share < 1.2
-    assert ticks.temporaries_full < ticks.temporaries
-    assert min(steady.cycles) > 3 * matmuls / 2
-    assert min(steady.seconds) > 0
-    assert steady.temporaries[0] != steady.temporaries[1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--width 130", "--width 130: must be a multiple of 128"),
-        ("--layers 1", "1 is not in the range"),
-        ("--ranks 4", "No such option"),
-    ],
-)
-def test_mistake_is_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        backwards.main(flags.split())
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    both = ticks.full.temporaries, ticks.apart.temporaries
+    assert (both[0] or 0) < (both[1] or 0)
+    for figures in (steady.apart, steady.full):
+        assert figures.cycles_of_layers > 2 * 2 * 3 * matmuls / 2
+        assert (figures.predicted_seconds or 0) > 0
+    assert steady.apart.temporaries != steady.full.temporaries
