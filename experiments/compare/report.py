@@ -1,18 +1,17 @@
 """Contenders that ran -> rows of figures -> a CSV, a table in Markdown, a picture."""
 
-import csv
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments import tables
 from experiments.compare.measuring import SEQUENTIAL, Contender
+from experiments.train_lm import pictures
 
 # Light to dark over the numbers of ranks.
 _COLORS = ("#8cc4ef", "#3d86c6", "#12508f", "#0a2c52")
@@ -49,12 +48,8 @@ class Row:
     @property
     def slots(self) -> tuple[int | None, ...]:
         """Those of each buffer."""
-        return (
-            self.received_slots,
-            self.residual_slots,
-            self.weight_residual_slots,
-            self.stash_slots,
-        )
+        kept = self.residual_slots, self.weight_residual_slots
+        return self.received_slots, *kept, self.stash_slots
 
 
 def summarize(contenders: Sequence[Contender], *, num_layers: int) -> list[Row]:
@@ -91,35 +86,49 @@ def summarize(contenders: Sequence[Contender], *, num_layers: int) -> list[Row]:
     return rows
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes a line a contender."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in dataclasses.fields(Row))
-        writer.writerows(
-            ["" if value is None else value for value in dataclasses.astuple(row)] for row in rows
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """A step of one contender: its loss, and its seconds but for the first."""
+
+    ranks: int
+    schedule: str
+    step: int
+    loss: float
+    wall_seconds: float | None
+    cpu_seconds: float | None
+
+
+def steps_of(contenders: Sequence[Contender]) -> list[StepRow]:
+    """Lists the steps of all."""
+    return [
+        StepRow(
+            ranks=contender.num_ranks,
+            schedule=contender.name,
+            step=step,
+            loss=loss,
+            wall_seconds=wall,
+            cpu_seconds=cpu,
         )
+        for contender in contenders
+        for step, (loss, wall, cpu) in enumerate(
+            zip(
+                contender.losses,
+                [None, *contender.wall_seconds],
+                [None, *contender.cpu_seconds],
+                strict=True,
+            ),
+            start=1,
+        )
+    ]
 
 
-def write_steps(contenders: Sequence[Contender], path: Path) -> None:
-    """Writes a line a step of each: its loss, and its seconds but for the first."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["ranks", "schedule", "step", "loss", "wall_seconds", "cpu_seconds"])
-        for contender in contenders:
-            seconds = zip(contender.wall_seconds, contender.cpu_seconds, strict=True)
-            columns = zip(contender.losses, [("", ""), *seconds], strict=True)
-            for step, (loss, (wall, cpu)) in enumerate(columns, start=1):
-                writer.writerow([contender.num_ranks, contender.name, step, loss, wall, cpu])
-
-
-# The table's columns; a terminal shows those in SHORT.
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "ranks": lambda row: str(row.ranks),
+# The table's columns; a terminal shows those that are not in _LONG.
+COLUMNS: dict[str, tables.Cell] = {
+    "ranks": lambda row: row.ranks,
     "schedule": lambda row: row.schedule,
     "layers a stage": lambda row: f"{row.layers_per_stage:g}",
-    "ticks": lambda row: _cell(row.ticks, "d"),
-    "idle": lambda row: _cell(row.idle_share, ".1%"),
+    "ticks": lambda row: tables.number(row.ticks, "d"),
+    "idle": lambda row: tables.number(row.idle_share, ".1%"),
     "slots": lambda row: "-" if row.ticks is None else "/".join(map(str, row.slots)),
     "MiB": lambda row: f"{row.temporary_bytes / 2**20:.1f}",
     "compile": lambda row: f"{row.compile_seconds:.1f} s",
@@ -129,28 +138,19 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "CPU": lambda row: f"{row.cpu_ratio:.2f}x",
     "loss": lambda row: "-" if row.ticks is None else f"{row.loss_difference:.0e}",
 }
-SHORT = ("schedule", "ticks", "idle", "slots", "MiB", "compile", "wall", "CPU", "loss")
+_WORDS = ("ranks", "schedule")
+_LONG = ("ranks", "layers a stage", "wall, s", "CPU, s")
 
 
-def write_markdown(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table of the README."""
-    rules = ["---" if title in ("ranks", "schedule") else "---:" for title in COLUMNS]
-    lines = [COLUMNS, rules, *([cell(row) for cell in COLUMNS.values()] for row in rows)]
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Makes the table of the README."""
+    return tables.markdown(COLUMNS, rows, words=_WORDS)
 
 
-def to_rich(rows: Sequence[Row]) -> Table:
+def to_terminal(rows: Sequence[Row]) -> Table:
     """Makes the table of a terminal, of those that ran in turns."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, title=f"{rows[0].ranks} ranks")
-    for title in SHORT:
-        table.add_column(title, justify="left" if title == "schedule" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(COLUMNS[title](row) for title in SHORT))
-    return table
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    short = {title: cell for title, cell in COLUMNS.items() if title not in _LONG}
+    return tables.terminal(short, rows, words=_WORDS, title=f"{rows[0].ranks} ranks")
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -184,23 +184,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 clip_on=False,
                 zorder=3,
             )
-        _frame(panel, title)
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_xlim(0, max(1.1, panel.get_xlim()[1]))
+        pictures.frame(panel, hidden=("top", "right", "left"))
     for panel in panels[2:]:
         panel.axvline(1, color="#bd4400", linewidth=1, zorder=1)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    pictures.legend_below(figure, panels[0])
     figure.savefig(path)
-
-
-def _frame(panel: Axes, title: str) -> None:
-    panel.set_title(title, loc="left", fontsize=10)
-    panel.set_xlim(0, max(1.1, panel.get_xlim()[1]))
-    panel.set_axisbelow(True)
-    panel.grid(color="#e4e4e4", linewidth=0.6)
-    panel.tick_params(length=0)
-    panel.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _median_ratio(seconds: Sequence[float], plain: Sequence[float]) -> float:

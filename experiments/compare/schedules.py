@@ -1,17 +1,19 @@
 """Trains one small language model with every schedule, in turns, and compares what each takes.
 
-In: flags. Out, in a folder: schedules.csv, steps.csv, table.md, compare.png. See README.md beside
-it.
+In: flags. Out, in a folder: schedules.csv, steps.csv, schedules.md, schedules.png. See README.md
+beside it.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import jax
 from rich.console import Console
 
 import dualpipe_jax as dpj
+from experiments import tables
 from experiments.compare import measuring, report
 from experiments.progress import bar
 from experiments.train_lm import data, flags, training
@@ -25,7 +27,7 @@ from experiments.train_lm.model import LanguageModel
 LOSS_TOLERANCE = 1e-4
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@flags.script("compare")
 @click.option(
     "--ranks",
     type=POSITIVE,
@@ -33,68 +35,60 @@ LOSS_TOLERANCE = 1e-4
     default=(2, 4, 8),
     help="Devices of the pipeline; once for each number to compare.",
 )
-@click.option(
+@flags.several(
     "--schedule",
     "names",
-    multiple=True,
-    show_default="all",
-    help=f"One of {', '.join(dpj.schedules.names())}; once for each to compare.",
+    dpj.schedules.names(),
+    default=dpj.schedules.names(),
+    text="To compare.",
 )
 @click.option("--microbatches", type=POSITIVE, default=16, help="Of one step.")
 @click.option(
     "--steps", type=click.IntRange(min=2), default=20, help="Of each; the first is not timed."
 )
 @flags.language_model(context=64, layers=16, width=64)
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/compare_schedules"),
-    help="The folder for the figures, the table and the picture.",
-)
-def command(
+@flags.output("runs/compare", results="the figures, the table and the picture")
+def main(
     *,
     ranks: tuple[int, ...],
     names: tuple[str, ...],
     microbatches: int,
     steps: int,
-    batch_size: int,
-    context: int,
-    layers: int,
-    width: int,
-    heads: int,
     learning_rate: float,
     seed: int,
     output: Path,
+    batch_size: int,
+    context: int,
+    **sizes: int,
 ) -> None:
     """Train one language model with every schedule, and compare what each takes.
 
     All begin with the same parameters and see the same batches; their steps are taken in turns.
     """
-    ranks = tuple(sorted(set(ranks)))
-    names = tuple(dict.fromkeys(names)) or dpj.schedules.names()
-    _require_flags_fit(
-        names=names,
-        num_ranks=max(ranks),
-        microbatches=microbatches,
-        batch_size=batch_size,
-        layers=layers,
-        width=width,
-        heads=heads,
+    ranks, names = tuple(sorted(set(ranks))), tuple(dict.fromkeys(names))
+    most = max(ranks)
+    made = {"num_ranks": most, "num_microbatches": microbatches}
+    stages = max(dpj.schedules.make(name, **made).num_stages for name in names)
+    flags.refuse(
+        {
+            **flags.uneven_batch(batch_size, microbatches),
+            **flags.uneven_heads(sizes["width"], sizes["heads"]),
+            **flags.too_few_layers(sizes["layers"], stages=stages, ranks=most),
+        }
     )
-    find_devices(max(ranks), flag=f"--ranks {max(ranks)}", fake=max(ranks))
+    find_devices(most, flag=f"--ranks {most}", fake=most)
     try:
         text = data.read(None, min_length=context + 1)
-        output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise Refusal(str(error)) from error
+    flags.make_folder(output)
     # A program found in a cache would have no compile time.
     jax.config.update("jax_enable_compilation_cache", False)
 
-    console = Console(highlight=False)
-    model = LanguageModel(layers=layers, width=width, heads=heads)
+    console, model = Console(highlight=False), LanguageModel(**sizes)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
     optimizer, _ = training.make_optimizer(learning_rate=learning_rate, steps=steps)
-    sizes = {"batch_size": batch_size, "context": context, "seed": seed}
+    windows: Any = {"batch_size": batch_size, "context": context, "seed": seed}
     names = (measuring.SEQUENTIAL, *names)
     contenders: list[measuring.Contender] = []
     rows: list[report.Row] = []
@@ -112,28 +106,28 @@ def command(
                         model=model,
                         params=params,
                         optimizer=optimizer,
-                        batch=next(data.batches(text.train, **sizes)),
+                        batch=next(data.batches(text.train, **windows)),
                     )
                 )
                 progress.advance(task)
             progress.update(task, what=f"{num_ranks} ranks: training")
-            batches = data.batches(text.train, **sizes)
+            batches = data.batches(text.train, **windows)
             for _ in measuring.race(racing, batches, num_steps=steps):
                 progress.advance(task)
             contenders += racing
-            rows += report.summarize(racing, num_layers=layers)
-            console.print(report.to_rich(rows[-len(racing) :]))
+            rows += report.summarize(racing, num_layers=model.layers)
+            console.print(report.to_terminal(rows[-len(racing) :]))
 
-    report.write_csv(rows, output / "schedules.csv")
-    report.write_steps(contenders, output / "steps.csv")
-    report.write_markdown(rows, output / "table.md")
-    report.plot(rows, output / "compare.png")
-    console.print(f"written   {output}: schedules.csv, steps.csv, table.md, compare.png")
+    tables.write_csv(rows, output / "schedules.csv")
+    tables.write_csv(report.steps_of(contenders), output / "steps.csv")
+    (output / "schedules.md").write_text(report.to_markdown(rows))
+    report.plot(rows, output / "schedules.png")
+    console.print(f"written   {output}: schedules.csv, steps.csv, schedules.md, schedules.png")
     require_same_losses(rows)
 
 
 def require_same_losses(rows: Sequence[report.Row]) -> None:
-    """Raises if a schedule does not learn what the model without a pipeline learns."""
+    """Raises if a schedule learns anything else than the model without a pipeline."""
     wrong = [row for row in rows if not row.loss_difference <= LOSS_TOLERANCE]
     if wrong:
         listed = ", ".join(
@@ -142,42 +136,6 @@ def require_same_losses(rows: Sequence[report.Row]) -> None:
         raise click.ClickException(
             f"losses differ from those without a pipeline by more than {LOSS_TOLERANCE:g}: {listed}"
         )
-
-
-def _require_flags_fit(
-    *,
-    names: tuple[str, ...],
-    num_ranks: int,
-    microbatches: int,
-    batch_size: int,
-    layers: int,
-    width: int,
-    heads: int,
-) -> None:
-    """Refuses flags that do not fit each other, all in one line."""
-    known = dpj.schedules.names()
-    unknown = [name for name in names if name not in known]
-    most = max(
-        dpj.schedules.make(name, num_ranks=num_ranks, num_microbatches=microbatches).num_stages
-        for name in (known if unknown else names)
-    )
-    problems = {
-        f"--schedule {', '.join(unknown)}: must be one of {', '.join(known)}": unknown,
-        f"--batch-size {batch_size}: must be divisible by --microbatches {microbatches}": (
-            batch_size % microbatches
-        ),
-        f"--width {width}: must be divisible by --heads {heads}": width % heads,
-        f"--layers {layers}: fewer than the {most} stages that a schedule has over {num_ranks} "
-        "ranks; every stage needs a layer, so add layers or lower --ranks": layers < most,
-    }
-    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
-    if wrong:
-        raise Refusal("; ".join(wrong))
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    flags.run(command, args, name="compare_schedules")
 
 
 if __name__ == "__main__":

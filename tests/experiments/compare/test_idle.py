@@ -1,34 +1,83 @@
 """The comparison of idle time, small: what it counts, that its committed figures are reproduced."""
 
+import functools
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
 import pytest
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 import dualpipe_jax as dpj
-from experiments.compare import costs
-from experiments.compare import idle_report as report
-from experiments.compare.idle import main, replay
+from experiments import tables
+from experiments.compare import costs, idle
+from experiments.compare.idle import Row, main, replay
 from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "experiments" / "compare"
+PAGE = FOLDER / "README.md"
 SIZES = costs.Sizes(layers=64, width=4096, context=4096, heads=32, vocabulary=32_000)
 SMALL = "--ranks 2 --ranks 4 --microbatches 2 --layers 8 --width 16 --context 8 --heads 2"
 
 
-def test_flops_are_those_of_the_matmuls() -> None:
-    B, T, D, V = 1, 24, 16, 40
-    flops = costs.count(costs.Sizes(layers=2, width=D, context=T, heads=4, vocabulary=V))
-    weights = 2 * B * T * 12 * D**2  # q, k, v, o; up and down of four widths
-    attention = 2 * 2 * B * T * T * D
-    assert flops.forward == weights + attention
-    assert flops.input_grad == weights + 2 * attention
-    assert flops.weight_grad == weights
-    assert flops.head_forward == 2 * B * T * D * V
-    assert flops.head_backward == 2 * flops.head_forward
+def test_flops_are_those_of_the_matmuls_in_the_jaxprs() -> None:
+    """The FLOPs of y, of dx beside it, and of the parameters' gradients beside both."""
+    sizes = costs.Sizes(layers=2, width=16, context=24, heads=4, vocabulary=40)
+    aval = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    width, x = sizes.width, aval((1, sizes.context, sizes.width))
+
+    def norm(x: jax.Array) -> jax.Array:
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+    def block(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        heads = (*x.shape[:-1], sizes.heads, width // sizes.heads)
+        q, k, v = ((norm(x) @ params[name]).reshape(heads) for name in "qkv")
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + attended.reshape(x.shape) @ params["o"]
+        return x + jax.nn.gelu(norm(x) @ params["up"]) @ params["down"]
+
+    def parts(function: Any, params: Any) -> tuple[int, int, int]:
+        def with_dx(params: Any, x: Any, dy: Any) -> Any:
+            y, pull = jax.vjp(lambda x: function(params, x), x)
+            return y, pull(dy)
+
+        def with_both(params: Any, x: Any, dy: Any) -> Any:
+            y, pull = jax.vjp(function, params, x)
+            return y, pull(dy)
+
+        dy = jax.eval_shape(function, params, x)
+        forward = matmul_flops(jax.make_jaxpr(function)(params, x).jaxpr)
+        and_dx, and_both = (
+            matmul_flops(jax.make_jaxpr(f)(params, x, dy).jaxpr) for f in (with_dx, with_both)
+        )
+        return forward, and_dx - forward, and_both - and_dx
+
+    params = {name: aval((width, width)) for name in "qkvo"}
+    params |= {"up": aval((width, 4 * width)), "down": aval((4 * width, width))}
+    flops = costs.count(sizes)
+    counted = flops.forward, flops.input_grad, flops.weight_grad
+    assert parts(block, params) == counted
+    forward, *backward = parts(lambda head, x: x @ head, aval((width, sizes.vocabulary)))
+    assert (forward, sum(backward)) == (flops.head_forward, flops.head_backward)
+
+
+def matmul_flops(jaxpr: Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            avals: list[Any] = [v.aval for v in (equation.invars[0], equation.outvars[0])]
+            left, product = (aval.shape for aval in avals)
+            total += 2 * prod(product) * prod(left[d] for d in contracted)
+        assert equation.primitive.name not in ("scan", "while", "cond"), "no block here has them"
+        total += sum(matmul_flops(inner) for inner in jaxprs_in_params(equation.params))
+    return total
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
@@ -43,7 +92,7 @@ def test_costs_add_up_to_the_flops(num_ranks: int) -> None:
 
 
 def test_committed_figures_are_reproduced() -> None:
-    rows = report.read_csv(FOLDER / "idle.csv")
+    rows = tables.read_csv(Row, FOLDER / "idle.csv")
     assert len(rows) == 4 * 4 * len(dpj.schedules.names())
     flops = costs.count(SIZES)
     small = [row for row in rows if row.ranks <= 8 and row.microbatches <= 8]
@@ -63,20 +112,19 @@ def test_committed_figures_are_reproduced() -> None:
             assert getattr(made, name) == expected, (row.schedule, row.ranks, name)
 
 
-def test_the_readme_has_the_table_of_the_committed_figures(tmp_path: Path) -> None:
-    rows = report.read_csv(FOLDER / "idle.csv")
-    report.write_markdown(rows, tmp_path / "table.md")
-    assert (tmp_path / "table.md").read_text() in (FOLDER / "idle.md").read_text()
-    report.write_csv(rows, tmp_path / "idle.csv")
+def test_the_page_has_the_table_of_the_committed_figures(tmp_path: Path) -> None:
+    rows = tables.read_csv(Row, FOLDER / "idle.csv")
+    assert idle.make_table(rows) in PAGE.read_text()
+    tables.write_csv(rows, tmp_path / "idle.csv", form=".6g")
     assert (tmp_path / "idle.csv").read_text() == (FOLDER / "idle.csv").read_text()
 
 
 def test_figures_that_the_readme_names() -> None:
     rows = {
         (row.schedule, row.ranks, row.microbatches): row
-        for row in report.read_csv(FOLDER / "idle.csv")
+        for row in tables.read_csv(Row, FOLDER / "idle.csv")
     }
-    text = (FOLDER / "idle.md").read_text()
+    text = PAGE.read_text()
     of_64 = [rows[n, 8, 64] for n in ("dualpipe", "dualpipev", "zb-h1", "1f1b")]
     with_transfers = [f"{100 * row.with_transfers:.1f}" for row in of_64]
     assert "for {} % of the step, DualPipeV for {} %, ZB-H1 for {} % and 1F1B for {} %".format(
@@ -105,7 +153,7 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
         timeout=200,
     )
     assert result.returncode == 0, result.stderr
-    rows = report.read_csv(tmp_path / "idle.csv")
+    rows = tables.read_csv(Row, tmp_path / "idle.csv")
     assert [(row.ranks, row.microbatches) for row in rows[::7]] == [(2, 4), (4, 8)]
     for row in rows:
         schedule = dpj.schedules.make(
@@ -118,7 +166,7 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
         assert row.with_transfers >= row.transformer - 1e-6
         assert row.without_false_waits <= row.with_transfers + 1e-6
         assert row.uneven <= row.with_transfers + 1e-6
-    lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = (tmp_path / "idle.md").read_text().splitlines()
     assert len(lines) == 2 + len(rows)
     assert len({line.count("|") for line in lines}) == 1
     picture = matplotlib.image.imread(tmp_path / "idle.png")
@@ -144,7 +192,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(
     printed = refusal(
         main,
         flags.split(),
-        name="idle_time",
+        name="idle",
         output=tmp_path / "out",
         capsys=capsys,
         monkeypatch=monkeypatch,
