@@ -1,1 +1,1 @@
-"""What each degree of sharding over the data axis (ZeRO, FSDP) leaves on a device."""
+"""The bytes of a step on a device, by the mesh axes over which its leaves are sharded."""

@@ -1,124 +1,53 @@
-"""Counts what embedding and head cost a pipeline: bytes on every rank, and idle time.
+"""Counts what embedding and head cost a pipeline: bytes on every rank, and idle time."""
 
-Run it with `make ends`. Steps are compiled for fake CPU devices, never run.
-"""
-
-from dataclasses import dataclass
+import itertools
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 import dualpipe_jax as dpj
-from experiments import documents
+from experiments import documents, tables
+from experiments.sharded.steps import Bytes, Layout, P, Sizes, measure, specs
 from experiments.train_lm import flags
 
-README = Path(__file__).with_name("ends.md")
-AXIS = "pipe"
-# How the ends lie over the ranks: embedding, head.
-LAYOUTS = {
-    "on every rank": (PartitionSpec(), PartitionSpec()),
-    "over the ranks": (PartitionSpec(AXIS), PartitionSpec(None, AXIS)),
+README = Path(__file__).with_name("README.md")
+DEFAULTS = {
+    "ranks": 8,
+    "microbatches": 32,
+    "layers": 128,
+    "width": 512,
+    "vocabulary": 2**17,
+    "context": 64,
 }
-SCHEDULES = ("1f1b", "dualpipe", "dualpipev")
-FEWER = (0, 1, 2, 4)
+SCHEDULES, HEADS, FEWER = ("1f1b", "dualpipe", "dualpipev"), (1, 2, 4), (0, 1, 2, 4)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The model, its microbatches, and the pipeline."""
-
-    ranks: int
-    microbatches: int
-    layers: int
-    width: int
-    vocabulary: int
-    context: int
+def _layout(table: P, out: P) -> Layout:
+    made = specs(table=table, out=out, up=P("pipe"), down=P("pipe"))
+    return Layout(parameters=made, gradients=made, state=made)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bytes:
-    """What a step of training holds on one device, by the compiler's account.
-
-    Attributes:
-      state: Parameters and Adam's state, which the step overwrites in place.
-      temporaries: What it holds beside while it runs, the gradients among it.
-    """
-
-    state: int
-    temporaries: int
-
-
-def measure(sizes: Sizes, layout: str) -> Bytes:
-    """Compiles loss, gradients and Adam's update."""
-    embedding, head = LAYOUTS[layout]
-    devices = jax.devices()[: sizes.ranks]
-    mesh = jax.make_mesh((sizes.ranks,), (AXIS,), devices=devices)
-
-    def array(spec: PartitionSpec, *shape: int) -> Any:
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-
-    over_ranks, width = PartitionSpec(AXIS), sizes.width
-    params = {
-        "ends": {
-            "table": array(embedding, sizes.vocabulary, width),
-            "out": array(head, width, sizes.vocabulary),
-        },
-        "blocks": {
-            "up": array(over_ranks, sizes.layers, width, 4 * width),
-            "down": array(over_ranks, sizes.layers, 4 * width, width),
-        },
-    }
-    optimizer = optax.adam(1e-3)
-    state = jax.eval_shape(optimizer.init, params)
-    state = (state[0]._replace(mu=params, nu=params), *state[1:])  # laid out as the parameters are
-    grad_fn = dpj.value_and_grad(
-        _model(),
-        mesh=mesh,
-        num_microbatches=sizes.microbatches,
-        axis=AXIS,
-        param_specs={"ends": {"table": embedding, "out": head}, "blocks": PartitionSpec()},
-    )
-
-    def step(params: Any, state: Any, batch: jax.Array) -> Any:
-        loss, grads = grad_fn(params, batch)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    batch = jax.ShapeDtypeStruct((sizes.microbatches, sizes.context + 1), jnp.int32)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
-    memory: Any = compiled.memory_analysis()
-    return Bytes(state=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes)
-
-
-def _model() -> dpj.Model:
-    def head(ends: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
-        labels = ctx.microbatch[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(x @ ends["out"], labels).mean()
-
-    return dpj.Model(
-        embed=lambda ends, ctx: ends["table"][ctx.microbatch[:, :-1]],
-        block=lambda params, x, ctx: x + jax.nn.gelu(x @ params["up"]) @ params["down"],
-        head=head,
-    )
+LAYOUTS = {
+    "on every rank": _layout(P(), P()),
+    "over the ranks": _layout(P("pipe"), P(None, "pipe")),
+}
 
 
 def bytes_table(rows: dict[str, Bytes]) -> str:
-    """Writes what a device holds as Markdown."""
-    lines = [
-        "| embedding and head lie | state, MiB | temporaries, MiB | both, MiB |",
-        "|---|---:|---:|---:|",
-    ]
-    for name, row in rows.items():
-        sums = (row.state, row.temporaries, row.state + row.temporaries)
-        lines.append(f"| {name} | " + " | ".join(f"{size / 2**20:,.0f}" for size in sums) + " |")
-    return "\n".join(lines)
+    """Writes the MiB of a device: parameters and Adam's state, and temporaries."""
+
+    def mebi(*names: str) -> tables.Cell:
+        return lambda item: f"{sum(getattr(item[1], name) for name in names) / 2**20:,.0f}"
+
+    columns: dict[str, tables.Cell] = {
+        "embedding and head": lambda item: item[0],
+        "state, MiB": mebi("parameters", "state"),
+        "temporaries, MiB": mebi("temporaries"),
+        "both, MiB": mebi("total"),
+    }
+    return tables.markdown(columns, list(rows.items()), words=("embedding and head",))
 
 
 def layers_per_stage(num_layers: int, num_stages: int, fewer: int) -> list[int]:
@@ -134,68 +63,54 @@ def layers_per_stage(num_layers: int, num_stages: int, fewer: int) -> list[int]:
     return sizes
 
 
-def idle_shares(sizes: Sizes, schedule: str, head_layers: float) -> list[float | None]:
-    """Simulates the idle share for each of `FEWER`, None where the stages have too few layers.
+def idle_share(sizes: Sizes, schedule: str, *, head_layers: float, fewer: int) -> float | None:
+    """Simulates the idle share; None where the last stage has too few layers.
 
     `head_layers` is what the head's forward costs, in forwards of a layer.
     """
     made = dpj.schedules.make(schedule, num_ranks=sizes.ranks, num_microbatches=sizes.microbatches)
+    spread = layers_per_stage(sizes.layers, made.num_stages, fewer)
+    if spread[-1] <= 0:
+        return None
     costs = dpj.Costs(head=head_layers * sizes.ranks / sizes.layers)
-    shares = []
-    for fewer in FEWER:
-        spread = layers_per_stage(sizes.layers, made.num_stages, fewer)
-        is_known = spread[-1] > 0
-        shares.append(
-            dpj.simulate(made, costs=costs, layers_per_stage=spread).idle_share
-            if is_known
-            else None
+    return dpj.simulate(made, costs=costs, layers_per_stage=spread).idle_share
+
+
+def idle_table(sizes: Sizes) -> str:
+    """Writes the idle shares by schedule, cost of the head, and layers that leave its stage."""
+
+    def share(fewer: int) -> tables.Cell:
+        return lambda case: tables.number(
+            idle_share(sizes, case[0], head_layers=case[1], fewer=fewer), ".1%"
         )
-    return shares
+
+    columns: dict[str, tables.Cell] = {
+        "schedule": lambda case: case[0],
+        "head, in layers": lambda case: case[1],
+        **{f"{fewer} fewer": share(fewer) for fewer in FEWER},
+    }
+    cases = list(itertools.product(SCHEDULES, HEADS))
+    return tables.markdown(columns, cases, words=("schedule",))
 
 
-def idle_table(sizes: Sizes, heads: tuple[float, ...]) -> str:
-    """Writes the idle shares as Markdown."""
-    titles = " | ".join(f"{fewer} fewer" for fewer in FEWER)
-    lines = [f"| schedule | head, in layers | {titles} |", "|---|---:|" + "---:|" * len(FEWER)]
-    for schedule in SCHEDULES:
-        for head in heads:
-            shares = idle_shares(sizes, schedule, head)
-            cells = ["-" if share is None else f"{share:.1%}" for share in shares]
-            lines.append(f"| {schedule} | {head:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--ranks", type=click.IntRange(min=3), default=8, show_default=True)
-@click.option("--microbatches", type=flags.POSITIVE, default=32, show_default=True)
-@click.option("--layers", type=flags.POSITIVE, default=128, show_default=True)
-@click.option("--width", type=flags.POSITIVE, default=512, show_default=True)
-@click.option("--vocabulary", type=flags.POSITIVE, default=2**17, show_default=True)
-@click.option("--context", type=flags.POSITIVE, default=64, show_default=True)
+@flags.script("ends")
+@Sizes.flags(**DEFAULTS)
 @click.option("--write-readme", is_flag=True, help="Put the tables into the README.")
-def command(write_readme: bool, **options: Any) -> None:
-    """Count what embedding and head cost: bytes on a device, and idle time."""
+def main(write_readme: bool, **options: Any) -> None:
+    """Count the cost of embedding and head: bytes on a device, and idle time."""
     sizes = Sizes(**options)
+    flags.refuse({f"--ranks {sizes.ranks}: must be at least 3": sizes.ranks < 3})
     flags.require_multiples(
         ("--layers", sizes.layers, 2 * sizes.ranks),
         ("--vocabulary", sizes.vocabulary, sizes.ranks),
         why="for every stage and rank to have as many",
     )
     jax.config.update("jax_num_cpu_devices", sizes.ranks)  # read when the backend starts
-    tables = "\n\n".join(
-        [
-            bytes_table({layout: measure(sizes, layout) for layout in LAYOUTS}),
-            idle_table(sizes, heads=(1, 2, 4)),
-        ]
-    )
-    click.echo(tables)
-    if write_readme:
-        documents.write_into(README, tables)
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    flags.run(command, args, name="ends")
+    rows = {name: measure(sizes, layout) for name, layout in LAYOUTS.items()}
+    for name, text in {"ends": bytes_table(rows), "heads": idle_table(sizes)}.items():
+        click.echo(text)
+        if write_readme:
+            documents.write_into(README, text, name=name)
 
 
 if __name__ == "__main__":
