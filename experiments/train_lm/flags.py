@@ -176,14 +176,3 @@ def script(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return main
 
     return make
-
-
-def run(command: click.Command, args: list[str] | None, *, name: str) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    try:
-        command.main(args, prog_name=name, standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"{name}: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
