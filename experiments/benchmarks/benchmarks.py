@@ -1,4 +1,4 @@
-"""Measures what a step takes: this library's, the same without a pipeline, and the usual recipe.
+"""Measures the cost of a step: this library's, the same without a pipeline, and the usual recipe.
 
 In: flags. Out, in a folder: records.jsonl, table.md, and the workers' stderr; on demand table.md
 beside it.
@@ -43,7 +43,7 @@ TOLERANCE = 1e-4
     "remats",
     variants.REMATS,
     default=variants.REMATS,
-    text="What a block keeps for its backward.",
+    text="The rematerialisation of blocks.",
 )
 @click.option(
     "--variant",
@@ -81,7 +81,7 @@ def main(
     write_table: bool,
     **options: int,
 ) -> None:
-    """Measure what a training step takes beside one without a pipeline and the usual JAX recipe.
+    """Measure the cost of a training step beside one without a pipeline and the usual JAX recipe.
 
     Each variant compiles and runs in a process of its own; their steps are taken in turns.
     """

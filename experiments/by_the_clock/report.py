@@ -39,7 +39,7 @@ class Row:
 
     @property
     def program(self) -> Program:
-        """What was measured."""
+        """The program that was measured."""
         return Program(schedule=self.schedule, overlap=self.overlap)
 
     @property
@@ -93,7 +93,7 @@ def faster(rows: Sequence[Row]) -> list[Row]:
 
 
 def describe_faster(rows: Sequence[Row]) -> str:
-    """Says in a line what steps take over their work, of rows with the same ranks and costs."""
+    """Says in a line how long steps take over their work, for rows of one size and costs."""
     listed = ", ".join(f"{row.program} {row.over_work:.2f}" for row in faster(rows))
     return f"{rows[0].ranks} ranks, {rows[0].costs}: clock / work: {listed}"
 

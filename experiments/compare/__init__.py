@@ -1,1 +1,1 @@
-"""All schedules on one model in one run: what each takes, and that all learn the same."""
+"""All schedules side by side: losses, memory and time of a training, and idle time by replay."""

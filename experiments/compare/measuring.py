@@ -22,7 +22,7 @@ SEQUENTIAL = "sequential"
 
 @dataclass(kw_only=True, eq=False)
 class Contender:
-    """One compiled training step, where its training stands, and what its steps took.
+    """One compiled training step, the state of its training, and the seconds of its steps.
 
     The first step is in `losses`, but not in the seconds: it is the one that warms up.
     """
@@ -39,7 +39,7 @@ class Contender:
 
     @property
     def memory(self) -> Any:
-        """What the program takes on a device, by XLA's own account."""
+        """The program's memory on a device, by XLA's own account."""
         analysis = self.step.memory_analysis()
         assert analysis is not None, "this backend does not say how much memory a program takes"
         return analysis

@@ -1,5 +1,6 @@
 """Contenders that ran -> rows of figures -> a CSV, a table in Markdown, a picture."""
 
+import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,40 +87,16 @@ def summarize(contenders: Sequence[Contender], *, num_layers: int) -> list[Row]:
     return rows
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepRow:
-    """A step of one contender: its loss, and its seconds but for the first."""
-
-    ranks: int
-    schedule: str
-    step: int
-    loss: float
-    wall_seconds: float | None
-    cpu_seconds: float | None
-
-
-def steps_of(contenders: Sequence[Contender]) -> list[StepRow]:
-    """Lists the steps of all."""
-    return [
-        StepRow(
-            ranks=contender.num_ranks,
-            schedule=contender.name,
-            step=step,
-            loss=loss,
-            wall_seconds=wall,
-            cpu_seconds=cpu,
-        )
-        for contender in contenders
-        for step, (loss, wall, cpu) in enumerate(
-            zip(
-                contender.losses,
-                [None, *contender.wall_seconds],
-                [None, *contender.cpu_seconds],
-                strict=True,
-            ),
-            start=1,
-        )
-    ]
+def write_steps(contenders: Sequence[Contender], path: Path) -> None:
+    """Writes a line a step of each: its loss, and its seconds but for the first."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["ranks", "schedule", "step", "loss", "wall_seconds", "cpu_seconds"])
+        for contender in contenders:
+            seconds = zip(contender.wall_seconds, contender.cpu_seconds, strict=True)
+            columns = zip(contender.losses, [("", ""), *seconds], strict=True)
+            for step, (loss, (wall, cpu)) in enumerate(columns, start=1):
+                writer.writerow([contender.num_ranks, contender.name, step, loss, wall, cpu])
 
 
 # The table's columns; a terminal shows those that are not in _LONG.

@@ -1,4 +1,4 @@
-"""Trains one small language model with every schedule, in turns, and compares what each takes.
+"""Trains one small language model with every schedule, in turns, and compares losses and costs.
 
 In: flags. Out, in a folder: schedules.csv, steps.csv, schedules.md, schedules.png. See README.md
 beside it.
@@ -61,7 +61,7 @@ def main(
     context: int,
     **sizes: int,
 ) -> None:
-    """Train one language model with every schedule, and compare what each takes.
+    """Train one language model with every schedule, and compare losses and costs.
 
     All begin with the same parameters and see the same batches; their steps are taken in turns.
     """
@@ -119,7 +119,7 @@ def main(
             console.print(report.to_terminal(rows[-len(racing) :]))
 
     tables.write_csv(rows, output / "schedules.csv")
-    tables.write_csv(report.steps_of(contenders), output / "steps.csv")
+    report.write_steps(contenders, output / "steps.csv")
     (output / "schedules.md").write_text(report.to_markdown(rows))
     report.plot(rows, output / "schedules.png")
     console.print(f"written   {output}: schedules.csv, steps.csv, schedules.md, schedules.png")

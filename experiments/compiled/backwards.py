@@ -45,7 +45,7 @@ class Row:
         if action != "full_backward":
             return self.apart.cycles[action]
         halves = self.full.cycles["input_grad"] + self.full.cycles["weight_grad"]
-        # What has no action's name, such as a copy of a stash, is not part of F.
+        # Cycles without an action's name, such as a copy of a stash, are not part of F.
         return halves + self.full.cycles["other"] - self.apart.cycles["other"]
 
     @property

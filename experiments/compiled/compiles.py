@@ -1,14 +1,13 @@
 """A case -> its step, compiled ahead of time for absent hardware -> the figures of the program.
 
 Compilers for absent hardware are no backends, so importing this has JAX start the CPU's alone.
-What was compiled is kept in a file: the questions share their compiles, and an interrupted run
-goes on where it stopped.
+Figures are kept in a file: the questions share their compiles, and an interrupted run goes on where
+it stopped.
 """
 
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from typing import Any, Protocol
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dualpipe_jax as dpj
-from experiments.compiled import models
 from experiments.compiled.steps import Step
 from experiments.train_lm.flags import Refusal
 
@@ -159,7 +157,7 @@ def _least_cover(collectives: Any, topology: str) -> float | None:
 
 
 class Compiles:
-    """Asks the compilers, each case once: what is in the file is not compiled again."""
+    """Asks the compilers, each case once: a case in the file is not compiled again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -186,22 +184,23 @@ class Compiles:
 def compile_case(case: Case) -> Figures:
     """Compiles a case, whatever is known of it."""
     step = case.make()
-    options: Any = {} if getattr(case, "has_options", True) else {"compiler_options": {}}
     try:
-        report = dpj.preflight(step.fn, step.args, case.topology, mesh=step.mesh, **options)
+        report = dpj.preflight(
+            step.fn, step.args, case.topology, mesh=step.mesh, compiler_options=step.options
+        )
     except ModuleNotFoundError as error:
         raise Refusal(str(error)) from error
     return Figures.of(report, step.memory)
 
 
 def _key(case: Any) -> str:
-    """Names a case, the sources that make its step, and the compilers."""
-    mine = [inspect.getfile(each) for each in (models, Step, type(case))]
+    """Names a case, the sources of library and experiments, and the compilers."""
     sources = hashlib.sha256()
-    for path in sorted({*Path(dpj.__file__).parent.rglob("*.py"), *map(Path, mine)}):
-        sources.update(path.read_bytes())
+    for folder in (Path(dpj.__file__).parent, Path(__file__).parents[1]):
+        for path in sorted(folder.rglob("*.py")):
+            sources.update(path.read_bytes())
     fields = {"case": type(case).__name__, **dataclasses.asdict(case), **_compilers()}
-    return json.dumps({**fields, "sources": sources.hexdigest()[:16]})
+    return json.dumps({**fields, "sources": sources.hexdigest()[:16]}, default=str)
 
 
 @functools.cache

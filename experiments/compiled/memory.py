@@ -154,7 +154,7 @@ def cases(sizes: Case, schedules: Sequence[str], remats: Sequence[str]) -> list[
     default=("dualpipe", "dualpipev"),
     text="The first with both numbers of microbatches.",
 )
-@several("--remat", "remats", REMATS, default=REMATS, text="What a block keeps for its backward.")
+@several("--remat", "remats", REMATS, default=REMATS, text="The rematerialisation of blocks.")
 @click.option(
     "--split-backward/--no-split-backward",
     default=True,

@@ -1,5 +1,6 @@
 """A case -> its step: a function, its arguments as shapes alone, and the mesh. Nothing runs."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,14 @@ class Step:
       fn: The step.
       args: Shapes, dtypes and shardings of its arguments.
       mesh: The mesh.
-      memory: What the library says of the step's memory by itself (`grad_fn.memory`), if asked.
+      options: Of the compiler; None for `dpj.compiler_options`.
+      memory: The library's own account of the step's memory (`grad_fn.memory`), if asked.
     """
 
     fn: Callable[..., Any]
     args: Any
     mesh: Mesh | AbstractMesh
+    options: Any = None
     memory: Any = None
 
 
@@ -75,7 +78,8 @@ class Case:
 
     def make(self) -> Step:
         """Makes the step."""
-        return _pipelined(self) if self.has_pipeline else _unpipelined(self)
+        step = _pipelined(self) if self.has_pipeline else _unpipelined(self)
+        return step if self.has_options else dataclasses.replace(step, options={})
 
 
 def lay(avals: Any, specs: Any, mesh: AbstractMesh) -> Any:

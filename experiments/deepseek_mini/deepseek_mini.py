@@ -55,8 +55,8 @@ from experiments.train_lm.training import make_optimizer
     "--preflight",
     "topology",
     metavar="TOPOLOGY",
-    help="Train nothing; compile steps of a larger model for TPUs, as tpu:v5e:2x4, and tell what "
-    "hides their communication (minutes).",
+    help="Train nothing; compile steps of a larger model for TPUs, as tpu:v5e:2x4, and tell "
+    "whether compute hides their communication (minutes).",
 )
 def main(
     *,
@@ -182,8 +182,8 @@ def main(
         except FloatingPointError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            console.print(f"stopped; what was logged until then is in {output}")
-            sys.exit(130)  # what a shell makes of Ctrl-C
+            console.print(f"stopped; the log until then is in {output}")
+            sys.exit(130)  # a shell's code for Ctrl-C
         finally:
             if log.rows:
                 title = f"{num_params:,} parameters, {schedule} {ranks} x experts {expert_devices}"

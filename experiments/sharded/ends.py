@@ -1,4 +1,4 @@
-"""Counts what embedding and head cost a pipeline: bytes on every rank, and idle time."""
+"""Counts the cost of embedding and head in a pipeline: bytes on every rank, and idle time."""
 
 import itertools
 from pathlib import Path
@@ -66,7 +66,7 @@ def layers_per_stage(num_layers: int, num_stages: int, fewer: int) -> list[int]:
 def idle_share(sizes: Sizes, schedule: str, *, head_layers: float, fewer: int) -> float | None:
     """Simulates the idle share; None where the last stage has too few layers.
 
-    `head_layers` is what the head's forward costs, in forwards of a layer.
+    `head_layers` is the cost of the head's forward, in forwards of a layer.
     """
     made = dpj.schedules.make(schedule, num_ranks=sizes.ranks, num_microbatches=sizes.microbatches)
     spread = layers_per_stage(sizes.layers, made.num_stages, fewer)

@@ -1,4 +1,4 @@
-"""Counts the bytes of a training step on a device, by what is sharded over the data axis.
+"""Counts a training step's bytes on a device, by the leaves that are sharded over the data axis.
 
 The degrees are those of ZeRO (arXiv:1910.02054); the last is also known as FSDP.
 """
@@ -57,7 +57,7 @@ def table(rows: dict[str, Bytes]) -> str:
 @Sizes.flags(**DEFAULTS)
 @click.option("--write-docs", is_flag=True, help="Put the table into docs/mesh_axes.md.")
 def main(write_docs: bool, **options: Any) -> None:
-    """Count a device's MiB, by what of a step is sharded over the data axis."""
+    """Count a device's MiB, by the leaves that are sharded over the data axis."""
     sizes = Sizes(**options)
     flags.require_multiples(
         ("--layers", sizes.layers, sizes.ranks),

@@ -1,4 +1,4 @@
-"""What the commands of the experiments share: flags of the language model, and how they refuse."""
+"""The commands of the experiments: shared flags, and how mistakes in them are refused."""
 
 import functools
 import math
@@ -93,11 +93,11 @@ def several(
 
 
 def require_multiples(*sizes: tuple[str, int, int], why: str) -> None:
-    """Refuses flags whose value is no multiple of what it has to be.
+    """Refuses flags whose value is no multiple of the required number.
 
     Args:
-      *sizes: Each flag, its value, and what it has to be a multiple of.
-      why: What that is for, as the message's end.
+      *sizes: Each flag, its value, and the number that has to divide it.
+      why: The reason, as the message's end.
     """
     wrong = [f"{flag} {n}: must be a multiple of {count}" for flag, n, count in sizes if n % count]
     refuse({f"{'; '.join(wrong)}, {why}": wrong})

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 def frame(axes: Axes, *, grid: Any = "both", hidden: tuple[str, ...] = ("top", "right")) -> None:
-    """Draws a light grid behind what is drawn, and leaves out these sides of the frame."""
+    """Draws a light grid behind all lines, and leaves out these sides of the frame."""
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color="#e4e4e4", linewidth=0.6)
     axes.spines[list(hidden)].set_visible(False)

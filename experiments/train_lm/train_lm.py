@@ -150,8 +150,8 @@ def main(
         except FloatingPointError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            console.print(f"stopped; what was learnt until then is in {output}")
-            sys.exit(130)  # what a shell makes of Ctrl-C
+            console.print(f"stopped; log and pictures until then are in {output}")
+            sys.exit(130)  # a shell's code for Ctrl-C
         finally:
             title = f"{num_params:,} parameters, {schedule} over {len(devices)} ranks"
             plot(log.rows, output / "loss.png", title=title)
@@ -186,7 +186,7 @@ def _most_ranks(schedule: str, *, limit: int, layers: int, microbatches: int) ->
 
 
 def _printable(text: str) -> str:
-    """Replaces what a terminal might obey."""
+    """Replaces characters that a terminal might obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
