@@ -20,47 +20,22 @@ EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help train deepseek compare benchmark idle clock memory ends zero precision overlap backwards \
-	test test-outside test-gpu lint format clean
+.PHONY: help train deepseek test test-outside test-gpu lint format clean \
+	compare idle clock benchmark overlap backwards memory ends zero precision
 
-help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+help:  # the targets below, under the headings that begin with ##@
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-train: $(READY)  ## train a small language model with DualPipe (options: ARGS="--steps 10")
+##@ Use (options: ARGS="--steps 10", ARGS="--help")
+
+train: $(READY)  ## train a small language model with DualPipe
 	@$(BIN)/python -m experiments.train_lm.train_lm $(ARGS)
 
-deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape (options: ARGS="--steps 10")
+deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape
 	@$(BIN)/python -m experiments.deepseek_mini.deepseek_mini $(ARGS)
 
-compare: $(READY)  ## train one small model with every schedule and compare (options: ARGS="--ranks 2")
-	@$(BIN)/python -m experiments.compare_schedules.compare_schedules $(ARGS)
-
-idle: $(READY)  ## replay every schedule over many sizes and compare idle time (options: ARGS="--ranks 8")
-	@$(BIN)/python -m experiments.idle_time.idle_time $(ARGS)
-
-clock: $(READY)  ## time a step of every schedule over processes that sleep (options: ARGS="--ranks 4")
-	@$(BIN)/python -m experiments.by_the_clock.by_the_clock $(ARGS)
-
-benchmark: $(READY)  ## measure a step beside the limit and the usual recipe (options: ARGS="--ranks 2")
-	@$(BIN)/python -m experiments.benchmarks.benchmarks $(ARGS)
-
-memory: $(READY)  ## compile steps for a TPU and compare what they hold (options: ARGS="--width 512")
-	@$(BIN)/python -m experiments.memory.memory $(ARGS)
-
-ends: $(READY)  ## count what embedding and head cost, in bytes and in idle time (options: ARGS="--ranks 4")
-	@$(BIN)/python -m experiments.ends.ends $(ARGS)
-
-zero: $(READY)  ## count what sharding over the data axis saves on a device (options: ARGS="--shards 2")
-	@$(BIN)/python -m experiments.zero.zero $(ARGS)
-
-precision: $(READY)  ## train in float32 and in bfloat16 and draw both losses (options: ARGS="--steps 50")
-	@$(BIN)/python -m experiments.precision.precision $(ARGS)
-
-overlap: $(READY)  ## compile steps for TPUs that are not there, and read what compute hides (minutes)
-	@$(BIN)/python -m experiments.overlap.overlap $(ARGS)
-
-backwards: $(READY)  ## what a TPU's compiler makes of full backwards, and of halves apart (minutes)
-	@$(BIN)/python -m experiments.full_backward.full_backward $(ARGS)
+##@ Develop
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -69,9 +44,9 @@ test-outside:  ## a larger published model, too; brings 1 GB of packages in an e
 	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \
 		PYTEST_ARGS="tests/flax/outside_qwen3.py" test
 
-test-gpu:  ## what hides collectives on eight H100s; brings 5 GB of packages in an environment of its own
+test-gpu:  ## the collectives that compute hides on eight H100s; brings 5 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \
-		PYTEST_ARGS="tests/experiments/overlap_on_gpus.py tests/preflight/test_gpu.py" test
+		PYTEST_ARGS="tests/experiments/compiled/gpus.py tests/preflight/test_gpu.py" test
 
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
@@ -85,6 +60,39 @@ format: $(READY)  ## rewrite the sources in the house's format
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+##@ Laboratory (experiments; options: ARGS="--ranks 4", ARGS="--help")
+
+compare: $(READY)  ## train one small model with every schedule: losses, memory, time
+	@$(BIN)/python -m experiments.compare.schedules $(ARGS)
+
+idle: $(READY)  ## replay every schedule over many sizes: idle time
+	@$(BIN)/python -m experiments.compare.idle $(ARGS)
+
+clock: $(READY)  ## time a step of every schedule over processes that sleep
+	@$(BIN)/python -m experiments.by_the_clock.by_the_clock $(ARGS)
+
+benchmark: $(READY)  ## measure a step beside the limit and the usual recipe
+	@$(BIN)/python -m experiments.benchmarks.benchmarks $(ARGS)
+
+overlap: $(READY)  ## which transfers compute hides, in programs for absent TPUs (half an hour)
+	@$(BIN)/python -m experiments.compiled.overlap $(ARGS)
+
+backwards: $(READY)  ## full backwards beside split ones, in programs for absent TPUs (half an hour)
+	@$(BIN)/python -m experiments.compiled.backwards $(ARGS)
+
+memory: $(READY)  ## the memory of steps, by their own account and a TPU's compiler (minutes)
+	@$(BIN)/python -m experiments.compiled.memory $(ARGS)
+
+ends: $(READY)  ## the cost of embedding and head, in bytes and in idle time
+	@$(BIN)/python -m experiments.sharded.ends $(ARGS)
+
+zero: $(READY)  ## the bytes that sharding over the data axis takes off a device
+	@$(BIN)/python -m experiments.sharded.zero $(ARGS)
+
+precision: $(READY)  ## train in float32 and in bfloat16, held-out losses one after the other
+	@for dtype in float32 bfloat16; do $(BIN)/python -m experiments.train_lm.train_lm \
+		--dtype $$dtype --steps 300 --output runs/precision/$$dtype $(ARGS) || exit 1; done
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "dualpipe-jax needs Python 3.11 or newer with its venv module;" \

@@ -1,4 +1,4 @@
-"""What an experiment writes into a page: the text between two comments that name it."""
+"""Texts of experiments in pages: each between two comments that name it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def read_from(path: Path, *, name: str = "table") -> str:
-    """Returns what stands between the two comments of a page.
+    """Returns the text between the two comments of a page.
 
     Raises:
       ValueError: If the page has them not once each, in this order.
@@ -18,7 +18,7 @@ def read_from(path: Path, *, name: str = "table") -> str:
 
 
 def write_into(path: Path, text: str, *, name: str = "table") -> None:
-    """Replaces what stands between the two comments of a page.
+    """Replaces the text between the two comments of a page.
 
     Raises:
       ValueError: If the page has them not once each, in this order.

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def bar(console: Console) -> Progress:
-    """Makes it; every task needs the field `what`, the part that is on."""
+    """Makes it; every task needs the field `what`, its current part."""
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),

@@ -14,7 +14,7 @@ from dualpipe_jax._schedule.durations import Durations
 TRANSFER = 0.1
 # A full backward stashes nothing for all layers of a stage. Compiled for a TPU v5e it takes 0.81 to
 # 0.96 of the cycles of split I and W in eleven of twelve stages of transformers and MLPs, 1.01 in
-# one of two layers of an MLP, without rematerialisation (experiments/full_backward).
+# one of two layers of an MLP, without rematerialisation (experiments/compiled).
 FULL_BACKWARD = 0.9
 # The largest cost, and the inverse of the least of a forward: their products and sums over all
 # actions of a step are still floats.

@@ -46,7 +46,7 @@ def decide(
     from some number of microbatches on. Full backwards stash nothing for a whole stage, but the
     neighbour gets its cotangent later. A steady phase keeps input grads and weight grads split:
     around it a full backward gains less than its loop may lose (up to 3 % of the loop's cycles,
-    experiments/full_backward).
+    experiments/compiled).
 
     >>> from dualpipe_jax import schedules
     >>> costs = usual_costs(recomputes=False)

@@ -1,1 +1,1 @@
-"""What a pipelined step costs beside the same step without a pipeline, and JAX's usual recipe."""
+"""A pipelined step's cost beside the same step without a pipeline, and JAX's usual recipe."""

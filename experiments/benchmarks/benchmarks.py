@@ -1,7 +1,7 @@
-"""Measures what a step takes: this library's, the same without a pipeline, and the usual recipe.
+"""Measures the cost of a step: this library's, the same without a pipeline, and the usual recipe.
 
-In: flags. Out, in a folder: records.jsonl, table.md, and what workers wrote to stderr; on demand
-the table in the README beside it.
+In: flags. Out, in a folder: records.jsonl, table.md, and the workers' stderr; on demand table.md
+beside it.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from experiments.benchmarks import racing, report, variants
 from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
 from experiments.progress import bar
 from experiments.train_lm import flags
-from experiments.train_lm.flags import POSITIVE, Refusal, several
+from experiments.train_lm.flags import POSITIVE
 
-HERE = Path(__file__).resolve().parent
+TABLE = Path(__file__).with_name("table.md")
 # Float32 sums in another order: a few 1e-7 of the loss, some 1e-6 of a layer's gradient norm. A
 # layer left out, or one gradient in another's place, changes them by far more.
 TOLERANCE = 1e-4
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@flags.script("benchmarks")
 @click.option(
     "--ranks",
     type=POSITIVE,
@@ -38,12 +38,12 @@ TOLERANCE = 1e-4
     default=(2, 4, 8),
     help="Fake CPU devices of the pipeline; once for each number to measure.",
 )
-@several(
+@flags.several(
     "--remat",
     "remats",
     variants.REMATS,
     default=variants.REMATS,
-    text="What a block keeps for its backward.",
+    text="The rematerialisation of blocks.",
 )
 @click.option(
     "--variant",
@@ -67,59 +67,31 @@ TOLERANCE = 1e-4
     help="Whether all variants ask for their memory in huge pages, where the system has some.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=HERE / "out",
-    show_default="out beside the script",
-    help="The folder for the records and the table.",
-)
-@click.option(
-    "--write-readme", is_flag=True, help="Put the table into the README beside the script."
-)
-def command(
+@flags.output("runs/benchmarks", results="the records and the table")
+@click.option("--write-table", is_flag=True, help="Put the table into table.md beside the script.")
+def main(
     *,
     ranks: tuple[int, ...],
     remats: tuple[str, ...],
     names: tuple[str, ...],
     rounds: int,
-    layers: int,
-    width: int,
-    heads: int,
-    sequence: int,
-    vocabulary: int,
-    microbatch_size: int,
     microbatches_per_rank: int,
     huge_pages: bool,
-    seed: int,
     output: Path,
-    write_readme: bool,
+    write_table: bool,
+    **options: int,
 ) -> None:
-    """Measure what a training step takes beside one without a pipeline and the usual JAX recipe.
+    """Measure the cost of a training step beside one without a pipeline and the usual JAX recipe.
 
     Each variant compiles and runs in a process of its own; their steps are taken in turns.
     """
     ranks = tuple(sorted(set(ranks)))
     remats = tuple(dict.fromkeys(remats))
     names = tuple(dict.fromkeys(names))
-    _require_flags_fit(
-        names=names or variants.NAMES, ranks=ranks, layers=layers, width=width, heads=heads
-    )
-    sizes = Sizes(
-        layers=layers,
-        width=width,
-        heads=heads,
-        sequence=sequence,
-        vocabulary=vocabulary,
-        microbatch_size=microbatch_size,
-        seed=seed,
-    )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        records = (output / "records.jsonl").open("w")
-    except OSError as error:
-        raise Refusal(f"--output {output}: {error}") from error
-
+    sizes = Sizes(**options)
+    _require_flags_fit(sizes, names=names or variants.NAMES, ranks=ranks)
+    flags.make_folder(output)
+    records = (output / "records.jsonl").open("w")
     console = Console(highlight=False)
     rows: list[report.Row] = []
     huge_pages = huge_pages and racing.can_have_huge_pages()
@@ -129,7 +101,7 @@ def command(
     }
     races = {
         (num_ranks, remat): names
-        or variants.different(remat=remat, num_layers=layers, num_ranks=num_ranks)
+        or variants.different(remat=remat, num_layers=sizes.layers, num_ranks=num_ranks)
         for num_ranks in ranks
         for remat in remats
     }
@@ -162,16 +134,15 @@ def command(
                 progress.advance(progress_task)
             raced = report.summarize(results)
             rows += raced
-            console.print(report.to_rich(raced))
+            console.print(report.to_terminal(raced))
 
     table = f"{report.to_markdown(rows)}\n{_caption(about)}\n"
     (output / "table.md").write_text(table)
     console.print(f"written   {output}: records.jsonl, table.md", soft_wrap=True)
     require_agreement(rows)
     console.print(f"agreement {describe_agreement(rows)}", soft_wrap=True)
-    if write_readme:
-        documents.write_into(HERE / "README.md", table)
-        console.print("written   README.md")
+    if write_table:
+        documents.write_into(TABLE, table)
 
 
 def require_agreement(rows: Sequence[report.Row]) -> None:
@@ -205,26 +176,22 @@ def _name(row: report.Row) -> str:
     return f"{row.variant} on {row.ranks} ranks with remat {row.remat}"
 
 
-def _require_flags_fit(
-    *, names: tuple[str, ...], ranks: tuple[int, ...], layers: int, width: int, heads: int
-) -> None:
+def _require_flags_fit(sizes: Sizes, *, names: Sequence[str], ranks: Sequence[int]) -> None:
     """Refuses flags that do not fit each other, all in one line."""
     schedules = {options["schedule"] for name, options in variants.OURS.items() if name in names}
-    most = max(
+    stages = max(
         dpj.schedules.make(name, num_ranks=max(ranks), num_microbatches=1).num_stages
         for name in schedules or {"gpipe"}
     )
-    uneven = [str(num_ranks) for num_ranks in ranks if layers % num_ranks]
-    problems = {
-        f"--width {width}: must be divisible by --heads {heads}": width % heads,
-        f"--layers {layers}: must be divisible by --ranks {', '.join(uneven)}; the usual recipe "
-        "has stages of one size only": uneven,
-        f"--layers {layers}: fewer than the {most} stages that a schedule has over {max(ranks)} "
-        "ranks; every stage needs a layer, so add layers or lower --ranks": layers < most,
-    }
-    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
-    if wrong:
-        raise Refusal("; ".join(wrong))
+    uneven = [str(num_ranks) for num_ranks in ranks if sizes.layers % num_ranks]
+    flags.refuse(
+        {
+            **flags.uneven_heads(sizes.width, sizes.heads),
+            f"--layers {sizes.layers}: must be divisible by --ranks {', '.join(uneven)}; the usual "
+            "recipe has stages of one size only": uneven,
+            **flags.too_few_layers(sizes.layers, stages=stages, ranks=max(ranks)),
+        }
+    )
 
 
 def _recorder(records: TextIO) -> racing.Record:
@@ -262,11 +229,6 @@ def _caption(about: dict[str, Any]) -> str:
         "{microbatch_size} x {sequence} tokens, {microbatches_per_rank} a rank; measured steps of "
         "each: {rounds}; {pages} pages; {cpus} CPUs ({machine}), JAX {jax}, Python {python}."
     ).format_map(about)
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    flags.run(command, args, name="benchmarks")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tasks -> a worker each, started one after the other -> steps in turns -> what each took.
+"""Tasks -> a worker each, started one after the other -> steps in turns -> figures of each.
 
 Only one worker ever runs; the others wait for a line on their stdin.
 """
@@ -24,7 +24,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _SYSTEM_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# Called with what came of a task: what it compiled, a step, or why it failed.
+# Called with each answer to a task: its program, a step, or why it failed.
 Record = Callable[[Task, Compiled | Step | str], None]
 
 
@@ -48,7 +48,7 @@ def environment(*, huge_pages: bool) -> dict[str, str]:
 class Worker:
     """The process of a task, as seen from outside; it ends with the `with`.
 
-    What it writes to stderr goes to the file `log`.
+    Its stderr goes to the file `log`.
     """
 
     def __init__(self, task: Task, *, log: Path, huge_pages: bool):
@@ -108,7 +108,7 @@ class Worker:
 
 @dataclass(kw_only=True, eq=False)
 class Result:
-    """What came of a task; `failure` says in a line why there is nothing, or no more."""
+    """The answers to a task; `failure` says in a line why there is nothing, or no more."""
 
     task: Task
     compiled: Compiled | None = None
@@ -130,10 +130,10 @@ def race(
     that fails is left out from there on; the others go on.
 
     Args:
-      results: What to run, and where to put what comes of it.
+      results: The tasks to run, and the places of their answers.
       num_rounds: Steps of each, beside the one that warms up.
       huge_pages: Whether workers ask for their memory in huge pages.
-      logs: The folder for what workers write to stderr.
+      logs: The folder for the workers' stderr.
       record: Called with all that comes, as it comes: a stopped run leaves its figures.
     """
     with ExitStack() as stack:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments import tables
 from experiments.benchmarks.racing import Result
 from experiments.benchmarks.tasks import Compiled, Step
 from experiments.benchmarks.variants import LIMITS, RECIPES
@@ -122,55 +122,34 @@ def _largest_difference(values: Sequence[float], wanted: float | Sequence[float]
     return float(difference.max())  # NaN stays NaN
 
 
-# The table's columns; a terminal shows those in SHORT.
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "ranks": lambda row: str(row.ranks),
+# The table's columns; a terminal shows those that are not in _LONG.
+COLUMNS: dict[str, tables.Cell] = {
+    "ranks": lambda row: row.ranks,
     "remat": lambda row: row.remat,
     "variant": lambda row: f"{row.variant} \\*" if row.is_limit or row.is_recipe else row.variant,
-    "wall, s": lambda row: "failed" if row.failure else _cell(row.wall_seconds, ".3f"),
-    "CPU, s": lambda row: _cell(row.cpu_seconds, ".3f"),
-    "CPU / limit": lambda row: _cell(row.cpu_to_limit, ".2f"),
-    "wall / recipe": lambda row: _cell(row.wall_to_recipe, ".2f"),
-    "CPU / recipe": lambda row: _cell(row.cpu_to_recipe, ".2f"),
-    "MiB / recipe": lambda row: _cell(row.temporary_to_recipe, ".2f"),
-    "MiB": lambda row: _cell(row.temporary_bytes, ".1f", 2**20),
-    "resident, MiB": lambda row: _cell(row.resident_bytes, ".0f", 2**20),
-    "compile, s": lambda row: _cell(row.compile_seconds, ".1f"),
-    "loss": lambda row: _cell(row.loss_difference, ".0e"),
-    "norms": lambda row: _cell(row.norm_difference, ".0e"),
+    "wall, s": lambda row: "failed" if row.failure else tables.number(row.wall_seconds, ".3f"),
+    "CPU, s": lambda row: tables.number(row.cpu_seconds, ".3f"),
+    "CPU / limit": lambda row: tables.number(row.cpu_to_limit, ".2f"),
+    "wall / recipe": lambda row: tables.number(row.wall_to_recipe, ".2f"),
+    "CPU / recipe": lambda row: tables.number(row.cpu_to_recipe, ".2f"),
+    "MiB / recipe": lambda row: tables.number(row.temporary_to_recipe, ".2f"),
+    "MiB": lambda row: tables.number(row.temporary_bytes, ".1f", unit=2**20),
+    "resident, MiB": lambda row: tables.number(row.resident_bytes, ".0f", unit=2**20),
+    "compile, s": lambda row: tables.number(row.compile_seconds, ".1f"),
+    "loss": lambda row: tables.number(row.loss_difference, ".0e"),
+    "norms": lambda row: tables.number(row.norm_difference, ".0e"),
 }
-SHORT = (
-    *("variant", "wall, s", "CPU, s", "CPU / limit", "wall / recipe", "CPU / recipe"),
-    *("MiB / recipe", "MiB", "compile, s"),
-)
 _WORDS = ("ranks", "remat", "variant")
+_LONG = ("ranks", "remat", "resident, MiB", "loss", "norms")
 
 
-def _cell(value: float | None, form: str, unit: float = 1) -> str:
-    return "-" if value is None else format(value / unit, form)
-
-
-def to_rich(rows: Sequence[Row]) -> Table:
+def to_terminal(rows: Sequence[Row]) -> Table:
     """Makes the table of a terminal, of those that ran in turns."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-        title=f"{rows[0].ranks} ranks, remat {rows[0].remat}",
-    )
-    for title in SHORT:
-        justify = "left" if title in _WORDS else "right"
-        table.add_column(
-            title.replace(" / ", "\n/ ").replace(", ", ",\n"), justify=justify, no_wrap=True
-        )
-    for row in rows:
-        # Markdown alone takes a star for emphasis.
-        table.add_row(*(COLUMNS[title](row).replace("\\*", "*") for title in SHORT))
-    return table
+    short = {title: cell for title, cell in COLUMNS.items() if title not in _LONG}
+    title = f"{rows[0].ranks} ranks, remat {rows[0].remat}"
+    return tables.terminal(short, rows, words=_WORDS, title=title)
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Makes the table of the README."""
-    rules = ["---" if title in _WORDS else "---:" for title in COLUMNS]
-    lines = [COLUMNS, rules, *([cell(row) for cell in COLUMNS.values()] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """Makes the table of the page."""
+    return tables.markdown(COLUMNS, rows, words=_WORDS)

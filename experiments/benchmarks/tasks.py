@@ -1,4 +1,4 @@
-"""What the two sides of a worker's pipe say to each other, as lines of JSON."""
+"""The messages of the two sides of a worker's pipe, as lines of JSON."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What one process is to compile and run."""
+    """A step for one process to compile and run."""
 
     variant: str
     ranks: int
@@ -36,7 +36,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A worker's first line: what it compiled, and what its warm-up step came to.
+    """A worker's first line: its program, and the result of its warm-up step.
 
     Bytes are those of one device, by XLA's own account; None where it gives none. The norms are
     those of the gradients of ends and of each layer, in model order.

@@ -1,4 +1,4 @@
-"""The ways to compute the same loss and gradients: this library's, and what it is held against.
+"""The ways to compute the same loss and gradients: this library's, and those beside it.
 
 A variant is a name; `make` turns it into a function of (params, batch) and the mesh that it runs
 on. All call the same functions of the same `dpj.Model`, layer by layer.
@@ -128,7 +128,7 @@ def limit(model: dpj.Model, *, num_microbatches: int, remat: str, unrolled: int)
     """Adds up `jax.value_and_grad` of one microbatch after the other: no pipeline, one device.
 
     The work that no schedule can avoid: every rank's share of it together. How many layers stand
-    in a row matters much to XLA: a loop copies what its backward needs to stacks and back.
+    in a row matters much to XLA: a loop copies its residuals to stacks and back.
     """
     block = _block(model, remat)
 
@@ -159,7 +159,7 @@ def recipe_loss(
 ) -> Callable[[Any, jax.Array], jax.Array]:
     """Makes the loss of GPipe as it is usually written in JAX, for `jax.grad` to go through.
 
-    N + P - 1 ticks; in each, every rank runs its layers on what came from the left:
+    N + P - 1 ticks; in each, every rank runs its layers on the value from its left neighbour:
       tick     0    1    2    3
       rank 0  0F0  0F1  0F2   -        "-" runs as well, on values that nobody uses
       rank 1   -   1F0  1F1  1F2

@@ -41,7 +41,7 @@ def compile_task(task: Task) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]
     )
     params = jax.device_get(jax.jit(model.init)(jax.random.key(sizes.seed)))
     params = jax.device_put(params, dpj.shardings(params, mesh=mesh, axis=variants.AXIS))
-    # Random tokens: what is learned does not matter here.
+    # Random tokens: nothing is to be learned here.
     text = np.random.default_rng(sizes.seed).integers(
         0,
         sizes.vocabulary,
@@ -58,7 +58,7 @@ def compile_task(task: Task) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]
 def describe(
     step: jax.stages.Compiled, arguments: tuple[Any, jax.Array], compile_seconds: float
 ) -> Compiled:
-    """Says what was compiled, after a warm-up step."""
+    """Describes the program, after a warm-up step."""
     memory: Any = step.memory_analysis()
     assert memory is not None, "this backend does not say how much memory a program takes"
     loss, grads = step(*arguments)

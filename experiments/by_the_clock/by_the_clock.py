@@ -11,13 +11,14 @@ import numpy as np
 from rich.console import Console
 
 import dualpipe_jax as dpj
+from experiments import tables
 from experiments.by_the_clock import picture, processes, report, tasks
 from experiments.progress import bar
 from experiments.train_lm import flags
-from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal, several
+from experiments.train_lm.flags import POSITIVE, PositiveFloat
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@flags.script("by_the_clock")
 @click.option(
     "--ranks",
     type=click.IntRange(min=2),
@@ -25,7 +26,7 @@ from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal, several
     default=(2, 4, 8),
     help="Processes of the pipeline; once for each number to measure.",
 )
-@several(
+@flags.several(
     "--schedules",
     "names",
     dpj.schedules.names(),
@@ -36,13 +37,8 @@ from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal, several
 @click.option(
     "--scale", type=PositiveFloat(), default=1.0, help="By which all sleeps are multiplied."
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/by_the_clock"),
-    help="The folder for the figures, the table and the picture.",
-)
-def command(
+@flags.output("runs/by_the_clock", results="the figures, the table and the picture")
+def main(
     *, ranks: tuple[int, ...], names: tuple[str, ...], repeats: int, scale: float, output: Path
 ) -> None:
     """Time a step of every schedule by the clock, and compare it with its prediction.
@@ -50,11 +46,7 @@ def command(
     Every rank is a process that sleeps for as long as its work is to take; sleeping needs no core.
     """
     ranks, names = tuple(sorted(set(ranks))), tuple(dict.fromkeys(names))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(f"--output {output}: {error.strerror}") from error
-
+    flags.make_folder(output)
     console = Console(highlight=False)
     all_tasks = [
         tasks.make_task(names, num_ranks=num_ranks, scale=scale, repeats=repeats)
@@ -76,12 +68,13 @@ def command(
             made = make_rows(measured, num_ranks=task.num_ranks, scale=scale)
             rows += made
             for _, _, group in report.groups(made):
-                console.print(report.to_rich(group))
+                console.print(report.to_terminal(group))
                 console.print(report.describe_faster(group), soft_wrap=True)
-    report.write_csv(rows, output / "clock.csv")
+    # Seconds to the tenth of a millisecond.
+    tables.write_csv(rows, output / "clock.csv", form=".4f")
     # With the digits of the CSV, from which the table can be made again.
-    rows = report.read_csv(output / "clock.csv")
-    report.write_markdown(rows, output / "table.md")
+    rows = tables.read_csv(report.Row, output / "clock.csv")
+    (output / "table.md").write_text(report.to_markdown(rows))
     picture.plot(rows, output / "clock.png")
     console.print(f"written   {output}: clock.csv, table.md, clock.png")
     require_possible(rows)
@@ -142,11 +135,6 @@ def require_possible(rows: Sequence[report.Row]) -> None:
             f"FASTER THAN THE IDEAL, so a rank's sleeps overlapped, or the replay's order is not "
             f"the program's; nothing measured here counts: {'; '.join(wrong)}"
         )
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    flags.run(command, args, name="by_the_clock")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.by_the_clock.report import Row, faster, groups
+from experiments.train_lm import pictures
 
 _WORK, _NEEDED, _ELSE, _PREDICTED = "#12508f", "#8cc4ef", "#f2b266", "#2b2b2b"
 
@@ -29,14 +30,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.set_title(f"{ranks} ranks, {costs}", loc="left", fontsize=10)
     for panel in panels[-1]:
         panel.set_xlabel("seconds over those of the work")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=4 if len(all_ranks) > 1 else 2,
-        frameon=False,
-    )
+    columns = 4 if len(all_ranks) > 1 else 2
+    pictures.legend_below(figure, panels[0, 0], columns=columns)
     figure.savefig(path)
 
 
@@ -67,7 +62,4 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
         )
     panel.set_yticks(places, [str(row.program) for row in rows], fontsize=8)
     panel.invert_yaxis()
-    panel.set_axisbelow(True)
-    panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
-    panel.tick_params(length=0)
-    panel.spines[["top", "right", "left"]].set_visible(False)
+    pictures.frame(panel, grid="x", hidden=("top", "right", "left"))

@@ -1,15 +1,11 @@
 """Seconds of steps and their predictions -> rows -> a CSV and tables."""
 
-import csv
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments import cells
+from experiments import tables
 from experiments.by_the_clock.tasks import Program
 
 
@@ -43,7 +39,7 @@ class Row:
 
     @property
     def program(self) -> Program:
-        """What was measured."""
+        """The program that was measured."""
         return Program(schedule=self.schedule, overlap=self.overlap)
 
     @property
@@ -62,29 +58,22 @@ class Row:
         return self.clock / self.work
 
 
-# The table's columns, and the side to which they are set; a terminal shows those in _SHORT.
-COLUMNS: dict[str, tuple[Callable[[Row], str], str]] = {
-    "schedule": (lambda row: row.schedule, "left"),
-    "overlap": (lambda row: cells.yes_or_no(row.overlap), "left"),
-    "backward": (lambda row: "full" if row.full_backward else "split", "left"),
-    "P": (lambda row: str(row.ranks), "right"),
-    "costs": (lambda row: row.costs, "left"),
-    "clock, s": (lambda row: f"{row.clock:.3f}", "right"),
-    "predicted, s": (lambda row: f"{row.predicted:.3f}", "right"),
-    "ideal, s": (lambda row: f"{row.ideal:.3f}", "right"),
-    "clock / predicted": (lambda row: f"{row.over_predicted:.3f}", "right"),
-    "clock / ideal": (lambda row: f"{row.over_ideal:.3f}", "right"),
-    "clock / work": (lambda row: f"{row.over_work:.3f}", "right"),
+# The table's columns; a terminal shows those that are not in _LONG.
+COLUMNS: dict[str, tables.Cell] = {
+    "schedule": lambda row: row.schedule,
+    "overlap": lambda row: tables.yes_or_no(row.overlap),
+    "backward": lambda row: "full" if row.full_backward else "split",
+    "P": lambda row: row.ranks,
+    "costs": lambda row: row.costs,
+    "clock, s": lambda row: f"{row.clock:.3f}",
+    "predicted, s": lambda row: f"{row.predicted:.3f}",
+    "ideal, s": lambda row: f"{row.ideal:.3f}",
+    "clock / predicted": lambda row: f"{row.over_predicted:.3f}",
+    "clock / ideal": lambda row: f"{row.over_ideal:.3f}",
+    "clock / work": lambda row: f"{row.over_work:.3f}",
 }
-_SHORT = (
-    "schedule",
-    "overlap",
-    "clock, s",
-    "predicted, s",
-    "clock / predicted",
-    "clock / ideal",
-    "clock / work",
-)
+_WORDS = ("schedule", "overlap", "backward", "costs")
+_LONG = ("backward", "P", "costs", "ideal, s")
 
 
 def groups(rows: Sequence[Row]) -> Iterator[tuple[int, str, list[Row]]]:
@@ -104,50 +93,18 @@ def faster(rows: Sequence[Row]) -> list[Row]:
 
 
 def describe_faster(rows: Sequence[Row]) -> str:
-    """Says in a line what steps take over their work, of rows with the same ranks and costs."""
+    """Says in a line how long steps take over their work, for rows of one size and costs."""
     listed = ", ".join(f"{row.program} {row.over_work:.2f}" for row in faster(rows))
     return f"{rows[0].ranks} ranks, {rows[0].costs}: clock / work: {listed}"
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes a line a row; seconds to the tenth of a millisecond."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in dataclasses.fields(Row))
-        for row in rows:
-            values = dataclasses.astuple(row)
-            writer.writerow(cells.write(value, form=".4f") for value in values)
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Makes the table of the README."""
+    return tables.markdown(COLUMNS, rows, words=_WORDS)
 
 
-def read_csv(path: Path) -> list[Row]:
-    """Reads a file of `write_csv`."""
-    kinds: dict[str, Any] = {"ranks": int, "costs": str, "schedule": str}
-    kinds |= {"overlap": cells.is_yes, "full_backward": cells.is_yes}
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: kinds.get(name, float)(value) for name, value in line.items()})
-            for line in csv.DictReader(file)
-        ]
-
-
-def write_markdown(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table of the README."""
-    rules = ["---" if side == "left" else "---:" for _, side in COLUMNS.values()]
-    lines = [COLUMNS, rules, *([cell(row) for cell, _ in COLUMNS.values()] for row in rows)]
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-
-
-def to_rich(rows: Sequence[Row]) -> Table:
+def to_terminal(rows: Sequence[Row]) -> Table:
     """Makes the table of a terminal, of rows with the same ranks and costs."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-        title=f"{rows[0].ranks} ranks, {rows[0].costs}",
-    )
-    for title in _SHORT:
-        is_name = COLUMNS[title][1] == "left"
-        table.add_column(title, justify="left" if is_name else "right", no_wrap=is_name)
-    for row in rows:
-        table.add_row(*(COLUMNS[title][0](row) for title in _SHORT))
-    return table
+    short = {title: cell for title, cell in COLUMNS.items() if title not in _LONG}
+    title = f"{rows[0].ranks} ranks, {rows[0].costs}"
+    return tables.terminal(short, rows, words=_WORDS, title=title)

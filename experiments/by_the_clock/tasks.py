@@ -111,7 +111,7 @@ def scaled_costs(name: str, *, num_ranks: int, scale: float) -> dpj.Costs:
 
 
 def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> dpj.Simulation:
-    """Replays the program, placed by these costs; what a neighbour sends arrives at once.
+    """Replays the program, placed by these costs; a neighbour's value arrives at once.
 
     Returns:
       The faster replay of two: with input grads and weight grads apart, and with full backwards.

@@ -20,11 +20,12 @@ from experiments.progress import bar
 from experiments.train_lm import data, flags
 from experiments.train_lm.devices import find_devices
 from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal
+from experiments.train_lm.log import Log
 from experiments.train_lm.training import make_optimizer
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--schedule", default="dualpipe", help=f"One of {', '.join(dpj.schedules.names())}.")
+@flags.script("deepseek_mini")
+@click.option("--schedule", type=click.Choice(dpj.schedules.names()), default="dualpipe")
 @click.option("--ranks", type=POSITIVE, default=2, help="Devices of the pipeline.")
 @click.option("--expert-devices", type=POSITIVE, default=2, help="Over which experts are spread.")
 @click.option("--microbatches", type=POSITIVE, default=4, help="Of a step, on each of these.")
@@ -49,15 +50,15 @@ from experiments.train_lm.training import make_optimizer
     default=(0.01, 0.0),
     help="By how much a step moves the routers' biases; once for each run.",
 )
-@flags.text_and_results(output="runs/deepseek_mini", results="the log and the picture")
+@flags.text_and_results(folder="runs/deepseek_mini", results="the log and the picture")
 @click.option(
     "--preflight",
     "topology",
     metavar="TOPOLOGY",
-    help="Train nothing; compile steps of a larger model for TPUs, as tpu:v5e:2x4, and tell what "
-    "hides their communication (minutes).",
+    help="Train nothing; compile steps of a larger model for TPUs, as tpu:v5e:2x4, and tell "
+    "whether compute hides their communication (minutes).",
 )
-def command(
+def main(
     *,
     schedule: str,
     ranks: int,
@@ -89,32 +90,32 @@ def command(
         except ValueError as error:
             raise Refusal(str(error)) from error
         return
-    _require_flags_fit(
-        schedule=schedule,
-        ranks=ranks,
-        expert_devices=expert_devices,
-        parts=microbatches * expert_devices,
-        batch_size=batch_size,
-        width=width,
-        heads=heads,
-        layers=layers,
-        dense_layers=dense_layers,
-        experts=experts,
-        chosen=chosen,
-        bias_rates=bias_rates,
+    of_parts, parts = "--microbatches x --expert-devices =", microbatches * expert_devices
+    flags.refuse(
+        {
+            **flags.uneven_batch(batch_size, parts, of_parts),
+            f"--width {width}: must be divisible by 4 x --heads {heads}": width % (4 * heads),
+            f"--dense-layers {dense_layers}: must be fewer than --layers {layers}": (
+                dense_layers >= layers
+            ),
+            f"--experts {experts}: must be divisible by --expert-devices {expert_devices}": (
+                experts % expert_devices
+            ),
+            f"--chosen {chosen}: must be at most --experts {experts}": chosen > experts,
+            f"--bias-rate {bias_rates}: must be different for each run": (
+                len(set(bias_rates)) < len(bias_rates)
+            ),
+        }
     )
     try:
         text = data.read(data_path, min_length=context + 1)
         output.mkdir(parents=True, exist_ok=True)
-        log = report.Log(output / "log.csv")
+        log = Log(output / "log.csv", report.COLUMNS)
     except (OSError, ValueError) as error:
         raise Refusal(str(error)) from error
     plan = dpj.schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
-    if layers < plan.num_stages:
-        raise Refusal(
-            f"--layers {layers}: fewer than the {plan.num_stages} stages of {schedule} over "
-            f"{ranks} ranks; add layers or lower --ranks"
-        )
+    of = f"of {schedule}"
+    flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=ranks, of=of))
     count = ranks * expert_devices
     flag = f"--ranks x --expert-devices = {count}"
     devices, which = find_devices(count, flag=flag, fake=count)
@@ -181,58 +182,15 @@ def command(
         except FloatingPointError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            console.print(f"stopped; what was logged until then is in {output}")
-            sys.exit(130)  # what a shell makes of Ctrl-C
+            console.print(f"stopped; the log until then is in {output}")
+            sys.exit(130)  # a shell's code for Ctrl-C
         finally:
             if log.rows:
                 title = f"{num_params:,} parameters, {schedule} {ranks} x experts {expert_devices}"
-                report.plot(log, output / "training.png", title=title)
+                report.plot(log.rows, output / "training.png", title=title)
     for rate in bias_rates:
-        console.print(report.summary(log, rate))
+        console.print(report.summary(log.rows, rate))
     console.print(f"written   {output}: log.csv, training.png")
-
-
-def _require_flags_fit(
-    *,
-    schedule: str,
-    ranks: int,
-    expert_devices: int,
-    parts: int,
-    batch_size: int,
-    width: int,
-    heads: int,
-    layers: int,
-    dense_layers: int,
-    experts: int,
-    chosen: int,
-    bias_rates: tuple[float, ...],
-) -> None:
-    """Refuses flags that do not fit each other, all in one line."""
-    known = dpj.schedules.names()
-    problems = {
-        f"--schedule {schedule}: must be one of {', '.join(known)}": schedule not in known,
-        f"--batch-size {batch_size}: must be divisible by --microbatches x --expert-devices = "
-        f"{parts}": batch_size % parts,
-        f"--width {width}: must be divisible by 4 x --heads {heads}": width % (4 * heads),
-        f"--dense-layers {dense_layers}: must be fewer than --layers {layers}": (
-            dense_layers >= layers
-        ),
-        f"--experts {experts}: must be divisible by --expert-devices {expert_devices}": (
-            experts % expert_devices
-        ),
-        f"--chosen {chosen}: must be at most --experts {experts}": chosen > experts,
-        f"--bias-rate {bias_rates}: must be different for each run": (
-            len(set(bias_rates)) < len(bias_rates)
-        ),
-    }
-    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
-    if wrong:
-        raise Refusal("; ".join(wrong))
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    flags.run(command, args, name="deepseek_mini")
 
 
 if __name__ == "__main__":

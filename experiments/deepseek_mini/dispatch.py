@@ -7,7 +7,7 @@ A choice is a token beside one of its experts: choice c is token c // chosen. Ch
 sorted by expert, and slots to the experts' devices by an all-to-all over a mesh axis. Device e has
 the experts e * local to (e + 1) * local - 1. Each device sorts and counts its own tokens only.
 
-Gates go along, and multiply what is hidden in an expert: so their gradients are made where it is,
+Gates travel along, and multiply an expert's hidden values: so their gradients are made where it is,
 and a backward that recomputes needs neither the experts' outputs nor the way back once more.
 
 All moves are gathers, forward and backward (`take_rows`), and sizes are static: in capacity mode
@@ -28,7 +28,7 @@ from experiments.deepseek_mini.routing import Routing
 
 # [experts, width, hidden] for "gate" and "up", [experts, hidden, width] for "down".
 Kernels = Mapping[str, jax.Array]
-# What `jax.lax.ragged_all_to_all` takes beside its buffers.
+# The arguments of `jax.lax.ragged_all_to_all` beside its buffers.
 Route = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -124,8 +124,8 @@ def dropless(
       kernels: Of this device's experts.
       num_experts: On all devices.
       axis: The mesh axis of the experts; None if all are here.
-      is_ragged: Whether only what is there is sent, by `jax.lax.ragged_all_to_all`, and not the
-        empty slots too. See `has_ragged`.
+      is_ragged: Whether only filled slots are sent, by `jax.lax.ragged_all_to_all`, and not the
+        empty ones too. See `has_ragged`.
 
     Returns:
       y, as x.
@@ -168,7 +168,7 @@ def dropless(
     gates = gates.reshape(-1)
     their_counts, their_starts = theirs[:, :-1], theirs[:, -1]
     their_sizes = their_counts.sum(1, dtype=jnp.int32)
-    # Where what goes to each device begins, how much it is, where it is put, how much comes.
+    # For each device: where its rows begin, how many, where they are put, how many come back.
     to_me = jnp.full_like(sizes, limit) * lax.axis_index(axis)
     from_me = jnp.arange(num_devices, dtype=jnp.int32) * limit
     there = (_starts(sizes), sizes, to_me, their_sizes)
@@ -179,7 +179,7 @@ def dropless(
     else:
         received = _exchange(sent.reshape(num_devices, limit, -1), axis).reshape(num_slots, -1)
     # Rows came sorted by expert from each device. Empty slots stand for an expert beyond the last,
-    # and are read as zeros; what their outputs' cotangents are is put to zeros, too.
+    # and are read as zeros; their outputs' cotangents become zeros, too.
     ends = jnp.cumsum(their_counts, 1)
     expert = (jnp.arange(limit)[:, None] >= ends[:, None]).sum(-1)  # [from device, slot]
     by_expert = jnp.argsort(expert.reshape(-1), stable=True).astype(jnp.int32)
@@ -220,7 +220,7 @@ def swiglu(x: jax.Array, kernels: Kernels, gates: jax.Array) -> jax.Array:
 def grouped_swiglu(x: jax.Array, kernels: Kernels, gates: jax.Array, sizes: jax.Array) -> jax.Array:
     """Runs the first expert on the first `sizes[0]` rows, and so on; [rows, width] to the same.
 
-    What comes of rows beyond the last group is not to be used; nothing else depends on them.
+    Outputs of rows beyond the last group are not to be used; nothing else depends on them.
     """
     gate, up, down = (kernels[name].astype(x.dtype) for name in ("gate", "up", "down"))
     hidden = jax.nn.silu(lax.ragged_dot(x, gate, sizes)) * lax.ragged_dot(x, up, sizes)
@@ -317,11 +317,11 @@ def send_ragged(
 
     Args:
       axis: The mesh axis.
-      num_rows: Of `values` and of what is received.
+      num_rows: Of `values` and of the received rows.
       values: [num_rows[0], width].
       there: For each device, int32[devices]: where its rows begin, how many, where they go to in
         its memory, and how many it sends here.
-      back: The same for the way back: of what is received, to where in `values` it came from.
+      back: The same for the way back: from the received rows to their places in `values`.
     """
     del back
     received = lax.empty((num_rows[1], values.shape[1]), values.dtype)
@@ -356,7 +356,7 @@ def _axes_of(values: jax.Array) -> frozenset[str]:
 
 
 def _varying(values: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """Has values vary over these axes too, as the type of what is made of them says."""
+    """Has values vary over these axes too, as the type of their results says."""
     missing = tuple(sorted(set(axes) - _axes_of(values)))
     return lax.pcast(values, missing, to="varying") if missing else values
 

@@ -41,16 +41,16 @@ def rotate(x: jax.Array) -> jax.Array:
 class LatentAttention(nn.Module):
     """Causal multi-head latent attention, section 2.1.1 (equations 1 to 11).
 
-    Keys and values of all heads are made of one small latent, and queries of another. What tells
-    positions is apart from both: a rotary query for each head, and one rotary key for all, so that
+    Keys and values of all heads are made of one small latent, and queries of another. Positions
+    are apart from both: a rotary query for each head, and one rotary key for all, so that
     at inference the latent and this key are all that has to be cached.
 
     Attributes:
       heads: Their number.
       head_size: Of a head's query and key without position, and of its value.
       rotary_size: Of its rotary query, and of the rotary key.
-      latent_size: Of what keys and values are made of.
-      query_latent_size: Of what queries are made of.
+      latent_size: Of the latent behind keys and values.
+      query_latent_size: Of the latent behind queries.
       dtype: Of the compute.
     """
 
@@ -124,7 +124,7 @@ class MixtureOfExperts(nn.Module):
       chosen: Routed experts a token.
       hidden: The hidden size of each; of the shared one `shared` times as much.
       shared: Shared experts. (Several are one of that many times the size.)
-      scale: What the gates are multiplied by.
+      scale: The factor of the gates.
       balance_loss: The factor of the sequence-wise balance loss, the report's alpha.
       capacity_factor: How many times the mean load an expert has room for; None for all there is.
       axis: The mesh axis over which the experts are spread; None if all are here.
@@ -145,7 +145,7 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dpj.Aux]:
-        """Maps [rows, length, width] to the same, and what tells of balance.
+        """Maps [rows, length, width] to the same, and figures of the balance.
 
         Metrics: `load`, int32[experts], the tokens of each expert; `dropped`, how many choices
         found no room.

@@ -22,7 +22,7 @@ VOCABULARY = 256  # bytes
 
 
 class Ends(nn.Module):
-    """What stands outside the layers: embedding, output, and multi-token prediction between them.
+    """The parameters outside the layers: embedding, output, and multi-token prediction.
 
     Attributes:
       width: Of the residual stream.
@@ -85,7 +85,7 @@ class Ends(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSeekMini:
-    """A model of given sizes: its parameters, and what is computed with them.
+    """A model of given sizes: its parameters, and the functions of them.
 
     Attributes:
       dense_layers: The first ones.
@@ -94,8 +94,8 @@ class DeepSeekMini:
       heads: Of the attention.
       head_size: Without position.
       rotary_size: With.
-      latent_size: Of what keys and values are made of.
-      query_latent_size: Of what queries are made of.
+      latent_size: Of the latent behind keys and values.
+      query_latent_size: Of the latent behind queries.
       hidden: Of a dense layer's feed-forward network.
       experts: Routed ones of an expert layer.
       chosen: Routed ones a token.

@@ -4,16 +4,18 @@ Pipe 4 x expert 2, DualPipe, bfloat16 compute and float32 parameters. Arguments 
 no array is made, and nothing runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from rich.console import Console
 
 import dualpipe_jax as dpj
+from experiments.compiled.compiles import Figures, compile_case
+from experiments.compiled.steps import Step, lay
 from experiments.deepseek_mini import model
 from experiments.deepseek_mini.model import DeepSeekMini
 
@@ -51,6 +53,8 @@ class Case:
       context: Tokens of a row.
       num_microbatches: Of a step, on each device of the experts.
       tpu_options: XLA's, beside `dpj.compiler_options("tpu")`.
+      topology: As `dpj.preflight` takes it.
+      axes: The mesh.
     """
 
     what: str
@@ -59,6 +63,40 @@ class Case:
     context: int = 1024
     num_microbatches: int = 16
     tpu_options: Mapping[str, Any] = field(default_factory=dict)
+    topology: str = "tpu:v5e:2x4"
+    axes: Mapping[str, int] = field(default_factory=lambda: AXES)
+
+    def make(self) -> Step:
+        """Makes the step: loss and gradients."""
+        names, lengths = tuple(self.axes), tuple(self.axes.values())
+        mesh = AbstractMesh(lengths, names, axis_types=(AxisType.Auto,) * len(names))
+        shapes = jax.eval_shape(self.sizes.init, jax.random.key(0))
+        specs = self.sizes.param_specs(shapes, "expert")
+        grad_fn = dpj.value_and_grad(
+            self.sizes.for_pipeline("expert", is_ragged=self.sizes.capacity_factor is None),
+            mesh=mesh,
+            num_microbatches=self.num_microbatches,
+            execution=dpj.Execution(overlap=True),
+            remat="block",
+            batch_axes="expert",
+            manual_axes="expert",
+            param_specs=specs,
+            trainable=model.is_trained,
+        )
+
+        def over_ranks(path: Any, leaf: Any, spec: PartitionSpec) -> PartitionSpec:
+            is_spread = path[0].key == "blocks" and leaf.shape[0] % self.axes["pipe"] == 0
+            return PartitionSpec("pipe" if is_spread else None, *spec[1:])
+
+        specs = jax.tree_util.tree_map_with_path(over_ranks, shapes, specs)
+        num_rows = self.rows * self.num_microbatches * self.axes["expert"]
+        batch = jax.ShapeDtypeStruct((num_rows, self.context + 1), jnp.int32)
+        args = lay((shapes, batch), (specs, PartitionSpec("expert")), mesh)
+        platform = self.topology.split(":")[0]
+        options = dict(dpj.compiler_options(platform))
+        if platform == "tpu":
+            options |= self.tpu_options
+        return Step(fn=jax.jit(grad_fn), args=args, mesh=mesh, options=options)
 
 
 CASES = {
@@ -75,75 +113,30 @@ CASES = {
 }
 
 
-def compile_case(case: Case, topology: str, *, axes: dict[str, int] | None = None) -> Any:
-    """Compiles the loss and gradients of a case, and gives preflight's report."""
-    axes = AXES if axes is None else axes
-    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-    sizes = case.sizes
-    shapes = jax.eval_shape(sizes.init, jax.random.key(0))
-    specs = sizes.param_specs(shapes, "expert")
-    grad_fn = dpj.value_and_grad(
-        sizes.for_pipeline("expert", is_ragged=sizes.capacity_factor is None),
-        mesh=mesh,
-        num_microbatches=case.num_microbatches,
-        execution=dpj.Execution(overlap=True),
-        remat="block",
-        batch_axes="expert",
-        manual_axes="expert",
-        param_specs=specs,
-        trainable=model.is_trained,
-    )
-
-    def placed(path: Any, leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        is_spread = path[0].key == "blocks" and leaf.shape[0] % axes["pipe"] == 0
-        spec = PartitionSpec("pipe" if is_spread else None, *spec[1:])
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    params = jax.tree_util.tree_map_with_path(placed, shapes, specs)
-    num_rows = case.rows * case.num_microbatches * axes["expert"]
-    batch = jax.ShapeDtypeStruct(
-        (num_rows, case.context + 1),
-        jnp.int32,
-        sharding=NamedSharding(mesh, PartitionSpec("expert")),
-    )
-    platform = topology.split(":")[0]
-    options = dict(dpj.compiler_options(platform))
-    if platform == "tpu":
-        options |= case.tpu_options
-    return dpj.preflight(
-        jax.jit(grad_fn), (params, batch), topology, compiler_options=options, mesh=mesh
-    )
-
-
-def describe(what: str, report: Any) -> str:
+def describe(what: str, figures: Figures) -> str:
     """Counts the collectives of a trip: how many are asynchronous, and how many are hidden."""
-    if report.loop is None:
-        return f"{what}: no loop to look at; {report.failure or 'see above'}"
-    kinds = dict.fromkeys(each.kind for each in report.loop.collectives)
-    counts = []
-    for kind in kinds:
-        mine = [each for each in report.loop.collectives if each.kind == kind]
-        total, of_async, hidden = (
-            sum(each.count for each in mine if keep(each))
-            for keep in (lambda _: True, lambda e: e.is_async, lambda e: e.is_hidden is True)
-        )
-        counts.append(f"{total} {kind} ({of_async} asynchronous, {hidden} hidden)")
-    loop = report.loop
-    exposed = "?" if loop.exposed_seconds is None else f"{loop.exposed_seconds * 1e6:,.0f}"
-    compute = "?" if loop.compute_seconds is None else f"{loop.compute_seconds * 1e6:,.0f}"
+    if figures.loop is None:
+        return f"{what}: no loop to look at{'' if figures.fits else ', as it does not fit'}"
+    counts = [
+        f"{each.total} {kind} ({each.num_async} asynchronous, {each.num_hidden} hidden)"
+        for kind, each in figures.counts.items()
+    ]
+    exposed, compute = (
+        "?" if seconds is None else f"{seconds * 1e6:,.0f}"
+        for seconds in (figures.exposed_seconds, figures.compute_seconds)
+    )
     return f"{what}: {', '.join(counts)}; {exposed} us exposed beside {compute} of compute"
 
 
-def run(topology: str, *, names: Sequence[str] = (), console: Console) -> None:
-    """Compiles the cases and prints what became of each."""
+def run(topology: str, *, console: Console) -> None:
+    """Compiles the cases and prints the report of each."""
     lines = []
-    for name in names or CASES:
-        case = CASES[name]
+    for name, case in CASES.items():
         with console.status(f"compiling: {case.what}"):
-            report = compile_case(case, topology)
+            figures = compile_case(replace(case, topology=topology))
         console.rule(case.what)
-        console.print(str(report), markup=False)
-        lines.append(describe(f"{name:12}", report))
+        console.print(figures.text, markup=False)
+        lines.append(describe(f"{name:12}", figures))
     console.rule("a trip of the loop")
     for line in lines:
         console.print(line, markup=False)

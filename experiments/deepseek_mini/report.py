@@ -1,7 +1,6 @@
-"""The figures of the runs: a CSV that grows as they go on, and the picture of losses and loads."""
+"""The figures of the runs: the columns of their log, and the picture of losses and loads."""
 
-import csv
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-_COLUMNS = [
-    "bias_rate",
-    "step",
-    "main_loss",
-    "mtp_loss",
-    "held_out_loss",
-    "held_out_perplexity",
-    "worst_load",
-    "dropped",
-    "seconds",
-]
+from experiments.train_lm.log import perplexity
+from experiments.train_lm.pictures import frame
+
 _WINDOW = 10  # steps of which means are drawn
 _MAIN, _MTP, _GRAY = "#0b6bb5", "#bd4400", "#777777"
 
@@ -54,45 +45,24 @@ class Row:
         return None if self.load is None else float(self.shares.max(-1).mean())
 
 
-class Log:
-    """Keeps the rows, and writes each as it comes: a stopped run leaves its own."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.rows: list[Row] = []
-        self._append(_COLUMNS, mode="w")
-
-    def add(self, row: Row) -> None:
-        """Appends a row."""
-        self.rows.append(row)
-        perplexity = None if row.held_out is None else math.exp(min(row.held_out, 700.0))
-        self._append(
-            [
-                row.rate,
-                row.step,
-                row.main,
-                row.mtp,
-                row.held_out,
-                perplexity,
-                row.worst_load,
-                row.dropped,
-                row.seconds,
-            ]
-        )
-
-    def of_rate(self, rate: float) -> list[Row]:
-        """Lists the rows of one run."""
-        return [row for row in self.rows if row.rate == rate]
-
-    def _append(self, values: list[Any], mode: str = "a") -> None:
-        with self._path.open(mode, newline="") as file:
-            csv.writer(file).writerow(_cell(value) for value in values)
+COLUMNS: dict[str, Callable[[Row], Any]] = {
+    "bias_rate": lambda row: row.rate,
+    "step": lambda row: row.step,
+    "main_loss": lambda row: row.main,
+    "mtp_loss": lambda row: row.mtp,
+    "held_out_loss": lambda row: row.held_out,
+    "held_out_perplexity": lambda row: None if row.held_out is None else perplexity(row.held_out),
+    "worst_load": lambda row: row.worst_load,
+    "dropped": lambda row: row.dropped,
+    "seconds": lambda row: row.seconds,
+}
 
 
-def summary(log: Log, rate: float, *, last: int = 50) -> str:
+def summary(rows: Sequence[Row], rate: float, *, last: int = 50) -> str:
     """Tells how a run ended: its last held-out loss, and means over the last steps."""
-    rows = [row for row in log.of_rate(rate) if row.main is not None]
-    held_out = [row.held_out for row in log.of_rate(rate) if row.held_out is not None][-1]
+    of_rate = [row for row in rows if row.rate == rate]
+    rows = [row for row in of_rate if row.main is not None]
+    held_out = [row.held_out for row in of_rate if row.held_out is not None][-1]
     late = rows[-last:]
     if not late:
         return f"bias rate {rate:g}: no step was taken"
@@ -104,27 +74,28 @@ def summary(log: Log, rate: float, *, last: int = 50) -> str:
     choices = sum(int(row.load.sum()) for row in rows if row.load is not None)
     return (
         f"bias rate {rate:g}: held-out loss {held_out:.3f} nats a byte (perplexity "
-        f"{math.exp(min(held_out, 700.0)):.2f}); last {len(late)} steps: loss {main:.3f}, of the "
+        f"{perplexity(held_out):.2f}); last {len(late)} steps: loss {main:.3f}, of the "
         f"byte after {mtp:.3f}, the fullest expert has {worst:.2f} x the mean load; {dropped:,} of "
         f"{choices:,} choices dropped"
     )
 
 
-def plot(log: Log, path: Path, *, title: str) -> None:
+def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Draws the losses of all runs, and for each the loads of the last layer's experts."""
-    rates = list(dict.fromkeys(row.rate for row in log.rows))
+    rates = list(dict.fromkeys(row.rate for row in rows))
     figure = Figure(figsize=(9.5, 2.2 + 2.2 * len(rates)), dpi=90, layout="constrained")
     grid = figure.add_gridspec(len(rates), 2)
     losses = figure.add_subplot(grid[:, 0])
     for rate, style in zip(rates, ["-", "--", ":", "-."] * len(rates), strict=False):
-        rows = [row for row in log.of_rate(rate) if row.main is not None]
-        steps = [row.step for row in rows]
+        of_rate = [row for row in rows if row.rate == rate]
+        trained = [row for row in of_rate if row.main is not None]
+        steps = [row.step for row in trained]
         lines = ("main", _MAIN, "next byte"), ("mtp", _MTP, "byte after it")
-        for name, color, what in lines if rows else ():
-            values = _smooth(np.array([getattr(row, name) for row in rows]))
+        for name, color, what in lines if trained else ():
+            values = _smooth(np.array([getattr(row, name) for row in trained]))
             label = f"{what}, bias rate {rate:g}"
             losses.plot(steps, values, color=color, linewidth=1.2, linestyle=style, label=label)
-        held_out = [(r.step, r.held_out) for r in log.of_rate(rate) if r.held_out is not None]
+        held_out = [(r.step, r.held_out) for r in of_rate if r.held_out is not None]
         marker = "o" if style == "-" else "x"
         label = f"held out, {held_out[-1][1]:.3f} at the end"
         losses.plot(*zip(*held_out, strict=True), marker, color="black", markersize=4, label=label)
@@ -135,10 +106,10 @@ def plot(log: Log, path: Path, *, title: str) -> None:
     for place, rate in enumerate(rates):
         axes = figure.add_subplot(grid[place, 1], sharey=first)
         first = first or axes
-        rows = [row for row in log.of_rate(rate) if row.load is not None]
-        if rows:
-            shares = _smooth(np.stack([row.shares[-1] for row in rows]))  # [steps, experts]
-            axes.plot([row.step for row in rows], shares, linewidth=1.0)
+        loaded = [row for row in rows if row.rate == rate and row.load is not None]
+        if loaded:
+            shares = _smooth(np.stack([row.shares[-1] for row in loaded]))  # [steps, experts]
+            axes.plot([row.step for row in loaded], shares, linewidth=1.0)
         axes.axhline(1.0, color=_GRAY, linewidth=1.0, linestyle="--")
         axes.set_title(
             f"loads of the last layer's experts, bias rate {rate:g}", loc="left", fontsize=10
@@ -152,15 +123,9 @@ def plot(log: Log, path: Path, *, title: str) -> None:
 def _finish(axes: Any, label: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(label)
-    axes.grid(color="#e4e4e4", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame(axes)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Takes means over the last few steps."""
     return np.stack([values[max(0, i + 1 - _WINDOW) : i + 1].mean(0) for i in range(len(values))])
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

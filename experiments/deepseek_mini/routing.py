@@ -12,11 +12,11 @@ from jax import lax
 
 
 class Routing(NamedTuple):
-    """What was chosen for each token.
+    """The choice for each token.
 
     Attributes:
       experts: int32[tokens, chosen], each token's experts, all different.
-      gates: [tokens, chosen], what their outputs are multiplied by.
+      gates: [tokens, chosen], the factors of their outputs.
     """
 
     experts: jax.Array

@@ -19,7 +19,8 @@ from rich.progress import Progress
 import dualpipe_jax as dpj
 from experiments.deepseek_mini import dispatch, model
 from experiments.deepseek_mini.model import DeepSeekMini
-from experiments.deepseek_mini.report import Log, Row
+from experiments.deepseek_mini.report import Row
+from experiments.train_lm.log import Log
 
 PIPE, EXPERT = "pipe", "expert"
 # Parameters, then the optimizer's state.

@@ -22,7 +22,7 @@ File = tuple[str, Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """What was read: the bytes of both sides, uint8[length], and a line that says what it is."""
+    """A text: the bytes of both sides, uint8[length], and a line that describes them."""
 
     train: np.ndarray
     held_out: np.ndarray

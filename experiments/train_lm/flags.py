@@ -1,5 +1,6 @@
-"""What the commands of the experiments share: flags of the language model, and how they refuse."""
+"""The commands of the experiments: shared flags, and how mistakes in them are refused."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def language_model(*, context: int, layers: int, width: int) -> Callable[..., An
     )
 
 
-def text_and_results(*, output: str, results: str) -> Callable[..., Any]:
+def text_and_results(*, folder: str, results: str) -> Callable[..., Any]:
     """Adds the flags of the text to learn, of the folder for `results`, and of held-out losses."""
     return _adding(
         click.option(
@@ -66,12 +67,7 @@ def text_and_results(*, output: str, results: str) -> Callable[..., Any]:
             show_default="the sources of Python's standard library",
             help="A text file, or a folder of them.",
         ),
-        click.option(
-            "--output",
-            type=click.Path(file_okay=False, path_type=Path),
-            default=Path(output),
-            help=f"The folder for {results}.",
-        ),
+        output(folder, results=results),
         click.option(
             "--eval-every", type=POSITIVE, default=50, help="Steps between held-out losses."
         ),
@@ -97,19 +93,14 @@ def several(
 
 
 def require_multiples(*sizes: tuple[str, int, int], why: str) -> None:
-    """Refuses flags whose value is no multiple of what it has to be.
+    """Refuses flags whose value is no multiple of the required number.
 
     Args:
-      *sizes: Each flag, its value, and what it has to be a multiple of.
-      why: What that is for, as the message's end.
+      *sizes: Each flag, its value, and the number that has to divide it.
+      why: The reason, as the message's end.
     """
-    wrong = [
-        f"{name} {value}: must be a multiple of {count}"
-        for name, value, count in sizes
-        if value % count
-    ]
-    if wrong:
-        raise Refusal(f"{'; '.join(wrong)}, {why}")
+    wrong = [f"{flag} {n}: must be a multiple of {count}" for flag, n, count in sizes if n % count]
+    refuse({f"{'; '.join(wrong)}, {why}": wrong})
 
 
 def _adding(*flags: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,12 +112,67 @@ def _adding(*flags: Callable[..., Any]) -> Callable[..., Any]:
     return add
 
 
-def run(command: click.Command, args: list[str] | None, *, name: str) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
+def output(default: str, *, results: str) -> Callable[..., Any]:
+    """Adds the flag of the folder for `results`."""
+    path = click.Path(file_okay=False, path_type=Path)
+    return click.option(
+        "--output", type=path, default=Path(default), help=f"The folder for {results}."
+    )
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder of `--output`, or refuses it."""
     try:
-        command.main(args, prog_name=name, standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"{name}: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--output {path}: {error.strerror}") from error
+
+
+def refuse(problems: dict[str, Any]) -> None:
+    """Refuses flags that do not fit each other: all problems that are true, in one line."""
+    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
+    if wrong:
+        raise Refusal("; ".join(wrong))
+
+
+def uneven_batch(batch_size: int, parts: int, of: str = "--microbatches") -> dict[str, Any]:
+    """Names the problem of a batch that does not divide into its parts."""
+    return {f"--batch-size {batch_size}: must be divisible by {of} {parts}": batch_size % parts}
+
+
+def uneven_heads(width: int, heads: int) -> dict[str, Any]:
+    """Names the problem of a width that does not divide into its heads."""
+    return {f"--width {width}: must be divisible by --heads {heads}": width % heads}
+
+
+def too_few_layers(
+    layers: int, *, stages: int, ranks: int, of: str = "that a schedule has"
+) -> dict[str, Any]:
+    """Names the problem of stages without a layer."""
+    text = f"--layers {layers}: fewer than the {stages} stages {of} over {ranks} ranks; "
+    return {f"{text}every stage needs a layer, so add layers or lower --ranks": layers < stages}
+
+
+def script(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes `main(args=None)` of a function that has flags.
+
+    A mistake in the flags is one line and exit code 2.
+    """
+    settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+    def make(function: Callable[..., None]) -> Callable[..., None]:
+        command = click.command(name, context_settings=settings)(function)
+
+        @functools.wraps(function)
+        def main(args: Sequence[str] | None = None) -> None:
+            try:
+                command.main(args, prog_name=name, standalone_mode=False)
+            except click.ClickException as error:
+                click.echo(f"{name}: {error.format_message()}", err=True)
+                sys.exit(error.exit_code)
+            except click.Abort:
+                sys.exit(130)
+
+        return main
+
+    return make

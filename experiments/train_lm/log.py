@@ -3,9 +3,14 @@
 import csv
 import dataclasses
 import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+
+from .pictures import frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,55 +32,55 @@ class Row:
     seconds: float
 
 
+COLUMNS = {f.name: operator.attrgetter(f.name) for f in dataclasses.fields(Row)}
+
+
 class Log:
-    """Keeps the rows for the picture, and writes each as it comes: a stopped run leaves its own."""
+    """Keeps the rows, and writes each as it comes: a stopped run leaves its own.
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._rows: list[Row] = []
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(field.name for field in dataclasses.fields(Row))
+    Attributes:
+      rows: All until now.
+    """
 
-    def add(self, row: Row) -> None:
+    def __init__(self, path: Path, columns: Mapping[str, Callable[[Any], Any]]):
+        self.rows: list[Any] = []
+        self._path, self._columns = path, columns
+        self._append(list(columns), mode="w")
+
+    def add(self, row: Any) -> None:
         """Appends a row."""
-        self._rows.append(row)
-        with self._path.open("a", newline="") as file:
-            csv.writer(file).writerow(_cell(value) for value in dataclasses.astuple(row))
+        self.rows.append(row)
+        self._append([_cell(of(row)) for of in self._columns.values()], mode="a")
 
-    @property
-    def last_held_out_loss(self) -> float:
-        """The held-out loss that was taken last; nan before the first."""
-        losses = [row.held_out_loss for row in self._rows if row.held_out_loss is not None]
-        return losses[-1] if losses else math.nan
+    def _append(self, cells: Sequence[str], *, mode: str) -> None:
+        with self._path.open(mode, newline="") as file:
+            csv.writer(file).writerow(cells)
 
-    def plot(self, path: Path, *, title: str) -> None:
-        """Draws the losses over the steps."""
-        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
-        train = [(row.step, row.train_loss) for row in self._rows if row.train_loss is not None]
-        held_out = [
-            (row.step, row.held_out_loss) for row in self._rows if row.held_out_loss is not None
-        ]
-        if train:
-            axes.plot(*zip(*train, strict=True), color="#8cc4ef", linewidth=1, label="train")
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True),
-                color="#bd4400",
-                linewidth=1.8,
-                marker="o",
-                markersize=4,
-                label=f"held out, {held_out[-1][1]:.3f} at the end",
-            )
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats a byte")
-        axes.grid(color="#e4e4e4", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if train or held_out:
-            axes.legend(frameon=False)
-        figure.savefig(path)
+
+def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Draws the losses over the steps."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    train = [(row.step, row.train_loss) for row in rows if row.train_loss is not None]
+    held_out = [(row.step, row.held_out_loss) for row in rows if row.held_out_loss is not None]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#8cc4ef", linewidth=1, label="train")
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True),
+            color="#bd4400",
+            linewidth=1.8,
+            marker="o",
+            markersize=4,
+            label=f"held out, {held_out[-1][1]:.3f} at the end",
+        )
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a byte")
+    frame(axes)
+    if train or held_out:
+        axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 def perplexity(loss: float) -> float:
@@ -83,5 +88,5 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # beyond, it is more than a float holds
 
 
-def _cell(value: float | None) -> str:
+def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """A GPT-style byte-level language model: Flax modules, and the `dpj.Model` made of them.
 
 Decoder-only, pre-norm, with tied embeddings. Positions are ALiBi's (arXiv:2108.12409), which take
-no parameters and, in a run this short, learn what stood just before far sooner than an embedding.
+no parameters and, in a run this short, learn from the nearest bytes far sooner than an embedding.
 """
 
 import functools
@@ -19,7 +19,7 @@ VOCABULARY = 256  # bytes
 
 
 class Ends(nn.Module):
-    """What stands outside the layers: the embedding, which is also the output, and a norm."""
+    """The parameters outside the layers: the embedding, which is also the output, and a norm."""
 
     width: int
     vocabulary: int = VOCABULARY
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 def _causal_bias(*, heads: int, length: int) -> jax.Array:
-    """Makes what is added to attention's logits, float32[heads, length, length].
+    """Makes the bias of attention's logits, float32[heads, length, length].
 
     To query i, key j is worth -(i - j) 2^(-8 (h + 1) / heads) in head h if j <= i, else nothing.
     """
@@ -77,7 +77,7 @@ def _causal_bias(*, heads: int, length: int) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A model of given sizes: its parameters, in float32, and what is computed with them."""
+    """A model of given sizes: its parameters, in float32, and the functions of them."""
 
     layers: int
     width: int

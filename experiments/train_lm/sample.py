@@ -28,7 +28,7 @@ def continue_text(
     @jax.jit
     def run(params: Any, text: jax.Array, key: jax.Array) -> jax.Array:
         def add_byte(index: jax.Array, text: jax.Array) -> jax.Array:
-            # The model is causal: what stands in the window from `index` on changes nothing.
+            # The model is causal: bytes of the window from `index` on change nothing.
             start = jnp.maximum(index - context, 0)
             window = jax.lax.dynamic_slice(text, (start,), (context,))
             logits = model.logits(params, window[None])[0, index - 1 - start]

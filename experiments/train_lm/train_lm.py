@@ -19,7 +19,7 @@ import dualpipe_jax as dpj
 from . import data, flags, training
 from .devices import find_devices
 from .flags import POSITIVE, Refusal
-from .log import Log, perplexity
+from .log import COLUMNS, Log, perplexity, plot
 from .model import LanguageModel
 from .sample import continue_text
 
@@ -28,8 +28,8 @@ DEFAULT_RANKS = 4
 SAMPLE_BYTES = 500
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--schedule", default="dualpipe", help=f"One of {', '.join(dpj.schedules.names())}.")
+@flags.script("train_lm")
+@click.option("--schedule", type=click.Choice(dpj.schedules.names()), default="dualpipe")
 @click.option(
     "--ranks",
     type=POSITIVE,
@@ -43,11 +43,11 @@ SAMPLE_BYTES = 500
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
-    help="What is computed in; parameters, their gradients and AdamW stay in float32.",
+    help="Of the compute; parameters, their gradients and AdamW stay in float32.",
 )
-@flags.text_and_results(output="runs/train_lm", results="the log, the pictures and the sample")
-@click.option("--prompt", default="def ", help="What the sample at the end continues.")
-def command(
+@flags.text_and_results(folder="runs/train_lm", results="the log, the pictures and the sample")
+@click.option("--prompt", default="def ", help="The text that the sample at the end continues.")
+def main(
     *,
     schedule: str,
     ranks: int | None,
@@ -55,9 +55,6 @@ def command(
     steps: int,
     batch_size: int,
     context: int,
-    layers: int,
-    width: int,
-    heads: int,
     learning_rate: float,
     seed: int,
     dtype: str,
@@ -66,23 +63,24 @@ def command(
     eval_every: int,
     eval_batches: int,
     prompt: str,
+    **model_sizes: int,
 ) -> None:
     """Train a byte-level language model on real text with a pipeline schedule.
 
     Every step (loss, gradients, update) is one jitted program over all ranks.
     """
-    _require_flags_fit(
-        schedule=schedule,
-        microbatches=microbatches,
-        batch_size=batch_size,
-        width=width,
-        heads=heads,
-        prompt=prompt,
+    layers, width = model_sizes["layers"], model_sizes["width"]
+    flags.refuse(
+        {
+            **flags.uneven_batch(batch_size, microbatches),
+            **flags.uneven_heads(width, model_sizes["heads"]),
+            "--prompt: must not be empty": not prompt,
+        }
     )
     try:
         text = data.read(data_path, min_length=context + 1)
         output.mkdir(parents=True, exist_ok=True)
-        log = Log(output / "log.csv")
+        log = Log(output / "log.csv", COLUMNS)
     except (OSError, ValueError) as error:
         raise Refusal(str(error)) from error
     devices, which = find_devices(ranks, flag=f"--ranks {ranks}", fake=DEFAULT_RANKS)
@@ -92,11 +90,8 @@ def command(
             which = f"{which}; {most} of them, as {layers} layers make no more stages"
         devices = devices[:most]
     plan = dpj.schedules.make(schedule, num_ranks=len(devices), num_microbatches=microbatches)
-    if layers < plan.num_stages:
-        raise Refusal(
-            f"--layers {layers}: fewer than the {plan.num_stages} stages of {schedule} over "
-            f"{len(devices)} ranks; every stage needs a layer, so add layers or lower --ranks"
-        )
+    of = f"of {schedule}"
+    flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=len(devices), of=of))
 
     console = Console(highlight=False, soft_wrap=True)
     timeline = plan.timeline()
@@ -109,7 +104,7 @@ def command(
         "ticks"
     )
 
-    model = LanguageModel(layers=layers, width=width, heads=heads, dtype=jnp.dtype(dtype))
+    model = LanguageModel(**model_sizes, dtype=jnp.dtype(dtype))
     mesh = jax.make_mesh((len(devices),), (AXIS,), devices=devices)
     pipeline = {"mesh": mesh, "num_microbatches": microbatches, "axis": AXIS}
     optimizer, learning_rate_at = training.make_optimizer(learning_rate=learning_rate, steps=steps)
@@ -155,13 +150,13 @@ def command(
         except FloatingPointError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            console.print(f"stopped; what was learnt until then is in {output}")
-            sys.exit(130)  # what a shell makes of Ctrl-C
+            console.print(f"stopped; log and pictures until then are in {output}")
+            sys.exit(130)  # a shell's code for Ctrl-C
         finally:
             title = f"{num_params:,} parameters, {schedule} over {len(devices)} ranks"
-            log.plot(output / "loss.png", title=title)
+            plot(log.rows, output / "loss.png", title=title)
 
-    loss = log.last_held_out_loss
+    loss = [row.held_out_loss for row in log.rows if row.held_out_loss is not None][-1]
     console.print(
         f"held out  perplexity {perplexity(loss):.3f} a byte ({loss:.3f} nats), over "
         f"{eval_batches * batch_size} windows of {context} bytes"
@@ -181,24 +176,6 @@ def command(
     console.print(f"written   {output}: log.csv, loss.png, timetable.png, sample.txt")
 
 
-def _require_flags_fit(
-    *, schedule: str, microbatches: int, batch_size: int, width: int, heads: int, prompt: str
-) -> None:
-    """Refuses flags that do not fit each other, all in one line."""
-    known = dpj.schedules.names()
-    problems = {
-        f"--schedule {schedule}: must be one of {', '.join(known)}": schedule not in known,
-        f"--batch-size {batch_size}: must be divisible by --microbatches {microbatches}": (
-            batch_size % microbatches
-        ),
-        f"--width {width}: must be divisible by --heads {heads}": width % heads,
-        "--prompt: must not be empty": not prompt,
-    }
-    wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
-    if wrong:
-        raise Refusal("; ".join(wrong))
-
-
 def _most_ranks(schedule: str, *, limit: int, layers: int, microbatches: int) -> int:
     """Finds the most ranks, up to a limit, of whose stages each has a layer; at least 1."""
     for ranks in range(limit, 1, -1):
@@ -209,13 +186,8 @@ def _most_ranks(schedule: str, *, limit: int, layers: int, microbatches: int) ->
 
 
 def _printable(text: str) -> str:
-    """Replaces what a terminal might obey."""
+    """Replaces characters that a terminal might obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; a mistake in the flags is one line and exit code 2."""
-    flags.run(command, args, name="train_lm")
 
 
 if __name__ == "__main__":

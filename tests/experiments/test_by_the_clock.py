@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
+from experiments import tables
 from experiments.by_the_clock import processes, report, sleeping, steps, tasks
 from experiments.by_the_clock.by_the_clock import main, make_rows, require_possible
 from tests.experiments.refusals import refusal
@@ -56,7 +57,7 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
         timeout=200,
     )
     assert result.returncode == 0, result.stderr
-    rows = report.read_csv(tmp_path / "clock.csv")
+    rows = tables.read_csv(report.Row, tmp_path / "clock.csv")
     assert [(row.costs, row.overlap) for row in rows] == [
         (costs, overlap) for costs in tasks.COSTS for overlap in (False, True)
     ]
@@ -216,8 +217,7 @@ def test_rows_have_medians_and_predictions() -> None:
 
 def test_the_table_the_line_and_the_figures_are_the_rows(tmp_path: Path) -> None:
     rows = [row(), row("dualpipe"), row("dualpipe", overlap=True, clock=3.3)]
-    report.write_markdown(rows, tmp_path / "table.md")
-    lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = report.to_markdown(rows).splitlines()
     assert lines[2] == (
         "| 1f1b | no | split | 4 | with remat | 4.500 | 4.400 | 3.600 | 1.023 | 1.250 | 1.500 |"
     )
@@ -226,8 +226,8 @@ def test_the_table_the_line_and_the_figures_are_the_rows(tmp_path: Path) -> None
         report.describe_faster(rows)
         == "4 ranks, with remat: clock / work: 1f1b 1.50, dualpipe (overlap) 1.10"
     )
-    report.write_csv(rows, tmp_path / "clock.csv")
-    assert report.read_csv(tmp_path / "clock.csv") == rows
+    tables.write_csv(rows, tmp_path / "clock.csv", form=".4f")
+    assert tables.read_csv(report.Row, tmp_path / "clock.csv") == rows
 
 
 def test_a_step_faster_than_the_ideal_is_an_error() -> None:
@@ -238,10 +238,9 @@ def test_a_step_faster_than_the_ideal_is_an_error() -> None:
         require_possible([row(clock=np.nan)])
 
 
-def test_the_readme_has_the_table_of_the_committed_figures(tmp_path: Path) -> None:
-    rows = report.read_csv(FOLDER / "clock.csv")
-    report.write_markdown(rows, tmp_path / "table.md")
-    assert (tmp_path / "table.md").read_text() in (FOLDER / "README.md").read_text()
+def test_the_page_has_the_table_of_the_committed_figures() -> None:
+    rows = tables.read_csv(report.Row, FOLDER / "clock.csv")
+    assert report.to_markdown(rows) in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

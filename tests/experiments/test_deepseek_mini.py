@@ -18,6 +18,7 @@ import pytest
 from jax import P, lax
 
 import dualpipe_jax as dpj
+from experiments.compiled.compiles import compile_case
 from experiments.deepseek_mini import dispatch, model, preflight, routing
 from experiments.deepseek_mini.deepseek_mini import main
 from experiments.deepseek_mini.layers import LatentAttention, rotate
@@ -551,10 +552,12 @@ def test_preflight_counts_the_exchanges_of_the_steady_loop() -> None:
         rows=1,
         context=4,
         num_microbatches=6,
+        topology="cpu:4",
+        axes={"pipe": 2, "expert": 2},
     )
-    report = preflight.compile_case(case, "cpu:4", axes={"pipe": 2, "expert": 2})
-    assert report.loop.kind == "steady"
-    line = preflight.describe("tiny", report)
+    figures = compile_case(case)
+    assert figures.loop == "steady"
+    line = preflight.describe("tiny", figures)
     # Two beats of a layer: tokens go there and back, in the backward there once more, and their
     # cotangents there and back (five); gates there, again, and their cotangents back (three).
     # Of two ranks only one beat sends anything.
@@ -611,7 +614,7 @@ def test_training_learns_balances_and_leaves_its_files(tmp_path: Path) -> None:
 
 
 BAD = {
-    "--schedule 2f2b": ["--schedule 2f2b", "dualpipe"],
+    "--schedule 2f2b": ["--schedule", "2f2b", "dualpipe"],
     "--experts 7": ["--experts 7", "--expert-devices 2"],
     "--chosen 9": ["--chosen 9", "--experts 8"],
     "--dense-layers 8": ["--dense-layers 8", "fewer than --layers 8"],

@@ -8,11 +8,12 @@ from experiments import documents
 
 ROOT = Path(documents.__file__).resolve().parents[1]
 PLACES = [
-    ("experiments/benchmarks/README.md", "table"),
-    ("experiments/ends/README.md", "table"),
-    ("experiments/full_backward/README.md", "ticks"),
-    ("experiments/full_backward/README.md", "beats"),
-    ("experiments/memory/README.md", "table"),
+    ("experiments/benchmarks/table.md", "table"),
+    *(("experiments/sharded/README.md", name) for name in ("ends", "heads")),
+    *(
+        ("experiments/compiled/README.md", name)
+        for name in ("transfers", "efficiency", "size", "ticks", "times", "beats", "memory")
+    ),
     ("docs/mesh_axes.md", "zero"),
 ]
 

@@ -1,1 +1,0 @@
-"""What embedding and head cost: their bytes on every rank, and the time that the others idle."""

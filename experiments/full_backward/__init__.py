@@ -1,1 +1,0 @@
-"""What does a full backward cost beside an input grad and a weight grad? Read off TPU programs."""

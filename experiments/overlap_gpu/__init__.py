@@ -1,1 +1,0 @@
-"""Does compute hide the communication of the steady loop? Read off programs for accelerators."""
