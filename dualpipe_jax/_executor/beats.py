@@ -4,9 +4,9 @@ In even beats chunk 0 is forward and chunk 1 backward, in odd ones the other way
 and sums are named, never chosen, and the values that a beat sends go between fixed pairs of ranks
 and are the next beat's input.
 
-The order of F, I and W of the layers, and of the transfers, is a list of `layer_order`. Of layers
-in straight-line code data alone orders the work: XLA is free to run F of a layer beside I of
-another, and W beside both and beside the next beat's F. A slot buffer, of which every layer has its
+The order of F, I and W of the layers, and of the transfers, is a list of `layer_order`. In
+straight-line code data alone orders the work: XLA is free to run F of a layer beside I of another,
+and W beside both and beside the next beat's F. A slot buffer, of which every layer has its
 own, could order it falsely: where XLA does not see whether a read or a write of a buffer comes
 first, it copies it, so that the order has to be said (`barriers`), and then each waits for the
 other.
@@ -184,8 +184,8 @@ class Beat:
             else:
                 dx = None if item.actions == "W" else flow.dx
                 is_full = item.actions == "IW"
-                mine = replace(work, stores=()) if is_full else work
-                state, dx = run_backward(mine, item.actions, state, dx, True)
+                layer_buffers = replace(work, stores=()) if is_full else work
+                state, dx = run_backward(layer_buffers, item.actions, state, dx, True)
                 flow = flow if dx is None else flow._replace(dx=dx)
         return state
 
@@ -200,20 +200,23 @@ class Beat:
             flow, of_kinds = carry
             if i_layer is not None:
                 kind = i_layer.kind
-                flow, mine, _ = work.run_input_grad(i_layer, flow, of_kinds[kind])
-                of_kinds = {**of_kinds, kind: mine}
+                flow, layer_buffers, _ = work.run_input_grad(i_layer, flow, of_kinds[kind])
+                of_kinds = {**of_kinds, kind: layer_buffers}
             if f_layer is not None:
                 kind = f_layer.kind
-                flow, mine = work.run_forward(f_layer, flow, of_kinds[kind])
-                of_kinds = {**of_kinds, kind: mine}
+                flow, layer_buffers = work.run_forward(f_layer, flow, of_kinds[kind])
+                of_kinds = {**of_kinds, kind: layer_buffers}
             # Not the stash: `LayerWork` does not write it in its order in memory either.
             residuals = lay_out(
                 {
-                    kind: {name: mine.slots[name] for name in RESIDUALS}
-                    for kind, mine in of_kinds.items()
+                    kind: {name: layer_buffers.slots[name] for name in RESIDUALS}
+                    for kind, layer_buffers in of_kinds.items()
                 }
             )
-            return flow, {kind: mine.with_slots(residuals[kind]) for kind, mine in of_kinds.items()}
+            return flow, {
+                kind: layer_buffers.with_slots(residuals[kind])
+                for kind, layer_buffers in of_kinds.items()
+            }
 
         stage_of_each = self.f_row["stage"], self.i_row["stage"]
         chunks, carry = (self.forward, self.backward), (flow, self._take(state, index))
@@ -236,16 +239,18 @@ class Beat:
                 self._transfer(item, flow, transfers)
                 continue
             layer = (f_layers if item.action == "F" else i_layers)[item.layer]
-            mine = of_kinds[layer.kind]
+            layer_buffers = of_kinds[layer.kind]
             if item.action == "F":
-                flow, mine = work.run_forward(layer, flow, mine)
+                flow, layer_buffers = work.run_forward(layer, flow, layer_buffers)
             elif item.action == "I":
-                flow, mine, held[item.layer] = work.run_input_grad(layer, flow, mine)
+                flow, layer_buffers, held[item.layer] = work.run_input_grad(
+                    layer, flow, layer_buffers
+                )
             else:
                 operands = self._held_up(layer, held.pop(item.layer), item.waits_for, transfers)
-                flow, mine = work.run_weight_grad(layer, flow, mine, operands)
-                flow = work.end_turn(layer, flow, mine)
-            of_kinds = {**of_kinds, layer.kind: mine}
+                flow, layer_buffers = work.run_weight_grad(layer, flow, layer_buffers, operands)
+                flow = work.end_turn(layer, flow, layer_buffers)
+            of_kinds = {**of_kinds, layer.kind: layer_buffers}
         return self._put(state, of_kinds, flow)
 
     def _take(self, state: State, index: Any) -> dict[Kind, LayerBuffers]:
@@ -260,7 +265,9 @@ class Beat:
 
     def _put(self, state: State, of_kinds: dict[Kind, LayerBuffers], flow: Flow) -> State:
         def by_kind(names: tuple[str, ...]) -> list[dict[Kind, Any]]:
-            entries = {kind: mine.entries(names) for kind, mine in of_kinds.items()}
+            entries = {
+                kind: layer_buffers.entries(names) for kind, layer_buffers in of_kinds.items()
+            }
             return [{kind: of[i] for kind, of in entries.items()} for i in range(len(names))]
 
         state = state.put(_TOUCHES, self.backward, by_kind(_TOUCHES))

@@ -101,7 +101,7 @@ class Gradients:
       leaves: The `LeafGradient`s of the parameters, those of blocks by kind.
       embed: `(outside, ctx, dx) -> (None, doutside)`; dx has the leaves of x that have a cotangent,
         doutside those of outside that are wanted.
-      head: `(outside, x, ctx, seed) -> ((loss, metrics, dx), doutside)`.
+      head: `(outside, x, ctx, loss_cotangent) -> ((loss, metrics, dx), doutside)`.
       embed_rules: How each of doutside of embed is added up; None for one that is left out.
       head_rules: The same for head.
       block: For each kind of layer its block's forward, input grad and weight grad; its gradients
@@ -190,8 +190,8 @@ def trace(
             },
         )
     head_grad, embed_grad = _gradients_outside(calls, [leaf.wanted for leaf in args.leaves_outside])
-    seed = varying.aval(outs.loss, args.loss_axes)
-    by_head = capture(head_grad, args.outside, x, ends_ctx, seed)
+    loss_cotangent = varying.aval(outs.loss, args.loss_axes)
+    by_head = capture(head_grad, args.outside, x, ends_ctx, loss_cotangent)
     by_embed = capture(embed_grad, args.outside, ends_ctx, pick(x))
     by_block = {
         kind: split_vjp(
@@ -293,12 +293,14 @@ def _gradients_outside(
 
         return None, jax.vjp(of, pick(outside, wanted))[1](dx)[0]
 
-    def head_grad(outside: PyTree, x: PyTree, ctx: Context, seed: Any) -> tuple[Any, list[Any]]:
+    def head_grad(
+        outside: PyTree, x: PyTree, ctx: Context, loss_cotangent: Any
+    ) -> tuple[Any, list[Any]]:
         def of(leaves: list[Any], x_leaves: list[Any]) -> tuple[jax.Array, PyTree]:
             return calls.head(put_leaves(outside, leaves, wanted), put_leaves(x, x_leaves), ctx)
 
         loss, pull, metrics = jax.vjp(of, pick(outside, wanted), pick(x), has_aux=True)
-        gradients, dx = pull(seed)
+        gradients, dx = pull(loss_cotangent)
         return (loss, metrics, dx), gradients
 
     return head_grad, embed_grad

@@ -15,8 +15,8 @@ from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
 # The share of the memory that is left to the compiler: the terms are within 5 % of the peak that a
-# TPU's compiler finds (experiments/compiled); fragmentation, and the optimizer's own temporaries, are
-# in neither.
+# TPU's compiler finds (experiments/compiled); fragmentation, and the optimizer's own temporaries,
+# are in neither.
 HEADROOM = 0.1
 
 

@@ -42,7 +42,7 @@ class BlockTrace:
 
     Attributes:
       graph: The forward's equations, then the backward's.
-      y_structure, metrics_structure: Of the trees of y and of metrics.
+      y_structure, metrics_structure: The structures of the trees y and metrics.
       params, x, ctx: Their leaves.
       dy: The cotangents of y's differentiable leaves.
       daux: The cotangent of the aux loss, or nothing.
