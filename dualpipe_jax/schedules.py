@@ -3,6 +3,7 @@
 Every schedule takes any number of ranks and of microbatches, from 1.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -148,7 +149,7 @@ def names() -> tuple[str, ...]:
     return tuple(GENERATORS)
 
 
-class Factory(Protocol):
+class _Factory(Protocol):
     """Makes a schedule of some size, as `make` does."""
 
     def __call__(self, *, num_ranks: int, num_microbatches: int, **more: int) -> Schedule:
@@ -156,13 +157,14 @@ class Factory(Protocol):
         ...
 
 
-def _factory(generate: Callable[..., Program]) -> Factory:
+def _factory(generate: Callable[..., Program]) -> _Factory:
     @wraps(generate)
     def factory(**sizes: int) -> Schedule:
         return Schedule(generate(**sizes))
 
     factory.__module__ = __name__
-    factory.__annotations__ = generate.__annotations__ | {"return": Schedule}
+    signature = inspect.signature(generate).replace(return_annotation=Schedule)
+    factory.__signature__ = signature  # pyrefly: ignore[missing-attribute]
     return factory
 
 
@@ -170,9 +172,9 @@ def _factory(generate: Callable[..., Program]) -> Factory:
 _FACTORIES = {generate.__name__: _factory(generate) for generate in GENERATORS.values()}
 globals().update(_FACTORIES)
 
-__all__ = ["Factory", "Schedule", "Timeline", "make", "names", *_FACTORIES]
+__all__ = ["Schedule", "Timeline", "make", "names", *_FACTORIES]
 
 
-def __getattr__(name: str) -> Factory:
+def __getattr__(name: str) -> _Factory:
     """Raises; its type is that of the functions above, for type checkers."""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
