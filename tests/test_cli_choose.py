@@ -166,7 +166,7 @@ def test_nothing_fits_is_said_after_the_table() -> None:
         (["--headroom", "nan"], ["--headroom nan", "less than 1"]),
         (["--transfer", "-1"], ["transfer=-1.0"]),
         (["--transfer", "1e308"], ["transfer=1e+308", "at most 1e+100"]),
-        (["--heads", "7"], ["heads=7", "must divide the width, 4096"]),
+        (["--heads", "7"], ["heads=7", "must divide width=4096"]),
         (["--layers", "9" * 26], ["layers=999", "at most 1,000,000,000,000"]),
         (["--width", "9" * 200], ["width=999", "at most 1,000,000,000,000"]),
         (["--head", "nan"], ["head=nan"]),

@@ -15,7 +15,7 @@ from dualpipe_jax._leaves.rules import LARGEST, SUM
 
 PARAMS = {
     "ends": {"table": jnp.ones((8, 4)), "count": jnp.ones(3, jnp.int32)},
-    "blocks": {"w": jnp.ones((4, 6, 8)), "scale": jnp.ones((4, 1))},
+    "blocks": {"w": jnp.ones((4, 8, 8)), "scale": jnp.ones((4, 1))},
 }
 
 
