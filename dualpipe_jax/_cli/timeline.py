@@ -59,7 +59,7 @@ def timeline(
     output_format: str | None,
     output: Path | None,
 ) -> None:
-    """Show which rank does what in which tick.
+    """Show the action of each rank in each tick.
 
     A forward (F), an input grad (I) and a weight grad (W) of one stage take a tick each. csv is
     PyTorch's pipelining grammar, the order of each rank without the ticks.

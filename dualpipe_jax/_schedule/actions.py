@@ -1,4 +1,4 @@
-"""Says what each action of one tick reads, writes, frees and makes, in one table.
+"""Lists the values that each action of one tick reads, writes, frees and makes, in one table.
 
 The passes, the simulator and the executor know it from here; the verifiers have rules of their own.
 A program has three actions of each (stage, microbatch), F, I and W. `refine_opcodes` says of each I
@@ -46,7 +46,7 @@ X, COTANGENT, MIDDLE = "x", "cotangent", "middle"
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """Describes what one action does to values and buffers.
+    """Describes the effects of one action on values and buffers.
 
     Attributes:
       unit: Which action of a program it is: F, I or W.
