@@ -3,5 +3,5 @@
 generator -> `Program` -> place -> `Timeline` -> allocate -> `Allocation` -> emit -> `Tables`,
 with a verifier after every pass. `refine_opcodes` decides before it is placed how each I and its W
 run. The aligned timetable takes two passes more, `align` and `release`, from Timeline to Timeline.
-`compile.compile_program` runs them all; `actions` lists the values that each opcode reads, writes and frees.
+`compile.compile_program` runs them all; `actions` lists the reads, writes and frees of each opcode.
 """

@@ -1,4 +1,4 @@
-"""Verifies `Tables.steady`: that its beats run the actions of the tables' ticks. Knows the tables only."""
+"""Verifies `Tables.steady`: its beats run the actions of the tables' ticks. Knows the tables only."""
 
 import numpy as np
 
