@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import Training
@@ -207,7 +208,7 @@ class GradFunction:
         batch: Batch,
         *,
         rng: jax.Array | None = None,
-        loss_scale: float | jax.Array | None = None,
+        loss_scale: float | Float[jax.Array, ""] | None = None,
     ) -> tuple[Any, Params]:
         """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
         params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)

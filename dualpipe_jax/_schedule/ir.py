@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from dualpipe_jax._schedule.actions import (
     FORWARD,
@@ -65,22 +66,25 @@ class Pair(NamedTuple):
 
 Cell = Action | Pair
 Row = tuple[Cell, ...]
+# An entry for each action, in the order of `Program.units`; and for each tick and rank.
+OfActions = Int64[np.ndarray, "num_actions"]
+Grid = Int64[np.ndarray, "num_ticks num_ranks"]
 
 
 @dataclass(frozen=True, eq=False)
 class UnitActions:
     """Lists all actions of one tick of a program, rank after rank, in program order.
 
-    Every array is int64[num_actions] but `row_start`, int64[num_ranks + 1]: the actions of rank
-    r are those from `row_start[r]` up to `row_start[r + 1]`. `pair` numbers the pairs; -1 is none.
+    The actions of rank r are those from `row_start[r]` up to `row_start[r + 1]`. `pair` numbers the
+    pairs; -1 is none.
     """
 
-    opcode: np.ndarray
-    stage: np.ndarray
-    microbatch: np.ndarray
-    rank: np.ndarray
-    pair: np.ndarray
-    row_start: np.ndarray
+    opcode: OfActions
+    stage: OfActions
+    microbatch: OfActions
+    rank: OfActions
+    pair: OfActions
+    row_start: Int64[np.ndarray, " num_ranks+1"]
 
     def __len__(self) -> int:
         return len(self.opcode)
@@ -197,15 +201,15 @@ class Program:
 class Timeline:
     """Gives each action of a program its tick, as `place` makes it.
 
-    `tick_of` is int64[num_actions], in the order of `program.units`, and so is `sent_in`, the tick
-    at whose end an action's value goes to another rank, if it does: its own or a later one.
+    `sent_in` is the tick at whose end an action's value goes to another rank, if it does: its own
+    or a later one.
     `num_slots` counts, for each buffer, the values alive at once on the fullest rank.
     `timetable` is one of `TIMETABLES`.
     """
 
     program: Program
-    tick_of: np.ndarray
-    sent_in: np.ndarray
+    tick_of: OfActions
+    sent_in: OfActions
     num_slots: dict[str, int]
     timetable: str = "shortest"
 
@@ -230,44 +234,44 @@ class Timeline:
         return int(self.tick_of.max()) + 1
 
     @cached_property
-    def index(self) -> np.ndarray:
-        """int64[num_ticks, num_ranks] into `program.units`, -1 where a rank idles."""
+    def index(self) -> Grid:
+        """The indices of actions in `program.units`, -1 where a rank idles."""
         index = np.full((self.num_ticks, self.num_ranks), -1)
         index[self.tick_of, self.program.units.rank] = np.arange(len(self.tick_of))
         return index
 
-    def grid(self, of_action: np.ndarray, *, idle: int = -1) -> np.ndarray:
-        """Spreads an array over actions to int64[num_ticks, num_ranks]."""
+    def grid(self, of_action: OfActions, *, idle: int = -1) -> Grid:
+        """Spreads an array over actions to ticks and ranks."""
         return np.where(self.index < 0, idle, of_action[self.index])
 
     @cached_property
-    def opcode(self) -> np.ndarray:
-        """int64[num_ticks, num_ranks]: 0 idle, 1 F, 2 I, 3 W."""
+    def opcode(self) -> Grid:
+        """The actions: 0 idle, 1 F, 2 I, 3 W."""
         return self.grid(unit_of(self.program.units.opcode), idle=IDLE)
 
     @cached_property
-    def stage(self) -> np.ndarray:
-        """int64[num_ticks, num_ranks], -1 where a rank idles."""
+    def stage(self) -> Grid:
+        """The stages of the actions, -1 where a rank idles."""
         return self.grid(self.program.units.stage)
 
     @cached_property
-    def microbatch(self) -> np.ndarray:
-        """int64[num_ticks, num_ranks], -1 where a rank idles."""
+    def microbatch(self) -> Grid:
+        """The microbatches of the actions, -1 where a rank idles."""
         return self.grid(self.program.units.microbatch)
 
     @cached_property
-    def direction(self) -> np.ndarray:
-        """int64[num_ticks, num_ranks], -1 where a rank idles."""
+    def direction(self) -> Grid:
+        """The directions of the actions, -1 where a rank idles."""
         return self.grid(self.program.direction_of[self.program.units.microbatch])
 
     @cached_property
-    def pair(self) -> np.ndarray:
-        """int64[num_ticks, num_ranks], a number for each pair, -1 outside of pairs."""
+    def pair(self) -> Grid:
+        """A number for each pair, -1 outside of pairs."""
         return self.grid(self.program.units.pair)
 
     @cached_property
-    def beats(self) -> np.ndarray:
-        """int64[num_beats], the first tick of each beat: F, I, W of a pair on every rank."""
+    def beats(self) -> Int64[np.ndarray, " num_beats"]:
+        """The first tick of each beat: F, I, W of a pair on every rank."""
         last = max(self.num_ticks - TICKS_PER_BEAT + 1, 0)
         is_beat = (self.pair[:last] >= 0).all(axis=1)
         for after, opcode in enumerate((FORWARD, INPUT_GRAD, WEIGHT_GRAD)):

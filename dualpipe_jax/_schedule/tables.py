@@ -6,15 +6,15 @@ to their description, and `replay` says how long they take.
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Annotated
 
 import numpy as np
+from jaxtyping import Int32
 
 from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 
 # A table: a row for each tick, and -1 for none.
-Column = Annotated[np.ndarray, "int32[num_ticks, num_ranks]"]
+Column = Int32[np.ndarray, "num_ticks num_ranks"]
 # The most distinct sets of (source, target) ranks that permutes to one side have: see `exchanges`.
 MOST_SETS = 12
 # (source, target) ranks of a permute.
@@ -39,8 +39,8 @@ class Steady:
         rank may be its own neighbour.
       cotangent_pairs: The same for the cotangents that input grads made. (The cotangent that a
         head's gradient gives stays on its rank.)
-      x_slot: int32[num_ranks], -1 for none.
-      cotangent_slot: int32[num_ranks], -1 for none.
+      x_slot: For each rank the slot, -1 for none.
+      cotangent_slot: The same.
       idle: Those of `stash` and `deferred` in which no rank has a slot in use when the phase begins
         or ends. Its W's follow their I's, so that they may do without.
     """
@@ -49,8 +49,8 @@ class Steady:
     num_beats: int
     x_pairs: tuple[Pairs, Pairs]
     cotangent_pairs: tuple[Pairs, Pairs]
-    x_slot: np.ndarray
-    cotangent_slot: np.ndarray
+    x_slot: Int32[np.ndarray, " num_ranks"]
+    cotangent_slot: Int32[np.ndarray, " num_ranks"]
     idle: tuple[str, ...]
 
     @property
@@ -124,7 +124,7 @@ class Tables:
     num_stages: int
     num_microbatches: int
     num_chunks: int
-    stage_of: np.ndarray  # int32[num_chunks, num_ranks]
+    stage_of: Int32[np.ndarray, "num_chunks num_ranks"]
     num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if that is kept apart
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
@@ -132,9 +132,11 @@ class Tables:
     steady: Steady | None = None
     # For each part of the line of ranks its exchanges, the first of them empty.
     exchanges: tuple[tuple[Exchange, ...], ...] = ()
-    # int32[num_ticks, num_parts], indices in `exchanges`; -1 in the ticks of `steady`. Lazy tables
+    # Indices in `exchanges`; -1 in the ticks of `steady`. Lazy tables
     # have no parts.
-    exchange: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))
+    exchange: Int32[np.ndarray, "num_ticks num_parts"] = field(
+        default_factory=lambda: np.empty((0, 0), np.int32)
+    )
 
     @property
     def num_ticks(self) -> int:

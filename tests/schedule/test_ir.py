@@ -1,11 +1,16 @@
 import dataclasses
+from functools import cached_property
+from typing import Any, get_type_hints
 
+import jaxtyping
 import numpy as np
+import pytest
 
+from dualpipe_jax._schedule import ir
 from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import Action, Pair
-from tests.schedules_under_test import compiled
+from tests.schedules_under_test import NAMES, compiled
 
 
 def test_cells_are_written_in_the_grammar():
@@ -54,3 +59,26 @@ def test_timeline_tells_a_plot_what_it_draws():
     assert (timeline.pair[idle] == -1).all()
     assert (timeline.direction[idle] == -1).all()
     assert [action is None for row in timeline.actions for action in row] == idle.ravel().tolist()
+
+
+@pytest.mark.parametrize("timetable", ["shortest", "aligned", "two-tick"])
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_dtypes_are_those_that_are_written(name: str, timetable: str) -> None:
+    """A dim of one name has one size in all arrays of a compiled schedule."""
+    made = compiled(name, 4, 10, timetable)
+    timeline, tables, units = made.timeline, made.tables, made.timeline.program.units
+    written = [(timeline, vars(ir.Timeline)), (tables, {}), (units, {})]
+    checked = 0
+    with jaxtyping.jaxtyped("context"):
+        of_ranks: Any = jaxtyping.Float[np.ndarray, " num_ranks"]
+        assert isinstance(np.empty(tables.num_ranks), of_ranks)
+        for record, properties in written:
+            hints = get_type_hints(type(record))
+            for attribute, value in properties.items():
+                if isinstance(value, cached_property):
+                    hints[attribute] = get_type_hints(value.func)["return"]
+            for attribute, hint in hints.items():
+                if hasattr(hint, "dim_str"):  # of jaxtyping
+                    assert isinstance(getattr(record, attribute), hint), attribute
+                    checked += 1
+    assert checked > 25

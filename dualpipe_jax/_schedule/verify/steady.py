@@ -1,4 +1,4 @@
-"""Verifies `Tables.steady`: its beats run the actions of the tables' ticks. Knows the tables only."""
+"""Verifies `Tables.steady` by the tables alone: its beats run the actions of the tables' ticks."""
 
 import numpy as np
 
