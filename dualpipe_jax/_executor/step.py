@@ -30,6 +30,7 @@ from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.kinds import (
     Kind,
     kinds_of,
+    parts_of,
     put_stacks,
     stacks_of,
     unwrap_stacks,
@@ -132,7 +133,7 @@ class Step:
         )
         if grads is None:
             return result, None
-        blocks = put_stacks(self.model, params["blocks"], grads["blocks"])
+        blocks = put_stacks(self.model, parts_of(params)["blocks"], grads["blocks"])
         return result, jax.tree.map(
             partial(Leaf.finish, dtype=self.grad_dtype, loss_scale=loss_scale),
             leaves,
@@ -156,7 +157,8 @@ class Step:
 
     def _by_kind(self, tree: PyTree) -> dict[str, PyTree]:
         """Makes the blocks of a tree like params stacks by kind, whatever the model."""
-        return {**tree, "blocks": stacks_of(self.model, tree["blocks"])}
+        parts = parts_of(tree)
+        return {**parts, "blocks": stacks_of(self.model, parts["blocks"])}
 
     def memory(
         self,

@@ -137,12 +137,20 @@ def put_stacks(model: Model, blocks: PyTree, stacks: dict[Kind, PyTree]) -> PyTr
     return stacks[None] if model.layout is None else with_values(blocks, stacks)
 
 
+def parts_of(mapping: Mapping) -> dict[Any, PyTree]:
+    """Lists the children of a mapping as a pytree: a FrozenDict indexes to others than these."""
+    entries, _ = _children(mapping)
+    return {path[0].key: child for path, child in entries}
+
+
 def with_values(mapping: Mapping, values: Mapping[Any, PyTree]) -> Any:
     """Returns a mapping of the same type, a pytree, with other values for its keys."""
-    entries, structure = jax.tree_util.tree_flatten_with_path(
-        mapping, is_leaf=lambda node: node is not mapping
-    )
+    entries, structure = _children(mapping)
     return structure.unflatten([values[path[0].key] for path, _ in entries])
+
+
+def _children(mapping: Mapping) -> tuple[list[tuple[Any, PyTree]], Any]:
+    return jax.tree_util.tree_flatten_with_path(mapping, is_leaf=lambda node: node is not mapping)
 
 
 def replicate_layers_dim(stack: PyTree) -> PyTree:
