@@ -47,11 +47,11 @@ def head(rank: Rank, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
     """
     ctx = rank.context(row, rank.stages.num_layers + 1)
     gradients = rank.functions.gradients
-    if rank.delivery is not None:
+    if rank.settings.delivery is not None:
         assert rank.functions.output is not None
         assert state.mail is not None
         outputs = rank.functions.output(rank.outside, x, ctx)
-        mail = rank.delivery.post(state.mail, outputs, row["microbatch"], row["chunk"])
+        mail = rank.settings.delivery.post(state.mail, outputs, row["microbatch"], row["chunk"])
         return state._replace(mail=mail), x
     if gradients is None:
         assert rank.functions.head is not None
@@ -119,13 +119,13 @@ def run_layers(
         )
 
     taken = state.take(names, chunk, index)
-    if actions == "W" and work.source == DEFERRED and not rank.full_backward:
+    if actions == "W" and work.source == DEFERRED and not rank.settings.full_backward:
         # A weight grad that recomputes holds the most of all, and no stash is in use beside it.
         def without_stash(carry: Any) -> Any:
             flow, taken, stash = carry
             flow, taken = loop(flow, taken, True)
             stash = empty_after(
-                stash, after=((flow.shared, flow.turn), taken[0]), poison=rank.poison
+                stash, after=((flow.shared, flow.turn), taken[0]), poison=rank.settings.poison
             )
             return flow, lay_out(taken), lay_out(stash)
 

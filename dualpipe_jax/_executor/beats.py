@@ -83,7 +83,7 @@ class Beat:
             backward=(self.backward, i_row),
             stores=() if is_unrolled else ("stash",),
             is_straight=is_unrolled,
-            is_beside=rank.runs_side_by_side,
+            is_beside=rank.settings.runs_side_by_side,
         )
 
     def run(
@@ -102,7 +102,7 @@ class Beat:
             x = self._embed(x)
         state, transfers = self._run_order(self._order(x), state, x, cotangent)
         (y, dx), (next_x, next_cotangent) = transfers.sent, transfers.arrivals
-        if rank.runs_side_by_side:
+        if rank.settings.runs_side_by_side:
             # Else a GPU's compiler defers W to the end, and copies the slots that it reads.
             of_w = rank.gradients.index["W"]
             grads = state.take(("grads",), self.backward, of_w), state.take_shared(of_w)
@@ -119,7 +119,7 @@ class Beat:
 
             is_last = f_row["stage"] == stages.num_stages - 1
             state, next_cotangent = when(is_last, run_head, (state, next_cotangent))
-        if rank.poison:
+        if rank.settings.poison:
             names = (*RESIDUALS, "stash")
             state = state.with_slots({n: buffers.poison(state.slots[n], i_row[n]) for n in names})
         return state, next_x, next_cotangent
@@ -136,15 +136,15 @@ class Beat:
         """Chooses the order in which the layers of the two stages run."""
         rank, stages = self.rank, self.rank.stages
         if not stages.is_unrolled:
-            if not rank.runs_side_by_side:
-                is_full = rank.full_backward
+            if not rank.settings.runs_side_by_side:
+                is_full = rank.settings.full_backward
                 return layer_order.LOOPED_FULL_BACKWARD if is_full else layer_order.LOOPED_IN_A_ROW
             has_few_pairs = len(stages.pairs(self.forward, self.backward)) <= _MAX_PAIRS
             return layer_order.LOOPED if has_few_pairs else layer_order.LOOPED_IN_A_ROW
         layers = stages.layers_of(self.i_row["stage"])
-        if not rank.runs_side_by_side:
+        if not rank.settings.runs_side_by_side:
             return layer_order.in_a_row(len(layers))
-        if rank.communicates:
+        if rank.settings.communicates:
             return layer_order.side_by_side(len(layers), num_held=len(layers), all_wait=False)
         flops = [self._weight_grad_flops(layer) for layer in layers]
         num_held = _num_held(rank, layers, flops, x)
@@ -152,7 +152,7 @@ class Beat:
             len(layers),
             num_held=num_held,
             reads_arrivals=_can_hide(
-                sum(flops[1:num_held]), (x, pick(x)), rank.device_kind, times=2
+                sum(flops[1:num_held]), (x, pick(x)), rank.settings.device_kind, times=2
             ),
         )
 
@@ -293,7 +293,7 @@ class Beat:
         with jax.named_scope(_scopes.SEND):
             if pairs:
                 return lax.ppermute(values, self.rank.stages.axis, pairs)
-        return buffers.allocate(values, poison=self.rank.poison)
+        return buffers.allocate(values, poison=self.rank.settings.poison)
 
     def _held_up(self, layer: Layer, held: Held, waits_for: str, transfers: _Transfers) -> Held:
         """Has a layer's W wait for the transfers, and their readers for the operands of W."""
@@ -302,7 +302,7 @@ class Beat:
         rank = self.rank
         may_wait = rank.gradients.block[layer.kind].stash_may_wait
         if (
-            rank.communicates
+            rank.settings.communicates
         ):  # else W may run where an exchange needs it (experts: 1.5 % more cycles)
             may_wait = (True,) * len(may_wait)
         values = transfers.sent if waits_for == SEND else transfers.arrivals
@@ -341,12 +341,12 @@ def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTr
     """
     if len({layer.kind for layer in layers}) > 1:
         return len(layers)
-    if _can_hide(flops[-1], (x,), rank.device_kind, times=2.5):
+    if _can_hide(flops[-1], (x,), rank.settings.device_kind, times=2.5):
         return 1
     enough = (
         held
         for held in range(2, len(layers))
-        if _can_hide((held - 1) * flops[-1], (x,), rank.device_kind, times=2)
+        if _can_hide((held - 1) * flops[-1], (x,), rank.settings.device_kind, times=2)
     )
     return next(enough, len(layers))
 

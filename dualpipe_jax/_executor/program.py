@@ -6,7 +6,7 @@ program size does not depend on their lengths.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,10 @@ from dualpipe_jax._executor import buffers
 from dualpipe_jax._executor.beats import Beat, after_beat
 from dualpipe_jax._executor.buffers import lay_out, when
 from dualpipe_jax._executor.deliver import Delivery
-from dualpipe_jax._executor.rank import Rank, Row
+from dualpipe_jax._executor.rank import Rank, Row, Settings
 from dualpipe_jax._executor.state import State, empty_after, empty_state, one_stash
 from dualpipe_jax._executor.ticks import make_tick, rows_of, spare_slots, store_arrivals
 from dualpipe_jax._executor.trace import Functions
-from dualpipe_jax._leaves.explicit_axes import device_kind_of
 from dualpipe_jax._leaves.gradient import accumulated, combine, gradients_of
 from dualpipe_jax._leaves.leaf import Leaf
 from dualpipe_jax._leaves.pick import pick, put_leaves
@@ -33,12 +32,9 @@ from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Steady
 
-if TYPE_CHECKING:
-    from dualpipe_jax._executor.step import Step
-
 
 def run(
-    step: "Step",
+    settings: Settings,
     traced: Functions,
     params: PyTree,
     batch: PyTree,
@@ -48,7 +44,7 @@ def run(
     """Runs the step on one device.
 
     Args:
-      step: The step.
+      settings: The settings of the step.
       traced: The model's functions as this device runs them.
       params: This device's part of the parameters, blocks as stacks by kind.
       batch: Its shard of the batch.
@@ -58,22 +54,22 @@ def run(
     Returns:
       `(loss, metrics)`, or outputs; and the blocks' metrics by kind and the gradients, or None.
     """
-    batches = semantics.split(batch, step.tables.num_microbatches)
+    batches = semantics.split(batch, settings.tables.num_microbatches)
     params = jax.tree.map(Leaf.gather, traced.leaves, params)
-    rank, state, weight = start(step, traced, params, batches, rng, loss_scale)
-    rows, steady = rows_of(step.tables, step.columns, step.axis), step.tables.steady
-    tick = make_tick(rank, step.tables)
-    if step.delivery is not None:
-        none = dict.fromkeys(step.stages.stacks)
-        return _deliver(step, step.delivery, tick, state, rows), (none, None)
+    rank, state, weight = start(settings, traced, params, batches, rng, loss_scale)
+    rows, steady = rows_of(settings.tables, settings.columns, settings.axis), settings.tables.steady
+    tick = make_tick(rank, settings.tables)
+    if settings.delivery is not None:
+        none = dict.fromkeys(settings.stages.stacks)
+        return _deliver(settings, settings.delivery, tick, state, rows), (none, None)
     if steady is None:
         state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
-        return _finish(step, rank, params, state, weight)
+        return _finish(rank, params, state, weight)
 
     # One scan over the ticks before and after the beats, so that they stand in the program once.
     assert steady.first_tick > 0, "the values that the first backward reads are made before it"
     run_steady = make_steady(rank, steady, rows)
-    ramp = np.delete(np.arange(step.tables.num_ticks), steady.ticks)
+    ramp = np.delete(np.arange(settings.tables.num_ticks), steady.ticks)
 
     def tick_or_steady(state: State, row: Any) -> tuple[State, None]:
         is_before, row = row
@@ -82,7 +78,7 @@ def run(
     ramp_rows = {name: column[ramp] for name, column in rows.items()}
     is_before = jnp.asarray(ramp == steady.first_tick - 1)
     state, _ = lax.scan(tick_or_steady, state, (is_before, ramp_rows))
-    return _finish(step, rank, params, state, weight)
+    return _finish(rank, params, state, weight)
 
 
 def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
@@ -93,7 +89,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
       steady: The beats.
       rows: This rank's rows of the tables, int32[num_ticks] for each column.
     """
-    ticks_per_trip = 2 * TICKS_PER_BEAT
+    ticks_per_trip, poison = 2 * TICKS_PER_BEAT, rank.settings.poison
     # (A beat's transfers are those of `Steady`.)
     in_steady = {n: column[steady.ticks] for n, column in rows.items() if n != "exchange"}
     trips = {name: column.reshape(-1, ticks_per_trip) for name, column in in_steady.items()}
@@ -106,7 +102,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
         with jax.named_scope(_scopes.STEADY):
             for parity in range(2):
                 f_row, i_row = (tick_of(rows, TICKS_PER_BEAT * parity + i) for i in range(2))
-                if parity == 1 and not rank.runs_side_by_side:
+                if parity == 1 and not rank.settings.runs_side_by_side:
                     f_row = after_beat(f_row, state, cotangent)
                 beat = Beat(rank, steady, parity, f_row, i_row)
                 state, x, cotangent = beat.run(state, x, cotangent)
@@ -118,7 +114,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
         # A rank that embeds reads nothing: the last slot, which nobody else reads.
         slots = [spare_slots(state, row, "read")["read"] for row in first]
         x, cotangent = (buffers.read(state.received, slot) for slot in slots)
-        if rank.poison:
+        if poison:
             for slot in slots:
                 state = state._replace(received=buffers.poison(state.received, slot))
         # A buffer that is idle takes no memory in the beats: it ends here, and is made again.
@@ -131,13 +127,13 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
             # Only there: in ticks W of a layer runs right after its I.
             idle["stash"] = state.slots["stash"]
             stash = one_stash(rank.gradients, rank.stages, state.slots["stash"])
-            in_beats["stash"] = empty_after(stash, after=(x, cotangent), poison=rank.poison)
+            in_beats["stash"] = empty_after(stash, after=(x, cotangent), poison=poison)
         state = state.with_slots(in_beats)
         (state, x, cotangent), _ = lax.scan(
             two_beats, (_laid_out(state), x, pick(cotangent)), trips
         )
         state = _laid_out(state)
-        state = state.with_slots(empty_after(idle, after=(x, cotangent), poison=rank.poison))
+        state = state.with_slots(empty_after(idle, after=(x, cotangent), poison=poison))
         return _leave(rank, steady, state, x, cotangent)
 
     return run
@@ -158,12 +154,12 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
 
     received = buffers.write(state.received, x, slot(steady.x_slot))
     received = buffers.write(received, put_leaves(x, cotangent), slot(steady.cotangent_slot))
-    nothing = buffers.allocate(x, poison=rank.poison)
+    nothing = buffers.allocate(x, poison=rank.settings.poison)
     return state._replace(received=received, messages=(nothing, nothing))
 
 
 def _deliver(
-    step: "Step", delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
+    settings: Settings, delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
 ) -> PyTree:
     """Runs all ticks, after each of which outputs move on by a rank."""
     now, later = delivery.rows()
@@ -179,7 +175,7 @@ def _deliver(
 
 
 def start(
-    step: "Step",
+    settings: Settings,
     traced: Functions,
     params: PyTree,
     batches: PyTree,
@@ -187,7 +183,7 @@ def start(
     loss_scale: Any,
 ) -> tuple[Rank, State, Any]:
     """Brings the parameters to their ranks, and makes empty buffers."""
-    model, tables, stages = step.model, step.tables, step.stages
+    model, tables, stages = settings.model, settings.tables, settings.stages
     chunks = [
         {kind: (stack, traced.casts(kind, stack)) for kind, stack in chunk.items()}
         for chunk in stages.fetch(params["blocks"])
@@ -196,18 +192,18 @@ def start(
     # and none waits for another.
     if stages.is_unrolled:
         chunks = [stages.unstack(chunk) for chunk in chunks]
-    weight = None if step.output else semantics.total_weight(model, batches)
+    weight = None if settings.output else semantics.total_weight(model, batches)
     if weight is not None:
-        weight = varying.sum_over(weight, step.batch_axes)
-    count = tables.num_microbatches * step.num_shards
+        weight = varying.sum_over(weight, settings.batch_axes)
+    count = tables.num_microbatches * settings.num_shards
     outs, total = traced.outputs, jnp.asarray(count)
 
     def cotangent(loss: Any, total: jax.Array) -> jax.Array | None:
         return None if loss is None else semantics.loss_cotangent(loss, total, loss_scale)
 
     rank = Rank(
+        settings=settings,
         functions=traced,
-        stages=stages,
         chunks=chunks,
         shared_casts={
             kind: traced.casts(kind, params.get("shared"), after=stack)
@@ -216,40 +212,33 @@ def start(
         outside={part: tree for part, tree in params.items() if part != "blocks"},
         microbatches=batches,
         rng=rng,
-        shard=lax.axis_index(step.batch_axes) if step.num_shards > 1 else None,
+        shard=lax.axis_index(settings.batch_axes) if settings.num_shards > 1 else None,
         loss_cotangent=cotangent(outs.loss, total if weight is None else weight),
         aux_cotangent={kind: cotangent(aux.loss, total) for kind, aux in outs.aux.items()},
-        delivery=step.delivery,
-        full_backward=step.full_backward,
-        defers=step.defers,
-        takes_turns=step.takes_turns,
-        runs_side_by_side=step.platform != "cpu",
-        communicates=bool(step.manual_axes),
-        device_kind=device_kind_of(step.mesh),
-        poison=step.poison,
     )
     state = empty_state(
         traced,
         stages,
         params,
-        slots=step.slots,
-        delivery=step.delivery,
+        slots=settings.slots,
+        delivery=settings.delivery,
         is_lazy=tables.is_lazy,
-        poison=step.poison,
+        poison=settings.poison,
     )
     return rank, state, weight
 
 
-def _finish(step: "Step", rank: Rank, params: PyTree, state: State, weight: Any) -> tuple[Any, Any]:
+def _finish(rank: Rank, params: PyTree, state: State, weight: Any) -> tuple[Any, Any]:
     """Sums over ranks and shards, and brings the sums of layers back into their stacks."""
+    settings = rank.settings
     sums = state.loss, state.aux, state.metrics
-    loss, aux, metrics = varying.sum_over(sums, (step.axis, *step.batch_axes))
-    count = step.tables.num_microbatches * step.num_shards
+    loss, aux, metrics = varying.sum_over(sums, (settings.axis, *settings.batch_axes))
+    count = settings.tables.num_microbatches * settings.num_shards
     loss = semantics.loss_of_sums(loss, aux, weight, count)
     grads = None
-    if not step.tables.forward_only:
+    if not settings.tables.forward_only:
         grads = _collect_gradients(rank, params, state)
-    return (loss, metrics), (_collect_metrics(rank, step.batch_axes, state), grads)
+    return (loss, metrics), (_collect_metrics(rank, settings.batch_axes, state), grads)
 
 
 def _collect_gradients(rank: Rank, params: dict[str, PyTree], state: State) -> dict[str, PyTree]:

@@ -1,22 +1,151 @@
-"""A rank as its actions see it: the model's functions, its layers' parameters, the microbatches."""
+"""The settings of a step, and a rank as its actions see it: functions, parameters, microbatches."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from dualpipe_jax._executor import barriers, buffers
 from dualpipe_jax._executor.buffers import RESIDUALS
 from dualpipe_jax._executor.deliver import Delivery
 from dualpipe_jax._executor.stages import Layer, Stages
 from dualpipe_jax._executor.trace import Functions, Gradients
+from dualpipe_jax._leaves.explicit_axes import device_kind_of, platform_of
 from dualpipe_jax._model import semantics
-from dualpipe_jax._model.kinds import Kind
-from dualpipe_jax._model.types import Context, PyTree
+from dualpipe_jax._model.kinds import Kind, kinds_of
+from dualpipe_jax._model.types import Context, Model, PyTree
 from dualpipe_jax._schedule.actions import DEFERRED
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.tables import Tables
 
 Row = dict[str, jax.Array]  # this rank's row of the tables, int32 scalars
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Settings:
+    """Holds the model, tables, mesh and options of a step, and all that follows from them.
+
+    Attributes:
+      model: The model.
+      tables: The actions and slots of each rank in each tick.
+      mesh: The device mesh; axes not named here are left to XLA's partitioner. A mesh of the
+        context (`jax.set_mesh`) with the same axes takes its place, on whatever devices it is.
+      axis: The pipeline axis.
+      batch_axes: The axes over which the batch's leading dim is sharded.
+      manual_axes: The axes of which the model's functions use collectives by name.
+      param_specs: How parameters are sharded: this and the next three as `make_leaves` takes them.
+      grad_specs: How gradients are sharded.
+      trainable: Which parameters get a gradient.
+      overwrite: Which parameters their gradients overwrite.
+      block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
+      num_layers: The layers in `params["blocks"]`.
+      layers_per_stage: The layers of each stage; None to spread them evenly.
+      execution: How the tables are run, all decided but `unroll`, which the stages decides.
+      grad_dtype: The dtype of gradients; None for that of each parameter.
+      output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
+      placement: The name in the compiled program of how the actions were placed; "" for none.
+      poison: Whether dead values are overwritten with values that spread, in tests.
+    """
+
+    model: Model
+    tables: Tables
+    mesh: Mesh | AbstractMesh
+    axis: str
+    block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
+    num_layers: int
+    execution: Execution
+    batch_axes: tuple[str, ...] = ()
+    manual_axes: tuple[str, ...] = ()
+    param_specs: PyTree = None
+    grad_specs: PyTree = None
+    trainable: PyTree = True
+    overwrite: PyTree = None
+    layers_per_stage: tuple[int, ...] | None = None
+    grad_dtype: Any = None
+    output: Callable[..., PyTree] | None = None
+    placement: str = ""
+    poison: bool = False
+
+    @cached_property
+    def stages(self) -> Stages:
+        """Which layers each rank has."""
+        return Stages(
+            axis=self.axis,
+            kinds=kinds_of(self.model, self.num_layers),
+            num_stages=self.tables.num_stages,
+            stage_of=np.asarray(self.tables.stage_of),
+            layers_per_stage=self.layers_per_stage,
+            unroll=self.execution.unroll,
+        )
+
+    @cached_property
+    def delivery(self) -> Delivery | None:
+        """Where outputs go; None without `output`."""
+        return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
+
+    @property
+    def full_backward(self) -> bool:
+        """Whether an input grad runs with its weight grad, if that directly follows."""
+        return self.execution.split_backward is False
+
+    @property
+    def defers(self) -> bool:
+        """Whether deferred weight grads keep their operands in separate slots."""
+        return DEFERRED in self.tables.num_slots
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether some weight grads are deferred, and recompute their operands."""
+        return self.defers and self.execution.deferred == "recompute"
+
+    @property
+    def platform(self) -> str | None:
+        """The platform of the mesh's devices; None if it is not known."""
+        return platform_of(self.mesh)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the backwards of layers in a row are to wait for each other: `Rank.next_turn`."""
+        named = {self.axis, *self.batch_axes, *self.manual_axes}
+        leaves_none = all(n == 1 for axis, n in self.mesh.shape.items() if axis not in named)
+        return self.platform == "cpu" and self.stages.is_unrolled and leaves_none
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """The slots of each buffer, with a spare one for values that nobody reads."""
+        return self.tables.executed_slots(full_backward=self.full_backward)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the tables that a tick reads."""
+        idle = {DEFERRED: not self.defers, "send": not (self.tables.send >= 0).any()}
+        return tuple(c for c in Tables.columns() if not idle.get(c))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the batch."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+
+    @property
+    def runs_side_by_side(self) -> bool:
+        """Whether a beat's F and I run side by side, on devices that can."""
+        return self.platform != "cpu"
+
+    @property
+    def communicates(self) -> bool:
+        """Whether the model's functions may have collectives of their own."""
+        return bool(self.manual_axes)
+
+    @property
+    def device_kind(self) -> str | None:
+        """The kind of the devices, such as "TPU v5 lite"; None if it is not known."""
+        return device_kind_of(self.mesh)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,7 +154,7 @@ class Rank:
 
     Attributes:
       functions: The model's functions.
-      stages: The layers of each stage, and the stages of each rank.
+      settings: The settings of the step.
       chunks: The layers' parameters of each chunk, and casts of them, for each kind
         `[max_layers, ...]`; of unrolled layers a tuple of them, without the layers' dim.
       shared_casts: Casts of the shared parameters, for each kind.
@@ -35,19 +164,10 @@ class Rank:
       shard: The index of this shard of the batch, or None if there is one only.
       loss_cotangent: The cotangent of each microbatch's loss, a scalar; None without a loss.
       aux_cotangent: The cotangent of each layer's aux loss, for each kind a scalar, or None.
-      delivery: Where outputs go, in a program that returns outputs.
-      full_backward: Whether a W that follows its I runs with it, as a full backward; then only
-        deferred W's have operands in slots, in `deferred`.
-      defers: Whether deferred W's have their operands in `deferred`.
-      takes_turns: Whether the backward of each unrolled layer waits for that of the next.
-      runs_side_by_side: Whether a beat's F and I run side by side, on devices that can.
-      communicates: Whether the model's functions may have collectives of their own.
-      device_kind: The kind of the devices, such as "TPU v5 lite", or None.
-      poison: Whether to overwrite dead values with values that spread, in tests.
     """
 
     functions: Functions
-    stages: Stages
+    settings: Settings
     chunks: list[dict[Kind, PyTree]]
     shared_casts: dict[Kind, list[jax.Array]]
     outside: dict[str, PyTree]
@@ -56,14 +176,11 @@ class Rank:
     shard: jax.Array | None
     loss_cotangent: jax.Array | None
     aux_cotangent: dict[Kind, jax.Array | None]
-    delivery: Delivery | None = None
-    full_backward: bool = False
-    defers: bool = False
-    takes_turns: bool = False
-    runs_side_by_side: bool = False
-    communicates: bool = False
-    device_kind: str | None = None
-    poison: bool = False
+
+    @property
+    def stages(self) -> Stages:
+        """The layers of each stage, and the stages of each rank."""
+        return self.settings.stages
 
     @property
     def gradients(self) -> Gradients:
@@ -95,7 +212,9 @@ class Rank:
     @property
     def stashes_in_beats(self) -> bool:
         """Whether the beats alone have stashes: W of all layers hides transfers there."""
-        return self.full_backward and self.runs_side_by_side and not self.stages.is_unrolled
+        settings = self.settings
+        is_full = settings.full_backward and settings.runs_side_by_side
+        return is_full and not self.stages.is_unrolled
 
     # XLA's CPU compiler runs first whatever waits for nothing: of unrolled layers, all that they
     # recompute. (Where it shards their values, picking an entry of one would gather it.)
@@ -104,7 +223,7 @@ class Rank:
 
         None where layers take no turns.
         """
-        if not self.takes_turns:
+        if not self.settings.takes_turns:
             return None
         return jnp.minimum(row["microbatch"], 0)
 

@@ -3,11 +3,10 @@
 In: a model, tables, a mesh. Out: a function of (params, batch, rng), and a report of its memory.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,80 +14,32 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax._executor import program
-from dualpipe_jax._executor.deliver import Delivery
 from dualpipe_jax._executor.memory import MemoryReport, Work, count_work, report_memory
-from dualpipe_jax._executor.stages import Stages
+from dualpipe_jax._executor.rank import Settings
 from dualpipe_jax._executor.trace import Arguments, Functions, trace
 from dualpipe_jax._leaves.explicit_axes import (
     context_mesh,
     explicit_axes,
-    platform_of,
     run_as_auto,
 )
 from dualpipe_jax._leaves.leaf import Leaf, make_leaves
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.kinds import (
-    Kind,
-    kinds_of,
     parts_of,
     put_stacks,
     stacks_of,
     unwrap_stacks,
     with_values,
 )
-from dualpipe_jax._model.types import Model, PyTree
-from dualpipe_jax._schedule.actions import DEFERRED
-from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.tables import Tables
+from dualpipe_jax._model.types import PyTree
 
 # A model's functions as one device runs them, and avals of their arguments.
 Traced = tuple[Functions, Arguments]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Step:
-    """Runs the step of one model, schedule and mesh: a function of (params, batch, rng).
-
-    Attributes:
-      model: The model.
-      tables: The actions and slots of each rank in each tick.
-      mesh: The device mesh; axes not named here are left to XLA's partitioner. A mesh of the
-        context (`jax.set_mesh`) with the same axes takes its place, on whatever devices it is.
-      axis: The pipeline axis.
-      batch_axes: The axes over which the batch's leading dim is sharded.
-      manual_axes: The axes of which the model's functions use collectives by name.
-      param_specs: How parameters are sharded: this and the next three as `make_leaves` takes them.
-      grad_specs: How gradients are sharded.
-      trainable: Which parameters get a gradient.
-      overwrite: Which parameters their gradients overwrite.
-      block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
-      num_layers: The layers in `params["blocks"]`.
-      layers_per_stage: The layers of each stage; None to spread them evenly.
-      execution: How the tables are run, all decided but `unroll`, which the stages decides.
-      grad_dtype: The dtype of gradients; None for that of each parameter.
-      output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
-      placement: The name in the compiled program of how the actions were placed; "" for none.
-      poison: Whether dead values are overwritten with values that spread, in tests.
-    """
-
-    model: Model
-    tables: Tables
-    mesh: Mesh | AbstractMesh
-    axis: str
-    block: dict[Kind, Callable[..., tuple[PyTree, Any]]]
-    num_layers: int
-    execution: Execution
-    batch_axes: tuple[str, ...] = ()
-    manual_axes: tuple[str, ...] = ()
-    param_specs: PyTree = None
-    grad_specs: PyTree = None
-    trainable: PyTree = True
-    overwrite: PyTree = None
-    layers_per_stage: tuple[int, ...] | None = None
-    grad_dtype: Any = None
-    output: Callable[..., PyTree] | None = None
-    placement: str = ""
-    poison: bool = False
+class Step(Settings):
+    """Runs the step of one model, schedule and mesh: a function of (params, batch, rng)."""
 
     def __call__(
         self,
@@ -318,63 +269,3 @@ class Step:
             return PartitionSpec()
         rows = (*self.batch_axes, *((self.axis,) if self.delivery.is_even else ()))
         return PartitionSpec(tuple(a for a in rows if axes is None or a in axes) or None)
-
-    @cached_property
-    def stages(self) -> Stages:
-        """Which layers each rank has."""
-        return Stages(
-            axis=self.axis,
-            kinds=kinds_of(self.model, self.num_layers),
-            num_stages=self.tables.num_stages,
-            stage_of=np.asarray(self.tables.stage_of),
-            layers_per_stage=self.layers_per_stage,
-            unroll=self.execution.unroll,
-        )
-
-    @cached_property
-    def delivery(self) -> Delivery | None:
-        """Where outputs go; None without `output`."""
-        return None if self.output is None else Delivery(axis=self.axis, tables=self.tables)
-
-    @property
-    def full_backward(self) -> bool:
-        """Whether an input grad runs with its weight grad, if that directly follows."""
-        return self.execution.split_backward is False
-
-    @property
-    def defers(self) -> bool:
-        """Whether deferred weight grads keep their operands in separate slots."""
-        return DEFERRED in self.tables.num_slots
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether some weight grads are deferred, and recompute their operands."""
-        return self.defers and self.execution.deferred == "recompute"
-
-    @property
-    def platform(self) -> str | None:
-        """The platform of the mesh's devices; None if it is not known."""
-        return platform_of(self.mesh)
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether the backwards of layers in a row are to wait for each other: `Rank.next_turn`."""
-        named = {self.axis, *self.batch_axes, *self.manual_axes}
-        leaves_none = all(n == 1 for axis, n in self.mesh.shape.items() if axis not in named)
-        return self.platform == "cpu" and self.stages.is_unrolled and leaves_none
-
-    @property
-    def slots(self) -> dict[str, int]:
-        """The slots of each buffer, with a spare one for values that nobody reads."""
-        return self.tables.executed_slots(full_backward=self.full_backward)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of the tables that a tick reads."""
-        idle = {DEFERRED: not self.defers, "send": not (self.tables.send >= 0).any()}
-        return tuple(c for c in Tables.columns() if not idle.get(c))
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the batch."""
-        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)

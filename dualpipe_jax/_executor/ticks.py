@@ -67,14 +67,14 @@ def make_tick(rank: Rank, tables: Tables) -> Callable[[State, Row], State]:
     @jax.named_scope(_scopes.RAMP)
     def tick(state: State, row: Row) -> State:
         slot = spare_slots(state, row, "read", "keep")
-        if rank.defers:
+        if rank.settings.defers:
             slot |= _deferred_slots(row)
         if tables.is_lazy:
             arrived = _permute(rank, tables.neighbours, *state.messages)
         else:
             state, arrived = store_arrivals(state, row, state.messages), ()
         state, out = _act(rank, tables, state, {**row, **slot})
-        if rank.poison:
+        if rank.settings.poison:
             state, out = _poison_dead(rank, tables, state, out, {**row, **slot})
         state = state._replace(received=buffers.write(state.received, out, slot["keep"]))
         if tables.is_lazy:
@@ -94,7 +94,7 @@ def _sent(rank: Rank, state: State, out: PyTree, row: Row) -> tuple[State, PyTre
     slot = spare_slots(state, row, "send")["send"]
     kept, is_late = buffers.read(state.received, slot), row["send"] >= 0
     out = jax.tree.map(partial(jnp.where, is_late), kept, out)
-    if rank.poison:
+    if rank.settings.poison:
         state = state._replace(received=buffers.poison(state.received, slot))
     return state, out
 
@@ -137,7 +137,7 @@ def _exchange(
         )
         return from_left, from_right
 
-    nothing = buffers.allocate(out, poison=rank.poison)
+    nothing = buffers.allocate(out, poison=rank.settings.poison)
     arrived = nothing, nothing
     for number, part in zip(numbers, exchanges, strict=True):
         # Skipped where nothing is sent: a part's arrivals are not merged in every tick.
@@ -153,14 +153,14 @@ def _links(part: Sequence[Exchange]) -> tuple[set[tuple[int, int]], set[tuple[in
 
 def _permute(rank: Rank, exchange: Exchange, out: PyTree) -> tuple[PyTree, PyTree]:
     """Runs the permutes of an exchange."""
-    nothing = buffers.allocate(out, poison=rank.poison)
+    nothing = buffers.allocate(out, poison=rank.settings.poison)
 
     def permute(pairs: Pairs) -> PyTree:
         if not pairs:
             return nothing
         with jax.named_scope(_scopes.SEND):
             arrived = lax.ppermute(out, rank.stages.axis, pairs)
-        if not rank.poison:
+        if not rank.settings.poison:
             return arrived
         # A permute gives zeros to ranks to which nothing is sent.
         is_target = _is_target(rank, pairs)
@@ -242,15 +242,15 @@ def _backwards(rank: Rank, tables: Tables) -> list[_Backward]:
     no other I. So one loop runs them all.
     """
     deferred = _Backward("W", ((Opcode.WEIGHT_GRAD_DEFERRED,),), source=DEFERRED)
-    if rank.full_backward:
+    if rank.settings.full_backward:
         parts = ((Opcode.BACKWARD, Opcode.BACKWARD_UPPER), (Opcode.BACKWARD, Opcode.BACKWARD_LOWER))
         in_parts = Opcode.BACKWARD_UPPER in tables.opcodes
         deferring = _Backward("I", ((Opcode.INPUT_GRAD_DEFERRING,),), stores=(DEFERRED,))
         full = _Backward("IW", parts if in_parts else parts[:1])
-        return [full, deferring, deferred] if rank.defers else [full]
+        return [full, deferring, deferred] if rank.settings.defers else [full]
     input_grads = ((Opcode.INPUT_GRAD, Opcode.INPUT_GRAD_DEFERRING),)
     weight_grad = _Backward("W", ((Opcode.WEIGHT_GRAD,),))
-    if rank.defers:
+    if rank.settings.defers:
         return [_Backward("I", input_grads, stores=("stash", DEFERRED)), deferred, weight_grad]
     return [_Backward("I", input_grads, stores=("stash",)), weight_grad]
 
@@ -280,7 +280,7 @@ def _poison_dead(
         return when(is_dead, lambda slots: buffers.poison(slots, row[name]), state.slots[name])
 
     names = ["residual", "weight_residual"]
-    names += ["stash"] * (not rank.full_backward) + [DEFERRED] * rank.defers
+    names += ["stash"] * (not rank.settings.full_backward) + [DEFERRED] * rank.settings.defers
     changed = {name: overwrite(name) for name in names}
     received = buffers.poison(state.received, row["read"])
     state = state.with_slots(changed)._replace(received=received)

@@ -8,8 +8,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._api import build
-from dualpipe_jax._executor import barriers, beats
-from dualpipe_jax._executor import step as step_module
+from dualpipe_jax._executor import barriers, beats, rank
 from dualpipe_jax._executor.layer import LayerWork
 from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._schedule import layer_order
@@ -56,7 +55,7 @@ def test_interleaved_beats_equal_the_sequential_model(
     remat: str,
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(step_module, "platform_of", lambda mesh: platform)
+    monkeypatch.setattr(rank, "platform_of", lambda mesh: platform)
     if platform == "cuda":
         # What lowering for a GPU would choose.
         monkeypatch.setattr(barriers, "wait_for", barriers.select_after)
@@ -88,7 +87,7 @@ def test_full_backwards_as_accelerators_run_them_by_default(
     monkeypatch: pytest.MonkeyPatch, schedule: str, num_layers: int, options: dict[str, Any]
 ) -> None:
     """In ticks, where layers take no turns as on CPUs."""
-    for module in (step_module, build):
+    for module in (rank, build):
         monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
     model, params, batch = make_model(frozenset(FEATURES)), make_params(num_layers), make_batch(8)
     grad_fn = dpj.value_and_grad(
@@ -105,7 +104,7 @@ def test_what_weight_grads_hide_changes_no_value(
     monkeypatch: pytest.MonkeyPatch, most_times: float, remat: str
 ) -> None:
     """Where W of one layer hides what is sent, and where that of the last but one hides it."""
-    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(rank, "platform_of", lambda mesh: "tpu")
     hides = []
 
     def can_hide(*_: Any, times: float) -> bool:
@@ -138,7 +137,7 @@ def test_weight_grads_follow_their_layer(
     monkeypatch: pytest.MonkeyPatch, platform: str, most_times: float, order: str
 ) -> None:
     """But for those of the last layers, which hide the transfers."""
-    monkeypatch.setattr(step_module, "platform_of", lambda mesh: platform)
+    monkeypatch.setattr(rank, "platform_of", lambda mesh: platform)
     monkeypatch.setattr(beats, "_can_hide", lambda *_, times: times <= most_times)
     found = set()
     run_order = beats.Beat._run_order
@@ -177,7 +176,7 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
     num_pairs: int,
 ) -> None:
     """F of each kind beside I of each kind that it meets on some rank."""
-    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(rank, "platform_of", lambda mesh: "tpu")
     met = []
     loop_pairs = Stages.loop_pairs
 
@@ -213,7 +212,7 @@ def test_what_f_keeps_waits_until_its_pair_is_done(
     monkeypatch: pytest.MonkeyPatch, unroll: bool, num_pairs: int
 ) -> None:
     """Else a GPU's compiler writes it where a matmul should hide an exchange."""
-    monkeypatch.setattr(step_module, "platform_of", lambda mesh: "cuda")
+    monkeypatch.setattr(rank, "platform_of", lambda mesh: "cuda")
     made, waiting = [], []
     run_forward = LayerWork._forward
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dualpipe_jax._executor import program
 from dualpipe_jax._executor.layer import Flow, LayerWork
+from dualpipe_jax._executor.rank import Settings
 from experiments import documents, tables
 from experiments.compiled import flags, models, overlap
 from experiments.compiled.compiles import compile_case
@@ -124,12 +124,7 @@ def test_a_barrier_between_forward_and_backward_exposes_the_all_to_alls(
 
     monkeypatch.setattr(LayerWork, "run_forward", keep)
     monkeypatch.setattr(LayerWork, "run_input_grad", wait)
-    make_steady = program.make_steady
-    monkeypatch.setattr(
-        program,
-        "make_steady",
-        lambda rank, *args: make_steady(dataclasses.replace(rank, runs_side_by_side=False), *args),
-    )
+    monkeypatch.setattr(Settings, "runs_side_by_side", False)
     (case, _) = overlap.cases("experts", widths=(1024,), layers=(2,))
     with jax.enable_x64(False):
         row = Row.of("experts", case, compile_case(case))
