@@ -304,3 +304,23 @@ def test_mistake_is_explained(mistake: str, entry: str) -> None:
         run()
     missing = [text for text in texts if text not in str(raised.value)]
     assert not missing, f"the message is:\n{raised.value}"
+
+
+class WithoutKeys(dict):
+    """A mapping whose children have no names as a pytree."""
+
+
+jax.tree_util.register_pytree_node(
+    WithoutKeys,
+    lambda node: (tuple(node.values()), tuple(node)),
+    lambda keys, children: WithoutKeys(zip(keys, children, strict=True)),
+)
+
+
+@pytest.mark.parametrize("make", [OrderedDict, flax.core.freeze, WithoutKeys])
+def test_gradients_have_the_structure_of_any_blocks(make: Any) -> None:
+    params = make_params("DM")
+    params = {**params, "blocks": make(params["blocks"])}
+    grad_fn = dpj.value_and_grad(make_kinds("DM"), mesh=make_mesh(2), num_microbatches=2)
+    _, grads = jax.eval_shape(grad_fn, params, make_batch(2))
+    assert jax.tree.structure(grads) == jax.tree.structure(params)

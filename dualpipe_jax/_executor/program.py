@@ -61,7 +61,7 @@ def run(
     tick = make_tick(rank, settings.tables)
     if settings.delivery is not None:
         none = dict.fromkeys(settings.stages.stacks)
-        return _deliver(settings, settings.delivery, tick, state, rows), (none, None)
+        return _deliver(settings.delivery, tick, state, rows), (none, None)
     if steady is None:
         state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
         return _finish(rank, params, state, weight)
@@ -158,9 +158,7 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
     return state._replace(received=received, messages=(nothing, nothing))
 
 
-def _deliver(
-    settings: Settings, delivery: Delivery, tick: Callable[..., State], state: State, rows: Row
-) -> PyTree:
+def _deliver(delivery: Delivery, tick: Callable[..., State], state: State, rows: Row) -> PyTree:
     """Runs all ticks, after each of which outputs move on by a rank."""
     now, later = delivery.rows()
 

@@ -122,7 +122,10 @@ def take_layer(stack: PyTree, index: jax.Array | int) -> PyTree:
 
 def stacks_of(model: Model, blocks: PyTree) -> dict[Kind, PyTree]:
     """Gives the stack of every kind in `blocks`."""
-    return {None: blocks} if model.layout is None else {k: blocks[k] for k in blocks_of(model)}
+    if model.layout is None:
+        return {None: blocks}
+    stacks = parts_of(blocks)
+    return {kind: stacks[kind] for kind in blocks_of(model)}
 
 
 def unwrap_stacks(model: Model, stacks: dict[Kind, PyTree]) -> PyTree:
@@ -139,18 +142,27 @@ def put_stacks(model: Model, blocks: PyTree, stacks: dict[Kind, PyTree]) -> PyTr
 
 def parts_of(mapping: Mapping) -> dict[Any, PyTree]:
     """Lists the children of a mapping as a pytree: a FrozenDict indexes to others than these."""
-    entries, _ = _children(mapping)
-    return {path[0].key: child for path, child in entries}
+    return dict(_children(mapping)[0])
 
 
 def with_values(mapping: Mapping, values: Mapping[Any, PyTree]) -> Any:
     """Returns a mapping of the same type, a pytree, with other values for its keys."""
-    entries, structure = _children(mapping)
-    return structure.unflatten([values[path[0].key] for path, _ in entries])
+    children, structure = _children(mapping)
+    return structure.unflatten([values[key] for key, _ in children])
 
 
 def _children(mapping: Mapping) -> tuple[list[tuple[Any, PyTree]], Any]:
-    return jax.tree_util.tree_flatten_with_path(mapping, is_leaf=lambda node: node is not mapping)
+    entries, structure = jax.tree_util.tree_flatten_with_path(
+        mapping, is_leaf=lambda node: node is not mapping
+    )
+
+    def key_of(path: Any, child: PyTree) -> Any:
+        if not isinstance(path[0], jax.tree_util.FlattenedIndexKey):
+            return path[0].key
+        # The type of the mapping is registered without keys.
+        return next(key for key in mapping if mapping[key] is child)
+
+    return [(key_of(path, child), child) for path, child in entries], structure
 
 
 def replicate_layers_dim(stack: PyTree) -> PyTree:

@@ -408,7 +408,10 @@ FAULTS = {
         else change_cell(TABLES, "from_left", LAST + 1, 1, 0),
         "stores two values for later",
     ),
-    "from a weight grad": (change_cell(TABLES, "from_left", STOP, 1, 0), "no weight grad sent"),
+    "from a weight grad": (
+        change_cell(TABLES, "from_left", STOP, 1, 0),
+        "a value of a weight grad",
+    ),
     "another last x": (
         change(SHORT, x_pairs=(SHORT_PAIRS, ((1, 1), (2, 2)))),
         "leaves another value than the tables store",
