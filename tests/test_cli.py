@@ -86,7 +86,7 @@ def test_layers_adds_their_order_inside_a_tick_and_a_beat() -> None:
         "  tick of I            I1 I0",
         "  tick of W            W1 W0",
         "  full backward        I1 W1 I0 W0",
-        "  beat, TPUs and GPUs  I1 F0 W1 I0 F1 send W0@receive",
+        "  beat, TPUs and GPUs  I1 F0 W1 I0 F1 send W0@send receive",
         "  beat, CPUs           F0 F1 I1 W1 I0 W0 send receive",
     ]
     assert "beat" not in run(*SIZES, "--layers", "2").output.split("\nOrder of ")[1]

@@ -106,13 +106,16 @@ def write(order: Order) -> str:
 def orders_of(num_layers: int, *, has_beats: bool) -> dict[str, Order]:
     """Names the orders of unrolled layers in a tick, and in a beat if the schedule has any.
 
+    On TPUs and GPUs W of the stage's first layer runs beside the transfers. More W's do where one
+    does not take long enough to hide them, or where blocks have collectives.
+
     >>> for name, order in orders_of(3, has_beats=True).items():
     ...     print(f"{name:23}{write(order)}")
     tick of F              F0 F1 F2
     tick of I              I2 I1 I0
     tick of W              W2 W1 W0
     full backward          I2 W2 I1 W1 I0 W0
-    beat, TPUs and GPUs    I2 F0 W2 I1 F1 W1 I0 F2 send W0@receive
+    beat, TPUs and GPUs    I2 F0 W2 I1 F1 W1 I0 F2 send W0@send receive
     beat, CPUs             F0 F1 F2 I2 W2 I1 W1 I0 W0 send receive
     """
     up, down = range(num_layers), range(num_layers - 1, -1, -1)
@@ -123,6 +126,6 @@ def orders_of(num_layers: int, *, has_beats: bool) -> dict[str, Order]:
         "full backward": tuple(LayerAction(action, layer) for layer in down for action in "IW"),
     }
     if has_beats:
-        orders["beat, TPUs and GPUs"] = side_by_side(num_layers, num_held=1, reads_arrivals=True)
+        orders["beat, TPUs and GPUs"] = side_by_side(num_layers, num_held=1)
         orders["beat, CPUs"] = in_a_row(num_layers)
     return orders
