@@ -3,9 +3,8 @@
 In: mesh axes, a program, a model and its options. Out: `Builder`, which gives each call its step.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 
 from dualpipe_jax._api.programs import StepProgram
 from dualpipe_jax._executor import Step, context_mesh, platform_of
+from dualpipe_jax._leaves.specs import StepAxes
 from dualpipe_jax._model import call_checks, checks, semantics
 from dualpipe_jax._model.kinds import Kind, block_name, blocks_of
 from dualpipe_jax._model.returns import require_same_x
@@ -33,28 +33,6 @@ from dualpipe_jax._schedule.stage_sizes import require_sum, spread_evenly
 from dualpipe_jax._scopes import of_placement
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    """Names the axes of the mesh by their use.
-
-    Attributes:
-      mesh: The mesh.
-      axis: The pipeline axis.
-      batch_axes: The axes that shard the batch.
-      manual_axes: The axes of the model's own collectives.
-    """
-
-    mesh: Mesh
-    axis: str
-    batch_axes: tuple[str, ...]
-    manual_axes: tuple[str, ...]
-
-    @property
-    def num_shards(self) -> int:
-        """The shards of the batch."""
-        return math.prod(self.mesh.shape[name] for name in self.batch_axes)
-
-
 def check_axes(
     model: Model,
     *,
@@ -63,7 +41,7 @@ def check_axes(
     axis: str,
     batch_axes: AxisNames,
     manual_axes: AxisNames,
-) -> Axes:
+) -> StepAxes:
     """Checks the arguments that steps of all kinds have in common, and returns their axes.
 
     Raises:
@@ -72,7 +50,7 @@ def check_axes(
     """
     checks.is_model(model)
     checks.mesh_axis(mesh, axis)
-    axes = Axes(
+    axes = StepAxes(
         mesh=mesh,
         axis=axis,
         batch_axes=checks.other_axes(mesh, axis, "batch_axes", batch_axes),
@@ -93,7 +71,7 @@ class Builder:
         self,
         model: Model,
         *,
-        axes: Axes,
+        axes: StepAxes,
         program: StepProgram,
         layers_per_stage: tuple[int, ...] | None = None,
         **options: Any,

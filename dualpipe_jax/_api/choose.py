@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-from dualpipe_jax._api.build import Axes, check_axes
+from dualpipe_jax._api.build import StepAxes, check_axes
 from dualpipe_jax._api.choices import Choices
 from dualpipe_jax._api.shardings import shardings
 from dualpipe_jax._api.value_and_grad import value_and_grad
@@ -192,7 +192,7 @@ class _Given:
     batch: Batch
     rng: jax.Array | None
     num_microbatches: int
-    axes: Axes
+    axes: StepAxes
     options: dict[str, Any]
 
     def choices(

@@ -59,7 +59,7 @@ def value_and_grad(
     Args:
       Required (`evaluate` and `apply` take these, axis, batch_axes, manual_axes, param_specs too):
       model: The model, as pure functions.
-      mesh: The devices. Axes not named here are left to XLA's partitioner; inside the model's
+      mesh: The devices. StepAxes not named here are left to XLA's partitioner; inside the model's
         functions they are Auto axes, whatever they are outside. Where `jax.set_mesh` names a mesh
         with the same axes, its devices are taken instead; then an AbstractMesh will do.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.

@@ -23,6 +23,7 @@ from dualpipe_jax._leaves.explicit_axes import (
     run_as_auto,
 )
 from dualpipe_jax._leaves.leaf import Leaf, make_leaves
+from dualpipe_jax._leaves.specs import StepAxes
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.kinds import (
     parts_of,
@@ -96,10 +97,12 @@ class Step(Settings):
         """Makes the record of every leaf."""
         return make_leaves(
             params,
-            mesh=self.mesh,
-            axis=self.axis,
-            batch_axes=self.batch_axes,
-            manual_axes=self.manual_axes,
+            StepAxes(
+                mesh=self.mesh,
+                axis=self.axis,
+                batch_axes=self.batch_axes,
+                manual_axes=self.manual_axes,
+            ),
             trainable=self.trainable,
             overwrite=self.overwrite,
             param_specs=self.param_specs,

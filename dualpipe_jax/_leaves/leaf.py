@@ -20,6 +20,7 @@ from dualpipe_jax._leaves.explicit_axes import sharding_like
 from dualpipe_jax._leaves.rules import LARGEST, SUM, Rule
 from dualpipe_jax._leaves.specs import (
     Dims,
+    StepAxes,
     axes_of,
     dims_over,
     extend,
@@ -167,11 +168,8 @@ class Leaf:
 
 def make_leaves(
     params: PyTree,
+    axes: StepAxes,
     *,
-    mesh: Mesh | AbstractMesh,
-    axis: str,
-    batch_axes: tuple[str, ...],
-    manual_axes: tuple[str, ...],
     trainable: PyTree,
     overwrite: PyTree,
     param_specs: PyTree,
@@ -181,10 +179,7 @@ def make_leaves(
 
     Args:
       params: The parameters.
-      mesh: The mesh.
-      axis: The pipeline axis.
-      batch_axes: The axes over which the batch is sharded.
-      manual_axes: The axes of which the model's functions use collectives.
+      axes: The axes of the mesh.
       trainable: As `specs.find_wanted` takes it.
       overwrite: As `specs.find_overwritten` takes it.
       param_specs: As `specs.spread_param_specs` takes it.
@@ -194,15 +189,10 @@ def make_leaves(
       ValueError: If one of these trees does not fit the parameters or the mesh.
       TypeError: If it holds leaves of another type.
     """
-    named: dict[str, Any] = {
-        "mesh": mesh,
-        "axis": axis,
-        "manual_axes": manual_axes,
-        "batch_axes": batch_axes,
-    }
+    axis, batch_axes, manual_axes = axes.axis, axes.batch_axes, axes.manual_axes
     wanted, overwritten = find_wanted(params, trainable), find_overwritten(params, overwrite)
-    specs = spread_param_specs(params, param_specs, **named)
-    of_grads = spread_grad_specs(params, grad_specs, like=specs, wanted=wanted, **named)
+    specs = spread_param_specs(params, param_specs, axes)
+    of_grads = spread_grad_specs(params, grad_specs, axes, like=specs, wanted=wanted)
     hidden = {axis, *batch_axes} - set(manual_axes)
     loss_axes = [name for name in batch_axes if name in manual_axes]
 
@@ -218,7 +208,7 @@ def make_leaves(
             is_layer=is_layer,
             axis=axis,
             # As `bring.Stack.is_sharded`: JAX has no uneven shards.
-            lead=axis if is_layer and value.shape[0] % mesh.shape[axis] == 0 else None,
+            lead=axis if is_layer and value.shape[0] % axes.mesh.shape[axis] == 0 else None,
             spec=seen,
             gather_dims=dims_over(spec, hidden),
             scatter_dims=dims_over(of_grad, hidden),

@@ -6,6 +6,7 @@ In: `params`, and trees as `value_and_grad` takes them, whose leaves may stand f
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,6 +20,28 @@ from dualpipe_jax._split_vjp import is_differentiable
 
 # Dims of an array, and the axes over which each is sharded, the outermost first.
 Dims = dict[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepAxes:
+    """Names the axes of the mesh by their use.
+
+    Attributes:
+      mesh: The mesh.
+      axis: The pipeline axis.
+      batch_axes: The axes that shard the batch.
+      manual_axes: The axes of the model's own collectives.
+    """
+
+    mesh: Mesh | AbstractMesh
+    axis: str
+    batch_axes: tuple[str, ...]
+    manual_axes: tuple[str, ...]
+
+    @property
+    def num_shards(self) -> int:
+        """The shards of the batch."""
+        return math.prod(self.mesh.shape[name] for name in self.batch_axes)
 
 
 def find_wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) -> PyTree:
@@ -107,11 +130,8 @@ def _is_in_flax_collection(path: Any, leaf: Any) -> bool:
 def spread_param_specs(
     params: PyTree,
     param_specs: PyTree | None,
+    axes: StepAxes,
     *,
-    mesh: Mesh | AbstractMesh,
-    axis: str,
-    manual_axes: tuple[str, ...],
-    batch_axes: tuple[str, ...] = (),
     argument: str = "param_specs",
     only: PyTree = None,
 ) -> PyTree:
@@ -125,10 +145,7 @@ def spread_param_specs(
       params: The parameters.
       param_specs: A tree of PartitionSpecs whose leaves stand for whole branches of `params`; None
         for a leaf that is the same everywhere.
-      mesh: The mesh.
-      axis: The pipeline axis, which may be named for the layers' dim, and is ignored there.
-      manual_axes: The axes of which the model's functions see a device's part.
-      batch_axes: The axes over which the batch is sharded.
+      axes: The axes; the pipeline's may be named for the layers' dim, and is ignored there.
       argument: The user's name for the tree.
       only: A tree of bools like `params`: whether a leaf's spec counts; that of others is as None.
         None: all count.
@@ -157,24 +174,13 @@ def spread_param_specs(
         if counts is not None and not counts[path]:
             spec = None
         is_block = path[0].key == "blocks"
-        found[path], wrong = _spec_of_leaf(
-            leaf,
-            spec,
-            mesh=mesh,
-            axis=axis,
-            manual_axes=manual_axes,
-            may_gather=(
-                *(name for name in batch_axes if name not in manual_axes),
-                *(() if is_block else (axis,)),
-            ),
-            is_block=is_block,
-        )
+        found[path], wrong = _spec_of_leaf(leaf, spec, axes, is_block=is_block)
         name = f"params{keystr(path)} of shape {leaf.shape}, spec {spec}"
         problems += [f"{name}: {problem}" for problem in wrong]
     raise_all(
-        f"{argument}: may name the manual_axes={manual_axes!r}, batch_axes={batch_axes!r}, and "
-        f"outside of blocks axis={axis!r}, each once, and must divide the dims (the layers' dim of "
-        "blocks counts as the first)",
+        f"{argument}: may name the manual_axes={axes.manual_axes!r}, "
+        f"batch_axes={axes.batch_axes!r}, and outside of blocks axis={axes.axis!r}, each once, and "
+        "must divide the dims (the layers' dim of blocks counts as the first)",
         problems,
     )
     return _like(params, found)
@@ -183,11 +189,8 @@ def spread_param_specs(
 def _spec_of_leaf(
     leaf: Any,
     spec: PartitionSpec | None,
+    axes: StepAxes,
     *,
-    mesh: Mesh | AbstractMesh,
-    axis: str,
-    manual_axes: tuple[str, ...],
-    may_gather: tuple[str, ...],
     is_block: bool,
 ) -> tuple[PartitionSpec, list[str]]:
     """Completes a leaf's spec by the leaf's type.
@@ -195,10 +198,7 @@ def _spec_of_leaf(
     Args:
       leaf: The leaf.
       spec: The user's spec for it, or None.
-      mesh: The mesh.
-      axis: The pipeline axis.
-      manual_axes: The axes of which the model's functions see a device's part.
-      may_gather: The axes from which the leaf may be gathered.
+      axes: The axes.
       is_block: Whether its first dim is the layers'.
 
     Returns:
@@ -206,12 +206,15 @@ def _spec_of_leaf(
     """
     if spec is not None and (spec.unreduced or spec.reduced):
         return PartitionSpec(), ["unreduced= and reduced= are not for parameters"]
+    axis, manual_axes = axes.axis, axes.manual_axes
+    may_gather = tuple(name for name in axes.batch_axes if name not in manual_axes)
+    may_gather += () if is_block else (axis,)
     entries = [_names(entry) for entry in spec or ()]
     if is_block and entries and entries[0] == (axis,):
         entries[0] = ()
     entries += [()] * (leaf.ndim - len(entries))
-    by_type = _axes_by_type(leaf, mesh, skip=1 if is_block else 0)
-    problems = _problems(leaf, entries, mesh, (*manual_axes, *may_gather), by_type)
+    by_type = _axes_by_type(leaf, axes.mesh, skip=1 if is_block else 0)
+    problems = _problems(leaf, entries, axes.mesh, (*manual_axes, *may_gather), by_type)
     problems += [
         f"{name!r} must come last in its entry, within the parts that manual axes make"
         for entry in entries
@@ -228,7 +231,7 @@ def _spec_of_leaf(
 
 
 def spread_grad_specs(
-    params: PyTree, grad_specs: PyTree | None, *, like: PyTree, wanted: PyTree, **axes: Any
+    params: PyTree, grad_specs: PyTree | None, axes: StepAxes, *, like: PyTree, wanted: PyTree
 ) -> PyTree:
     """Says for every leaf how its gradient is sharded: as the leaf, or over more axes than that.
 
@@ -236,9 +239,9 @@ def spread_grad_specs(
       params: The parameters.
       grad_specs: A tree of PartitionSpecs as `spread_param_specs` takes it; None for a gradient
         that is sharded as its parameter.
+      axes: The axes.
       like: How the parameters are sharded, as `spread_param_specs` says.
       wanted: A tree of bools: which leaves have a gradient; specs of others are not looked at.
-      **axes: The mesh and the axes, as for `spread_param_specs`.
 
     Returns:
       A tree of PartitionSpecs like `params`.
@@ -249,7 +252,7 @@ def spread_grad_specs(
     """
     if grad_specs is None:
         return like
-    given = spread_param_specs(params, grad_specs, argument="grad_specs", only=wanted, **axes)
+    given = spread_param_specs(params, grad_specs, axes, argument="grad_specs", only=wanted)
     completed, of_params, is_wanted = (
         dict(tree_leaves_with_path(tree)) for tree in (given, like, wanted)
     )
@@ -269,7 +272,7 @@ def spread_grad_specs(
         more = {name for entry, of in entries for name in entry[len(of) :]}
         problems += [
             f"{name}, and {axis!r} is one of the manual_axes, but not one of the parameter's axes"
-            for axis in sorted(more & set(axes["manual_axes"]))
+            for axis in sorted(more & set(axes.manual_axes))
         ]
     raise_all(
         "grad_specs: a gradient must be sharded over the axes of its parameter, and may be over "

@@ -12,6 +12,7 @@ from dualpipe_jax._leaves.gradient import GradIndex, accumulated, make_gradients
 from dualpipe_jax._leaves.leaf import Leaf, make_leaves
 from dualpipe_jax._leaves.pick import pick, put_leaves
 from dualpipe_jax._leaves.rules import LARGEST, SUM
+from dualpipe_jax._leaves.specs import StepAxes
 
 PARAMS = {
     "ends": {"table": jnp.ones((8, 4)), "count": jnp.ones(3, jnp.int32)},
@@ -25,10 +26,7 @@ def leaves_of(num_layers: int = 4, **trees: Any) -> Any:
     given = {"trainable": True, "overwrite": None, "param_specs": None, "grad_specs": None}
     return make_leaves(
         {**PARAMS, "blocks": blocks},
-        mesh=mesh,
-        axis="pipe",
-        batch_axes=("data",),
-        manual_axes=("model",),
+        StepAxes(mesh=mesh, axis="pipe", batch_axes=("data",), manual_axes=("model",)),
         **{**given, **trees},
     )
 
