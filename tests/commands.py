@@ -8,7 +8,7 @@ import sys
 
 
 def cpu_seconds(*args: str) -> float:
-    """Runs `python -m dualpipe_jax *args`, and returns what the quickest of three runs computed.
+    """Runs `python -m dualpipe_jax *args`, and returns the CPU time of the quickest of three runs.
 
     CPU time, not time on the clock: other work on the machine slows a run down.
     """

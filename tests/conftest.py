@@ -1,4 +1,4 @@
-"""What every test stands on: eight fake CPU devices, float64, a compilation cache on disk.
+"""The ground of every test: eight fake CPU devices, float64, a compilation cache on disk.
 
 The devices and the cache go through the environment, so that a test's subprocess inherits them;
 float64 does not, a subprocess runs as a user's would.
@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# Compiling is what takes the time here, not running: the same HLO, less of LLVM.
+# Compiling takes the time here, not running: the same HLO, less of LLVM.
 flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 # Release 0.10 spends a third of it on emitting fusions, which an older emitter does at once. It
 # fuses and so rounds a few otherwise: where a test counts copies or compares bits of two programs,

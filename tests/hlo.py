@@ -20,7 +20,7 @@ def instructions(text: str) -> list[str]:
 
 
 def loop_lines(text: str) -> list[str]:
-    """Lists the lines of every computation but the entry: of loops, and what they call."""
+    """Lists the lines of every computation but the entry: of loops and their callees."""
     lines, name = [], ""
     for line in text.splitlines():
         if line and not line.startswith(" "):

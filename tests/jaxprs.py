@@ -1,4 +1,4 @@
-"""Reads what JAX traces, before it is compiled."""
+"""Reads the jaxprs of traced functions, before they are compiled."""
 
 from typing import Any
 

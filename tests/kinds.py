@@ -23,7 +23,7 @@ def dense(params: Any, x: Any, ctx: dpj.Context) -> Any:
     inner = jnp.tanh(x @ params["up"]) * (1 + 0.01 * ctx.layer)
     if ctx.rng is not None:
         inner *= keep(ctx.rng, 0.7, inner.shape)
-    # Of another dtype than the other kind's.
+    # Another dtype than the other kind's.
     return x + inner @ params["down"], jnp.square(inner).mean().astype(jnp.float32)
 
 

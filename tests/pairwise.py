@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Case = dict[str, Any]
-Pair = frozenset[tuple[str, int]]  # of an option and the place of its value, twice
+Pair = frozenset[tuple[str, int]]  # (an option, the index of its value), twice
 _NUM_TRIED = 8
 
 
@@ -53,7 +53,7 @@ def cover(
 
         def gain(place: int) -> tuple[int, int]:
             pairs = [frozenset([(name, place), each]) for each in places.items()]
-            # Of values that cover as much, the one that was had the least.
+            # Among values that cover as much, the one that was used least.
             return sum(pair in wanted for pair in pairs), -had[name, place]
 
         for place in sorted(range(len(options[name])), key=gain, reverse=True):

@@ -8,7 +8,7 @@ from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.generators import GENERATORS, forward_only
 
 NAMES = schedules.names()
-# Those of pairs, which have a straight-line run of beats.
+# Schedules of pairs, which have a steady phase.
 PAIRED = ("dualpipe", "dualpipev")
 
 # Odd and even, fewer microbatches than ranks, as many, twice as many, more.
@@ -19,7 +19,7 @@ LARGER_SIZES = ((12, 5), (12, 31), (13, 26), (16, 33), (16, 40), (24, 49))
 WIDE_GRID = tuple((name, P, N) for name in NAMES for P, N in WIDE_SIZES + LARGER_SIZES)
 # The program of evaluation is not public: it has no gradients.
 FORWARD_ONLY_GRID = tuple(("forward-only", P, N) for P, N in WIDE_SIZES)
-# Those with a straight-line run of beats: few beats and many, odd sizes, one rank, a neighbour to
+# Sizes that have a steady phase: few beats and many, odd sizes, one rank, a neighbour to
 # itself, nothing to send in even beats.
 RUN_SIZES = [
     ("dualpipe", 2, 8),

@@ -1,4 +1,4 @@
-"""`dpj.apply`: what comes out of the model, row by row, equals a plain loop's."""
+"""`dpj.apply`: the model's outputs, row by row, equal those of a plain loop."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def plain_loop(
 
 
 def logits(ends: Any, x: Any, ctx: dpj.Context) -> Any:
-    """Gives leaves of different ranks and dtypes, of what the context has, too."""
+    """Gives leaves of different ranks and dtypes, some of them made from the context."""
     scores = x["hidden"] @ ends["table"].T
     if ctx.rng is not None:
         scores *= jax.random.bernoulli(ctx.rng, 0.9, scores.shape)
@@ -121,7 +121,7 @@ def test_no_device_holds_more_than_its_part_of_the_outputs() -> None:
 
 
 def test_manual_axes() -> None:
-    """Columns of the weights over an axis; what it sums is the same on all, and may come out."""
+    """Shards columns of the weights; the block's sum is the same on all devices: it may leave."""
 
     def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
         return x + lax.psum(jnp.tanh(x @ params["up"]) @ params["down"], "model")

@@ -1,4 +1,4 @@
-"""A block's own loss and metrics: in kinds of layers, over other axes, and what is refused.
+"""A block's own loss and metrics: in kinds of layers, over other axes, and refused ones.
 
 That they are those of the sequential model, with every schedule and option, is in test_exact.py.
 """
@@ -78,7 +78,7 @@ def test_sequential_is_the_plain_meaning() -> None:
     np.testing.assert_allclose(metrics.blocks["norm"][0], norm, rtol=1e-13)
 
 
-# Of kinds, one without metrics, one without a loss, one with neither.
+# Kinds of layers: one without metrics, one without a loss, one with neither.
 def of_kinds(block_of_other: Any) -> dict[str, Any]:
     def counting(params: Any, x: jax.Array, ctx: dpj.Context) -> tuple[jax.Array, dpj.Aux]:
         inner = jnp.tanh(x @ params)
@@ -184,7 +184,7 @@ def test_a_scalar_beside_x_is_a_loss() -> None:
 
 
 def test_metrics_have_no_gradient() -> None:
-    """What would have none that is finite does no harm."""
+    """Metrics without a finite gradient do no harm."""
 
     def rooted(params: Any, x: jax.Array, ctx: dpj.Context) -> tuple[jax.Array, dpj.Aux]:
         return x + x @ params, dpj.Aux(metrics=jnp.sqrt((x * 0).sum() + (params * 0).sum()))
@@ -201,7 +201,7 @@ def test_memory_counts_the_sums() -> None:
     grad_fn = dpj.value_and_grad(MODEL, mesh=make_mesh(2), num_microbatches=4)
     report = grad_fn.memory(make_params(6), make_batch(4))
     sums = {term.name: term.num_bytes for term in report.terms}["metrics added up, of layers"]
-    # Of three layers in two chunks: dead, any, norm and one.
+    # The metrics of three layers in two chunks: dead, any, norm and one.
     assert sums == 2 * 3 * (8 * WIDTH + 4 + 2 * 8 + 8)
 
 

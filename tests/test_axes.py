@@ -93,7 +93,7 @@ def test_data_parallel(kind: AxisType) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kinds", [(AxisType.Explicit,), (AxisType.Explicit, AxisType.Auto)])
 def test_loss_may_be_left_unread(kinds: tuple[AxisType, ...]) -> None:
-    """By a jitted step over arrays that lie on no mesh yet: then only the step names devices."""
+    """By a jitted step over arrays that are on no mesh yet: only the step names devices."""
     axes = ("pipe", "data")[: len(kinds)]
     mesh = jax.make_mesh(
         (2,) * len(axes), axes, axis_types=kinds, devices=jax.devices()[: 2 ** len(axes)]
@@ -155,7 +155,7 @@ EXPERT_SPECS = {
 def test_expert_parallel(
     axes: Any, remat: str, kind: AxisType, num_microbatches: int, overlap: Any
 ) -> None:
-    """Two all-to-alls in the block; rows and experts lie over the same axis."""
+    """Two all-to-alls in the block; rows and experts are sharded over the same axis."""
     assert has_steady("dualpipe", 2, num_microbatches, overlap) == (overlap is True)
     params, batch = make_params(**EXPERT_SHAPES), make_batch(num_microbatches * EXPERTS)
     mesh = make_mesh(kind, **axes)
@@ -200,7 +200,7 @@ def test_expert_parallel(
 def tensor_parallel(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
     """Megatron's: columns, then rows, then a sum; the scale is used where all devices agree."""
     inner = jnp.tanh((x * params["scale"]) @ params["up"])  # [rows, token, hidden / devices]
-    # The gain is the same on all devices, and what it meets is not.
+    # The gain is the same on all devices, and the value that it scales is not.
     inner = inner * params["gain"]
     return x + lax.psum(inner @ params["down"], "model")
 
@@ -241,7 +241,7 @@ TENSOR_SPECS = {
         "down": P(None, "model"),
     },
 }
-# Beside data, gradients lie over it as well.
+# With a data axis, gradients are sharded over it as well.
 TENSOR_GRAD_SPECS = {
     "ends": {"table": P(None, ("pipe", "data")), "gain": None, "part": P(None, ("model", "data"))},
     "blocks": {
@@ -382,7 +382,7 @@ def test_a_batch_axis_may_be_manual_too() -> None:
 def test_sums_in_the_model_over_an_axis_of_the_batch() -> None:
     """A parameter in a sum over shards counts for all of them; an axis is left to the partitioner.
 
-    What JAX makes of the model under `vmap` with named axes is the reference.
+    The reference is the model under JAX's `vmap` with named axes.
     """
 
     def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
@@ -415,7 +415,7 @@ def test_sums_in_the_model_over_an_axis_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
-def test_what_varies_may_do_so_inside_a_jit_only(remat: str) -> None:
+def test_a_value_may_vary_inside_a_jit_only(remat: str) -> None:
     @jax.jit
     def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
         rows = lax.pcast(x, "model", to="varying") @ params["w"]

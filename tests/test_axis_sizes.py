@@ -82,7 +82,7 @@ def make_batch() -> jax.Array:
     return jnp.asarray(np.random.default_rng(7).integers(0, VOCABULARY, size=(ROWS, EXPERTS)))
 
 
-# Where everything lies between steps: parameters, and the optimizer's state like them.
+# The specs of everything between steps: parameters, and the optimizer's state like them.
 LIES = {
     "ends": {"table": P()},
     "blocks": {
@@ -158,7 +158,7 @@ def test_every_size(sizes: tuple[int, ...]) -> None:
     for each in moved:
         if each.in_loop and each.kind == "all-reduce":
             assert all(sorted(shape) in activation for shape in each.shapes), each
-    # After it each gradient is summed once, in parts as they lie; nothing is gathered.
+    # After it each gradient is summed once, in parts as it is sharded; nothing is gathered.
     after = [each for each in moved if not each.in_loop]
     assert {each.kind for each in after} <= {"collective-permute", "all-reduce"}
     sums = [shape for each in after if each.kind == "all-reduce" for shape in each.shapes]

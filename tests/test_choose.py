@@ -178,7 +178,7 @@ def test_layer_bytes_are_those_of_the_split(attention: str, remat: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block"])
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
-def test_memory_is_about_what_the_program_takes(name: str, remat: str) -> None:
+def test_memory_is_about_that_of_the_program(name: str, remat: str) -> None:
     P, N, L, T, D, H, V = 2, 8, 8, 128, 64, 2, 64
 
     def block(params, x, ctx):
@@ -305,7 +305,7 @@ def test_slots_are_those_of_the_program_that_is_timed() -> None:
     assert received == terms_of(placed, 16)["received"]
 
 
-def test_what_does_not_fit_comes_last_and_says_which_term() -> None:
+def test_choices_that_do_not_fit_come_last_and_say_which_term() -> None:
     most = max(choice.num_bytes for choice in choose(("1f1b",)))
     choices = choose(limit=most)
     fits = [choice.fits for choice in choices]
@@ -344,19 +344,19 @@ def test_full_backwards_are_chosen_where_they_are_faster_or_smaller() -> None:
         execution=Execution(split_backward=False),
     )
     assert cheap[True].simulation == expected
-    # Stages of one layer have no halves, and a stash no larger than that of a layer; fused they
-    # may cost less.
+    # A full backward of one layer is not divided, and its stash is no larger than a layer's; fused
+    # they may cost less.
     one, cheap = (kinds(Costs(input_grad=2, full_backward=b), num_layers=4) for b in (None, 0.5))
     assert set(one) == {False}
     assert set(cheap) == {True}
-    # Of stages with two layers and with one there are some halves.
+    # With stages of two layers and of one, some full backwards are divided.
     assert set(kinds(Costs(input_grad=2), num_layers=5)) == {False, True}
     # A deferred weight grad has its stash, where it stores one.
     zb = tables_of("zb-h1", 4, 16, stash_deferred=False, full_backward=True)
     for deferred, num_bytes in (("store", 1_000), ("recompute", 10_000)):
         terms = terms_of(zb, 8, replace(FULL, deferred=deferred))
         assert terms["deferred"] == zb.num_slots["deferred"] * 2 * num_bytes
-    # In a run of beats a stage's stash is needed still.
+    # In a steady phase a stage's stash is needed still.
     tables = tables_of("dualpipe", 4, 16, timetable="aligned", full_backward=True)
     assert terms_of(tables, 8, replace(FULL, overlap=True))["stash"] == 2 * 1_000
 
@@ -372,7 +372,7 @@ def test_losses_are_all_that_is_not_work() -> None:
         assert sum(losses.values()) == pytest.approx(made.idle_share)
 
 
-def test_deferred_weight_grads_cost_what_they_recompute() -> None:
+def test_deferred_weight_grads_cost_their_recomputation() -> None:
     schedule = schedules.make("zb-h1", num_ranks=4, num_microbatches=8)
     rows = [[str(a) for cell in row for a in cell.unit_actions()] for row in schedule.program.rows]
     num_deferred = sum(

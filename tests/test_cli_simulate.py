@@ -47,7 +47,7 @@ def test_fastest_is_the_default_and_named() -> None:
     }
     for name, overlap in (("yes", True), ("no", False), ("two-tick", "two-tick")):
         for m in json.loads(run(*sizes, "--overlap", name).output):
-            assert m["execution"]["overlap"] in (overlap, False)  # where there is a run of beats
+            assert m["execution"]["overlap"] in (overlap, False)  # where there is a steady phase
             if name != "two-tick":  # it is taken on request only
                 assert m["makespan"] >= made[m["schedule"]]["makespan"]
 
@@ -167,7 +167,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: list
         assert word in result.stderr
 
 
-def test_all_leaves_out_what_cannot_be_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_leaves_out_impossible_schedules_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     make = schedules.make
 
     def refuse_gpipe(name: str, **sizes: int) -> schedules.Schedule:

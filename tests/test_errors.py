@@ -1,4 +1,4 @@
-"""What a user is told: each mistake names argument, value, requirement and fix, when traced.
+"""Errors for the user: each mistake names argument, value, requirement and fix, when traced.
 
 Nothing here compiles: `jax.eval_shape` traces the step, as `jax.jit` would.
 """
@@ -92,7 +92,7 @@ def test_the_model_itself_is_fine():
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, PARAMS)
 
 
-# What a message may begin with.
+# The beginnings that a message may have.
 NAMES = [
     *inspect.signature(dpj.value_and_grad).parameters,
     *("params", "batch", "rng", "schedule '.*'"),
@@ -177,7 +177,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
             "'model' stands twice",
         ],
     ),
-    "specs say what is not for them": (
+    "specs with entries that are not for them": (
         {
             "mesh": WIDE_MESH,
             "manual_axes": "model",
@@ -632,7 +632,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
         TypeError,
         ["model.head", "metrics", "['name']", "'abc'"],
     ),
-    # What changes in place
+    # Arrays that change in place
     "block with a mutable array": (
         {"model": model(block=changing)},
         TypeError,
@@ -665,7 +665,7 @@ def test_mistake_is_explained(mistake):
     message = str(raised.value)
     missing = [text for text in texts if text not in message]
     assert not missing, f"the message is:\n{message}"
-    # All in one form: the argument, its value where that is short, what must be; what to do.
+    # All in one form: the argument, its value where that is short, the requirement, the fix.
     assert re.match(rf"({'|'.join(NAMES)})(\[[^]]*\])*(=|: )", message), message
     assert re.search(r"\b(must|may|not|fewer|changes|closes)\b", message), message
 
@@ -760,7 +760,7 @@ def test_scalars_are_arrays(scalar):
     assert jax.eval_shape(lambda: loss_fn(params, BATCH)).shape == ()
 
 
-def test_types_near_what_is_asked_are_taken():
+def test_types_near_the_required_ones_are_taken():
     trace(num_microbatches=np.int64(2))
     trace(batch_axes=[])
     for dtype in ("bfloat16", np.float32, jnp.dtype("float32"), float):
@@ -790,7 +790,7 @@ def test_gradients_have_the_structure_of_any_params():
 
 @pytest.mark.parametrize("mesh_types", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_rows_over_an_axis_that_is_not_named_are_refused(mesh_types):
-    """Outside of jit, and inside where types say how rows lie."""
+    """Outside of jit, and inside where types say how rows are sharded."""
     names, devices = ("pipe", "data"), jax.devices()[:4]
     mesh = jax.make_mesh((2, 2), names, axis_types=(mesh_types,) * 2, devices=devices)
     spec = jax.sharding.PartitionSpec("data")

@@ -1,7 +1,7 @@
 """Loss and gradients of the compiled pipeline equal those of the sequential model, in float64.
 
-Of every pair of options: schedules, sizes, layers and kinds, all ways to execute, all features of a
-model. That the tables are right at every size is the business of tests/schedule.
+Every pair of options is covered: schedules, sizes, layers and kinds, all ways to execute, all
+features of a model. That the tables are right at every size is the business of tests/schedule.
 """
 
 import itertools
@@ -56,7 +56,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(FEATURES, (False, True)),
 }
 RULES: list[Callable[..., bool]] = [
-    # A straight-line run of beats is had by schedules of pairs, from some microbatches on.
+    # A steady phase is had by schedules of pairs, from some microbatches on.
     lambda schedule, overlap: overlap is not True or schedule in PAIRED,
     lambda schedule, num_ranks, microbatches, overlap: (
         overlap is not True
@@ -166,7 +166,7 @@ def test_equals_sequential(case: dict[str, Any]) -> None:
         np.testing.assert_array_equal(metrics["one"], [N * num_shards] * sum(stages))
         assert (metrics["dead"].dtype, metrics["any"].dtype) == (jnp.int64, jnp.int32)
     # A gradient that the model does not have is zero, not small; and no layer was dropped. Each
-    # stack lies over the ranks if its own layers divide.
+    # stack is sharded over the ranks if its own layers divide.
     assert not np.asarray(grads["ends"]["unused"]).any()
     blocks = grads["blocks"]
     if case["kinds"] == "one":
@@ -256,7 +256,7 @@ def test_steps_are_placed_by_costs_as_simulate_has_them(
     assert placed_by == durations_of(
         schedule, costs, transfer=options["transfer"], layers_of_stage=sizes
     )
-    # `simulate` is told by the costs what is recomputed, and a step by `remat`.
+    # `simulate` is told by the costs whether a backward recomputes, and a step by `remat`.
     deferred = "store" if remat == "none" else "recompute"
     split = dpj.Execution(split_backward=True, deferred=deferred)
     expected = simulate(schedule, **options, execution=split)
@@ -339,7 +339,7 @@ def test_evaluate_equals_sequential(num_ranks: int, num_microbatches: int) -> No
 
 
 def test_sequential_is_the_plain_meaning() -> None:
-    """Against a Python loop that spells out section by section what the contract says."""
+    """Against a Python loop that spells out the contract section by section."""
     num_layers, num_microbatches = 3, 2
     features = frozenset(FEATURES)
     model, params, batch = make_model(features), make_params(num_layers), make_batch(2)
@@ -389,7 +389,7 @@ def test_same_gradients_without_jit_from_any_sharding_and_mesh_type() -> None:
 
 
 def test_model_is_traced_as_often_as_the_users_jit() -> None:
-    """What a model's function reads besides its arguments is not frozen by an earlier jit."""
+    """Values that a model's function reads besides its arguments are not frozen by a jit."""
     scale = [1.0]
     plain = make_model()
     model = dpj.Model(
@@ -408,7 +408,7 @@ def test_model_is_traced_as_often_as_the_users_jit() -> None:
     assert losses[0] != losses[1]
 
 
-def test_sequential_takes_what_a_step_hands_back() -> None:
+def test_sequential_takes_the_params_that_a_step_returns() -> None:
     model, params, batch, mesh = make_model(), make_params(4), make_batch(4), make_mesh(2)
     want = sequential_value_and_grad(model, 4)(params, batch)
     over_pipe = jax.NamedSharding(mesh, jax.P("pipe"))

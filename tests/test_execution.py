@@ -58,7 +58,7 @@ def test_devices_change_nothing(schedule: str, num_layers: int, remat: str) -> N
 
 
 def test_a_users_functions_run_twice_a_trace_and_their_masks_once() -> None:
-    """Once for what they return, and once for all else; deep modules pay for it in seconds."""
+    """Once for their results' types, and once for all else; deep modules pay for it in seconds."""
     count: Counter[str] = Counter()
 
     def counted(name: str, function: Any) -> Any:

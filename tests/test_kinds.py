@@ -80,7 +80,7 @@ def test_evaluate_equals_sequential() -> None:
 
 @pytest.mark.parametrize("types", ["Auto", "Explicit"])
 def test_without_jit_and_with_any_dict(types: str) -> None:
-    """Stacks as they lie after a step, in dicts that order their keys as they like."""
+    """Stacks as they are sharded after a step, in dicts that order their keys as they like."""
     mesh = jax.make_mesh(
         (2,),
         ("pipe",),

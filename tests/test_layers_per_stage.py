@@ -34,7 +34,7 @@ def test_evaluate_and_apply() -> None:
 
 
 def test_every_rank_has_room_for_the_fullest_stage_only() -> None:
-    """What a rank holds is that of as many layers as its fullest stage has."""
+    """A rank holds buffers for as many layers as its fullest stage has."""
 
     def slots_of(layers_per_stage: tuple[int, ...]) -> int:
         grad_fn = dpj.value_and_grad(
@@ -116,7 +116,7 @@ def test_simulated_work_is_that_of_the_stages() -> None:
     schedule = schedules.make("1f1b", num_ranks=2, num_microbatches=3)
     costs = dpj.Costs(forward=1, input_grad=2, weight_grad=3)
     made = dpj.simulate(schedule, costs=costs, layers_per_stage=(3, 1))
-    # Of two layers' costs, 6 a microbatch, the ranks have 3 / 2 and 1 / 2.
+    # The costs of two layers are 6 a microbatch; the ranks have 3 / 2 and 1 / 2 of them.
     assert made.work == (3 * 6 * 1.5, 3 * 6 * 0.5)
     assert made.published_bubble is None
     evenly = dpj.simulate(schedule, costs=costs, layers_per_stage=(2, 2))

@@ -30,7 +30,7 @@ def test_a_scale_does_not_show() -> None:
     )
     want = sequential_value_and_grad(model, 8)(params, batch)
     step = jax.jit(lambda scale: grad_fn(params, batch, loss_scale=scale))
-    # Not a power of two, which would hide what is rounded.
+    # Not a power of two, which would hide the rounding.
     assert_close(step(jnp.float64(3e4)), want)
     assert_close(step(jnp.int32(7)), want)
 
@@ -106,7 +106,9 @@ def test_float16_needs_it() -> None:
         (np.complex64(1), ValueError, r"got an array complex64\[\]"),
     ],
 )
-def test_what_is_no_scale_is_refused(scale: Any, error: type[Exception], message: str) -> None:
+def test_values_that_are_no_scale_are_refused(
+    scale: Any, error: type[Exception], message: str
+) -> None:
     grad_fn = dpj.value_and_grad(make_model(), mesh=make_mesh(2), num_microbatches=2)
     with pytest.raises(error, match=message):
         grad_fn(make_params(2), make_batch(2), loss_scale=scale)

@@ -1,4 +1,4 @@
-"""What `grad_fn.memory` adds up is what the executor carries."""
+"""The terms of `grad_fn.memory` add up to the buffers that the executor carries."""
 
 import math
 from dataclasses import replace
@@ -53,7 +53,7 @@ def look(
         for phase in ("beats", "ticks")
     )
     assert report.num_bytes == max(in_beats, in_ticks)
-    # Those of the run of beats alone are made for it.
+    # Terms of the beats alone are made when the steady phase begins.
     terms = {term.name: term.num_bytes for term in report.terms if term.phase != "beats"}
     return terms, started[-1]
 
@@ -64,7 +64,7 @@ def look(
         (8, {"schedule": "1f1b", "remat": "block"}, True),
         (8, {"schedule": "1f1b"}, False),
         (8, {"schedule": "1f1b", "execution": SPLIT}, False),
-        (4, {"schedule": "1f1b"}, False),  # one layer has no halves
+        (4, {"schedule": "1f1b"}, False),  # one layer cannot be divided
         (
             8,
             {"schedule": "interleaved-1f1b", "remat": "block", "layers_per_stage": (1,) * 8},
@@ -108,7 +108,7 @@ def test_full_backwards_by_default(num_layers: int, options: dict[str, Any], is_
     ],
 )
 @pytest.mark.parametrize("full_backward", [False, True])
-def test_terms_are_what_is_carried(
+def test_terms_add_up_to_the_carried_buffers(
     monkeypatch: pytest.MonkeyPatch,
     num_layers: int,
     schedule: str,
@@ -146,7 +146,7 @@ def test_terms_are_what_is_carried(
             ["stash of a beat, without a slot", ARRIVING],
             ["stashes for W", "inputs of deferred W that recompute"],
         ),
-        # Looped layers stash in the run, too.
+        # Looped layers stash in beats, too.
         (
             {"remat": "block", "unroll": False},
             [ARRIVING],
@@ -166,7 +166,7 @@ def test_terms_are_what_is_carried(
         ({"split_backward": False, "schedule": "zb-h1"}, [], []),
     ],
 )
-def test_what_is_there_at_times_only(
+def test_terms_of_beats_only_and_of_ticks_only(
     options: dict[str, Any], in_beats: list[str], in_ticks: list[str]
 ) -> None:
     options = dict(options)
@@ -207,7 +207,7 @@ def test_memory_does_not_depend_on_microbatches_and_needs_no_arrays() -> None:
     assert f"{few.num_bytes / 2**20:,.1f} MiB" in last
 
 
-def test_weights_that_are_only_read_cast_count_as_what_they_are_cast_to() -> None:
+def test_weights_that_are_only_read_cast_count_in_the_dtype_of_the_cast() -> None:
     def copies(dtype: Any) -> int:
         model = dpj.Model(
             embed=lambda ends, ctx: ctx.microbatch.astype(dtype),
@@ -229,7 +229,7 @@ def test_weights_that_are_only_read_cast_count_as_what_they_are_cast_to() -> Non
     ("platform", "precision", "num_bytes"),
     [("tpu", None, 2), ("tpu", "default", 2), ("tpu", "highest", 4), ("cpu", None, 4)],
 )
-def test_weights_that_a_tpu_rounds_count_as_what_they_are_rounded_to(
+def test_weights_that_a_tpu_rounds_count_in_the_rounded_dtype(
     platform: str, precision: str | None, num_bytes: int
 ) -> None:
     """Those that only contractions read, be it turned; a bias counts as it is."""
@@ -253,7 +253,7 @@ def test_weights_that_a_tpu_rounds_count_as_what_they_are_rounded_to(
         {"ends": (), "blocks": blocks}, jax.ShapeDtypeStruct((16, 8), np.float32)
     )
     copies = next(t.num_bytes for t in report.terms if t.name == "copies of weights")
-    # Of the forward nothing reads the bias but sums: both stages have a copy of it.
+    # In the forward only sums read the bias: both stages have a copy of it.
     assert copies == 2 * (8 * 8 * num_bytes + 8 * 4)
 
 

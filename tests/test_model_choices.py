@@ -64,11 +64,11 @@ def test_costs_are_the_models_own(choices: Any) -> None:
     for choice in choices:
         assert (choice.costs.forward, choice.costs.weight_grad) == (1, 1)
         assert choice.costs.input_grad == (1.5 if choice.remat == "block" else 1)
-        # With its gradient, counted at what the layers' takes.
+        # With its gradient, counted at the cost of the layers' gradient.
         assert choice.costs.head * (1 + choice.costs.backward) == pytest.approx(3 * head)
 
 
-def test_memory_is_what_the_step_says_and_its_arguments(choices: Any) -> None:
+def test_memory_is_that_of_the_steps_report_and_its_arguments(choices: Any) -> None:
     params, batch = shapes_of()
     of_params = 2 * 2 * 4 * WIDTH**2 * 4 + WIDTH * 64 * 4  # two layers of eight, and all of ends
     for choice in (choices[0], choices[-1]):

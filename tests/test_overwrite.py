@@ -173,8 +173,8 @@ def test_neither_scaled_nor_cast_and_where_it_lies() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_frozen_overwrites_itself() -> None:
-    """Zeros, the gradient of what is frozen, would be its next value."""
+def test_frozen_leaves_overwrite_themselves() -> None:
+    """Zeros, the gradient of a frozen leaf, would be its next value."""
     params, batch = make_params(), make_batch(NUM_MICROBATCHES)
     params["blocks"]["high"] = jnp.full((LAYERS, 4), -7.0)
     trainable = {"ends": True, "blocks": {"w": True, "low": True, "high": False}}
@@ -254,7 +254,7 @@ def test_float8_of_flax_through_three_steps(name: str) -> None:
     want = train(jax.value_and_grad(dpj.sequential(model, num_microbatches=8)), params)
     got = train(grad_fn, params)
     for each, expected in zip(got, want, strict=True):
-        # float32 rounds at other places in either program, to 1 in 10^7 each time.
+        # float32 rounds at other points in either program, to 1 in 10^7 each time.
         assert_close(each, expected, tolerance=1e-5)
     history = want[-1][1]["blocks"][fp8_ops.OVERWRITE_WITH_GRADIENT]
     assert len(np.unique(np.asarray(jax.tree.leaves(history)[0]))) > LAYERS

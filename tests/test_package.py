@@ -1,4 +1,4 @@
-"""The package's door: what `import dualpipe_jax` gives, and what it leaves alone."""
+"""The package's door: the names and modules that `import dualpipe_jax` loads, and no more."""
 
 import inspect
 import pkgutil

@@ -76,7 +76,7 @@ def test_frozen_leaves_cost_nothing(schedule: str, remat: str) -> None:
         programs[name] = jax.jit(grad_fn).lower(params, batch).compile()
         mask = is_adapter(params) if name == "adapters" else jax.tree.map(lambda _: True, params)
         assert_close(programs[name](params, batch), (loss, masked(grads, mask)))
-    # No accumulator, no mirror's gradient: what has a weight's shape is a weight.
+    # No accumulator, no mirror's gradient: only a weight has a weight's shape.
     counts = {name: _permutes(program.as_text()) for name, program in programs.items()}
     moved = 1 if schedule == "dualpipe" else 0
     assert counts == {"all": 2 * moved, "adapters": moved}
@@ -100,7 +100,7 @@ def _weight_grads(text: Any) -> int:
 
 @pytest.mark.slow
 def test_any_mask() -> None:
-    """Branches, NumPy bools, everything frozen; integer leaves stay what they are."""
+    """Branches, NumPy bools, everything frozen; integer leaves do not change."""
     params, batch, mesh = lora_params(2), make_batch(2), make_mesh(2)
     params["ends"]["version"] = jnp.arange(2)
     loss, grads = sequential_value_and_grad(LORA, 2)(params, batch)
@@ -208,7 +208,7 @@ def test_frozen_shared_parameters() -> None:
 def test_shared_parameters_beside_other_axes() -> None:
     """Over a data axis, and sharded over a manual one; collectives in embed and head."""
     num_microbatches = 6
-    assert has_steady("dualpipe", 2, num_microbatches, True)  # beside ticks, a run of beats
+    assert has_steady("dualpipe", 2, num_microbatches, True)  # ticks and a steady phase
     params, batch = shared_params(2), make_batch(2 * num_microbatches)
     mesh = jax.make_mesh((2, 2, 2), ("pipe", "data", "model"))
 

@@ -1,4 +1,4 @@
-"""The picture of a timeline: every action in its own colour and place, and the legend below."""
+"""The picture of a timeline: every action in its own colour and position, and the legend below."""
 
 import builtins
 import io
@@ -158,7 +158,7 @@ def legend_labels(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_legend_names_what_there_is() -> None:
+def test_legend_names_the_drawn_actions() -> None:
     actions = ["forward (F)", "input grad (I)", "weight grad (W)", "idle", "microbatch"]
     assert legend_labels(dpj.plot_timeline(timeline("1f1b", 3, 6))) == actions
     assert legend_labels(dpj.plot_timeline(timeline("dualpipe", 3, 6))) == [
@@ -198,7 +198,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_colours_differ_in_lightness_between_directions() -> None:
-    """Without any colour sight the directions are still told apart."""
+    """Without any colour sight the directions are still distinguished."""
     for light, dark in FACES.values():
         luminance = [
             np.dot([0.2126, 0.7152, 0.0722], [int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)])

@@ -1,4 +1,4 @@
-"""bfloat16: what is computed in it, what travels in it, and that nothing is added up in it."""
+"""bfloat16: values are computed and sent in it, and none are added up in it."""
 
 import re
 from typing import Any
@@ -52,7 +52,7 @@ def make_batch(num_microbatches: int) -> jax.Array:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_sums_are_carried_in_float32(dtype: Any, overlap: bool) -> None:
-    """And x and what a slot keeps of it in bfloat16, whatever the parameters are."""
+    """And x and its residuals in slots in bfloat16, whatever the parameters are."""
     grad_fn = dpj.value_and_grad(
         MODEL,
         mesh=make_mesh(2),
@@ -68,7 +68,7 @@ def test_sums_are_carried_in_float32(dtype: Any, overlap: bool) -> None:
     found = loops(jaxpr.jaxpr)
     assert len(found) == (2 if overlap is True else 1)
     for scan in found:
-        # What goes round the loop comes in and out alike; only that does with these shapes.
+        # The loop's carry comes in and out alike; only the carry does with these shapes.
         outs = [var.aval for var in scan.outvars]
         carried = [aval for aval in outs if aval in [var.aval for var in scan.invars]]
         sums = [aval for aval in carried if aval.shape in want]
@@ -96,7 +96,7 @@ def test_float32_weights_computed_with_in_bfloat16() -> None:
     program = jax.jit(grad_fn).lower(params, batch).compile()
     got = program(params, batch)
     want = sequential_value_and_grad(MODEL, NUM_MICROBATCHES)(params, batch)
-    # A gradient is rounded to bfloat16 for each microbatch: to 1 in 256, at other places in either
+    # A gradient is rounded to bfloat16 for each microbatch: to 1 in 256, at other points in either
     # program, where XLA keeps more than it must.
     assert_close(got, want, tolerance=1 / 256)
     sums = re.findall(r" = (.*) all-reduce\(", str(program.as_text()))

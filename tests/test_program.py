@@ -1,4 +1,4 @@
-"""What the compiled step is: one program, the same size for any N, in place, nothing stray."""
+"""The compiled step is one program, the same size for any N, in place, with nothing stray."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ FEW_WITH_RUN, MANY_WITH_RUN = 24, 40
 SHORTEST = dpj.Execution(overlap=False, split_backward=True)
 FULL = dpj.Execution(overlap=False, split_backward=False)
 RECOMPUTES_SPLIT = dpj.Execution(split_backward=True, deferred="recompute")
-# What a deferred weight grad finds.
+# Whether a deferred weight grad recomputes or finds a stash.
 RECOMPUTES, STORES = (
     dpj.Execution(split_backward=False, deferred=each) for each in ("recompute", "store")
 )
@@ -143,7 +143,7 @@ def test_buffers_of_layers_in_loops_are_updated_in_place(unroll: bool, full_back
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "full_backward"), [("dualpipe", False), ("zb-h1", True)])
-def test_what_is_put_off_is_updated_in_place(schedule: str, full_backward: bool) -> None:
+def test_deferred_slots_are_updated_in_place(schedule: str, full_backward: bool) -> None:
     made = dpj.schedules.make(schedule, num_ranks=NUM_RANKS, num_microbatches=8)
     num_slots = compile_program(made.program, stash_deferred=False).tables.num_slots
     execution = dpj.Execution(overlap=False, split_backward=not full_backward)
@@ -163,7 +163,7 @@ def _assert_in_place(text: str, num_slots: set[int], *, is_apart: bool = True) -
         assert not [line for line in mine if " copy(" in line]
 
 
-# ---- with a straight-line run of beats, unrolled
+# ---- with a steady phase, unrolled
 
 
 @pytest.fixture(scope="module", params=["dualpipe", "dualpipev"])
@@ -175,7 +175,7 @@ def compiled_with_run(request: pytest.FixtureRequest) -> Any:
 
 
 def steady_lines(text: str) -> list[str]:
-    """Lists the instructions that stand in the run's loop."""
+    """Lists the instructions that stand in the loop of the steady phase."""
     return [line for line in loop_lines(text) if _scopes.STEADY in line]
 
 
@@ -202,8 +202,8 @@ def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
     text = compiled_with_run[FEW_WITH_RUN].as_text()
     lines = steady_lines(text)
     assert not [line for line in lines if " conditional(" in line]
-    # Every rank runs the head in one of two beats at most, and the embedding's gradient; what
-    # orders slots on CPUs are loops over a number alone, which never run.
+    # Every rank runs the head in one of two beats at most, and the embedding's gradient; the
+    # loops that order slots on CPUs carry a number alone and never run.
     loops_of_state = [line for line in lines if " while(" in line and "= s32[] while(" not in line]
     assert len(loops_of_state) == 2
     chosen = [line for line in lines if f"{_scopes.STEADY}/while/" in line]
@@ -213,7 +213,7 @@ def test_a_run_makes_no_choices_but_of_its_ends(compiled_with_run: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_updates_in_place(compiled_with_run: Any) -> None:
+def test_the_steady_phase_updates_in_place(compiled_with_run: Any) -> None:
     """Slot buffers, accumulators and weights, a layer's each."""
     tables = make_tables(compiled_with_run["name"], FEW_WITH_RUN, overlap=True)
     slots = {tables.num_slots[name] for name in ("residual", "weight_residual")}
@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_microbatches(compiled: Any) -> None:
     """Beyond the batch and the tables; GPipe's does, so the measure can tell.
 
     A program's buffers have as many entries as its tables have slots: of schedules whose tables
-    have no more, one is compiled. The runs of beats of two others are above.
+    have no more, one is compiled. The steady phases of two others are above.
     """
     slots_of = [
         dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=n)
@@ -354,7 +354,7 @@ def test_poison_is_found_when_a_lazy_arrival_is_read_too_soon() -> None:
 def test_dead_values_are_never_read_by_full_backwards(
     name: str, num_layers: int, in_halves: bool
 ) -> None:
-    """In a row and in a loop; stashes are kept for what is put off alone."""
+    """In a row and in a loop; stashes are kept for deferred weight grads alone."""
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
     assert_dead_values_are_never_read(
         schedule,
@@ -371,7 +371,9 @@ def test_dead_values_are_never_read_by_full_backwards(
     ("name", "full_backward"),
     [("dualpipe", False), ("dualpipev", False), ("zb-h1", False), ("zb-h1", True)],
 )
-def test_dead_values_are_never_read_by_what_recomputes(name: str, full_backward: bool) -> None:
+def test_dead_values_are_never_read_by_recomputing_weight_grads(
+    name: str, full_backward: bool
+) -> None:
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
     tables = compile_program(
         schedule.program, stash_deferred=False, full_backward=full_backward
@@ -421,8 +423,8 @@ def test_dead_values_are_never_read_in_a_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("late_ranks", "remat"), [((0, 1), "none"), ((1,), "block")])
-def test_a_stash_in_use_through_a_run(late_ranks: tuple[int, ...], remat: str) -> None:
-    """A schedule of one's own, some of whose ranks put the W before their pairs off until after."""
+def test_a_stash_in_use_through_the_steady_phase(late_ranks: tuple[int, ...], remat: str) -> None:
+    """In a user's own schedule some ranks defer the W before their pairs until after them."""
     rows = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=8).to_csv().splitlines()
     for rank in late_ranks:
         cells = [cell for cell in rows[rank].split(",") if cell]
@@ -454,10 +456,10 @@ def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None
 
 
 @pytest.mark.slow
-def test_exchanges_in_parts_hand_on_all_values() -> None:
+def test_exchanges_in_parts_send_all_values() -> None:
     """Eight ranks in a ring, in four parts: exact with NaN in place of all that is not sent.
 
-    Also of values that are sent later than made.
+    Also where values are sent later than made.
     """
     schedule = dpj.schedules.make("interleaved-1f1b", num_ranks=8, num_microbatches=16)
     durations = durations_of(schedule, usual_costs(recomputes=False), transfer=TRANSFER)
@@ -524,7 +526,7 @@ def wide_step(schedule: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
-def test_what_is_idle_is_not_carried_through_a_run(
+def test_idle_slots_are_not_carried_through_the_steady_phase(
     remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There a beat has its stash; the slot it does without is an array [64, 128] at the least."""
@@ -537,7 +539,7 @@ def test_what_is_idle_is_not_carried_through_a_run(
 
 @pytest.mark.slow
 def test_layers_of_full_backwards_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else what half of a stage recomputes is alive at once: hidden units, [64, 128] a layer."""
+    """Else half of a stage recomputes at once: hidden units, [64, 128] a layer, are alive."""
     options = {
         "remat": "block",
         "execution": dpj.Execution(unroll=True, split_backward=False),
@@ -552,7 +554,9 @@ def test_layers_of_full_backwards_take_turns(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_what_recomputes_has_no_stash_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputing_weight_grads_have_no_stash_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The slot of a stash, two arrays [64, 128] at least, ends before it and is made again."""
     options = {"remat": "block", "execution": SHORTEST}
     without = wide_step("zb-h1", **options).memory_analysis().temp_size_in_bytes
@@ -565,7 +569,7 @@ def test_what_recomputes_has_no_stash_beside_it(monkeypatch: pytest.MonkeyPatch)
 def test_slots_made_again_bring_no_collectives_where_xla_shards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They wait for accumulators, of which an entry may lie on another device."""
+    """They wait for accumulators, of which an entry may be on another device."""
     mesh = jax.make_mesh((2, 2), ("pipe", "model"), axis_types=(AxisType.Auto,) * 2)
 
     def over(*axes: str | None) -> NamedSharding:
@@ -598,8 +602,8 @@ def test_slots_made_again_bring_no_collectives_where_xla_shards(
 
 
 @pytest.mark.slow
-def test_what_is_put_off_takes_less_memory_under_remat() -> None:
-    """A layer's input and cotangent, [64, 16] each, in place of what makes its hidden units."""
+def test_deferred_weight_grads_take_less_memory_under_remat() -> None:
+    """A layer's input and cotangent, [64, 16] each, replace the operands of its hidden units."""
     sizes = {
         stores: wide_step("zb-h1", remat="block", execution=execution)
         .memory_analysis()
@@ -620,7 +624,7 @@ def test_what_is_put_off_takes_less_memory_under_remat() -> None:
 def test_a_program_that_recomputes_nothing_is_as_it_was(
     schedule: str, remat: str, is_same: bool
 ) -> None:
-    """Without remat, or with nothing put off, there is no trace of it in the program."""
+    """Without remat, or with nothing deferred, there is no trace of it in the program."""
     few, many = (
         trace_wide_step(schedule, remat=remat, execution=each).lower().as_text()
         for each in (RECOMPUTES, STORES)

@@ -116,7 +116,7 @@ print(jax.tree.all(jax.tree.map(is_close, (loss, grads), expected)))
 
 
 @pytest.mark.slow
-def test_examples_of_models_run_and_cost_what_the_page_says() -> None:
+def test_examples_of_models_run_and_have_the_costs_of_the_page() -> None:
     page = ROOT / "docs" / "models.md"
     skips, costs, translation = examples(page)
     (table,) = re.findall(r"^```text\n(.*?)^```", page.read_text(), flags=re.M | re.S)

@@ -1,4 +1,4 @@
-"""Parameters outside of blocks that lie over the pipeline axis: gathered once, scattered once."""
+"""Ends that are sharded over the pipeline axis: gathered once, scattered once."""
 
 import re
 from typing import Any

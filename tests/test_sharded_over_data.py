@@ -34,7 +34,7 @@ def embed(ends: Any, ctx: dpj.Context) -> jax.Array:
 
 
 def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
-    assert params["up"].shape == (WIDTH, HIDDEN)  # whole, whatever lies where
+    assert params["up"].shape == (WIDTH, HIDDEN)  # whole, however it is sharded
     inner = jnp.tanh(x @ params["up"] + ctx.shared) * (1 + params["index"].sum() / 100)
     return x + params["gain"] * (inner @ params["down"])
 
@@ -130,7 +130,7 @@ def test_gathered_once_and_scattered_once(kind: AxisType, says: str, schedule: s
     whole, parts = [layers, layers, ends, ends, HIDDEN], [layers // 2, layers // 2, ends // 4]
     integers = 2 * 2
     assert sizes("all-gather") == sorted([*whole, integers])
-    # The table and shared are scattered over data, and what is left of them is summed over pipe.
+    # The table and shared are scattered over data, and the parts are summed over pipe.
     assert sizes("reduce-scatter") == sorted([*parts, ends // 2, HIDDEN // 2])
     sums = [s for each in moved if each.kind == "all-reduce" for s in each.shapes]
     assert (LAYERS // 2, WIDTH, HIDDEN) not in sums
@@ -155,7 +155,7 @@ def test_gradients_alone_are_scattered(kind: AxisType, schedule: str) -> None:
         schedule=schedule,
         batch_axes="data",
         grad_specs={**SPECS, "ends": {**SPECS["ends"], "gain": None}},
-        # What is frozen has zeros as large as its parameter.
+        # A frozen parameter has zeros of its size for its gradient.
         trainable={"ends": True, "blocks": True, "shared": False},
     )
     program = jax.jit(grad_fn).lower(params, batch).compile()
@@ -174,7 +174,7 @@ def test_gradients_alone_are_scattered(kind: AxisType, schedule: str) -> None:
     scattered = [math.prod(s) for e in moved if e.kind == "reduce-scatter" for s in e.shapes]
     assert sorted(scattered) == sorted([layers // 2, layers // 2, ends // 2, ends // 4])
     sums = [s for each in moved if each.kind == "all-reduce" for s in each.shapes]
-    assert max(map(math.prod, sums)) == ends // 2  # of the table, what is left of it, over pipe
+    assert max(map(math.prod, sums)) == ends // 2  # the table's part, over pipe
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_dim_that_lies_over_another_explicit_axis(argument: str) -> None:
         assert word in str(caught.value)
 
 
-def test_specs_of_what_has_no_gradient_are_not_looked_at() -> None:
+def test_specs_of_leaves_without_a_gradient_are_ignored() -> None:
     """So that one spec may stand for a branch."""
     mesh = jax.make_mesh((1, 2), ("pipe", "data"), devices=jax.devices()[:2])
     params = make_params()
@@ -273,7 +273,7 @@ def test_specs_of_what_has_no_gradient_are_not_looked_at() -> None:
 
 @pytest.mark.slow
 def test_layers_that_do_not_divide_and_forwards_alone() -> None:
-    """Then blocks lie over data alone."""
+    """Then blocks are sharded over data alone."""
     mesh = jax.make_mesh((2, 2), ("pipe", "data"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
     params, batch = make_params(3), make_batch(4)
     options: Any = {"mesh": mesh, "num_microbatches": 2, "batch_axes": "data", "param_specs": SPECS}
@@ -284,7 +284,7 @@ def test_layers_that_do_not_divide_and_forwards_alone() -> None:
     assert_close(jax.jit(dpj.evaluate(MODEL, **options))(params, batch), want[0])
 
 
-def test_memory_counts_what_is_gathered() -> None:
+def test_memory_counts_gathered_leaves() -> None:
     mesh = jax.make_mesh((2, 2), ("pipe", "data"), devices=jax.devices()[:4])
     options: Any = {"mesh": mesh, "num_microbatches": 2, "batch_axes": "data"}
     terms = [

@@ -1,4 +1,4 @@
-"""How parameters and optimizers' states lie: as steps return them, or as near as sizes allow."""
+"""Shardings of parameters and optimizers' states: as steps return them, if sizes allow it."""
 
 from typing import Any
 

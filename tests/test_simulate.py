@@ -264,7 +264,7 @@ def test_full_backwards_are_the_same_work_and_waited_for(name: str, overlap: boo
     for size in ((1, 2), (2, 8), (3, 12), (4, 16)):
         split = run(name, *size, costs=costs, execution=apart)
         num_stages = make(name, *size).num_stages
-        for num_layers in (None, num_stages):  # in halves, and at once
+        for num_layers in (None, num_stages):  # in two ticks, and in one
             full = run(name, *size, costs=costs, execution=as_one, num_layers=num_layers)
             assert full.work == pytest.approx(split.work)
             assert full.makespan >= full.dependency_makespan >= split.dependency_makespan
@@ -292,14 +292,14 @@ def test_full_backwards_of_a_cost_of_their_own() -> None:
     costs = Costs(**apart, full_backward=4)
     assert costs.full_backward_share == 0.5
     assert run("1f1b", 2, 1, costs=costs, execution=FULL).makespan == 2 + 2 + 4 + 4
-    # Halves apart do not ask for it, nor does a run of beats.
+    # Split backwards do not ask for it, nor does a steady phase.
     assert run("1f1b", 2, 1, costs=costs) == run("1f1b", 2, 1, costs=Costs(**apart))
     times = [
         run("dualpipe", 4, 32, costs=each, execution=replace(FULL, overlap=True)).work
         for each in (costs, Costs(**apart))
     ]
-    run_of_beats = (32 - 2 * 4) * (2 + 3 + 5)
-    assert run_of_beats < min(times[0]) < min(times[1]) == 32 * (2 + 3 + 5)
+    steady_phase = (32 - 2 * 4) * (2 + 3 + 5)
+    assert steady_phase < min(times[0]) < min(times[1]) == 32 * (2 + 3 + 5)
     same = Costs(**apart, full_backward=8)
     assert same.full_backward_share == Costs(**apart).full_backward_share == 1
     assert Costs(input_grad=0, weight_grad=0, full_backward=0).full_backward_share == 1
@@ -310,7 +310,7 @@ def test_full_backwards_of_a_cost_of_their_own() -> None:
 
 
 def test_the_gradient_of_an_embedding_comes_last() -> None:
-    """In W's tick of the first stage if that has a half, else in I's; and takes as long as ever."""
+    """In W's tick of the first stage if W runs layers of it, else in I's; and takes as long."""
     costs = Costs(forward=2, input_grad=3, weight_grad=5, full_backward=4, embed=1)
     assert costs.embed_grad == 2.5
     for num_layers in (None, 2):
@@ -470,7 +470,7 @@ def decided(
     [
         ("dualpipe", (4, 6), False),
         ("dualpipe", (4, 8), True),
-        ("dualpipe", (8, 16), False),  # equally fast: without a run
+        ("dualpipe", (8, 16), False),  # equally fast: without a steady phase
         ("dualpipe", (8, 32), True),
         ("dualpipe", (5, 10), False),
         ("dualpipe", (5, 20), True),
@@ -515,7 +515,7 @@ def test_overlap_hangs_on_costs_and_layers() -> None:
         assert decided(make("chimera", 4, 16), _times(factor, remat)).split_backward
 
 
-def test_what_is_given_is_kept() -> None:
+def test_given_options_are_unchanged() -> None:
     schedule, costs = make("dualpipe", 4, 16), usual_costs(recomputes=True)
     for overlap in (False, True):
         for is_split in (False, True):
@@ -525,7 +525,7 @@ def test_what_is_given_is_kept() -> None:
                 "deferred": "store",
             }
             assert decided(schedule, costs, **given) == Execution(**given)
-    # But there is nothing to recompute, and no run of beats.
+    # But there is nothing to recompute, and no steady phase.
     assert decided(schedule, replace(costs, recompute=0), deferred="recompute").deferred == "store"
     assert decided(schedule, costs).deferred == "recompute"
     assert decided(make("dualpipe", 4, 4), costs, overlap=True).overlap is False
@@ -541,7 +541,7 @@ def test_what_is_given_is_kept() -> None:
         ("zb-h1", False, (True, True)),
         ("chimera", False, (False, False)),
         ("dualpipe", False, (True, True)),
-        ("dualpipe", True, (False, False)),  # it has a run of beats
+        ("dualpipe", True, (False, False)),  # it has a steady phase
         ("dualpipev", True, (False, False)),
     ],
 )
@@ -555,7 +555,7 @@ def test_full_backwards_where_they_are_faster(
             decided(schedule, costs, layers=layers, overlap=overlap).split_backward
             for layers in (None, (2,) * schedule.num_stages, (1,) * schedule.num_stages)
         ]
-        # Stages of one layer have no halves: all of a backward is in one tick.
+        # Stages of one layer are not divided: all of a backward is in one tick.
         of_one = recomputes if name == "chimera" else is_full
         assert found == [not is_full, not is_full, not of_one]
 
@@ -587,7 +587,7 @@ def test_full_backwards_as_fast_are_not_preferred() -> None:
     assert decided(schedule, costs).split_backward
 
 
-def test_what_cannot_be_aligned_is_not() -> None:
+def test_an_order_that_cannot_be_aligned_is_not_aligned() -> None:
     # 0I0 awaits 1I0, which needs the 0F1 of its own pair to have come back from rank 1.
     schedule = Schedule.from_csv("0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1F1,1B0,1B1")
     assert decided(schedule, Costs()).overlap is False
@@ -623,8 +623,8 @@ def test_simulate_takes_the_faster_at_these_costs(transfer: float, expected: boo
     ("costs", "most", "late"),
     [
         (Costs(input_grad=1.14, weight_grad=0.857), 1.05, 1.05),
-        # As under rematerialisation: of neighbours never more than a tick apart those wait longest
-        # whose input grads and forwards alternate.
+        # As under rematerialisation: among neighbours never more than a tick from each other those
+        # wait longest whose input grads and forwards alternate.
         (Costs(input_grad=2.08, weight_grad=0.923), 1.05, 1.11),
     ],
 )

@@ -1,7 +1,7 @@
 """Twenty steps of training under the pipeline equal twenty of the sequential model, in float64.
 
-What an optimizer does with gradients beside adding them up is where pipelines go wrong: a norm that
-misses a stage, a mask or a schedule that sees another tree, an average that drifts.
+Pipelines go wrong where an optimizer does more with gradients than add them up: a norm that misses
+a stage, a mask or a schedule that sees another tree, an average that drifts.
 """
 
 import functools
@@ -70,7 +70,7 @@ def test_twenty_steps(name: str) -> None:
     )
 
     def train(grad_fn: Any, params: Any) -> Any:
-        # Of gradients that are hardly more than rounding Adam makes steps, too.
+        # Adam makes full steps also from gradients that are hardly more than rounding.
         @functools.partial(jax.jit, compiler_options=AS_EVER)
         def step(params: Any, state: Any, mean: Any, batch: Any) -> Any:
             loss, grads = grad_fn(params, batch)

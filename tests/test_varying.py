@@ -11,7 +11,7 @@ from dualpipe_jax._split_vjp import split_vjp
 
 
 def test_types_in_a_loop_alone() -> None:
-    """What goes in and comes out is the same on all devices, but not what a loop holds."""
+    """A loop's inputs and outputs are the same on all devices, its carry is not."""
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
 
     @jax.checkpoint

@@ -111,7 +111,7 @@ def test_without_false_waits_nothing_is_slower_than_dependencies(name: str) -> N
         assert makespan == least if false_waits == 0 else makespan >= least
 
 
-def test_ranks_wait_for_what_merging_added() -> None:
+def test_ranks_wait_for_transfers_that_merging_added() -> None:
     tables = compiled("1f1b", 4, 8).tables
     work = random_work(tables)
     assert explain_waits(tables, work, transfer=1.0).by_reason()[MERGED] == 0
@@ -119,7 +119,7 @@ def test_ranks_wait_for_what_merging_added() -> None:
     assert explain_waits(merged, work, transfer=1.0).by_reason()[MERGED] > 0
 
 
-def test_a_false_wait_is_charged_with_what_it_adds() -> None:
+def test_a_false_wait_is_charged_with_the_time_that_it_adds() -> None:
     # After the first tick each of two ranks sends the other an x, which that reads at once.
     tables = compiled("dualpipe", 2, 4).tables
     assert tables.exchanges[0][tables.exchange[0, 0]] == (((0, 1),), ((1, 0),))

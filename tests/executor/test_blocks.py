@@ -86,7 +86,7 @@ def test_experts_over_an_axis_left_to_the_partitioner(check_vma: bool) -> None:
     program = jax.jit(grad_fn).lower(params, batch).compile(AS_EVER)
     assert_close(program(params, batch), sequential_value_and_grad(model, 4)(params, batch))
     # For each of two directions: rows to the experts and back, and so their cotangents; nothing is
-    # sent for the weight gradients, and what is kept between the parts lies where it was made.
+    # sent for the weight gradients, and residuals between the parts stay where they were made.
     text = str(program.as_text())
     assert text.count(" all-to-all(") == 2 * 4
     assert " all-gather(" not in text

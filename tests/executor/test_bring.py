@@ -97,7 +97,7 @@ def test_fetch_and_collect(name: str, layers_a_rank: int) -> None:
 
     def run(blocks: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
         chunks = stack.fetch(blocks)
-        # What a stage does not fill of its chunk never gets a gradient.
+        # Entries of a chunk that its stage does not fill never get a gradient.
         mine = jnp.asarray(np.where(stage_of < 0, 0, np.diff(firsts)[stage_of]))
         counts = mine[:, jax.lax.axis_index("pipe")]
         inside = [jnp.arange(stack.max_layers) < count for count in counts]

@@ -57,7 +57,7 @@ def test_interleaved_beats_equal_the_sequential_model(
 ) -> None:
     monkeypatch.setattr(rank, "platform_of", lambda mesh: platform)
     if platform == "cuda":
-        # What lowering for a GPU would choose.
+        # The barrier that lowering for a GPU would choose.
         monkeypatch.setattr(barriers, "wait_for", barriers.select_after)
     made = dpj.schedules.make(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
     assert made.compiled(overlap=True).tables.steady is not None
@@ -100,10 +100,10 @@ def test_full_backwards_as_accelerators_run_them_by_default(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("most_times", "remat"), [(2, "block"), (2.5, "none")])
-def test_what_weight_grads_hide_changes_no_value(
+def test_transfers_hidden_by_weight_grads_change_no_value(
     monkeypatch: pytest.MonkeyPatch, most_times: float, remat: str
 ) -> None:
-    """Where W of one layer hides what is sent, and where that of the last but one hides it."""
+    """The W of one layer hides the transfers, or that of the last layer but one."""
     monkeypatch.setattr(rank, "platform_of", lambda mesh: "tpu")
     hides = []
 
@@ -208,7 +208,7 @@ def test_layers_of_unlike_stages_stand_beside_each_other(
 
 
 @pytest.mark.parametrize(("unroll", "num_pairs"), [(True, 3), (False, 1)])
-def test_what_f_keeps_waits_until_its_pair_is_done(
+def test_residuals_of_f_wait_until_its_pair_is_done(
     monkeypatch: pytest.MonkeyPatch, unroll: bool, num_pairs: int
 ) -> None:
     """Else a GPU's compiler writes it where a matmul should hide an exchange."""

@@ -1,4 +1,4 @@
-"""Values that wait for others: bit for bit what they were, and no compiler sees that."""
+"""Values that wait for others: equal bit for bit, and no compiler sees that."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_values_stay_as_they_are_whatever_they_wait_for() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64])
-def test_the_compiler_keeps_what_is_waited_for(dtype: jnp.dtype) -> None:
+def test_the_compiler_keeps_values_that_are_waited_for(dtype: jnp.dtype) -> None:
     value = jax.ShapeDtypeStruct((4,), jnp.float32)
     other = jax.ShapeDtypeStruct((2, 2), dtype)
     # XLA drops parameters that nobody reads, if it finds out.
@@ -35,7 +35,7 @@ def test_the_compiler_keeps_what_is_waited_for(dtype: jnp.dtype) -> None:
     assert "multiply" in str(compiled.as_text())
 
 
-def test_what_cannot_be_waited_for_is_left_out() -> None:
+def test_values_that_cannot_be_waited_for_are_left_out() -> None:
     value = jnp.arange(4.0)
     others = [jnp.zeros((0, 3)), jnp.arange(2), jnp.ones(2, bool)]
     assert (barriers.select_after(value, others) == value).all()
@@ -84,7 +84,7 @@ def test_values_lie_in_the_order_that_is_given_or_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("is_sharded", [True, False])
-def test_what_xla_shards_is_left_to_it(is_sharded: bool) -> None:
+def test_values_that_xla_shards_are_left_to_it(is_sharded: bool) -> None:
     mesh = jax.make_mesh(
         (2, 2 if is_sharded else 1), ("pipe", "model"), axis_types=(AxisType.Auto,) * 2
     )

@@ -39,7 +39,7 @@ def test_each_layer_runs_once_in_order(name: str, reverse: bool) -> None:
     def body(layer: Layer, carry: Any, mine: Any) -> Any:
         seen, count = carry
         entry = jnp.array([numbers[layer.kind], layer.index, layer.entry, layer.position])
-        # Only what the layer's own kind has is handed over.
+        # Only buffers of the layer's own kind are passed.
         own = tuple(each.at[layer.index].add(layer.position + 1) for each in mine)
         return (write(seen, entry, count), count + 1), own
 
@@ -72,7 +72,7 @@ def test_each_layer_runs_once_in_order(name: str, reverse: bool) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_chunks_hold_what_stages_need(name: str) -> None:
+def test_chunks_hold_the_layers_that_stages_need(name: str) -> None:
     """No more of a kind than the stage that has the most of it; sharded where it divides."""
     layout = make_layout(name)
     kinds, num_stages = layout.kinds, layout.num_stages

@@ -1,4 +1,4 @@
-"""What every experiment's command makes of bad flags."""
+"""The refusal of bad flags by every experiment's command."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmarks, small: variants run and agree, the figures are what they are called.
+"""The benchmarks, small: variants run and agree, the figures have the right names.
 
 No test here looks at how long anything takes.
 """
@@ -34,7 +34,7 @@ FEW_LAYERS = {variants.UNROLLED_RECIPE, *variants.LOOPED}
 # Each takes a process of its own: one of every kind, and both of the orders that XLA is asked for.
 # Schedules and their options have gradients of their own tests.
 NAMES = (variants.CONCURRENT_LIMIT, "limit-scanned", variants.RECIPE, "dualpipe", "1f1b")
-# What the library cannot do yet, its variant says when it runs.
+# A variant that the library cannot run yet says so when it runs.
 SIZES = Sizes(layers=4, width=16, heads=2, sequence=16, vocabulary=32, microbatch_size=2, seed=0)
 
 
@@ -56,9 +56,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def records_of(folder: Path, what: str) -> list[dict[str, Any]]:
+def records_of(folder: Path, subject: str) -> list[dict[str, Any]]:
     lines = (folder / "records.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["what"] == what]
+    return [record for record in map(json.loads, lines) if record["what"] == subject]
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_variants_run_and_agree(output: Path) -> None:
     limit = compiled["limit-scanned"]
     assert limit["loss"] == pytest.approx(np.log(32), abs=0.2)
     assert len(limit["gradient_norms"]) == 1 + 4
-    # Those of different layers differ: one in another's place would show.
+    # Those of different layers differ: an exchange of two would show.
     assert np.abs(np.diff(limit["gradient_norms"])).min() > 1e-3 * limit["gradient_norms"][-1]
     for name, record in compiled.items():
         # Float32 sums in another order.
@@ -115,7 +115,7 @@ def test_no_program_runs_twice(remat: str, num_ranks: int, left_out: set[str]) -
 
 
 def test_xla_takes_the_order_that_a_variant_asks_for() -> None:
-    """Of eight independent products, one is alive at a time, or all are at once."""
+    """Eight independent products are alive one at a time, or all at once."""
 
     def products(x: jax.Array) -> jax.Array:
         each = (jnp.sort(jnp.tanh(x @ (x + i)), axis=0)[0].sum() for i in range(8))
@@ -130,7 +130,7 @@ def test_xla_takes_the_order_that_a_variant_asks_for() -> None:
     assert 3 * temporaries("dualpipe") < temporaries(variants.CONCURRENT_LIMIT)
 
 
-def test_workers_ask_for_huge_pages_beside_what_the_user_asks_for(
+def test_workers_ask_for_huge_pages_beside_the_users_flags(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
@@ -151,7 +151,7 @@ def make_variant(name: str, *, remat: str) -> tuple[variants.GradFn, Any]:
 
 @functools.cache
 def expected() -> Any:
-    """Parameters, a batch, and what the sequential model makes of them."""
+    """Makes parameters and a batch, and the sequential model's loss and gradients of them."""
     params = jax.jit(LM.init)(jax.random.key(0))
     batch = np.random.default_rng(0).integers(0, 16, size=(8, 9)).astype(np.int32)
     loss_fn = dpj.sequential(LM.for_pipeline(), num_microbatches=4)
@@ -159,7 +159,7 @@ def expected() -> Any:
 
 
 @pytest.mark.parametrize("name", ["limit-grouped", *variants.RECIPES])
-def test_what_it_is_held_against_is_the_model(name: str) -> None:
+def test_variants_it_is_compared_with_are_the_model(name: str) -> None:
     with jax.enable_x64(False):
         params, batch, want = expected()
         grad_fn, mesh = make_variant(name, remat="none")
@@ -251,7 +251,7 @@ def test_the_fastest_limit_counts_and_ratios_are_of_a_round() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"loss": 4.001}, {"norm": 1.001}, {"loss": np.nan}, {"norm": np.nan}]
 )
-def test_what_differs_is_an_error(wrong: dict[str, Any]) -> None:
+def test_differing_results_are_an_error(wrong: dict[str, Any]) -> None:
     limit = result("limit-scanned", seconds=[1])
     good = result("1f1b", seconds=[1], loss=4.00004, norm=1.00002)
     rows = report.summarize([limit, good])

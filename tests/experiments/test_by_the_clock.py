@@ -166,7 +166,7 @@ def test_the_model_has_its_loss_its_gradients_and_its_sleeps() -> None:
     np.testing.assert_allclose(products, expected, rtol=1e-5)
 
 
-def test_actions_sleep_less_by_what_their_callbacks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actions_sleep_less_by_the_time_of_their_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     device, slept = sleeping.Device(), []
     device.calibrate(1e-3)
     assert 0 < device.callback < 0.1

@@ -142,7 +142,7 @@ def test_modes_equal_every_expert(mode: str) -> None:
 def test_experts_over_devices_equal_every_expert(
     mode: str, num_devices: int, num_data: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ragged exchanges, which CPUs do not run, with a stand-in that says what they mean."""
+    """Ragged exchanges, which CPUs do not run, with a stand-in that has their meaning."""
     args = tokens_and_kernels(TOKENS * num_devices * num_data)
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
     loss = loss_of(output_of(mode, "expert"))
@@ -169,7 +169,7 @@ def test_tokens_may_be_the_same_on_all_devices_of_the_experts(
     assert_close(grads_of(spread, *args), grads_of(plain_loss, *args))
 
 
-def test_what_lies_in_rows_that_nobody_sent_does_not_matter(
+def test_contents_of_rows_that_nobody_sent_do_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With grouped matmuls that multiply all rows by zero or one, so that NaN times zero shows."""
@@ -186,7 +186,7 @@ def test_what_lies_in_rows_that_nobody_sent_does_not_matter(
 
 
 def test_ragged_exchanges_keep_the_axes_over_which_tokens_vary() -> None:
-    """Traced with the exchange itself, whose result varies over what its operands do."""
+    """Traced with the exchange itself, whose result varies over its operands' axes."""
     loss = on_devices(loss_of(output_of("ragged", "expert")), 2, num_data=2)
     args = tokens_and_kernels(TOKENS * 4)
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args)
@@ -219,9 +219,9 @@ def ragged_all_to_all(
     *,
     axis_name: str,
 ) -> jax.Array:
-    """What the documentation of `jax.lax.ragged_all_to_all` says, row by row, from all devices.
+    """Exchanges as the documentation of `jax.lax.ragged_all_to_all` says, row by row.
 
-    What lies in rows that nobody sent is not to be used.
+    The contents of rows that nobody sent are not to be used.
     """
     output = jnp.full_like(output, jnp.nan)
     me = lax.axis_index(axis_name)
@@ -438,7 +438,7 @@ def _rms_norm(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 class LooksBack(nn.Module):
-    """In the place of a transformer block: adds up what came before."""
+    """Stands for a transformer block: adds up the tokens so far."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -487,7 +487,7 @@ MODELS = {
 
 @functools.cache
 def expected(name: str) -> Any:
-    """Parameters, a batch, and what the sequential model makes of them."""
+    """Makes parameters and a batch, and the sequential model's loss and gradients of them."""
     params = random_params(MODELS[name].init)
     batch = np.random.default_rng(3).integers(0, 11, size=(2 * NUM_MICROBATCHES, 6))
     loss_fn = dpj.sequential(MODELS[name].for_pipeline(), num_microbatches=NUM_MICROBATCHES)
@@ -560,7 +560,7 @@ def test_preflight_counts_the_exchanges_of_the_steady_loop() -> None:
     line = preflight.describe("tiny", figures)
     # Two beats of a layer: tokens go there and back, in the backward there once more, and their
     # cotangents there and back (five); gates there, again, and their cotangents back (three).
-    # Of two ranks only one beat sends anything.
+    # Over two ranks only one beat sends anything.
     assert "16 all-to-all (0 asynchronous, 0 hidden)" in line
     assert "2 collective-permute (0 asynchronous, 0 hidden)" in line
 

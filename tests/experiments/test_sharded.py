@@ -32,7 +32,7 @@ def test_the_table_in_the_docs() -> None:
         assert float(total) == pytest.approx(row.total / 2**20, rel=0.1)
 
 
-# Of four leaves, over the data axis: sums, gathers and scatters outside of loops.
+# Sums, gathers and scatters of four leaves over the data axis, outside of loops.
 MOVED = {
     "nothing": {"all-reduce": 4},
     "optimizer state": {"all-reduce": 4, "all-gather": 4},
@@ -43,7 +43,7 @@ MOVED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOVED)
-def test_what_moves_over_the_data_axis(name: str) -> None:
+def test_collectives_over_the_data_axis(name: str) -> None:
     with jax.enable_x64(False):
         compiled, *_ = steps.compile_step(SMALL, zero.DEGREES[name])
     moved = [

@@ -59,7 +59,7 @@ def losses_of(output: Path, column: str) -> np.ndarray:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs the script, a copy of its folder without the repository around it, and in bfloat16.
 
-    What the first run compiled the second finds in conftest's cache.
+    The second run finds the first one's compiled programs in conftest's cache.
     """
     folder = tmp_path_factory.mktemp("runs")
     elsewhere = folder / "elsewhere"

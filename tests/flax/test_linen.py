@@ -136,7 +136,7 @@ def test_partitioning_metadata_has_the_pipe_axis_first() -> None:
     placed = jax.device_put(params, shardings)
     assert kernel.spec == placed["blocks"]["Dense_0"]["kernel"].value.sharding.spec
     grad_fn = dpj.value_and_grad(model, mesh=mesh, num_microbatches=2)
-    with jax.set_mesh(mesh):  # under which Flax constrains what it takes out of a box
+    with jax.set_mesh(mesh):  # under which Flax constrains values that it takes out of a box
         loss, grads = jax.jit(grad_fn)(placed, tokens)
     assert nn.get_partition_spec(grads) == specs
     loss_fn = dpj.sequential(model, num_microbatches=2)
@@ -333,7 +333,7 @@ def test_train_state_works_unchanged() -> None:
     assert params["blocks"]["Dense_0"]["kernel"].shape == (LAYERS, WIDTH, 6)
     state, _ = step(step(state)[0])
     assert int(state.step) == 3
-    # Adam divides by the root of what may be tiny; both have nearly the same gradients.
+    # Adam divides by the root of a value that may be tiny; both have nearly the same gradients.
     back = dpj.linen.to_flax(state, "layers_{}")
     want = plain_step(plain_step(plain))
     assert_close(back.params, want.params, tolerance=1e-10)
@@ -396,7 +396,7 @@ def test_bad_types_are_refused(options: Any, message: str) -> None:
         ),
     ],
 )
-def test_what_takes_other_arguments_is_named(options: Any, message: str) -> None:
+def test_functions_with_other_arguments_are_named(options: Any, message: str) -> None:
     params = three_modules().init(jax.random.key(0), tokens_of(2), num_layers=2)
     with pytest.raises(TypeError, match=message):
         dpj.sequential(three_modules(**options), num_microbatches=2)(params, tokens_of(2))

@@ -95,14 +95,14 @@ def test_a_train_state_steps_as_that_of_the_model_itself(schedule: str) -> None:
         assert_close(loss, want)
     assert state.params[OVERWRITE_WITH_GRADIENT]["ends"]["out"]
     back = dpj.linen.to_flax(state, "layers_{}")
-    # Adam divides by the root of what may be tiny; both have nearly the same gradients.
+    # Adam divides by the root of a value that may be tiny; both have nearly the same gradients.
     assert_close((back.params, back.opt_state), (plain.params, plain.opt_state), tolerance=1e-10)
     scales = state.params[OVERWRITE_WITH_GRADIENT]["blocks"]["Dense_0"]["Fp8DirectDotGeneralOp_0"]
     assert len(np.unique(scales["output_grad_scale"])) == LAYERS
 
 
 def test_init_has_them_among_the_parameters_of_each_kind() -> None:
-    """Of layers of two kinds, one of which has none; and of the head."""
+    """Layers of two kinds, one of which has no scales, and the head."""
     layout = ("float8", "plain", "plain", "float8")
     blocks = {"float8": nn.Dense(WIDTH, **Float8), "plain": nn.Dense(WIDTH, **Float)}
     head = nn.Dense(VOCABULARY, **Float8)
@@ -145,7 +145,7 @@ class Float8AndStatistics(nn.Module):
 
 
 def test_kinds_are_those_of_the_model() -> None:
-    """What stands elsewhere would be lost, or be given to the optimizer."""
+    """Scales elsewhere would be lost, or be given to the optimizer."""
     kinds = {"a": nn.Dense(WIDTH, **Float8), "b": nn.Dense(WIDTH)}
     model = three_modules(block=kinds, layout=("a", "b"))
     params = model.init(jax.random.key(0), tokens_of(2))
@@ -179,7 +179,7 @@ def test_a_train_state_is_told_from_its_params() -> None:
         model.to_params(state)
 
 
-def test_what_else_a_call_writes_is_refused_as_ever() -> None:
+def test_other_collections_that_a_call_writes_are_refused_as_ever() -> None:
     model, tokens = three_modules(block=Float8AndStatistics()), tokens_of(4)
     with pytest.raises(ValueError, match=r"no parameters, \['batch_stats'\].*LayerNorm"):
         model.init(jax.random.key(0), tokens, num_layers=2)

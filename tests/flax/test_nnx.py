@@ -133,7 +133,7 @@ def test_an_optimizer_steps_as_with_the_gradients_of_the_module(
     for _ in range(2):
         got = step(nets[0], optimizers[0], tokens)
         want = own_step(nets[1], optimizers[1], tokens)
-        # Adam divides by the root of what may be tiny; both have nearly the same gradients.
+        # Adam divides by the root of a value that may be tiny; both have nearly equal gradients.
         assert_close(got, want, tolerance=1e-10)
     params = [nnx.state(net, nnx.Param) for net in nets]
     assert_close(params[0], params[1], tolerance=1e-10)
@@ -189,7 +189,7 @@ def test_a_stack_of_layers_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize("is_stack", [False, True])
 def test_dropout_is_keyed_by_microbatch_and_layer(is_stack: bool) -> None:
-    """A mask is seen by what it does to ones: no two layers or microbatches have the same."""
+    """A mask shows in an input of ones: no two layers or microbatches have the same."""
 
     class Masks(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -256,7 +256,7 @@ def test_dropout_under_a_pipeline_is_that_of_the_sequential_model() -> None:
 
 
 def test_layers_that_differ_are_kinds_of_their_own() -> None:
-    """Found by what is static in them; a number that makes no difference is not looked at."""
+    """Found by their static attributes; a number that makes no difference is ignored."""
     rngs, tokens = nnx.Rngs(0), tokens_of(4)
     windows = [0, 2, 0, 2]
     layers = [Layer(rngs, number=i, window=w) for i, w in enumerate(windows)]
@@ -288,7 +288,7 @@ def test_layers_of_other_shapes_are_of_other_kinds() -> None:
 
 @pytest.mark.parametrize("name", ["list", None, "layers"])
 def test_sharding_metadata_has_the_pipe_axis_first(name: str | None) -> None:
-    """Of a list, of a stack whose dim has no name, and of one whose dim has another."""
+    """The layers are a list, a stack whose dim has no name, and one whose dim has another."""
 
     class Cut(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):

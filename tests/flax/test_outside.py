@@ -55,7 +55,7 @@ def test_gpt2_of_transformers(schedule: str) -> None:
     loss, grads = jax.jit(grad_fn)(canonical, batch)
     want = jax.jit(jax.value_and_grad(own_loss))(params)
     assert_close((loss, dpj.linen.to_flax(grads, "transformer/h/{}")), want)
-    # What the adapter initialises has the same names, so a checkpoint of either fits the other.
+    # The adapter's initial parameters have the same names: a checkpoint of either fits the other.
     own = model.init(jax.random.key(0), batch, num_layers=4)
     assert jax.tree.structure(own) == jax.tree.structure(canonical)
 

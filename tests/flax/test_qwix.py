@@ -27,7 +27,7 @@ from tests.flax.linen_models import (
 )
 from tests.models import assert_close
 
-# Of what the package itself calls, in JAX and in Flax.
+# Warnings about functions that the package itself calls, in JAX and in Flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 # By itself it scales the largest value to 127.5 steps of int8, and if that is a negative one,

@@ -1,4 +1,4 @@
-"""The record of a leaf: what users' trees decide, and how a gradient leaves the step."""
+"""The record of a leaf: how users' trees decide it, and how a gradient leaves the step."""
 
 from typing import Any
 

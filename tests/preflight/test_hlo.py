@@ -48,7 +48,7 @@ def test_reads_an_instruction() -> None:
     assert start.cycles is None
 
 
-def test_within_goes_into_what_is_called_once() -> None:
+def test_within_enters_computations_that_are_called_once() -> None:
     module = parse(TEXT)
     names = [each.name for each in module.within(module.entry)]
     assert sorted(names) == ["done", "fusion.2", "p", "param_0", "start", "tanh.1"]

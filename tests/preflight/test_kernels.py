@@ -54,7 +54,7 @@ def test_flops_are_given_or_estimated_or_published() -> None:
         assert work.cycles == pytest.approx(flops / (4 * 2 * 128 * 128))
 
 
-def test_what_is_not_known_is_named() -> None:
+def test_unknown_kernels_are_named() -> None:
     module = with_kernel("mine")
     (found,) = Kernels().list_calls(module)
     assert (found.name, found.flops, found.source) == ("mine", None, "")

@@ -59,7 +59,7 @@ def test_costs_are_those_of_a_beat() -> None:
     assert made.seconds == pytest.approx(simulated(forward=100, input_grad=120, weight_grad=140))
 
 
-def test_what_stands_under_no_action_is_spread_over_all() -> None:
+def test_work_under_no_action_is_spread_over_all() -> None:
     made = predict(work("slots", 72))  # a tenth of the others
     assert made.seconds == pytest.approx(simulated(forward=110, input_grad=132, weight_grad=154))
 
@@ -115,7 +115,7 @@ def test_full_backwards_around_the_run_are_seen() -> None:
     assert at_once > in_halves > (predict().seconds or 0)
 
 
-def test_what_is_outside_the_loops_is_added() -> None:
+def test_work_outside_the_loops_is_added() -> None:
     made = predict(entry=work("adam", 1000))
     assert made.outside_seconds == 1000
     assert made.loop_seconds is not None
@@ -190,7 +190,7 @@ def test_costs_are_those_of_a_tick(layers: int | None) -> None:
 
 @pytest.mark.parametrize(("name", "stages"), [("interleaved-1f1b", 2), ("chimera", 1)])
 def test_every_chunk_of_a_tick_has_its_places(name: str, stages: int) -> None:
-    """Two chunks: half of a rank's share of the layers each, or, of two directions, all of it."""
+    """Each of two chunks has half of a rank's layers, or all of them with two directions."""
     one = [(FORWARD, 100), (INPUT_GRAD, 120), (WEIGHT_GRAD, 140)]
     made = in_ticks(name, [*one, *one])
     schedule = schedules.make(name, num_ranks=4, num_microbatches=16)
@@ -205,7 +205,7 @@ def test_weight_grads_that_are_put_off_may_recompute() -> None:
     )
     costs = Costs(forward=100, input_grad=220, weight_grad=140, recompute=220)
     assert made.loop_seconds == pytest.approx(simulate(schedule, costs=costs, transfer=16).makespan)
-    # With full backwards, only those have a place of their own.
+    # With full backwards, only those have a cost of their own.
     halves = f"{_scopes.FULL_BACKWARD}/{INPUT_GRAD}", f"{_scopes.FULL_BACKWARD}/{WEIGHT_GRAD}"
     made = in_ticks(
         "zb-h1",

@@ -149,7 +149,7 @@ def test_report_is_text() -> None:
     assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
 
 
-def test_what_is_wrong_is_named() -> None:
+def test_wrong_arguments_are_named() -> None:
     mesh = make_mesh(2)
     step, args = make_step(mesh), make_args(mesh)
     with pytest.raises(ValueError, match=r"'cpu:4': has 4 devices, but the step's mesh \(pipe 2\)"):
@@ -202,6 +202,6 @@ def test_size_of_the_program() -> None:
     ]
     counts = [size.num_instructions for size in sizes if size is not None]
     assert len(counts) == 3
-    # A longer run of beats is more trips of the same loop; a constant more or less is XLA's choice.
+    # A longer steady phase is more trips of the same loop; XLA may add or drop a constant.
     assert counts[2] == pytest.approx(counts[1], rel=0.01)
     assert counts[1] > 100

@@ -24,7 +24,7 @@ def tables_of_1f1b() -> Tables:
 
 
 def branch(number: int, exchange: Exchange, width: int, num_arrays: int) -> str:
-    """Writes the permutes of an exchange, over a pipeline axis of which each place has a line."""
+    """Writes the permutes of an exchange, over a pipeline axis with a line for each index."""
     b = f"%b{number}"
     sends = []
     for side, pairs in zip(("right", "left"), exchange, strict=True):

@@ -120,7 +120,7 @@ ACTIONS = tuple(
 
 
 @pytest.mark.parametrize("between", [places(30, 20, 99), conditional(30, 20, 99, 0)])
-def test_a_rank_hides_a_transfer_behind_what_it_runs_itself(
+def test_a_rank_hides_a_transfer_behind_its_own_actions_only(
     between: tuple[str, tuple[str, ...]],
 ) -> None:
     (permute,) = replay(lines(start("s"), between[0], done("d", "s"), others=between[1]))
@@ -130,7 +130,7 @@ def test_a_rank_hides_a_transfer_behind_what_it_runs_itself(
     assert permute.is_hidden
 
 
-def test_what_a_rank_runs_before_hides_nothing() -> None:
+def test_actions_before_the_start_hide_nothing() -> None:
     """One of two actions runs before the start: the rank that runs it has nothing left."""
     first, others = places(99, 98)
     before, after = first.splitlines()
@@ -138,7 +138,7 @@ def test_what_a_rank_runs_before_hides_nothing() -> None:
     assert (permute.cycles, permute.exposed_seconds, permute.most_exposed_seconds) == (0, 16, 16)
 
 
-def test_too_little_of_an_action_is_what_is_missing() -> None:
+def test_too_short_an_action_exposes_the_remaining_time() -> None:
     between, others = places(10, 99)
     (permute,) = replay(
         lines(start("s"), work("all", 2), between, done("d", "s"), others=others),

@@ -74,7 +74,7 @@ def test_steps_in_ticks_are_predicted(num_layers: int) -> None:
     flops = {action.name: action.flops for action in report.loop.actions}
     matmuls = num_layers // 4 * 2 * (2 * 4 * 128 * 256 * 1024)
     assert flops["forward"] == matmuls
-    # A full backward, and beside it the input grad of a weight grad that is put off, and that.
+    # A full backward, and beside it a deferred weight grad and its input grad.
     assert flops["input_grad"] == flops["weight_grad"] == 2 * matmuls
     made = report.prediction
     assert (made.schedule, made.reason) == ("zb-h1", "")
@@ -159,9 +159,9 @@ def test_no_loop_copies_a_slot_buffer(
     report = dpj.preflight(step, (params, batch), "tpu:v5e:2x2")
     found = [each for each in report.copies if each.where != "once"]
     assert not found
-    # In beats slots lie as XLA has them: where the run begins and ends it may turn a buffer, once a
-    # step. Of the last of these sizes it turned 2.0 million cycles' worth before, 0.15 since, and
-    # none with stacked queries, keys and values.
+    # In beats slots have XLA's layout: where the steady phase begins and ends XLA may transpose a
+    # buffer, once a step. At the last of these sizes it spent 2.0 million cycles on this before,
+    # 0.15 since, and none with stacked queries, keys and values.
     assert report.loop is not None
     assert report.loop.cycles is not None
     assert sum(each.cycles or 0 for each in report.copies) < 0.1 * report.loop.cycles

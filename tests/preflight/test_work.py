@@ -32,7 +32,7 @@ def test_matmul_written_as_a_convolution() -> None:
 
 
 def test_batched_matmul_written_as_a_dilated_convolution() -> None:
-    # Three matmuls [8, 4] x [4, 16]: of the kernel's three places one meets data at each output.
+    # Three matmuls [8, 4] x [4, 16]: one of the kernel's three entries meets data at each output.
     module = program(
         """  %x = bf16[3,8,4]{2,1,0} parameter(0)
   %y = bf16[3,4,16]{2,1,0} parameter(1)
@@ -47,7 +47,7 @@ def test_padding_of_a_convolution_costs_nothing() -> None:
   %y = f32[3,2,7]{2,1,0} parameter(1)
   ROOT %c = f32[1,5,7]{2,1,0} convolution(%x, %y), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f"""  # noqa: E501
     )
-    # Three places of the kernel at each of five outputs, less one at either end.
+    # Three entries of the kernel at each of five outputs, less one at either end.
     assert total(module).flops == 2 * (3 * 5 - 2) * 2 * 7
 
 
@@ -61,7 +61,7 @@ def test_matmul_handed_to_cublas() -> None:
 
 
 @pytest.mark.parametrize("shapes", [((8, 4), (4, 16)), ((3, 8, 4), (3, 4, 16))])
-def test_what_the_compiler_writes_is_counted(shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_kernels_that_the_compiler_writes_are_counted(shapes: tuple[tuple[int, ...], ...]) -> None:
     x, y = (jnp.ones(shape, jnp.float32) for shape in shapes)
     text = jax.jit(jnp.matmul).lower(x, y).compile().as_text()
     assert text

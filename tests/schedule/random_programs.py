@@ -7,7 +7,7 @@ from dualpipe_jax._schedule.ir import Action, Program
 
 @st.composite
 def programs(draw) -> Program:
-    """Draws routes on the ring, gives each microbatch one, and runs what is ready at random."""
+    """Draws routes on the ring, gives each microbatch one, and runs ready actions at random."""
     P, S, N = draw(st.integers(1, 5)), draw(st.integers(1, 6)), draw(st.integers(1, 6))
     forward_only = draw(st.booleans())
 

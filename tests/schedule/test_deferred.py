@@ -28,7 +28,7 @@ def test_tables_compute_loss_and_grads(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_what_follows_its_input_grad_stashes(name):
+def test_only_weight_grads_that_follow_their_input_grad_stash(name):
     for num_ranks, num_microbatches in SIZES:
         plain = compiled(name, num_ranks, num_microbatches)
         tables = compiled(name, num_ranks, num_microbatches, stash_deferred=False).tables
@@ -50,7 +50,7 @@ def test_only_what_follows_its_input_grad_stashes(name):
         assert plain.timeline.num_slots == plain.tables.num_slots
 
 
-def test_schedules_differ_in_what_they_put_off():
+def test_schedules_differ_in_the_weight_grads_that_they_defer():
     some = {name: compiled(name, 4, 8, stash_deferred=False).tables.num_slots for name in NAMES}
     assert {name for name in NAMES if "deferred" in some[name]} == {
         "dualpipe",

@@ -33,7 +33,7 @@ def sent_by_program(made: Compiled) -> Sent:
     for tick, rank in np.argwhere(tables.opcode).tolist():
         cells = (tables.opcode, tables.stage, tables.microbatch)
         opcode, stage, microbatch = (int(cell[tick, rank]) for cell in cells)
-        # An upper half makes nothing that travels; a lower one does.
+        # An upper half makes no value that is sent; a lower one does.
         makes = letter_of(opcode) if opcode != Opcode.BACKWARD_UPPER else "none"
         tick_of[makes, stage, microbatch] = tick
     rank_of, sent = program.rank_of.tolist(), set()
@@ -105,7 +105,9 @@ def test_pairs_are_those_whose_value_is_stored(name: str) -> None:
 @pytest.mark.parametrize(
     ("timetable", "full_backward"), [("aligned", False), ("aligned", True), ("shortest", True)]
 )
-def test_pairs_around_runs_and_of_halves(name: str, timetable: str, full_backward: bool) -> None:
+def test_exchanges_around_steady_phases_and_full_backwards(
+    name: str, timetable: str, full_backward: bool
+) -> None:
     for size in ((1, 4), (2, 8), (3, 7), (4, 10), (5, 21), (8, 18)):
         made = compiled(name, *size, timetable, full_backward=full_backward)
         exact = add_exchanges(made.tables, num_parts=2, most_sets=NO_LIMIT)
@@ -116,7 +118,7 @@ def test_pairs_around_runs_and_of_halves(name: str, timetable: str, full_backwar
 
 @given(programs(), st.sampled_from(PARTS), st.integers(4, 12))
 @settings(max_examples=100, deadline=None)
-def test_random_programs_hand_on_all_that_is_stored(program, num_parts, most_sets):
+def test_random_programs_send_all_stored_values(program, num_parts, most_sets):
     made = compile_program(program)
     tables = add_exchanges(made.tables, num_parts=num_parts, most_sets=most_sets)
     assert sent_by_program(made) <= sent_by_tables(tables)
@@ -192,7 +194,7 @@ def test_parts_are_stretches_of_the_line() -> None:
 
 
 def with_pairs(tables: Tables, part: int, number: int, exchange: Exchange) -> Tables:
-    """Has another exchange in place of one."""
+    """Replaces an exchange by another."""
     parts = [list(of_part) for of_part in tables.exchanges]
     parts[part][number] = exchange
     return dataclasses.replace(tables, exchanges=tuple(map(tuple, parts)))
@@ -298,7 +300,7 @@ def test_numbers_and_shapes_of_exchanges_are_caught() -> None:
 
 
 def test_a_first_exchange_that_is_not_empty_is_caught() -> None:
-    """Replay and executor pass over number 0, so that nothing would be handed on in its ticks."""
+    """Replay and executor pass over number 0, so that nothing would be sent in its ticks."""
     tables = compiled("1f1b", 4, 4).tables
     (one, two, *others), exchange = tables.exchanges[0], tables.exchange
     swapped = np.where(exchange < 2, 1 - exchange, exchange).astype(np.int32)

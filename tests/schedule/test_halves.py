@@ -40,7 +40,9 @@ def test_random_programs_compute_the_gradients(program, stash_deferred):
 
 @pytest.mark.parametrize("timetable", TIMETABLES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_weight_grad_that_directly_follows_is_a_half(name: str, timetable: str) -> None:
+def test_a_directly_following_weight_grad_is_half_of_a_full_backward(
+    name: str, timetable: str
+) -> None:
     """Except in the steady phase, and in the pairs before it."""
     for size in SIZES:
         tables = compiled(name, *size, timetable, full_backward=True).tables
@@ -97,7 +99,7 @@ def test_some_stages_have_no_halves(name: str, timetable: str) -> None:
         assert none.num_ticks == compiled(name, *size, timetable).tables.num_ticks
 
 
-def test_1f1b_in_halves_is_that_of_the_paper() -> None:
+def test_1f1b_with_full_backwards_is_that_of_the_paper() -> None:
     """Narayanan et al. 2021, section 2.2: N + P - 1 forwards and backwards (F = 1, B = 2)."""
     for P in range(2, 9):
         for N in (P, 2 * P, 4 * P):
@@ -108,7 +110,7 @@ def test_1f1b_in_halves_is_that_of_the_paper() -> None:
 @pytest.mark.parametrize("timetable", TIMETABLES)
 @pytest.mark.parametrize("name", NAMES)
 def test_halves_take_no_residual_longer(name: str, timetable: str) -> None:
-    """Between the two nothing runs; values that travel take a slot or two more at most."""
+    """Between the two nothing runs; received values take a slot or two more at most."""
     for size in SIZES:
         split, full = (
             compiled(name, *size, timetable, full_backward=on).tables.num_slots
@@ -147,7 +149,7 @@ def test_a_lost_cotangent_is_named() -> None:
         verify_tables(dataclasses.replace(tables, keep=keep))
 
 
-def test_the_public_timeline_is_of_halves_apart() -> None:
+def test_the_public_timeline_has_split_backwards() -> None:
     made = schedules.make("1f1b", num_ranks=4, num_microbatches=8)
     ticks = made.timeline().num_ticks
     compile_program(made.program, full_backward=True)

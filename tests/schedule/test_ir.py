@@ -41,7 +41,7 @@ def test_equal_programs_hash_alike_and_others_differ():
     assert program != dataclasses.replace(program, rows=program.rows[::-1])
 
 
-def test_timeline_tells_a_plot_what_it_draws():
+def test_timeline_gives_the_actions_that_a_plot_draws():
     timeline = compiled("dualpipe", 4, 8).timeline
     assert timeline.num_ticks == 3 * 8 + 4 // 2 - 1
     tick, rank = 8, 0

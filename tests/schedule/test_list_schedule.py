@@ -30,7 +30,7 @@ def test_orders_more_stages_than_ranks(num_stages_per_rank, folded):
     assert compiled.timeline.num_ticks <= 3 * N * num_stages_per_rank + 2 * S
 
 
-def test_limits_bound_what_lives():
+def test_limits_bound_the_live_activations():
     P, N = 4, 16
     for limit in (1, 2, 4):
         rows = list_schedule(

@@ -24,7 +24,7 @@ from tests.schedules_under_test import NAMES
 
 # The timetables in which a value may be read a tick after it is made.
 TIMETABLES = ("shortest", "aligned")
-# Odd and even sizes, with a run of beats in the aligned timetable and without.
+# Odd and even sizes, with a steady phase in the aligned timetable and without.
 SIZES = ((1, 1), (1, 5), (2, 3), (2, 8), (3, 4), (3, 10), (4, 9), (5, 16), (8, 18))
 
 
@@ -161,7 +161,8 @@ def test_equal_durations_leave_ticks_as_they_were(name: str) -> None:
             plain = compile_program(program, timetable=timetable)
             equal = make_durations(program.num_stages)
             placed = compile_program(program, timetable=timetable, durations=equal)
-            # Alignment costs ticks before a run of odd sizes; by the clock, these are given back.
+            # Alignment costs ticks before a steady phase of odd sizes; placement by the clock
+            # gives these back.
             odd_run = plain.tables.steady is not None and (num_ranks % 2 or num_microbatches % 2)
             if odd_run and placed.timeline.num_ticks < plain.timeline.num_ticks:
                 continue
@@ -257,7 +258,7 @@ def test_each_of_the_durations_counts(
         ("_PARTS", (1,), "interleaved-1f1b", (8, 16), (0.5, 1.04, 0.4615)),
     ],
 )
-def test_what_is_tried_pays(
+def test_tried_timetables_pay(
     constant: str,
     fewer: Any,
     name: str,
@@ -286,7 +287,7 @@ def test_false_waits_by_hand() -> None:
     program = GENERATORS["zb-h1"](num_ranks=2, num_microbatches=3)
     forward_3 = make_durations(2, of_opcode=_of_opcode(3, 1, 1, num_stages=2))
     plain, placed = (compile_program(program, durations=each) for each in (None, forward_3))
-    # 1I1 ends at 11. As early as can be it is handed over between 0W0, which ends at 9, and 0F2:
+    # 1I1 ends at 11. Sent as early as possible, it leaves between 0W0, which ends at 9, and 0F2:
     # that ends at 11 + 3. Placed by the clock, rank 1 keeps it, ends 1W1 at 12, and sends it then,
     # as 0F2 ends at 9 + 3.
     for made in (plain, placed):

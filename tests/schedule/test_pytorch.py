@@ -1,8 +1,8 @@
 """The exported CSV in PyTorch's own hands; runs where PyTorch is installed, which nothing requires.
 
 Seen with PyTorch 2.13. Its runtime loads, validates and lowers gpipe, 1f1b, interleaved-1f1b, zb-h1
-and dualpipev. In its model a stage lies on one rank: of chimera and dualpipe it parses every cell,
-and its validator refuses them because a stage is on two ranks; nothing else of them is judged.
+and dualpipev. In its model a stage is on one rank: it parses every cell of chimera and dualpipe,
+and its validator refuses them because a stage is on two ranks; it judges nothing else of them.
 """
 
 import importlib
@@ -58,7 +58,7 @@ def test_pytorch_reads_every_cell(case: tuple[str, int, int]) -> None:
 
 
 @pytest.mark.parametrize("case", ONE_DIRECTION, ids=str)
-def test_pytorchs_runtime_loads_what_has_one_direction(
+def test_pytorchs_runtime_loads_schedules_of_one_direction(
     case: tuple[str, int, int], tmp_path: Path
 ) -> None:
     schedule = make(*case)

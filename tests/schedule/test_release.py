@@ -63,7 +63,7 @@ def test_the_run_and_all_before_it_stay_as_they_were() -> None:
     assert has_steady > 50
 
 
-def test_nothing_after_the_run_could_come_earlier() -> None:
+def test_no_action_after_the_steady_phase_could_come_earlier() -> None:
     for case in PAIRED[::3]:
         _, timeline, run = released(*case)
         verify_timeline(timeline)

@@ -147,7 +147,7 @@ def test_beats_of_a_run_are_no_full_backwards() -> None:
 
 
 def test_the_gradient_of_an_embedding_comes_last() -> None:
-    """In W's tick of the first stage if that has a half, else in I's."""
+    """In W's tick of the first stage if W runs layers of it, else in I's."""
     program = schedules.make("1f1b", num_ranks=2, num_microbatches=3).program
     for whole_stages, ticks in ((frozenset(), (2, 2 + 2.5)), (frozenset({0, 1}), (4 + 2.5, 0))):
         tables = compile_program(program, full_backward=True, whole_stages=whole_stages).tables

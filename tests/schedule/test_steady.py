@@ -1,4 +1,4 @@
-"""The straight-line run of beats: its length, its rules, and an interpreter that runs it."""
+"""The steady phase: its length, its rules, and an interpreter that runs it."""
 
 import dataclasses
 import itertools
@@ -46,7 +46,7 @@ def tables_of(name: str, num_ranks: int, num_microbatches: int) -> Tables:
 
 
 def run_with_steady(tables: Tables) -> Counter[str]:
-    """Executes the ramps by the tables and the run by the words of `Steady`, with tokens.
+    """Executes the ramps by the tables and the steady phase by the words of `Steady`, with tokens.
 
     A received slot holds ("x", s, m), read by F of stage s and microbatch m, or ("dx", s, m),
     read by its I; a residual's or a stash's holds (s, m).
@@ -165,7 +165,7 @@ def every_action_once(tables: Tables) -> Counter[str]:
     )
 
 
-# ---- which schedules have a run, and how long it is
+# ---- which schedules have a steady phase, and how long it is
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_ramps_and_run_do_every_action_once(name: str) -> None:
     assert num_runs > 10
 
 
-def test_the_run_is_the_same_where_deferred_weight_grads_recompute() -> None:
+def test_the_steady_phase_is_the_same_where_deferred_weight_grads_recompute() -> None:
     """A W in a pair follows its I at once: it has its stash, whatever the others do."""
     some_recompute = False
     for name, P, N in RUN_SIZES:
@@ -261,14 +261,14 @@ def test_the_run_is_the_same_where_deferred_weight_grads_recompute() -> None:
     assert some_recompute
 
 
-def test_a_schedule_by_hand_has_a_run() -> None:
+def test_a_schedule_by_hand_has_a_steady_phase() -> None:
     tables = by_hand(5, near=2, far=2).compiled(overlap=True).tables
     assert tables.steady is not None
     assert run_with_steady(tables) == every_action_once(tables)
 
 
 def test_schedules_of_many_orders() -> None:
-    """With more or fewer on their way: a run or none, the same actions."""
+    """With more or fewer on their way: a steady phase or none, the same actions."""
     num_runs = num_without = 0
     for each_way, near, far in itertools.product((4, 6), (1, 2, 3), (1, 2, 3)):
         try:
@@ -316,7 +316,7 @@ assert SHORT.steady.num_beats == 2
 
 
 def exchange_weight_grads() -> Tables:
-    """Has the W's of two beats take each other's place on one rank."""
+    """Exchanges the W's of two beats on one rank."""
     tables = TABLES
     a, b = FIRST + 2, FIRST + 2 + 2 * TICKS_PER_BEAT
     for column in ("microbatch", "weight_residual", "stash"):
@@ -338,13 +338,13 @@ def renumber_chunks() -> Tables:
 
 
 def in_use(buffer: str) -> Tables:
-    """Has an I of rank 1 write a slot before the run that no W reads there."""
+    """Has an I of rank 1 write a slot before the steady phase that no W reads there."""
     tick = int(np.flatnonzero(TABLES.opcode[:FIRST, 1] == INPUT_GRAD)[-1])
     return change_cell(change(TABLES, idle=(buffer,)), buffer, tick, 1, 1)
 
 
 def deferred_in_run() -> Tables:
-    """Has an I of the run keep its W's operands in a slot of the deferred kind: legal tables."""
+    """Has an I of a beat keep its W's operands in a slot of the deferred kind: legal tables."""
     tables = dataclasses.replace(TABLES, num_slots={**TABLES.num_slots, "deferred": 1})
     opcodes = Opcode.INPUT_GRAD_DEFERRING, Opcode.WEIGHT_GRAD_DEFERRED
     for tick, opcode in zip((FIRST + 1, FIRST + 2), opcodes, strict=True):
@@ -444,7 +444,7 @@ def test_a_fault_shows_the_ticks_around() -> None:
 
 @st.composite
 def changed(draw) -> Tables:
-    """Draws a run with one field changed in one place."""
+    """Draws a steady phase with one entry of one field changed."""
     tables = tables_of(*draw(st.sampled_from(RUN_SIZES)))
     steady, ranks = tables.steady, st.integers(0, tables.num_ranks - 1)
     assert steady is not None
@@ -475,7 +475,7 @@ def changed(draw) -> Tables:
 
 @given(changed())
 @settings(max_examples=400, deadline=None)
-def test_what_the_verifier_accepts_runs_every_action_once(tables: Tables) -> None:
+def test_accepted_tables_run_every_action_once(tables: Tables) -> None:
     """A change that alters the actions that run is refused; the others are harmless."""
     try:
         verify_steady(tables)
@@ -486,7 +486,7 @@ def test_what_the_verifier_accepts_runs_every_action_once(tables: Tables) -> Non
 
 @given(st.sampled_from(RUN_SIZES), st.sampled_from(Tables.columns()), st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_changed_entry_of_a_run_is_refused(case: Any, column: str, data: Any) -> None:
+def test_a_changed_entry_of_a_steady_phase_is_refused(case: Any, column: str, data: Any) -> None:
     tables = tables_of(*case)
     assert tables.steady is not None
     ticks = range(tables.num_ticks)[tables.steady.ticks]

@@ -4,7 +4,7 @@ from dualpipe_jax._schedule.actions import Opcode
 from dualpipe_jax._schedule.generators.zb_h1 import zb_h1
 from tests.schedules_under_test import WIDE_SIZES, compiled
 
-# By hand: 1F1B, of which rank r puts off the first r W to the end.
+# By hand: 1F1B, where rank r defers the first r W to the end.
 BY_HAND = """
 0F0 0F1 0F2 | 0F3 0B0 0F4 0B1 0F5 0B2 | 0B3 0B4 0B5 |
 1F0 1F1 | 1F2 1I0 1F3 1B1 1F4 1B2 1F5 1B3 | 1B4 1B5 | 1W0
@@ -31,7 +31,7 @@ def test_idles_a_third_of_1f1b_in_its_memory(num_ranks):
         assert timeline.num_ticks <= plain.num_ticks, N
         for buffer in ("residual", "weight_residual"):
             assert timeline.num_slots[buffer] <= plain.num_slots[buffer] <= P, N
-        # The last rank puts off P - 1 weight grads, and has one more between its I and its W.
+        # The last rank defers P - 1 weight grads, and has one more between its I and its W.
         assert timeline.num_slots["stash"] == min(P, N), N
 
 
@@ -43,7 +43,7 @@ def test_every_rank_holds_as_many_activations():
 
 
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(2, 8), (4, 16), (8, 32), (5, 3)])
-def test_a_rank_puts_off_as_many_weight_grads_as_its_number(num_ranks, num_microbatches):
+def test_a_rank_defers_as_many_weight_grads_as_its_number(num_ranks, num_microbatches):
     """So that under rematerialisation no more of them recompute, however many microbatches."""
     tables = compiled("zb-h1", num_ranks, num_microbatches, stash_deferred=False).tables
     recomputes = tables.opcode == Opcode.WEIGHT_GRAD_DEFERRED

@@ -106,7 +106,7 @@ def rnn(params, x, ctx, *, wrap=lambda body: body, **kwargs):
 
 
 def stack(params, x, ctx, *, wrap=lambda body: body, **kwargs):
-    """Scans over layers; the weights are what is scanned over."""
+    """Scans over layers; the weights are the scanned operands."""
 
     def body(h, layer):
         return h + jnp.tanh(h @ layer["w"] + layer["b"]), None

@@ -278,7 +278,7 @@ def test_bfloat16():
     params = jax.tree.map(lambda a: a.astype(jnp.float32), P)
     # Sums in another order, in 8 bits.
     parts = checks.assert_equals_vjp(block, params, X.astype(jnp.bfloat16), rtol=2**-6)
-    # The casts of parameters are not kept.
+    # The casts of parameters are no residuals.
     assert all(a.shape == X.shape and a.dtype == jnp.bfloat16 for a in checks.passed_on(parts))
 
 

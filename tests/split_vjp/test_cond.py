@@ -35,7 +35,7 @@ def switch(params: Any, x: Any, ctx: Any) -> Any:
 
 
 def in_scan(params: Any, x: Any, ctx: Any, *, wrap: Any = lambda body: body) -> Any:
-    """A conditional in every iteration, on what the loop carries."""
+    """A conditional in every iteration, on the loop's carry."""
     return lax.scan(wrap(lambda h, _: (two_branches(params, h, ctx), None)), x, length=5)[0]
 
 
@@ -175,8 +175,8 @@ def test_no_weight_and_no_weight_gradient_is_kept(case, wrap):
     assert all(a.shape[-2:] != (D, D) for a in checks.passed_on(parts))
 
 
-def test_branches_share_places():
-    """Each branch hands on one value [T, D] and the cotangent: together they take as much."""
+def test_branches_share_stash_entries():
+    """Each branch stashes one value [T, D] and the cotangent: together they take as much."""
     parts = checks.split(two_branches, PARAMS, X)
     assert [a.shape for a in parts.stash if a.ndim == 2] == [(T, D)] * 2
 

@@ -11,7 +11,7 @@ from dualpipe_jax._split_vjp.graph import Constant, Node, When
 
 
 def node(outputs, inputs, name="redo"):
-    """Makes a node; one whose name holds "keep" may run early, "redo" late."""
+    """Makes a node: "keep" in its name admits the first phase, "redo" the second."""
     return Node(
         name=name,
         run=lambda *_: (),
@@ -56,7 +56,7 @@ def test_nodes_that_cannot_run_late_are_kept_and_those_that_cannot_run_early_are
 
 
 def test_a_value_after_a_late_node_cannot_be_kept():
-    # 3 is small, but its producer reads 2, which is made late only.
+    # 3 is small, but its producer reads 2, which only the second phase makes.
     chain = [node([1], [0], BOTH), node([2], [1], "redo"), node([3], [2], BOTH)]
     assert cut(chain, [3], [100, 90, 1, 1]) == {1}
 
@@ -74,7 +74,7 @@ def test_a_node_without_inputs_can_be_made_anywhere():
 
 
 def test_a_shared_input_is_kept_once():
-    # Both wanted values are made of 0; apart each is cheaper than it, together they are not.
+    # Both wanted values are made of 0; by itself each is cheaper than it, together they are not.
     nodes = [node([1], [0], BOTH), node([2], [0], BOTH)]
     assert cut(nodes, [1], [30, 20, 20]) == {1}
     assert cut(nodes, [1, 2], [30, 20, 20]) == {0}
@@ -123,7 +123,7 @@ def graphs(draw):
 
 
 def is_enough(kept, nodes, wanted, free):
-    """Whether the later phase can make `wanted` of the values kept and those at hand."""
+    """Whether the second phase can make `wanted` of the residuals and the values at hand."""
     made = set(kept) | set(free)
     for n in nodes:
         if "redo" in n.name and made.issuperset(n.reads):

@@ -58,7 +58,7 @@ def tensor_parallel(params: Any, x: Any, ctx: Any, *, check_vma: bool) -> Any:
 
 
 def gathered(params: Any, x: Any, ctx: Any, *, check_vma: bool) -> Any:
-    """Gathers a weight whose rows lie on the devices, and rounds it."""
+    """Gathers a weight whose rows are sharded over the devices, and rounds it."""
 
     def fn(up: Any, x: Any) -> Any:
         whole = lax.all_gather(up, "expert", axis=1, tiled=True)

@@ -1,4 +1,4 @@
-"""The split of whole blocks: equal to `jax.vjp`, no dot twice, nothing kept that need not be."""
+"""The split of whole blocks: equal to `jax.vjp`, no dot twice, no needless residual."""
 
 from typing import Any
 

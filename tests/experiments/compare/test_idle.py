@@ -1,4 +1,4 @@
-"""The comparison of idle time, small: what it counts, that its committed figures are reproduced."""
+"""The comparison of idle time, small: its counts, and that its committed figures are reproduced."""
 
 import functools
 import subprocess

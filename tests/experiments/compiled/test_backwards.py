@@ -1,4 +1,4 @@
-"""The experiment on full backwards: its figures, its tables, and what it refuses."""
+"""The experiment on full backwards: its figures, its tables, and its refusals."""
 
 import dataclasses
 from typing import Any
@@ -29,7 +29,7 @@ ROW = Row(
 )
 
 
-def test_what_is_compiled() -> None:
+def test_compiled_cases() -> None:
     sizes = {"widths": (1024, 2048), "layers": (2, 8), "tokens": 4096}
     ticks = backwards.cases("1f1b", **sizes)
     assert len(set(ticks)) == 12
@@ -53,7 +53,7 @@ def test_time_at_the_costs_of_a_row() -> None:
     )
     expected = full.makespan / apart.makespan - 1
     assert ROW.change_of_time("1f1b", ranks=4) == pytest.approx(expected)
-    # Under rematerialisation what ZB-H1 puts off costs more in both, so that the share is less.
+    # Under rematerialisation ZB-H1's deferred W cost more in both, so that the share is less.
     with_remat = dataclasses.replace(ROW, case=dataclasses.replace(CASE, remat="block"))
     changes = [row.change_of_time("zb-h1", ranks=4) for row in (ROW, with_remat)]
     assert changes[0] < changes[1] < 0
@@ -73,8 +73,8 @@ def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["beats"] == "| mlp | none | 128 | 2 | 1,525,000 | 1,275,000 | 1,024 | 512 | -2.0 |"
 
 
-def test_the_committed_figures_are_what_the_library_counts_with() -> None:
-    """The share of a full backward is the middle of what was compiled."""
+def test_the_library_counts_with_the_committed_figures() -> None:
+    """The share of a full backward is the middle of the compiled cases."""
     readme = documents.read_from(flags.README, name="ticks")
     lines = [line.strip("| ").split(" | ") for line in readme.splitlines()[2:]]
     assert len(lines) == 12

@@ -130,7 +130,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(
 
 
 def test_questions_share_their_compiles() -> None:
-    """A transformer beside a run of beats is asked for twice, for two tables."""
+    """A transformer beside a steady phase is asked for twice, for two tables."""
     sizes: Any = {"widths": (1024, 2048), "layers": (2,)}
     asked = backwards.cases("dualpipe", tokens=4096, **sizes)
     efficiency = overlap.cases("efficiency", **sizes)

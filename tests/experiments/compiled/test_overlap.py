@@ -1,4 +1,4 @@
-"""The proof of overlap, small: what is compiled, its figures, and that the README has them."""
+"""The proof of overlap, small: its cases, its figures, and that the README has them."""
 
 import dataclasses
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_no_token_sees_a_later_one(name: str) -> None:
     is_same = (np.asarray(out) == np.asarray(other)).all(axis=-1)
     assert is_same[:9].all()
     assert not is_same[9]
-    # Attention is what carries it further.
+    # Only attention carries it further.
     assert is_same[10:].all() == (name == "mlp")
 
 
