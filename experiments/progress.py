@@ -5,11 +5,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def bar(console: Console) -> Progress:
-    """Makes it; every task needs the field `what`, its current part."""
+    """Makes it; every task needs the field `label`, its current part."""
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[label]}"),
         console=console,
     )

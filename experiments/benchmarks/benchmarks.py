@@ -26,7 +26,7 @@ from experiments.train_lm.flags import POSITIVE
 
 TABLE = Path(__file__).with_name("table.md")
 # Float32 sums in another order: a few 1e-7 of the loss, some 1e-6 of a layer's gradient norm. A
-# layer left out, or one gradient in another's place, changes them by far more.
+# layer left out, or two gradients exchanged, changes them by far more.
 TOLERANCE = 1e-4
 
 
@@ -55,18 +55,20 @@ TOLERANCE = 1e-4
 )
 @click.option("--rounds", type=POSITIVE, default=5, help="Measured steps of each.")
 @click.option("--layers", type=POSITIVE, default=16, help="Over all stages.")
-@click.option("--width", type=POSITIVE, default=256, help="Of the residual stream.")
-@click.option("--heads", type=POSITIVE, default=8, help="Of the attention in each layer.")
+@click.option("--width", type=POSITIVE, default=256, help="Size of the residual stream.")
+@click.option("--heads", type=POSITIVE, default=8, help="Attention heads of each layer.")
 @click.option("--sequence", type=POSITIVE, default=128, help="Tokens that are read.")
 @click.option("--vocabulary", type=POSITIVE, default=1024, help="Different tokens.")
 @click.option("--microbatch-size", type=POSITIVE, default=2, help="Sequences of a microbatch.")
-@click.option("--microbatches-per-rank", type=POSITIVE, default=4, help="Of one step.")
+@click.option("--microbatches-per-rank", type=POSITIVE, default=4, help="Microbatches of one step.")
 @click.option(
     "--huge-pages/--small-pages",
     default=True,
     help="Whether all variants ask for their memory in huge pages, where the system has some.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of all random draws."
+)
 @flags.output("runs/benchmarks", results="the records and the table")
 @click.option("--write-table", is_flag=True, help="Put the table into table.md beside the script.")
 def main(
@@ -108,10 +110,10 @@ def main(
     with records, bar(console) as progress:
         _write(records, {"what": "run", **about})
         num_all = sum(map(len, races.values())) * (1 + rounds)
-        progress_task = progress.add_task("", total=num_all, what="")
+        progress_task = progress.add_task("", total=num_all, label="")
         # All workers of a race stay in memory; so one number of ranks and one remat at a time.
         for (num_ranks, remat), racers in races.items():
-            progress.update(progress_task, what=f"{num_ranks} ranks, remat {remat}")
+            progress.update(progress_task, label=f"{num_ranks} ranks, remat {remat}")
             results = [
                 racing.Result(
                     task=Task(
@@ -200,8 +202,8 @@ def _recorder(records: TextIO) -> racing.Record:
         if isinstance(came, str):
             _write(records, {"what": "failure", **of_task, "message": came})
         else:
-            what = type(came).__name__.lower()
-            _write(records, {"what": what, **of_task, **dataclasses.asdict(came)})
+            kind = type(came).__name__.lower()
+            _write(records, {"what": kind, **of_task, **dataclasses.asdict(came)})
 
     return record
 

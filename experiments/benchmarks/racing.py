@@ -130,11 +130,11 @@ def race(
     that fails is left out from there on; the others go on.
 
     Args:
-      results: The tasks to run, and the places of their answers.
+      results: The tasks to run, and the entries for their answers.
       num_rounds: Steps of each, beside the one that warms up.
       huge_pages: Whether workers ask for their memory in huge pages.
       logs: The folder for the workers' stderr.
-      record: Called with all that comes, as it comes: a stopped run leaves its figures.
+      record: Called with every answer, as it arrives: a stopped run leaves its figures.
     """
     with ExitStack() as stack:
         workers = {}

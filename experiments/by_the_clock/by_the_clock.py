@@ -55,11 +55,11 @@ def main(
     rows: list[report.Row] = []
     total = sum(len(task.programs) for task in all_tasks) * (1 + len(tasks.COSTS))
     with bar(console) as progress:
-        bar_task = progress.add_task("", total=total, what="")
+        bar_task = progress.add_task("", total=total, label="")
         for task in all_tasks:
 
             def show(text: str, *, done: int, task: tasks.Task = task) -> None:
-                progress.update(bar_task, what=f"{task.num_ranks} ranks: {text}", advance=done)
+                progress.update(bar_task, label=f"{task.num_ranks} ranks: {text}", advance=done)
 
             try:
                 measured = list(measure(task, show))

@@ -43,7 +43,7 @@ class Worker:
 
 @contextmanager
 def measuring(task: Task) -> Iterator[Iterator[Measured]]:
-    """Starts the workers of a task and gives their measurements as they come.
+    """Starts the workers of a task and gives their measurements as they arrive.
 
     None is left when the `with` ends, however it ends. Should this process be killed, their stdin
     ends, and they with it.

@@ -17,8 +17,8 @@ class Row:
       ranks: The processes of the pipeline.
       costs: A name of `tasks.COSTS`.
       schedule: Its name.
-      overlap: Whether its pairs overlap in a run of beats.
-      full_backward: Whether its input grads and weight grads run as one.
+      overlap: Whether its pairs overlap in a steady phase.
+      full_backward: Whether its backwards are full ones.
       clock: Measured, the median.
       predicted: By the replay, waiting as the program waits.
       ideal: By the replay, each rank waiting for nothing but the values that it reads.

@@ -76,7 +76,7 @@ def make_model(device: Device) -> dpj.Model:
     """Makes a model of layers `y = x * weights`; embedding and head do not sleep.
 
     Input grad and weight grad sleep in callbacks of their own, so that the library's split of the
-    backward takes them apart.
+    backward separates them.
     """
     forward, input_grad, weight_grad = (device.taking(action) for action in ACTIONS)
 

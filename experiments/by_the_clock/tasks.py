@@ -29,7 +29,7 @@ _MANY_RANKS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A schedule, with the run of beats that overlaps its pairs or without."""
+    """A schedule, with the steady phase that overlaps its pairs or without."""
 
     schedule: str
     overlap: bool
@@ -114,7 +114,7 @@ def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> dpj.Simula
     """Replays the program, placed by these costs; a neighbour's value arrives at once.
 
     Returns:
-      The faster replay of two: with input grads and weight grads apart, and with full backwards.
+      The faster replay of two: with split backwards, and with full ones.
     """
     replays = [
         dpj.simulate(
@@ -131,7 +131,7 @@ def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> dpj.Simula
 
 
 def _overlaps(name: str, *, num_ranks: int) -> tuple[bool, ...]:
-    """Lists those that differ: without a run of beats nothing overlaps."""
+    """Lists those that differ: without a steady phase nothing overlaps."""
     has_beats = len(_make(name, num_ranks=num_ranks).timeline(overlap=True).beats) > 0
     return (False, True) if has_beats else (False,)
 

@@ -11,7 +11,7 @@ import dualpipe_jax as dpj
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of a pre-norm decoder with an MLP four times as wide, and one sequence a microbatch."""
+    """The sizes of a pre-norm decoder, an MLP four times as wide, one sequence a microbatch."""
 
     layers: int
     width: int

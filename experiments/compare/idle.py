@@ -23,7 +23,7 @@ from experiments.progress import bar
 from experiments.train_lm import flags, pictures
 from experiments.train_lm.flags import POSITIVE
 
-# A hue a family: 1F1B's blue, two directions orange, the V olive; marks tell all apart.
+# A hue a family: 1F1B's blue, two directions orange, the V olive; marks distinguish all.
 LOOKS = {
     "gpipe": ("#6a6a6a", "x"),
     "1f1b": ("#8cc4ef", "o"),
@@ -41,7 +41,7 @@ class Row:
 
     Idle shares are of `ranks * makespan`: the published one (None where none is published), that of
     the replay at F = I = W = 1, at the transformer's costs, and with transfers beside; of the last
-    also whether a run of beats overlaps pairs, which part of it is uneven work, and the share
+    also whether a steady phase overlaps pairs, which part of it is uneven work, and the share
     without false waits; and that with full backwards.
     Activations, those that W reads, are in shares of a rank's layers, as parameter copies are.
     """
@@ -185,9 +185,9 @@ def _draw(panel: Axes, rows: Sequence[Row], name: str) -> None:
     type=POSITIVE,
     multiple=True,
     default=(1, 2, 4, 8),
-    help="Of a step, for each rank; once for each number.",
+    help="Microbatches of a step, for each rank; once for each number.",
 )
-@click.option("--layers", type=POSITIVE, default=64, help="Of the transformer.")
+@click.option("--layers", type=POSITIVE, default=64, help="Layers of the transformer.")
 @click.option("--width", type=POSITIVE, default=4096)
 @click.option("--context", type=POSITIVE, default=4096, help="Tokens of a microbatch.")
 @click.option("--heads", type=POSITIVE, default=32)
@@ -196,7 +196,7 @@ def _draw(panel: Axes, rows: Sequence[Row], name: str) -> None:
     "--transfer",
     type=click.FloatRange(min=0),
     default=0.14,
-    help="Of a value to a neighbour, in forwards of a layer.",
+    help="Time of a value to a neighbour, in forwards of a layer.",
 )
 @flags.output("runs/idle", results="the figures, the table and the picture")
 def main(
@@ -222,9 +222,9 @@ def main(
     rows: list[Row] = []
     asked = list(itertools.product(ranks, multiples, dpj.schedules.names()))
     with bar(console) as progress:
-        task = progress.add_task("", total=len(asked), what="")
+        task = progress.add_task("", total=len(asked), label="")
         for num_ranks, multiple, name in asked:
-            progress.update(task, what=f"{num_ranks} ranks: {name}")
+            progress.update(task, label=f"{num_ranks} ranks: {name}")
             rows.append(
                 replay(
                     name,

@@ -42,9 +42,9 @@ LOSS_TOLERANCE = 1e-4
     default=dpj.schedules.names(),
     text="To compare.",
 )
-@click.option("--microbatches", type=POSITIVE, default=16, help="Of one step.")
+@click.option("--microbatches", type=POSITIVE, default=16, help="Microbatches of one step.")
 @click.option(
-    "--steps", type=click.IntRange(min=2), default=20, help="Of each; the first is not timed."
+    "--steps", type=click.IntRange(min=2), default=20, help="Steps of each; the first is not timed."
 )
 @flags.language_model(context=64, layers=16, width=64)
 @flags.output("runs/compare", results="the figures, the table and the picture")
@@ -93,11 +93,11 @@ def main(
     contenders: list[measuring.Contender] = []
     rows: list[report.Row] = []
     with bar(console) as progress:
-        task = progress.add_task("", total=len(ranks) * len(names) * (1 + steps), what="")
+        task = progress.add_task("", total=len(ranks) * len(names) * (1 + steps), label="")
         for num_ranks in ranks:
             racing = []
             for name in names:
-                progress.update(task, what=f"{num_ranks} ranks: compiling {name}")
+                progress.update(task, label=f"{num_ranks} ranks: compiling {name}")
                 racing.append(
                     measuring.compile_contender(
                         name,
@@ -110,7 +110,7 @@ def main(
                     )
                 )
                 progress.advance(task)
-            progress.update(task, what=f"{num_ranks} ranks: training")
+            progress.update(task, label=f"{num_ranks} ranks: training")
             batches = data.batches(text.train, **windows)
             for _ in measuring.race(racing, batches, num_steps=steps):
                 progress.advance(task)

@@ -1,4 +1,4 @@
-"""Compares full backwards with input grads and weight grads apart, in programs for absent TPUs.
+"""Compares full backwards with split ones, in programs for absent TPUs.
 
 In: flags. Out, printed and in a folder: three tables. See README.md beside it.
 """
@@ -28,7 +28,7 @@ _WORDS = ("block", "remat")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A step with input grads and weight grads apart, and with full backwards."""
+    """A step with split backwards, and with full ones."""
 
     case: Case
     apart: Figures
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Cycles of a full backward over those of the two apart."""
+        """Cycles of a full backward over those of a split one."""
         apart = self.cycles("input_grad") + self.cycles("weight_grad")
         return self.cycles("full_backward") / apart
 
@@ -150,7 +150,7 @@ def main(
     output: Path,
     write_readme: bool,
 ) -> None:
-    """Compare full backwards with input grads and weight grads apart, in programs for TPUs."""
+    """Compare full backwards with split ones, in programs for TPUs."""
     flags.require_whole_heads(widths)
     compiles = flags.open_compiles(output)
     ticks = cases("1f1b", widths=widths, layers=layers, tokens=tokens)

@@ -69,8 +69,8 @@ class Figures:
       compute_seconds: How long its compute takes.
       arguments, temporaries, peak, needed: As in preflight's `Memory`, bytes of a device.
       fits: Whether the compiler took the step.
-      instructions: Of the program.
-      code_bytes: Of the program.
+      instructions: The number in the program.
+      code_bytes: The size of the program.
       compile_seconds: How long the compiler took.
       predicted_seconds: A step, as preflight predicts.
       terms: The sum of the library's own account of the step's memory, in bytes.

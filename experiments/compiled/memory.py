@@ -33,7 +33,7 @@ class Case:
       topology: As `dpj.preflight` takes it.
       schedule: One of `dpj.schedules.names()`, or `RECIPE` for GPipe as usually written in JAX.
       remat: `"none"` or `"block"`.
-      microbatches: Of a step.
+      microbatches: The number in a step.
       split_backward: As `dpj.Execution` takes it.
     """
 
@@ -93,7 +93,7 @@ class Row:
 
     Attributes:
       case: The step.
-      figures: Of its program.
+      figures: The figures of its program.
     """
 
     case: Case
@@ -158,7 +158,7 @@ def cases(sizes: Case, schedules: Sequence[str], remats: Sequence[str]) -> list[
 @click.option(
     "--split-backward/--no-split-backward",
     default=True,
-    help="Whether input grads and weight grads run apart; else layer by layer.",
+    help="Whether backwards are split; else full, layer by layer.",
 )
 @flags.output
 @flags.write_readme

@@ -107,8 +107,8 @@ class Family:
     Attributes:
       block: `(params, x, ctx) -> x`, x `[..., width]`.
       shapes: `width -> ` the shapes of a layer's parameters.
-      spread: The parameters that lie over a manual axis `"expert"`, over which the block has
-        all-to-alls; none without.
+      spread: The parameters that are sharded over a manual axis `"expert"`, over which the block
+        has all-to-alls; none without.
       is_half: Whether parameters are bfloat16 and norms have no gain; else float32, with gains.
       window: Tokens of a window; None if a microbatch is one row of tokens.
     """
@@ -136,7 +136,7 @@ class Family:
         }
 
     def specs(self, *axes: str | None) -> Any:
-        """Says how parameters lie, layers over the axes and experts over theirs."""
+        """Gives the specs of parameters: layers over the axes and experts over theirs."""
         whole, spread = PartitionSpec(*axes), PartitionSpec(*(axes or (None,)), "expert")
         blocks = {name: spread if name in self.spread else whole for name in self.shapes(1)}
         return {"ends": PartitionSpec(), "blocks": blocks}

@@ -25,7 +25,7 @@ class Step:
       fn: The step.
       args: Shapes, dtypes and shardings of its arguments.
       mesh: The mesh.
-      options: Of the compiler; None for `dpj.compiler_options`.
+      options: The compiler's; None for `dpj.compiler_options`.
       memory: The library's own account of the step's memory (`grad_fn.memory`), if asked.
     """
 
@@ -45,7 +45,7 @@ class Case:
       ranks: The size of the pipeline axis.
       beside: The size of the other axis: `"expert"` if the block has experts, else `"data"`.
       family: One of `models.FAMILIES`.
-      width: Of the residual stream.
+      width: The size of the residual stream.
       layers: A stage.
       tokens: A microbatch has, on one device.
       schedule: One of `dpj.schedules.names()`.

@@ -28,7 +28,9 @@ from experiments.train_lm.training import make_optimizer
 @click.option("--schedule", type=click.Choice(dpj.schedules.names()), default="dualpipe")
 @click.option("--ranks", type=POSITIVE, default=2, help="Devices of the pipeline.")
 @click.option("--expert-devices", type=POSITIVE, default=2, help="Over which experts are spread.")
-@click.option("--microbatches", type=POSITIVE, default=4, help="Of a step, on each of these.")
+@click.option(
+    "--microbatches", type=POSITIVE, default=4, help="Microbatches of a step, on each of these."
+)
 @click.option("--steps", type=POSITIVE, default=400, help="Updates of the parameters, in each run.")
 @flags.language_model(context=128, layers=8, width=64)
 @click.option(

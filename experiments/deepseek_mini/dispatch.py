@@ -38,7 +38,7 @@ def every_expert(x: jax.Array, routing: Routing, kernels: Kernels) -> jax.Array:
     Args:
       x: [tokens, width].
       routing: As of `routing.route`.
-      kernels: Of all experts.
+      kernels: Those of all experts.
     """
     num_experts = len(kernels["up"])
     is_chosen = jax.nn.one_hot(routing.experts, num_experts, dtype=routing.gates.dtype)
@@ -69,7 +69,7 @@ def with_capacity(
     Args:
       x: [tokens, width], this device's.
       routing: Theirs.
-      kernels: Of this device's experts.
+      kernels: Those of this device's experts.
       num_experts: On all devices.
       capacity: Slots for each expert.
       axis: The mesh axis of the experts; None if all are here.
@@ -90,7 +90,7 @@ def with_capacity(
     choice_of_slot = _inverse(slot, order, num_slots, missing=num_choices)
     # Slots are empty, and choices dropped.
     holes = {"has_holes": True, "inverse_has_holes": True}
-    # Of tokens: which one is in each slot, and in which slots each one is.
+    # The token in each slot, and the slots of each token.
     token, slots = choice_of_slot[:, None] // num_chosen, slot_of_choice.reshape(-1, num_chosen)
 
     def to_experts(sent: jax.Array) -> jax.Array:  # [slots, ...] to [local, slots, ...]
@@ -121,7 +121,7 @@ def dropless(
     Args:
       x: [tokens, width], this device's.
       routing: Theirs.
-      kernels: Of this device's experts.
+      kernels: Those of this device's experts.
       num_experts: On all devices.
       axis: The mesh axis of the experts; None if all are here.
       is_ragged: Whether only filled slots are sent, by `jax.lax.ragged_all_to_all`, and not the
@@ -136,7 +136,7 @@ def dropless(
     gates = routing.gates.reshape(-1)
     gates = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
     place = jnp.arange(num_choices, dtype=jnp.int32)
-    # Sorted by expert: which token is in each place, and in which places each one is.
+    # Sorted by expert: the token at each index, and the indices of each token.
     place_of_choice = _inverse(order, place, num_choices)
     token, places = order[:, None] // num_chosen, place_of_choice.reshape(-1, num_chosen)
     if axis is None:
@@ -168,7 +168,7 @@ def dropless(
     gates = gates.reshape(-1)
     their_counts, their_starts = theirs[:, :-1], theirs[:, -1]
     their_sizes = their_counts.sum(1, dtype=jnp.int32)
-    # For each device: where its rows begin, how many, where they are put, how many come back.
+    # For each device: where its rows begin, how many, where they are put, how many are sent back.
     to_me = jnp.full_like(sizes, limit) * lax.axis_index(axis)
     from_me = jnp.arange(num_devices, dtype=jnp.int32) * limit
     there = (_starts(sizes), sizes, to_me, their_sizes)
@@ -208,7 +208,7 @@ def swiglu(x: jax.Array, kernels: Kernels, gates: jax.Array) -> jax.Array:
 
     Args:
       x: [experts, rows, width].
-      kernels: Of these experts.
+      kernels: Those of these experts.
       gates: [experts, rows].
     """
     gate, up, down = (kernels[name].astype(x.dtype) for name in ("gate", "up", "down"))
@@ -244,7 +244,7 @@ def take_rows(
       index: int32[taken, n], which rows each one that is made is the sum of.
       inverse: int32[rows, m], where in `index` each row stands; `taken` for places that it has
         not.
-      has_holes: Whether there are to be zeros; without, any row may stand in their place, and the
+      has_holes: Whether there are to be zeros; without, any row may replace them, and the
         result is not read and written once more.
       inverse_has_holes: The same of the derivative.
     """
@@ -317,11 +317,11 @@ def send_ragged(
 
     Args:
       axis: The mesh axis.
-      num_rows: Of `values` and of the received rows.
+      num_rows: The number of `values` and of received rows.
       values: [num_rows[0], width].
       there: For each device, int32[devices]: where its rows begin, how many, where they go to in
         its memory, and how many it sends here.
-      back: The same for the way back: from the received rows to their places in `values`.
+      back: The same for the way back: from the received rows to their indices in `values`.
     """
     del back
     received = lax.empty((num_rows[1], values.shape[1]), values.dtype)

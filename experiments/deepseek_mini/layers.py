@@ -47,11 +47,11 @@ class LatentAttention(nn.Module):
 
     Attributes:
       heads: Their number.
-      head_size: Of a head's query and key without position, and of its value.
-      rotary_size: Of its rotary query, and of the rotary key.
-      latent_size: Of the latent behind keys and values.
-      query_latent_size: Of the latent behind queries.
-      dtype: Of the compute.
+      head_size: The size of a head's query and key without position, and of its value.
+      rotary_size: The size of its rotary query, and of the rotary key.
+      latent_size: The size of the latent behind keys and values.
+      query_latent_size: The size of the latent behind queries.
+      dtype: The dtype of the compute.
     """
 
     heads: int
@@ -129,7 +129,7 @@ class MixtureOfExperts(nn.Module):
       capacity_factor: How many times the mean load an expert has room for; None for all there is.
       axis: The mesh axis over which the experts are spread; None if all are here.
       is_ragged: Whether dropless exchanges are ragged.
-      dtype: Of the compute.
+      dtype: The dtype of the compute.
     """
 
     experts: int
@@ -201,7 +201,7 @@ class Layer(nn.Module):
     Attributes:
       attention: `x -> x`.
       feed_forward: `x -> x`, or `x -> (x, Aux)`.
-      dtype: Of the compute.
+      dtype: The dtype of the compute.
     """
 
     attention: nn.Module

@@ -25,10 +25,10 @@ class Ends(nn.Module):
     """The parameters outside the layers: embedding, output, and multi-token prediction.
 
     Attributes:
-      width: Of the residual stream.
+      width: The size of the residual stream.
       layer: The transformer block of the prediction of the token after the next, a dense one.
       vocabulary: Its size.
-      dtype: Of the compute.
+      dtype: The dtype of the compute.
     """
 
     width: int
@@ -90,22 +90,22 @@ class DeepSeekMini:
     Attributes:
       dense_layers: The first ones.
       expert_layers: Those behind them.
-      width: Of the residual stream.
-      heads: Of the attention.
+      width: The size of the residual stream.
+      heads: The number of attention heads.
       head_size: Without position.
       rotary_size: With.
-      latent_size: Of the latent behind keys and values.
-      query_latent_size: Of the latent behind queries.
-      hidden: Of a dense layer's feed-forward network.
+      latent_size: The size of the latent behind keys and values.
+      query_latent_size: The size of the latent behind queries.
+      hidden: The hidden units of a dense layer's feed-forward network.
       experts: Routed ones of an expert layer.
       chosen: Routed ones a token.
-      expert_hidden: Of each of them, and of the shared one.
-      scale: Of the gates.
+      expert_hidden: The hidden units of each of them, and of the shared one.
+      scale: The factor of the gates.
       balance_loss: The sequence-wise balance loss's factor.
       mtp_weight: The factor of the loss of multi-token prediction, the report's lambda.
       capacity_factor: As of `MixtureOfExperts`.
       vocabulary: Tokens there are.
-      dtype: Of the compute.
+      dtype: The dtype of the compute.
     """
 
     dense_layers: int = 1
@@ -174,7 +174,7 @@ class DeepSeekMini:
         )
 
     def param_specs(self, params: Any, axis: str) -> Any:
-        """Says how parameters lie over the axis of the experts: their kernels by expert."""
+        """Gives the specs of parameters over the axis of the experts: their kernels by expert."""
 
         def spec(path: Any, leaf: Any) -> PartitionSpec:
             is_routed = _names(path)[-3:-1] in [

@@ -47,17 +47,17 @@ class Case:
     """Tells of one step.
 
     Attributes:
-      what: In a few words.
+      label: The step in a few words.
       sizes: The model.
-      rows: Of a microbatch on one device.
+      rows: The rows of a microbatch on one device.
       context: Tokens of a row.
-      num_microbatches: Of a step, on each device of the experts.
+      num_microbatches: The microbatches of a step, on each device of the experts.
       tpu_options: XLA's, beside `dpj.compiler_options("tpu")`.
       topology: As `dpj.preflight` takes it.
       axes: The mesh.
     """
 
-    what: str
+    label: str
     sizes: DeepSeekMini
     rows: int = 4
     context: int = 1024
@@ -100,23 +100,23 @@ class Case:
 
 
 CASES = {
-    "capacity": Case(what="expert layers alone, capacity 1.25", sizes=CAPACITY, tpu_options=COVER),
+    "capacity": Case(label="expert layers alone, capacity 1.25", sizes=CAPACITY, tpu_options=COVER),
     "dropless": Case(
-        what="expert layers alone, one a stage, dropless, ragged all-to-alls",
+        label="expert layers alone, one a stage, dropless, ragged all-to-alls",
         sizes=replace(CAPACITY, expert_layers=4, capacity_factor=None),
         tpu_options=COVER,
     ),
     "dense-first": Case(
-        what="a dense layer before seven of experts, capacity 1.25",
+        label="a dense layer before seven of experts, capacity 1.25",
         sizes=replace(CAPACITY, dense_layers=1, expert_layers=7),
     ),
 }
 
 
-def describe(what: str, figures: Figures) -> str:
+def describe(label: str, figures: Figures) -> str:
     """Counts the collectives of a trip: how many are asynchronous, and how many are hidden."""
     if figures.loop is None:
-        return f"{what}: no loop to look at{'' if figures.fits else ', as it does not fit'}"
+        return f"{label}: no loop to look at{'' if figures.fits else ', as it does not fit'}"
     counts = [
         f"{each.total} {kind} ({each.num_async} asynchronous, {each.num_hidden} hidden)"
         for kind, each in figures.counts.items()
@@ -125,16 +125,16 @@ def describe(what: str, figures: Figures) -> str:
         "?" if seconds is None else f"{seconds * 1e6:,.0f}"
         for seconds in (figures.exposed_seconds, figures.compute_seconds)
     )
-    return f"{what}: {', '.join(counts)}; {exposed} us exposed beside {compute} of compute"
+    return f"{label}: {', '.join(counts)}; {exposed} us exposed beside {compute} of compute"
 
 
 def run(topology: str, *, console: Console) -> None:
     """Compiles the cases and prints the report of each."""
     lines = []
     for name, case in CASES.items():
-        with console.status(f"compiling: {case.what}"):
+        with console.status(f"compiling: {case.label}"):
             figures = compile_case(replace(case, topology=topology))
-        console.rule(case.what)
+        console.rule(case.label)
         console.print(figures.text, markup=False)
         lines.append(describe(f"{name:12}", figures))
     console.rule("a trip of the loop")

@@ -91,9 +91,9 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
         trained = [row for row in of_rate if row.main is not None]
         steps = [row.step for row in trained]
         lines = ("main", _MAIN, "next byte"), ("mtp", _MTP, "byte after it")
-        for name, color, what in lines if trained else ():
+        for name, color, line in lines if trained else ():
             values = _smooth(np.array([getattr(row, name) for row in trained]))
-            label = f"{what}, bias rate {rate:g}"
+            label = f"{line}, bias rate {rate:g}"
             losses.plot(steps, values, color=color, linewidth=1.2, linestyle=style, label=label)
         held_out = [(r.step, r.held_out) for r in of_rate if r.held_out is not None]
         marker = "o" if style == "-" else "x"

@@ -148,8 +148,8 @@ def fit(
         )
         return loss
 
-    what = f"bias rate {rate:g}"
-    task = progress.add_task("", total=steps, what=what)
+    label = f"bias rate {rate:g}"
+    task = progress.add_task("", total=steps, label=label)
     log.add(Row(rate=rate, step=0, held_out=evaluate(0), seconds=0.0))
     for index in range(1, steps + 1):
         state, figures = step(state, next(batches), np.float32(rate))
@@ -166,7 +166,7 @@ def fit(
             seconds=time.perf_counter() - start,
         )
         log.add(row)
-        progress.update(task, advance=1, what=f"{what}, loss {main:.3f}")
+        progress.update(task, advance=1, label=f"{label}, loss {main:.3f}")
         if not np.isfinite(main + mtp):
             raise FloatingPointError(
                 f"the losses are {main} and {mtp} at step {index}; lower the learning rate"

@@ -68,8 +68,8 @@ class Bytes:
       parameters: Between steps.
       gradients: As the optimizer gets them.
       state: Adam's two moments, between steps.
-      temporaries: Of the step beside parameters and state, by the compiler's account; gradients
-        are part of them.
+      temporaries: Memory of the step beside parameters and state, by the compiler's account;
+        gradients are part of it.
     """
 
     parameters: int

@@ -16,7 +16,7 @@ HELD_OUT = 0.1  # of the files, or of a file that stands alone
 # Beside the library proper: installed packages, tests, and generated tables of characters.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 
-# A file's name, relative to the folder that was read, and where it lies.
+# A file's name, relative to the folder that was read, and its path.
 File = tuple[str, Path]
 
 
@@ -68,17 +68,17 @@ def read(path: Path | None, *, min_length: int) -> Text:
     if len(files) > 1:
         sides = split(files)
         train, held_out = map(_join, sides)
-        what = f"{len(sides[1])} of {len(files)} files"
+        label = f"{len(sides[1])} of {len(files)} files"
     else:
         text = _join(files)
         cut = round(len(text) * (1 - HELD_OUT))
-        train, held_out, what = text[:cut], text[cut:], "the last tenth"
+        train, held_out, label = text[:cut], text[cut:], "the last tenth"
     if min(len(train), len(held_out)) < min_length:
         raise ValueError(
             f"too little text: {len(train)} bytes to train on and {len(held_out)} held out "
-            f"({what}), but a window takes {min_length}; give more text or a shorter context"
+            f"({label}), but a window takes {min_length}; give more text or a shorter context"
         )
-    summary = f"{len(train):,} bytes to train on, {len(held_out):,} held out ({what})"
+    summary = f"{len(train):,} bytes to train on, {len(held_out):,} held out ({label})"
     return Text(train=train, held_out=held_out, summary=summary)
 
 

@@ -43,8 +43,8 @@ def language_model(*, context: int, layers: int, width: int) -> Callable[..., An
             "--context", type=POSITIVE, default=context, help="Bytes that a prediction looks at."
         ),
         click.option("--layers", type=POSITIVE, default=layers, help="Over all stages."),
-        click.option("--width", type=POSITIVE, default=width, help="Of the residual stream."),
-        click.option("--heads", type=POSITIVE, default=4, help="Of the attention in each layer."),
+        click.option("--width", type=POSITIVE, default=width, help="Size of the residual stream."),
+        click.option("--heads", type=POSITIVE, default=4, help="Attention heads of each layer."),
         click.option(
             "--learning-rate",
             type=PositiveFloat(),
@@ -52,7 +52,7 @@ def language_model(*, context: int, layers: int, width: int) -> Callable[..., An
             help="At its peak, after warm-up.",
         ),
         click.option(
-            "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random draws."
+            "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of all random draws."
         ),
     )
 

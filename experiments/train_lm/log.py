@@ -36,7 +36,7 @@ COLUMNS = {f.name: operator.attrgetter(f.name) for f in dataclasses.fields(Row)}
 
 
 class Log:
-    """Keeps the rows, and writes each as it comes: a stopped run leaves its own.
+    """Keeps the rows, and writes each as it is made: a stopped run leaves its own.
 
     Attributes:
       rows: All until now.

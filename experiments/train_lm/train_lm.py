@@ -36,14 +36,14 @@ SAMPLE_BYTES = 500
     show_default=f"all accelerators, or {DEFAULT_RANKS} without one",
     help="Devices of the pipeline; fake CPU devices where there is no accelerator.",
 )
-@click.option("--microbatches", type=POSITIVE, default=8, help="Of one step.")
+@click.option("--microbatches", type=POSITIVE, default=8, help="Microbatches of one step.")
 @click.option("--steps", type=POSITIVE, default=500, help="Updates of the parameters.")
 @flags.language_model(context=128, layers=8, width=96)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
-    help="Of the compute; parameters, their gradients and AdamW stay in float32.",
+    help="The dtype of the compute; parameters, their gradients and AdamW stay in float32.",
 )
 @flags.text_and_results(folder="runs/train_lm", results="the log, the pictures and the sample")
 @click.option("--prompt", default="def ", help="The text that the sample at the end continues.")

@@ -547,7 +547,7 @@ def test_experts_that_do_not_divide_are_refused() -> None:
 def test_preflight_counts_the_exchanges_of_the_steady_loop() -> None:
     """Compiled for CPUs, which hide nothing."""
     case = preflight.Case(
-        what="tiny",
+        label="tiny",
         sizes=replace(TINY, dense_layers=0, expert_layers=2, capacity_factor=1.0),
         rows=1,
         context=4,
