@@ -122,14 +122,14 @@ def test_terms_add_up_to_the_carried_buffers(
     )
     assert terms["received x and cotangents"] == bytes_of(state.received)
     for name, buffers in (
-        ("residuals for I", state.residual),
-        ("residuals for I and W", state.weight_residual),
-        ("stashes for W", state.stash),
+        ("residuals for I", state.slots["residual"]),
+        ("residuals for I and W", state.slots["weight_residual"]),
+        ("stashes for W", state.slots["stash"]),
     ):
         assert terms.get(name, 0) == bytes_of(buffers), name
     recomputes = remat == "block" and execution.deferred != "store"
     of_deferred = "inputs of deferred W that recompute" if recomputes else "stashes for deferred W"
-    assert terms.get(of_deferred, 0) == bytes_of(state.deferred)
+    assert terms.get(of_deferred, 0) == bytes_of(state.slots["deferred"])
     assert (terms.get(OF_FULL_BACKWARD, 0) > 0) == full_backward
     assert full_backward == (terms.get("stashes for W", 0) == 0)
     assert terms["between ranks"] == bytes_of(state.messages)

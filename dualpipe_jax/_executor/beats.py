@@ -184,8 +184,8 @@ class Beat:
             else:
                 dx = None if item.actions == "W" else flow.dx
                 is_full = item.actions == "IW"
-                layer_buffers = replace(work, stores=()) if is_full else work
-                state, dx = run_backward(layer_buffers, item.actions, state, dx, True)
+                work_of_item = replace(work, stores=()) if is_full else work
+                state, dx = run_backward(work_of_item, item.actions, state, dx, True)
                 flow = flow if dx is None else flow._replace(dx=dx)
         return state
 

@@ -1,4 +1,4 @@
-"""The order of layers inside a tick and inside a beat, as lists that one interpreter runs.
+"""The order of layers inside a beat, as lists that `beats.Beat` runs, and inside a tick, as drawn.
 
 An order names F, I and W of the layers of a stage, and in a beat where its transfers start and
 end. `F0` is the forward of the stage's first layer; `W1@send` waits for the start of the transfers,
