@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import GetAttrKey
 
 import dualpipe_jax as dpj
 from dualpipe_jax._api import build
@@ -317,10 +318,21 @@ jax.tree_util.register_pytree_node(
 )
 
 
-@pytest.mark.parametrize("make", [OrderedDict, flax.core.freeze, WithoutKeys])
+class Attributes(dict):
+    """A mapping whose children are attributes to a pytree."""
+
+
+jax.tree_util.register_pytree_with_keys(
+    Attributes,
+    lambda node: (tuple((GetAttrKey(k), v) for k, v in node.items()), tuple(node)),
+    lambda keys, children: Attributes(zip(keys, children, strict=True)),
+)
+
+
+@pytest.mark.parametrize("make", [OrderedDict, flax.core.freeze, WithoutKeys, Attributes])
 def test_gradients_have_the_structure_of_any_blocks(make: Any) -> None:
-    params = make_params("DM")
+    params = make_params("DMS")
     params = {**params, "blocks": make(params["blocks"])}
-    grad_fn = dpj.value_and_grad(make_kinds("DM"), mesh=make_mesh(2), num_microbatches=2)
+    grad_fn = dpj.value_and_grad(make_kinds("DMS"), mesh=make_mesh(2), num_microbatches=2)
     _, grads = jax.eval_shape(grad_fn, params, make_batch(2))
     assert jax.tree.structure(grads) == jax.tree.structure(params)

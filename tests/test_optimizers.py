@@ -258,7 +258,10 @@ def test_combining_parameters_is_refused(tx: Any) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"layers": np.ones((2, 3))}, r"(?s)blocks='blocks': must be the key .*params\['layers'\] is an array"),
+        (
+            {"layers": np.ones((2, 3))},
+            r"(?s)blocks='blocks': must be the key .*params\['layers'\] is an array",
+        ),
         ({"ends": (), "blocks": {"scale": np.ones(())}}, r"(?s)params: every .*\['scale'\] is an"),
     ],
 )

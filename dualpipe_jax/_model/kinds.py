@@ -142,27 +142,25 @@ def put_stacks(model: Model, blocks: PyTree, stacks: dict[Kind, PyTree]) -> PyTr
 
 def parts_of(mapping: Mapping) -> dict[Any, PyTree]:
     """Lists the children of a mapping as a pytree: a FrozenDict indexes to others than these."""
-    return dict(_children(mapping)[0])
+    children, numbers, _ = _children(mapping)
+    return {key: children[number] for key, number in numbers.items()}
 
 
 def with_values(mapping: Mapping, values: Mapping[Any, PyTree]) -> Any:
     """Returns a mapping of the same type, a pytree, with other values for its keys."""
-    children, structure = _children(mapping)
-    return structure.unflatten([values[key] for key, _ in children])
+    children, numbers, structure = _children(mapping)
+    new = list(children)
+    for key, number in numbers.items():
+        new[number] = values[key]
+    return structure.unflatten(new)
 
 
-def _children(mapping: Mapping) -> tuple[list[tuple[Any, PyTree]], Any]:
-    entries, structure = jax.tree_util.tree_flatten_with_path(
-        mapping, is_leaf=lambda node: node is not mapping
-    )
-
-    def key_of(path: Any, child: PyTree) -> Any:
-        if not isinstance(path[0], jax.tree_util.FlattenedIndexKey):
-            return path[0].key
-        # The type of the mapping is registered without keys.
-        return next(key for key in mapping if mapping[key] is child)
-
-    return [(key_of(path, child), child) for path, child in entries], structure
+def _children(mapping: Mapping) -> tuple[list[PyTree], dict[Any, int], Any]:
+    """Lists a mapping's children, the number of each key's among them, and the structure."""
+    children, structure = jax.tree.flatten(mapping, is_leaf=lambda node: node is not mapping)
+    # As the mapping indexes them: its type may be registered without keys.
+    numbered = structure.unflatten(range(len(children)))
+    return children, {key: numbered[key] for key in mapping}, structure
 
 
 def replicate_layers_dim(stack: PyTree) -> PyTree:
