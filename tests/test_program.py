@@ -356,11 +356,14 @@ def test_dead_values_are_never_read_by_full_backwards(
 ) -> None:
     """In a row and in a loop; stashes are kept for deferred weight grads alone."""
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=5)
+    whole_stages = frozenset() if in_halves else frozenset(range(schedule.num_stages))
+    made = compile_program(
+        schedule.program, stash_deferred=False, full_backward=True, whole_stages=whole_stages
+    )
+    assert (Opcode.BACKWARD_UPPER in made.tables.opcodes) == in_halves
     assert_dead_values_are_never_read(
         schedule,
-        tables=compile_program(
-            schedule.program, stash_deferred=False, full_backward=in_halves
-        ).tables,
+        tables=made.tables,
         num_layers=num_layers,
         execution=dpj.Execution(split_backward=False, deferred="store"),
     )

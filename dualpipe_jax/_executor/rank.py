@@ -20,7 +20,7 @@ from dualpipe_jax._leaves.explicit_axes import device_kind_of, platform_of
 from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind, kinds_of
 from dualpipe_jax._model.types import Context, Model, PyTree
-from dualpipe_jax._schedule.actions import DEFERRED
+from dualpipe_jax._schedule.actions import DEFERRED, Opcode
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
 
@@ -71,6 +71,14 @@ class Settings:
     output: Callable[..., PyTree] | None = None
     placement: str = ""
     poison: bool = False
+
+    def __post_init__(self) -> None:
+        opcode, steady = self.tables.opcode, self.tables.steady
+        in_ticks = opcode if steady is None else np.delete(opcode, steady.ticks, axis=0)
+        split = Opcode.INPUT_GRAD, Opcode.WEIGHT_GRAD
+        full = Opcode.BACKWARD, Opcode.BACKWARD_UPPER, Opcode.BACKWARD_LOWER
+        others = split if self.full_backward else full
+        assert not np.isin(in_ticks, others).any(), "the tables have backwards of the other form"
 
     @cached_property
     def stages(self) -> Stages:
