@@ -57,8 +57,7 @@ def of_model(flax_model: Model) -> Any:
     )
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "1f1b"])
-def test_a_model_with_layers_by_name_is_taken_as_it_is(schedule: str) -> None:
+def test_a_model_with_layers_by_name_is_taken_as_it_is() -> None:
     flax_model, tokens = Model(), tokens_of(8)
     params = flax_model.init(jax.random.key(0), tokens)["params"]
     want = jax.jit(
@@ -66,9 +65,7 @@ def test_a_model_with_layers_by_name_is_taken_as_it_is(schedule: str) -> None:
             lambda params: loss_of(flax_model.apply({"params": params}, tokens), tokens)
         )
     )(params)
-    grad_fn = dpj.value_and_grad(
-        of_model(flax_model), mesh=mesh_of(), num_microbatches=4, schedule=schedule
-    )
+    grad_fn = dpj.value_and_grad(of_model(flax_model), mesh=mesh_of(), num_microbatches=4)
     canonical = dpj.linen.to_canonical(params, "layers_{}")
     loss, grads = jax.jit(grad_fn)(canonical, tokens)
     assert_close((loss, dpj.linen.to_flax(grads, "layers_{}")), want)

@@ -65,8 +65,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["dualpipe", "zb-h1"])
-def test_a_train_state_steps_as_that_of_the_model_itself(schedule: str) -> None:
+def test_a_train_state_steps_as_that_of_the_model_itself() -> None:
     """Three steps, of unlike batches: parameters, scales, histories, and the optimizer's state."""
     gpt, tx = Model(), optax.adamw(1e-2)
     batches = [(tokens_of(8) + i) % VOCABULARY for i in range(3)]
@@ -81,7 +80,7 @@ def test_a_train_state_steps_as_that_of_the_model_itself(schedule: str) -> None:
         return state.apply_gradients(grads=grads), loss
 
     model = dpj.linen.model(embed=gpt.embed, block=Layer(), head=gpt.head, loss=loss_of)
-    grad_fn = dpj.value_and_grad(model, mesh=mesh_of(), num_microbatches=4, schedule=schedule)
+    grad_fn = dpj.value_and_grad(model, mesh=mesh_of(), num_microbatches=4)
 
     @jax.jit
     def step(state: Any, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
