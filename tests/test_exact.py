@@ -165,6 +165,8 @@ def test_equals_sequential(case: dict[str, Any]) -> None:
         metrics = result[1].blocks
         np.testing.assert_array_equal(metrics["one"], [N * num_shards] * sum(stages))
         assert (metrics["dead"].dtype, metrics["any"].dtype) == (jnp.int64, jnp.int32)
+        is_replicated = metrics["dead"].sharding.is_fully_replicated
+        assert is_replicated == (P == 1 or sum(stages) % P != 0)
     # A gradient that the model does not have is zero, not small; and no layer was dropped. Each
     # stack is sharded over the ranks if its own layers divide.
     assert not np.asarray(grads["ends"]["unused"]).any()

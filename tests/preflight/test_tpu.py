@@ -133,7 +133,7 @@ def test_no_loop_copies_a_slot_buffer(
     """Attentions, whose contractions want their operands and results in several layouts.
 
     Queries, keys and values are parts of one projection or three. All of these copied buffers of
-    1 to 10 MiB before slots and their entries had one layout, as without `order.row_major`.
+    1 to 10 MiB before slots and their entries had one layout, as without `row_major`.
     """
     rows, length, width = 4, 128, 256  # of a microbatch
     sizes: dict[str, Any] = {"layers": 4 * layers, "width": width, "heads": width // 128}
