@@ -5,11 +5,9 @@ Nothing here compiles: `jax.eval_shape` traces the step, as `jax.jit` would.
 
 import inspect
 import re
-from collections import OrderedDict
 from dataclasses import fields, replace
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,7 @@ from jax import P
 from jax.ad_checkpoint import checkpoint_name
 
 import dualpipe_jax as dpj
+from tests.mappings import MAPPINGS
 
 D = 4
 MESH = jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2])
@@ -783,9 +782,11 @@ def test_errors_do_not_depend_on_the_mesh(mesh_types):
 
 def test_gradients_have_the_structure_of_any_params():
     """A dict of another type comes back as that type, as from `jax.grad`."""
-    for make in (OrderedDict, flax.core.freeze):
+    evaluate = dpj.evaluate(MODEL, mesh=MESH, num_microbatches=2)
+    for make in MAPPINGS:
         params = make(PARAMS)
         assert jax.tree.structure(trace(params=params)[1]) == jax.tree.structure(params)
+        assert jax.eval_shape(evaluate, params, BATCH).shape == ()
 
 
 @pytest.mark.parametrize("mesh_types", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])

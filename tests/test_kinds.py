@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import GetAttrKey
 
 import dualpipe_jax as dpj
 from dualpipe_jax._api import build
@@ -22,6 +21,7 @@ from dualpipe_jax._executor import Step
 from dualpipe_jax._model.kinds import blocks_of
 from tests.cheap_keys import make_key
 from tests.kinds import BLOCKS, HIDDEN, NUM_EXPERTS, dense, layout_of, make_kinds, make_params, moe
+from tests.mappings import MAPPINGS
 from tests.models import (
     LENGTH,
     ROWS,
@@ -307,29 +307,7 @@ def test_mistake_is_explained(mistake: str, entry: str) -> None:
     assert not missing, f"the message is:\n{raised.value}"
 
 
-class WithoutKeys(dict):
-    """A mapping whose children have no names as a pytree."""
-
-
-jax.tree_util.register_pytree_node(
-    WithoutKeys,
-    lambda node: (tuple(node.values()), tuple(node)),
-    lambda keys, children: WithoutKeys(zip(keys, children, strict=True)),
-)
-
-
-class Attributes(dict):
-    """A mapping whose children are attributes to a pytree."""
-
-
-jax.tree_util.register_pytree_with_keys(
-    Attributes,
-    lambda node: (tuple((GetAttrKey(k), v) for k, v in node.items()), tuple(node)),
-    lambda keys, children: Attributes(zip(keys, children, strict=True)),
-)
-
-
-@pytest.mark.parametrize("make", [OrderedDict, flax.core.freeze, WithoutKeys, Attributes])
+@pytest.mark.parametrize("make", MAPPINGS)
 def test_gradients_have_the_structure_of_any_blocks(make: Any) -> None:
     params = make_params("DMS")
     params = {**params, "blocks": make(params["blocks"])}

@@ -85,13 +85,10 @@ class Step(Settings):
         )
         if grads is None:
             return result, None
-        blocks = put_stacks(self.model, parts_of(params)["blocks"], grads["blocks"])
-        return result, jax.tree.map(
-            partial(Leaf.finish, dtype=self.grad_dtype, loss_scale=loss_scale),
-            leaves,
-            params,
-            with_values(params, {**grads, "blocks": blocks}),
-        )
+        parts = parts_of(params)
+        grads = {**grads, "blocks": put_stacks(self.model, parts["blocks"], grads["blocks"])}
+        finish = partial(Leaf.finish, dtype=self.grad_dtype, loss_scale=loss_scale)
+        return result, with_values(params, jax.tree.map(finish, leaves, parts, grads))
 
     def _leaves_of(self, params: PyTree) -> PyTree:
         """Makes the record of every leaf."""

@@ -31,6 +31,7 @@ from dualpipe_jax._leaves.specs import (
     without,
 )
 from dualpipe_jax._model import varying
+from dualpipe_jax._model.kinds import parts_of
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._split_vjp import is_differentiable
 
@@ -175,7 +176,7 @@ def make_leaves(
     param_specs: PyTree,
     grad_specs: PyTree,
 ) -> PyTree:
-    """Makes a tree like `params` with the `Leaf` for each of its leaves.
+    """Makes a dict of the parts of `params` with a `Leaf` in the place of each of their leaves.
 
     Args:
       params: The parameters.
@@ -216,7 +217,8 @@ def make_leaves(
             varies_over=(*axes_of(seen), *loss_axes),
         )
 
-    return jax.tree_util.tree_map_with_path(make, params, wanted, overwritten, specs, of_grads)
+    decided = wanted, overwritten, specs, of_grads
+    return jax.tree_util.tree_map_with_path(make, parts_of(params), *decided)
 
 
 def _of_several(dims: Dims) -> Dims:

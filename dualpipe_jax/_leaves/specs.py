@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from dualpipe_jax._errors import call, raise_all, show
+from dualpipe_jax._model.kinds import parts_of
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._split_vjp import is_differentiable
 
@@ -395,5 +396,5 @@ def _spread(
 
 
 def _like(params: PyTree, values: Mapping[Any, Any]) -> PyTree:
-    """Makes a tree like `params` of the values for its leaves' paths."""
-    return tree_map_with_path(lambda path, _: values[path], params)
+    """Makes a tree like the parts of `params` of the values for its leaves' paths."""
+    return tree_map_with_path(lambda path, _: values[path], parts_of(params))
