@@ -4,7 +4,7 @@ A contender is a schedule over some ranks, or the same model without a pipeline,
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 import optax
 
 import dualpipe_jax as dpj
-from experiments.train_lm import training
 from experiments.train_lm.model import LanguageModel
 
 AXIS = "pipe"
 SEQUENTIAL = "sequential"
+# Parameters, then the optimizer's state.
+State = tuple[Any, optax.OptState]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,7 +33,7 @@ class Contender:
     schedule: dpj.Schedule | None  # None without a pipeline
     step: jax.stages.Compiled
     compile_seconds: float
-    state: training.State
+    state: State
     losses: list[float] = field(default_factory=list)
     wall_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -88,7 +89,7 @@ def compile_contender(
         params = jax.device_put(params, dpj.shardings(params, mesh=mesh, axis=AXIS))
         state = (params, jax.jit(optimizer.init)(params))
         start = time.perf_counter()
-        step = training.compile_step(grad_fn, optimizer, state, batch)
+        step = _compile_step(grad_fn, optimizer, state, batch)
         compile_seconds = time.perf_counter() - start
     return Contender(
         name=name,
@@ -98,6 +99,23 @@ def compile_contender(
         compile_seconds=compile_seconds,
         state=state,
     )
+
+
+def _compile_step(
+    grad_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    state: State,
+    batch: np.ndarray,
+) -> jax.stages.Compiled:
+    """Compiles loss, gradients and update to one program, `(state, batch) -> (state, loss)`."""
+
+    def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
+        params, opt_state = state
+        loss, grads = grad_fn(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
 
 def race(

@@ -16,10 +16,12 @@ import dualpipe_jax as dpj
 from experiments import tables
 from experiments.compare import measuring, report
 from experiments.progress import bar
-from experiments.train_lm import data, flags, training
-from experiments.train_lm.devices import find_devices
+from experiments.train_lm import flags
 from experiments.train_lm.flags import POSITIVE, Refusal
 from experiments.train_lm.model import LanguageModel
+from experiments.train_lm.trainer import data
+from experiments.train_lm.trainer.devices import find_devices
+from experiments.train_lm.trainer.state import make_optimizer
 
 # Float32 sums in another order differ by about 1e-7; 20 steps on CPUs kept within 2e-7. The room is
 # for accelerators that multiply in less than float32. One layer of four without its gradient made
@@ -87,7 +89,7 @@ def main(
 
     console, model = Console(highlight=False), LanguageModel(**sizes)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
-    optimizer, _ = training.make_optimizer(learning_rate=learning_rate, steps=steps)
+    optimizer, _ = make_optimizer(learning_rate=learning_rate, steps=steps)
     windows: Any = {"batch_size": batch_size, "context": context, "seed": seed}
     names = (measuring.SEQUENTIAL, *names)
     contenders: list[measuring.Contender] = []
@@ -106,12 +108,12 @@ def main(
                         model=model,
                         params=params,
                         optimizer=optimizer,
-                        batch=next(data.batches(text.train, **windows)),
+                        batch=next(data.iterate(text.train, **windows)),
                     )
                 )
                 progress.advance(task)
             progress.update(task, label=f"{num_ranks} ranks: training")
-            batches = data.batches(text.train, **windows)
+            batches = data.iterate(text.train, **windows)
             for _ in measuring.race(racing, batches, num_steps=steps):
                 progress.advance(task)
             contenders += racing

@@ -1,12 +1,9 @@
-"""Trains a small model of DeepSeek-V3's shape over pipeline and experts, with and without balance.
+"""Trains a small model of DeepSeek-V3's shape over pipeline, data and experts.
 
-In: flags. Out, in a folder: log.csv, training.png. Or compiles a step of it for TPUs that are not
-there (`--preflight`). See README.md beside it.
+In: flags. Out, in a folder: checkpoints, log.csv, config.toml, training.png. Or compiles a step of
+it for TPUs that are not there (`--preflight`). See README.md beside it.
 """
 
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,14 +11,17 @@ import jax
 from rich.console import Console
 
 import dualpipe_jax as dpj
-from experiments.deepseek_mini import preflight, report, training
+from experiments.deepseek_mini import preflight, report
 from experiments.deepseek_mini.model import DeepSeekMini
-from experiments.progress import bar
-from experiments.train_lm import data, flags
-from experiments.train_lm.devices import find_devices
+from experiments.deepseek_mini.training import EXPERT, make_job
+from experiments.train_lm import flags
 from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal
-from experiments.train_lm.log import Log
-from experiments.train_lm.training import make_optimizer
+from experiments.train_lm.trainer import run
+from experiments.train_lm.trainer.flags import Settings, config_of, training
+from experiments.train_lm.trainer.log import Row
+from experiments.train_lm.trainer.mesh import DATA, FSDP, PIPE, make_mesh
+
+FOLDER = "runs/deepseek_mini"
 
 
 @flags.script("deepseek_mini")
@@ -29,9 +29,9 @@ from experiments.train_lm.training import make_optimizer
 @click.option("--ranks", type=POSITIVE, default=2, help="Devices of the pipeline.")
 @click.option("--expert-devices", type=POSITIVE, default=2, help="Over which experts are spread.")
 @click.option(
-    "--microbatches", type=POSITIVE, default=4, help="Microbatches of a step, on each of these."
+    "--microbatches", type=POSITIVE, default=4, help="Microbatches of a step, on each shard of it."
 )
-@click.option("--steps", type=POSITIVE, default=400, help="Updates of the parameters, in each run.")
+@click.option("--steps", type=POSITIVE, default=400, help="Updates of the parameters.")
 @flags.language_model(context=128, layers=8, width=64)
 @click.option(
     "--dense-layers", type=click.IntRange(min=0), default=2, help="How many come before experts do."
@@ -46,13 +46,12 @@ from experiments.train_lm.training import make_optimizer
 )
 @click.option(
     "--bias-rate",
-    "bias_rates",
     type=click.FloatRange(min=0),
-    multiple=True,
-    default=(0.01, 0.0),
-    help="By how much a step moves the routers' biases; once for each run.",
+    default=0.01,
+    help="By how much a step moves the routers' biases.",
 )
-@flags.text_and_results(folder="runs/deepseek_mini", results="the log and the picture")
+@flags.text()
+@training(default=FOLDER, results="logs, picture")
 @click.option(
     "--preflight",
     "topology",
@@ -60,42 +59,90 @@ from experiments.train_lm.training import make_optimizer
     help="Train nothing; compile steps of a larger model for TPUs, as tpu:v5e:2x4, and tell "
     "whether compute hides their communication (minutes).",
 )
-def main(
-    *,
-    schedule: str,
-    ranks: int,
-    expert_devices: int,
-    microbatches: int,
-    steps: int,
-    batch_size: int,
-    context: int,
-    layers: int,
-    width: int,
-    heads: int,
-    learning_rate: float,
-    seed: int,
-    dense_layers: int,
-    experts: int,
-    chosen: int,
-    capacity_factor: float | None,
-    bias_rates: tuple[float, ...],
-    data_path: Path | None,
-    output: Path,
-    eval_every: int,
-    eval_batches: int,
-    topology: str | None,
-) -> None:
-    """Train a byte-level model of DeepSeek-V3's shape, its experts spread over devices."""
+@click.pass_context
+def main(ctx: click.Context, *, topology: str | None, **given: Any) -> None:
+    """Train a byte-level model of DeepSeek-V3's shape, its experts spread over devices.
+
+    A run with --output goes on after the last checkpoint when the same command is given again.
+    """
     if topology is not None:
         try:
             preflight.run(topology, console=Console(highlight=False, soft_wrap=True))
         except ValueError as error:
             raise Refusal(str(error)) from error
         return
-    of_parts, parts = "--microbatches x --expert-devices =", microbatches * expert_devices
+    config = config_of(ctx)
+    settings = Settings.take(given)
+    expert_devices = given["expert_devices"]
+    _require_fitting(settings, given)
+    ranks, shards = settings.ranks or 1, settings.batch_devices * expert_devices
+    plan = dpj.schedules.make(
+        given["schedule"], num_ranks=ranks, num_microbatches=settings.microbatches
+    )
+    of = f"of {given['schedule']}"
+    flags.refuse(flags.too_few_layers(given["layers"], stages=plan.num_stages, ranks=ranks, of=of))
+    count = ranks * shards
+    flag = f"--ranks x --expert-devices = {count}"
+    if settings.batch_devices > 1:
+        flag = f"--ranks x --expert-devices x --data-devices x --fsdp-devices = {count}"
+    place = run.find_place(settings, count=count, flag=flag, fake=count)
+    folder = run.open_folder(settings, config, place, default=FOLDER)
+    mesh = make_mesh(
+        place.devices,
+        {
+            PIPE: ranks,
+            DATA: settings.data_devices,
+            FSDP: settings.fsdp_devices,
+            EXPERT: expert_devices,
+        },
+        always=(PIPE, EXPERT),
+    )
+    over = "".join(f" x {name} {size}" for name, size in mesh.shape.items() if name != PIPE)
+    console = place.console
+    console.print(
+        f"text      {place.text.summary}\n"
+        f"devices   {place.which}\n"
+        f"pipeline  {given['schedule']}, {ranks} x {place.devices[0].platform}{over}, "
+        f"{settings.microbatches} microbatches of "
+        f"{settings.batch_size // (settings.microbatches * shards)} x {settings.context} bytes on "
+        "each"
+    )
+    sizes = _sizes(given)
+    num_params = sum(
+        leaf.size for leaf in jax.tree.leaves(jax.eval_shape(sizes.init, jax.random.key(0)))
+    )
+    title = f"{num_params:,} parameters, {given['schedule']} {ranks} x experts {expert_devices}"
+    label = f"bias rate {given['bias_rate']:g}"
+
+    def at_stop(rows: list[Row]) -> None:
+        report.plot({label: rows}, folder.path / "training.png", title=title)
+
+    job = make_job(
+        sizes,
+        mesh,
+        plan,
+        num_microbatches=settings.microbatches,
+        bias_rate=given["bias_rate"],
+        context=settings.context,
+    )
+    with run.ending(folder, console):
+        outcome = run.train(job, settings, place, folder, config, at_stop=at_stop)
+    console.print(f"{label}: {report.summary(outcome.rows)}")
+    console.print(f"written   {folder.path}: log.csv, training.png")
+
+
+def _require_fitting(settings: Settings, given: dict[str, Any]) -> None:
+    """Refuses sizes that do not fit one another."""
+    width, heads, layers = given["width"], given["heads"], given["layers"]
+    experts, chosen, expert_devices = given["experts"], given["chosen"], given["expert_devices"]
+    parts = settings.microbatches * expert_devices * settings.batch_devices
+    of_parts = "--microbatches x --expert-devices ="
+    if settings.batch_devices > 1:
+        of_parts = "--microbatches x --expert-devices x --data-devices x --fsdp-devices ="
+    dense_layers = given["dense_layers"]
     flags.refuse(
         {
-            **flags.uneven_batch(batch_size, parts, of_parts),
+            **flags.uneven_batch(settings.batch_size, parts, of_parts),
             f"--width {width}: must be divisible by 4 x --heads {heads}": width % (4 * heads),
             f"--dense-layers {dense_layers}: must be fewer than --layers {layers}": (
                 dense_layers >= layers
@@ -104,28 +151,16 @@ def main(
                 experts % expert_devices
             ),
             f"--chosen {chosen}: must be at most --experts {experts}": chosen > experts,
-            f"--bias-rate {bias_rates}: must be different for each run": (
-                len(set(bias_rates)) < len(bias_rates)
-            ),
         }
     )
-    try:
-        text = data.read(data_path, min_length=context + 1)
-        output.mkdir(parents=True, exist_ok=True)
-        log = Log(output / "log.csv", report.COLUMNS)
-    except (OSError, ValueError) as error:
-        raise Refusal(str(error)) from error
-    plan = dpj.schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
-    of = f"of {schedule}"
-    flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=ranks, of=of))
-    count = ranks * expert_devices
-    flag = f"--ranks x --expert-devices = {count}"
-    devices, which = find_devices(count, flag=flag, fake=count)
-    mesh = jax.make_mesh((ranks, expert_devices), (training.PIPE, training.EXPERT), devices=devices)
-    pipeline = training.Pipeline(mesh=mesh, num_microbatches=microbatches)
-    sizes = DeepSeekMini(
+
+
+def _sizes(given: dict[str, Any]) -> DeepSeekMini:
+    """Makes the model of the flags."""
+    width, heads, dense_layers = given["width"], given["heads"], given["dense_layers"]
+    return DeepSeekMini(
         dense_layers=dense_layers,
-        expert_layers=layers - dense_layers,
+        expert_layers=given["layers"] - dense_layers,
         width=width,
         heads=heads,
         head_size=width // heads,
@@ -133,66 +168,11 @@ def main(
         latent_size=width // 2,
         query_latent_size=width * 3 // 4,
         hidden=3 * width,
-        experts=experts,
-        chosen=chosen,
+        experts=given["experts"],
+        chosen=given["chosen"],
         expert_hidden=width * 3 // 4,
-        capacity_factor=capacity_factor,
+        capacity_factor=given["capacity_factor"],
     )
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"text      {text.summary}\n"
-        f"devices   {which}\n"
-        f"pipeline  {schedule}, {ranks} ranks x {expert_devices} devices of experts "
-        f"({devices[0].platform}), {microbatches} microbatches of "
-        f"{batch_size // (microbatches * expert_devices)} x {context} bytes on each"
-    )
-    optimizer, _ = make_optimizer(learning_rate=learning_rate, steps=steps)
-    windows: Any = {"batch_size": batch_size, "context": context}
-    held_out = data.spread(text.held_out, num_batches=eval_batches, **windows)
-    params = jax.device_get(jax.jit(sizes.init)(jax.random.key(seed)))
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    console.print(f"model     {num_params:,} parameters, layers: {', '.join(sizes.layout)}")
-
-    with jax.set_mesh(mesh):
-        held_out = [pipeline.place_batch(batch) for batch in held_out]
-
-        def start() -> training.State:
-            placed = pipeline.place(sizes, params)
-            return placed, jax.jit(optimizer.init)(placed)
-
-        state = start()
-        with console.status("compiling"):
-            began = time.perf_counter()
-            step = training.compile_step(pipeline, sizes, plan, optimizer, state, held_out[0])
-            evaluate = training.compile_held_out(pipeline, sizes, state[0], held_out)
-        console.print(f"compiled  in {time.perf_counter() - began:.0f} s")
-        try:
-            with bar(console) as progress:
-                for rate in bias_rates:
-                    batches = data.batches(text.train, seed=seed, **windows)
-                    training.fit(
-                        start(),
-                        rate=rate,
-                        steps=steps,
-                        step=step,
-                        batches=map(pipeline.place_batch, batches),
-                        held_out=evaluate,
-                        eval_every=eval_every,
-                        log=log,
-                        progress=progress,
-                    )
-        except FloatingPointError as error:
-            raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            console.print(f"stopped; the log until then is in {output}")
-            sys.exit(130)  # a shell's code for Ctrl-C
-        finally:
-            if log.rows:
-                title = f"{num_params:,} parameters, {schedule} {ranks} x experts {expert_devices}"
-                report.plot(log.rows, output / "training.png", title=title)
-    for rate in bias_rates:
-        console.print(report.summary(log.rows, rate))
-    console.print(f"written   {output}: log.csv, training.png")
 
 
 if __name__ == "__main__":

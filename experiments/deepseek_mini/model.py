@@ -184,6 +184,16 @@ class DeepSeekMini:
 
         return jax.tree_util.tree_map_with_path(spec, params)
 
+    def flops_per_token(self, context: int) -> float:
+        """Counts forward and backward, the chosen experts alone (arXiv:2204.02311, appendix B)."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        unused = (self.experts - self.chosen) * 3 * self.width * self.expert_hidden
+        num_params -= self.expert_layers * unused
+        # One more layer is that of the multi-token prediction.
+        attention = (len(self.layout) + 1) * self.heads * (2 * self.head_size + self.rotary_size)
+        return 6 * num_params + 6 * attention * context
+
     def _layer(self, kind: str, axis: str | None = None, *, is_ragged: bool = False) -> Layer:
         attention = LatentAttention(
             heads=self.heads,

@@ -37,7 +37,7 @@ POSITIVE = click.IntRange(min=1)
 
 def language_model(*, context: int, layers: int, width: int) -> Callable[..., Any]:
     """Adds the flags of the model, its batches and its training, with these defaults."""
-    return _adding(
+    return adding(
         click.option("--batch-size", type=POSITIVE, default=16, help="Windows of text a step."),
         click.option(
             "--context", type=POSITIVE, default=context, help="Bytes that a prediction looks at."
@@ -57,9 +57,9 @@ def language_model(*, context: int, layers: int, width: int) -> Callable[..., An
     )
 
 
-def text_and_results(*, folder: str, results: str) -> Callable[..., Any]:
-    """Adds the flags of the text to learn, of the folder for `results`, and of held-out losses."""
-    return _adding(
+def text() -> Callable[..., Any]:
+    """Adds the flags of the text to learn, and of held-out losses."""
+    return adding(
         click.option(
             "--data",
             "data_path",
@@ -67,7 +67,6 @@ def text_and_results(*, folder: str, results: str) -> Callable[..., Any]:
             show_default="the sources of Python's standard library",
             help="A text file, or a folder of them.",
         ),
-        output(folder, results=results),
         click.option(
             "--eval-every", type=POSITIVE, default=50, help="Steps between held-out losses."
         ),
@@ -103,7 +102,9 @@ def require_multiples(*sizes: tuple[str, int, int], why: str) -> None:
     refuse({f"{'; '.join(wrong)}, {why}": wrong})
 
 
-def _adding(*flags: Callable[..., Any]) -> Callable[..., Any]:
+def adding(*flags: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a decorator that adds flags to a command, in this order."""
+
     def add(command: Any) -> Any:
         for flag in reversed(flags):
             command = flag(command)

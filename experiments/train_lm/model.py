@@ -49,9 +49,11 @@ class Block(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
         width, bias = x.shape[-1], _causal_bias(heads=self.heads, length=x.shape[-2])
         attention = nn.MultiHeadDotProductAttention(
             num_heads=self.heads,
@@ -60,9 +62,9 @@ class Block(nn.Module):
         )
         norm, dense = (functools.partial(c, dtype=self.dtype) for c in (nn.LayerNorm, nn.Dense))
         attended: Any = attention(norm()(x))
-        x = x + attended
+        x = x + drop(attended)
         hidden = nn.gelu(dense(4 * width)(norm()(x)))
-        return x + dense(width)(hidden)
+        return x + drop(dense(width)(hidden))
 
 
 def _causal_bias(*, heads: int, length: int) -> jax.Array:
@@ -84,6 +86,7 @@ class LanguageModel:
     heads: int
     vocabulary: int = VOCABULARY
     dtype: Any = jnp.float32
+    dropout: float = 0.0
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Makes parameters, those of the blocks stacked over the layers."""
@@ -107,18 +110,19 @@ class LanguageModel:
 
         return dpj.Model(
             embed=lambda ends, ctx: self._embed(ends, ctx.microbatch[:, :-1]),
-            block=lambda block_params, x, ctx: self._block(block_params, x),
+            block=lambda block_params, x, ctx: self._block(block_params, x, ctx.rng),
             head=head,
         )
 
-    def logits(self, params: Any, text: jax.Array) -> jax.Array:
-        """Maps int32[batch, length] to float32[batch, length, vocabulary], without a pipeline."""
+    def output(self, ends: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
+        """Gives the logits of a microbatch, float32[rows, context, vocabulary], for `dpj.apply`."""
+        return self._logits(ends, x)
 
-        def layer(x: jax.Array, block_params: Any) -> tuple[jax.Array, None]:
-            return self._block(block_params, x), None
-
-        x, _ = jax.lax.scan(layer, self._embed(params["ends"], text), params["blocks"])
-        return self._logits(params["ends"], x)
+    def flops_per_token(self, context: int) -> float:
+        """Counts forward and backward of the model (PaLM, arXiv:2204.02311, appendix B)."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        return 6 * num_params + 12 * self.layers * self.width * context
 
     @property
     def _ends(self) -> Ends:
@@ -127,8 +131,10 @@ class LanguageModel:
     def _embed(self, ends: Any, text: jax.Array) -> Any:
         return self._ends.apply({"params": ends}, text, method="embed")
 
-    def _block(self, block_params: Any, x: jax.Array) -> Any:
-        return Block(heads=self.heads, dtype=self.dtype).apply({"params": block_params}, x)
+    def _block(self, block_params: Any, x: jax.Array, rng: jax.Array | None) -> Any:
+        block = Block(heads=self.heads, dtype=self.dtype, dropout=self.dropout)
+        rngs = {} if rng is None else {"dropout": rng}
+        return block.apply({"params": block_params}, x, rngs=rngs)
 
     def _logits(self, ends: Any, x: jax.Array) -> Any:
         return self._ends.apply({"params": ends}, x, method="logits")

@@ -1,31 +1,29 @@
 """Trains a small language model on real text with a pipeline schedule, a jitted program a step.
 
-In: flags. Out, in a folder: log.csv, loss.png, timetable.png, sample.txt. See README.md beside it.
+In: flags. Out, in a folder: checkpoints, log.csv, config.toml, loss.png, timetable.png, sample.txt.
+See README.md beside it.
 """
 
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import click
 import jax
 import jax.numpy as jnp
-import numpy as np
-from rich.console import Console
 
 import dualpipe_jax as dpj
 
-from . import data, flags, training
-from .devices import find_devices
-from .flags import POSITIVE, Refusal
-from .log import COLUMNS, Log, perplexity, plot
+from . import flags
+from .flags import POSITIVE
 from .model import LanguageModel
 from .sample import continue_text
+from .trainer import processes, run
+from .trainer.flags import Settings, config_of, training
+from .trainer.log import Row, perplexity, plot
+from .trainer.mesh import DATA, FSDP, PIPE, batch_axes, make_mesh, unsharded, with_fsdp
 
-AXIS = "pipe"
 DEFAULT_RANKS = 4
 SAMPLE_BYTES = 500
+FOLDER = "runs/train_lm"
 
 
 @flags.script("train_lm")
@@ -36,144 +34,157 @@ SAMPLE_BYTES = 500
     show_default=f"all accelerators, or {DEFAULT_RANKS} without one",
     help="Devices of the pipeline; fake CPU devices where there is no accelerator.",
 )
-@click.option("--microbatches", type=POSITIVE, default=8, help="Microbatches of one step.")
+@click.option(
+    "--microbatches", type=POSITIVE, default=8, help="Microbatches of a step, on each shard of it."
+)
 @click.option("--steps", type=POSITIVE, default=500, help="Updates of the parameters.")
 @flags.language_model(context=128, layers=8, width=96)
+@click.option(
+    "--dropout",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.0,
+    help="Share of a layer's outputs that is dropped in training.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     help="The dtype of the compute; parameters, their gradients and AdamW stay in float32.",
 )
-@flags.text_and_results(folder="runs/train_lm", results="the log, the pictures and the sample")
+@flags.text()
+@training(default=FOLDER, results="logs, pictures, sample")
 @click.option("--prompt", default="def ", help="The text that the sample at the end continues.")
-def main(
-    *,
-    schedule: str,
-    ranks: int | None,
-    microbatches: int,
-    steps: int,
-    batch_size: int,
-    context: int,
-    learning_rate: float,
-    seed: int,
-    dtype: str,
-    data_path: Path | None,
-    output: Path,
-    eval_every: int,
-    eval_batches: int,
-    prompt: str,
-    **model_sizes: int,
-) -> None:
+@click.pass_context
+def main(ctx: click.Context, **given: Any) -> None:
     """Train a byte-level language model on real text with a pipeline schedule.
 
-    Every step (loss, gradients, update) is one jitted program over all ranks.
+    Every step (loss, gradients, update) is one jitted program over all ranks. A run with --output
+    goes on after the last checkpoint when the same command is given again.
     """
-    layers, width = model_sizes["layers"], model_sizes["width"]
+    config = config_of(ctx)
+    settings = Settings.take(given)
+    layers, width, heads = given["layers"], given["width"], given["heads"]
+    shards = settings.batch_devices
+    parts, of_parts = settings.microbatches, "--microbatches"
+    if shards > 1:
+        parts, of_parts = parts * shards, "--microbatches x --data-devices x --fsdp-devices ="
     flags.refuse(
         {
-            **flags.uneven_batch(batch_size, microbatches),
-            **flags.uneven_heads(width, model_sizes["heads"]),
-            "--prompt: must not be empty": not prompt,
+            **flags.uneven_batch(settings.batch_size, parts, of_parts),
+            **flags.uneven_heads(width, heads),
+            "--prompt: must not be empty": not given["prompt"],
         }
     )
-    try:
-        text = data.read(data_path, min_length=context + 1)
-        output.mkdir(parents=True, exist_ok=True)
-        log = Log(output / "log.csv", COLUMNS)
-    except (OSError, ValueError) as error:
-        raise Refusal(str(error)) from error
-    devices, which = find_devices(ranks, flag=f"--ranks {ranks}", fake=DEFAULT_RANKS)
+    count = None if settings.ranks is None else settings.ranks * shards
+    flag = f"--ranks {settings.ranks}" if shards == 1 else f"--ranks x devices of data = {count}"
+    place = run.find_place(settings, count=count, flag=flag, fake=DEFAULT_RANKS * shards)
+    devices, which = place.devices, place.which
+    ranks = settings.ranks
     if ranks is None:
-        most = _most_ranks(schedule, limit=len(devices), layers=layers, microbatches=microbatches)
-        if most < len(devices):
-            which = f"{which}; {most} of them, as {layers} layers make no more stages"
-        devices = devices[:most]
-    plan = dpj.schedules.make(schedule, num_ranks=len(devices), num_microbatches=microbatches)
-    of = f"of {schedule}"
-    flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=len(devices), of=of))
-
-    console = Console(highlight=False, soft_wrap=True)
-    timeline = plan.timeline()
-    dpj.plot_timeline(timeline, path=output / "timetable.png")
-    console.print(
-        f"text      {text.summary}\n"
-        f"devices   {which}\n"
-        f"pipeline  {schedule}, {len(devices)} x {devices[0].platform}, {microbatches} "
-        f"microbatches of {batch_size // microbatches} x {context} bytes, {timeline.num_ticks} "
-        "ticks"
-    )
-
-    model = LanguageModel(**model_sizes, dtype=jnp.dtype(dtype))
-    mesh = jax.make_mesh((len(devices),), (AXIS,), devices=devices)
-    pipeline = {"mesh": mesh, "num_microbatches": microbatches, "axis": AXIS}
-    optimizer, learning_rate_at = training.make_optimizer(learning_rate=learning_rate, steps=steps)
-    sizes = {"batch_size": batch_size, "context": context}
-    batches = data.batches(text.train, seed=seed, **sizes)
-    held_out = data.spread(text.held_out, num_batches=eval_batches, **sizes)
-    learning_rates = np.asarray(learning_rate_at(np.arange(steps))).tolist()
-    params = jax.jit(model.init)(jax.random.key(seed))
-
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, dpj.shardings(params, mesh=mesh, axis=AXIS))
-        state = (params, jax.jit(optimizer.init)(params))
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-        console.print(
-            f"model     {num_params:,} parameters, {layers} layers of width {width}, {dtype}"
+        limit = len(devices) // shards
+        ranks = _most_ranks(
+            given["schedule"], limit=limit, layers=layers, microbatches=settings.microbatches
         )
-        with console.status("compiling"):
-            start = time.perf_counter()
-            step = training.compile_step(
-                dpj.value_and_grad(model.for_pipeline(), schedule=plan, **pipeline),
-                optimizer,
-                state,
-                held_out[0],
-            )
-            evaluate = jax.jit(dpj.evaluate(model.for_pipeline(), **pipeline))
-            evaluate = evaluate.lower(params, held_out[0]).compile()
-        console.print(f"compiled  in {time.perf_counter() - start:.0f} s")
-
-        def held_out_loss(params: Any) -> float:
-            return float(np.mean([float(evaluate(params, batch)) for batch in held_out]))
-
-        try:
-            params = training.fit(
-                state,
-                step=step,
-                batches=batches,
-                held_out_loss=held_out_loss,
-                learning_rates=learning_rates,
-                eval_every=eval_every,
-                log=log,
-                console=console,
-            )
-        except FloatingPointError as error:
-            raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            console.print(f"stopped; log and pictures until then are in {output}")
-            sys.exit(130)  # a shell's code for Ctrl-C
-        finally:
-            title = f"{num_params:,} parameters, {schedule} over {len(devices)} ranks"
-            plot(log.rows, output / "loss.png", title=title)
-
-    loss = [row.held_out_loss for row in log.rows if row.held_out_loss is not None][-1]
+        if ranks * shards < len(devices):
+            which = f"{which}; {ranks * shards} of them, as {layers} layers make no more stages"
+        devices = devices[: ranks * shards]
+    plan = dpj.schedules.make(
+        given["schedule"], num_ranks=ranks, num_microbatches=settings.microbatches
+    )
+    of = f"of {given['schedule']}"
+    flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=ranks, of=of))
+    folder = run.open_folder(settings, config, place, default=FOLDER)
+    console = place.console
+    timeline = plan.timeline()
+    sizes = {PIPE: ranks, DATA: settings.data_devices, FSDP: settings.fsdp_devices}
+    mesh = make_mesh(devices, sizes)
+    over = "".join(f" x {name} {size}" for name, size in mesh.shape.items() if name != PIPE)
     console.print(
-        f"held out  perplexity {perplexity(loss):.3f} a byte ({loss:.3f} nats), over "
-        f"{eval_batches * batch_size} windows of {context} bytes"
+        f"text      {place.text.summary}\n"
+        f"devices   {which}\n"
+        f"pipeline  {given['schedule']}, {ranks} x {devices[0].platform}{over}, "
+        f"{settings.microbatches} microbatches of {settings.batch_size // parts} x "
+        f"{settings.context} bytes, {timeline.num_ticks} ticks"
     )
-    sample = continue_text(
-        model,
-        jax.device_get(params),
-        prompt.encode(),
-        num_bytes=SAMPLE_BYTES,
-        context=context,
-        seed=seed,
+    model = LanguageModel(
+        layers=layers,
+        width=width,
+        heads=heads,
+        dtype=jnp.dtype(given["dtype"]),
+        dropout=given["dropout"],
     )
-    (output / "sample.txt").write_text(sample, encoding="utf-8")
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(_shapes(model)))
+    title = f"{num_params:,} parameters, {given['schedule']} over {ranks} ranks"
+
+    def at_stop(rows: list[Row]) -> None:
+        plot(rows, folder.path / "loss.png", title=title)
+
+    if processes.is_first():
+        dpj.plot_timeline(timeline, path=folder.path / "timetable.png")
+    job, pipeline = _make_job(model, plan, mesh, settings, name=given["dtype"])
+    with run.ending(folder, console):
+        outcome = run.train(job, settings, place, folder, config, at_stop=at_stop)
+        loss = [row["held_out_loss"] for row in outcome.rows if row.get("held_out_loss")][-1]
+        console.print(
+            f"held out  perplexity {perplexity(loss):.3f} a byte ({loss:.3f} nats), over "
+            f"{settings.eval_batches * settings.batch_size} windows of {settings.context} bytes"
+        )
+        with jax.set_mesh(mesh):
+            sample = continue_text(
+                dpj.apply(
+                    model.for_pipeline(),
+                    output=model.output,
+                    **{**pipeline, "num_microbatches": 1},
+                ),
+                outcome.params,
+                given["prompt"].encode(),
+                num_bytes=SAMPLE_BYTES,
+                context=settings.context,
+                rows=shards,
+                seed=settings.seed,
+            )
+    if processes.is_first():
+        (folder.path / "sample.txt").write_text(sample, encoding="utf-8")
     console.rule("a sample")
     console.print(_printable(sample), markup=False)
     console.rule()
-    console.print(f"written   {output}: log.csv, loss.png, timetable.png, sample.txt")
+    console.print(f"written   {folder.path}: log.csv, loss.png, timetable.png, sample.txt")
+
+
+def _make_job(
+    model: LanguageModel, plan: Any, mesh: Any, settings: Settings, *, name: str
+) -> tuple[run.Job, dict[str, Any]]:
+    """Makes the job, and how the pipeline runs."""
+    shapes = _shapes(model)
+    specs = with_fsdp(unsharded(shapes), shapes, mesh)
+    pipeline: dict[str, Any] = {
+        "mesh": mesh,
+        "num_microbatches": settings.microbatches,
+        "axis": PIPE,
+        "batch_axes": batch_axes(mesh),
+        "param_specs": specs,
+    }
+    value_and_grad = dpj.value_and_grad(model.for_pipeline(), schedule=plan, **pipeline)
+    has_rng = model.dropout > 0
+
+    def grad_fn(params: Any, batch: jax.Array, key: jax.Array) -> Any:
+        loss, grads = value_and_grad(params, batch, rng=key if has_rng else None)
+        return (loss, {}), grads
+
+    job = run.Job(
+        mesh=mesh,
+        init=model.init,
+        param_specs=specs,
+        grad_fn=grad_fn,
+        held_out_loss=dpj.evaluate(model.for_pipeline(), **pipeline),
+        describe=f"{model.layers} layers of width {model.width}, {name}",
+        flops_per_token=model.flops_per_token(settings.context),
+    )
+    return job, pipeline
+
+
+def _shapes(model: LanguageModel) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def _most_ranks(schedule: str, *, limit: int, layers: int, microbatches: int) -> int:

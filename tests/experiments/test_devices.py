@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import pytest
 
-from experiments.train_lm import devices
-from experiments.train_lm.devices import find_devices
 from experiments.train_lm.flags import Refusal
 from experiments.train_lm.train_lm import _most_ranks
+from experiments.train_lm.trainer import devices
+from experiments.train_lm.trainer.devices import find_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ class Chip:
 
 def test_a_process_without_accelerators_says_so_and_nothing_else() -> None:
     """Not even where a TPU's compiler is installed, which looks for TPUs."""
-    code = "from experiments.train_lm import devices as d; "
+    code = "from experiments.train_lm.trainer import devices as d; "
     code += "print(d.find_devices(None, flag='--n', fake=3))"
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(

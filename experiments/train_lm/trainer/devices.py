@@ -5,28 +5,32 @@ from pathlib import Path
 
 import jax
 
-from .flags import Refusal
+from ..flags import Refusal
 
 _TPU_FILES = ("accel[0-9]*", "vfio/[0-9]*")
 
 
-def find_devices(count: int | None, *, flag: str, fake: int) -> tuple[list[jax.Device], str]:
-    """Finds the devices, before JAX is first used.
+def find_devices(
+    count: int | None, *, flag: str, fake: int, num_processes: int = 1
+) -> tuple[list[jax.Device], str]:
+    """Finds the devices of all processes, before JAX is first used.
 
     Args:
       count: How many; None for all accelerators.
       flag: The flag that the user may lower to have fewer.
       fake: How many fake ones without an accelerator, if `count` is None.
+      num_processes: The processes that share the fake ones out.
 
     Returns:
       The devices, and a line that says which they are, of how many, and why if there is a cause.
 
     Raises:
-      Refusal: If there are fewer.
+      Refusal: If there are fewer, or if the processes cannot share them evenly.
     """
     _keep_tpu_compiler_quiet()
+    fakes = count or fake
     # Read when the CPU's backend starts; the number of accelerators is given.
-    jax.config.update("jax_num_cpu_devices", count or fake)
+    jax.config.update("jax_num_cpu_devices", -(-fakes // num_processes))
     found = jax.devices()
     kind = found[0].platform
     if count is not None and count > len(found):
@@ -35,9 +39,15 @@ def find_devices(count: int | None, *, flag: str, fake: int) -> tuple[list[jax.D
             "JAX_PLATFORMS=cpu for fake devices of the CPU"
         )
     devices = found[: count or len(found)]
+    if len({device.process_index for device in devices}) < jax.process_count():
+        raise Refusal(
+            f"{flag}: leaves some of the {jax.process_count()} processes without a device "
+            f"({len(found)} x {kind} in all); raise it, or start fewer processes"
+        )
+    shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     if kind == "cpu":
-        return devices, f"{len(devices)} fake ones of the CPU, as {_why_no_accelerator()}"
-    return devices, f"{len(devices)} of {len(found)} x {found[0].device_kind}"
+        return devices, f"{len(devices)} fake ones of the CPU{shared}, as {_why_no_accelerator()}"
+    return devices, f"{len(devices)} of {len(found)} x {found[0].device_kind}{shared}"
 
 
 def _why_no_accelerator() -> str:

@@ -1,0 +1,251 @@
+"""Checkpoints of a run, by Orbax: asynchronous, sharded, verified when they are read.
+
+A checkpoint holds the state, in the layout of the model and not of any schedule, and facts about
+the run. Orbax writes it under another name first, so that one which was cut short is never taken
+for a whole one. Orbax has no checksums of arrays; the digest of every leaf is among the facts, and
+is computed again when the state is read.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from ..flags import Refusal
+from . import processes
+from .state import State, digest
+
+# An array is read in parts of at most so many bytes, so that a process reads little but its own.
+_PART_BYTES = 32 * 2**20
+# Seconds that a process waits for the others' part of a save.
+_SAVE_TIMEOUT = 600
+Facts = dict[str, Any]
+
+
+class SaveError(Exception):
+    """A checkpoint could not be saved; the message names the path, the cause and the bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint: the step after which it was saved, the state, the facts."""
+
+    step: int
+    state: State
+    facts: Facts
+
+
+class Checkpoints:
+    """The checkpoints in a folder: the last ones, and the one with the lowest held-out loss."""
+
+    def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None]):
+        """Opens the folder, or makes it.
+
+        Args:
+          folder: Holds a folder for each checkpoint, named by its step.
+          keep: How many of the last ones are kept.
+          warn: Shows a line to the user.
+        """
+        self.folder = folder.absolute()
+        self._keep = keep
+        self._warn = warn
+        self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        def held_out_loss(metrics: Any) -> float:
+            return metrics["held_out_loss"]
+
+        best = BestN(get_metric_fn=lambda metrics: -held_out_loss(metrics), n=1)
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(self._keep), best]),
+                best_fn=held_out_loss,
+                best_mode="min",
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
+            ),
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are complete, ascending."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: State, facts: Facts, *, held_out_loss: float | None) -> None:
+        """Starts to save, after the save before has ended; training may go on at once.
+
+        Raises:
+          SaveError: If this save cannot begin, or the one before failed.
+        """
+        self.wait()
+        facts = _seal({**facts, "step": step, "digest": np.asarray(digest(state)).tolist()})
+        parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PART_BYTES), state)
+        self._saving = step
+        is_known = held_out_loss is not None and math.isfinite(held_out_loss)
+        error: Exception | None = None
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state, save_args=parts),
+                    facts=ocp.args.JsonSave(facts),
+                ),
+                metrics={"held_out_loss": held_out_loss if is_known else math.inf},
+                force=True,
+            )
+        except Exception as caught:  # noqa: BLE001  Orbax's are of many types
+            error = caught
+        self._settle(error, num_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+
+    def wait(self) -> None:
+        """Waits until the save under way has ended.
+
+        Raises:
+          SaveError: If it failed, in any process.
+        """
+        if self._saving is None:
+            return
+        error: Exception | None = None
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as caught:  # noqa: BLE001  Orbax's are of many types
+            error = caught
+        self._settle(error)
+        self._saving = None
+
+    def check(self) -> None:
+        """Looks whether the save under way has ended, without waiting.
+
+        Where there are several processes they look together, in `wait`.
+
+        Raises:
+          SaveError: If it failed.
+        """
+        is_alone = jax.process_count() == 1
+        if self._saving is not None and is_alone and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def restore(self, abstract: State) -> Restored | None:
+        """Reads the newest checkpoint that is whole, each process its own shards of the state.
+
+        One that cannot be read, or whose digest differs, is moved aside, and the one before it is
+        tried. None if there is no checkpoint.
+
+        Args:
+          abstract: The state's shapes, dtypes and shardings, those of this run.
+
+        Raises:
+          Refusal: If there are checkpoints, but none that is whole.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            restored, problem = self._read(step, abstract)
+            if restored is not None:
+                return restored
+            self._set_aside(step, problem)
+        if steps:
+            raise Refusal(
+                f"{self.folder}: none of the checkpoints {steps} is whole; --fresh starts anew"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for the save under way, and closes Orbax's threads.
+
+        Raises:
+          SaveError: If the save failed.
+        """
+        self.wait()
+        self._manager.close()
+
+    def _read(self, step: int, abstract: State) -> tuple[Restored | None, str]:
+        problem, restored = "", None
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
+                ),
+            )
+            _require_seal(restored["facts"])
+        except Exception as error:  # noqa: BLE001  whatever a broken file brings about
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        # The digest is computed by all processes together.
+        problem = processes.first_of_all(problem)
+        if problem:
+            return None, problem
+        assert restored is not None
+        state, facts = restored["state"], restored["facts"]
+        if np.asarray(digest(state)).tolist() != facts["digest"]:
+            return None, "its arrays are not those that were saved"
+        return Restored(step=facts["step"], state=state, facts=facts), ""
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        target = self.folder.parent / "broken-checkpoints" / str(step)
+        self._warn(f"checkpoint {step} is broken ({problem}); moved to {target}")
+        if processes.is_first():
+            if target.exists():
+                shutil.rmtree(target)
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        processes.wait_for_all(f"moved {step}")
+        self._manager.reload()
+
+    def _settle(self, error: Exception | None, *, num_bytes: int | None = None) -> None:
+        """Raises the error of a save on all processes, with Orbax ready for the next save."""
+        text = processes.first_of_all("" if error is None else self._describe(error, num_bytes))
+        if not text:
+            return
+        step, self._saving = self._saving, None
+        # Its threads keep the error for ever.
+        self._manager = self._open()
+        raise SaveError(f"step {step} cannot be saved: {text}") from error
+
+    def _describe(self, error: Exception, num_bytes: int | None) -> str:
+        causes = _causes(error)
+        found = [cause for cause in causes if isinstance(cause, OSError)]
+        why = (found[0].strerror if found else None) or " ".join(str(causes[-1]).split())[:400]
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as lost:
+            return f"{self.folder}: {lost.strerror}"
+        return f"{self.folder}: {why} ({free:,} bytes are free)"
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    causes = []
+    while error is not None:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes
+
+
+def _seal(facts: Facts) -> Facts:
+    return {**facts, "sha256": _hash(facts)}
+
+
+def _require_seal(facts: Facts) -> None:
+    rest = {name: value for name, value in facts.items() if name != "sha256"}
+    if facts.get("sha256") != _hash(rest):
+        raise ValueError("its facts are not those that were saved")
+
+
+def _hash(facts: Facts) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

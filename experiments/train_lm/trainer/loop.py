@@ -1,0 +1,228 @@
+"""The loop of a run: batch, step, figures, held-out loss, checkpoint, until it ends or is asked to.
+
+The next step is dispatched before the figures of the last one are read, so that devices do not wait
+for the host.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from . import progress
+from .checkpoints import Checkpoints, SaveError
+from .clock import STEPS, Clock
+from .data import Batches
+from .log import Log, Row, perplexity
+from .profile import Profile
+from .signals import Requests
+from .state import Figures, State
+
+
+class TooManySkipsError(Exception):
+    """Updates were not finite too often in a row; the message names the step."""
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Takes the steps of a run.
+
+    Attributes:
+      step: The compiled step.
+      held_out_loss: Of the state.
+      batches: Where the run goes on.
+      to_row: Makes an experiment's own columns of its figures.
+      facts: Of the run, for its checkpoints; the position in the data is added.
+      steps: How many steps the run has.
+      eval_every: Steps between held-out losses.
+      save_every: Steps between checkpoints.
+      max_skips: Updates in a row that may be left out.
+      stops_on_save_error: Whether a checkpoint that cannot be saved ends the run.
+    """
+
+    step: Callable[[State, jax.Array], tuple[State, Figures]]
+    held_out_loss: Callable[[State], float]
+    batches: Batches
+    to_row: Callable[[Figures], Row]
+    facts: dict[str, Any]
+    checkpoints: Checkpoints
+    log: Log
+    clock: Clock
+    console: Console
+    speed: progress.Speed
+    profile: Profile
+    steps: int
+    eval_every: int
+    save_every: int
+    max_skips: int
+    stops_on_save_error: bool
+    _pending: tuple[int, Figures] | None = None
+    _skipped_in_a_row: int = 0
+    _counted: float = 0.0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def run(self, state: State, *, start: int, seconds: float) -> tuple[State, int, Any]:
+        """Takes the steps after `start`.
+
+        Args:
+          state: The state after step `start`; its buffers are overwritten.
+          start: Steps taken so far.
+          seconds: Seconds that the run has taken so far.
+
+        Returns:
+          The state, the last step, and the signal that ended the run; None if it is complete.
+
+        Raises:
+          TooManySkipsError: If updates were not finite too often in a row; the state is saved.
+          SaveError: If a checkpoint cannot be saved, and that ends the run.
+        """
+        self._start = time.perf_counter() - seconds
+        requests = Requests()
+        with requests.heeded(), progress.bar(self.console) as bar, self.profile:
+            task = bar.add_task("train", total=self.steps, completed=start, **progress.fields())
+            show = _Shown(bar, task)
+            if start == 0:
+                self._log({"step": 0}, held_out=self._evaluate(state, 0, bar))
+            for index in range(start + 1, self.steps + 1):
+                with self.clock.phase("data"):
+                    batch = next(self.batches)
+                if self.profile.starts_at(index):
+                    self._finish(show)
+                self.profile.before(index)
+                with self.clock.phase(STEPS):
+                    state, figures = self.step(state, batch)
+                self._finish(show)
+                self._pending = (index, figures)
+                is_last = index == self.steps
+                asked = requests.after(index)
+                is_evaluated = is_last or index % self.eval_every == 0
+                is_saved = is_last or asked is not None or index % self.save_every == 0
+                is_bad = self._skipped_in_a_row >= self.max_skips
+                if not (is_evaluated or is_saved or is_bad or self.profile.ends_at(index)):
+                    self._check_save()
+                    continue
+                loss = None
+                if is_evaluated and not is_bad:
+                    with self.clock.phase(STEPS):
+                        jax.block_until_ready(state.step)
+                    loss = self._evaluate(state, index, bar)
+                self._finish(show, held_out=loss)
+                self.profile.after(index)
+                is_bad = self._skipped_in_a_row >= self.max_skips
+                if is_saved or is_bad:
+                    self._save(index, state, loss, is_final=is_last or is_bad or asked is not None)
+                if is_bad:
+                    raise TooManySkipsError(
+                        f"loss or gradients are not finite, {self._skipped_in_a_row} steps in a "
+                        f"row until step {index}; the parameters are those before these steps, "
+                        f"saved as step {index}. Lower the learning rate, or raise --max-skips"
+                    )
+                if asked is not None:
+                    return state, index, asked
+        return state, self.steps, None
+
+    def _finish(self, show: "_Shown", *, held_out: float | None = None) -> None:
+        """Waits for the pending step and logs its figures."""
+        if self._pending is None:
+            return
+        index, figures = self._pending
+        self._pending = None
+        with self.clock.phase(STEPS):
+            figures = jax.device_get(figures)
+        seconds = self.clock.seconds[STEPS] - self._counted
+        self._counted = self.clock.seconds[STEPS]
+        with self.clock.phase("logging"):
+            loss = float(figures["loss"])
+            self._skipped_in_a_row = int(figures["skipped_in_a_row"])
+            if self._skipped_in_a_row:
+                show.say(
+                    f"step {index}: the loss or a gradient is not finite (loss {loss:g}); the "
+                    f"update is left out, {self._skipped_in_a_row} in a row, "
+                    f"{int(figures['skipped'])} in all"
+                )
+            row = {
+                "step": index,
+                "train_loss": loss,
+                "learning_rate": float(figures["learning_rate"]),
+                "grad_norm": float(figures["grad_norm"]),
+                "skipped": int(figures["skipped"]),
+                "tokens_per_second": self.speed.tokens / seconds,
+                "mfu": self.speed.mfu(seconds),
+                **self.to_row(figures),
+            }
+            self._log(row, held_out=held_out)
+            show.update(index, loss=loss, speed=self.speed, seconds=seconds)
+
+    def _log(self, row: Row, *, held_out: float | None) -> None:
+        if held_out is not None:
+            row |= {"held_out_loss": held_out, "held_out_perplexity": perplexity(held_out)}
+        self.log.add(row | {"seconds": time.perf_counter() - self._start})
+
+    def _evaluate(self, state: State, index: int, bar: Progress) -> float:
+        with self.clock.phase("evaluating"):
+            loss = self.held_out_loss(state)
+        bar.console.print(
+            f"step {index:>{len(str(self.steps))}}  held-out loss {loss:.3f} nats a byte"
+            f"  perplexity {perplexity(loss):.2f}  {time.perf_counter() - self._start:6.1f} s"
+        )
+        return loss
+
+    def _save(self, index: int, state: State, loss: float | None, *, is_final: bool) -> None:
+        with self.clock.phase("saving"):
+            facts = {**self.facts, "data": self.batches.position}
+            try:
+                self.checkpoints.save(index, state, facts, held_out_loss=loss)
+                if is_final:
+                    self.checkpoints.wait()
+            except SaveError as error:
+                self._on_save_error(error)
+
+    def _check_save(self) -> None:
+        try:
+            self.checkpoints.check()
+        except SaveError as error:
+            self._on_save_error(error)
+
+    def _on_save_error(self, error: SaveError) -> None:
+        if self.stops_on_save_error:
+            raise error
+        self.console.print(f"{error}; training goes on (--on-save-error continue)")
+
+
+class _Shown:
+    """The bar of a run, updated at most a few times a second."""
+
+    def __init__(self, bar: Progress, task: Any):
+        self._bar, self._task = bar, task
+        self._last = 0.0
+
+    def update(self, index: int, *, loss: float, speed: progress.Speed, seconds: float) -> None:
+        now = time.perf_counter()
+        if now - self._last < 0.5 and index != self._bar.tasks[0].total:
+            return
+        self._last = now
+        self._bar.update(
+            self._task,
+            completed=index,
+            **progress.fields(
+                loss=f"{loss:.3f}",
+                speed=speed.describe(seconds),
+                memory=progress.memory_in_use(speed.devices),
+            ),
+        )
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text)
+
+
+def exit_code(asked: signal.Signals | None) -> int:
+    """Gives the exit code of a run that was asked to stop and has saved its state.
+
+    A scheduler that pre-empts it with SIGTERM sees success; a shell sees 130 for Ctrl-C.
+    """
+    return 130 if asked == signal.SIGINT else 0

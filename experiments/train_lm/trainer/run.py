@@ -1,0 +1,359 @@
+"""A run from its flags to its end: processes, devices, folder, compiled step, restore, loop."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+import dualpipe_jax as dpj
+
+from ..flags import Refusal
+from . import data, folder, processes, progress, state
+from .checkpoints import Checkpoints, SaveError
+from .clock import Clock
+from .devices import find_devices
+from .flags import Settings
+from .log import Log, NoLog, Row
+from .loop import Loop, TooManySkipsError, exit_code
+from .mesh import PIPE, batch_axes
+from .profile import Profile
+from .state import Figures, GradFn, PyTree, State
+
+COLUMNS = (
+    "step",
+    "train_loss",
+    "held_out_loss",
+    "held_out_perplexity",
+    "learning_rate",
+    "grad_norm",
+    "skipped",
+    "tokens_per_second",
+    "mfu",
+    "seconds",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run runs, and what it reads.
+
+    Attributes:
+      console: Prints on process 0.
+      devices: Those of all processes.
+      which: A line about them.
+      text: Both sides.
+    """
+
+    console: Console
+    devices: list[jax.Device]
+    which: str
+    text: data.Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What an experiment trains.
+
+    Attributes:
+      mesh: The mesh; rows of a batch are spread over all axes but the pipeline's.
+      init: Makes the parameters of a key.
+      param_specs: Their specs over other axes than the pipeline's.
+      grad_fn: Gives loss, figures and gradients.
+      held_out_loss: Of parameters and a batch, a scalar.
+      describe: A line about the model.
+      flops_per_token: Those of the model, forward and backward.
+      columns: Columns of the log that the experiment adds.
+      to_row: Makes them of the figures.
+      after_update: As for `state.make_step`.
+    """
+
+    mesh: Mesh
+    init: Callable[[jax.Array], PyTree]
+    param_specs: PyTree
+    grad_fn: GradFn
+    held_out_loss: Callable[[PyTree, jax.Array], jax.Array]
+    describe: str
+    flops_per_token: float
+    columns: Sequence[str] = ()
+    to_row: Callable[[Figures], Row] = lambda figures: {}
+    after_update: Callable[[PyTree, Figures, jax.Array], PyTree] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A run that is complete.
+
+    Attributes:
+      params: The parameters, sharded.
+      rows: The rows of its log.
+      clock: Goes on until the goodput is printed.
+    """
+
+    params: PyTree
+    rows: list[Row]
+    clock: Clock
+
+
+def find_place(settings: Settings, *, count: int | None, flag: str, fake: int) -> Place:
+    """Joins the other processes, finds devices and text.
+
+    Args:
+      settings: The flags.
+      count: How many devices; None for all accelerators.
+      flag: The flags that the user may lower to have fewer.
+      fake: How many fake ones without an accelerator, if `count` is None.
+
+    Raises:
+      Refusal: If there is no such place.
+    """
+    num_processes = processes.start(
+        settings.coordinator,
+        settings.num_processes,
+        settings.process_id,
+        heartbeat=settings.heartbeat,
+    )
+    devices, which = find_devices(count, flag=flag, fake=fake, num_processes=num_processes)
+    with processes.together():
+        try:
+            text = data.read(settings.data_path, min_length=settings.context + 1)
+        except (OSError, ValueError) as error:
+            raise Refusal(str(error)) from error
+    first = processes.first_of_all(text.fingerprint if processes.is_first() else "")
+    with processes.together():
+        if text.fingerprint != first:
+            raise Refusal("--data: has other files, or other sizes of files, than on process 0")
+    return Place(console=processes.console(), devices=devices, which=which, text=text)
+
+
+def open_folder(
+    settings: Settings, config: folder.Config, place: Place, *, default: str
+) -> folder.Folder:
+    """Opens the folder of the run; see `folder.open_folder`."""
+    return folder.open_folder(
+        settings.output,
+        default=Path(default),
+        fresh=settings.fresh,
+        config={**config, folder.TEXT: place.text.fingerprint},
+    )
+
+
+@contextlib.contextmanager
+def ending(run: folder.Folder, console: Console) -> Iterator[None]:
+    """Ends the process as a user expects, whatever ends the run inside the `with`."""
+    try:
+        yield
+    except (click.ClickException, SystemExit):
+        raise
+    except (TooManySkipsError, SaveError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        console.print(f"stopped; logs and checkpoints until then are in {run.path}")
+        if jax.process_count() > 1:
+            processes.leave(130)
+        sys.exit(130)
+    except Exception as error:
+        if jax.process_count() > 1:
+            processes.fail(error, folder=run.path)
+        raise
+
+
+def train(
+    job: Job,
+    settings: Settings,
+    place: Place,
+    run: folder.Folder,
+    config: folder.Config,
+    *,
+    at_stop: Callable[[list[Row]], None],
+) -> Outcome:
+    """Trains until the last step.
+
+    Args:
+      job: What is trained.
+      settings: The flags.
+      place: The devices and the text.
+      run: The folder; a run in it goes on.
+      config: The flags by their names, kept beside the checkpoints.
+      at_stop: Is given the rows however the run stops, to draw them.
+
+    Returns:
+      The outcome. A run that is asked to stop, or that has ended before, ends the process.
+
+    Raises:
+      Refusal: If there is no checkpoint that is whole.
+      TooManySkipsError: If updates were not finite too often in a row.
+      SaveError: If a checkpoint cannot be saved.
+    """
+    console, clock = place.console, Clock()
+    checkpoints = Checkpoints(run.checkpoints, keep=settings.keep, warn=console.print)
+    config = {**config, folder.TEXT: place.text.fingerprint}
+    _announce(run, checkpoints, config, console)
+    if processes.is_first():
+        processes.forget_failures(run.path)
+        run.write_config(config)
+    sharding = NamedSharding(job.mesh, PartitionSpec(batch_axes(job.mesh) or None))
+    windows: Any = {
+        "batch_size": settings.batch_size,
+        "context": settings.context,
+        "sharding": sharding,
+    }
+    batches = data.Batches(place.text.train, seed=settings.seed, **windows)
+    held_out = data.spread(place.text.held_out, num_batches=settings.eval_batches, **windows)
+    with jax.set_mesh(job.mesh):
+        plan = _plan(job, settings)
+        with clock.phase("restoring"):
+            restored = checkpoints.restore(plan.abstract)
+        if restored is not None and restored.step >= settings.steps:
+            console.print(
+                f"ended     {run.path}: after {restored.step} steps; a larger --steps goes on, "
+                "--fresh starts anew"
+            )
+            checkpoints.close()
+            sys.exit(0)
+        with clock.phase("compiling"), console.status("compiling"):
+            compiled = plan.compile(held_out[0])
+        console.print(
+            f"model     {plan.num_params:,} parameters, {job.describe}\n"
+            f"compiled  in {clock.seconds['compiling']:.0f} s"
+        )
+        start = 0 if restored is None else restored.step
+        if restored is None:
+            first = compiled.init()
+        else:
+            first = restored.state
+            batches.move_to(restored.facts["data"])
+            console.print(f"resumed   after step {start}, from {checkpoints.folder / str(start)}")
+        log = _open_log(run, job, settings, start=start if restored else -1)
+        loop = Loop(
+            step=compiled.step,
+            held_out_loss=lambda s: float(
+                np.mean([float(compiled.evaluate(s.params, batch)) for batch in held_out])
+            ),
+            batches=batches,
+            to_row=job.to_row,
+            facts={"config": config},
+            checkpoints=checkpoints,
+            log=log,
+            clock=clock,
+            console=console,
+            speed=progress.Speed(
+                tokens=settings.batch_size * settings.context,
+                devices=list(job.mesh.devices.flat),
+                flops=job.flops_per_token * settings.batch_size * settings.context,
+                peak=progress.peak_of(job.mesh.devices.flat[0]),
+            ),
+            profile=Profile(settings.profile, run.path),
+            steps=settings.steps,
+            eval_every=settings.eval_every,
+            save_every=settings.save_every,
+            max_skips=settings.max_skips,
+            stops_on_save_error=settings.on_save_error == "stop",
+        )
+        seconds = log.rows[-1]["seconds"] if restored and log.rows else 0.0
+        try:
+            last, index, asked = loop.run(first, start=start, seconds=seconds)
+        finally:
+            if processes.is_first() and log.rows:
+                at_stop(log.rows)
+        best = checkpoints.best_step
+        checkpoints.close()
+    console.print(f"goodput   {clock.goodput()}")
+    if asked is not None:
+        console.print(
+            f"stopped   by {signal.Signals(asked).name} after step {index}, which is saved; "
+            f"--output {run.path} goes on"
+        )
+        sys.exit(exit_code(asked))
+    if best is not None:
+        console.print(f"best      step {best}: {checkpoints.folder / str(best)}")
+    return Outcome(params=last.params, rows=log.rows, clock=clock)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compiled:
+    """The programs of a run."""
+
+    step: Callable[[State, jax.Array], tuple[State, Figures]]
+    evaluate: Callable[[PyTree, jax.Array], jax.Array]
+    init: Callable[[], State]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A run's state without arrays, and how its programs are compiled."""
+
+    abstract: State
+    num_params: int
+    compile: Callable[[jax.Array], _Compiled]
+
+
+def _plan(job: Job, settings: Settings) -> _Plan:
+    """Finds the shapes and shardings of the state; compiles nothing yet."""
+    optimizer, learning_rates = state.make_optimizer(
+        learning_rate=settings.learning_rate, steps=settings.steps
+    )
+    optimizer = state.skipping(optimizer)
+    init = state.make_init(job.init, optimizer)
+    key = jax.random.key(settings.seed)
+    shapes = jax.eval_shape(init, key)
+    shardings = dpj.shardings(shapes, mesh=job.mesh, axis=PIPE, param_specs=job.param_specs)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+    step = state.make_step(job.grad_fn, optimizer, learning_rates, after_update=job.after_update)
+    everywhere = NamedSharding(job.mesh, PartitionSpec())
+
+    def compile_for(batch: jax.Array) -> _Compiled:
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        evaluate = jax.jit(job.held_out_loss, out_shardings=everywhere)
+        return _Compiled(
+            step=jitted.lower(abstract, batch).compile(),
+            evaluate=evaluate.lower(abstract.params, batch).compile(),
+            init=lambda: jax.jit(init, out_shardings=shardings)(key),
+        )
+
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    return _Plan(abstract=abstract, num_params=num_params, compile=compile_for)
+
+
+def _announce(
+    run: folder.Folder, checkpoints: Checkpoints, config: folder.Config, console: Console
+) -> None:
+    """Says whether a run begins or goes on, and which flags have changed since."""
+    steps = checkpoints.steps
+    if run.earlier is None and steps:
+        raise Refusal(
+            f"--output {run.path}: has checkpoints, but no {folder.CONFIG}; put it back, or give "
+            "--fresh to start anew"
+        )
+    found = ""
+    if run.earlier is not None:
+        found = f", goes on after step {steps[-1]}" if steps else ", begins again: no checkpoint"
+        for line in folder.changes(run.earlier, config):
+            note = " (the decay of the learning rate changes with it)" if "--steps:" in line else ""
+            found += f"\nchanged   {line}{note}"
+    console.print(f"run       {run.path}{found}")
+
+
+def _open_log(run: folder.Folder, job: Job, settings: Settings, *, start: int) -> Log:
+    """Opens the log on process 0; refused on all processes if it cannot be written."""
+    log: Log = NoLog()
+    with processes.together():
+        if processes.is_first():
+            try:
+                columns = [*COLUMNS[:-1], *job.columns, COLUMNS[-1]]
+                log = Log(run.path, columns, step=start, kinds=settings.log)
+            except OSError as error:
+                raise Refusal(f"{run.path}: {error.strerror}") from error
+    return log
