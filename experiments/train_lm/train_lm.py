@@ -129,13 +129,10 @@ def main(ctx: click.Context, **given: Any) -> None:
             f"held out  perplexity {perplexity(loss):.3f} a byte ({loss:.3f} nats), over "
             f"{settings.eval_batches * settings.batch_size} windows of {settings.context} bytes"
         )
+        one_microbatch = pipeline | {"num_microbatches": 1}
         with jax.set_mesh(mesh):
             sample = continue_text(
-                dpj.apply(
-                    model.for_pipeline(),
-                    output=model.output,
-                    **{**pipeline, "num_microbatches": 1},
-                ),
+                dpj.apply(model.for_pipeline(), output=model.output, **one_microbatch),
                 outcome.params,
                 given["prompt"].encode(),
                 num_bytes=SAMPLE_BYTES,

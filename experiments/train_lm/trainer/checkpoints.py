@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -94,7 +93,7 @@ class Checkpoints:
           SaveError: If this save cannot begin, or the one before failed.
         """
         self.wait()
-        facts = _seal({**facts, "step": step, "digest": np.asarray(digest(state)).tolist()})
+        facts = _seal({**facts, "step": step, "digest": digest(state)})
         parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PART_BYTES), state)
         self._saving = step
         is_known = held_out_loss is not None and math.isfinite(held_out_loss)
@@ -193,7 +192,7 @@ class Checkpoints:
             return None, problem
         assert restored is not None
         state, facts = restored["state"], restored["facts"]
-        if np.asarray(digest(state)).tolist() != facts["digest"]:
+        if digest(state) != facts["digest"]:
             return None, "its arrays are not those that were saved"
         return Restored(step=facts["step"], state=state, facts=facts), ""
 

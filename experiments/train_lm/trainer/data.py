@@ -221,7 +221,8 @@ def place(
 ) -> jax.Array:
     """Makes the global batch of the rows that each process has read."""
 
-    def of_device(index: tuple[slice, ...]) -> np.ndarray:
+    def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         wanted = np.arange(shape[0])[index[0]]
         return local[np.searchsorted(rows, wanted)]
 

@@ -1,6 +1,7 @@
 """A run from its flags to its end: processes, devices, folder, compiled step, restore, loop."""
 
 import contextlib
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -221,15 +222,13 @@ def train(
             sys.exit(0)
         with clock.phase("compiling"), console.status("compiling"):
             compiled = plan.compile(held_out[0])
+            first = plan.init() if restored is None else restored.state
         console.print(
             f"model     {plan.num_params:,} parameters, {job.describe}\n"
             f"compiled  in {clock.seconds['compiling']:.0f} s"
         )
         start = 0 if restored is None else restored.step
-        if restored is None:
-            first = compiled.init()
-        else:
-            first = restored.state
+        if restored is not None:
             batches.move_to(restored.facts["data"])
             console.print(f"resumed   after step {start}, from {checkpoints.folder / str(start)}")
         log = _open_log(run, job, settings, start=start if restored else -1)
@@ -284,7 +283,6 @@ class _Compiled:
 
     step: Callable[[State, jax.Array], tuple[State, Figures]]
     evaluate: Callable[[PyTree, jax.Array], jax.Array]
-    init: Callable[[], State]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +291,7 @@ class _Plan:
 
     abstract: State
     num_params: int
+    init: Callable[[], State]
     compile: Callable[[jax.Array], _Compiled]
 
 
@@ -320,11 +319,15 @@ def _plan(job: Job, settings: Settings) -> _Plan:
         return _Compiled(
             step=jitted.lower(abstract, batch).compile(),
             evaluate=evaluate.lower(abstract.params, batch).compile(),
-            init=lambda: jax.jit(init, out_shardings=shardings)(key),
         )
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-    return _Plan(abstract=abstract, num_params=num_params, compile=compile_for)
+    return _Plan(
+        abstract=abstract,
+        num_params=num_params,
+        init=functools.partial(jax.jit(init, out_shardings=shardings), key),
+        compile=compile_for,
+    )
 
 
 def _announce(
