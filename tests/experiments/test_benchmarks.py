@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from experiments.benchmarks import racing, report, variants
 from experiments.benchmarks.benchmarks import describe_agreement, main, require_agreement
 from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
 from experiments.train_lm.model import LanguageModel
-from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "benchmarks"
@@ -288,18 +288,7 @@ def test_a_task_survives_the_pipe() -> None:
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(
-    flags: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: str, message: str, refusal: Callable[..., str]
 ) -> None:
-    printed = refusal(
-        main,
-        flags.split(),
-        name="benchmarks",
-        output=tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+    printed = refusal(main, flags.split(), name="benchmarks")
     assert message in printed

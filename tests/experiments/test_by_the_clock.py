@@ -4,7 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import dualpipe_jax as dpj
 from experiments import tables
 from experiments.by_the_clock import processes, report, sleeping, steps, tasks
 from experiments.by_the_clock.by_the_clock import main, make_rows, require_possible
-from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "by_the_clock"
@@ -253,18 +252,7 @@ def test_the_page_has_the_table_of_the_committed_figures() -> None:
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(
-    flags: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: str, message: str, refusal: Callable[..., str]
 ) -> None:
-    printed = refusal(
-        main,
-        flags.split(),
-        name="by_the_clock",
-        output=tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+    printed = refusal(main, flags.split(), name="by_the_clock")
     assert message in printed

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import dualpipe_jax as dpj
 from experiments import tables
 from experiments.compare import costs, idle
 from experiments.compare.idle import Row, main, replay
-from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "experiments" / "compare"
@@ -183,18 +183,7 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(
-    flags: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: str, message: str, refusal: Callable[..., str]
 ) -> None:
-    printed = refusal(
-        main,
-        flags.split(),
-        name="idle",
-        output=tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+    printed = refusal(main, flags.split(), name="idle")
     assert message in printed

@@ -6,6 +6,7 @@ That every schedule's gradients are right is tested elsewhere; here two of them 
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -17,7 +18,6 @@ import pytest
 import dualpipe_jax as dpj
 from experiments.compare import measuring, report
 from experiments.compare.schedules import main, require_same_losses
-from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("dualpipe", "1f1b")
@@ -146,21 +146,9 @@ def test_losses_that_differ_are_an_error(wrong: float) -> None:
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(
-    flags: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: str, message: str, refusal: Callable[..., str]
 ) -> None:
-    args = flags.split()
-    printed = refusal(
-        main,
-        args,
-        name="compare",
-        output=tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+    printed = refusal(main, flags.split(), name="compare")
     assert message in printed
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from experiments.compiled import backwards, compiles, memory, overlap
 from experiments.compiled.compiles import EXCHANGE, PERMUTE, Compiles, Count, Figures
 from experiments.compiled.steps import Case, Step
 from tests.experiments.compiled.figures import figures_of
-from tests.experiments.refusals import refusal
 from tests.preflight.steps import make_args, make_mesh, make_step
 
 
@@ -111,22 +111,10 @@ def test_memory_has_a_line_for_every_row() -> None:
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(
-    main: Any,
-    flags: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    main: Any, flags: str, message: str, refusal: Callable[..., str]
 ) -> None:
     name = main.__module__.rpartition(".")[2]
-    assert message in refusal(
-        main,
-        flags.split(),
-        name=name,
-        output=tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+    assert message in refusal(main, flags.split(), name=name)
 
 
 def test_questions_share_their_compiles() -> None:
