@@ -23,7 +23,6 @@ from experiments.deepseek_mini import dispatch, model, preflight, routing
 from experiments.deepseek_mini.deepseek_mini import main
 from experiments.deepseek_mini.layers import LatentAttention, rotate
 from experiments.deepseek_mini.model import DeepSeekMini
-from tests.experiments.refusals import refusal
 from tests.models import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -627,16 +626,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("args", BAD, ids=str)
-def test_bad_flags_are_refused(
-    args: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line = refusal(
-        main,
-        args.split(),
-        name="deepseek_mini",
-        output=tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+def test_bad_flags_are_refused(args: str, refusal: Callable[..., str]) -> None:
+    line = refusal(main, args.split(), name="deepseek_mini")
     for words in BAD[args]:
         assert words in line

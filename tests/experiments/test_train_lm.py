@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import pytest
 
 from experiments.train_lm import data
 from experiments.train_lm.train_lm import main
-from tests.experiments.refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -179,23 +179,12 @@ def test_ctrl_c_leaves_the_log_and_the_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(
-    flags: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: str, message: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_bytes(b"0123456789" * 10)
     args = flags.replace("SHORT", str(short)).split()
-    printed = refusal(
-        main,
-        args,
-        name="train_lm",
-        output=tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+    printed = refusal(main, args, name="train_lm")
     assert message in printed
 
 
