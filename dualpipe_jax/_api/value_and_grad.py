@@ -59,7 +59,7 @@ def value_and_grad(
     Args:
       Required (`evaluate` and `apply` take these, axis, batch_axes, manual_axes, param_specs too):
       model: The model, as pure functions.
-      mesh: The devices. StepAxes not named here are left to XLA's partitioner; inside the model's
+      mesh: The devices. Axes not named below are left to XLA's partitioner; inside the model's
         functions they are Auto axes, whatever they are outside. Where `jax.set_mesh` names a mesh
         with the same axes, its devices are taken instead; then an AbstractMesh will do.
       num_microbatches: Microbatches a step (on each shard of the batch), over both directions.
@@ -101,8 +101,8 @@ def value_and_grad(
       Rare:
       trainable: Which parameters get a gradient: a tree of bools whose leaves stand for whole
         branches of params, or a function from params to such a tree (as the masks of optax). For
-        frozen parameters nothing is computed or kept, and their gradients are zeros; the gradient
-        of a frozen parameter that is also one of overwrite is its value.
+        frozen parameters nothing is computed or kept, and their gradients are zeros; where
+        overwrite selects a frozen parameter, the gradient is the parameter's own value.
       overwrite: Which parameters their gradients overwrite, such as the scales and histories of
         float8: a tree of bools or a function, as `trainable`; None: those under a key
         `"_overwrite_with_gradient"`, as in Flax's float8. The gradient of such a parameter is the

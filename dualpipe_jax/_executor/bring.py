@@ -1,11 +1,10 @@
 """Brings the layers of one stack from their shards to the ranks that run them, and gradients back.
 
-A stack and its gradient are in model order, whatever the schedule. Here a rank receives the layers
-of each of its chunks (a stage that it holds for one direction), and returns their gradients. The
-second copy that a bidirectional schedule needs exists only inside the step: a permute brings it,
-and another returns its gradient, which is added, so that the copies cannot drift. Where each
-stage's layers begin, and how many it has, is found by formula if the spread is even or nearly so,
-else looked up in a table.
+A stack and its gradient are in model order, whatever the schedule. A rank receives the layers of
+its chunks (a chunk is a stage that it holds for one direction), and returns their gradients. The
+second copy that a bidirectional schedule needs exists only inside the step: one permute brings it,
+another returns its gradient, which is added, so that the copies cannot drift. If the spread is even
+or nearly so, a formula gives each stage's first layer and number of layers, else a table.
 """
 
 from collections.abc import Sequence

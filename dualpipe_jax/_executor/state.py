@@ -1,8 +1,7 @@
 """The arrays that a rank carries from tick to tick and from beat to beat: slots, sums, messages.
 
-`empty_state` makes those with which a rank starts. An action takes the buffers that it touches out
-of the state (`State.take`), so that these alone pass through its loop over layers, and puts them
-back.
+`empty_state` makes them for the first tick. An action takes the buffers that it touches out of the
+state (`State.take`) and puts them back, so that only these pass through its loop over layers.
 """
 
 from collections import OrderedDict
@@ -55,30 +54,32 @@ class LayerBuffers(NamedTuple):
         return tuple(self.slots[n] if n in self.slots else getattr(self, n) for n in names)
 
 
-# Sums of gradients outside of the layers' own, by the number of the leaf of shared.
+# The summed gradients of shared parameters, by the number of the leaf.
 SharedGrads = dict[int, jax.Array]
 
 
 class State(NamedTuple):
     """The arrays that a rank carries from tick to tick.
 
-    Buffers of layers have an entry for each kind of layer, `layer` counting those of the kind.
+    Buffers of layers have an entry for each kind of layer; `layer` counts the layers of that kind.
 
     Attributes:
       received: Activations and cotangents that wait for their action, `[slot, ...]` for each leaf
         of x; nobody reads the last slot.
-      slots: The slot buffers by name, in the order of `SLOTS`, and by kind: `residual`, values that
-        F keeps for the input grad; `weight_residual`, those that it keeps for the weight grad, and
-        the input grad may read; `stash`, those that the input grad keeps for the weight grad, none
-        where the two run as one; `deferred`, those that it keeps for a deferred weight grad, which
-        may recompute the rest, none where deferred weight grads share the stash.
+      slots: The slot buffers by name, in the order of `SLOTS`, and by kind. F keeps values in
+        `residual` for the input grad, and in `weight_residual` for the weight grad, which the input
+        grad may read too. The input grad keeps values in `stash` for the weight grad (none where
+        the two run fused), and in `deferred` for a deferred weight grad, which may recompute the
+        rest (none where deferred weight grads share the stash).
       block_grads: For each chunk the gradients of the leaves that have one, `[layer, ...]`, or
         lists of as many arrays where layers are unrolled.
       ends_grads, shared_grads: The gradients of the leaves outside the stack that get one.
-      loss, aux, metrics: Sums over microbatches: of the head's, and of the layers' aux losses.
+      loss, aux, metrics: The head's loss, the layers' aux losses and the head's metrics, each
+        summed over microbatches.
       block_metrics: For each chunk the metrics of its layers, summed, laid out as block_grads.
-      messages: The values that the left and the right neighbour sent in the tick before, an x each;
-        of lazy tables the x that this rank made then, and has not sent yet.
+      messages: The values received from the left and the right neighbour in the tick before, each
+        with the structure of x. With lazy tables the value that this rank made in the tick before
+        and has not sent yet.
       mail: Outputs that are kept or under way, in a program that returns outputs.
     """
 

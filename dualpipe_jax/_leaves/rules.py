@@ -1,8 +1,8 @@
-"""Combines the gradients of one leaf: of microbatches, of copies of layers, of ranks and shards.
+"""Combines the gradients of one leaf over microbatches, copies of layers, ranks and shards.
 
-Gradients are added up. A leaf that its gradient overwrites, such as a scale of float8 or a history
-of largest values, gets a new value from each microbatch, and the largest is kept: it holds for all
-of them.
+Gradients are added up. For a leaf that its gradient overwrites, such as float8's scales and
+histories of largest values, each microbatch gives a new value, and the largest one is kept, because
+it is valid for all microbatches.
 """
 
 from collections.abc import Callable, Iterable
