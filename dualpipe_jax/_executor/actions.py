@@ -1,7 +1,7 @@
 """The actions of a rank: embedding, head, and F, I, W or both over the layers of a stage.
 
-`layer.py` has them for one layer. Slot buffers and sums pass through the loops over layers and are
-updated in place; an action that is not on leaves all of them as they are.
+`layer.py` runs them for one layer. Slot buffers and sums pass through the loops over layers and are
+updated in place; an action that is not on changes none of them.
 """
 
 from contextlib import nullcontext
@@ -28,22 +28,22 @@ def embed(rank: Rank, row: Row) -> PyTree:
 
 
 # The embedding's gradient follows the action that makes dx in the first stage. Its forward runs
-# again rather than keeping its residuals in a slot; of a table look-up nothing is left of it.
+# again rather than keeping its residuals in a slot; a table look-up needs no forward.
 @jax.named_scope(_scopes.EMBED_GRAD)
 def embed_grad(rank: Rank, state: State, dx: list[jax.Array], row: Row) -> State:
-    """Adds up the embedding's gradient; dx has the leaves of x that have a cotangent."""
+    """Adds the embedding's gradient to the sums; dx has the leaves of x that have a cotangent."""
     ctx = rank.context(row, rank.stages.num_layers)
     _, doutside = rank.gradients.embed(rank.outside, ctx, dx)
     return state.add_outside(doutside, rank.gradients.embed_rules)
 
 
-# The head follows the last stage's F: its value and gradient at once, so that its residuals (the
-# logits) never get a slot; only the cotangent of x is kept.
+# The head follows the last stage's F and computes its value and gradient at once, so that its
+# residuals (the logits) never get a slot; only the cotangent of x is kept.
 @jax.named_scope(_scopes.HEAD)
 def head(rank: Rank, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
-    """Adds up loss and metrics, and returns x with its cotangent in place of its leaves.
+    """Adds loss and metrics to the sums, and returns x with its cotangent in place of its leaves.
 
-    In a program that returns outputs, it sends these on their way instead.
+    In a program that returns outputs, it sends these towards their ranks instead.
     """
     ctx = rank.context(row, rank.stages.num_layers + 1)
     gradients = rank.functions.gradients
@@ -64,7 +64,7 @@ def head(rank: Rank, state: State, x: PyTree, row: Row) -> tuple[State, PyTree]:
 
 
 def run_forward(work: LayerWork, state: State, x: PyTree, is_on: Any) -> tuple[State, PyTree]:
-    """Runs a stage forward, if `is_on`; else x comes back as it is."""
+    """Runs a stage forward if `is_on`; else returns x unchanged."""
     state, flow = run_layers(work, "F", state, Flow(x=x, aux=state.aux), is_on)
     return state._replace(aux=flow.aux), flow.x
 
@@ -82,7 +82,7 @@ def run_backward(
       is_on: Whether to run; given two, of the upper and of the lower layers of a full backward.
 
     Returns:
-      The state, and the cotangent of the stage's input, or dx if it is not on.
+      The state, and the cotangent of the stage's input, or dx unchanged.
     """
     rank = work.rank
     shared = state.take_shared(rank.gradients.index[actions])

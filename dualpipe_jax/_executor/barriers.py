@@ -1,12 +1,12 @@
 """Orders computations, also where the compiler keeps no `optimization_barrier`.
 
-XLA's compilers for TPUs keep barriers until they have placed all copies; those for GPUs and CPUs
-drop them before. So the order that barriers give a beat is lost: on GPUs all weight grads sink to
-the end of the loop, the first forward runs with nothing beside it, and writes to slots, which could
-be anywhere, run beside a transfer; on both slot buffers are copied, because old and new values live
-at once. There the order is written into the data. On GPUs a value passes through a select whose
-predicate is true whatever it is computed from; on CPUs, where only slots are to be written later,
-or read later, a zero is added to the slot.
+XLA keeps barriers on TPUs until it has placed all copies; on GPUs and CPUs it drops them earlier,
+and the order that they give a beat is lost. On GPUs all weight grads then sink to the end of the
+loop, the first forward runs with nothing beside it, and writes to slots, which could run anywhere,
+run beside a transfer; on GPUs and CPUs slot buffers are copied, because old and new values live at
+once. So the order is written into the data there. On GPUs a value passes through a select whose
+predicate is true whatever it is computed from; on CPUs, where only reads and writes of slots have
+to wait, a zero is added to the slot.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from dualpipe_jax._model.types import PyTree
 
 
 def wait_for(values: PyTree, others: PyTree) -> PyTree:
-    """Returns the values, bit for bit; on GPUs whoever reads them waits for the others too."""
+    """Returns the values, bit for bit; on GPUs their readers wait for the others too."""
     return lax.platform_dependent(
         values, others, cuda=select_after, default=lambda values, others: values
     )
@@ -30,9 +30,9 @@ def wait_for(values: PyTree, others: PyTree) -> PyTree:
 def copied_out(values: Sequence[Any], *, small: int) -> tuple[Any, ...]:
     """Returns values read from a slot; on GPUs those of at most `small` bytes as copies.
 
-    There an operand of a library's matmul has to be copied anyway. One copy, for I and W, leaves
-    the slot to whoever writes next; read in several places, its readers and that write wait for
-    each other. (Eight H100s, a mixture of experts of three layers a stage and width 1024: with
+    On GPUs an operand of a library's matmul has to be copied anyway. One copy, for I and W, frees
+    the slot for its next write; a slot read in several places makes its readers and that write wait
+    for each other. (Eight H100s, a mixture of experts of three layers a stage and width 1024: with
     copies 24 of a trip's 24 all-to-alls have a matmul beside them, without 16.)
     """
 
@@ -55,18 +55,18 @@ def copied_or_read(copied: Sequence[Any], read: Sequence[Any], *, small: int) ->
 
 
 def row_major(values: PyTree, dims: Sequence[tuple[int, ...] | None] | None = None) -> PyTree:
-    """Returns the values; on TPUs they lie in memory row by row.
+    """Returns the values, on TPUs in row-major layout.
 
-    So do values that pass through a loop of one trip or none (`buffers.when`), behind which XLA
-    does not look for a better layout: every rank would copy them into that order, though only the
-    end ranks enter the loop.
+    Values that pass through a loop of one trip or none (`buffers.when`) have that layout, and XLA
+    does not look behind the loop for a better one: every rank would copy them into it, though only
+    the end ranks enter the loop.
 
-    Where XLA shards values over axes of its own they are left to it: it would gather them first.
+    Values that XLA shards by itself keep their layouts: it would gather them first.
 
     Args:
       values: The values.
-      dims: For each leaf its dims, the outermost first, if it is to lie in another order, or None
-        for a leaf that is left as it is.
+      dims: For each leaf the order of its dims in memory, the outermost first, or None to leave the
+        leaf as it is; None for all leaves row-major.
     """
     leaves, structure = jax.tree.flatten(values)
     orders = [tuple(range(leaf.ndim)) for leaf in leaves] if dims is None else dims
@@ -89,7 +89,7 @@ def row_major(values: PyTree, dims: Sequence[tuple[int, ...] | None] | None = No
 
 
 def _in_order(value: jax.Array, dims: tuple[int, ...]) -> jax.Array:
-    # Innermost, a dim of size one would be padded to the width of a register.
+    # An innermost dim of size one would be padded to the width of a register.
     dims = tuple(sorted(dims, key=lambda dim: dim > 0 and value.shape[dim] != 1))
     return with_layout_constraint(value, Layout(dims))
 

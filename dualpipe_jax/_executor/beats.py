@@ -1,15 +1,15 @@
 """One beat: a forward and a backward on every rank, straight-line code without choices.
 
 In even beats chunk 0 is forward and chunk 1 backward, in odd ones the other way round. So weights
-and sums are named, never chosen, and the values that a beat sends go between fixed pairs of ranks
+and sums are fixed, never selected, and the values that a beat sends go between fixed pairs of ranks
 and are the next beat's input.
 
 The order of F, I and W of the layers, and of the transfers, is a list of `layer_order`. In
 straight-line code data alone orders the work: XLA is free to run F of a layer beside I of another,
-and W beside both and beside the next beat's F. A slot buffer, of which every layer has its
-own, could order it falsely: where XLA does not see whether a read or a write of a buffer comes
-first, it copies it, so that the order has to be said (`barriers`), and then each waits for the
-other.
+and W beside both and beside the next beat's F. A slot buffer shared by layers could add false
+dependencies, so every layer has its own: where XLA does not see whether a read or a write of a
+buffer comes first, it copies the buffer, so that the order has to be fixed (`barriers`), and one
+waits for the other.
 """
 
 from collections.abc import Sequence
@@ -43,16 +43,16 @@ from dualpipe_jax._schedule.layer_order import RECEIVE, SEND, LayerAction, Loop,
 from dualpipe_jax._schedule.tables import Pairs, Steady
 from dualpipe_jax._split_vjp import contraction_flops
 
-# Kinds of layers that meet, F's and I's: each pair's code stands in the program once.
+# The most pairs of kinds, F's and I's, side by side: the program has the code of each pair.
 _MAX_PAIRS = 6
 # The buffers of the backward chunk's layers, and the slots of the forward's, that a beat touches.
 _TOUCHES = (*RESIDUALS, "stash", "grads")
 
 
 def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
-    """Has a row name the slots that F writes only when all reads of the beat before are done.
+    """Makes the slots that F writes known only after all reads of the beat before.
 
-    Every read of a beat goes into a weight grad, or into the cotangent that leaves the stage.
+    Every value that a beat reads goes into a weight grad, or into the cotangent that it sends.
     """
     zero = barriers.zero_after((state.block_grads, state.ends_grads, state.shared_grads, cotangent))
     return {**row, **{name: row[name] + zero for name in RESIDUALS}}
@@ -93,7 +93,7 @@ class Beat:
 
         Args:
           state: The rank's state.
-          x: The x that the forward reads, but on the first stage.
+          x: The x that the forward reads, except on the first stage.
           cotangent: The cotangents that the input grad reads, of the leaves that have one.
         """
         rank, stages = self.rank, self.rank.stages
@@ -112,7 +112,7 @@ class Beat:
                 i_row["stage"] == 0, lambda state: embed_grad(rank, state, dx, i_row), state
             )
         if (stage_of[self.forward] == stages.num_stages - 1).any():
-            # Written over the value that came from a neighbour: nothing is selected on every rank.
+            # Overwrites the value received from a neighbour; a select would run on every rank.
             def run_head(carry: tuple[State, list[jax.Array]]) -> tuple[State, list[jax.Array]]:
                 state, out = head(rank, carry[0], y, f_row)
                 return state, pick(out)
@@ -128,7 +128,7 @@ class Beat:
         is_first = self.f_row["stage"] == 0
         if not self.rank.functions.embeds_by_look_up:
             return lax.cond(is_first, lambda: embed(self.rank, self.f_row), lambda: x)
-        # In a TPU compile, the matmuls that follow a conditional have their weights fetched late.
+        # On TPUs XLA fetches the weights of matmuls that follow a conditional late.
         embedded = embed(self.rank, self.f_row)
         return jax.tree.map(lambda a, b: jnp.where(is_first, a, b), embedded, x)
 
@@ -276,7 +276,7 @@ class Beat:
         return state.put_shared(flow.shared)._replace(aux=flow.aux)
 
     def _transfer(self, item: object, flow: Flow, transfers: _Transfers) -> None:
-        """Starts the beat's transfers, or has their readers wait for all that ran before."""
+        """Starts the beat's transfers, or makes their readers wait for all that ran before."""
         if item == SEND:
             transfers.sent = barriers.row_major((flow.x, flow.dx))
             to_x, to_cotangent = self.pairs
@@ -296,7 +296,7 @@ class Beat:
         return buffers.allocate(values, poison=self.rank.settings.poison)
 
     def _held_up(self, layer: Layer, held: Held, waits_for: str, transfers: _Transfers) -> Held:
-        """Has a layer's W wait for the transfers, and their readers for the operands of W."""
+        """Makes a layer's W wait for the transfers, and their readers for the operands of W."""
         if not waits_for:
             return held
         rank = self.rank
@@ -318,25 +318,25 @@ class Beat:
 # xla_msa_use_bundle_aware_cost_model it paid: W took up to 1.6 times as long without it.) On GPUs
 # they are copied out: `barriers.copied_out`.
 #
-# W of a layer follows its I and F, unless it has to hide the transfers at the end: that of the last
-# layer if it takes long enough, else that of as many of the last ones as do before the last one.
-# All of it then waits for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer
-# cycles than if all of W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. To
-# have the next I wait for W, as it does there, leaves 9 % less in a TPU's memory at width 1024,
-# four layers, and takes 0.7 % more cycles.)
+# W of a layer follows its I and F, unless it has to hide the transfers at the end: the last W does
+# if it takes long enough, else as many of the last W's as hide them, the very last not counted. All
+# of these wait for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer cycles
+# than if every W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. If the next
+# I waited for W, as on CPUs, a TPU's memory would hold 9 % less at width 1024, four layers, for
+# 0.7 % more cycles.)
 # Where blocks have collectives of their own, which W may have to hide, or layers are of several
-# kinds, all of W is at the end; and with collectives only the last layer's waits.
+# kinds, every W is at the end; and with collectives only the last one waits.
 #
-# If W of the others hides the transfers, the last one's waits for the values that arrive: behind
-# it, they come from a TPU's memory while W computes, where the next beat's first matmuls would else
-# wait for them (width 1024, two layers: 4 % fewer cycles; before the last contraction only: 1 %).
+# If the other W's hide the transfers, the last one waits for the values that arrive: these come
+# from a TPU's memory while it computes, where the next beat's first matmuls would otherwise wait
+# for them (width 1024, two layers: 4 % fewer cycles; before the last contraction only: 1 %).
 def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTree) -> int:
-    """Decides of how many layers W runs after the transfers have started.
+    """Decides how many weight grads run after the transfers have started.
 
     Args:
       rank: The rank.
       layers: The layers of the stage that runs backwards.
-      flops: Those of their weight grads.
+      flops: The FLOPs of their weight grads.
       x: The activation that is sent, or avals of it.
     """
     if len({layer.kind for layer in layers}) > 1:
@@ -352,13 +352,13 @@ def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTr
 
 
 def _can_hide(flops: int, arrivals: PyTree, device_kind: str | None, *, times: float) -> bool:
-    """Whether contractions are known to take so many times as long as the transfers.
+    """Whether contractions are known to take at least `times` as long as the transfers.
 
     Args:
-      flops: Those of the contractions.
+      flops: The FLOPs of the contractions.
       arrivals: The values that arrive at the same time, from each side.
       device_kind: As `find_device` takes it.
-      times: How many times.
+      times: The factor.
     """
     device = find_device(device_kind)
     num_bytes = max(sum(leaf.nbytes for leaf in jax.tree.leaves(side)) for side in arrivals)

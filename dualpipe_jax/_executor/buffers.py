@@ -4,23 +4,23 @@ A slot holds a whole x (`[slot, ...]` for each leaf, plain arrays), or values th
 stage keep (`SlotBuffer`). A value of a stage's size is never gathered from a slot: the loop over
 layers reads and writes one layer.
 
-How slots lie in a TPU's memory, where ticks and beats share them: XLA chooses layouts for every
-loop by itself. In a tick the loops of F, I and W, and behind them the beats, stand one after the
-other, each run or passed over (`when`); where two want a slot buffer in different layouts, XLA
-copies all of its slots between them, in every tick, whether they run or not. So in ticks, and where
-the beats begin and end, a buffer has one layout: residuals the one that the contractions around
-them have (`_split_vjp`), stashes row by row. So have the entries that a tick writes and reads: a
-loop that wants a value otherwise turns that value alone, where it else would turn the buffer before
-it reads the value. Left alone are values of one or two dims, on which loops mostly agree, and
-residuals larger than x that a softmax may read: an attention's scores lie as it likes them, in all
-loops alike.
+The layout of slots in a TPU's memory, which ticks and beats share: XLA chooses layouts for every
+loop separately. In a tick the loops of F, I and W follow each other, then the beats, each run or
+skipped (`when`); where two want a slot buffer in different layouts, XLA copies all of its slots
+between them, in every tick, whether they run or not. So in ticks, and where the beats begin and
+end, a buffer has one layout: residuals that of the contractions around them (`_split_vjp`), stashes
+row-major. The entries that a tick writes and reads have the same one: a loop that wants another
+layout transposes that value alone, where it would otherwise transpose the buffer before reading the
+value. XLA still chooses the layouts of values of one or two dims, on which loops mostly agree, and
+of residuals larger than x that a softmax may read: for attention scores all loops take the layout
+that the softmax wants.
 
 (TPU v5e, a transformer of two layers a stage, width 1024, four sequences of 1024 a microbatch,
-stacked queries, keys and values: the cycles of a tick in which all actions run are 31.3 million
-instead of 62.3, a trip of the steady loop's 34.3 instead of 34.4, of which the choice is XLA's own,
-and temporaries 3,499 MiB instead of 4,268. Scores row by row too: 6,701. Row by row within beats of
-unrolled layers too, these took 8 to 10 % more cycles. Where layers are a loop, buffers and entries
-do lie so in beats: the loops of I and of W copied whole buffers between them there as well.)
+stacked queries, keys and values: a tick in which all actions run takes 31.3 million cycles instead
+of 62.3, a trip of the steady loop, in which XLA chooses, 34.3 instead of 34.4, and temporaries take
+3,499 MiB instead of 4,268. With scores row-major too: 6,701. With row-major layouts within beats of
+unrolled layers too, beats took 8 to 10 % more cycles. Where layers are a loop, buffers and entries
+do have these layouts in beats: the loops of I and W copied whole buffers between them there too.)
 """
 
 from collections.abc import Callable, Sequence
@@ -54,9 +54,9 @@ class SlotBuffer:
     another's.
 
     Attributes:
-      arrays: For each value its array; of unrolled layers, for each layer such a tuple.
-      memory_orders: For each value the order in which its dims lie in memory.
-      parts: For each value in how many parts along its first dim straight-line code reads it.
+      arrays: The array of each value; with unrolled layers such a tuple for each layer.
+      memory_orders: The order in memory of each value's dims.
+      parts: For each value the parts, along its first dim, in which straight-line code reads it.
       is_unrolled: Whether each layer has arrays of its own.
     """
 
@@ -66,7 +66,7 @@ class SlotBuffer:
     is_unrolled: bool = field(default=False, metadata={"static": True})
 
     def with_arrays(self, arrays: tuple[Any, ...] = ()) -> "SlotBuffer":
-        """Returns the buffer with other arrays; without any for a loop that does without it."""
+        """Returns the buffer with other arrays; without any for a loop that does not use it."""
         return replace(self, arrays=arrays)
 
     def read(self, layer: Any, slot: Any, *, in_parts: bool = False) -> tuple[jax.Array, ...]:
@@ -92,11 +92,11 @@ class SlotBuffer:
         return self._replace(layer, write(arrays, tuple(values), *index))
 
     def hand_on(self, layer: Any, *, after: PyTree = ()) -> "SlotBuffer":
-        """Hands a buffer that was only read to the next write, as if it had been written.
+        """Passes a buffer that was only read to its next write, as if it had been written.
 
         If the next loop took it from before this one, both would be alive, and XLA would copy it.
-        In straight-line code the next write has to come `after` the values that were computed from
-        the entry that was read, for the same reason.
+        For the same reason the next write in straight-line code has to come `after` the values that
+        were computed from the entry that was read.
         """
         arrays, _ = self._entry(layer, 0)
         if not arrays:
@@ -107,9 +107,9 @@ class SlotBuffer:
         return self._replace(layer, arrays)
 
     def in_memory_order(self, values: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Returns a slot's values; on TPUs they lie in memory as the buffer's entries do.
+        """Returns a slot's values; on TPUs they get the layout of the buffer's entries.
 
-        Without that XLA may turn the whole buffer for a reader that wants another layout.
+        Otherwise XLA may transpose the whole buffer for a reader that wants another layout.
         """
         return barriers.row_major(tuple(values), self.memory_orders)
 
@@ -173,14 +173,14 @@ def _memory_orders(block: SplitVjp, name: str, size_of_x: int) -> tuple[MemoryOr
         is_small = aval.size * aval.dtype.itemsize <= parts * size_of_x
         return best.dims if is_small or best.is_sure else None
 
-    return tuple(of(*each) for each in enumerate(getattr(block, name)))
+    return tuple(of(number, aval) for number, aval in enumerate(getattr(block, name)))
 
 
 def lay_out(buffers: PyTree) -> PyTree:
-    """Returns a tree; on TPUs the arrays of its slot buffers lie in their order in memory."""
+    """Returns a tree; on TPUs the arrays of its slot buffers get their order in memory."""
     is_buffer = lambda node: isinstance(node, SlotBuffer)  # noqa: E731
     nodes, structure = jax.tree.flatten(buffers, is_leaf=is_buffer)
-    # All at once: JAX makes a choice between platforms of every call.
+    # In one call: each call becomes a choice between platforms.
     slots = [node for node in nodes if is_buffer(node)]
     placed = iter(
         barriers.row_major(slots, [order for buffer in slots for order in _orders_of(buffer)])
@@ -189,7 +189,7 @@ def lay_out(buffers: PyTree) -> PyTree:
 
 
 def _orders_of(buffer: SlotBuffer) -> list[MemoryOrder]:
-    """Lists the memory order of every array: the dims of a value behind those of slots, layers."""
+    """Lists the memory order of every array: first the dims of slots and layers, then a value's."""
     if not buffer.arrays:
         return []
     layers = buffer.arrays if buffer.is_unrolled else [buffer.arrays]

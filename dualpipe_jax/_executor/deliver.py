@@ -1,10 +1,10 @@
 """Delivers outputs from the ranks where the pipeline ends to those that keep them.
 
 Rank r keeps those of microbatches `[r S, (r + 1) S)`, S = ceil(N / P), so that no rank ever holds
-more than its part of the batch. They travel round the ring of ranks, one rank a tick: those that
-end on the last rank over rank 0 upwards, those that end on rank 0 over the last rank downwards, at
-most about half of the ring. A rank sends outputs of others on at once; as a rank ends at most one
-microbatch a tick, no two of a direction ever meet on a rank.
+more than its part of the batch. They travel round the ring of ranks, one rank a tick and at most
+about half of the ring: those made on the last rank by way of rank 0 upwards, those made on rank 0
+by way of the last rank downwards. A rank forwards outputs of others at once; as a rank finishes at
+most one microbatch a tick, no two of a direction ever meet on a rank.
 
 Four ranks, eight microbatches, two a rank:
 
@@ -77,7 +77,7 @@ class Delivery:
 
     @cached_property
     def _steps(self) -> list[int]:
-        """Ranks that a parcel of each chunk moves a tick: on from where the last stage is."""
+        """Ranks that a parcel of each chunk moves a tick, away from the rank of the last stage."""
         ends = (self.tables.stage_of == self.tables.num_stages - 1).argmax(axis=1)
         return [1 if end == self.tables.num_ranks - 1 else -1 for end in ends]
 
@@ -101,12 +101,12 @@ class Delivery:
         return moves
 
     def rows(self) -> tuple[jax.Array, jax.Array]:
-        """Says in which ticks parcels move, bool[num_ticks, num_chunks], and in those after."""
+        """Says in which ticks, and in which later ones, parcels move: bool[ticks, num_chunks]."""
         moves = jnp.asarray(self._moves)
         return moves[: self.tables.num_ticks], moves[self.tables.num_ticks :]
 
     def start(self, avals: PyTree) -> Mail:
-        """Makes room for outputs, which have `avals` for a microbatch."""
+        """Allocates the mail for outputs, which have `avals` for a microbatch."""
         nothing = Parcel(buffers.allocate(avals), jnp.int32(-1))
         kept = buffers.allocate(avals, self.share)
         return Mail(kept=kept, parcels=[nothing] * self.tables.num_chunks)
@@ -121,7 +121,7 @@ class Delivery:
         return Mail(kept, parcels)
 
     def move(self, mail: Mail, moves: jax.Array) -> Mail:
-        """Moves parcels on by a rank, those of the chunks that `moves`, bool[num_chunks], names."""
+        """Moves the parcels of the chunks in `moves`, bool[num_chunks], by one rank."""
         size = self.tables.num_ranks
         if size == 1:
             return mail

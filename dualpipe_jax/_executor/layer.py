@@ -5,8 +5,8 @@
                                 -> cotangent of x; operands of W go to the stash, or are held
     W  weight_residual, stash   -> gradients, added to the sums
 
-All that runs layers runs these: ticks and beats, loops over layers and straight-line code. They
-differ in how they touch the buffers, and `LayerWork` says how.
+Ticks and beats, loops over layers and straight-line code all run these. They differ in how they
+touch the buffers, and `LayerWork` says how.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Flow(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The operands of a layer's W that its I leaves beside the slots."""
+    """Holds the operands of a layer's W that its I passes outside of slots."""
 
     weight_residual: tuple[jax.Array, ...]
     stash: tuple[jax.Array, ...]
@@ -61,8 +61,8 @@ class LayerWork:
       stores: The buffers in which I keeps operands of W: none if W directly follows it; with both
         `stash` and `deferred`, in `deferred` where the row says so.
       source: The buffer in which W finds its operands, if they are not held.
-      is_straight: Whether the layers stand in straight-line code of a beat, where I and W read
-        slots in parts and layouts are left to XLA. Else values lie in memory as their slots.
+      is_straight: Whether the layers are straight-line code of a beat, where I and W read slots in
+        parts and layouts are left to XLA. Else values have the layouts of their slots.
       is_beside: Whether an F runs beside an I, and neither is to run ahead.
     """
 
@@ -75,7 +75,7 @@ class LayerWork:
     is_beside: bool = False
 
     def touches(self, actions: str) -> tuple[str, ...]:
-        """Names the slots and sums that actions touch, in the order in which they pass a loop."""
+        """Names the slots and sums that actions touch, in the order in which loops carry them."""
         if actions == "W":
             is_deferred = self.source == DEFERRED
             opcode = Opcode.WEIGHT_GRAD_DEFERRED if is_deferred else Opcode.WEIGHT_GRAD
@@ -114,8 +114,8 @@ class LayerWork:
             x, aux_of_layer, *residuals = self._forward(layer, flow.x)
             dx = flow.dx
             if self.is_beside:
-                # Each hides the other's collectives only if neither runs ahead by layers; and
-                # residuals, if written earlier, would run beside them on a GPU in a matmul's place.
+                # F and I hide each other's collectives only if neither runs ahead by layers; and
+                # earlier writes of residuals would, on a GPU, run beside them in a matmul's place.
                 x_and_dx = x, dx
                 if self.is_straight:
                     x, dx, residuals = barriers.wait_for((x, dx, residuals), x_and_dx)
@@ -130,7 +130,7 @@ class LayerWork:
     def run_input_grad(
         self, layer: Layer, flow: Flow, buffers: LayerBuffers
     ) -> tuple[Flow, LayerBuffers, Held]:
-        """Runs I of a layer, and returns the operands of its W that stand in no slot."""
+        """Runs I of a layer, and returns the operands of its W that are in no slot."""
         rank = self.rank
         row = rank.in_turn(self._row, flow.turn)
         residual, weight_residual = (
@@ -156,7 +156,7 @@ class LayerWork:
     def run_weight_grad(
         self, layer: Layer, flow: Flow, buffers: LayerBuffers, held: Held | None = None
     ) -> tuple[Flow, LayerBuffers]:
-        """Runs W of a layer, of which I has left operands beside slots, or in them."""
+        """Runs W of a layer, whose operands I has left in `held`, or else in slots."""
         rank, name = self.rank, "weight_residual"
         row = rank.in_turn(self._row, flow.turn)
         if held is None:
@@ -183,7 +183,7 @@ class LayerWork:
         return flow, buffers
 
     def end_turn(self, layer: Layer, flow: Flow, buffers: LayerBuffers) -> Flow:
-        """Has the next layer's turn come, where layers take turns."""
+        """Passes the turn to the next layer, where layers take turns."""
         if flow.turn is None:
             return flow
         sums = list((buffers.grads or {}).values())
@@ -234,8 +234,8 @@ class LayerWork:
         self, name: str, layer: Layer, buffers: LayerBuffers, values: Sequence[jax.Array], row: Row
     ) -> LayerBuffers:
         buffer = buffers.slots[name]
-        # A beat's stash lies as I makes it: row by row it took 2 % more cycles (TPU v5e, a
-        # transformer).
+        # A beat's stash keeps the layout in which I makes it: row-major took 2 % more cycles (TPU
+        # v5e, a transformer).
         if not self.is_straight and not (self.is_beside and name == "stash"):
             values = buffer.in_memory_order(values)
         return buffers.with_slots({name: buffer.write(layer.index, row[name], values)})
@@ -243,7 +243,7 @@ class LayerWork:
     def _hand_on(
         self, names: Sequence[str], layer: Layer, buffers: LayerBuffers, *, after: PyTree = ()
     ) -> LayerBuffers:
-        """Hands buffers that were read to who writes them next; in beats, `after` their readers."""
+        """Passes buffers that were read to their next writes; in beats, `after` their readers."""
         if self.is_straight and not self.is_beside:
             return buffers  # `barriers.zero_after` orders them
         after = after if self.is_beside else ()

@@ -2,9 +2,9 @@
 
 In: the traced functions, tables, stages. Out: a `MemoryReport` of slots, copies of weights and
 accumulators, all that a step holds beside its arguments; and `Work`, the FLOPs of its contractions.
-All but two terms of memory are exact, the sizes of the arrays that the executor carries from tick
-to tick: the working set is an estimate, and copies of weights are counted as XLA keeps them. None
-grows with the number of microbatches.
+All but two terms of memory are exact: the sizes of the arrays that the executor carries from tick
+to tick. The working set is an estimate, and copies of weights are counted as XLA keeps them. No
+term grows with the number of microbatches.
 """
 
 import math
@@ -241,13 +241,13 @@ def _bytes_of_layers(gradients: Gradients, stages: Stages, buffer: str) -> int:
 def _copies(
     block: SplitVjp, layer: PyTree, num_chunks: int, *, is_unrolled: bool, rounds: bool
 ) -> int:
-    """Bytes of the copies of a layer's weights, over all chunks.
+    """Counts the bytes of the copies of a layer's weights, over all chunks.
 
     Args:
       block: The layer's block.
       layer: Avals of its weights.
       num_chunks: The chunks of a rank.
-      is_unrolled: Whether every layer's arrays are its own, as unrolled ones are.
+      is_unrolled: Whether every layer has arrays of its own, as unrolled layers have.
       rounds: As `report_memory` takes it.
     """
     leaves = jax.tree.leaves(layer)

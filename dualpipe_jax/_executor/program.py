@@ -1,8 +1,8 @@
 """The program of one device: parameters in, the ticks run, sums and gradients out.
 
-The tables run in one `lax.scan` over their ticks, and the steady phase, the beats that are the same
-straight-line code on all ranks, where they have one, in a scan of its own that begins in its tick;
-program size does not depend on their lengths.
+One `lax.scan` runs the ticks of the tables. If they have a steady phase, beats that are the same
+straight-line code on all ranks, a scan of its own runs it, at its place among the ticks. Program
+size does not depend on their lengths.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def run(
         state, _ = lax.scan(lambda state, row: (tick(state, row), None), state, rows)
         return _finish(rank, params, state, weight)
 
-    # One scan over the ticks before and after the beats, so that they stand in the program once.
+    # One scan over the ticks before and after the beats, so that the program has a tick once.
     assert steady.first_tick > 0, "the values that the first backward reads are made before it"
     run_steady = make_steady(rank, steady, rows)
     ramp = np.delete(np.arange(settings.tables.num_ticks), steady.ticks)
@@ -111,20 +111,20 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
     def run(state: State) -> State:
         first = tick_of(in_steady, 0), tick_of(in_steady, 1)
         state = store_arrivals(state, first[0], state.messages)
-        # A rank that embeds reads nothing: the last slot, which nobody else reads.
+        # A rank that embeds needs no x, and reads the last slot, the spare.
         slots = [spare_slots(state, row, "read")["read"] for row in first]
         x, cotangent = (buffers.read(state.received, slot) for slot in slots)
         if poison:
             for slot in slots:
                 state = state._replace(received=buffers.poison(state.received, slot))
-        # A buffer that is idle takes no memory in the beats: it ends here, and is made again.
+        # An idle buffer takes no memory in the beats: it ends here, and is made again after them.
         idle = {name: state.slots[name] for name in rank.stages.idle_in(steady)}
         in_beats: dict[str, Any] = {
             name: {kind: buffer.with_arrays() for kind, buffer in by_kind.items()}
             for name, by_kind in idle.items()
         }
         if rank.stashes_in_beats:
-            # Only there: in ticks W of a layer runs right after its I.
+            # In the beats alone: in ticks W of a layer runs right after its I.
             idle["stash"] = state.slots["stash"]
             stash = one_stash(rank.gradients, rank.stages, state.slots["stash"])
             in_beats["stash"] = empty_after(stash, after=(x, cotangent), poison=poison)
@@ -140,7 +140,7 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
 
 
 def _laid_out(state: State) -> State:
-    """Has a state's slots lie in memory as ticks have them."""
+    """Gives a state's slots the layouts that they have in ticks."""
     return state._replace(slots=lay_out(state.slots))
 
 
@@ -159,7 +159,7 @@ def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list)
 
 
 def _deliver(delivery: Delivery, tick: Callable[..., State], state: State, rows: Row) -> PyTree:
-    """Runs all ticks, after each of which outputs move on by a rank."""
+    """Runs all ticks; after each of them outputs move by a rank."""
     now, later = delivery.rows()
 
     def tick_and_move(state: State, row: tuple[Row, jax.Array]) -> tuple[State, None]:
@@ -266,7 +266,7 @@ def _collect_gradients(rank: Rank, params: dict[str, PyTree], state: State) -> d
 
 
 def _collect_metrics(rank: Rank, batch_axes: tuple[str, ...], state: State) -> dict[Kind, PyTree]:
-    """Sums the blocks' metrics over shards, each kind's stacked where its layers are."""
+    """Sums the blocks' metrics over shards, and stacks each kind's where its layers are."""
     metrics = {kind: aux.metrics for kind, aux in rank.functions.outputs.aux.items()}
     rules = {kind: [SUM] * len(jax.tree.leaves(tree)) for kind, tree in metrics.items()}
     stacks = {}

@@ -35,10 +35,10 @@ class Settings:
       model: The model.
       tables: The actions and slots of each rank in each tick.
       mesh: The device mesh; axes not named here are left to XLA's partitioner. A mesh of the
-        context (`jax.set_mesh`) with the same axes takes its place, on whatever devices it is.
+        context (`jax.set_mesh`) with the same axes takes its place, whatever its devices.
       axis: The pipeline axis.
       batch_axes: The axes over which the batch's leading dim is sharded.
-      manual_axes: The axes of which the model's functions use collectives by name.
+      manual_axes: The axes that the model's functions name in collectives.
       param_specs: How parameters are sharded: this and the next three as `make_leaves` takes them.
       grad_specs: How gradients are sharded.
       trainable: Which parameters get a gradient.
@@ -46,10 +46,10 @@ class Settings:
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.
-      execution: How the tables are run, all decided but `unroll`, which the stages decides.
+      execution: How the tables are run, all decided but `unroll`, which `stages` decides.
       grad_dtype: The dtype of gradients; None for that of each parameter.
       output: `(ends, x, ctx) -> outputs` in the place of head, in a forward-only program.
-      placement: The name in the compiled program of how the actions were placed; "" for none.
+      placement: The name that the compiled program has for the actions' placement; "" for none.
       poison: Whether dead values are overwritten with values that spread, in tests.
     """
 
@@ -119,7 +119,7 @@ class Settings:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether the backwards of layers in a row are to wait for each other: `Rank.next_turn`."""
+        """Whether each layer's backward is to wait for the one before: `Rank.next_turn`."""
         named = {self.axis, *self.batch_axes, *self.manual_axes}
         leaves_none = all(n == 1 for axis, n in self.mesh.shape.items() if axis not in named)
         return self.platform == "cpu" and self.stages.is_unrolled and leaves_none
@@ -163,8 +163,8 @@ class Rank:
     Attributes:
       functions: The model's functions.
       settings: The settings of the step.
-      chunks: The layers' parameters of each chunk, and casts of them, for each kind
-        `[max_layers, ...]`; of unrolled layers a tuple of them, without the layers' dim.
+      chunks: For each chunk and kind the layers' parameters and casts of them,
+        `[max_layers, ...]`; with unrolled layers a tuple of these without the layers' dim.
       shared_casts: Casts of the shared parameters, for each kind.
       outside: `{"ends": ...}`, and `"shared"` where there is one: parameters outside the stack.
       microbatches: The batch, `[num_microbatches, ...]`.
@@ -224,7 +224,7 @@ class Rank:
         is_full = settings.full_backward and settings.runs_side_by_side
         return is_full and not self.stages.is_unrolled
 
-    # XLA's CPU compiler runs first whatever waits for nothing: of unrolled layers, all that they
+    # XLA's CPU compiler runs work that waits for nothing first: with unrolled layers, all that they
     # recompute. (Where it shards their values, picking an entry of one would gather it.)
     def first_turn(self, row: Row) -> jax.Array | None:
         """Makes the turn of the layer whose backward runs first: a zero that XLA does not know.
@@ -236,7 +236,7 @@ class Rank:
         return jnp.minimum(row["microbatch"], 0)
 
     def in_turn(self, row: Row, turn: jax.Array | None) -> Row:
-        """Has a row name the slots that a layer's backward reads only when it is its turn."""
+        """Makes the slots that a layer's backward reads known only when it is the layer's turn."""
         if turn is None:
             return row
         return {**row, **{name: row[name] + turn for name in (*RESIDUALS, DEFERRED) if name in row}}
@@ -244,10 +244,10 @@ class Rank:
     def next_turn(
         self, turn: jax.Array | None, layer: Layer, grads: list[Any], dx: Any = ()
     ) -> jax.Array | None:
-        """Has the next layer's turn come when a layer's gradients are added and its dx is made.
+        """Makes the turn of the next layer, known once this one's gradients and dx are made.
 
         Args:
-          turn: The layer's own.
+          turn: This layer's turn.
           layer: The layer.
           grads: The sums of gradients of the layers of its kind.
           dx: Its dx.

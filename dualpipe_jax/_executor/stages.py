@@ -1,9 +1,9 @@
-"""Which layers each stage has, of whatever kinds, and the loop over them.
+"""Spreads layers of one or several kinds over stages, and runs loops over a stage's layers.
 
-The layers of a model are spread over stages in model order, and so are those of each kind, whose
-parameters are a stack of their own (`bring.Stack`): a stage's layers of a kind are neighbours in
-it. A rank has room for as many layers of each kind as the stage that has the most of it; no layer
-has the shapes of another kind.
+The layers of a model are spread over stages in model order. The parameters of each kind are a stack
+of their own (`bring.Stack`), in which a stage's layers of that kind are neighbours. A rank has room
+for as many layers of each kind as the stage that has the most of it; no layer is padded to the
+shapes of another kind.
 """
 
 import functools
@@ -36,7 +36,7 @@ _MAX_UNROLLED = 4
 
 
 class Layer(NamedTuple):
-    """One layer of a stage, as the body of the loop over its layers gets it.
+    """Describes one layer of a stage to the body of the loop over its layers.
 
     Attributes:
       kind: The layer's kind.
@@ -111,12 +111,12 @@ class Stages:
 
     @cached_property
     def is_unrolled(self) -> bool:
-        """Whether a stage's layers stand in the program one after the other, not in a loop."""
+        """Whether a stage's layers are straight-line code, not a loop."""
         return self.unrolled_by is True
 
     @cached_property
     def unrolled_by(self) -> bool | int:
-        """How many layers stand in the body of the loop over them, without the None of `unroll`."""
+        """How many layers the body of the loop over them has: `unroll`, with None decided."""
         most = self._layers.max_layers
         if self.unroll is None:
             return self.has_equal_stages and most <= _MAX_UNROLLED
@@ -132,7 +132,7 @@ class Stages:
         return len(set(self._kinds_of_stages)) == 1
 
     def idle_in(self, steady: Steady | None) -> tuple[str, ...]:
-        """Names the buffers without which the beats do: beats of unrolled layers stash nothing.
+        """Names the buffers that the beats do not use: beats of unrolled layers stash nothing.
 
         They end where the beats begin, and are made again after them.
         """
@@ -165,7 +165,7 @@ class Stages:
         return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
 
     def zero_sums(self, kind: Kind, avals: list[Any], rules: Sequence[Rule]) -> list[Any]:
-        """Makes the sums of a chunk for values of which each layer of a kind has one of `avals`.
+        """Makes a chunk's empty sums of the values that each layer of a kind adds, as in `avals`.
 
         Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
         """
@@ -192,8 +192,8 @@ class Stages:
     ) -> tuple[Any, tuple[dict[Kind, Any], ...]]:
         """Runs `body` for each of a stage's layers, in order or in reverse, if `is_on` holds.
 
-        A full backward in halves gives two `is_on`, of the upper layers, which run first and may
-        be one more, and of the lower ones.
+        A full backward in halves gives two `is_on`: one for the upper layers, which run first and
+        may be one more, and one for the lower layers.
 
         Args:
           stage: The stage, an int32 scalar.
@@ -203,7 +203,7 @@ class Stages:
           carry: The values that pass from layer to layer.
           buffers: Dicts with an entry for each kind.
           reverse: Whether to begin with the last layer.
-          leave: A function through which buffers go at a loop's end; straight-line code has none.
+          leave: A function that is applied to buffers at a loop's end; not in straight-line code.
 
         Returns:
           carry and buffers, after the last layer.
@@ -213,10 +213,10 @@ class Stages:
             def one(loop: Any) -> Any:
                 return body(layer, *loop)
 
-            loop = carry, tuple(each[layer.kind] for each in buffers)
+            loop = carry, tuple(by_kind[layer.kind] for by_kind in buffers)
             carry, entries = one(loop) if predicate is None else when(predicate, one, loop)
             both = zip(buffers, entries, strict=True)
-            return carry, tuple({**each, layer.kind: new} for each, new in both)
+            return carry, tuple({**by_kind, layer.kind: new} for by_kind, new in both)
 
         def left(loop: Any) -> Any:
             carry, buffers = loop
@@ -247,7 +247,7 @@ class Stages:
             index = count - 1 - i if reverse else i
             if len(self.stacks) == 1:
                 return left(run(self.layer_of_only_kind(stage, index), None, *loop))
-            # Each kind's body stands in the program once, run or passed over.
+            # The program has each kind's body once, run or skipped.
             number, index_in_kind = slot_buffers.read(self._tables, stage, index)
             for n, kind in enumerate(self.stacks):
                 loop = run(self._layer(stage, kind, index, index_in_kind), number == n, *loop)
@@ -326,7 +326,7 @@ class Stages:
           chunks: The chunk that is forward, and the one that is backward.
           stages: Their stages, int32 scalars.
           body: `(forward's layer, backward's layer, carry) -> carry`, None for a layer if there is
-            none left. It stands in the program once for each of `pairs`.
+            none left. The program has it once for each of `pairs`.
           carry: The values that pass from one pair to the next.
         """
         pairs, kinds = self.pairs(*chunks), list(self.stacks)

@@ -29,8 +29,8 @@ class LayerBuffers(NamedTuple):
 
     Attributes:
       slots: The slot buffers by name, as in `State`.
-      grads: For each leaf that gets a gradient from the action, by its number, the sum
-        `[layer, ...]`, or a list of an array for each layer where layers are unrolled.
+      grads: The sum of each gradient that the action makes, by the number of its leaf:
+        `[layer, ...]`, or with unrolled layers a list with an array for each layer.
       metrics: The same for the metrics of the layers.
     """
 
@@ -103,7 +103,7 @@ class State(NamedTuple):
         Args:
           names: The names, in the order in which they are returned, each a dict by kind.
           chunk: The chunk.
-          index: Which of its gradients are taken.
+          index: The gradients that are taken, by kind.
         """
         return tuple(
             {
@@ -149,7 +149,7 @@ class State(NamedTuple):
         return self._replace(shared_grads=sums)
 
     def add_outside(self, gradients: list[jax.Array], rules: list[Rule | None]) -> "State":
-        """Adds gradients of ends, then of shared, those that have a rule."""
+        """Adds those gradients that have a rule; gradients of ends come first, then of shared."""
         num_ends = len(self.ends_grads)
         totals = [*self.ends_grads, *self.shared_grads]
         sums = [
@@ -179,7 +179,7 @@ def add_gradients(
 
 
 def add_aux(loss: Any, metrics: list[Any], aux: Aux, layer: Any) -> tuple[Any, list[Any]]:
-    """Adds the aux loss of a block's forward to that of all, and its metrics to its kind's."""
+    """Adds a block's aux loss to the sum of all, and its metrics to the sums of its kind."""
     if aux.loss is not None:
         loss = semantics.add(loss, aux.loss)
     both = zip(metrics, jax.tree.leaves(aux.metrics), strict=True)
@@ -208,7 +208,7 @@ def empty_state(
     is_lazy: bool,
     poison: bool,
 ) -> State:
-    """Makes the state with which a rank starts: empty slots, and sums of nothing.
+    """Makes the state with which a rank starts: empty slots, and empty sums.
 
     Args:
       functions: The model's functions.
@@ -216,7 +216,7 @@ def empty_state(
       params: The parameters of this device.
       slots: The slots of each buffer.
       delivery: Where outputs go, in a program that returns outputs.
-      is_lazy: Whether the tables are.
+      is_lazy: Whether the tables are lazy.
       poison: Whether slots start as values that spread, in tests.
     """
     outs, gradients = functions.outputs, functions.gradients
@@ -253,7 +253,8 @@ def empty_state(
             jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
             for value in pick_accumulated(leaves, stack)
         ]
-        return stages.zero_sums(kind, layers, [each.leaf.rule for each in accumulated(leaves)])
+        rules = [gradient.leaf.rule for gradient in accumulated(leaves)]
+        return stages.zero_sums(kind, layers, rules)
 
     loss, aux, metrics = semantics.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
     metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
@@ -300,7 +301,7 @@ def one_stash(gradients: Gradients, stages: Stages, like: dict[Kind, SlotBuffer]
 def empty_after(arrays: PyTree, *, after: PyTree, poison: bool) -> PyTree:
     """Makes empty buffers like these, not before `after` is known.
 
-    So slots in which nothing is kept take no memory for a while: they end, and are made again.
+    So slots that hold nothing take no memory for a while: they end, and are made again.
     """
     if barriers.xla_shards():  # an entry might be fetched from another device
         zero, _ = lax.optimization_barrier((jnp.zeros((), jnp.int32), after))
@@ -309,7 +310,7 @@ def empty_after(arrays: PyTree, *, after: PyTree, poison: bool) -> PyTree:
 
     def one(array: jax.Array) -> jax.Array:
         value = buffers.allocate(jax.ShapeDtypeStruct((), array.dtype), poison=poison)
-        # XLA does not know which; an array that it knows, it would fill before.
+        # XLA cannot tell which of the two it is; a known array it would fill earlier.
         return jnp.broadcast_to(jnp.where(zero == 0, value, jnp.ones_like(value)), array.shape)
 
     return jax.tree.map(one, arrays)

@@ -107,7 +107,7 @@ class Step(Settings):
         )
 
     def _by_kind(self, tree: PyTree) -> dict[str, PyTree]:
-        """Makes the blocks of a tree like params stacks by kind, whatever the model."""
+        """Converts the blocks of a tree like params to stacks by kind, whatever the model."""
         parts = parts_of(tree)
         return {**parts, "blocks": stacks_of(self.model, parts["blocks"])}
 
@@ -264,7 +264,7 @@ class Step(Settings):
         return result, (stacks, grads)
 
     def _result_spec(self, axes: tuple[str, ...] | None = None) -> PartitionSpec:
-        """How outputs, or else loss and metrics, are sharded over `axes`; None for all axes."""
+        """Makes the spec of outputs, or of loss and metrics, over `axes`; None for all axes."""
         if self.delivery is None:
             return PartitionSpec()
         rows = (*self.batch_axes, *((self.axis,) if self.delivery.is_even else ()))

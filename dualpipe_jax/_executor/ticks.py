@@ -1,20 +1,19 @@
 """One tick of one rank: store the values that arrived, run this rank's action, send.
 
-The tables name the action; everything but the rank is static. Each kind of action of each chunk
-stands in the program once, run or passed over by the rank's opcode, and holds no collective over
-the pipeline axis. The tick's exchange follows, two permutes that move activations and cotangents to
-the right and to the left between the ranks of its pairs: a branch for each exchange that a part of
-the line of ranks has. All ranks know which, so that all take the same.
+The tables name the action; everything but the rank is static. The program has each kind of action
+of each chunk once, run or skipped by the rank's opcode, without a collective over the pipeline
+axis. The tick's exchange follows: two permutes that send activations and cotangents to the right
+and to the left between the ranks of its pairs. For each part of the line of ranks the program has a
+branch for each exchange, and all ranks take the same branch.
 
 Lazy tables have no exchanges: a tick begins with two permutes between all neighbours, which send
-the values of the tick before, and ends when the values that arrive are stored. Nothing in between
-reads these, so that a compiler may start the permutes before all of the action and await them after
-it.
+the values of the tick before, and ends by storing the values that arrive. The action reads none of
+these, so that a compiler may start the permutes before the action and wait for them after it.
 
-The choice of actions is made by loops that run their body once or not at all (`when`), not by
-`lax.switch`: XLA copies every array that passes through a conditional, on every tick all slots and
-sums, but updates one that passes through a loop in place. (On CPU, a transformer of width 256 on
-two ranks: a switch copied every buffer twice a tick; so nothing is copied.)
+Actions are chosen by loops that run their body once or not at all (`when`), not by `lax.switch`:
+XLA copies every array that passes through a conditional, in every tick all slots and sums, but
+updates an array that passes through a loop in place. (On CPU, a transformer of width 256 on two
+ranks: a switch copied every buffer twice a tick, loops copy nothing.)
 """
 
 import operator
@@ -109,7 +108,7 @@ def store_arrivals(state: State, row: Row, arrived: Sequence[PyTree]) -> State:
 
 
 def spare_slots(state: State, row: Row, *columns: str) -> Row:
-    """Replaces a received slot of -1, none, by the last one, which nobody reads."""
+    """Replaces a received slot of -1, none, by the last one, the spare."""
     last = jax.tree.leaves(state.received)[0].shape[0] - 1
     return {name: jnp.where(row[name] < 0, last, row[name]) for name in columns}
 
@@ -119,18 +118,18 @@ def _exchange(
 ) -> tuple[PyTree, PyTree]:
     """Sends to the right and to the left, and returns the values from the left and the right.
 
-    A link belongs to one part, and brings its value in that part.
+    Each link belongs to one part, in which its value arrives.
     """
     first, *others = exchanges
     if not others:
-        # Without a loop around it: in one, 1F1B took 262 MiB for 179 (TPU v5e, MLP of width 1024).
-        return lax.switch(numbers[0], [partial(_permute, rank, each, out) for each in first])
+        # Not in a loop: there 1F1B took 262 MiB instead of 179 (TPU v5e, MLP of width 1024).
+        return lax.switch(numbers[0], [partial(_permute, rank, pairs, out) for pairs in first])
 
     def in_part(
         part: Sequence[Exchange], number: jax.Array, arrived: tuple[PyTree, PyTree]
     ) -> tuple[PyTree, PyTree]:
         # Not the first one, which is empty.
-        new = lax.switch(number - 1, [partial(_permute, rank, each, out) for each in part[1:]])
+        new = lax.switch(number - 1, [partial(_permute, rank, pairs, out) for pairs in part[1:]])
         from_left, from_right = (
             jax.tree.map(partial(jnp.where, _is_target(rank, links)), *both)
             for links, *both in zip(_links(part), new, arrived, strict=True)
@@ -147,7 +146,7 @@ def _exchange(
 
 def _links(part: Sequence[Exchange]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """Lists the pairs of a part's exchanges, to the right and to the left."""
-    right, left = ({pair for each in part for pair in each[side]} for side in range(2))
+    right, left = ({pair for pairs in part for pair in pairs[side]} for side in range(2))
     return right, left
 
 
@@ -183,7 +182,7 @@ def _act(rank: Rank, tables: Tables, state: State, row: Row) -> tuple[State, PyT
     Two ranks with a stage each, while microbatch 1 is in its forward and 0 in its backward:
     rank 0 runs `0F1`: read the received slot or embed -> layers -> send x to rank 1.
     rank 1 runs `1I0`: read the kept cotangent -> layers, backwards -> send dx to rank 0.
-    All other pieces stand in the program too, and are passed over.
+    The program has all other pieces too, and skips them.
     """
     has_gradients = rank.functions.gradients is not None
     opcode, stage = row["opcode"], row["stage"]
@@ -238,8 +237,8 @@ class _Backward(NamedTuple):
 def _backwards(rank: Rank, tables: Tables) -> list[_Backward]:
     """Lists the backward loops of a tick's program, each for one or several opcodes.
 
-    Without full backwards every I writes a stash, that of a deferred W to no harm: it is in use at
-    no other I. So one loop runs them all.
+    Without full backwards every I writes a stash, to no harm where its W is deferred: no stash is
+    in use in that tick. So one loop runs all I's.
     """
     deferred = _Backward("W", ((Opcode.WEIGHT_GRAD_DEFERRED,),), source=DEFERRED)
     if rank.settings.full_backward:
@@ -256,13 +255,13 @@ def _backwards(rank: Rank, tables: Tables) -> list[_Backward]:
 
 
 def _is_one_of(opcodes: Iterable[Opcode], tables: Tables, row: Row) -> jax.Array:
-    """Whether this tick's opcode is one of some; those that the tables lack are not asked for."""
+    """Whether this tick's opcode is one of some; those that the tables lack are left out."""
     found = [row["opcode"] == int(opcode) for opcode in opcodes if opcode in tables.opcodes]
     return reduce(operator.or_, found) if found else jnp.zeros((), bool)
 
 
 def _deferred_slots(row: Row) -> Row:
-    """Says whether an I defers its W, and which slots it names where it does not."""
+    """Says whether an I defers its W, and replaces slots of -1, none, by slot 0."""
     return {
         "is_deferring": row["opcode"] == int(Opcode.INPUT_GRAD_DEFERRING),
         "deferred": jnp.maximum(row["deferred"], 0),

@@ -63,7 +63,7 @@ class Functions:
       leaves: The `Leaf`s of the parameters, those of blocks by kind.
       outputs: Avals of x, the loss, metrics and aux loss.
       embed: `(outside, ctx) -> x`.
-      embeds_by_look_up: Whether that is so little work that every rank may as well do it.
+      embeds_by_look_up: Whether embed is so little work that every rank may as well run it.
       head: `(outside, x, ctx) -> (loss, metrics)`.
       output: `(outside, x, ctx) -> outputs`, in the place of head.
       block: For each kind of layer `((layer, shared), x, ctx) -> (y, Aux)`.
@@ -86,7 +86,7 @@ class Functions:
         return max((leaf.size * leaf.dtype.itemsize for leaf in leaves), default=0)
 
     def casts(self, kind: Kind, tree: PyTree, *, after: PyTree = ()) -> list[jax.Array]:
-        """Casts parameters as a kind's block would; among its own, they stand `after` others."""
+        """Casts parameters as a kind's block would; among the block's, they come `after` others."""
         if self.gradients is None:
             return []
         leaves, first = jax.tree.leaves(tree), len(jax.tree.leaves(after))
@@ -102,7 +102,7 @@ class Gradients:
       embed: `(outside, ctx, dx) -> (None, doutside)`; dx has the leaves of x that have a cotangent,
         doutside those of outside that are wanted.
       head: `(outside, x, ctx, loss_cotangent) -> ((loss, metrics, dx), doutside)`.
-      embed_rules: How each of doutside of embed is added up; None for one that is left out.
+      embed_rules: The rule of each gradient in embed's doutside; None for one that is left out.
       head_rules: The same for head.
       block: For each kind of layer its block's forward, input grad and weight grad; its gradients
         are those of the wanted leaves of the layer, then of shared.
@@ -166,7 +166,7 @@ def trace(
 
     x, aux = varying.close_over(blocks_of, outs.x)
     outs = replace(outs, x=x, aux=aux)
-    # Over which axes the loss varies was not known before it was known for x.
+    # The axes over which the loss varies are known only after those of x.
     if output is None:
         loss, metrics = varying.eval_shape(calls.head, args.outside, x, ends_ctx)
         outs = replace(outs, loss=loss, metrics=metrics)
@@ -257,7 +257,7 @@ def _calls(
 
 
 def _typed(calls: _Calls, x: PyTree, loss_axes: tuple[str, ...]) -> _Calls:
-    """Has every x that functions return vary over the axes of `x`, and every loss over its own."""
+    """Makes every returned x vary over the axes of `x`, and every loss over `loss_axes`."""
 
     def as_x(values: PyTree) -> PyTree:
         return jax.tree.map(lambda a, like: varying.cast(a, varying.varies_over(like)), values, x)
@@ -321,7 +321,7 @@ def _gradients(
     blocks: dict[Kind, SplitVjp],
     args: Arguments,
 ) -> Gradients:
-    """Has all uses of a parameter outside of blocks leave the same reductions to the end."""
+    """Joins all derivatives; every use of a parameter leaves the same reductions to the end."""
     (head, head_axes), (embed, embed_axes) = by_head, by_embed
     outside = [leaf for leaf in args.leaves_outside if leaf.wanted]
     uses = [(outside, head_axes), (outside, embed_axes)]
@@ -371,7 +371,7 @@ def _gradients(
 
 
 def _rules(leaves: list[Leaf], axes: Axes) -> list[Rule | None]:
-    """Gives each gradient of a use its rule: none to a zero that would count as a value."""
+    """Gives each gradient of a use its rule; None to a zero that would count as a value."""
     pairs = zip(leaves, axes, strict=True)
     return [None if leaf.overwritten and of is None else leaf.rule for leaf, of in pairs]
 

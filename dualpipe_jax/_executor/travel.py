@@ -4,8 +4,8 @@ In: which layers each rank holds as each of its chunks. Out: rounds, in each of 
 sends at most one piece of its shard and receives at most one, so that a round is one permute. A
 piece is a number of adjacent layers, the same for all ranks. The layers are edges from rank to
 rank; rounds are found by colouring the edges of this bipartite graph in as many colours as the
-fullest rank has layers (König 1916); colours that are alike for as long as layers are adjacent are
-one round. Gradients travel the way back.
+fullest rank has layers (König 1916). Colours with the same edges become one round, as far as their
+layers are adjacent. Gradients travel the way back.
 """
 
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ def _runs(stage_of: np.ndarray, first_layers: np.ndarray, shard_layers: int) -> 
 
 
 def _matchings(real: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Divides the edges of a bipartite multigraph into as few matchings as can be.
+    """Divides the edges of a bipartite multigraph into as few matchings as possible.
 
     Yields each matching and how often it is used in a row.
     """
