@@ -1,1 +1,1 @@
-"""Records for each leaf of the parameters: its sharding, its rule, and the way of its gradient."""
+"""Records of each leaf of the parameters: its sharding, its rule, and its gradient's sums."""

@@ -54,7 +54,7 @@ def run_as_auto(
       ValueError: If a function of the model closes over an array on the mesh.
     """
     as_auto = jax.sharding.auto_axes(run, axes=explicit_axes(mesh), out_sharding=out_shardings)
-    # Says on which devices, and as which mesh: inside auto_axes there is only an abstract one.
+    # The jit names devices and mesh: inside auto_axes there is only an abstract mesh.
     placed = jax.jit(as_auto, out_shardings=(out_shardings[0], None))
     try:
         # JAX drops a result that nobody reads, and with the first one its knowledge of devices.
@@ -83,8 +83,8 @@ def sharding_like(
       leaf: An array.
       mesh: The mesh.
       without: Axes to leave out.
-      over: Dims, and axes over which to shard them, if Explicit: as they already are, or else
-        within the parts that the axes `after` make of them.
+      over: Dims, and Explicit axes over which to shard them: an axis that does not yet shard its
+        dim divides the parts that the axes `after` make.
       after: Axes that come first in an entry of a dim.
     """
     explicit = explicit_axes(mesh)

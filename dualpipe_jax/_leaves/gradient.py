@@ -22,7 +22,7 @@ from dualpipe_jax._model.types import PyTree
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LeafGradient:
-    """Says where one leaf's gradient is added up, and over which axes it is summed at the end.
+    """Records where one leaf's gradient is added up, and over which axes it is summed at the end.
 
     Attributes:
       leaf: The leaf.

@@ -38,19 +38,19 @@ from dualpipe_jax._split_vjp import is_differentiable
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Leaf:
-    """Decides all about one leaf of the parameters, and about its gradient.
+    """Describes one leaf of the parameters, and its gradient.
 
     Methods that take an array on one device are called inside of the step's `jax.shard_map`.
 
     Attributes:
       name: Its name in messages, such as `params['ends']['table']`.
       wanted: Whether it gets a gradient: it is trainable, and no integer.
-      overwritten: Whether its gradient is a new value, that overwrites it.
+      overwritten: Whether its gradient is a new value that overwrites it.
       is_layer: Whether it is in blocks, with the layers' dim first.
       axis: The pipeline axis.
       lead: The axis over which the layers' dim is sharded, or None.
-      spec: How it is sharded over the manual axes, of which the model's functions see a part.
-      gather_dims: Its dims that are sharded over other axes, from which it is gathered, once.
+      spec: How it is sharded over the manual axes; the model's functions see a device's part.
+      gather_dims: Its dims that are sharded over other axes, over which it is gathered once.
       scatter_dims: The dims of its gradient that are scattered over such axes, once: the same, or
         more.
       sum_axes: The axes over which its gradient is summed whatever the model does: the batch's, and
@@ -90,23 +90,23 @@ class Leaf:
         return PartitionSpec(self.lead, *self.spec[1:]) if self.is_layer else self.spec
 
     def local_aval(self, value: Any) -> jax.ShapeDtypeStruct:
-        """Makes its aval on one device, as the model's functions get it: of blocks one layer."""
+        """Makes its aval on one device, as the model's functions get it; in blocks, of a layer."""
         shape = _part(value.shape, dims_over(self.spec))
         plain = jax.ShapeDtypeStruct(shape[1:] if self.is_layer else shape, value.dtype)
         # Where microbatches differ, so do a parameter's gradients: they are summed once, last.
         return varying.aval(plain, self.varies_over)
 
     def gather(self, value: jax.Array) -> jax.Array:
-        """Gathers it from a device's part, over the axes of which the model sees no part."""
+        """Gathers it from the devices' parts, over the axes that the model does not see."""
         for dim, axes in _of_several(self.gather_dims).items():
             value = lax.all_gather(value, axes, axis=dim, tiled=True)
         return value
 
     def scatter(self, total: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, tuple[str, ...]]:
-        """Takes this device's part of its gradient, and combines it over the axes of that.
+        """Takes this device's part of its gradient, combined over the axes that shard it.
 
         Args:
-          total: The sum of this device.
+          total: This device's sum.
           axes: The axes over which it is to be combined.
 
         Returns:
@@ -152,7 +152,7 @@ class Leaf:
         Args:
           value: The leaf.
           grad: Its gradient, in accumulation dtype; None if it gets none.
-          dtype: That of gradients; None for the leaf's own.
+          dtype: The dtype of gradients; None for the leaf's own.
           loss_scale: The factor of all cotangents, or None.
         """
         if not is_differentiable(value):

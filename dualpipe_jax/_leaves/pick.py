@@ -1,4 +1,4 @@
-"""Some leaves of a tree, such as those that have a cotangent, taken out and put back."""
+"""Takes some leaves, such as those that have a cotangent, out of a tree, and puts them back."""
 
 from collections.abc import Sequence
 from typing import Any

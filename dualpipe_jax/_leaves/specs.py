@@ -1,4 +1,4 @@
-"""The trees that a user gives beside `params`, checked, with an entry for every leaf of it.
+"""Checks the trees that a user gives beside `params`, and spreads them over its leaves.
 
 In: `params`, and trees as `value_and_grad` takes them, whose leaves may stand for whole branches of
 `params`. Out: trees with the structure of `params`. Below: small functions of a `PartitionSpec`.
@@ -67,7 +67,7 @@ def find_wanted(params: PyTree, trainable: PyTree | Callable[[PyTree], PyTree]) 
 def find_overwritten(
     params: PyTree, overwrite: PyTree | Callable[[PyTree], PyTree] | None
 ) -> PyTree:
-    """Says for every leaf whether its gradient is a new value, that overwrites it.
+    """Says for every leaf whether its gradient is a new value that overwrites it.
 
     Args:
       params: The parameters.
