@@ -1,9 +1,9 @@
 """Lists the values that each action of one tick reads, writes, frees and makes, in one table.
 
-The passes, the simulator and the executor know it from here; the verifiers have rules of their own.
-A program has three actions of each (stage, microbatch), F, I and W. `refine_opcodes` says of each I
-and its W how they run: apart; apart and deferred, with slots of their own for W's operands; or as
-a full backward, which stashes nothing, in two halves or in the I's tick alone.
+The passes, the simulator and the executor read this table; the verifiers have rules of their own. A
+program has three actions of each (stage, microbatch), F, I and W. `refine_opcodes` decides how each
+I and its W run: split; split and deferred, with separate slots for W's operands; or as a full
+backward, which stashes nothing, in two halves or in the I's tick alone.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class Opcode(IntEnum):
 # The actions of a program, for short.
 IDLE, FORWARD, INPUT_GRAD, WEIGHT_GRAD = list(Opcode)[:4]
 
-# The values that actions take from a received slot, which is free after that, and make: an x and
-# the cotangent of one go from stage to stage, that between the halves of a backward stays.
+# The values that actions make, and take from a received slot, which is free after that: an x and
+# its cotangent go from stage to stage, the one between the halves of a backward stays.
 X, COTANGENT, MIDDLE = "x", "cotangent", "middle"
 
 
@@ -127,7 +127,7 @@ def opcodes_with(buffer: str) -> tuple[Opcode, ...]:
 
 
 def unit_of(opcode: np.ndarray) -> np.ndarray:
-    """Says which actions of a program opcodes are: IDLE, FORWARD, INPUT_GRAD or WEIGHT_GRAD.
+    """Maps opcodes to actions of a program: IDLE, FORWARD, INPUT_GRAD or WEIGHT_GRAD.
 
     >>> unit_of(np.array([Opcode.IDLE, Opcode.BACKWARD, Opcode.WEIGHT_GRAD_DONE])).tolist()
     [0, 2, 3]

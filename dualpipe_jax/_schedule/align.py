@@ -2,9 +2,9 @@
 
 The three ticks in which every rank runs a pair are a beat; a steady phase of beats is straight-line
 code, the same on all ranks. A pair takes three adjacent ticks, F, I, W, and each rank keeps its
-order. The one of the three phases with the fewest ticks is taken, then the one with the most beats;
-for that phase no action could come earlier. DualPipe takes its published 3N + P - 2 ticks so (at
-F = I = W = 1, even sizes, N >= 2P), P/2 - 1 more than the shortest; `release` takes them back.
+order. All three phases are tried: the fewest ticks win, then the most beats; in that phase no
+action could run earlier. DualPipe then takes its published 3N + P - 2 ticks (at F = I = W = 1, even
+sizes, N >= 2P), P/2 - 1 more than the shortest; `release` takes them back.
 
 DualPipeV on two ranks, its stages left out. Rank 0 starts its pairs at ticks 7, 10 and 15, rank 1
 at 8, 11 and 14. Aligned, they start at 8, 11 and 17, and at 8, 11 and 14: two beats.
@@ -43,7 +43,7 @@ _MOST_NAMED = 8
 
 
 def align(timeline: Timeline) -> Timeline:
-    """Aligns the pairs of a timeline. One without pairs stays as it is.
+    """Aligns the pairs of a timeline. One without pairs is unchanged.
 
     Raises:
         ScheduleError: if pairs wait for each other for ever unless something comes between their
@@ -93,7 +93,7 @@ def _run_aligned(program: Program, needs: Dependencies, phase: int) -> np.ndarra
 
 
 def _starts_pair(program: Program) -> np.ndarray:
-    """bool[num_actions], the F of each pair."""
+    """Marks the F of each pair: bool[num_actions]."""
     return (program.units.pair >= 0) & (program.units.opcode == FORWARD)
 
 
@@ -111,7 +111,7 @@ def _last_need_of_backward(
 
 
 def _describe_deadlock(program: Program, needs: Dependencies, tick_of: np.ndarray) -> str:
-    """Names the next action of each rank that does not come to its end, and the one it awaits."""
+    """Names the next action of each rank that is stuck, and the one for which it waits."""
     units, starts_pair = program.units, _starts_pair(program)
     never = np.flatnonzero(tick_of == NEVER)
     stuck = never[np.unique(units.rank[never], return_index=True)[1]].tolist()

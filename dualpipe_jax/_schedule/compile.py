@@ -28,16 +28,16 @@ from dualpipe_jax._schedule.verify import (
     verify_timeline,
 )
 
-# How patient ranks are, and into how many parts the line of ranks is cut, in all that is tried.
+# The patience of ranks, and the numbers of parts of the line of ranks, that are tried.
 _PATIENCE = (np.inf, 2.0)
 _PARTS = (1, 2, 4)
-# How much less time something else than the simplest has to take: more parts are more program, and
-# more ticks more to pass over.
+# A candidate must take less than this share of a simpler one's time: more parts make the program
+# larger, and more ticks are more to skip.
 _WORTH = 0.99
-# Programs of more actions take seconds to be placed by the clock, and are not.
+# Programs with more actions are not placed by the clock: that would take seconds.
 _MOST_PLACED = 20_000
-# How long an idle tick is taken to last, beside a stage's forward: the scan over ticks passes
-# over all actions. It is assumed, and only decides between placements that are about as fast.
+# The assumed time of an idle tick, in which the scan over ticks skips all actions, as a share of a
+# stage's forward. It only decides between placements that are about as fast.
 _IDLE_TICK = 0.02
 
 
@@ -70,9 +70,9 @@ def compile_program(
         full_backward: Whether an I and the W that directly follows it are a full backward, as
             `refine_opcodes` decides.
         whole_stages: Stages whose full backwards have no halves, but run in I's tick.
-        durations: How long actions take, by which they are placed, so that ranks wait less for each
-            other, in programs of up to 20,000 of them; None to have each take a tick, and be placed
-            as soon as it can, as in a timetable in which no transfer is urgent.
+        durations: How long actions take: they are placed so that ranks wait less for each other, in
+            programs of up to 20,000 actions. With None, or a timetable in which no transfer is
+            urgent, each action takes a tick and runs as soon as it can.
 
     Raises:
         ScheduleError: if the program is not legal, or deadlocks.
@@ -161,24 +161,24 @@ def _fastest(made: Compiled, steady: SteadyPhase | None, durations: Durations) -
             transfer=durations.transfer,
             patience=patience,
         )
-        if not any(_is_same(again, each.timeline) for each in placed):
+        if not any(_is_same(again, other.timeline) for other in placed):
             placed.append(_lower(again, steady_then))
 
-    def seconds(each: Compiled) -> float:
-        work = durations.work(each.tables)
-        work[each.tables.opcode == IDLE] = _IDLE_TICK * min(durations.of_opcode[FORWARD])
-        return float(replay(each.tables, work, transfer=durations.transfer).max())
+    def time_of(tables: Tables) -> float:
+        work = durations.work(tables)
+        work[tables.opcode == IDLE] = _IDLE_TICK * min(durations.of_opcode[FORWARD])
+        return float(replay(tables, work, transfer=durations.transfer).max())
 
     candidates = []
-    for each in placed:
+    for placement in placed:
         for num_parts in _PARTS:
-            tables = add_exchanges(each.tables, num_parts=num_parts)
-            candidates.append(replace(each, tables=tables))
+            tables = add_exchanges(placement.tables, num_parts=num_parts)
+            candidates.append(replace(placement, tables=tables))
             if not has_merged(tables):  # parts only spare merging
                 break
-    fastest, least = candidates[0], seconds(candidates[0])
-    for each in candidates[1:]:
-        takes = seconds(each)
-        if takes < _WORTH * least:
-            fastest, least = each, takes
+    fastest, least = candidates[0], time_of(candidates[0].tables)
+    for candidate in candidates[1:]:
+        time = time_of(candidate.tables)
+        if time < _WORTH * least:
+            fastest, least = candidate, time
     return fastest

@@ -1,4 +1,4 @@
-"""Finds the values that each action needs, who makes them, and how long they live.
+"""Finds the values that each action needs, the actions that make them, and how long they live.
 
 Between two ranks with one microbatch there are two transfers, and every other value stays home:
 
@@ -53,8 +53,8 @@ class Dependencies:
 def find_dependencies(program: Program) -> Dependencies:
     """Finds the producers of the values that a program's actions read.
 
-    Where a program is not legal, a producer may be missing, as if nothing were needed, or be there
-    twice; then the first is meant.
+    In an illegal program a producer may be missing, as if nothing were needed, or occur twice; then
+    it is the first one.
     """
     units = program.units
     opcode, stage, microbatch = units.opcode, units.stage, units.microbatch
@@ -147,9 +147,9 @@ def find_live_ranges(
 ) -> dict[str, LiveRanges]:
     """Finds when the values of a timeline live, for each of its buffers.
 
-    A payload lives from the tick after its producer, or after it was sent, to its read; if it is
-    sent later than made, on its producer's rank until then. A value of another buffer lives from
-    the action that writes it to the one that frees it.
+    A payload lives from the tick after it was made, or sent, to its read; if it is sent later than
+    made, it lives on its producer's rank until then. A value of another buffer lives from the
+    action that writes it to the one that frees it.
     """
     units = program.units
     live = {"received": _find_received(program, tick_of, sent_in)}
@@ -194,7 +194,7 @@ def build_timeline(
     sent_in: np.ndarray | None = None,
     timetable: str = "shortest",
 ) -> Timeline:
-    """Joins a program and its ticks to a timeline, counting the slots that it takes.
+    """Joins a program and its ticks into a timeline, counting the slots that it takes.
 
     An action's value is sent in the tick in which it is made, unless `sent_in` says another one.
     """

@@ -15,10 +15,10 @@ class Durations:
 
     Attributes:
       of_opcode: For each opcode the durations over stages; idling takes none.
-      recompute: The time that a deferred W of each stage takes beside.
+      recompute: The time that a deferred W of each stage takes in addition.
       upper_share: The share of each stage's layers in the upper half of a full backward.
-      full_backward: How long I and W take as one, beside the two apart; None without such.
-      embed_grad: The time of the first stage's I that is the embedding's gradient.
+      full_backward: The time of I and W fused, as a share of the two split; None if never fused.
+      embed_grad: The part of the first stage's I that the embedding's gradient takes.
       transfer: How long a value travels to a neighbour.
     """
 
@@ -30,12 +30,12 @@ class Durations:
     transfer: float
 
     def recomputed(self, tables: Tables) -> np.ndarray:
-        """How long deferred weight grads recompute: float64[num_ticks, num_ranks]."""
+        """Finds how long deferred weight grads recompute: float64[num_ticks, num_ranks]."""
         is_deferred = tables.opcode == Opcode.WEIGHT_GRAD_DEFERRED
         return is_deferred * np.array(self.recompute)[tables.stage]
 
     def work(self, tables: Tables) -> np.ndarray:
-        """How long each tick's action takes: float64[num_ticks, num_ranks], 0 for idle ones."""
+        """Finds how long each tick's action takes: float64[num_ticks, num_ranks], 0 if idle."""
         # An idle tick has stage -1, and costs 0 there too.
         work = np.array(self.of_opcode)[unit_of(tables.opcode), tables.stage] + self.recomputed(
             tables

@@ -57,7 +57,7 @@ def emit(timeline: Timeline, allocation: Allocation, steady: SteadyPhase | None 
     columns["send"][live.end[~is_read] - 1, live.rank[~is_read]] = slot[~is_read]
     kept = sender == live.rank
     columns["keep"][live.start[kept] - 1, live.rank[kept]] = slot[kept]
-    # Between two ranks both ways round the ring are one; they talk without wrapping.
+    # Two ranks alone are neighbours on both sides; they send without wrapping.
     from_left = sender == live.rank - 1
     from_right = sender == live.rank + 1
     wraps = ~(kept | from_left | from_right)

@@ -58,13 +58,13 @@ def show_timeline(timeline: Timeline, *, tick: int, rank: int) -> str:
 
 
 def show_action(program: Program, tick_of: np.ndarray, action: int) -> tuple[str, str]:
-    """Says where an action of a program is that may stop early, and draws the ticks around it.
+    """Says where an action of a program is, which may get stuck, and draws the ticks around it.
 
-    An action that its rank does not come to is where the rank stops.
+    An action that its rank never reaches is shown where the rank gets stuck.
 
     Args:
         program: any program, legal or not.
-        tick_of: int64[num_actions], how far it came; `NEVER` is not run.
+        tick_of: int64[num_actions], the tick of each action; `NEVER` if it is not run.
         action: index into `program.units`.
     """
     units = program.units

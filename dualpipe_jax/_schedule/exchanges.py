@@ -1,21 +1,21 @@
-"""Tables -> Tables: says at the end of each tick between which ranks values travel.
+"""Tables -> Tables: finds the pairs of ranks that exchange values at the end of each tick.
 
 A permute makes a sender wait for its receiver, and a receiver for its sender; a rank in no pair
 waits for nobody. So a tick's exchange has the pairs whose value is stored, and no others. In the
 steady phase transfers are those of `Steady`; lazy tables have no exchanges.
 
-A compiler for TPUs has 36 barriers between pairs of cores, one for each distinct set of
-pairs that permutes have; beyond, every core waits. So the permutes to one side have at most
-`MOST_SETS` sets: those are kept with which the fewest pairs wait that need not, and every other set
-becomes the smallest kept one that has all of its pairs.
+XLA for TPUs has 36 barriers between pairs of cores, one for each distinct set of pairs that
+permutes have; with more sets every core waits. So the permutes to one side have at most `MOST_SETS`
+sets: the kept ones make the fewest pairs wait needlessly, and every other set is replaced by the
+smallest kept one that has all of its pairs.
 
 The line of ranks may be cut into parts, each with exchanges of its own, one after the other. Two
-links have at most three sets that are not empty, and so need no merging; and a program is smaller
-with few branches in each part than with a branch for all that happens at once. But a rank between
-two parts may wait for two transfers in one tick.
+links have at most three sets that are not empty, and so need no merging; and few branches in each
+part make a smaller program than one branch for every combination. But a rank between two parts may
+wait for two transfers in one tick.
 
-Two ranks, two microbatches of 1f1b. Nothing travels after the ticks of W, nor of F on rank 1, whose
-head gives the cotangent:
+Two ranks, two microbatches of 1f1b. Nothing is sent after a W, nor after an F of rank 1, whose head
+gives the cotangent:
 
 >>> from dualpipe_jax._schedule.allocate import allocate
 >>> from dualpipe_jax._schedule.emit import emit
@@ -43,7 +43,7 @@ import numpy as np
 
 from dualpipe_jax._schedule.tables import MOST_SETS, Exchange, Pairs, Tables
 
-# Sets that are looked at to be kept, the most frequent ones: more take time and change nothing.
+# The most frequent sets, the candidates to be kept: more take time and change nothing.
 _MOST_CANDIDATES = 256
 
 
@@ -79,7 +79,7 @@ def add_exchanges(tables: Tables, *, num_parts: int = 1, most_sets: int = MOST_S
 
 
 def has_merged(tables: Tables) -> bool:
-    """Whether ranks are pairs in ticks in which nothing is stored between them."""
+    """Whether there are pairs in ticks in which their target stores nothing."""
     num_pairs = 0
     for part, exchanges in enumerate(tables.exchanges):
         sizes = np.array([len(right) + len(left) for right, left in exchanges])
@@ -95,7 +95,7 @@ def has_merged(tables: Tables) -> bool:
 def _number(
     used: np.ndarray, part: np.ndarray, num_ranks: int
 ) -> tuple[np.ndarray, tuple[Exchange, ...]]:
-    """Numbers the exchanges of a part, the empty one 0: those of ticks, and their pairs."""
+    """Numbers a part's exchanges, the empty one 0: the number of each tick, the pairs of each."""
     rows, which, _ = _distinct(used)
     if rows[:1].any():
         rows, which = np.concatenate([np.zeros_like(rows[:1]), rows]), which + 1
@@ -109,7 +109,7 @@ def _number(
 
 
 def _merge(used: np.ndarray, most_sets: int) -> np.ndarray:
-    """Has at most so many distinct rows, of those that are not empty, by adding to rows."""
+    """Adds to rows until at most `most_sets` distinct ones are not empty."""
     sets, which, count = _distinct(used)
     needed = sets.any(axis=1)
     if needed.sum() <= most_sets:
@@ -131,8 +131,8 @@ def _merge(used: np.ndarray, most_sets: int) -> np.ndarray:
 
 
 def _distinct(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Finds the distinct rows in order, the number of each row among them, and how often it is."""
-    # As bits, which are sooner sorted.
+    """Finds the distinct rows in order, the number of each row among them, and their counts."""
+    # As bits, which sort faster.
     _, first, which, count = np.unique(
         np.packbits(used, axis=1),
         axis=0,
@@ -144,6 +144,6 @@ def _distinct(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _excess(sets: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Counts the pairs of sets in `by` beyond a set: float[num_sets, num_by], inf if some lack."""
+    """Counts the pairs of `by` that a set lacks: float[num_sets, num_by], inf if `by` lacks any."""
     lacks = sets.astype(np.float32) @ (~by).T.astype(np.float32)
     return np.where(lacks > 0, np.inf, by.sum(axis=1) - sets.sum(axis=1)[:, None])

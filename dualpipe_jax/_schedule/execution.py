@@ -14,7 +14,7 @@ class Execution:
     """Says how the order of a schedule becomes a program: each None is decided for you.
 
     Overlap and split_backward become those of the fastest step by simulation, at the costs that the
-    step is given (with a steady phase, I and W stay apart). Every choice gives the same
+    step is given (with a steady phase, I and W stay split). Every choice gives the same
     gradients, and the choice is the same on every platform: a test over fake CPU devices runs the
     program that a pod runs. (docs/execution.md)
 
@@ -25,20 +25,20 @@ class Execution:
     Attributes:
       overlap: True: all ranks start their pairs together (the aligned timetable) and, as long as
         every rank has one, run straight-line code, the steady phase, in which XLA hides transfers
-        behind compute. False: every action as soon as it can (the shortest timetable).
+        behind compute. False: every action runs as soon as it can (the shortest timetable).
         `"two-tick"`, for GPUs, on request only and not on TPUs: another rank's value is read in the
         second tick after it was made or later, so that a whole action hides each transfer.
-      unroll: How many layers of a stage stand in the body of the loop over them, as in
-        `jax.lax.scan`: True for all, without a loop, which XLA schedules better; False, or 1, for
-        one, which compiles sooner. By default all of up to four where stages are alike, else one.
-      split_backward: True: the input grad (I) of a stage and its weight grad (W) run apart, so that
-        a neighbour gets its cotangent sooner. False: where W follows its I outside of the steady
-        phase, the two run as a full backward, the last layers in I's tick and the first ones in
-        W's, and nothing is stashed for a whole stage.
-      deferred: The values that a weight grad which the schedule defers finds under
-        rematerialisation: `"recompute"`, its blocks' inputs and cotangents only, so that
-        zero-bubble schedules do not take the memory that `remat` saves; `"store"`, all it needs. By
-        default it recomputes; without rematerialisation there is nothing to recompute.
+      unroll: How many layers of a stage the body of the loop over them has, as in `jax.lax.scan`:
+        True for all, without a loop, which XLA schedules better; False, or 1, for one, which
+        compiles sooner. By default all of up to four where stages are alike, else one.
+      split_backward: True: the input grad (I) of a stage and its weight grad (W) are two actions,
+        so that a neighbour gets its cotangent sooner. False: where W follows its I outside of the
+        steady phase, the two run as a full backward, the last layers in I's tick and the first ones
+        in W's, and nothing is stashed for a whole stage.
+      deferred: The values that are kept for a deferred weight grad under rematerialisation:
+        `"recompute"`, its blocks' inputs and cotangents only, so that zero-bubble schedules do not
+        take the memory that `remat` saves; `"store"`, all that it needs. By default it recomputes;
+        without rematerialisation there is nothing to recompute.
 
     Raises:
       ValueError: If a value is none of these.
@@ -64,7 +64,7 @@ class Execution:
                 object.__setattr__(self, "unroll", self.unroll is True)
 
     def __str__(self) -> str:
-        """Names in a line all that is decided."""
+        """Names all decided choices in a line."""
         words: dict[str, dict[Any, str]] = {
             "overlap": {True: "overlap", False: "no overlap", _TWO_TICK: "two-tick"},
             "unroll": {True: "layers unrolled", False: "layers looped"},
@@ -108,8 +108,8 @@ def timetable_of(overlap: Any) -> str:
 
 
 def _require_one_of(name: str, value: Any, *known: Any) -> None:
-    if value is None or any(type(value) is type(each) and value == each for each in known):
+    if value is None or any(type(value) is type(one) and value == one for one in known):
         return
     listed = ", ".join(map(repr, known))
-    error = ValueError if any(type(value) is type(each) for each in known) else TypeError
+    error = ValueError if any(type(value) is type(one) for one in known) else TypeError
     raise error(f"{name}={value!r}: must be {listed}, or None")

@@ -29,7 +29,7 @@ _UNIT_OF_KIND = {"F": FORWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}
 
 
 def lag_of(timetable: str) -> int:
-    """Says how many ticks after another rank has made a value a rank may read it."""
+    """Says how many ticks after a value is made another rank may read it."""
     return 2 if timetable == "two-tick" else 1
 
 
@@ -100,7 +100,7 @@ class Program:
     """Gives each rank its actions in order, as a generator makes it.
 
     Stages count along each direction's own model order. Which rank holds which stage is not
-    stated but read off the rows in which the actions stand.
+    stated: it follows from the rows that have the stage's actions.
 
     >>> program = Program(
     ...     "two",
@@ -123,7 +123,7 @@ class Program:
     # Not hashed: hashing a hundred thousand actions takes longer than looking the program up.
     rows: tuple[Row, ...] = field(repr=False, hash=False)
     forward_only: bool = False
-    # int64[num_actions], how each of `units` runs (`refine_opcodes`); None: as F, I and W apart.
+    # int64[num_actions], how each of `units` runs (`refine_opcodes`); None: as F, I and W, split.
     opcode: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def to_csv(self) -> str:
@@ -176,7 +176,7 @@ class Program:
 
     @cached_property
     def chunk_of(self) -> np.ndarray:
-        """int64[num_directions, num_stages], the chunk as which its rank holds each stage.
+        """int64[num_directions, num_stages], the number of each stage's chunk on its rank.
 
         The chunks of a rank are its (direction, stage)s in order.
         """
@@ -220,7 +220,7 @@ class Timeline:
 
     @property
     def lag(self) -> int:
-        """How many ticks after another rank has made a value a rank may read it."""
+        """How many ticks after a value is made another rank may read it."""
         return lag_of(self.timetable)
 
     @property

@@ -5,8 +5,8 @@ end. `F0` is the forward of the stage's first layer; `W1@send` waits for the sta
 so that it hides them, and `W0@receive` for their end. In a loop over layers, `loop(I F)`, I counts
 down from the last layer while F counts up from the first.
 
-Four layers, side by side, where W of one layer hides the transfers, and W of another one the way of
-the values that arrived to the compute units, before the next beat's first matmul reads them:
+Four layers, side by side, where W of one layer hides the transfers, and W of another one the fetch
+of the values that arrived, which the next beat's first matmul reads:
 
 >>> print(write(side_by_side(4, num_held=2, reads_arrivals=True)))
 I3 F0 W3 I2 F1 W2 I1 F2 I0 F3 send W1 W0@receive
@@ -24,7 +24,7 @@ SEND, RECEIVE = "send", "receive"
 
 
 class LayerAction(NamedTuple):
-    """One action of one layer of the stage.
+    """Names one action of one layer of the stage.
 
     Attributes:
       action: `"F"`, `"I"` or `"W"`.
@@ -42,7 +42,7 @@ class LayerAction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Actions over all layers of a stage: `"F"`, `"I"`, `"W"`, `"IW"`; or `"IF"` of two stages."""
+    """Names actions over a stage's layers: `"F"`, `"I"`, `"W"`, `"IW"`; `"IF"` of two stages."""
 
     actions: str
 
@@ -64,7 +64,7 @@ def side_by_side(
 ) -> Order:
     """Orders a beat of unrolled layers on devices that overlap transfers and compute.
 
-    F of layer j stands beside I of layer L-1-j, so that either has its turn before the other needs
+    F of layer j runs beside I of layer L-1-j, so that either has its turn before the other needs
     a slot, and collectives inside a block have the other direction's compute to hide behind.
 
     Args:

@@ -1,12 +1,12 @@
 """Program -> Timeline: gives each action its tick.
 
-A value that a rank makes in tick t may be read in tick t + 1, there or on a neighbour. Here is the
-shortest timetable: every action runs as soon as its rank is free and its inputs are there, in
-program order. `align` makes another one, in which all ranks start their pairs at the same tick
-modulo 3.
+A value that a rank makes in tick t may be read in tick t + 1, there or on a neighbour. This module
+makes the shortest timetable: every action runs as soon as its rank is free and its inputs are
+there, in program order. `align` makes another one, in which all ranks start their pairs at the same
+tick modulo 3.
 
-The two-tick timetable is the shortest one if a neighbour may read only in tick t + 2 a value
-of tick t: then no transfer is urgent, and all travel behind the whole of tick t + 1
+The two-tick timetable is the shortest one in which a neighbour reads a value of tick t in tick
+t + 2 or later: no transfer is urgent, and each is hidden behind the whole of tick t + 1
 (`Tables.is_lazy`). It has more ticks, and as many more idle ones, which cost next to nothing.
 Replays of P=8 N=32 in which senders do not wait for their receivers take 1.00 to 1.05 of the time
 that the order needs. Where an input grad takes twice as long as a forward, 1f1b and zb-h1 take 1.06
@@ -94,7 +94,7 @@ def _describe_deadlock(program: Program, needs: Dependencies, tick_of: np.ndarra
             stuck[rank] = action
             wanted = [i for i in (needs.payload[action], needs.own[action]) if i >= 0]
             awaited[rank] = next(int(i) for i in wanted if tick_of[i] == NEVER)
-    # From rank to rank that is waited for, one comes back to a rank where one has been.
+    # Following the ranks that are waited for leads back to a rank seen before.
     rank, place_of = min(stuck), {}
     while rank not in place_of:
         place_of[rank] = len(place_of)

@@ -1,15 +1,15 @@
 """Timeline -> Timeline: places actions again, by how long they take.
 
-A permute is a rendezvous, so two ranks hand over a value when both are between two actions. When
-all actions take a tick, these moments coincide. When they do not, a rank that sends every value as
-soon as it has made it waits for the end of its receiver's action, though the value need only come
-before it is read. So ranks are walked through the program by the clock, and a value is handed over
-whenever both ranks happen to be between two actions. A rank that goes on meanwhile keeps the value
-in a slot and sends it in a later tick (`Timeline.sent_in`); idle ticks cost no time.
+A permute is a rendezvous, so a value is sent when both ranks are between two actions. When all
+actions take a tick, these moments coincide. When they do not, a rank that sends every value as soon
+as it has made it waits for the end of its receiver's action, though the value need only come before
+it is read. So ranks are walked through the program by the clock, and a value is sent whenever both
+ranks happen to be between two actions. A rank that goes on meanwhile keeps the value in a slot and
+sends it in a later tick (`Timeline.sent_in`); idle ticks cost no time.
 
-A rank about to begin an action may also wait until a neighbour's action ends, to hand over a value
+A rank about to begin an action may also wait until a neighbour's action ends, and a value be sent
 then. It considers this for a value that the receiver reads right after its present action (or after
-the one that it is about to begin). It waits if else the neighbour would wait for it, and more than
+the one that it is about to begin). It waits if otherwise the neighbour would wait for it more than
 `patience` times as long.
 
 No rule is the best at all costs and sizes, so `compile` tries some and replays each.
@@ -66,7 +66,7 @@ def place_by_clock(
         took: float64[num_actions], how long each takes.
         after_steady: float64[num_ranks], when each rank is free after the steady phase.
         transfer: How long a value travels to a neighbour.
-        patience: For how much of its own wait a rank takes a wait of its neighbour.
+        patience: A rank waits if a neighbour's wait would be longer than its own by this factor.
     """
     tick_of, start = timeline.tick_of, 0
     bounds = [(0, timeline.num_ticks)]
@@ -99,7 +99,7 @@ class _Walk:
     """Walks ranks through some of a program's actions, by the clock.
 
     A rank runs an action or is between two; it is free at an instant, up to which it takes part in
-    a transfer. Values that it has made for other ranks it hands over when they meet.
+    a transfer. It sends the values that it has made for other ranks when they meet.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class _Walk:
         program = timeline.program
         units, needs = program.units, find_dependencies(program)
         num_ranks = timeline.num_ranks
-        # For each action the rank that is handed its value, -1 for none.
+        # For each action the rank to which its value is sent, -1 for none.
         receiver = np.full(len(units), -1)
         reads = np.flatnonzero(needs.payload >= 0)
         receiver[needs.payload[reads]] = units.rank[reads]
@@ -130,14 +130,14 @@ class _Walk:
         self.rows = [np.flatnonzero(here & (units.rank == r)).tolist() for r in range(num_ranks)]
         self.next = [0] * num_ranks
         self.ends = [math.inf] * num_ranks  # when the action ends that a rank runs, if it does
-        # The actions whose values a rank has to hand over, the latest one first.
+        # The actions whose values a rank has to send, the latest one first.
         self.made: list[list[int]] = [[] for _ in range(num_ranks)]
         # Which ticks come before which: for each move those before it, and by how many ticks.
         self.before: dict[_Move, list[tuple[_Move, int]]] = {}
         # With which move each action's value is sent.
         self.sent_with: dict[int, _Move] = {}
-        # The latest action of each rank, the latest move with which it sent, and since the action
-        # all in which it took part.
+        # The latest action of each rank, the latest move with which it sent, and all moves since
+        # that action in which it took part.
         self.action: list[_Move | None] = [None] * num_ranks
         self.send: list[_Move | None] = [None] * num_ranks
         self.since: list[list[_Move]] = [[] for _ in range(num_ranks)]
@@ -181,7 +181,7 @@ class _Walk:
         self.ends[rank] = math.inf
         self.free[rank] = now
         move, last = (action, False), self.action[rank]
-        self.before[move] = [(each, 1) for each in (last, *self.since[rank]) if each is not None]
+        self.before[move] = [(first, 1) for first in (last, *self.since[rank]) if first is not None]
         self.action[rank], self.since[rank] = move, []
         if self.receiver[action] < 0:
             self.is_there[action] = True
@@ -189,10 +189,10 @@ class _Walk:
             self.made[rank].insert(0, action)
 
     def _hand_over(self, near: set[int], now: float) -> set[int]:
-        """Hands values over between ranks that are between two actions, one of a rank at a time.
+        """Sends values between ranks that are between two actions, one of a rank at a time.
 
         Returns:
-            Who took part.
+            The ranks that took part.
         """
         met: set[int] = set()
         while True:
@@ -214,13 +214,13 @@ class _Walk:
                 return met
 
     def _send(self, move: _Move) -> tuple[int, int]:
-        """Hands over a value, not before its ranks' latest actions; says between whom."""
+        """Sends a value, not before its ranks' latest actions; returns sender and receiver."""
         value, _ = move
         sender = self.rank_of[value]
         both = sender, self.receiver[value]
         before = self.before.setdefault(move, [])
         latest = (self.action[rank] for rank in both)
-        before += [(each, 0) for each in latest if each is not None and each != move]
+        before += [(first, 0) for first in latest if first is not None and first != move]
         if (last := self.send[sender]) is not None:
             before.append((last, 1))
         self.made[sender].remove(value)
@@ -255,8 +255,8 @@ class _Walk:
     def _is_worth_waiting(self, value: int, other: int, now: float, end: float) -> bool:
         """Whether to wait for the end of another rank's action before one that lasts until `end`.
 
-        The value is to be handed over between the two ranks, and is needed right after the action
-        which the receiver is in, or about to begin.
+        The value is to be sent between the two ranks, and is needed right after the action that the
+        receiver runs, or is about to begin.
         """
         comes, receiver = self.ends[other], self.receiver[value]
         following = self.rows[receiver][self.next[receiver] + 1 :][:1]
@@ -267,8 +267,8 @@ class _Walk:
     def _find_ticks(self) -> tuple[np.ndarray, np.ndarray]:
         """Finds the earliest ticks in which each transfer meets the same actions."""
         ticks = dict.fromkeys(self.before, 0)
-        # Moves stand in time's order, so that a sweep settles all of them but those that wait for
-        # one of the same moment that stands later.
+        # Moves are in the order of time, so that a sweep settles all of them but those that wait
+        # for a later one of the same instant.
         is_settled = False
         while not is_settled:
             is_settled = True

@@ -1,11 +1,11 @@
 """Program -> Program: decides how each I and its W run, by opcodes of their own.
 
-An I and its W run apart, in a tick each, unless the options refine them:
+An I and its W run split, in a tick each, unless the options refine them:
 - deferred, with `defers`: a W that does not directly follow its I reads slots of the deferred kind.
-- a full backward, with `full_backward`: the I of a W that directly follows it runs both for the
-  stage's last layers, the W both for the first ones. So a neighbour gets its cotangent after W's
-  tick. Where it reads it sooner, and where a stage has a single layer, I's tick runs all of it.
-  I and W of the steady phase stay apart, since W hides a transfer there.
+- a full backward, with `full_backward`: where a W directly follows its I, the I's tick runs both
+  for the stage's last layers, the W's tick both for the first ones. So a neighbour gets its
+  cotangent after W's tick. Where it reads that sooner, and where a stage has a single layer, I's
+  tick runs all of it. I and W of the steady phase stay split, since W hides a transfer there.
 
 Two ranks of zb-h1, of which rank 1 defers its first weight grad:
 
@@ -42,7 +42,7 @@ def refine_opcodes(
     aligned: Timeline | None = None,
     steady: SteadyPhase | None = None,
 ) -> Program:
-    """Refines the opcodes of a program whose I's and W's run apart.
+    """Refines the opcodes of a program whose I's and W's run split.
 
     Args:
         program: The program.
@@ -79,7 +79,7 @@ def refine_opcodes(
 
 
 def _sends_too_soon(timeline: Timeline, steady: SteadyPhase) -> np.ndarray:
-    """bool[num_actions], the I's before the phase's end whose cotangent is read by W's tick."""
+    """Marks I's before the phase's end whose cotangent is read by W's tick: bool[num_actions]."""
     units, tick_of = timeline.program.units, timeline.tick_of
     payload = find_dependencies(timeline.program).payload
     is_i = units.opcode == INPUT_GRAD

@@ -1,9 +1,9 @@
 """Aligned Timeline -> Timeline: takes back the ticks that aligning cost outside the steady phase.
 
 Only the steady phase is straight-line code, and so only its pairs need to be aligned: actions after
-it run as soon as they can. So DualPipe with it takes 3N + P/2 - 1 ticks, no more than the shortest
-timetable takes, P/2 - 1 fewer than with all pairs aligned (F = I = W = 1, even sizes, N >= 2P).
-A longer steady phase could gain little: it has N - 2P beats at least, and none has more than
+it run as soon as they can. DualPipe then takes 3N + P/2 - 1 ticks, no more than the shortest
+timetable, and P/2 - 1 fewer than with all pairs aligned (F = I = W = 1, even sizes, N >= 2P). A
+longer steady phase could gain little: it has N - 2P beats at least, and none has more than
 N - 2P + 2, since the values on their way at its ends take 3P/2 - 1 forwards of a rank before it and
 P/2 - 1 after it.
 
@@ -39,7 +39,7 @@ def release(
 
     Args:
         timeline: An aligned timeline.
-        steady: Its steady phase, up to whose end ticks are kept.
+        steady: Its steady phase; ticks up to its end are kept.
         program: The timeline's program with refined opcodes; None to leave them as they are.
     """
     program = timeline.program if program is None else program

@@ -1,14 +1,14 @@
-"""Tables -> when each action ends, each rank waiting as the program waits.
+"""Tables -> the time at which each action ends, if ranks wait as the program does.
 
 In a ramp tick a rank runs its action; then come the permutes of the tick's exchange. A permute is a
 rendezvous: a sender waits until its receiver has come to the same permute, then both wait for the
-transfer; the two directions of one exchange are under way together, its parts one after the other.
+transfer; the two directions of one exchange run together, its parts one after the other.
 So a rank waits for each rank with which it is a pair, even if it reads the value later or, where
 sets of pairs were merged, never: a false wait. A rank in no pair waits for nobody, and an idle tick
 costs nothing by itself.
-(So it is on CPUs, by the clock, and on TPUs, where a permute's start waits for the target, and its
-done for both values, the sent and the received: read in a v5e's low-level code. On GPUs sends have
-a stream of their own, and nobody but the receiver waits: `rendezvous=False`.)
+(This holds on CPUs, by the clock, and on TPUs, where a permute's start waits for the target, and
+its done for both values, the sent and the received: read in a v5e's low-level code. On GPUs sends
+have a stream of their own, and nobody but the receiver waits: `rendezvous=False`.)
 
 In the steady phase (`Tables.steady`) the F of a beat makes an x that travels behind the beat's I
 and W, and the I a cotangent that travels behind W and the next beat's F. Their senders wait for
@@ -60,7 +60,7 @@ def as_full_backwards(
     cost: float = 1.0,
     embed_grad: float = 0.0,
 ) -> np.ndarray:
-    """Has the I and the W of each full backward take the time that they take as one.
+    """Gives the I and the W of each full backward the time that the two take fused.
 
     Each half takes its share of both; without halves I's tick takes all of it.
 
@@ -75,7 +75,7 @@ def as_full_backwards(
     ...     before = np.array([0.0, 3, 1, 2])[unit_of(tables.opcode)]
     ...     after = as_full_backwards(tables, before, upper_share=np.full(2, 0.5))
     ...     for work in zip(before.T, after.T, strict=True):
-    ...         print(*(" ".join(f"{ticks:g}" for ticks in each) for each in work), sep=" -> ")
+    ...         print(*(" ".join(f"{time:g}" for time in times) for times in work), sep=" -> ")
     3 3 0 1 2 1 2 -> 3 3 0 3 0 3 0
     0 3 1 3 1 2 2 -> 0 3 1 3 3 0 2
     3 3 0 1 2 0 1 2 -> 3 3 0 1.5 1.5 0 1.5 1.5
@@ -83,9 +83,9 @@ def as_full_backwards(
 
     Args:
       tables: The tables.
-      work: As for `replay`, I and W apart.
+      work: As for `replay`, with I and W split.
       upper_share: float64[num_stages], the share of each stage's layers in the upper half.
-      cost: How long the two take as one, beside the two apart.
+      cost: The time of the two fused, as a share of the two split.
       embed_grad: The time of the embedding's gradient in an input grad of the first stage, which
         follows all layers and is not to be multiplied.
 
@@ -168,7 +168,7 @@ def replay(
 
 
 class _Permutes:
-    """Permutes that are under way together: who waits in them for whom."""
+    """Finds which ranks wait for which in permutes that run together."""
 
     def __init__(
         self, pairs: Iterable[tuple[int, int]], *, num_ranks: int, transfer: float, meet: bool
@@ -179,14 +179,14 @@ class _Permutes:
         self._num_ranks, self._meet = num_ranks, meet
 
     def begun(self, end: np.ndarray) -> np.ndarray:
-        """When each rank that comes at `end`, float64[num_ranks], goes on beside the transfer."""
+        """Finds when ranks that come at `end`, float64[num_ranks], go on beside the transfer."""
         begun = end.copy()
         if self._meet:
             np.maximum.at(begun, self._source, end[self._target])
         return begun
 
     def over(self, end: np.ndarray) -> np.ndarray:
-        """When those that ranks take part in are over, float64[num_ranks]; 0 for those in none."""
+        """Finds when each rank's transfers are over, float64[num_ranks]; 0 for a rank in none."""
         over = np.zeros(self._num_ranks)
         if not self._meet:
             np.maximum.at(over, self._target, end[self._source] + self._transfer)
@@ -198,7 +198,7 @@ class _Permutes:
 
 
 def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:
-    """Finds when each tick ends if ranks wait only for values that they read, when they do.
+    """Finds when each tick ends if ranks wait only for values that they read, as they read them.
 
     Arguments and result are those of `replay`.
     """

@@ -31,12 +31,12 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | dict | set):
         raise TypeError(f"layers_per_stage={value!r}: {must}, or None; got {show(value)}")
     given = list(value)
-    sizes = [_index(each) for each in given]
+    sizes = [_index(number) for number in given]
     raise_all(
         f"layers_per_stage={value!r}: {must}, all integers",
         (
-            f"stage {stage} has {show(each)}"
-            for stage, (each, size) in enumerate(zip(given, sizes, strict=True))
+            f"stage {stage} has {show(number)}"
+            for stage, (number, size) in enumerate(zip(given, sizes, strict=True))
             if size is None
         ),
         error=TypeError,

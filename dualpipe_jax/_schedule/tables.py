@@ -35,7 +35,7 @@ class Steady:
     Attributes:
       first_tick: The first tick of the steady phase.
       num_beats: How many beats it has, an even number.
-      x_pairs: For even and odd beats, from and to which ranks the x's that forwards made travel; a
+      x_pairs: For even and odd beats, the ranks between which the x's that forwards made travel; a
         rank may be its own neighbour.
       cotangent_pairs: The same for the cotangents that input grads made. (The cotangent that a
         head's gradient gives stays on its rank.)
@@ -125,7 +125,7 @@ class Tables:
     num_microbatches: int
     num_chunks: int
     stage_of: Int32[np.ndarray, "num_chunks num_ranks"]
-    num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if that is kept apart
+    num_slots: dict[str, int]  # for each of BUFFERS, and DEFERRED if it has slots of its own
     forward_only: bool
     wraps: bool  # whether anything travels between the last rank and rank 0 as ring neighbours
     is_lazy: bool = False

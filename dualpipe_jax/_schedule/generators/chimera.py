@@ -17,8 +17,8 @@ from dualpipe_jax._schedule.ir import Action, Program, Row
 def chimera(*, num_ranks: int, num_microbatches: int) -> Program:
     """Makes Chimera (arXiv:2107.06925): two 1F1B pipelines in opposite directions.
 
-    The published order where there is one, that is for an even `num_ranks` and a multiple of it of
-    microbatches; elsewhere one made by simulation (`list_schedule`).
+    For an even `num_ranks` and a multiple of it of microbatches the published order; for other
+    sizes one made by simulation (`list_schedule`).
 
     >>> print(chimera(num_ranks=2, num_microbatches=4).to_csv(), end="")
     0F0,1F2,1B2,0B0,0F1,1F3,1B3,0B1
@@ -37,7 +37,7 @@ def chimera(*, num_ranks: int, num_microbatches: int) -> Program:
 
 
 def _published_row(rank: int, num_ranks: int, num_microbatches: int) -> Row:
-    """Sorts a rank's actions by their ticks of the published picture, where F and B take one."""
+    """Sorts a rank's actions by their ticks in the published picture, where F and B take one."""
     stages = rank, num_ranks - 1 - rank
     tick_of = {}
     for stage, microbatches in zip(stages, split_microbatches(num_microbatches), strict=True):

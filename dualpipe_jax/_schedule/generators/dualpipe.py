@@ -17,8 +17,8 @@ from dualpipe_jax._schedule.ir import Program, Row
 def dualpipe(*, num_ranks: int, num_microbatches: int) -> Program:
     """Makes DualPipe (arXiv:2412.19437): microbatches enter at both ends.
 
-    The published order where there is one, that is for even sizes and `num_microbatches` at least
-    `2 * num_ranks`; elsewhere an order made by the same rules (`list_schedule`).
+    For even sizes and `num_microbatches` at least `2 * num_ranks` the published order; for other
+    sizes one made by the same rules (`list_schedule`).
 
     >>> print(dualpipe(num_ranks=2, num_microbatches=4).to_csv(), end="")
     0F0,1F2,0F1,1B2,(1F3;0B0)OVERLAP_F_B,1B3,0I1,0W1

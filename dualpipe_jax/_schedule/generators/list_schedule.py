@@ -1,7 +1,7 @@
 """Orders the actions of any routes by simulation, for sizes that have no published order.
 
-In every tick each rank runs the best of the actions whose inputs have arrived. Greedy, and for
-DualPipe as short as the published order is: idle until the middle ranks' first activation comes.
+In every tick each rank runs the best of the actions whose inputs have arrived. This greedy order is
+for DualPipe as short as the published one: ranks idle until the middle ranks' first x arrives.
 """
 
 from collections.abc import Sequence
@@ -142,7 +142,7 @@ def list_schedule(
 
     num_left = 3 * sum(map(len, microbatches)) * len(routes[0])
     while num_left:
-        # All choose before any runs: others have a rank's value in the next tick.
+        # All choose before any runs: a rank's value reaches others in the next tick.
         chosen = [(rank, choice) for rank in ranks if (choice := rank.choose())]
         assert chosen, f"the limits {limits} let no rank act"
         for rank, (kind, lane) in chosen:

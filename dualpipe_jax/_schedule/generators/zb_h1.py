@@ -19,7 +19,7 @@ from dualpipe_jax._schedule.ir import Action, Program, Row
 def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
     """Makes ZB-H1 (arXiv:2401.10241): 1F1B that defers weight grads to fill its bubbles.
 
-    As many live activations as 1F1B, the same number on every rank.
+    It holds as many live activations as 1F1B, the same number on every rank.
 
     >>> print(zb_h1(num_ranks=2, num_microbatches=3).to_csv(), end="")
     0F0,0F1,0B0,0F2,0B1,0B2
@@ -37,7 +37,7 @@ def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
 
 def _defer(row: Row, count: int) -> Row:
     """Defers the weight grads of a row's first `count` microbatches to its end."""
-    backwards = (each for each in row if isinstance(each, Action) and each.kind == "B")
+    backwards = (cell for cell in row if isinstance(cell, Action) and cell.kind == "B")
     waiting = list(islice(backwards, count))
-    split = [each._replace(kind="I") if each in waiting else each for each in row]
-    return (*split, *(each._replace(kind="W") for each in waiting))
+    split = [cell._replace(kind="I") if cell in waiting else cell for cell in row]
+    return (*split, *(action._replace(kind="W") for action in waiting))

@@ -139,7 +139,7 @@ class _Interpreter:
         return sent
 
     def _exchange(self, tick: int, sent: np.ndarray) -> np.ndarray:
-        """Hands on values that are sent: int64[2, num_ranks], from the left and from the right."""
+        """Delivers the sent values: int64[2, num_ranks], from the left and from the right."""
         from_neighbours = np.stack([np.roll(sent, 1), np.roll(sent, -1)])
         if (self.tables.exchange[tick] < 0).all():
             return from_neighbours
@@ -209,7 +209,7 @@ class _Interpreter:
 
 
 def _find_targets(tables: Tables) -> np.ndarray:
-    """bool[num_ticks, 2, num_ranks], who is sent something from the left, and from the right."""
+    """Marks ranks that are sent a value, from the left and right: bool[num_ticks, 2, num_ranks]."""
     is_target = np.zeros((tables.num_ticks, 2, tables.num_ranks), bool)
     for part, exchanges in enumerate(tables.exchanges):
         for number, both in enumerate(exchanges):

@@ -22,11 +22,11 @@ def verify_program(program: Program) -> None:
     - There is a row for each rank, and every action names a stage and a microbatch that exist.
     - Each (stage, microbatch) has exactly one F, one I and one W (of a B or by themselves); in a
       forward-only program one F and nothing else.
-    - They stand on one rank: I after F, W after I.
+    - They run on one rank: I after F, W after I.
     - Consecutive stages of a microbatch are on the same rank or on neighbours in the ring.
 
     Raises:
-        ScheduleError: naming the offending actions, of the first of them rank and tick, and
+        ScheduleError: naming the offending actions, and rank and tick of the first of them, and
             showing the ticks around.
     """
     if len(program.rows) != program.num_ranks:
@@ -99,7 +99,7 @@ def _check_completeness(program: Program) -> None:
 def _find_place(
     program: Program, opcode: int, stage: int, microbatch: int
 ) -> tuple[int | None, str]:
-    """Finds where an action is once too often, or beside which one it is missing."""
+    """Finds the place where an action is once too often, or beside which it is missing."""
     units = program.units
     of_microbatch = units.microbatch == microbatch
     here, before = of_microbatch & (units.stage == stage), units.stage == stage - 1
@@ -163,8 +163,8 @@ def _raise_for(
 ) -> None:
     """Raises for faults, if any; there may be more, `num_faults`, than were written down.
 
-    `at` is the action of the first of them, or one that stands in a `relation` to it: the ticks
-    around it are drawn, of the program run as far as it goes.
+    `at` is the action of the first of them, or one in a `relation` to it: the ticks around it are
+    drawn, of the program run as far as it goes.
     """
     if not faults:
         return

@@ -13,7 +13,7 @@ def verify_steady(tables: Tables) -> None:
     """Checks the steady phase of verified tables, if there is one.
 
     - It has an even number of beats, all within the tables; in beat b every rank runs F of chunk
-      b % 2, then I and W of the other chunk and of one microbatch, apart and not deferred.
+      b % 2, then I and W of the other chunk and of one microbatch, split and not deferred.
     - The values that the first beat reads are in their slots when the phase begins.
     - Every later x and cotangent was sent to that rank by the beat before, or given by the rank's
       own head; a rank that is sent nothing needs nothing. No rank sends, or is sent, twice.
@@ -66,7 +66,7 @@ def _check_idle(tables: Tables, steady: Steady, buffer: str) -> None:
 
 
 def _check_entry(tables: Tables, steady: Steady) -> None:
-    """The first I's slot is filled before the first tick's action: not by it, nor after it."""
+    """Requires the first I's slot to be filled before the first tick's action, not by it."""
     tick = steady.first_tick
     slot = tables.read[tick + 1]
     late = (tables.keep[tick] == slot) | (tables.from_left[tick + 1] == slot)
@@ -92,7 +92,7 @@ def _made(tables: Tables, tick: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _arrivals(tables: Tables, steady: Steady, beat: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which x and cotangent each rank has after a beat, by the pairs: tokens, -1 for none."""
+    """Finds the x and cotangent of each rank after a beat, by the pairs: tokens, -1 for none."""
     tick = steady.first_tick + TICKS_PER_BEAT * beat
     made_x, from_head, made_cotangent = _made(tables, tick)
     x = _travel(steady.x_pairs[beat % 2], made_x)

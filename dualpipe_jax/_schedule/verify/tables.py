@@ -15,9 +15,9 @@ def verify_tables(tables: Tables) -> None:
     - All tables are int32[num_ticks, num_ranks]; every slot exists in its buffer.
     - Each (stage, microbatch) has exactly one F, one I and one W (forward-only: one F), each
       on a rank and a chunk that `stage_of` gives that stage.
-    - I and W of a (stage, microbatch) run alike: apart, deferred, or as a full backward.
-    - An action names exactly the slots that it uses, an idle rank none; of stash and deferred, an I
-      and a W that run apart one in the stash, deferred ones one in deferred, full backwards none.
+    - I and W of a (stage, microbatch) run alike: split, deferred, or as a full backward.
+    - An action names exactly the slots that it uses, an idle rank none. I and W name a slot in
+      stash if split, in deferred if deferred, in neither if a full backward.
     - In the steady phase, and in lazy tables, nothing is sent later than made.
     - Tables have parts, and lazy ones none. Every tick outside of the steady phase has an exchange
       in every part, those in it none. The first one of a part is empty, passed over by executors.
@@ -152,7 +152,7 @@ def _check_exchanges(tables: Tables) -> None:
         if of_part[0] != ((), ()):
             raise ScheduleError(f"the first exchange of a part is {of_part[0]}, not an empty one")
     for side, step in enumerate((1, -1)):
-        sets = [{each[side] for each in of_part} - {()} for of_part in tables.exchanges]
+        sets = [{pairs[side] for pairs in of_part} - {()} for of_part in tables.exchanges]
         num_sets = sum(map(len, sets))
         if num_sets > MOST_SETS:
             raise ScheduleError(

@@ -14,8 +14,8 @@ def verify_timeline(timeline: Timeline) -> None:
 
     - A rank runs its actions in program order, one a tick, from tick 0 on.
     - Every action runs after the tick of each action that it needs: its I or F on the same rank,
-      the producer of its x or its cotangent. If that is on another rank, it runs at the
-      soonest `timeline.lag` ticks after that one in which the value is sent.
+      the producer of its x or its cotangent. If that producer is on another rank, the action runs
+      at least `timeline.lag` ticks after the value is sent.
     - A value is sent in the tick in which it is made, or later, and a rank sends one in a tick.
 
     Raises:
