@@ -1,4 +1,4 @@
-"""`Choices`: the ranked schedules that `choose` returns, printed as a table."""
+"""Holds the ranked schedules that `choose` returns, and prints them as a table."""
 
 from dualpipe_jax._model.types import Remat
 from dualpipe_jax._predict import Choice, Costs

@@ -1,6 +1,6 @@
 """Programs of a step: a schedule with backwards, or forwards alone, compiled for given stages.
 
-In: the layers of each stage. Out: `StepTables`, tables and the execution they are made for.
+In: the layers of each stage. Out: `StepTables`, tables and the execution for which they are made.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class StepProgram(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A schedule whose actions are placed in ticks by their costs.
+    """Compiles a schedule, with its actions placed in ticks by their costs.
 
     Attributes:
       schedule: The schedule.
@@ -94,7 +94,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardOnly:
-    """Forwards alone, from both ends.
+    """Compiles forwards alone, from both ends.
 
     Attributes:
       num_ranks: The ranks, each with one stage of each direction.

@@ -37,8 +37,8 @@ def sequential(
     Args:
       model: The model.
       num_microbatches: The number of equal parts into which the leading dim of the batch is split.
-      overwrite: Which parameters their gradients overwrite, as for `value_and_grad`: `jax.grad` of
-        the loss gives for these the largest new value over all microbatches, not the sum.
+      overwrite: Which parameters are overwritten by their gradients, as for `value_and_grad`:
+        `jax.grad` of the loss gives these the largest new value over all microbatches, not the sum.
 
     Returns:
       `(params, batch, *, rng=None) -> loss`, or `(loss, metrics)` with `model.has_aux`, or

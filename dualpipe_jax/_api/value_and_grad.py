@@ -88,10 +88,10 @@ def value_and_grad(
         default, like `"chimera"`, has the least idle time, but its step holds two copies of the
         layers' parameters and gradients; with `"dualpipev"` and the others a step holds one.
         `choose` ranks them for your model and memory.
-      layers_per_stage: How many layers each stage has, in model order, as many numbers as the
-        schedule has stages; fewer for the last one, say, whose head takes time, too. Every rank
-        allocates as many layers as the largest stage has. None spreads them evenly, the first
-        stages having one more if they do not divide.
+      layers_per_stage: The number of layers of each of the schedule's stages, in model order; fewer
+        for the last one, say, whose head takes time, too. Every rank allocates as many layers as
+        the largest stage has. None spreads them evenly, the first stages having one more if they do
+        not divide.
       remat: Which values a block keeps for its backward: `"none"` recomputes nothing costly,
         `"block"` keeps the block's input only, a `jax.checkpoint` policy decides itself.
 
@@ -103,14 +103,14 @@ def value_and_grad(
         branches of params, or a function from params to such a tree (as the masks of optax). For
         frozen parameters nothing is computed or kept, and their gradients are zeros; where
         overwrite selects a frozen parameter, the gradient is the parameter's own value.
-      overwrite: Which parameters their gradients overwrite, such as the scales and histories of
-        float8: a tree of bools or a function, as `trainable`; None: those under a key
+      overwrite: Which parameters are overwritten by their gradients, as scales and histories of
+        float8 are: a tree of bools or a function, as `trainable`; None: those under a key
         `"_overwrite_with_gradient"`, as in Flax's float8. The gradient of such a parameter is the
         largest new value over all microbatches and shards, neither added up nor scaled. A layer may
         use it once only, and none may be in `"shared"`.
       execution: How the order of the schedule becomes a program: see `Execution`. By default every
         choice is made by simulation at `costs`, the same on every platform.
-      costs: The durations of actions, in any one unit of time, by which they are placed in ticks,
+      costs: The durations of actions, in any one unit of time. Actions are placed in ticks by them,
         so that ranks wait less for each other; a transfer is assumed to take a tenth of the
         forward. They must be the same in every process: measure them in one. None: the costs of a
         transformer, with those of recomputing if `remat` is not `"none"`.

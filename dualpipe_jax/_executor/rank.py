@@ -42,7 +42,7 @@ class Settings:
       param_specs: How parameters are sharded: this and the next three as `make_leaves` takes them.
       grad_specs: How gradients are sharded.
       trainable: Which parameters get a gradient.
-      overwrite: Which parameters their gradients overwrite.
+      overwrite: Which parameters are overwritten by their gradients.
       block: For each kind of layer `(params, x, ctx) -> (x, aux)`, rematerialisation included.
       num_layers: The layers in `params["blocks"]`.
       layers_per_stage: The layers of each stage; None to spread them evenly.

@@ -75,7 +75,7 @@ def num_layers(
       params: The parameters.
       layout: The model's layout.
       num_stages: The least number of layers.
-      where: The words that tell of these stages, in a message.
+      where: Words about these stages, in a message.
     """
     if not isinstance(params, Mapping) or set(params) - {"shared"} != {"ends", "blocks"}:
         got = (

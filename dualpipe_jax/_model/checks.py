@@ -1,4 +1,4 @@
-"""Checks of the model, the mesh and the numbers of which a user makes a function.
+"""Checks of the model, the mesh and the numbers from which a user makes a function.
 
 Every message names the argument, its value, the requirement and the fix, and lists all offenders.
 The arguments of the function are checked in `call_checks`, the outputs of a model's functions in

@@ -63,7 +63,7 @@ def layout_of(layout: Any) -> tuple[str, ...] | None:
 
 
 def require_layout_length(layout: Sequence[str], num_layers: int, *, where: str = "") -> None:
-    """Requires a layout to name the kind of every layer; `where` tells of the layers.
+    """Requires a layout to name the kind of every layer; `where` has words about the layers.
 
     Raises:
       ValueError: If it does not.
@@ -141,7 +141,7 @@ def put_stacks(model: Model, blocks: PyTree, stacks: dict[Kind, PyTree]) -> PyTr
 
 
 def parts_of(mapping: Mapping) -> dict[Any, PyTree]:
-    """Lists the children of a mapping as a pytree: a FrozenDict indexes to others than these."""
+    """Lists the children of a mapping as a pytree, which indexing a FrozenDict does not give."""
     children, numbers, _ = _children(mapping)
     return {key: children[number] for key, number in numbers.items()}
 
@@ -212,8 +212,8 @@ def is_stacked(path: Sequence[Any], blocks: str) -> bool:
     depth = next((i for i, key in enumerate(keys) if key in (*PARTS, blocks)), None)
     if depth is None or keys[depth] != blocks:
         return False
-    # A list of layers is an `nnx.List`, or the same in an `nnx.State`; in a dict a tuple of stacks
-    # may stand under `blocks`.
+    # A list of layers is an `nnx.List`, or the same in an `nnx.State`; in a dict `blocks` may be a
+    # tuple of stacks.
     match path[depth : depth + 2]:
         case [_, DictKey(key=int())] | [GetAttrKey(), SequenceKey()]:
             return False

@@ -1,10 +1,10 @@
 """The manual mesh axes over which a value varies from device to device, and JAX's types for them.
 
-JAX differentiates collectives correctly only where the type of a value tells the axes over which it
+JAX differentiates collectives correctly only where the type of a value has the axes over which it
 varies (`check_vma=True` of `jax.shard_map`): the sum of varying values does not vary, and its
 transpose is a cast. So the model's functions and their derivatives are traced where JAX keeps these
 types. The step itself runs without them: over the pipeline axis all values vary, and code that
-knows nothing of that axis would not pass the check.
+does not know that axis would not pass the check.
 """
 
 from collections.abc import Callable, Iterable
@@ -97,10 +97,10 @@ def with_mesh(avals: PyTree) -> PyTree:
 
 
 def close_over(step: Callable[[PyTree], tuple[list[PyTree], Any]], x: PyTree) -> tuple[PyTree, Any]:
-    """Finds the manual axes over which x varies if results of functions of x become x again.
+    """Finds the manual axes over which x varies if functions of x return the next x.
 
     Args:
-      step: `x -> (ys, rest)`, on avals: the results that become x again, and any others.
+      step: `x -> (ys, rest)`, on avals: the results that become the next x, and any others.
       x: Avals.
 
     Returns:

@@ -126,7 +126,7 @@ class ModelFunctions:
         stacks = {}
         for kind, part in self.blocks.items():
             chosen = keys[np.asarray([i for i, k in enumerate(kinds) if k == kind], np.int32)]
-            # One after the other, and not by vmap: some random generators give other numbers there.
+            # One after the other: under vmap some random generators give other numbers.
             stack = jax.lax.map(lambda k, part=part: part.init(k, x, ctx=ctx)[1], chosen)
             stacks[kind] = add_name(stack, 0, self.axis)
         collections = dict.fromkeys(["params", *ends, *(n for s in stacks.values() for n in s)])

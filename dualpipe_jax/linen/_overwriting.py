@@ -1,4 +1,4 @@
-"""Flax's collection of variables that gradients overwrite: among the parameters, or beside them.
+"""Moves Flax's collection of variables that gradients overwrite into the parameters, or out of it.
 
 In: `{"ends": ..., "blocks": ...}` with the collection among the parameters, under its own name, as
 a pipeline takes them; or Flax's `{"params": ..., "_overwrite_with_gradient": ...}`, as a TrainState

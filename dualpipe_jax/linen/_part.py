@@ -1,4 +1,4 @@
-"""One of a model's modules as a function of its variables, its inputs and a context.
+"""Makes one of a model's modules a function of its variables, its inputs and a context.
 
 In: an `nn.Module`, a method of one, or a pair of one and a function. Out: `Part`, which initialises
 and calls it.

@@ -40,11 +40,11 @@ def model(
 ) -> "NNXModel":
     """Makes a pipelined model from an NNX module that holds its layers.
 
-    The module is neither changed nor kept: only its structure, and its state other than `nnx.Param`
-    are read. Its random streams (`nnx.Rngs`, of Dropout) draw from the step's key in a call: stream
-    i of a layer starts at `fold_in(ctx.rng, i)`, so that every microbatch and layer has its own
-    numbers, the same in every schedule; their state in the module stays as it is. Other variables
-    are constants; each device holds the constants of all layers.
+    The module is neither changed nor kept: only its structure, and its state other than
+    `nnx.Param`, are read. In a call its random streams (`nnx.Rngs`, of Dropout) draw from the
+    step's key: stream i of a layer starts at `fold_in(ctx.rng, i)`, so that every microbatch and
+    layer has its own numbers, the same in every schedule; their state in the module does not
+    change. Other variables are constants; each device holds the constants of all layers.
 
     Layers that differ in a static field, such as the size of a window, are of different kinds: each
     kind has its own stack, as with `Model.layout`.

@@ -26,11 +26,11 @@ def kinds_of(
 
     Args:
       layers: The layers.
-      layout: The user's names, or None; layers of one name must be of one kind.
+      layout: The user's names, or None; layers with the same name must be of one kind.
       ignore: Names of attributes in which layers of one kind may differ.
 
     Raises:
-      ValueError: If layers of one name differ; without a layout, if all of several layers differ.
+      ValueError: If layers with the same name differ; without a layout, if more than two all do.
     """
     fields = [_fields(layer, ignore) for layer in layers]
     if layout is not None:

@@ -1,4 +1,4 @@
-"""A module, or a part of one, as a function of its parameters.
+"""Makes a module, or a part of one, a function of its parameters.
 
 In: a module. Out: `Part`, which rebuilds the module inside a step, with the step's parameters and
 keys, and calls a function of it.
@@ -152,7 +152,7 @@ def _find_changed(call: Callable[..., tuple[_State, _State]], *state: PyTree) ->
     def values(*state: PyTree) -> tuple[dict[Path, Any], dict[Path, Any]]:
         before, after = call(*state)
         kinds.update(after={path: kind for path, (kind, _) in after.items()})
-        old, new = ({path: value for path, (_, value) in each.items()} for each in (before, after))
+        old, new = ({path: value for path, (_, value) in s.items()} for s in (before, after))
         return old, new
 
     closed, shapes = jax.make_jaxpr(values, return_shape=True)(*state)
@@ -164,7 +164,7 @@ def _find_changed(call: Callable[..., tuple[_State, _State]], *state: PyTree) ->
 
 
 def _sources(jaxpr: Any) -> list[Any]:
-    """Finds for each output the variable that calls in the jaxpr pass through to it."""
+    """Finds the variable that calls in the jaxpr pass through to each output, if they do."""
     passed_through: dict[Any, Any] = {}
 
     def source(atom: Any) -> Any:

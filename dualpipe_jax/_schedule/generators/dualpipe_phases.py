@@ -17,7 +17,7 @@ def published_row(
 
     Args:
         chunks: the stage and the microbatches of the near and of the far chunk.
-        h: how many ranks lie between this one and the end where its near microbatches enter.
+        h: how many ranks are between this one and the end where its near microbatches enter.
         half: how many ranks there are from that end to the turn.
         num_microbatches: how many pass through each chunk, at least `2 * half`.
     """
