@@ -44,7 +44,7 @@ _REMATS = ("none", "block")
 
 
 class Optimizer(Protocol):
-    """An optax transformation, of which `init` alone is used."""
+    """Describes an optax transformation, of which `init` alone is used."""
 
     @property
     def init(self) -> Callable[[Params], PyTree]:

@@ -73,7 +73,7 @@ def sequential(
 
 
 class _Sums(NamedTuple):
-    """Sums over microbatches."""
+    """Holds sums over microbatches."""
 
     loss: jax.Array
     aux: jax.Array | None

@@ -120,7 +120,7 @@ def run_layers(
 
     taken = state.take(names, chunk, index)
     if actions == "W" and work.source == DEFERRED and not rank.settings.full_backward:
-        # A weight grad that recomputes holds the most of all, and no stash is in use beside it.
+        # A weight grad that recomputes takes the most memory, and no stash is in use meanwhile.
         def without_stash(carry: Any) -> Any:
             flow, taken, stash = carry
             flow, taken = loop(flow, taken, True)

@@ -60,14 +60,14 @@ def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
 
 @dataclass
 class _Transfers:
-    """The values that a beat sends, and those that arrive."""
+    """Holds the values that a beat sends, and those that arrive."""
 
     sent: tuple[PyTree, Any] = (None, None)
     arrivals: tuple[PyTree, Any] = (None, None)
 
 
 class Beat:
-    """One beat: the forward of chunk `parity`, the backward of the other one.
+    """Runs one beat: the forward of chunk `parity`, the backward of the other one.
 
     The backward's row is that of the input grad's tick; the weight grad's names the same slots.
     """

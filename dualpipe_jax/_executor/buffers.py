@@ -48,7 +48,7 @@ MemoryOrder = tuple[int, ...] | None
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SlotBuffer:
-    """The slots in which the layers of one kind keep values, `[slot, layer, ...]` for each value.
+    """Holds the values that the layers of one kind keep in slots, `[slot, layer, ...]` each.
 
     Where layers are unrolled each has arrays of its own, `[slot, ...]`, so that no layer waits for
     another's.
@@ -237,7 +237,7 @@ def write(arrays: PyTree, values: PyTree, *index: Any) -> PyTree:
 
 
 def poison(arrays: PyTree, *index: Any) -> PyTree:
-    """Overwrites entry `[*index]` with values that spread, to find out who still reads it."""
+    """Overwrites entry `[*index]` with values that spread, to find reads that come too late."""
     old = read(arrays, *index)
     return write(arrays, jax.tree.map(lambda a: jnp.full_like(a, _poison(a.dtype)), old), *index)
 

@@ -26,7 +26,7 @@ from dualpipe_jax._schedule.actions import DEFERRED, EFFECTS, Opcode
 
 
 class Flow(NamedTuple):
-    """The values that pass from layer to layer; None for those that an action does not have.
+    """Holds the values that pass from layer to layer; None for those that an action does not have.
 
     Attributes:
       x: The activation.

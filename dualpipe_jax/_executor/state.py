@@ -25,7 +25,7 @@ from dualpipe_jax._model.types import Aux, PyTree
 
 
 class LayerBuffers(NamedTuple):
-    """The buffers of the layers of one kind that an action touches.
+    """Holds the buffers of the layers of one kind that an action touches.
 
     Attributes:
       slots: The slot buffers by name, as in `State`.
@@ -59,7 +59,7 @@ SharedGrads = dict[int, jax.Array]
 
 
 class State(NamedTuple):
-    """The arrays that a rank carries from tick to tick.
+    """Holds the arrays that a rank carries from tick to tick.
 
     Buffers of layers have an entry for each kind of layer; `layer` counts the layers of that kind.
 

@@ -219,7 +219,7 @@ def _act(rank: Rank, tables: Tables, state: State, row: Row) -> tuple[State, PyT
 
 
 class _Backward(NamedTuple):
-    """A loop over the layers of a stage that a tick may run.
+    """Describes a loop over the layers of a stage that a tick may run.
 
     Attributes:
       actions: As `run_backward` takes them.

@@ -117,8 +117,8 @@ def _matchings(real: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], int]]:
     """
     size = len(real)
     degree = int(max(real.sum(0).max(), real.sum(1).max()))
-    # Filled up to the same degree everywhere the graph has a perfect matching, and still has one
-    # without it.
+    # Filled up to the same degree everywhere, the graph has a perfect matching, and again one
+    # without that one.
     filler = np.zeros_like(real)
     for source in range(size):
         for target in range(size):

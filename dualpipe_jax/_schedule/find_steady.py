@@ -69,7 +69,7 @@ def find_steady(timeline: Timeline) -> SteadyPhase | None:
     consumer[payload[reads]] = reads
 
     def actions(beat: int) -> np.ndarray:
-        """The F's of all ranks, then their I's: int64[2, num_ranks]."""
+        """Finds the F's of all ranks, then their I's: int64[2, num_ranks]."""
         return timeline.index[beat : beat + 2]
 
     def can_begin(beat: int) -> bool:

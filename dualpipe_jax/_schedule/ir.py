@@ -132,7 +132,7 @@ class Program:
 
     @cached_property
     def units(self) -> UnitActions:
-        """The rows, taken apart into actions of one tick."""
+        """The rows, split into actions of one tick."""
         opcode, stage, microbatch, pair, row_start = [], [], [], [], [0]
         num_pairs = 0
         for row in self.rows:

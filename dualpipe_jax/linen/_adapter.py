@@ -142,7 +142,7 @@ def model(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinenModel(Model):
-    """A `Model` of Linen modules; `model` makes it."""
+    """Describes a `Model` of Linen modules; `model` makes it."""
 
     functions: ModelFunctions
 

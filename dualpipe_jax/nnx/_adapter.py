@@ -145,7 +145,7 @@ def model(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NNXModel(Model):
-    """A `Model` of an NNX module; `model` makes it."""
+    """Describes a `Model` of an NNX module; `model` makes it."""
 
     layers: Layers
 

@@ -52,8 +52,8 @@ def _row(rank: int, num_ranks: int, groups: list[range], num_stages_per_rank: in
     stages = range(rank, num_ranks * num_stages_per_rank, num_ranks)
     forwards = [Action("F", stage, m) for group in groups for stage in stages for m in group]
     backwards = [Action("B", stage, m) for group in groups for stage in stages[::-1] for m in group]
-    # A forward of the last stage comes when the first group has been through all the others; the
-    # ranks below take two ticks, there and back, each.
+    # A forward of the last stage comes when the first group has been through all the others; each
+    # rank below takes two ticks, there and back.
     num_ahead = (num_stages_per_rank - 1) * len(groups[0]) + 2 * (num_ranks - rank - 1)
     if num_stages_per_rank == 1:  # plain 1F1B, which waits for the way back
         num_ahead = num_ranks - rank - 1

@@ -11,7 +11,7 @@ from dualpipe_jax._schedule.ir import Action, Cell, Pair, Row
 
 
 class _Lane:
-    """One stage of one direction: how far its microbatches have come."""
+    """Counts how far the microbatches of one stage of one direction have come."""
 
     def __init__(self, stage: int, microbatches: Sequence[int], limit: int):
         self.stage, self.microbatches, self.limit = stage, microbatches, limit
@@ -50,7 +50,7 @@ class _Lane:
 
 
 class _Rank:
-    """One rank: its lanes, and the row as it grows."""
+    """Holds the lanes of one rank, and its row as it grows."""
 
     def __init__(self, max_deferred: int):
         self.lanes: list[_Lane] = []

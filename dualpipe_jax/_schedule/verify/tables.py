@@ -20,7 +20,7 @@ def verify_tables(tables: Tables) -> None:
       stash if split, in deferred if deferred, in neither if a full backward.
     - In the steady phase, and in lazy tables, nothing is sent later than made.
     - Tables have parts, and lazy ones none. Every tick outside of the steady phase has an exchange
-      in every part, those in it none. The first one of a part is empty, passed over by executors.
+      in every part, those in it none. The first one of a part is empty, and skipped by executors.
     - Pairs are neighbours, on the ring where the tables wrap; no rank is twice a source or a target
       to one side, be it in two parts. There are at most `MOST_SETS` distinct sets of pairs to a
       side.
