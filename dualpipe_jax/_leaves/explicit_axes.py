@@ -83,8 +83,8 @@ def sharding_like(
       leaf: An array.
       mesh: The mesh.
       without: Axes to leave out.
-      over: Dims, and Explicit axes over which to shard them: an axis that does not yet shard its
-        dim divides the parts that the axes `after` make.
+      over: Dims, and axes over which to shard them, where Explicit: an axis that does not shard its
+        dim yet divides the parts that the axes `after` make.
       after: Axes that come first in an entry of a dim.
     """
     explicit = explicit_axes(mesh)

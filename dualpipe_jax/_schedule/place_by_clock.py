@@ -7,7 +7,7 @@ it is read. So ranks are walked through the program by the clock, and a value is
 ranks happen to be between two actions. A rank that goes on meanwhile keeps the value in a slot and
 sends it in a later tick (`Timeline.sent_in`); idle ticks cost no time.
 
-A rank about to begin an action may also wait until a neighbour's action ends, and a value be sent
+A rank about to begin an action may also wait until a neighbour's action ends, to exchange a value
 then. It considers this for a value that the receiver reads right after its present action (or after
 the one that it is about to begin). It waits if otherwise the neighbour would wait for it more than
 `patience` times as long.
