@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dualpipe_jax._api.sequential import sequential as sequential
     from dualpipe_jax._api.shardings import shardings as shardings
     from dualpipe_jax._api.value_and_grad import value_and_grad as value_and_grad
+    from dualpipe_jax._devices import Device as Device
+    from dualpipe_jax._devices import device_figures as device_figures
     from dualpipe_jax._model.types import Aux as Aux
     from dualpipe_jax._model.types import Context as Context
     from dualpipe_jax._model.types import Metrics as Metrics
@@ -39,6 +41,7 @@ _HOME = {
     "Aux": "_model.types",
     "Context": "_model.types",
     "Costs": "_predict",
+    "Device": "_devices",
     "Execution": "_schedule.execution",
     "Metrics": "_model.types",
     "Model": "_model.types",
@@ -48,6 +51,7 @@ _HOME = {
     "apply": "_api.evaluate",
     "choose": "_api.choose",
     "compiler_options": "_preflight",
+    "device_figures": "_devices",
     "evaluate": "_api.evaluate",
     "linen": None,
     "nnx": None,

@@ -1,10 +1,11 @@
-"""Published figures of some devices: memory, peak, clock, and links.
+"""Devices -> their published figures: memory, peak, clock, and links.
 
 The bandwidth of a link is that of one direction: a device can send so much over it while it
 receives as much. Google publishes the sum over a chip's links and both directions.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,7 @@ class Device:
     """Holds the published figures of a device.
 
     Attributes:
-      name: Its name.
+      name: Its usual name.
       kind: Its name in JAX, `jax.Device.device_kind`.
       memory: Its memory, in bytes.
       peak_flops: Dense bfloat16 FLOPs a second.
@@ -68,6 +69,17 @@ V6E = Device(
     clock=918e12 / (4 * _MXU_256),
     link=800e9 / 4 / 2,
 )
+# docs.cloud.google.com/tpu/docs/v4: peak and HBM; the link is that of Jouppi et al., "TPU v4: An
+# Optically Reconfigurable Supercomputer" (ISCA 2023), table 4: 6 links of 50 GB/s. 2 cores of 4
+# matrix units, as a v5p's; JAX has one device for both.
+V4 = Device(
+    name="TPU v4",
+    kind="TPU v4",
+    memory=32 * _GIB,
+    peak_flops=275e12,
+    clock=275e12 / (8 * _MXU_128),
+    link=50e9,
+)
 # NVIDIA H100 Tensor Core GPU datasheet, SXM: 80 GB, 989 TFLOPs dense bfloat16 (1979 with sparsity),
 # NVLink 900 GB/s, which is both directions: 450 GB/s each. A host's GPUs share a switch.
 H100 = Device(
@@ -80,7 +92,75 @@ H100 = Device(
     is_switched=True,
 )
 
+# NVIDIA A100 Tensor Core GPU datasheet, SXM 80 GB: 312 TFLOPs dense bfloat16, NVLink 600 GB/s.
+A100 = Device(
+    name="A100 SXM 80GB",
+    kind="NVIDIA A100-SXM4-80GB",
+    memory=80 * 10**9,
+    peak_flops=312e12,
+    clock=None,
+    link=600e9 / 2,
+    is_switched=True,
+)
+# NVIDIA H200 Tensor Core GPU datasheet, SXM: 141 GB, 1979 TFLOPs with sparsity, NVLink 900 GB/s.
+H200 = Device(
+    name="H200 SXM",
+    kind="NVIDIA H200",
+    memory=141 * 10**9,
+    peak_flops=989e12,
+    clock=None,
+    link=900e9 / 2,
+    is_switched=True,
+)
+# NVIDIA DGX B200 datasheet, divided by its 8 GPUs: 1,440 GB, and 4.5 PFLOPs bfloat16 with sparsity,
+# half of it dense; NVLink 1.8 TB/s.
+B200 = Device(
+    name="B200",
+    kind="NVIDIA B200",
+    memory=180 * 10**9,
+    peak_flops=2250e12,
+    clock=None,
+    link=1800e9 / 2,
+    is_switched=True,
+)
+KNOWN = (V4, V5E, V5P, V6E, A100, H100, H200, B200)
+
+
+def device_figures(device: Any) -> Device | None:
+    """Looks up the published figures of a device: memory, peak and the bandwidth of its links.
+
+    For the share of the peak that a step reaches (MFU), say, or the memory that a step may take:
+
+    >>> figures = device_figures("TPU v5 lite")  # or a device, such as jax.devices()[0]
+    >>> figures.name, figures.memory / 2**30, figures.peak_flops / 1e12, figures.link / 1e9
+    ('TPU v5e', 16.0, 197.0, 50.0)
+
+    The figures are those of the makers' datasheets; nothing is measured or read off the device.
+    Makers add up all links of a device and both directions; `link` is one link in one direction.
+    On the TPUs of the table a device of JAX is a chip, with all of its cores.
+
+    Args:
+      device: A `jax.Device`, its kind as JAX reports it (`device_kind`: `"NVIDIA H200"`), or its
+        usual name (`"H200 SXM"`).
+
+    Returns:
+      `memory` in bytes, `peak_flops` in FLOPs a second (two for a multiply-add), `link` in bytes a
+      second (of a GPU, all NVLinks together), `is_switched`, `clock` in cycles a second; None for
+      devices that are not in the table, such as CPUs. The table has TPU v4, v5e, v5p and v6e, and
+      NVIDIA's A100 (SXM, 80 GB), H100 (SXM), H200 (SXM) and B200.
+
+    Raises:
+      TypeError: If `device` is neither a device nor a string.
+    """
+    kind = device if isinstance(device, str) else getattr(device, "device_kind", None)
+    if not isinstance(kind, str):
+        raise TypeError(
+            f"device={repr(device)[:80]}: must be a jax.Device, as of jax.devices(), or its kind "
+            'as a string, such as "TPU v5 lite"'
+        )
+    return next((figures for figures in KNOWN if kind in (figures.kind, figures.name)), None)
+
 
 def find_device(kind: str | None) -> Device | None:
     """Finds the published figures of devices of a kind; None if they are not known here."""
-    return next((device for device in (V5E, V5P, V6E, H100) if device.kind == kind), None)
+    return next((device for device in KNOWN if device.kind == kind), None)
