@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dualpipe_jax._api.choose import choose as choose
     from dualpipe_jax._api.evaluate import apply as apply
     from dualpipe_jax._api.evaluate import evaluate as evaluate
+    from dualpipe_jax._api.make_mesh import make_mesh as make_mesh
     from dualpipe_jax._api.sequential import sequential as sequential
     from dualpipe_jax._api.shardings import shardings as shardings
     from dualpipe_jax._api.value_and_grad import value_and_grad as value_and_grad
@@ -54,6 +55,7 @@ _HOME = {
     "device_figures": "_devices",
     "evaluate": "_api.evaluate",
     "linen": None,
+    "make_mesh": "_api.make_mesh",
     "nnx": None,
     "optimizers": None,
     "plot_timeline": "_plot",

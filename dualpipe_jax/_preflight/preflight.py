@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._grid import is_adjacent_along
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._preflight.analysis import analyze
 from dualpipe_jax._preflight.arguments import MeshAxes, find_axes, put_on_mesh
@@ -19,12 +20,7 @@ from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.options import compiler_options as default_options
 from dualpipe_jax._preflight.predict import Prediction, find_execution
 from dualpipe_jax._preflight.report import Memory, ProgramSize, Report
-from dualpipe_jax._preflight.topologies import (
-    Topology,
-    find_topology,
-    is_adjacent_along,
-    make_mesh,
-)
+from dualpipe_jax._preflight.topologies import Topology, find_topology, make_mesh
 
 
 def preflight(

@@ -1,8 +1,6 @@
 """Names of topologies -> devices to compile for, with or without the hardware."""
 
-import contextlib
 import importlib.util
-import itertools
 import math
 import os
 import re
@@ -13,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.experimental import topologies as jax_topologies
 
 from dualpipe_jax._devices import H100, V5E, V5P, V6E, Device
+from dualpipe_jax._grid import lay_out
 
 # An H100 SXM as XLA's GPU compiler wants it described, so that it compiles without one: a
 # GpuTargetConfigProto as text, with CUDA's figures.
@@ -51,6 +49,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 # As large as any slice: v5p's has 8,960 chips. CPU devices are this process's threads and memory.
 _MOST_CHIPS, _MOST_GPUS, _MOST_CPU_DEVICES = 2**14, 8, 1024
 _TPU_SHAPE = re.compile(r"[0-9]{1,5}(x[0-9]{1,5}){1,2}")
+# The pipeline's axis, by its usual name: a step does not name it.
+_PIPELINE = "pipe"
 _TPUS = {"v5e": V5E, "v5p": V5P, "v6e": V6E}
 _GPUS = {"h100": (H100, H100_TARGET)}
 KNOWN = (
@@ -121,75 +121,9 @@ def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any
             f"topology={topology.name!r}: has {num_devices} devices, but the step's mesh "
             f"({sizes}) needs {int(np.prod(shape))}; name a topology of that size"
         )
-    best = max(_layouts(topology.devices, shape), key=_fit)
-    return jax.sharding.Mesh(best, tuple(axes), axis_types=tuple(axis_types))
-
-
-def _fit(devices: np.ndarray) -> tuple[int, int]:
-    """Ranks a layout of devices: by the sizes of axes without a gap, then by its neighbours."""
-    whole = [n for axis, n in enumerate(devices.shape) if is_adjacent_along(devices, axis)]
-    return sum(whole), num_adjacent(devices)
-
-
-def num_adjacent(devices: np.ndarray) -> int:
-    """Counts the neighbours along mesh axes that are neighbours on the chips' grid."""
-    if not _is_grid(devices.flat[0]):
-        return 0
-    total = 0
-    for axis in range(devices.ndim):
-        rows = np.moveaxis(devices, axis, 0)
-        for one, next_one in itertools.pairwise(rows.reshape(len(rows), -1)):
-            for a, b in zip(one, next_one, strict=True):
-                total += sum(abs(p - q) for p, q in zip(a.coords, b.coords, strict=True)) == 1
-    return total
-
-
-def is_adjacent_along(devices: np.ndarray, axis: int) -> bool | None:
-    """Whether all neighbours along an axis are neighbours on the grid; None where there is none."""
-    if not _is_grid(devices.flat[0]):
-        return None
-    lines = np.moveaxis(devices, axis, -1).reshape(-1, devices.shape[axis])
-    return all(num_adjacent(line) == len(line) - 1 for line in lines)
-
-
-def _is_grid(device: Any) -> bool:
-    """Whether a device has neighbours: GPUs have coordinates too, but share a switch."""
-    return device.platform == "tpu" and hasattr(device, "coords")
-
-
-def _layouts(devices: tuple[Any, ...], shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Lists ways to lay the devices out: JAX's own first, then along the grid, also to and fro."""
-    if not _is_grid(devices[0]):
-        return [np.array(devices).reshape(shape)]
-    layouts = []
-    with contextlib.suppress(NotImplementedError, ValueError):  # JAX knows no way
-        layouts.append(mesh_utils.create_device_mesh(shape, devices=devices))
-    size = [max(device.coords[dim] for device in devices) + 1 for dim in range(3)]
-    grid = np.empty(size, dtype=object)
-    for device in devices:
-        grid[tuple(device.coords)] = device
-    for order in itertools.permutations(range(3)):
-        turned = grid.transpose(order)
-        layouts.append(turned.reshape(shape))
-        for split in range(3):
-            # The first dims as one line, and the others as another.
-            lines = [_to_and_fro(dims) for dims in (turned.shape[:split], turned.shape[split:])]
-            flat = turned.reshape(len(lines[0]), len(lines[1]))[np.ix_(*lines)]
-            layouts += [flat.reshape(shape), flat.reshape(shape[::-1]).transpose()]
-    return layouts
-
-
-def _to_and_fro(dims: tuple[int, ...]) -> np.ndarray:
-    """Orders the points of a grid so that each follows a neighbour, as an ox ploughs.
-
-    >>> _to_and_fro((2, 3)).tolist()
-    [0, 1, 2, 5, 4, 3]
-    """
-    if not dims:
-        return np.zeros(1, int)
-    row = _to_and_fro(dims[1:])
-    rows = [row if i % 2 == 0 else row[::-1] for i in range(dims[0])]
-    return np.concatenate([i * len(row) + row for i, row in enumerate(rows)])
+    pipeline = list(axes).index(_PIPELINE) if _PIPELINE in axes else None
+    laid_out = lay_out(topology.devices, shape, pipeline=pipeline)
+    return jax.sharding.Mesh(laid_out, tuple(axes), axis_types=tuple(axis_types))
 
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:

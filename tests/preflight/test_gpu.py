@@ -15,15 +15,11 @@ from jax.sharding import AxisType
 import dualpipe_jax as dpj
 from dualpipe_jax import _scopes
 from dualpipe_jax._devices import H100
+from dualpipe_jax._grid import is_adjacent_along, num_adjacent
 from dualpipe_jax._preflight.hlo import parse
 from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.timing import Collective, Replay
-from dualpipe_jax._preflight.topologies import (
-    find_topology,
-    is_adjacent_along,
-    make_mesh,
-    num_adjacent,
-)
+from dualpipe_jax._preflight.topologies import find_topology, make_mesh
 from experiments.compiled import compiles, overlap
 from tests.preflight.snippets import program
 from tests.preflight.steps import make_args, make_step

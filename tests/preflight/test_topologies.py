@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from dualpipe_jax._grid import is_adjacent_along
 from dualpipe_jax._preflight import topologies
 from dualpipe_jax._preflight.options import compiler_options, explain_options
-from dualpipe_jax._preflight.topologies import find_topology, is_adjacent_along, make_mesh
+from dualpipe_jax._preflight.topologies import find_topology, make_mesh
 
 
 @dataclass(frozen=True)
