@@ -44,6 +44,24 @@ def read_layers(op_name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def of_beat(parity: int) -> str:
+    """Names the even (0) or the odd (1) beat of a trip of the steady loop, around `STEADY`.
+
+    Its forward is that of chunk `parity`, its backward that of the other one.
+    """
+    return f"dualpipe.beat.{parity}"
+
+
+def read_beat(op_name: str) -> int | None:
+    """Reads the parity of a beat from an instruction's name; None outside of beats.
+
+    >>> read_beat("jit(step)/while/body/dualpipe.beat.1/dualpipe.steady/dualpipe.forward/dot")
+    1
+    """
+    found = re.search(r"dualpipe\.beat\.([01])/", op_name)
+    return int(found[1]) if found else None
+
+
 def of_schedule(name: str, *, num_ranks: int, num_microbatches: int) -> str:
     """Names a step of one of the named schedules.
 

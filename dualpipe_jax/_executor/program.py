@@ -99,8 +99,8 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
 
     def two_beats(carry: tuple[State, PyTree, list], rows: Row) -> tuple[Any, None]:
         state, x, cotangent = carry
-        with jax.named_scope(_scopes.STEADY):
-            for parity in range(2):
+        for parity in range(2):
+            with jax.named_scope(_scopes.of_beat(parity)), jax.named_scope(_scopes.STEADY):
                 f_row, i_row = (tick_of(rows, TICKS_PER_BEAT * parity + i) for i in range(2))
                 if parity == 1 and not rank.settings.runs_side_by_side:
                     f_row = after_beat(f_row, state, cotangent)
