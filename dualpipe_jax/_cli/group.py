@@ -4,6 +4,7 @@ import click
 
 from dualpipe_jax import __version__
 from dualpipe_jax._cli.choose import choose
+from dualpipe_jax._cli.measured import measured
 from dualpipe_jax._cli.preflight import preflight
 from dualpipe_jax._cli.simulate import simulate
 from dualpipe_jax._cli.timeline import timeline
@@ -19,3 +20,4 @@ main.add_command(timeline)
 main.add_command(simulate)
 main.add_command(choose)
 main.add_command(preflight)
+main.add_command(measured)

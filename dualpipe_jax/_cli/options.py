@@ -8,6 +8,15 @@ import click
 from dualpipe_jax._schedule.execution import Execution
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+# The options of a replay, and their defaults.
+COSTS: dict[str, Any] = {
+    "rendezvous": True,
+    "costs": "F=1,I=1,W=1",
+    "transfer": 0.0,
+    "embed": 0.0,
+    "head": 0.0,
+    "split_backward": True,
+}
 _OVERLAPS: dict[str, bool | str] = {"yes": True, "no": False, "two-tick": "two-tick"}
 
 ranks = click.option(
@@ -46,6 +55,46 @@ def overlap(*, default: str | None) -> Callable[[_Command], _Command]:
         "as soon as it can. two-tick, for GPUs: a rank reads a neighbour's value in the second "
         f"tick after it is made.{left_out}",
     )
+
+
+def costs_of_actions(*, only: str = "") -> Callable[[_Command], _Command]:
+    """Makes the options of a replay; those of one output format (`only`) have no defaults.
+
+    A command that has them as keywords reads the missing ones by `COSTS`.
+    """
+
+    def option(*names: str, help_text: str, **more: Any) -> Callable[[_Command], _Command]:
+        name = names[0].partition("/")[0].removeprefix("--").replace("-", "_")
+        shown = f"{help_text} For {only}." if only else help_text
+        default = None if only else COSTS[name]
+        return click.option(*names, default=default, show_default=not only, help=shown, **more)
+
+    made = (
+        option(
+            "--rendezvous/--no-rendezvous",
+            help_text="Whether a sender waits for its receiver, as on TPUs; not on GPUs.",
+        ),
+        option(
+            "--costs",
+            help_text="How long actions of a rank's whole share of the layers take; by default 1, "
+            "and B (fused I and W) the sum of the two.",
+        ),
+        option("--transfer", type=float, help_text="How long a value travels to a neighbour."),
+        option("--embed", type=float, help_text="How long the embedding's forward takes."),
+        option("--head", type=float, help_text="How long the head's forward takes."),
+        option(
+            "--split-backward/--no-split-backward",
+            help_text="Whether input grads and weight grads are split; else they run as full "
+            "backwards, layer by layer, where one follows the other outside of the steady phase.",
+        ),
+    )
+
+    def add(command: _Command) -> _Command:
+        for each in reversed(made):
+            command = each(command)
+        return command
+
+    return add
 
 
 def show_overlap(execution: Execution) -> str:

@@ -48,43 +48,7 @@ _NOTES = (
 @options.ranks
 @options.microbatches
 @options.overlap(default=None)
-@click.option(
-    "--rendezvous/--no-rendezvous",
-    default=True,
-    show_default=True,
-    help="Whether a sender waits for its receiver, as on TPUs; not on GPUs.",
-)
-@click.option(
-    "--costs",
-    default="F=1,I=1,W=1",
-    show_default=True,
-    help="How long actions of a rank's whole share of the layers take; by default 1, and B (fused "
-    "I and W) the sum of the two.",
-)
-@click.option(
-    "--transfer",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="How long a value travels to a neighbour.",
-)
-@click.option(
-    "--embed",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="How long the embedding's forward takes.",
-)
-@click.option(
-    "--head", type=float, default=0.0, show_default=True, help="How long the head's forward takes."
-)
-@click.option(
-    "--split-backward/--no-split-backward",
-    default=True,
-    show_default=True,
-    help="Whether input grads and weight grads are split; else they run as full backwards, layer "
-    "by layer, where one follows the other outside of the steady phase.",
-)
+@options.costs_of_actions()
 @click.option(
     "--layers",
     type=int,

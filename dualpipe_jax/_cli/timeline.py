@@ -14,12 +14,15 @@ from typing import Any
 import click
 
 from dualpipe_jax import schedules
-from dualpipe_jax._cli import options
+from dualpipe_jax._cli import options, perfetto
+from dualpipe_jax._cli.quantities import parse_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._plot import FACES, INKS, WORDS, pair_spans, plot_timeline, save, summarize
+from dualpipe_jax._predict import Costs, simulate, timed_actions
 from dualpipe_jax._schedule import layer_order
+from dualpipe_jax._schedule.execution import Execution
 
-_FORMATS = ("text", "csv", "json", "svg", "png")
+_FORMATS = ("text", "csv", "json", "svg", "png", "perfetto")
 # A piece of a line of text and its Rich style, "" for none.
 Piece = tuple[str, str]
 
@@ -39,11 +42,12 @@ Piece = tuple[str, str]
     type=click.IntRange(min=1, max=64),
     help="Layers of a stage: the text adds their order inside a tick and a beat.",
 )
+@options.costs_of_actions(only="perfetto")
 @click.option(
     "--format",
     "output_format",
     type=click.Choice(_FORMATS),
-    help="By default the suffix of --output, else text.",
+    help="By default the suffix of --output (.perfetto.json for perfetto), else text.",
 )
 @click.option(
     "--output",
@@ -58,11 +62,13 @@ def timeline(
     layers: int | None,
     output_format: str | None,
     output: Path | None,
+    **of_costs: Any,
 ) -> None:
     """Show the action of each rank in each tick.
 
     A forward (F), an input grad (I) and a weight grad (W) of one stage take a tick each. csv is
-    PyTorch's pipelining grammar, the order of each rank without the ticks.
+    PyTorch's pipelining grammar, the order of each rank without the ticks. perfetto is a trace for
+    ui.perfetto.dev, by the clock: the actions as `simulate` replays them, at costs in microseconds.
     """
     try:
         made = schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
@@ -70,6 +76,10 @@ def timeline(
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
     output_format = output_format or _format_of(output)
+    given = {name: of_costs[name] for name in options.COSTS if of_costs[name] is not None}
+    if given and output_format != "perfetto":
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise Refusal(f"{named}: only for --format perfetto, not for {output_format}")
     if layers is not None and output_format != "text":
         raise Refusal(f"--layers {layers}: is shown as text, not as {output_format}")
     orders = [] if layers is None else _order_lines(shown, layers)
@@ -88,6 +98,8 @@ def timeline(
             content = made.to_csv().encode()
         case "json":
             content = _to_json(shown).encode()
+        case "perfetto":
+            content = _to_perfetto(made, overlap, **{**options.COSTS, **given}).encode()
         case _:
             if output_format == "png" and output is None and sys.stdout.isatty():
                 raise Refusal("a png is not for a terminal: name a file with --output")
@@ -104,11 +116,14 @@ def timeline(
 
 def _format_of(output: Path | None) -> str:
     """Reads the format off the suffix of a file; a file without one, and the terminal, get text."""
+    if output and output.name.lower().endswith(".perfetto.json"):
+        return "perfetto"
     suffix = output.suffix.removeprefix(".").lower() if output else ""
-    if suffix and suffix not in (*_FORMATS, "txt"):
-        known = ", ".join(f".{name}" for name in _FORMATS[1:])
+    suffixes = _FORMATS[:-1]
+    if suffix and suffix not in (*suffixes, "txt"):
+        known = ", ".join(f".{name}" for name in (*suffixes[1:], "perfetto.json"))
         raise Refusal(f"--output {output}: no format has that suffix; use {known}, or --format")
-    return suffix if suffix in _FORMATS else "text"
+    return suffix if suffix in suffixes else "text"
 
 
 def _to_picture(timeline: schedules.Timeline, image_format: str) -> bytes:
@@ -133,6 +148,39 @@ def _to_json(timeline: schedules.Timeline) -> str:
     }
     ticks = ",\n".join("    " + json.dumps(row) for row in timeline.actions)
     return json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "actions": [\n{ticks}\n  ]\n}}\n'
+
+
+def _to_perfetto(
+    schedule: schedules.Schedule,
+    overlap: Any,
+    *,
+    costs: str,
+    transfer: float,
+    embed: float,
+    head: float,
+    rendezvous: bool,
+    split_backward: bool,
+) -> str:
+    """Writes the replay as a trace."""
+    try:
+        all_costs = Costs(**parse_costs(costs), embed=embed, head=head)
+        simulation = simulate(
+            schedule,
+            costs=all_costs,
+            transfer=transfer,
+            execution=Execution(overlap=overlap, split_backward=split_backward),
+            rendezvous=rendezvous,
+        )
+    except ValueError as error:
+        raise Refusal(" ".join(str(error).split())) from error
+    actions = timed_actions(
+        schedule,
+        simulation.execution,
+        costs=all_costs,
+        transfer=transfer,
+        rendezvous=rendezvous,
+    )
+    return perfetto.write([perfetto.predicted(f"predicted: {schedule.name}", actions)])
 
 
 def _order_lines(timeline: schedules.Timeline, num_layers: int) -> list[str]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FACES = {"F": ("#8cc4ef", "#12508f"), "I": ("#ffa640", "#bd4400"), "W": ("#b3c48a", "#3b4722")}
 INKS = ("#000000", "#ffffff")  # of the numbers, by direction
 IDLE = "#f1f1f1"
+SEND = "#c4c4c4"  # of measured transfers
 WORDS = {"F": "forward", "I": "input grad", "W": "weight grad"}
 
 
@@ -24,12 +25,17 @@ def draw_legend(
     bottom: float,
     width: float,
     has_numbers: bool,
+    is_measured: bool = False,
 ) -> float:
-    """Draws the legend over a width in inches, in as few lines as it takes; returns its height."""
+    """Draws the legend over a width in inches, in as few lines as it takes; returns its height.
+
+    Measured timetables have transfers in the place of pairs.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.legend_handler import HandlerTuple
 
-    handles, labels = zip(*_entries(timeline, has_numbers=has_numbers), strict=True)
+    entries = _entries(timeline, has_numbers=has_numbers, is_measured=is_measured)
+    handles, labels = zip(*entries, strict=True)
     make_legend = partial(
         figure.legend,
         handles,
@@ -60,7 +66,9 @@ def draw_legend(
     return extent.height / figure.dpi
 
 
-def _entries(timeline: Timeline, *, has_numbers: bool) -> list[tuple[object, str]]:
+def _entries(
+    timeline: Timeline, *, has_numbers: bool, is_measured: bool
+) -> list[tuple[object, str]]:
     """Lists the handles and labels of the legend, those of a column after each other."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -74,7 +82,9 @@ def _entries(timeline: Timeline, *, has_numbers: bool) -> list[tuple[object, str
     if has_numbers:
         number = Line2D([], [], marker="$7$", color="black", linestyle="none")
         entries.append((number, "microbatch"))
-    if (timeline.pair >= 0).any():
+    if is_measured:
+        entries.append((Patch(facecolor=SEND), "send, and the wait for the other rank"))
+    elif (timeline.pair >= 0).any():
         entries.append((_PairSwatch(), "pair: F beside I and W"))
     if len(starts) == 2:
         for direction, (start, shade) in enumerate(zip(starts, ("light", "dark"), strict=True)):

@@ -1,10 +1,10 @@
 """Simulates and ranks schedules without JAX: time and memory of a step, by its tables alone.
 
 One file an idea: `costs`, `simulation` (the replay of a decided execution), `decide` (the fastest
-execution), `simulate` (checks, decides, replays), `waits` (for whom ranks wait, and why),
-`published` (the papers' bubbles); and to rank schedules, `transformer` (sizes -> bytes and costs),
-`memory` (tables and bytes -> a rank's memory, term by term), `ranking`. The replay, which waits as
-the program does, belongs to the schedule compiler.
+execution), `simulate` (checks, decides, replays), `waits` (for whom ranks wait, and why), `timed`
+(when each action runs), `published` (the papers' bubbles); and to rank schedules, `transformer`
+(sizes -> bytes and costs), `memory` (tables and bytes -> a rank's memory, term by term), `ranking`.
+The replay, which waits as the program does, belongs to the schedule compiler.
 """
 
 from dualpipe_jax._predict.costs import FULL_BACKWARD as FULL_BACKWARD
@@ -27,4 +27,6 @@ from dualpipe_jax._predict.ranking import in_order as in_order
 from dualpipe_jax._predict.simulate import simulate as simulate
 from dualpipe_jax._predict.simulation import Simulation as Simulation
 from dualpipe_jax._predict.simulation import compile_for as compile_for
+from dualpipe_jax._predict.timed import TimedAction as TimedAction
+from dualpipe_jax._predict.timed import timed_actions as timed_actions
 from dualpipe_jax._predict.transformer import Transformer as Transformer

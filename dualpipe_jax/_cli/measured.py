@@ -1,0 +1,223 @@
+"""`dualpipe-jax measured`: the timetable of a step that ran, from a profile of JAX.
+
+It starts without JAX, as the files of a profile are read here.
+"""
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+import click
+
+from dualpipe_jax._cli import perfetto
+from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._cli.table import print_table
+from dualpipe_jax._plot import Bar, plot_measured, save
+from dualpipe_jax._predict import Costs, timed_actions
+from dualpipe_jax._profile import Measured, Segment, Step, find_steps, measure
+
+_FORMATS = ("text", "csv", "perfetto", "svg", "png")
+_SUFFIXES = {".csv": "csv", ".json": "perfetto", ".svg": "svg", ".png": "png"}
+_HEAD = ("rank", "F", "I", "W", "idle", "of it send", "idle share")
+_NOTES = (
+    "milliseconds; F has the embedding, and the head with its gradient, I the embedding's gradient",
+    "idle: in no action; send: in transfers that no action hides, and in waits for the other rank",
+    "predicted: by simulation at the measured costs, with transfers that take no time",
+)
+_COLUMNS = ("rank", "action", "part", "stage", "microbatch", "direction", "tick")
+_MILLI, _MICRO = 1e3, 1e6
+
+
+@click.command(cls=Command)
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option(
+    "--step",
+    "number",
+    type=int,
+    help="Which step of the profile, from 0. By default the last whole one.",
+)
+@click.option(
+    "--devices",
+    help="The devices of one pipeline, in order of rank: 0,1,2,3. By default all of the profile.",
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(_FORMATS),
+    help="By default the suffix of --output, else text.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write; standard output if left out.",
+)
+def measured(
+    profile: Path,
+    number: int | None,
+    devices: str | None,
+    output_format: str | None,
+    output: Path | None,
+) -> None:
+    """Show which rank ran which action when, in a step that ran.
+
+    PROFILE is the folder that jax.profiler.start_trace was given, or an .xplane.pb file in it. text
+    sums up the times of each rank; svg and png draw the timetable; csv has a line for each part of
+    an action; perfetto is a trace for ui.perfetto.dev, with the predicted timetable below.
+    """
+    output_format = output_format or _format_of(output)
+    if output_format == "png" and output is None and sys.stdout.isatty():
+        raise Refusal("a png is not for a terminal: name a file with --output")
+    try:
+        steps = find_steps(profile)
+        number = _choose(steps, number)
+        found = measure(steps[number], _read_devices(devices))
+    except ValueError as error:
+        raise Refusal(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise Refusal(f"{profile}: {error.strerror}") from error
+    title = f"{_summarize(found)}, step {number} of {len(steps)}"
+    if output_format == "text" and output is None:
+        _print(found, title)
+        return
+    match output_format:
+        case "text":
+            raise Refusal(f"--output {output}: text is for standard output; use {_known()}")
+        case "csv":
+            content = _to_csv(found).encode()
+        case "perfetto":
+            content = _to_perfetto(found, title).encode()
+        case _:
+            content = _to_picture(found, title, output_format)
+    try:
+        if output is None:
+            click.echo(content, nl=False)
+        else:
+            output.write_bytes(content)
+    except OSError as error:
+        where = "standard output" if output is None else f"--output {output}"
+        raise Refusal(f"{where}: {error.strerror}") from error
+
+
+def _format_of(output: Path | None) -> str:
+    """Reads the format off the suffix of a file."""
+    if output is None:
+        return "text"
+    if output.suffix.lower() not in _SUFFIXES:
+        raise Refusal(f"--output {output}: no format has that suffix; use {_known()}, or --format")
+    return _SUFFIXES[output.suffix.lower()]
+
+
+def _known() -> str:
+    return ", ".join((".csv", ".perfetto.json", ".svg", ".png"))
+
+
+def _choose(steps: list[Step], number: int | None) -> int:
+    """Chooses a step: the last whole one, if no number is given."""
+    if number is None:
+        whole = [place for place, step in enumerate(steps) if step.is_whole]
+        return whole[-1] if whole else len(steps) - 1
+    if not 0 <= number < len(steps):
+        raise ValueError(f"--step {number}: must be 0 to {len(steps) - 1}, the profile's steps")
+    return number
+
+
+def _read_devices(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--devices {text!r}: must be numbers with commas: 0,1,2,3") from error
+
+
+def _summarize(found: Measured) -> str:
+    schedule = found.plan.schedule
+    return (
+        f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, "
+        f"{found.makespan * _MILLI:.4g} ms, {found.idle_share:.1%} idle"
+    )
+
+
+def _print(found: Measured, title: str) -> None:
+    predicted = found.predicted
+    rows = []
+    for rank, times in enumerate(found.ranks):
+        acts = times.forward, times.input_grad, times.weight_grad, times.idle, times.send
+        cells = (f"{seconds * _MILLI:.3f}" for seconds in acts)
+        rows.append((str(rank), *cells, f"{times.idle / found.makespan:.1%}"))
+    notes = (
+        f"{title}; {found.plan.execution}",
+        f"predicted: {predicted.makespan * _MILLI:.4g} ms, {predicted.idle_share:.1%} idle",
+        f"mean costs in microseconds: {_write_costs(found.costs)}",
+        *_NOTES,
+    )
+    print_table(_HEAD, rows, notes=notes)
+
+
+def _write_costs(costs: Costs) -> str:
+    """Writes costs as the options of `timeline` and `simulate`."""
+    by_kind = {"F": costs.forward, "I": costs.input_grad, "W": costs.weight_grad}
+    actions = ",".join(f"{kind}={seconds * _MICRO:.4g}" for kind, seconds in by_kind.items())
+    ends = {"embed": costs.embed, "head": costs.head}
+    return " ".join(
+        [f"--costs {actions}", *(f"--{name} {cost * _MICRO:.4g}" for name, cost in ends.items())]
+    )
+
+
+def _to_csv(found: Measured) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow((*_COLUMNS, "start_us", "duration_us"))
+    for each in found.segments:
+        places = (each.stage, each.microbatch, each.direction, each.tick)
+        times = (f"{seconds * _MICRO:.3f}" for seconds in (each.start, each.seconds))
+        known = ("" if place is None else place for place in places)
+        writer.writerow((each.rank, each.kind, each.part, *known, *times))
+    return file.getvalue()
+
+
+def _to_perfetto(found: Measured, title: str) -> str:
+    plan, predicted = found.plan, found.predicted
+    actions = timed_actions(
+        plan.schedule,
+        predicted.execution,
+        costs=found.costs,
+        layers_of_stage=plan.layers_of_stage,
+        placed_by=plan.costs,
+    )
+    below = f"predicted: {predicted.makespan * _MILLI:.4g} ms, {predicted.idle_share:.1%} idle"
+    return perfetto.write(
+        [
+            perfetto.measured(f"measured: {title}", found),
+            perfetto.predicted(below, actions, unit=_MICRO),
+        ]
+    )
+
+
+def _to_picture(found: Measured, title: str, image_format: str) -> bytes:
+    bars = list(_bars(found))
+    file = io.BytesIO()
+    try:
+        figure = plot_measured(bars, found.plan.schedule.timeline(), title=title)
+        save(figure, file, image_format=image_format)
+    except ModuleNotFoundError as error:
+        raise Refusal(str(error)) from error
+    return file.getvalue()
+
+
+def _bars(found: Measured) -> list[Bar]:
+    """Makes the boxes of the picture: the parts of an action that follow one another are one."""
+    bars: list[Bar] = []
+    for rank in range(found.plan.schedule.num_ranks):
+        before: Segment | None = None
+        for each in (segment for segment in found.segments if segment.rank == rank):
+            # A rank may wait before the first action of any rank, and after the last one.
+            start, end = max(each.start, 0.0) * _MILLI, min(each.end, found.makespan) * _MILLI
+            goes_on = before is not None and before.end == each.start and before.name == each.name
+            if goes_on and bars:
+                bars[-1] = bars[-1]._replace(end=end)
+            elif start < end:
+                bars.append(Bar(rank, each.kind, each.direction or 0, each.microbatch, start, end))
+            before = each
+    return bars
