@@ -6,7 +6,7 @@ from typing import NamedTuple
 from dualpipe_jax import _scopes
 from dualpipe_jax._predict import Costs
 from dualpipe_jax._profile.steps import Plan, find_plan
-from dualpipe_jax._schedule.actions import letter_of
+from dualpipe_jax._schedule.actions import Opcode, letter_of
 from dualpipe_jax._schedule.execution import Execution
 
 MICROSECOND = 1_000_000  # in picoseconds
@@ -29,11 +29,15 @@ def _varint(number: int) -> bytes:
     return bytes([*found, number])
 
 
-def plan_of(name: str, *, num_ranks: int, num_microbatches: int) -> tuple[str, Plan]:
-    """Names a step in ticks with split backwards; and its plan."""
-    execution = Execution(overlap=False, unroll=True, split_backward=True, deferred="store")
+def plan_of(
+    name: str, *, num_ranks: int, num_microbatches: int, split_backward: bool = True
+) -> tuple[str, Plan]:
+    """Names a step in ticks, of two layers a stage; and its plan."""
+    execution = Execution(
+        overlap=False, unroll=True, split_backward=split_backward, deferred="store"
+    )
     placed = _scopes.of_placement(
-        tuple(vars(Costs()).values()), [1] * num_ranks, tuple(vars(execution).values())
+        tuple(vars(Costs()).values()), [2] * num_ranks, tuple(vars(execution).values())
     )
     schedule = _scopes.of_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
     scope = f"jit(step)/{schedule}/{placed}/while/body/{_scopes.RAMP}"
@@ -110,13 +114,21 @@ class Run(NamedTuple):
 
 
 def runs_of(plan: Plan, *, start: int = 0) -> list[Run]:
-    """Lists the events of one run: each tick takes 10 us, look-ups 1, actions 6, transfers 2."""
+    """Lists the events of one run: each tick takes 10 us, I and W of split backwards take 4.
+
+    The half of a full backward takes 3 for I and 2 for W.
+    """
     tables, found = plan.tables, []
     for rank in range(tables.num_ranks):
         found += [Run(rank, "first", start, 1), Run(rank, "moved", start + 1, 1)]
         for tick, opcode in enumerate(tables.opcode[:, rank].tolist()):
             at = start + 2 + 10 * tick
             found += [Run(rank, "look_up", at, 1), Run(rank, "moved.1", at, 1)]
+            if opcode in (Opcode.BACKWARD_UPPER, Opcode.BACKWARD_LOWER):
+                found.append(Run(rank, "input_grad", at + 1, 3))
+                found.append(Run(rank, "weight_grad", at + 4, 2))
+                found.append(Run(rank, "send", at + 8, 2))
+                continue
             for name, kind in (("forward", "F"), ("input_grad", "I"), ("weight_grad", "W")):
                 if letter_of(opcode) == kind:
                     found.append(Run(rank, name, at + 1, 4))

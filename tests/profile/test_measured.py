@@ -67,6 +67,19 @@ def test_each_action_is_found_with_its_times(write: Write, tmp_path: Path) -> No
     assert made.predicted.idle_share < made.idle_share
 
 
+def test_full_backwards_have_both_grads_in_both_ticks(tmp_path: Path) -> None:
+    scope, plan = plan_of("1f1b", num_ranks=2, num_microbatches=2, split_backward=False)
+    made = measure(find_steps(write_host(tmp_path, scope, [runs_of(plan)]))[0])
+    halves = [s for s in made.segments if (s.rank, s.microbatch) == (1, 0) and s.kind in "IW"]
+    first = halves[0].tick
+    assert first is not None
+    found = [(s.tick, s.kind, round(s.seconds * 1e6)) for s in halves]
+    kinds = [("I", 3), ("W", 2)]
+    assert found == [(first + half, *kind) for half in range(2) for kind in kinds]
+    assert made.costs.input_grad == pytest.approx(6e-6)
+    assert made.costs.weight_grad == pytest.approx(4e-6)
+
+
 def test_pauses_and_transfers(tmp_path: Path) -> None:
     """A pause within an action is its own; a transfer counts where no action hides it."""
     runs = runs_of(PLAN)
