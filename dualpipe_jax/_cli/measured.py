@@ -158,10 +158,10 @@ def _print(found: Measured, title: str) -> None:
 def _write_costs(costs: Costs) -> str:
     """Writes costs as the options of `timeline` and `simulate`."""
     by_kind = {"F": costs.forward, "I": costs.input_grad, "W": costs.weight_grad}
-    actions = ",".join(f"{kind}={seconds * _MICRO:.4g}" for kind, seconds in by_kind.items())
+    actions = ",".join(f"{kind}={seconds * _MICRO:.6g}" for kind, seconds in by_kind.items())
     ends = {"embed": costs.embed, "head": costs.head}
     return " ".join(
-        [f"--costs {actions}", *(f"--{name} {cost * _MICRO:.4g}" for name, cost in ends.items())]
+        [f"--costs {actions}", *(f"--{name} {cost * _MICRO:.6g}" for name, cost in ends.items())]
     )
 
 
