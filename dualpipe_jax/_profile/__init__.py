@@ -1,8 +1,8 @@
 """Reads a `jax.profiler` trace of a step: which rank ran which action when. Without JAX.
 
 One file an idea: `wire` (protobuf), `xspace` (events of a file), `program` (the compiled program in
-it), `parts` (which part of the step an instruction is), `moments` (to which action each moment
-belongs), `measured` (a run as a timetable).
+it), `parts` (which part of the step an instruction is), `steps` (the runs of steps), `moments` (to
+which action each moment belongs), `measured` (a run as a timetable).
 """
 
 from dualpipe_jax._profile.measured import Measured as Measured

@@ -8,8 +8,10 @@ is computed again when the state is read.
 
 import hashlib
 import json
+import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +178,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: State) -> tuple[Restored | None, str]:
         problem, restored = "", None
+        _hush_late_errors()
         try:
             restored = self._manager.restore(
                 step,
@@ -234,6 +237,26 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return causes
+
+
+def _hush_late_errors() -> None:
+    """Leaves out errors of reads that go on after the first read of a checkpoint has failed.
+
+    TensorStore reports each of them to asyncio's loop, which Orbax has closed by then.
+    """
+    before = sys.excepthook
+    if getattr(before, "is_hushed", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    hook.is_hushed = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
 
 
 def _seal(facts: Facts) -> Facts:

@@ -7,6 +7,8 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import tree_map_with_path
 
+import dualpipe_jax as dpj
+
 PIPE, DATA, FSDP = "pipe", "data", "fsdp"
 _SMALL = 2**10  # elements of a leaf that is not worth sharding
 
@@ -22,7 +24,7 @@ def make_mesh(
       always: Axes that the mesh has in any case, because functions name them.
     """
     used = {name: size for name, size in sizes.items() if size > 1 or name in always}
-    return jax.make_mesh(tuple(used.values()), tuple(used), devices=devices)
+    return dpj.make_mesh(axis=PIPE, batch_axes=(DATA,) if DATA in used else (), devices=devices, **used)
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:

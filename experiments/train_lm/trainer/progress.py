@@ -11,9 +11,10 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+import dualpipe_jax as dpj
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +62,11 @@ def memory_in_use(devices: Sequence[jax.Device]) -> str:
 def bar(console: Console) -> Progress:
     """Makes the bar; its task needs the fields `loss`, `speed` and `memory`."""
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]}"),
         TextColumn("{task.fields[memory]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
         refresh_per_second=2,
@@ -83,4 +81,5 @@ def fields(**known: Any) -> dict[str, Any]:
 
 def peak_of(device: jax.Device) -> float | None:
     """Gives the published bfloat16 FLOP/s of a device; None if they are not known."""
-    return None
+    figures = dpj.device_figures(device)
+    return None if figures is None else figures.peak_flops
