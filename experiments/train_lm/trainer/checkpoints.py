@@ -6,12 +6,15 @@ for a whole one. Orbax has no checksums of arrays; the digest of every leaf is a
 is computed again when the state is read.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,12 @@ from .state import State, digest
 _PART_BYTES = 32 * 2**20
 # Seconds that a process waits for the others' part of a save.
 _SAVE_TIMEOUT = 600
+# In which reads of a broken checkpoint end that were under way when the first one failed.
+_LATE_SECONDS = 0.5
+# They report to an event loop that Orbax has closed by then.
+logging.getLogger("asyncio").addFilter(
+    lambda record: "exception was never retrieved" not in record.getMessage()
+)
 Facts = dict[str, Any]
 
 
@@ -178,17 +187,22 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: State) -> tuple[Restored | None, str]:
         problem, restored = "", None
-        _hush_late_errors()
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
-                ),
-            )
-            _require_seal(restored["facts"])
-        except Exception as error:  # noqa: BLE001  whatever a broken file brings about
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
+                    ),
+                )
+                _require_seal(restored["facts"])
+            except Exception as error:  # noqa: BLE001  whatever a broken file brings about
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                # Reads that were under way fail one by one, each with a traceback.
+                time.sleep(_LATE_SECONDS)
+        if not problem:
+            sys.stderr.write(said.getvalue())
         # The digest is computed by all processes together.
         problem = processes.first_of_all(problem)
         if problem:
@@ -237,26 +251,6 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return causes
-
-
-def _hush_late_errors() -> None:
-    """Leaves out errors of reads that go on after the first read of a checkpoint has failed.
-
-    TensorStore reports each of them to asyncio's loop, which Orbax has closed by then.
-    """
-    before = sys.excepthook
-    if getattr(before, "is_hushed", False):
-        return
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            before(kind, error, trace)
-
-    hook.is_hushed = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
-    logging.getLogger("asyncio").addFilter(
-        lambda record: "exception was never retrieved" not in record.getMessage()
-    )
 
 
 def _seal(facts: Facts) -> Facts:

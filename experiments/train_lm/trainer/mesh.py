@@ -23,8 +23,10 @@ def make_mesh(
       sizes: The devices of each axis, by name.
       always: Axes that the mesh has in any case, because functions name them.
     """
-    used = {name: size for name, size in sizes.items() if size > 1 or name in always}
-    return dpj.make_mesh(axis=PIPE, batch_axes=(DATA,) if DATA in used else (), devices=devices, **used)
+    used: Any = {name: size for name, size in sizes.items() if size > 1 or name in always}
+    return dpj.make_mesh(
+        axis=PIPE, batch_axes=(DATA,) if DATA in used else (), devices=devices, **used
+    )
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
