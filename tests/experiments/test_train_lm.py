@@ -15,8 +15,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments.train_lm import data
 from experiments.train_lm.train_lm import main
+from experiments.train_lm.trainer import data
+from experiments.train_lm.trainer.mesh import batch_axes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -92,7 +93,10 @@ def test_the_loss_falls_and_is_logged(runs: dict[str, Path]) -> None:
         "held_out_loss",
         "held_out_perplexity",
         "learning_rate",
+        "grad_norm",
+        "skipped",
         "tokens_per_second",
+        "mfu",
         "seconds",
     ]
     assert [int(row["step"]) for row in rows] == list(range(41))
@@ -217,7 +221,9 @@ def test_the_standard_library_is_split_by_whole_files() -> None:
     skipped = {"site-packages", "test", "tests"}
     assert not any(skipped & set(Path(name).parts) for name, _ in files)
     text = data.read(None, min_length=1000)
-    assert len(text.train) + len(text.held_out) >= sum(path.stat().st_size for _, path in files)
+    sizes = sum(path.stat().st_size for _, path in files)
+    # Newlines between the files of a side.
+    assert len(text.train) + len(text.held_out) == sizes + len(files) - 2
 
 
 def test_a_files_side_depends_on_its_name_alone() -> None:
@@ -233,18 +239,69 @@ def test_a_folder_is_read_by_its_text_files(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     text = data.read(tmp_path, min_length=10)
-    assert {bytes(text.train), bytes(text.held_out)} == {b"a" * 50, b"b" * 60}
+    sides = {bytes(side.read(0, len(side))) for side in (text.train, text.held_out)}
+    assert sides == {b"a" * 50, b"b" * 60}
 
 
-def test_batches_are_windows_and_repeat_with_the_seed() -> None:
-    text = np.arange(200, dtype=np.uint8)
+def pieces(folder: Path, *lengths: int) -> data.Pieces:
+    """Makes a text of files whose bytes count up."""
+    files = []
+    for index, length in enumerate(lengths):
+        path = folder / f"{index}.txt"
+        path.write_bytes(bytes((np.arange(length) % 200 + 20).astype(np.uint8)))
+        files.append((path.name, path))
+    return data.Pieces(files)
+
+
+def test_a_text_is_read_over_the_ends_of_files(tmp_path: Path) -> None:
+    text = pieces(tmp_path, 30, 0, 5, 40)
+    whole = b"\n".join(path.read_bytes() for path in sorted(tmp_path.iterdir()))
+    assert len(text) == len(whole)
+    for start in range(len(whole)):
+        for length in (1, 7, len(whole) - start):
+            part = bytes(text.read(start, min(length, len(whole) - start)))
+            assert part == whole[start : start + length]
+    (tmp_path / "3.txt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"3\.txt: has become shorter"):
+        text.read(0, len(whole))
+
+
+def test_batches_are_windows_and_repeat_with_the_seed(tmp_path: Path) -> None:
+    text = pieces(tmp_path, 200)
+    windows: Any = {"batch_size": 4, "context": 8}
     first, again, other = (
-        next(data.batches(text, batch_size=4, context=8, seed=seed)) for seed in (0, 0, 1)
+        [next(batches) for _ in range(12)]
+        for batches in (data.iterate(text, seed=seed, **windows) for seed in (0, 0, 1))
     )
     np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-    assert first.shape == (4, 9)
-    np.testing.assert_array_equal(first, first[:, :1] + np.arange(9))
-    spread = data.spread(text, batch_size=2, context=8, num_batches=3)
-    assert spread[0][0, 0] == 0
-    assert spread[-1][-1, -1] == 199
+    assert (np.array(first) != other).any()
+    assert first[0].shape == (4, 9)
+    np.testing.assert_array_equal(first[0], first[0][:, :1] + np.arange(9))
+    # An epoch of 24 windows, six batches, has each of them once; the next one in another order.
+    for epoch in (first[:6], first[6:]):
+        assert len({int(row[0] - 20) // 8 for batch in epoch for row in batch}) == 24
+    assert [int(b[0, 0]) // 8 for b in first[:6]] != [int(b[0, 0]) // 8 for b in first[6:]]
+
+
+def test_rows_are_the_same_on_any_mesh_and_positions_can_be_kept(tmp_path: Path) -> None:
+    """A device holds its own rows of the same global batch."""
+    text = pieces(tmp_path, 300)
+    whole = data.iterate(text, batch_size=8, context=8, seed=5)
+    wanted = [next(whole) for _ in range(5)]
+    for sizes in ({"pipe": 2}, {"pipe": 2, "data": 4}, {"pipe": 2, "data": 2, "fsdp": 2}):
+        count = int(np.prod(list(sizes.values())))
+        mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count])
+        where = jax.NamedSharding(mesh, jax.P(batch_axes(mesh) or None))
+        batches = data.Batches(text, batch_size=8, context=8, seed=5, sharding=where)
+        np.testing.assert_array_equal([next(batches) for _ in range(3)], wanted[:3])
+        position = batches.position
+        next(batches)
+        batches.move_to(position)
+        last = [next(batches) for _ in range(2)]
+        np.testing.assert_array_equal(last, wanted[3:])
+        shards = last[0].addressable_shards
+        assert {shard.data.shape for shard in shards} == {(8 // (count // 2), 9)}
+    spread = data.spread(text, batch_size=4, context=8, num_batches=3, sharding=where)
+    whole_text = text.read(0, len(text))
+    np.testing.assert_array_equal(spread[0][0], whole_text[:9])
+    np.testing.assert_array_equal(spread[-1][-1], whole_text[-9:])

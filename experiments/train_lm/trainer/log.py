@@ -3,6 +3,7 @@
 A run that resumes goes on with the same files: rows of steps that are taken again leave them first.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -47,12 +48,13 @@ class Log:
         self.rows = [row for row in read_rows(self._csv) if row["step"] <= step]
         rows = [self._columns, *([_cell(row.get(name)) for name in columns] for row in self.rows)]
         _replace(self._csv, lambda file: csv.writer(file).writerows(rows))
-        self._file = self._csv.open("a", newline="")
+        self._files = contextlib.ExitStack()
+        self._file = self._files.enter_context(self._csv.open("a", newline=""))
         self._writers: list[Callable[[Row], None]] = []
         if "jsonl" in kinds:
-            self._writers.append(_open_json_lines(folder / JSON_LINES, step))
+            self._writers.append(_open_json_lines(folder / JSON_LINES, step, self._files))
         if "tensorboard" in kinds:
-            self._writers.append(_open_tensorboard(folder / TENSORBOARD, step))
+            self._writers.append(_open_tensorboard(folder / TENSORBOARD, step, self._files))
 
     def add(self, row: Row) -> None:
         """Appends a row."""
@@ -63,12 +65,17 @@ class Log:
         for write in self._writers:
             write(row)
 
+    def close(self) -> None:
+        """Closes the files."""
+        self._files.close()
+
 
 class NoLog(Log):
     """The log of a process that writes none."""
 
     def __init__(self) -> None:
         self.rows = []
+        self._files = contextlib.ExitStack()
 
     def add(self, row: Row) -> None:
         """Keeps the row."""
@@ -86,11 +93,11 @@ def read_rows(path: Path) -> list[Row]:
     return [{name: _value(text) for name, text in line.items()} for line in lines]
 
 
-def _open_json_lines(path: Path, step: int) -> Callable[[Row], None]:
+def _open_json_lines(path: Path, step: int, files: contextlib.ExitStack) -> Callable[[Row], None]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     _replace(path, lambda file: file.writelines(kept))
-    file = path.open("a")
+    file = files.enter_context(path.open("a"))
 
     def write(row: Row) -> None:
         file.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
@@ -99,10 +106,11 @@ def _open_json_lines(path: Path, step: int) -> Callable[[Row], None]:
     return write
 
 
-def _open_tensorboard(path: Path, step: int) -> Callable[[Row], None]:
+def _open_tensorboard(path: Path, step: int, files: contextlib.ExitStack) -> Callable[[Row], None]:
     from tensorboardX import SummaryWriter
 
     writer = SummaryWriter(str(path), purge_step=step + 1 if step >= 0 else None)
+    files.callback(writer.close)
 
     def write(row: Row) -> None:
         for name, value in row.items():

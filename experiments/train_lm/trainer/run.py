@@ -231,38 +231,35 @@ def train(
         if restored is not None:
             batches.move_to(restored.facts["data"])
             console.print(f"resumed   after step {start}, from {checkpoints.folder / str(start)}")
-        log = _open_log(run, job, settings, start=start if restored else -1)
-        loop = Loop(
-            step=compiled.step,
-            held_out_loss=lambda s: float(
-                np.mean([float(compiled.evaluate(s.params, batch)) for batch in held_out])
-            ),
-            batches=batches,
-            to_row=job.to_row,
-            facts={"config": config},
-            checkpoints=checkpoints,
-            log=log,
-            clock=clock,
-            console=console,
-            speed=progress.Speed(
-                tokens=settings.batch_size * settings.context,
-                devices=list(job.mesh.devices.flat),
-                flops=job.flops_per_token * settings.batch_size * settings.context,
-                peak=progress.peak_of(job.mesh.devices.flat[0]),
-            ),
-            profile=Profile(settings.profile, run.path),
-            steps=settings.steps,
-            eval_every=settings.eval_every,
-            save_every=settings.save_every,
-            max_skips=settings.max_skips,
-            stops_on_save_error=settings.on_save_error == "stop",
-        )
-        seconds = log.rows[-1]["seconds"] if restored and log.rows else 0.0
-        try:
-            last, index, asked = loop.run(first, start=start, seconds=seconds)
-        finally:
-            if processes.is_first() and log.rows:
-                at_stop(log.rows)
+        with contextlib.closing(
+            _open_log(run, job, settings, start=start if restored else -1)
+        ) as log:
+            loop = Loop(
+                step=compiled.step,
+                held_out_loss=lambda state: float(
+                    np.mean([float(compiled.evaluate(state.params, batch)) for batch in held_out])
+                ),
+                batches=batches,
+                to_row=job.to_row,
+                facts={"config": config},
+                checkpoints=checkpoints,
+                log=log,
+                clock=clock,
+                console=console,
+                speed=_speed(job, settings),
+                profile=Profile(settings.profile, run.path),
+                steps=settings.steps,
+                eval_every=settings.eval_every,
+                save_every=settings.save_every,
+                max_skips=settings.max_skips,
+                stops_on_save_error=settings.on_save_error == "stop",
+            )
+            seconds = log.rows[-1]["seconds"] if restored and log.rows else 0.0
+            try:
+                last, index, asked = loop.run(first, start=start, seconds=seconds)
+            finally:
+                if processes.is_first() and log.rows:
+                    at_stop(log.rows)
         best = checkpoints.best_step
         checkpoints.close()
     console.print(f"goodput   {clock.goodput()}")
@@ -330,6 +327,17 @@ def _plan(job: Job, settings: Settings) -> _Plan:
     )
 
 
+def _speed(job: Job, settings: Settings) -> progress.Speed:
+    """Gives the figures of a step's speed."""
+    tokens = settings.batch_size * settings.context
+    return progress.Speed(
+        tokens=tokens,
+        devices=list(job.mesh.devices.flat),
+        flops=job.flops_per_token * tokens,
+        peak=progress.peak_of(job.mesh.devices.flat[0]),
+    )
+
+
 def _announce(
     run: folder.Folder, checkpoints: Checkpoints, config: folder.Config, console: Console
 ) -> None:
@@ -342,7 +350,7 @@ def _announce(
         )
     found = ""
     if run.earlier is not None:
-        found = f", goes on after step {steps[-1]}" if steps else ", begins again: no checkpoint"
+        found = ", goes on" if steps else ", begins again: it has no checkpoint"
         for line in folder.changes(run.earlier, config):
             note = " (the decay of the learning rate changes with it)" if "--steps:" in line else ""
             found += f"\nchanged   {line}{note}"

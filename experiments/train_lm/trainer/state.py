@@ -115,7 +115,7 @@ def make_step(
             params = after_update(params, figures, opt_state.last_finite)
         figures = figures | {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rates(state.step - state.opt_state.total_notfinite),
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,
