@@ -43,7 +43,8 @@ def continue_text(
             start = jnp.maximum(index - context, 0)
             window = jax.lax.dynamic_slice(text, (start,), (context,))
             windows = jnp.broadcast_to(jnp.pad(window, (0, 1)), (rows, context + 1))
-            scores = logits(params, windows)[0, index - 1 - start]
+            everywhere = jax.sharding.reshard(logits(params, windows), jax.P())
+            scores = everywhere[0, index - 1 - start]
             byte = jax.random.categorical(jax.random.fold_in(key, index), scores / TEMPERATURE)
             return text.at[index].set(byte)
 

@@ -16,6 +16,8 @@ from . import processes
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 # Beside flags, what a run is made of: its text.
 TEXT = "text"
+# The flags that tell one process or start from another; they are no part of the run.
+_NOT_KEPT = {"coordinator", "num-processes", "process-id", "output", "config", "fresh"}
 # The flags that may differ when a run goes on; all others change what it computes.
 _FREE = {
     "steps",
@@ -25,9 +27,6 @@ _FREE = {
     "data-devices",
     "fsdp-devices",
     "expert-devices",
-    "coordinator",
-    "num-processes",
-    "process-id",
     "heartbeat",
     "save-every",
     "keep",
@@ -38,9 +37,6 @@ _FREE = {
     "profile",
     "data",  # its text is compared instead
     "prompt",
-    "output",
-    "config",
-    "fresh",
     "preflight",
 }
 Config = dict[str, Any]
@@ -113,7 +109,7 @@ def changes(earlier: Config, config: Config) -> list[str]:
     return [
         f"{_name(name)}: {_show(earlier.get(name))} -> {_show(config.get(name))}"
         for name in names
-        if earlier.get(name) != config.get(name) and name not in ("output", "config", "fresh")
+        if earlier.get(name) != config.get(name)
     ]
 
 
@@ -170,11 +166,11 @@ def _show(value: Any) -> str:
 
 
 def to_config(flags: Mapping[str, Any]) -> Config:
-    """Makes the config of flags by their names: those that have a value, as TOML has it."""
+    """Makes the config of a run's flags by their names: those that have a value, as TOML has it."""
     return {
         name: _plain(value)
         for name, value in flags.items()
-        if value is not None and value != () and value is not False
+        if name not in _NOT_KEPT and value is not None and value != ()
     }
 
 
