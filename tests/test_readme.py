@@ -77,6 +77,20 @@ def test_example_of_mesh_axes_runs() -> None:
 
 
 @pytest.mark.slow
+def test_examples_of_checkpoints_resume() -> None:
+    """Another schedule on fewer ranks goes on where the first one was: the loss falls on."""
+    for code in examples(ROOT / "docs" / "checkpoints.md"):
+        lines = [line.split() for line in run(code).splitlines()]
+        assert [line[:2] for line in lines] == [
+            *(["dualpipe", str(step)] for step in (1, 2, 3)),
+            *(["1f1b", str(step)] for step in (4, 5, 6)),
+        ]
+        losses = [float(line[2]) for line in lines]
+        falls = [before - after for before, after in zip(losses, losses[1:], strict=False)]
+        assert min(falls) > 0.1
+
+
+@pytest.mark.slow
 def test_examples_of_flax_run() -> None:
     linen, float8, nnx = examples(ROOT / "docs" / "flax.md")
     shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, variables['params']))"

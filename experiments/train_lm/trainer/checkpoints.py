@@ -28,8 +28,8 @@ from ..flags import Refusal
 from . import processes
 from .state import State, digest
 
-# An array is read in parts of at most so many bytes, so that a process reads little but its own.
-_PART_BYTES = 32 * 2**20
+# Arrays are stored in parts, of at most and from so many bytes, as processes read whole parts.
+_PART_BYTES, _SMALL_BYTES = 32 * 2**20, 2**20
 # Seconds that a process waits for the others' part of a save.
 _SAVE_TIMEOUT = 600
 # In which reads of a broken checkpoint end that were under way when the first one failed.
@@ -105,7 +105,7 @@ class Checkpoints:
         """
         self.wait()
         facts = _seal({**facts, "step": step, "digest": digest(state)})
-        parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PART_BYTES), state)
+        parts = jax.tree_util.tree_map_with_path(_parts_of, state)
         self._saving = step
         is_known = held_out_loss is not None and math.isfinite(held_out_loss)
         error: Exception | None = None
@@ -162,7 +162,8 @@ class Checkpoints:
           abstract: The state's shapes, dtypes and shardings, those of this run.
 
         Raises:
-          Refusal: If there are checkpoints, but none that is whole.
+          Refusal: If there are checkpoints, but none that is whole; or if there is no room for the
+            state, or no permission to read it.
         """
         steps = self.steps
         for step in reversed(steps):
@@ -186,7 +187,7 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self, step: int, abstract: State) -> tuple[Restored | None, str]:
-        problem, restored = "", None
+        problem, obstacle, restored = "", "", None
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             try:
@@ -199,10 +200,13 @@ class Checkpoints:
                 _require_seal(restored["facts"])
             except Exception as error:  # noqa: BLE001  whatever a broken file brings about
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                obstacle = problem if _is_obstacle(error) else ""
                 # Reads that were under way fail one by one, each with a traceback.
                 time.sleep(_LATE_SECONDS)
         if not problem:
             sys.stderr.write(said.getvalue())
+        if obstacle := processes.first_of_all(obstacle):
+            raise Refusal(f"{self.folder / str(step)}: cannot be read here: {obstacle}")
         # The digest is computed by all processes together.
         problem = processes.first_of_all(problem)
         if problem:
@@ -251,6 +255,21 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return causes
+
+
+def _parts_of(path: Any, leaf: jax.Array) -> ocp.SaveArgs:
+    """Stores layers apart, so that a process reads its own layers, whatever the ranks are."""
+    has_layers = any(getattr(key, "key", None) == "blocks" for key in path)
+    axes = (0,) if has_layers and leaf.nbytes > _SMALL_BYTES else ()
+    return ocp.SaveArgs(chunk_byte_size=_PART_BYTES, shard_axes=axes)
+
+
+def _is_obstacle(error: Exception) -> bool:
+    """Whether a checkpoint may be whole although it could not be read."""
+    if isinstance(error, MemoryError | PermissionError):
+        return True
+    words = "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "bad_alloc", "Cannot allocate memory"
+    return any(word in str(error) for word in words)
 
 
 def _seal(facts: Facts) -> Facts:

@@ -1,0 +1,287 @@
+"""The trainer's parts: flags and files, logs, folders, digests, skipped updates, profiles."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.train_lm.flags import Refusal
+from experiments.train_lm.train_lm import main
+from experiments.train_lm.trainer import folder, progress, state
+from experiments.train_lm.trainer.clock import Clock
+from experiments.train_lm.trainer.log import Log, read_rows
+from experiments.train_lm.trainer.profile import StepRange
+from experiments.train_lm.trainer.state import digest
+from tests.experiments.trainer_jobs import make_job, make_settings, rows_of, run_job
+
+# --- flags -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("widht = 3", "--config CONFIG: no such flags: widht"),
+        ("width = [3, 4]", "--config CONFIG: width: must be a single value; got [3, 4]"),
+        ('width = "wide"', "Invalid value for '--width': 'wide' is not a valid integer"),
+        ("width = ", "CONFIG: Invalid value"),
+        ("seed = 0\nheads = 5", "--width 96: must be divisible by --heads 5"),
+        ('log = ["jsonl", "xml"]', "xml: must be among jsonl, tensorboard"),
+        ('profile = "4"', "'4' is no range START:STOP"),
+        ("num-processes = 2", "--coordinator, --num-processes, --process-id: give all or none"),
+    ],
+)
+def test_a_bad_file_of_flags_is_refused(
+    config: str, message: str, tmp_path: Path, refusal: Any
+) -> None:
+    path = tmp_path / "given.toml"
+    path.write_text(config)
+    line = refusal(main, ["--config", str(path)], name="train_lm")
+    assert message.replace("CONFIG", str(path)) in line
+
+
+def test_flags_come_before_the_file(tmp_path: Path, refusal: Any) -> None:
+    path = tmp_path / "given.toml"
+    path.write_text("heads = 5\nwidth = 12\nmicrobatches = 4\n")
+    line = refusal(main, ["--config", str(path), "--width", "13"], name="train_lm")
+    assert "--width 13: must be divisible by --heads 5" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--coordinator here:1 --num-processes 2", "give all or none"),
+        ("--coordinator here:1 --num-processes 2 --process-id 2", "must be below --num-processes"),
+        ("--coordinator here --num-processes 2 --process-id 1", "must be HOST:PORT"),
+        ("--data-devices 3", "--batch-size 16: must be divisible by --microbatches x --data-"),
+        ("--data-devices 2 --ranks 8", "--ranks x devices of data = 16: more than the devices"),
+        ("--profile 5:2", "'5:2' is no range START:STOP"),
+        ("--save-every 0", "Invalid value for '--save-every'"),
+        ("--heartbeat 1", "Invalid value for '--heartbeat'"),
+        ("--dropout 1", "Invalid value for '--dropout'"),
+    ],
+)
+def test_bad_flags_of_a_run_are_refused(flags: str, message: str, refusal: Any) -> None:
+    assert message in refusal(main, flags.split(), name="train_lm")
+
+
+def test_a_range_of_steps() -> None:
+    kind = StepRange()
+    assert kind.convert("3:7", None, None) == "3:7"
+    for wrong in ("3", "0:2", "a:b", "-1:2", "3:"):
+        with pytest.raises(click.BadParameter):
+            kind.convert(wrong, None, None)
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+
+def open_in(path: Path | None, default: Path, config: dict[str, Any], **given: Any) -> Any:
+    opened = folder.open_folder(path, default=default, config=config, **{"fresh": False, **given})
+    opened.write_config(config)
+    return opened
+
+
+def test_runs_without_output_have_numbered_folders(tmp_path: Path) -> None:
+    opened = [open_in(None, tmp_path / "runs", {"seed": 1}) for _ in range(3)]
+    assert [o.path.name for o in opened] == ["0001", "0002", "0003"]
+    assert all(o.earlier is None for o in opened)
+
+
+def test_other_flags_are_refused_each_by_name(tmp_path: Path) -> None:
+    config = {"seed": 1, "width": 96, "steps": 10, "schedule": "1f1b", "text": "a"}
+    open_in(tmp_path / "run", tmp_path, config)
+    free = {**config, "steps": 20, "schedule": "dualpipe"}
+    earlier = open_in(tmp_path / "run", tmp_path, free).earlier
+    assert earlier == config
+    assert folder.changes(earlier, free) == ["--schedule: 1f1b -> dualpipe", "--steps: 10 -> 20"]
+    with pytest.raises(Refusal) as refused:
+        open_in(tmp_path / "run", tmp_path, {**free, "seed": 2, "width": 64, "text": "b"})
+    for words in ("--seed: 1 -> 2", "--width: 96 -> 64", "text: a -> b", "--fresh"):
+        assert words in refused.value.message
+    assert "--steps" not in refused.value.message
+    # Nothing is lost: neither by the refusal, nor by --fresh.
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text()) == free
+    fresh = open_in(tmp_path / "run", tmp_path, {"seed": 2}, fresh=True)
+    assert fresh.earlier is None
+    assert tomllib.loads((tmp_path / "run.1" / "config.toml").read_text()) == free
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match=r"--output .*file/run: Not a directory"):
+        open_in(tmp_path / "file" / "run", tmp_path, {})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_bytes(b"\xff")
+    with pytest.raises(Refusal, match=r"config\.toml: 'utf-8' codec"):
+        open_in(tmp_path / "run", tmp_path, {})
+
+
+# --- logs ------------------------------------------------------------------------------------
+
+
+def test_logs_go_on_where_a_run_resumes(tmp_path: Path) -> None:
+    """Rows after the checkpoint leave all three files, and a line that was cut short does."""
+    from tensorboardX.proto import event_pb2
+
+    kinds = ("jsonl", "tensorboard")
+    columns = ("step", "train_loss", "seconds")
+    log = Log(tmp_path, columns, kinds=kinds)
+    for step in range(5):
+        log.add({"step": step, "train_loss": 5.0 - step if step else None, "seconds": 0.5 * step})
+    log.close()
+    for name in ("log.csv", "log.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"st' if "json" in name else "5,1.2")
+    again = Log(tmp_path, columns, step=2, kinds=kinds)
+    assert [row["step"] for row in again.rows] == [0, 1, 2]
+    for step in (3, 4, 5):
+        again.add({"step": step, "train_loss": 7.0, "seconds": 9.0})
+    again.close()
+    rows = read_rows(tmp_path / "log.csv")
+    assert [row["step"] for row in rows] == list(range(6))
+    assert [row["train_loss"] for row in rows] == [None, 4.0, 3.0, 7.0, 7.0, 7.0]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6))
+    assert [line.get("train_loss") for line in lines] == [row["train_loss"] for row in rows]
+    # TensorBoard drops the rows of earlier files from the step of the event SessionLog.START on.
+    starts = []
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little")
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.HasField("session_log"):
+                starts.append(event.step)
+    assert starts == [3]
+
+
+def test_float32_is_logged_to_the_bit(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    log = Log(tmp_path, ("step", "train_loss"))
+    for step, value in enumerate(values):
+        log.add({"step": step, "train_loss": float(value)})
+    log.close()
+    read = [row["train_loss"] for row in read_rows(tmp_path / "log.csv")]
+    np.testing.assert_array_equal(np.float32(read), values)
+
+
+# --- the state -------------------------------------------------------------------------------
+
+
+def test_a_digest_sees_every_bit_and_no_sharding() -> None:
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    rng = np.random.default_rng(1)
+    leaves = [
+        rng.normal(size=(8, 12)).astype(np.float32),
+        rng.integers(0, 255, (4, 8), np.uint8),
+        np.arange(8) % 2 == 0,
+        jnp.asarray(rng.normal(size=8), jnp.bfloat16),
+        np.float64(rng.normal(size=(4, 4))),
+        np.int32(7),
+    ]
+    want = digest(jax.tree.map(jnp.asarray, leaves))
+    assert len(set(want)) == len(leaves)
+    specs = [jax.P("a", "b"), jax.P("b"), jax.P("a"), jax.P(("a", "b")), jax.P(None, "a"), jax.P()]
+    shardings = [jax.NamedSharding(mesh, spec) for spec in specs]
+    assert digest([jax.device_put(*both) for both in zip(leaves, shardings, strict=True)]) == want
+    for index, leaf in enumerate(leaves[:2]):
+        for byte in range(0, leaf.nbytes, 7):
+            flipped = leaf.copy()
+            flipped.view(np.uint8).reshape(-1)[byte] ^= 1 << (byte % 8)
+            assert digest([jnp.asarray(flipped)]) != want[index : index + 1]
+    swapped = leaves[0].copy()
+    swapped[0, :2] = swapped[0, 1::-1]
+    assert digest([jnp.asarray(swapped)]) != want[:1]
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_is_left_out(wrong: str) -> None:
+    """Parameters, moments and the learning rate's count stay; the counters count."""
+
+    def grad_fn(params: Any, batch: jax.Array, key: jax.Array) -> Any:
+        loss, grads = jax.value_and_grad(lambda p: jnp.square(p["kernel"] - batch[0]).sum())(params)
+        bad = batch[1] > 0
+        if wrong == "loss":
+            loss = jnp.where(bad, jnp.inf, loss)
+        else:
+            grads = jax.tree.map(lambda g: g.at[0].set(jnp.where(bad, jnp.nan, g[0])), grads)
+        return (loss, {"extra": batch[0]}), grads
+
+    optimizer, rates = state.make_optimizer(learning_rate=0.1, steps=10)
+    optimizer = state.skipping(optimizer)
+    init = state.make_init(lambda key: {"kernel": jnp.ones(3)}, optimizer)
+    told: list[Any] = []
+    step = jax.jit(
+        state.make_step(
+            grad_fn,
+            optimizer,
+            rates,
+            after_update=lambda params, figures, ok: told.append(figures.keys()) or params,
+        )
+    )
+    now = init(jax.random.key(0))
+    rows = []
+    for bad in (0, 1, 1, 0, 1):
+        before = now
+        now, figures = step(now, jnp.array([3.0, bad]))
+        rows.append((int(figures["skipped"]), int(figures["skipped_in_a_row"])))
+        same = jax.tree.map(
+            lambda a, b: bool((a == b).all()),
+            (before.params, before.opt_state.inner_state),
+            (now.params, now.opt_state.inner_state),
+        )
+        assert jax.tree.all(same) == bool(bad)
+        assert np.isfinite(now.params["kernel"]).all()
+    assert rows == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+    # Two updates were made; the third has the learning rate of the third.
+    assert float(figures["learning_rate"]) == pytest.approx(float(rates(2)))
+    assert int(now.step) == 5
+    assert told[0] == {"extra": None}.keys()
+
+
+# --- what one looks at -----------------------------------------------------------------------
+
+
+def test_the_goodput_adds_up() -> None:
+    clock = Clock()
+    with clock.phase("steps"):
+        sum(range(10**5))
+    with clock.phase("saving"):
+        sum(range(10**5))
+    line = clock.goodput()
+    shares = [float(part.split(" %")[0].split()[-1]) for part in line.split(";")[1].split(",")]
+    assert sum(shares) + float(line.split(" %")[0]) == pytest.approx(100, abs=0.3)
+
+
+def test_the_speed_of_a_step() -> None:
+    speed = progress.Speed(tokens=2000, devices=jax.devices()[:4], flops=8e12, peak=1e13)
+    assert speed.describe(0.5) == "4,000 tokens/s (1,000 a device), 500 ms, MFU 40.0 %"
+    unknown = progress.Speed(tokens=2000, devices=jax.devices()[:1], flops=8e12, peak=None)
+    assert unknown.describe(0.5) == "4,000 tokens/s, 500 ms"
+
+
+@pytest.mark.slow
+def test_a_run_logs_profiles_and_ends(tmp_path: Path) -> None:
+    """One small run: goodput, JSON lines, a profile of two steps, and that it has ended."""
+    job = make_job("1f1b", {"pipe": 2}, microbatches=4)
+    settings = make_settings(tmp_path / "run", log=("jsonl",), profile="2:3")
+    printed = run_job(job, settings)
+    assert "% of" in printed.partition("goodput")[2]
+    assert "best      step 6" in printed
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(7))
+    assert [row["skipped"] for row in rows_of(tmp_path / "run")[1:]] == [0] * 6
+    (profile,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    found = jax.profiler.ProfileData.from_file(str(profile))
+    names = {event.name for plane in found.planes for line in plane.lines for event in line.events}
+    assert any("jit_step" in name or "PjRt" in name for name in names), sorted(names)[:20]
+    with pytest.raises(SystemExit) as ended:
+        run_job(job, settings)
+    assert ended.value.code == 0
