@@ -21,7 +21,7 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help train deepseek test test-outside test-gpu lint format clean \
-	compare idle clock benchmark overlap backwards memory ends zero precision
+	compare idle clock benchmark overlap backwards memory ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -89,6 +89,11 @@ ends: $(READY)  ## the cost of embedding and head, in bytes and in idle time
 
 zero: $(READY)  ## the bytes that sharding over the data axis takes off a device
 	@$(BIN)/python -m experiments.sharded.zero $(ARGS)
+
+balance: $(READY)  ## train deepseek_mini with and without the moving bias, loads side by side (a quarter of an hour)
+	@for rate in 0.01 0; do $(BIN)/python -m experiments.deepseek_mini.deepseek_mini \
+		--bias-rate $$rate --output runs/balance/$$rate $(ARGS) || exit 1; done
+	@$(BIN)/python -m experiments.deepseek_mini.balance runs/balance/0.01 runs/balance/0 --output runs/balance
 
 precision: $(READY)  ## train in float32 and in bfloat16, held-out losses one after the other
 	@for dtype in float32 bfloat16; do $(BIN)/python -m experiments.train_lm.train_lm \

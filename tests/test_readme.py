@@ -1,5 +1,6 @@
 """The examples of the README and of the docs, run as they stand there."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -86,7 +87,7 @@ def test_examples_of_checkpoints_resume() -> None:
             *(["1f1b", str(step)] for step in (4, 5, 6)),
         ]
         losses = [float(line[2]) for line in lines]
-        falls = [before - after for before, after in zip(losses, losses[1:], strict=False)]
+        falls = [before - after for before, after in itertools.pairwise(losses)]
         assert min(falls) > 0.1
 
 

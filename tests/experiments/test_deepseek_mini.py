@@ -567,60 +567,52 @@ def test_preflight_counts_the_exchanges_of_the_steady_loop() -> None:
 # --- the script ------------------------------------------------------------------------------
 
 
-TRAINED = (
-    "--layers 3 --dense-layers 1 --width 16 --heads 2 --context 16 --batch-size 8 --experts 4 "
-    "--microbatches 2 --steps 60 --eval-every 30 --eval-batches 2 --learning-rate 0.01 "
-    "--save-every 30 --capacity-factor 1 --schedule 1f1b"
-)
-
-
 @pytest.mark.slow
 def test_training_learns_balances_and_leaves_its_files(tmp_path: Path) -> None:
-    runs = {rate: tmp_path / f"bias-{rate}" for rate in ("0.02", "0")}
-    for rate, output in runs.items():
-        command = [sys.executable, "-m", "experiments.deepseek_mini.deepseek_mini"]
-        done = subprocess.run(
-            [*command, *TRAINED.split(), "--bias-rate", rate, "--output", output],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "x the mean load" in done.stdout
-        assert {path.name for path in (output / "checkpoints").iterdir()} == {"30", "60"}
-        picture = matplotlib.image.imread(output / "training.png")
-        assert picture[..., :3].std() > 0.05
-    rows = {rate: read_rows(output / "log.csv") for rate, output in runs.items()}
+    flags = (
+        "--layers 3 --dense-layers 1 --width 16 --heads 2 --context 16 --batch-size 8 --experts 4 "
+        "--microbatches 2 --steps 200 --eval-every 100 --eval-batches 2 --learning-rate 0.01 "
+        "--save-every 100 --bias-rate 0.02 --capacity-factor 1 --schedule 1f1b"
+    )
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.deepseek_mini.deepseek_mini", *flags.split()]
+    done = subprocess.run(
+        [*command, "--output", output],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "x the mean load" in done.stdout
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"100", "200"}
+    rows = read_rows(output / "log.csv")
+    assert [row["step"] for row in rows] == list(range(201))
 
-    def column(name: str, rate: str) -> np.ndarray:
-        values = [row[name] for row in rows[rate] if row[name] is not None]
-        return np.array(values, float)
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows if row[name] is not None], float)
 
-    for rate in runs:
-        assert [row["step"] for row in rows[rate]] == list(range(61))
-        held_out = column("held_out_loss", rate)
-        assert len(held_out) == 3  # at steps 0, 30 and 60
-        # An untrained model knows nothing: ln 256 = 5.545.
-        assert held_out[0] == pytest.approx(np.log(256), abs=0.2)
-        assert held_out[-1] < 4
-        for name in ("main_loss", "mtp_loss"):
-            assert column(name, rate)[0] == pytest.approx(np.log(256), abs=0.3)
-            assert column(name, rate)[-5:].mean() < 4.2
-        # The loss that is trained: both, and the small loss of balance.
-        both = column("main_loss", rate) + 0.3 * column("mtp_loss", rate)
-        np.testing.assert_allclose(column("train_loss", rate), both, atol=2e-3)
-        loads = np.stack([column(f"load_{index}", rate) for index in range(4)])
-        np.testing.assert_allclose(loads.mean(0), 1, rtol=1e-6)
-    # Four experts, two a token: the worst that can be is twice the mean.
-    with_bias, without = (column("worst_load", rate)[20:].mean() for rate in runs)
-    assert with_bias < without - 0.2
-    dropped = [column("dropped", rate)[20:].sum() for rate in runs]
-    assert 0 < dropped[0] < dropped[1]
-    balance.main([*map(str, runs.values()), "--output", str(tmp_path)])
-    picture = matplotlib.image.imread(tmp_path / "training.png")
-    assert picture[..., :3].std() > 0.05
+    held_out = column("held_out_loss")
+    assert len(held_out) == 3  # at steps 0, 100 and 200
+    # An untrained model knows nothing: ln 256 = 5.545.
+    assert held_out[0] == pytest.approx(np.log(256), abs=0.2)
+    assert held_out[-1] < 3.3
+    for name in ("main_loss", "mtp_loss"):
+        assert column(name)[0] == pytest.approx(np.log(256), abs=0.3)
+        assert column(name)[-5:].mean() < 3.3
+    # The loss that is trained: both, and the small loss of balance.
+    both = column("main_loss") + 0.3 * column("mtp_loss")
+    np.testing.assert_allclose(column("train_loss"), both, atol=2e-3)
+    loads = np.stack([column(f"load_{index}") for index in range(4)])
+    np.testing.assert_allclose(loads.mean(0), 1, rtol=1e-6)
+    # Four experts, two a token: the worst that can be is twice the mean. Seen in the last 50 steps:
+    # 1.30, and 1.95 with the bias left where it is.
+    assert column("worst_load")[-50:].mean() < 1.6
+    assert 0 < column("dropped")[-50:].sum() < 0.8 * column("dropped")[50:100].sum()
+    balance.main([str(output), "--output", str(tmp_path)])
+    for path in (output / "training.png", tmp_path / "training.png"):
+        assert matplotlib.image.imread(path)[..., :3].std() > 0.05
 
 
 BAD = {
