@@ -33,13 +33,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("count", "flags"),
     [
-        # The ranks of the pipeline are in two processes, then each of them in two of four.
-        (2, "--ranks 2"),
         (4, "--ranks 2 --data-devices 2"),
-        # All ranks in each process, or one: parameters are spread over both.
         (2, "--ranks 1 --fsdp-devices 2 --schedule 1f1b"),
     ],
-    ids=["pipeline over 2", "pipeline and data over 4", "fsdp over 2"],
+    ids=["pipeline and data over 4", "fsdp over 2"],
 )
 def test_processes_train_as_one_does(alone: Path, count: int, flags: str, tmp_path: Path) -> None:
     """From a checkpoint that one process has saved; their own is then read by one process."""

@@ -51,7 +51,9 @@ class Profile:
     def before(self, step: int) -> None:
         """Starts the trace before its first step; the steps before have to be done by then."""
         if self.starts_at(step):
-            jax.profiler.start_trace(str(self.folder))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # calls of Python functions would fill the buffers
+            jax.profiler.start_trace(str(self.folder), profiler_options=options)
             self._is_tracing = True
 
     def ends_at(self, step: int) -> bool:
