@@ -5,9 +5,11 @@ A run that resumes goes on with the same files: rows of steps that are taken aga
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,21 @@ CSV, JSON_LINES, TENSORBOARD = "log.csv", "log.jsonl", "tensorboard"
 class Log:
     """Writes each row as it is made, so that a run that is killed leaves its own.
 
+    The CSV says how far the run is; the JSON lines are made of its rows again at each start. A full
+    disk does not end the run: its rows are kept, and written when there is room again.
+
     Attributes:
       rows: All rows of the run, those of earlier starts with it.
     """
 
     def __init__(
-        self, folder: Path, columns: Sequence[str], *, step: int = -1, kinds: Sequence[str] = ()
+        self,
+        folder: Path,
+        columns: Sequence[str],
+        *,
+        step: int = -1,
+        kinds: Sequence[str] = (),
+        warn: Callable[[str], None] = print,
     ):
         """Opens the files, and keeps the rows up to a step.
 
@@ -39,35 +50,42 @@ class Log:
           columns: The columns; the first one is `step`.
           step: The last step whose row stays; -1 for a new run.
           kinds: Among `KINDS`, what is written beside the CSV.
+          warn: Shows a line to the user.
 
         Raises:
           OSError: If a file cannot be written.
         """
         self._columns = list(columns)
-        self._csv = folder / CSV
-        self.rows = [row for row in read_rows(self._csv) if row["step"] <= step]
-        rows = [self._columns, *([_cell(row.get(name)) for name in columns] for row in self.rows)]
-        _replace(self._csv, lambda file: csv.writer(file).writerows(rows))
-        self._files = contextlib.ExitStack()
-        self._file = self._files.enter_context(self._csv.open("a", newline=""))
-        self._writers: list[Callable[[Row], None]] = []
+        self._warn = warn
+        self._has_warned = False
+        self.rows = [row for row in read_rows(folder / CSV) if row["step"] <= step]
+        head = _to_csv(self._columns)
+        self._files: list[Any] = [_Lines(folder / CSV, self.rows, self._to_csv, head=head)]
         if "jsonl" in kinds:
-            self._writers.append(_open_json_lines(folder / JSON_LINES, step, self._files))
+            self._files.append(_Lines(folder / JSON_LINES, self.rows, _to_json))
         if "tensorboard" in kinds:
-            self._writers.append(_open_tensorboard(folder / TENSORBOARD, step, self._files))
+            self._files.append(_Events(folder / TENSORBOARD, step))
 
     def add(self, row: Row) -> None:
         """Appends a row."""
         assert row.keys() <= set(self._columns), row.keys() - set(self._columns)
         self.rows.append(row)
-        csv.writer(self._file).writerow([_cell(row.get(name)) for name in self._columns])
-        self._file.flush()
-        for write in self._writers:
-            write(row)
+        for file in self._files:
+            try:
+                file.add(row)
+            except OSError as error:
+                if not self._has_warned:
+                    self._warn(f"{file.path}: {error.strerror}; training goes on")
+                self._has_warned = True
 
     def close(self) -> None:
         """Closes the files."""
-        self._files.close()
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _to_csv(self, row: Row) -> bytes:
+        return _to_csv([_cell(row.get(name)) for name in self._columns])
 
 
 class NoLog(Log):
@@ -75,11 +93,75 @@ class NoLog(Log):
 
     def __init__(self) -> None:
         self.rows = []
-        self._files = contextlib.ExitStack()
+        self._files = []
 
     def add(self, row: Row) -> None:
         """Keeps the row."""
         self.rows.append(row)
+
+
+class _Lines:
+    """A file with a line for each row; bytes that do not fit are tried again with the next row."""
+
+    def __init__(
+        self, path: Path, rows: Sequence[Row], encode: Callable[[Row], bytes], *, head: bytes = b""
+    ):
+        """Writes it anew under another name first, so that it is never half a file."""
+        self.path = path
+        self._encode = encode
+        part = path.with_name(f"{path.name}.part")
+        with part.open("wb") as file:
+            file.write(head)
+            file.writelines(map(encode, rows))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        self._file = path.open("ab", buffering=0)
+        self._left = b""
+
+    def add(self, row: Row) -> None:
+        self._left += self._encode(row)
+        while self._left:
+            self._left = self._left[self._file.write(self._left) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Events:
+    """A file of TensorBoard's events.
+
+    tensorboardX's `SummaryWriter` writes in a thread that ends at the first error, and whoever adds
+    an event then waits for ever; its `EventsWriter` writes at once.
+    """
+
+    def __init__(self, path: Path, step: int):
+        """Opens a file beside those of earlier starts, whose later steps TensorBoard then drops."""
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        # Their classes are made as they are imported, which type checkers do not see.
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        path.mkdir(exist_ok=True)
+        self.path = path
+        self._writer = event_file_writer.EventsWriter(str(path / "events"), f".{step + 1}")
+        session = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._write(self._events.Event(step=step + 1, session_log=session))
+
+    def add(self, row: Row) -> None:
+        figures = [(name, v) for name, v in row.items() if name != "step" and v is not None]
+        values = [self._summaries.Summary.Value(tag=n, simple_value=v) for n, v in figures]
+        summary = self._summaries.Summary(value=values)
+        self._write(self._events.Event(step=row["step"], summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+        self._writer.flush()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -93,41 +175,14 @@ def read_rows(path: Path) -> list[Row]:
     return [{name: _value(text) for name, text in line.items()} for line in lines]
 
 
-def _open_json_lines(path: Path, step: int, files: contextlib.ExitStack) -> Callable[[Row], None]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    _replace(path, lambda file: file.writelines(kept))
-    file = files.enter_context(path.open("a"))
-
-    def write(row: Row) -> None:
-        file.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
-        file.flush()
-
-    return write
+def _to_csv(cells: Sequence[str]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue().encode()
 
 
-def _open_tensorboard(path: Path, step: int, files: contextlib.ExitStack) -> Callable[[Row], None]:
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(str(path), purge_step=step + 1 if step >= 0 else None)
-    files.callback(writer.close)
-
-    def write(row: Row) -> None:
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                writer.add_scalar(name, value, row["step"])
-
-    return write
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file under another name first, so that it is never half a file."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", newline="") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+def _to_json(row: Row) -> bytes:
+    return (json.dumps({k: v for k, v in row.items() if v is not None}) + "\n").encode()
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

@@ -62,7 +62,7 @@ class Loop:
     max_skips: int
     stops_on_save_error: bool
     _pending: tuple[int, Figures] | None = None
-    _skipped_in_a_row: int = 0
+    _skipped_in_a_row: int = 0  # as far as figures have been read
     _counted: float = 0.0
     _start: float = field(default_factory=time.perf_counter)
 
@@ -82,6 +82,7 @@ class Loop:
           SaveError: If a checkpoint cannot be saved, and that ends the run.
         """
         self._start = time.perf_counter() - seconds
+        self._skipped_in_a_row = int(state.opt_state.notfinite_count)
         requests = Requests()
         with requests.heeded(), progress.bar(self.console) as bar, self.profile:
             task = bar.add_task("train", total=self.steps, completed=start, **progress.fields())
@@ -102,12 +103,13 @@ class Loop:
                 asked = requests.after(index)
                 is_evaluated = is_last or index % self.eval_every == 0
                 is_saved = is_last or asked is not None or index % self.save_every == 0
-                is_bad = self._skipped_in_a_row >= self.max_skips
-                if not (is_evaluated or is_saved or is_bad or self.profile.ends_at(index)):
+                # One skip from the end, this step's figures are read before the next is dispatched.
+                may_end = self._skipped_in_a_row >= self.max_skips - 1
+                if not (is_evaluated or is_saved or may_end or self.profile.ends_at(index)):
                     self._check_save()
                     continue
                 loss = None
-                if is_evaluated and not is_bad:
+                if is_evaluated:
                     with self.clock.phase(STEPS):
                         jax.block_until_ready(state.step)
                     loss = self._evaluate(state, index, bar)
@@ -120,7 +122,8 @@ class Loop:
                     raise TooManySkipsError(
                         f"loss or gradients are not finite, {self._skipped_in_a_row} steps in a "
                         f"row until step {index}; the parameters are those before these steps, "
-                        f"saved as step {index}. Lower the learning rate, or raise --max-skips"
+                        f"saved as step {index}. A larger --max-skips goes on; --fresh with a "
+                        "lower --learning-rate starts anew"
                     )
                 if asked is not None:
                     return state, index, asked

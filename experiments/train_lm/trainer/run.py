@@ -164,6 +164,8 @@ def ending(run: folder.Folder, console: Console) -> Iterator[None]:
     except Exception as error:
         if jax.process_count() > 1:
             processes.fail(error, folder=run.path)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
         raise
 
 
@@ -232,7 +234,7 @@ def train(
             batches.move_to(restored.facts["data"])
             console.print(f"resumed   after step {start}, from {checkpoints.folder / str(start)}")
         with contextlib.closing(
-            _open_log(run, job, settings, start=start if restored else -1)
+            _open_log(run, job, settings, start=start if restored else -1, warn=console.print)
         ) as log:
             loop = Loop(
                 step=compiled.step,
@@ -259,7 +261,11 @@ def train(
                 last, index, asked = loop.run(first, start=start, seconds=seconds)
             finally:
                 if processes.is_first() and log.rows:
-                    at_stop(log.rows)
+                    # A picture that does not fit the disk must not hide why the run has ended.
+                    try:
+                        at_stop(log.rows)
+                    except OSError as error:
+                        console.print(f"not drawn: {error}")
         best = checkpoints.best_step
         checkpoints.close()
     console.print(f"goodput   {clock.goodput()}")
@@ -357,14 +363,21 @@ def _announce(
     console.print(f"run       {run.path}{found}")
 
 
-def _open_log(run: folder.Folder, job: Job, settings: Settings, *, start: int) -> Log:
+def _open_log(
+    run: folder.Folder,
+    job: Job,
+    settings: Settings,
+    *,
+    start: int,
+    warn: Callable[[str], None],
+) -> Log:
     """Opens the log on process 0; refused on all processes if it cannot be written."""
     log: Log = NoLog()
     with processes.together():
         if processes.is_first():
             try:
                 columns = [*COLUMNS[:-1], *job.columns, COLUMNS[-1]]
-                log = Log(run.path, columns, step=start, kinds=settings.log)
+                log = Log(run.path, columns, step=start, kinds=settings.log, warn=warn)
             except OSError as error:
                 raise Refusal(f"{run.path}: {error.strerror}") from error
     return log
