@@ -4,6 +4,7 @@ In: flags. Out, in a folder: checkpoints, log.csv, config.toml, loss.png, timeta
 See README.md beside it.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -75,19 +76,8 @@ def main(ctx: click.Context, **given: Any) -> None:
             "--prompt: must not be empty": not given["prompt"],
         }
     )
-    count = None if settings.ranks is None else settings.ranks * shards
-    flag = f"--ranks {settings.ranks}" if shards == 1 else f"--ranks x devices of data = {count}"
-    place = run.find_place(settings, count=count, flag=flag, fake=DEFAULT_RANKS * shards)
-    devices, which = place.devices, place.which
-    ranks = settings.ranks
-    if ranks is None:
-        limit = len(devices) // shards
-        ranks = _most_ranks(
-            given["schedule"], limit=limit, layers=layers, microbatches=settings.microbatches
-        )
-        if ranks * shards < len(devices):
-            which = f"{which}; {ranks * shards} of them, as {layers} layers make no more stages"
-        devices = devices[: ranks * shards]
+    place, ranks = _find_ranks(settings, schedule=given["schedule"], layers=layers)
+    devices = place.devices
     plan = dpj.schedules.make(
         given["schedule"], num_ranks=ranks, num_microbatches=settings.microbatches
     )
@@ -101,7 +91,7 @@ def main(ctx: click.Context, **given: Any) -> None:
     over = "".join(f" x {name} {size}" for name, size in mesh.shape.items() if name != PIPE)
     console.print(
         f"text      {place.text.summary}\n"
-        f"devices   {which}\n"
+        f"devices   {place.which}\n"
         f"pipeline  {given['schedule']}, {ranks} x {devices[0].platform}{over}, "
         f"{settings.microbatches} microbatches of {settings.batch_size // parts} x "
         f"{settings.context} bytes, {timeline.num_ticks} ticks"
@@ -146,6 +136,22 @@ def main(ctx: click.Context, **given: Any) -> None:
     console.print(_printable(sample), markup=False)
     console.rule()
     console.print(f"written   {folder.path}: log.csv, loss.png, timetable.png, sample.txt")
+
+
+def _find_ranks(settings: Settings, *, schedule: str, layers: int) -> tuple[run.Place, int]:
+    """Finds the devices, and the ranks of the pipeline: all of them, as far as layers suffice."""
+    shards = settings.batch_devices
+    count = None if settings.ranks is None else settings.ranks * shards
+    flag = f"--ranks {settings.ranks}" if shards == 1 else f"--ranks x devices of data = {count}"
+    place = run.find_place(settings, count=count, flag=flag, fake=DEFAULT_RANKS * shards)
+    if settings.ranks is not None:
+        return place, settings.ranks
+    limit = len(place.devices) // shards
+    ranks = _most_ranks(schedule, limit=limit, layers=layers, microbatches=settings.microbatches)
+    which = place.which
+    if ranks * shards < len(place.devices):
+        which = f"{which}; {ranks * shards} of them, as {layers} layers make no more stages"
+    return replace(place, devices=place.devices[: ranks * shards], which=which), ranks
 
 
 def _make_job(

@@ -150,12 +150,13 @@ def test_logs_go_on_where_a_run_resumes(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(6))
     assert [line.get("train_loss") for line in lines] == [row["train_loss"] for row in rows]
     # TensorBoard drops the rows of earlier files from the step of the event SessionLog.START on.
+    events: Any = event_pb2
     starts = []
     for path in sorted((tmp_path / "tensorboard").iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
-            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            event = events.Event.FromString(data[at + 12 : at + 12 + length])
             at += 16 + length
             if event.HasField("session_log"):
                 starts.append(event.step)
@@ -169,7 +170,7 @@ def test_float32_is_logged_to_the_bit(tmp_path: Path) -> None:
         log.add({"step": step, "train_loss": float(value)})
     log.close()
     read = [row["train_loss"] for row in read_rows(tmp_path / "log.csv")]
-    np.testing.assert_array_equal(np.float32(read), values)
+    np.testing.assert_array_equal(np.array(read, np.float32), values)
 
 
 # --- the state -------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def test_a_digest_sees_every_bit_and_no_sharding() -> None:
             flipped = leaf.copy()
             flipped.view(np.uint8).reshape(-1)[byte] ^= 1 << (byte % 8)
             assert digest([jnp.asarray(flipped)]) != want[index : index + 1]
-    swapped = leaves[0].copy()
+    swapped: Any = leaves[0].copy()
     swapped[0, :2] = swapped[0, 1::-1]
     assert digest([jnp.asarray(swapped)]) != want[:1]
 
@@ -241,7 +242,7 @@ def test_an_update_that_is_not_finite_is_left_out(wrong: str) -> None:
         assert np.isfinite(now.params["kernel"]).all()
     assert rows == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
     # Two updates were made; the third has the learning rate of the third.
-    assert float(figures["learning_rate"]) == pytest.approx(float(rates(2)))
+    assert float(figures["learning_rate"]) == pytest.approx(np.asarray(rates(2)).item())
     assert int(now.step) == 5
     assert told[0] == {"extra": None}.keys()
 

@@ -141,13 +141,14 @@ class _Events:
         from tensorboardX.proto import event_pb2, summary_pb2
 
         # Their classes are made as they are imported, which type checkers do not see.
-        self._events: Any = event_pb2
-        self._summaries: Any = summary_pb2
+        events: Any = event_pb2
+        summaries: Any = summary_pb2
+        self._events, self._summaries = events, summaries
         path.mkdir(exist_ok=True)
         self.path = path
         self._writer = event_file_writer.EventsWriter(str(path / "events"), f".{step + 1}")
-        session = self._events.SessionLog(status=self._events.SessionLog.START)
-        self._write(self._events.Event(step=step + 1, session_log=session))
+        session = events.SessionLog(status=events.SessionLog.START)
+        self._write(events.Event(step=step + 1, session_log=session))
 
     def add(self, row: Row) -> None:
         figures = [(name, v) for name, v in row.items() if name != "step" and v is not None]

@@ -18,6 +18,7 @@ from . import progress
 from .checkpoints import Checkpoints, SaveError
 from .clock import STEPS, Clock
 from .data import Batches
+from .flags import Settings
 from .log import Log, Row, perplexity
 from .profile import Profile
 from .signals import Requests
@@ -33,18 +34,15 @@ class Loop:
     """Takes the steps of a run.
 
     Attributes:
+      settings: The flags.
       step: The compiled step.
       held_out_loss: Of the state.
       batches: Where the run goes on.
       to_row: Makes an experiment's own columns of its figures.
       facts: Of the run, for its checkpoints; the position in the data is added.
-      steps: How many steps the run has.
-      eval_every: Steps between held-out losses.
-      save_every: Steps between checkpoints.
-      max_skips: Updates in a row that may be left out.
-      stops_on_save_error: Whether a checkpoint that cannot be saved ends the run.
     """
 
+    settings: Settings
     step: Callable[[State, jax.Array], tuple[State, Figures]]
     held_out_loss: Callable[[State], float]
     batches: Batches
@@ -56,23 +54,17 @@ class Loop:
     console: Console
     speed: progress.Speed
     profile: Profile
-    steps: int
-    eval_every: int
-    save_every: int
-    max_skips: int
-    stops_on_save_error: bool
     _pending: tuple[int, Figures] | None = None
     _skipped_in_a_row: int = 0  # as far as figures have been read
     _counted: float = 0.0
     _start: float = field(default_factory=time.perf_counter)
 
-    def run(self, state: State, *, start: int, seconds: float) -> tuple[State, int, Any]:
+    def run(self, state: State, *, start: int) -> tuple[State, int, Any]:
         """Takes the steps after `start`.
 
         Args:
           state: The state after step `start`; its buffers are overwritten.
           start: Steps taken so far.
-          seconds: Seconds that the run has taken so far.
 
         Returns:
           The state, the last step, and the signal that ended the run; None if it is complete.
@@ -81,15 +73,18 @@ class Loop:
           TooManySkipsError: If updates were not finite too often in a row; the state is saved.
           SaveError: If a checkpoint cannot be saved, and that ends the run.
         """
-        self._start = time.perf_counter() - seconds
+        taken = self.log.rows[-1]["seconds"] if self.log.rows else 0.0
+        self._start = time.perf_counter() - taken
         self._skipped_in_a_row = int(state.opt_state.notfinite_count)
         requests = Requests()
         with requests.heeded(), progress.bar(self.console) as bar, self.profile:
-            task = bar.add_task("train", total=self.steps, completed=start, **progress.fields())
+            task = bar.add_task(
+                "train", total=self.settings.steps, completed=start, **progress.fields()
+            )
             show = _Shown(bar, task)
             if start == 0:
                 self._log({"step": 0}, held_out=self._evaluate(state, 0, bar))
-            for index in range(start + 1, self.steps + 1):
+            for index in range(start + 1, self.settings.steps + 1):
                 with self.clock.phase("data"):
                     batch = next(self.batches)
                 if self.profile.starts_at(index):
@@ -99,12 +94,12 @@ class Loop:
                     state, figures = self.step(state, batch)
                 self._finish(show)
                 self._pending = (index, figures)
-                is_last = index == self.steps
+                is_last = index == self.settings.steps
                 asked = requests.after(index)
-                is_evaluated = is_last or index % self.eval_every == 0
-                is_saved = is_last or asked is not None or index % self.save_every == 0
+                is_evaluated = is_last or index % self.settings.eval_every == 0
+                is_saved = is_last or asked is not None or index % self.settings.save_every == 0
                 # One skip from the end, this step's figures are read before the next is dispatched.
-                may_end = self._skipped_in_a_row >= self.max_skips - 1
+                may_end = self._skipped_in_a_row >= self.settings.max_skips - 1
                 if not (is_evaluated or is_saved or may_end or self.profile.ends_at(index)):
                     self._check_save()
                     continue
@@ -115,7 +110,7 @@ class Loop:
                     loss = self._evaluate(state, index, bar)
                 self._finish(show, held_out=loss)
                 self.profile.after(index)
-                is_bad = self._skipped_in_a_row >= self.max_skips
+                is_bad = self._skipped_in_a_row >= self.settings.max_skips
                 if is_saved or is_bad:
                     self._save(index, state, loss, is_final=is_last or is_bad or asked is not None)
                 if is_bad:
@@ -127,7 +122,7 @@ class Loop:
                     )
                 if asked is not None:
                     return state, index, asked
-        return state, self.steps, None
+        return state, self.settings.steps, None
 
     def _finish(self, show: "_Shown", *, held_out: float | None = None) -> None:
         """Waits for the pending step and logs its figures."""
@@ -170,7 +165,7 @@ class Loop:
         with self.clock.phase("evaluating"):
             loss = self.held_out_loss(state)
         bar.console.print(
-            f"step {index:>{len(str(self.steps))}}  held-out loss {loss:.3f} nats a byte"
+            f"step {index:>{len(str(self.settings.steps))}}  held-out loss {loss:.3f} nats a byte"
             f"  perplexity {perplexity(loss):.2f}  {time.perf_counter() - self._start:6.1f} s"
         )
         return loss
@@ -192,7 +187,7 @@ class Loop:
             self._on_save_error(error)
 
     def _on_save_error(self, error: SaveError) -> None:
-        if self.stops_on_save_error:
+        if self.settings.on_save_error == "stop":
             raise error
         self.console.print(f"{error}; training goes on (--on-save-error continue)")
 

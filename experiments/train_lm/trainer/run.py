@@ -96,12 +96,10 @@ class Outcome:
     Attributes:
       params: The parameters, sharded.
       rows: The rows of its log.
-      clock: Goes on until the goodput is printed.
     """
 
     params: PyTree
     rows: list[Row]
-    clock: Clock
 
 
 def find_place(settings: Settings, *, count: int | None, flag: str, fake: int) -> Place:
@@ -203,24 +201,18 @@ def train(
     if processes.is_first():
         processes.forget_failures(run.path)
         run.write_config(config)
-    sharding = NamedSharding(job.mesh, PartitionSpec(batch_axes(job.mesh) or None))
-    windows: Any = {
-        "batch_size": settings.batch_size,
-        "context": settings.context,
-        "sharding": sharding,
-    }
-    batches = data.Batches(place.text.train, seed=settings.seed, **windows)
-    held_out = data.spread(place.text.held_out, num_batches=settings.eval_batches, **windows)
+    batches, held_out = _read(job, settings, place.text)
     with jax.set_mesh(job.mesh):
         plan = _plan(job, settings)
         with clock.phase("restoring"):
             restored = checkpoints.restore(plan.abstract)
-        if restored is not None and restored.step >= settings.steps:
-            console.print(
-                f"ended     {run.path}: after {restored.step} steps; a larger --steps goes on, "
-                "--fresh starts anew"
-            )
+        start = 0 if restored is None else restored.step
+        if start >= settings.steps:
             checkpoints.close()
+            console.print(
+                f"ended     {run.path}: after {start} steps; a larger --steps goes on, --fresh "
+                "starts anew"
+            )
             sys.exit(0)
         with clock.phase("compiling"), console.status("compiling"):
             compiled = plan.compile(held_out[0])
@@ -229,18 +221,15 @@ def train(
             f"model     {plan.num_params:,} parameters, {job.describe}\n"
             f"compiled  in {clock.seconds['compiling']:.0f} s"
         )
-        start = 0 if restored is None else restored.step
         if restored is not None:
             batches.move_to(restored.facts["data"])
             console.print(f"resumed   after step {start}, from {checkpoints.folder / str(start)}")
-        with contextlib.closing(
-            _open_log(run, job, settings, start=start if restored else -1, warn=console.print)
-        ) as log:
+        last_row = start if restored else -1
+        with contextlib.closing(_open_log(run, job, settings, last_row, console.print)) as log:
             loop = Loop(
+                settings=settings,
                 step=compiled.step,
-                held_out_loss=lambda state: float(
-                    np.mean([float(compiled.evaluate(state.params, batch)) for batch in held_out])
-                ),
+                held_out_loss=functools.partial(_mean_loss, compiled.evaluate, held_out),
                 batches=batches,
                 to_row=job.to_row,
                 facts={"config": config},
@@ -250,22 +239,9 @@ def train(
                 console=console,
                 speed=_speed(job, settings),
                 profile=Profile(settings.profile, run.path),
-                steps=settings.steps,
-                eval_every=settings.eval_every,
-                save_every=settings.save_every,
-                max_skips=settings.max_skips,
-                stops_on_save_error=settings.on_save_error == "stop",
             )
-            seconds = log.rows[-1]["seconds"] if restored and log.rows else 0.0
-            try:
-                last, index, asked = loop.run(first, start=start, seconds=seconds)
-            finally:
-                if processes.is_first() and log.rows:
-                    # A picture that does not fit the disk must not hide why the run has ended.
-                    try:
-                        at_stop(log.rows)
-                    except OSError as error:
-                        console.print(f"not drawn: {error}")
+            with _drawing(log, at_stop, console):
+                last, index, asked = loop.run(first, start=start)
         best = checkpoints.best_step
         checkpoints.close()
     console.print(f"goodput   {clock.goodput()}")
@@ -277,7 +253,38 @@ def train(
         sys.exit(exit_code(asked))
     if best is not None:
         console.print(f"best      step {best}: {checkpoints.folder / str(best)}")
-    return Outcome(params=last.params, rows=log.rows, clock=clock)
+    return Outcome(params=last.params, rows=log.rows)
+
+
+def _read(job: Job, settings: Settings, text: data.Text) -> tuple[data.Batches, list[jax.Array]]:
+    """Opens the batches to train on, and reads those held out, sharded over the mesh."""
+    windows: Any = {
+        "batch_size": settings.batch_size,
+        "context": settings.context,
+        "sharding": NamedSharding(job.mesh, PartitionSpec(batch_axes(job.mesh) or None)),
+    }
+    batches = data.Batches(text.train, seed=settings.seed, **windows)
+    return batches, data.spread(text.held_out, num_batches=settings.eval_batches, **windows)
+
+
+def _mean_loss(
+    evaluate: Callable[[PyTree, jax.Array], jax.Array], batches: list[jax.Array], now: State
+) -> float:
+    return float(np.mean([float(evaluate(now.params, batch)) for batch in batches]))
+
+
+@contextlib.contextmanager
+def _drawing(log: Log, at_stop: Callable[[list[Row]], None], console: Console) -> Iterator[None]:
+    """Draws the rows when the `with` ends, however it ends."""
+    try:
+        yield
+    finally:
+        if processes.is_first() and log.rows:
+            # A picture that does not fit the disk must not hide why the run has ended.
+            try:
+                at_stop(log.rows)
+            except OSError as error:
+                console.print(f"not drawn: {error}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,12 +371,7 @@ def _announce(
 
 
 def _open_log(
-    run: folder.Folder,
-    job: Job,
-    settings: Settings,
-    *,
-    start: int,
-    warn: Callable[[str], None],
+    run: folder.Folder, job: Job, settings: Settings, step: int, warn: Callable[[str], None]
 ) -> Log:
     """Opens the log on process 0; refused on all processes if it cannot be written."""
     log: Log = NoLog()
@@ -377,7 +379,7 @@ def _open_log(
         if processes.is_first():
             try:
                 columns = [*COLUMNS[:-1], *job.columns, COLUMNS[-1]]
-                log = Log(run.path, columns, step=start, kinds=settings.log, warn=warn)
+                log = Log(run.path, columns, step=step, kinds=settings.log, warn=warn)
             except OSError as error:
                 raise Refusal(f"{run.path}: {error.strerror}") from error
     return log
