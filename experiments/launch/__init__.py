@@ -1,0 +1,1 @@
+"""Starts training scripts on clusters: SLURM, Kubernetes on GKE, TPU VMs; see README.md."""
