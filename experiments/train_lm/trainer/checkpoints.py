@@ -38,6 +38,8 @@ _LATE_SECONDS = 0.5
 logging.getLogger("asyncio").addFilter(
     lambda record: "exception was never retrieved" not in record.getMessage()
 )
+# Orbax logs a traceback in each of its threads; the error itself reaches us, and is one line.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 Facts = dict[str, Any]
 
 

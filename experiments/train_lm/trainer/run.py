@@ -202,21 +202,22 @@ def train(
         processes.forget_failures(run.path)
         run.write_config(config)
     batches, held_out = _read(job, settings, place.text)
+    plan = _plan(job, settings)
+    with clock.phase("restoring"):
+        restored = checkpoints.restore(plan.abstract)
+    start = 0 if restored is None else restored.step
+    if start >= settings.steps:
+        checkpoints.close()
+        console.print(
+            f"ended     {run.path}: after {start} steps; a larger --steps goes on, --fresh starts "
+            "anew"
+        )
+        sys.exit(0)
+    with clock.phase("compiling"), console.status("compiling"):
+        first = plan.init() if restored is None else restored.state
     with jax.set_mesh(job.mesh):
-        plan = _plan(job, settings)
-        with clock.phase("restoring"):
-            restored = checkpoints.restore(plan.abstract)
-        start = 0 if restored is None else restored.step
-        if start >= settings.steps:
-            checkpoints.close()
-            console.print(
-                f"ended     {run.path}: after {start} steps; a larger --steps goes on, --fresh "
-                "starts anew"
-            )
-            sys.exit(0)
         with clock.phase("compiling"), console.status("compiling"):
             compiled = plan.compile(held_out[0])
-            first = plan.init() if restored is None else restored.state
         console.print(
             f"model     {plan.num_params:,} parameters, {job.describe}\n"
             f"compiled  in {clock.seconds['compiling']:.0f} s"
