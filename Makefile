@@ -19,8 +19,10 @@ EXTRAS ?= dev
 # Tests of a file mostly go to one process, and share what it has set up.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
+FAULTS_ARGS ?= -q
+
 .DEFAULT_GOAL := help
-.PHONY: help train deepseek test test-outside test-gpu lint format clean \
+.PHONY: help train deepseek test faults test-outside test-gpu lint format clean \
 	compare idle clock benchmark overlap backwards memory ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
@@ -39,6 +41,9 @@ deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(READY)  ## training runs that are killed, pre-empted, short of disk, or lose a process (six minutes)
+	@$(BIN)/python -m pytest tests/faults $(FAULTS_ARGS)
 
 test-outside:  ## a larger published model, too; brings 1 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \

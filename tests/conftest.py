@@ -28,3 +28,6 @@ import jax
 chex.set_n_cpu_devices(8)  # before a backend starts
 # Most numeric tests compare in float64; one about 32-bit behaviour names its dtypes.
 jax.config.update("jax_enable_x64", True)
+
+# Run by `make faults`, which names the folder.
+collect_ignore = ["faults"]

@@ -71,6 +71,7 @@ class Checkpoints:
         self._keep = keep
         self._warn = warn
         self._saving: int | None = None
+        self._screen()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -173,6 +174,7 @@ class Checkpoints:
             if restored is not None:
                 return restored
             self._set_aside(step, problem)
+            self._manager.reload()
         if steps:
             raise Refusal(
                 f"{self.folder}: none of the checkpoints {steps} is whole; --fresh starts anew"
@@ -187,6 +189,22 @@ class Checkpoints:
         """
         self.wait()
         self._manager.close()
+
+    def _screen(self) -> None:
+        """Moves checkpoints aside whose metrics are broken: Orbax would not open the folder."""
+        broken = ""
+        if processes.is_first() and self.folder.exists():
+            names = [path.name for path in self.folder.iterdir() if path.name.isdecimal()]
+            broken = " ".join(name for name in names if not self._has_metrics(name))
+        for name in processes.first_of_all(broken).split():
+            self._set_aside(int(name), "its metrics are not those that were saved")
+
+    def _has_metrics(self, name: str) -> bool:
+        try:
+            metrics = json.loads((self.folder / name / "metrics" / "metrics").read_text())
+            return isinstance(metrics["held_out_loss"], float)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
 
     def _read(self, step: int, abstract: State) -> tuple[Restored | None, str]:
         problem, obstacle, restored = "", "", None
@@ -228,7 +246,6 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(target)
         processes.wait_for_all(f"moved {step}")
-        self._manager.reload()
 
     def _settle(self, error: Exception | None, *, num_bytes: int | None = None) -> None:
         """Raises the error of a save on all processes, with Orbax ready for the next save."""
