@@ -192,7 +192,11 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         is_list = isinstance(value, list)
         if isinstance(value, dict) or (is_list and not _takes_lists(names[name])):
             raise Refusal(f"--config {path}: {name}: must be a single value; got {value!r}")
-    ctx.default_map = {str(names[name].name): value for name, value in config.items()}
+    # As text, as on the command line: click would cut 1.5 to an integer, and take true for 1.
+    ctx.default_map = {
+        str(names[name].name): value if isinstance(value, list) else str(value)
+        for name, value in config.items()
+    }
     return path
 
 
