@@ -133,7 +133,7 @@ def main(ctx: click.Context, **given: Any) -> None:
     if processes.is_first():
         (folder.path / "sample.txt").write_text(sample, encoding="utf-8")
     console.rule("a sample")
-    console.print(_printable(sample), markup=False)
+    console.print(_printable(sample))
     console.rule()
     console.print(f"written   {folder.path}: log.csv, loss.png, timetable.png, sample.txt")
 

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.train_lm.flags import Refusal
 from experiments.train_lm.train_lm import main
-from experiments.train_lm.trainer import folder, progress, state
+from experiments.train_lm.trainer import folder, processes, progress, state
 from experiments.train_lm.trainer.clock import Clock
 from experiments.train_lm.trainer.log import Log, read_rows
 from experiments.train_lm.trainer.profile import StepRange
@@ -113,6 +113,21 @@ def test_other_flags_are_refused_each_by_name(tmp_path: Path) -> None:
     fresh = open_in(tmp_path / "run", tmp_path, {"seed": 2}, fresh=True)
     assert fresh.earlier is None
     assert tomllib.loads((tmp_path / "run.1" / "config.toml").read_text()) == free
+
+
+def test_fresh_moves_runs_alone_and_where_links_lead(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "disk" / "mine").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "mine")
+    (tmp_path / "link" / "notes.txt").write_text("no run is here")
+    open_in(tmp_path / "link", tmp_path, {"seed": 1}, fresh=True)
+    assert (tmp_path / "disk" / "mine" / "notes.txt").exists()
+    open_in(tmp_path / "link", tmp_path, {"seed": 2}, fresh=True)
+    monkeypatch.chdir(tmp_path / "link")
+    opened = open_in(Path(), tmp_path, {"seed": 3}, fresh=True)
+    assert opened.earlier is None
+    configs = {path.name: (path / "config.toml").read_text() for path in tmp_path.glob("disk/*")}
+    assert configs == {"mine.1": "seed = 1\n", "mine.2": "seed = 2\n", "mine": "seed = 3\n"}
+    assert (tmp_path / "link").samefile(opened.path)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -251,6 +266,12 @@ def test_an_update_that_is_not_finite_is_left_out(wrong: str) -> None:
 
 
 # --- what one looks at -----------------------------------------------------------------------
+
+
+def test_paths_and_samples_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "runs/[/a]/[bold]: x[a:b:c]"
+    processes.console().print(text)
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 def test_the_goodput_adds_up() -> None:

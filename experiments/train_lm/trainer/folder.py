@@ -117,7 +117,9 @@ def _prepare(output: Path | None, default: Path, *, fresh: bool) -> Path:
     try:
         if output is None:
             return _make_numbered(default)
-        if fresh and output.exists() and any(output.iterdir()):
+        if fresh and any((output / name).exists() for name in (CONFIG, CHECKPOINTS)):
+            # Where links lead: a link that is moved would leave the new run on another disk.
+            output = output.resolve()
             output.rename(_free_name(output))
         output.mkdir(parents=True, exist_ok=True)
         (output / f"{CONFIG}.part").touch()

@@ -75,8 +75,13 @@ def start(
 
 
 def console() -> Console:
-    """Makes the console: that of process 0 prints, those of others do not."""
-    return Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    """Makes the console: that of process 0 prints, those of others do not.
+
+    It prints text as it is: "[a]" and ":b:" in a path, an error or a sample are no markup.
+    """
+    return Console(
+        highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_first()
+    )
 
 
 def is_first() -> bool:
