@@ -1,6 +1,7 @@
 """The main job, small: it learns, it repeats itself, it leaves its files, it refuses bad flags."""
 
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -234,7 +235,10 @@ def test_a_files_side_depends_on_its_name_alone() -> None:
 
 
 def test_a_folder_is_read_by_its_text_files(tmp_path: Path) -> None:
-    contents = {"a.txt": b"a" * 50, "b/c.md": b"b" * 60, "x.bin": b"\0" * 9, ".hidden": b"h" * 9}
+    with pytest.raises(ValueError, match=r"--data .*: has no text files"):
+        data.read(tmp_path, min_length=10)
+    no_utf8 = os.fsdecode(b"b/\xff.md")
+    contents = {"a.txt": b"a" * 50, no_utf8: b"b" * 60, "x.bin": b"\0" * 9, ".hidden": b"h" * 9}
     for name, content in contents.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)

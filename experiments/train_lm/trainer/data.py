@@ -40,7 +40,7 @@ class Pieces:
         names = "".join(
             f"{name}\n{size}\n" for (name, _), size in zip(files, self._sizes, strict=True)
         )
-        self.fingerprint = hashlib.sha256(f"{names}{start}:{stop}".encode()).hexdigest()[:16]
+        self.fingerprint = _digest(f"{names}{start}:{stop}").hex()[:16]
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -118,18 +118,20 @@ def read(path: Path | None, *, min_length: int) -> Text:
     """Finds the text of a file, a folder, or without `path` the standard library.
 
     Raises:
-      ValueError: If a side has fewer than `min_length` bytes.
+      ValueError: If there is no file, or a side has fewer than `min_length` bytes.
     """
     if path is None:
         files = standard_library()
     else:
         files = [(path.name, path)] if path.is_file() else folder(path)
+    if not files:
+        raise ValueError(f"--data {path}: has no text files")
     if len(files) > 1:
         sides = split(files)
         train, held_out = map(Pieces, sides)
         label = f"{len(sides[1])} of {len(files)} files"
     else:
-        cut = round(len(Pieces(files)) * (1 - HELD_OUT)) if files else 0
+        cut = round(len(Pieces(files)) * (1 - HELD_OUT))
         train, held_out = Pieces(files, stop=cut), Pieces(files, start=cut)
         label = "the last tenth"
     if min(len(train), len(held_out)) < min_length:
@@ -231,10 +233,12 @@ def place(
 
 def _hash(name: str) -> float:
     """Maps a name to [0, 1), evenly, the same on every machine."""
-    return (
-        int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big")
-        / 2**64
-    )
+    return int.from_bytes(_digest(name)[:8], "big") / 2**64
+
+
+def _digest(text: str) -> bytes:
+    # Names of files may be no UTF-8.
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def _is_text(path: Path) -> bool:

@@ -79,9 +79,7 @@ def console() -> Console:
 
     It prints text as it is: "[a]" and ":b:" in a path, an error or a sample are no markup.
     """
-    return Console(
-        highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_first()
-    )
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_first())
 
 
 def is_first() -> bool:
