@@ -55,6 +55,12 @@ def test_flags_come_before_the_file(tmp_path: Path, refusal: Any) -> None:
     assert "--width 13: must be divisible by --heads 5" in line
 
 
+def test_a_run_does_not_learn_its_own_logs(tmp_path: Path, refusal: Any) -> None:
+    (tmp_path / "text.txt").write_text("text " * 1000)
+    line = refusal(main, ["--data", str(tmp_path)], name="train_lm")
+    assert f"--output {tmp_path / 'out'}: lies in --data {tmp_path}" in line
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -189,6 +195,16 @@ def test_float32_is_logged_to_the_bit(tmp_path: Path) -> None:
     log.close()
     read = [row["train_loss"] for row in read_rows(tmp_path / "log.csv")]
     np.testing.assert_array_equal(np.array(read, np.float32), values)
+
+
+def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
+    log = Log(tmp_path, ("step", "train_loss", "grad_norm"), kinds=("jsonl",))
+    log.add({"step": 1, "train_loss": float("inf"), "grad_norm": float("nan")})
+    log.close()
+    assert (tmp_path / "log.jsonl").read_text() == (
+        '{"step": 1, "train_loss": null, "grad_norm": null}\n'
+    )
+    assert np.isinf(read_rows(tmp_path / "log.csv")[0]["train_loss"])
 
 
 # --- the state -------------------------------------------------------------------------------

@@ -183,7 +183,11 @@ def _to_csv(cells: Sequence[str]) -> bytes:
 
 
 def _to_json(row: Row) -> bytes:
-    return (json.dumps({k: v for k, v in row.items() if v is not None}) + "\n").encode()
+    known = {name: value for name, value in row.items() if value is not None}
+    # JSON has no word for numbers that are not finite, which skipped steps have.
+    return (
+        json.dumps({k: v if math.isfinite(v) else None for k, v in known.items()}) + "\n"
+    ).encode()
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

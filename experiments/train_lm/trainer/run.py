@@ -136,7 +136,17 @@ def find_place(settings: Settings, *, count: int | None, flag: str, fake: int) -
 def open_folder(
     settings: Settings, config: folder.Config, place: Place, *, default: str
 ) -> folder.Folder:
-    """Opens the folder of the run; see `folder.open_folder`."""
+    """Opens the folder of the run; see `folder.open_folder`.
+
+    Raises:
+      Refusal: If it cannot be opened, or the run would read its own files as text.
+    """
+    output, text = settings.output or Path(default), settings.data_path
+    if text is not None and output.resolve().is_relative_to(text.resolve()):
+        raise Refusal(
+            f"--output {output}: lies in --data {text}, so that the logs of runs would be text to "
+            "learn; give a folder outside of it"
+        )
     return folder.open_folder(
         settings.output,
         default=Path(default),
