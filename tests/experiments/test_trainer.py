@@ -1,8 +1,11 @@
 """The trainer's parts: flags and files, logs, folders, digests, skipped updates, profiles."""
 
+import contextlib
 import json
+import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -10,13 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments.train_lm.flags import Refusal
 from experiments.train_lm.train_lm import main
 from experiments.train_lm.trainer import folder, processes, progress, state
+from experiments.train_lm.trainer.checkpoints import SaveError
 from experiments.train_lm.trainer.clock import Clock
 from experiments.train_lm.trainer.log import Log, read_rows
-from experiments.train_lm.trainer.profile import StepRange
+from experiments.train_lm.trainer.loop import Loop
+from experiments.train_lm.trainer.profile import Profile, StepRange
+from experiments.train_lm.trainer.run import COLUMNS
 from experiments.train_lm.trainer.state import digest
 from tests.experiments.trainer_jobs import make_job, make_settings, rows_of, run_job
 
@@ -279,6 +286,107 @@ def test_an_update_that_is_not_finite_is_left_out(wrong: str) -> None:
     assert float(figures["learning_rate"]) == pytest.approx(np.asarray(rates(2)).item())
     assert int(now.step) == 5
     assert told[0] == {"extra": None}.keys()
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+class Later:
+    """A figure of a device, which has it at some time."""
+
+    def __init__(self, value: float, at: float = 0.0):
+        self._value, self._at = value, at
+
+    def block_until_ready(self) -> "Later":
+        time.sleep(max(0.0, self._at - time.perf_counter()))
+        return self
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self.block_until_ready()
+        return np.asarray(self._value)
+
+
+class Device:
+    """Takes steps one after another, each of the same seconds."""
+
+    def __init__(self, seconds: float):
+        self._seconds, self._free = seconds, 0.0
+
+    def step(self, state: Any, batch: Any) -> Any:
+        self._free = max(time.perf_counter(), self._free) + self._seconds
+        names = ("loss", "learning_rate", "grad_norm", "skipped", "skipped_in_a_row")
+        now = SimpleNamespace(step=Later(0, self._free))
+        return now, {name: Later(0, self._free) for name in names}
+
+
+class Disk:
+    """Fails to save these steps."""
+
+    def __init__(self, *failing: int):
+        self._failing, self._bad, self.saved = failing, 0, [0]
+
+    def save(self, step: int, *_: Any, **__: Any) -> None:
+        self.wait()
+        self._bad, self.saved = step if step in self._failing else 0, [*self.saved, step]
+
+    def wait(self) -> None:
+        bad, self._bad = self._bad, 0
+        if bad:
+            self.saved.remove(bad)
+            raise SaveError(f"step {bad} cannot be saved")
+
+    check = wait
+
+
+def run_loop(
+    folder: Path, device: Device, disk: Disk, *, data_seconds: float, **settings: Any
+) -> list[Any]:
+    """Runs the loop without JAX; returns the rows of its log."""
+
+    class Data:
+        position = None
+
+        def __next__(self) -> None:
+            time.sleep(data_seconds)
+
+    log = Log(folder, COLUMNS)
+    parts: dict[str, Any] = {
+        "settings": make_settings(folder, **settings),
+        "step": device.step,
+        "held_out_loss": lambda state: time.sleep(0.05) or 1.0,
+        "batches": Data(),
+        "to_row": lambda figures: {},
+        "facts": {},
+        "checkpoints": disk,
+        "log": log,
+        "clock": Clock(),
+        "console": Console(quiet=True),
+        "speed": progress.Speed(tokens=1, devices=jax.devices()[:1], flops=1.0, peak=None),
+        "profile": Profile(None, folder),
+    }
+    first: Any = SimpleNamespace(opt_state=SimpleNamespace(notfinite_count=0))
+    with contextlib.closing(log):
+        Loop(**parts).run(first, start=0)
+    return log.rows[1:]
+
+
+@pytest.mark.parametrize("eval_every", [1, 6])
+def test_a_steps_time_is_that_of_the_devices(eval_every: int, tmp_path: Path) -> None:
+    """Reading data meanwhile does not shorten it; evaluating afterwards does not lengthen it."""
+    device = Device(0.1)
+    rows = run_loop(tmp_path, device, Disk(), data_seconds=0.06, steps=6, eval_every=eval_every)
+    seconds = [1 / row["tokens_per_second"] for row in rows]
+    # Sleeps on a busy machine are late by some ms; wrong times would be 0.04 and 0.15.
+    assert np.median(seconds) == pytest.approx(0.1, abs=0.03)
+
+
+def test_saves_may_fail_but_the_last(tmp_path: Path) -> None:
+    given: Any = {"data_seconds": 0.0, "save_every": 1, "on_save_error": "continue", "steps": 3}
+    disk = Disk(1, 2)
+    run_loop(tmp_path, Device(0.0), disk, **given)
+    assert disk.saved == [0, 3]
+    with pytest.raises(SaveError, match="step 3"):
+        run_loop(tmp_path, Device(0.0), Disk(3), **given)
 
 
 # --- what one looks at -----------------------------------------------------------------------

@@ -54,9 +54,9 @@ class Loop:
     console: Console
     speed: progress.Speed
     profile: Profile
-    _pending: tuple[int, Figures] | None = None
+    _pending: tuple[int, Figures, float] | None = None  # with the time when it was dispatched
     _skipped_in_a_row: int = 0  # as far as figures have been read
-    _counted: float = 0.0
+    _done: float = 0.0  # when the last step was done
     _start: float = field(default_factory=time.perf_counter)
 
     def run(self, state: State, *, start: int) -> tuple[State, int, Any]:
@@ -90,10 +90,11 @@ class Loop:
                 if self.profile.starts_at(index):
                     self._finish(show)
                 self.profile.before(index)
+                dispatched = time.perf_counter()
                 with self.clock.phase(STEPS):
                     state, figures = self.step(state, batch)
                 self._finish(show)
-                self._pending = (index, figures)
+                self._pending = (index, figures, dispatched)
                 is_last = index == self.settings.steps
                 asked = requests.after(index)
                 is_evaluated = is_last or index % self.settings.eval_every == 0
@@ -101,14 +102,13 @@ class Loop:
                 # One skip from the end, this step's figures are read before the next is dispatched.
                 may_end = self._skipped_in_a_row >= self.settings.max_skips - 1
                 if not (is_evaluated or is_saved or may_end or self.profile.ends_at(index)):
-                    self._check_save()
+                    self._allowing_failure(self.checkpoints.check)
                     continue
-                loss = None
-                if is_evaluated:
-                    with self.clock.phase(STEPS):
-                        jax.block_until_ready(state.step)
-                    loss = self._evaluate(state, index, bar)
-                self._finish(show, held_out=loss)
+                with self.clock.phase(STEPS):
+                    jax.block_until_ready(state.step)
+                done = time.perf_counter()
+                loss = self._evaluate(state, index, bar) if is_evaluated else None
+                self._finish(show, held_out=loss, done=done)
                 self.profile.after(index)
                 is_bad = self._skipped_in_a_row >= self.settings.max_skips
                 if is_saved or is_bad:
@@ -124,16 +124,20 @@ class Loop:
                     return state, index, asked
         return state, self.settings.steps, None
 
-    def _finish(self, show: "_Shown", *, held_out: float | None = None) -> None:
-        """Waits for the pending step and logs its figures."""
+    def _finish(
+        self, show: "_Shown", *, held_out: float | None = None, done: float | None = None
+    ) -> None:
+        """Waits for the pending step, if it is not known when it was done, and logs its figures."""
         if self._pending is None:
             return
-        index, figures = self._pending
+        index, figures, dispatched = self._pending
         self._pending = None
         with self.clock.phase(STEPS):
             figures = jax.device_get(figures)
-        seconds = self.clock.seconds[STEPS] - self._counted
-        self._counted = self.clock.seconds[STEPS]
+        done = time.perf_counter() if done is None else done
+        # Devices begin a step when it is dispatched, or else when they are done with the last one.
+        seconds = done - max(dispatched, self._done)
+        self._done = done
         with self.clock.phase("logging"):
             loss = float(figures["loss"])
             self._skipped_in_a_row = int(figures["skipped_in_a_row"])
@@ -172,24 +176,27 @@ class Loop:
 
     def _save(self, index: int, state: State, loss: float | None, *, is_final: bool) -> None:
         with self.clock.phase("saving"):
+            self._allowing_failure(self.checkpoints.wait)  # for the save before
             facts = {**self.facts, "data": self.batches.position}
-            try:
+
+            def save() -> None:
                 self.checkpoints.save(index, state, facts, held_out_loss=loss)
                 if is_final:
                     self.checkpoints.wait()
-            except SaveError as error:
-                self._on_save_error(error)
 
-    def _check_save(self) -> None:
+            # Training does not go on after the final one.
+            if is_final:
+                save()
+            else:
+                self._allowing_failure(save)
+
+    def _allowing_failure(self, save: Callable[[], None]) -> None:
         try:
-            self.checkpoints.check()
+            save()
         except SaveError as error:
-            self._on_save_error(error)
-
-    def _on_save_error(self, error: SaveError) -> None:
-        if self.settings.on_save_error == "stop":
-            raise error
-        self.console.print(f"{error}; training goes on (--on-save-error continue)")
+            if self.settings.on_save_error == "stop":
+                raise
+            self.console.print(f"{error}; training goes on (--on-save-error continue)")
 
 
 class _Shown:
