@@ -118,7 +118,12 @@ def test_other_flags_are_refused_each_by_name(tmp_path: Path) -> None:
     assert folder.changes(earlier, free) == ["--schedule: 1f1b -> dualpipe", "--steps: 10 -> 20"]
     with pytest.raises(Refusal) as refused:
         open_in(tmp_path / "run", tmp_path, {**free, "seed": 2, "width": 64, "text": "b"})
-    for words in ("--seed: 1 -> 2", "--width: 96 -> 64", "text: a -> b", "--fresh"):
+    for words in (
+        "--seed: 1 -> 2",
+        "--width: 96 -> 64",
+        "text: a -> b",
+        "--fresh",
+    ):
         assert words in refused.value.message
     assert "--steps" not in refused.value.message
     # Nothing is lost: neither by the refusal, nor by --fresh.
@@ -431,6 +436,8 @@ def test_a_run_logs_profiles_and_ends(tmp_path: Path) -> None:
     found = jax.profiler.ProfileData.from_file(str(profile))
     names = {event.name for plane in found.planes for line in plane.lines for event in line.events}
     assert any("jit_step" in name or "PjRt" in name for name in names), sorted(names)[:20]
+    before = (tmp_path / "run" / "config.toml").read_text()
     with pytest.raises(SystemExit) as ended:
-        run_job(job, settings)
+        run_job(job, make_settings(tmp_path / "run", steps=5))
     assert ended.value.code == 0
+    assert (tmp_path / "run" / "config.toml").read_text() == before

@@ -210,7 +210,6 @@ def train(
     _announce(run, checkpoints, config, console)
     if processes.is_first():
         processes.forget_failures(run.path)
-        run.write_config(config)
     batches, held_out = _read(job, settings, place.text)
     plan = _plan(job, settings)
     with clock.phase("restoring"):
@@ -223,6 +222,8 @@ def train(
             "anew"
         )
         sys.exit(0)
+    if processes.is_first():
+        run.write_config(config)
     with clock.phase("compiling"), console.status("compiling"):
         first = plan.init() if restored is None else restored.state
     with jax.set_mesh(job.mesh):
