@@ -42,14 +42,16 @@ def language_model(*, context: int, layers: int, width: int) -> Callable[..., An
         click.option(
             "--context", type=POSITIVE, default=context, help="Bytes that a prediction looks at."
         ),
-        click.option("--layers", type=POSITIVE, default=layers, help="Over all stages."),
+        click.option(
+            "--layers", type=POSITIVE, default=layers, help="Layers of the model, over all stages."
+        ),
         click.option("--width", type=POSITIVE, default=width, help="Size of the residual stream."),
         click.option("--heads", type=POSITIVE, default=4, help="Attention heads of each layer."),
         click.option(
             "--learning-rate",
             type=PositiveFloat(),
             default=3e-3,
-            help="At its peak, after warm-up.",
+            help="Its peak, after warm-up.",
         ),
         click.option(
             "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of all random draws."

@@ -121,7 +121,7 @@ def test_other_flags_are_refused_each_by_name(tmp_path: Path) -> None:
     for words in (
         "--seed: 1 -> 2",
         "--width: 96 -> 64",
-        "text: a -> b",
+        "text (digest of its files' names and sizes): a -> b",
         "--fresh",
     ):
         assert words in refused.value.message

@@ -19,7 +19,11 @@ _PATH = click.Path(path_type=Path)
 class Kinds(click.ParamType):
     """Names from a list, separated by commas."""
 
-    name = ",".join(KINDS)
+    name = "names"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Shows the names as they are to be written."""
+        return f"[{','.join(KINDS)}]"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -116,51 +120,66 @@ def training(*, default: str, results: str) -> Callable[..., Any]:
             is_eager=True,
             expose_value=True,
             callback=_read_config,
-            help="A TOML file of flags by their names; those of the command line come before it.",
+            help="A TOML file of flags by their names; those on the command line override it.",
         ),
         click.option(
             "--output",
             type=click.Path(file_okay=False, path_type=Path),
             show_default=f"a new numbered folder in {default}",
-            help=f"The folder of the run: {results}, checkpoints. A run that is there goes on.",
+            help=f"The folder of the run: {results}, checkpoints. A run that is there is resumed.",
         ),
-        click.option("--fresh", is_flag=True, help="Move a run in --output aside, and start anew."),
+        click.option(
+            "--fresh",
+            is_flag=True,
+            help="Move a run in --output aside, and start anew; at each start, so do not give it "
+            "again to resume.",
+        ),
         click.option("--save-every", type=POSITIVE, default=50, help="Steps between checkpoints."),
         click.option(
             "--keep",
             type=POSITIVE,
             default=3,
-            help="Checkpoints kept: so many of the last, and the one of the lowest held-out loss.",
+            help="How many of the newest checkpoints are kept, beside the one with the lowest "
+            "held-out loss.",
         ),
         click.option(
             "--on-save-error",
             type=click.Choice(["stop", "continue"]),
             default="stop",
-            help="If a checkpoint cannot be saved.",
+            help="Whether a checkpoint that cannot be saved ends the run; the last always does.",
         ),
         click.option(
             "--max-skips",
             type=POSITIVE,
             default=10,
-            help="Updates in a row left out, loss or gradients not being finite, that end the run.",
+            help="How many updates in a row may be left out, because loss or gradients are not "
+            "finite, before the run ends.",
         ),
         click.option(
-            "--log", type=Kinds(), default=(), show_default="log.csv alone", help="Logs beside it."
+            "--log",
+            type=Kinds(),
+            default=(),
+            show_default="none",
+            help="Logs beside log.csv, separated by commas.",
         ),
-        click.option("--profile", type=StepRange(), help="Steps of which a profile is taken."),
+        click.option("--profile", type=StepRange(), help="First and last step of a profile."),
         click.option(
-            "--data-devices", type=POSITIVE, default=1, help="Over which the batch is spread."
+            "--data-devices",
+            type=POSITIVE,
+            default=1,
+            help="Copies of the pipeline, over which the batch is spread.",
         ),
         click.option(
             "--fsdp-devices",
             type=POSITIVE,
             default=1,
-            help="Over which the batch is spread, and parameters and their AdamW moments too.",
+            help="Copies of the pipeline, over which the batch is spread, and parameters and "
+            "AdamW's moments too.",
         ),
         click.option(
             "--coordinator",
             metavar="HOST:PORT",
-            help="Process 0, where JAX does not find the processes by itself.",
+            help="Address of process 0, where JAX does not find the processes by itself.",
         ),
         click.option("--num-processes", type=POSITIVE, help="How many processes there are."),
         click.option("--process-id", type=click.IntRange(min=0), help="The number of this one."),

@@ -160,7 +160,7 @@ def _require_same(earlier: Config, config: Config, path: Path) -> None:
 
 
 def _name(name: str) -> str:
-    return name if name == TEXT else f"--{name}"
+    return "text (digest of its files' names and sizes)" if name == TEXT else f"--{name}"
 
 
 def _show(value: Any) -> str:
