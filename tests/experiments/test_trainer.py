@@ -77,6 +77,7 @@ def test_a_run_does_not_learn_its_own_logs(tmp_path: Path, refusal: Any) -> None
         ("--data-devices 3", "--batch-size 16: must be divisible by --microbatches x --data-"),
         ("--data-devices 2 --ranks 8", "--ranks x devices of data = 16: more than the devices"),
         ("--profile 5:2", "'5:2' is no range START:STOP"),
+        ("--profile 10:12 --steps 9", "--profile 10:12: begins after the last step, 9"),
         ("--save-every 0", "Invalid value for '--save-every'"),
         ("--heartbeat 1", "Invalid value for '--heartbeat'"),
         ("--dropout 1", "Invalid value for '--dropout'"),

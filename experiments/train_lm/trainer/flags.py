@@ -104,6 +104,8 @@ class Settings:
                 raise Refusal(f"--coordinator {self.coordinator}: must be HOST:PORT")
         if self.fresh and self.output is None:
             raise Refusal("--fresh: needs --output; without it every run has a new folder")
+        if self.profile is not None and int(self.profile.partition(":")[0]) > self.steps:
+            raise Refusal(f"--profile {self.profile}: begins after the last step, {self.steps}")
 
 
 def training(*, default: str, results: str) -> Callable[..., Any]:
