@@ -44,7 +44,7 @@ class Disk:
 
     def fill(self, process: subprocess.Popen[str]) -> None:
         if self.kind == LIMIT:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))
             return
         with (self.folder / "filler").open("wb", buffering=0) as file:
             try:

@@ -6,15 +6,14 @@ for a whole one. Orbax has no checksums of arrays; the digest of every leaf is a
 is computed again when the state is read.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
 import math
+import os
+import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +31,22 @@ from .state import State, digest
 _PART_BYTES, _SMALL_BYTES = 32 * 2**20, 2**20
 # Seconds that a process waits for the others' part of a save.
 _SAVE_TIMEOUT = 600
-# In which reads of a broken checkpoint end that were under way when the first one failed.
-_LATE_SECONDS = 0.5
-# They report to an event loop that Orbax has closed by then.
+# Orbax logs a traceback in each of its threads; the error itself reaches us, and is one line.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+# And TensorStore reports reads and writes that end after the first one has failed to an event loop
+# that Orbax has closed by then.
+_report_unraisable = sys.unraisablehook
+
+
+def _report_others(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _report_unraisable(unraisable)
+
+
+sys.unraisablehook = _report_others
 logging.getLogger("asyncio").addFilter(
     lambda record: "exception was never retrieved" not in record.getMessage()
 )
-# Orbax logs a traceback in each of its threads; the error itself reaches us, and is one line.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 Facts = dict[str, Any]
 
 
@@ -71,6 +78,7 @@ class Checkpoints:
         self._keep = keep
         self._warn = warn
         self._saving: int | None = None
+        self._num_bytes = 0
         self._screen()
         self._manager = self._open()
 
@@ -110,6 +118,7 @@ class Checkpoints:
         facts = _seal({**facts, "step": step, "digest": digest(state)})
         parts = jax.tree_util.tree_map_with_path(_parts_of, state)
         self._saving = step
+        self._num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         is_known = held_out_loss is not None and math.isfinite(held_out_loss)
         error: Exception | None = None
         try:
@@ -124,7 +133,7 @@ class Checkpoints:
             )
         except Exception as caught:  # noqa: BLE001  Orbax's are of many types
             error = caught
-        self._settle(error, num_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        self._settle(error)
 
     def wait(self) -> None:
         """Waits until the save under way has ended.
@@ -208,23 +217,17 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: State) -> tuple[Restored | None, str]:
         problem, obstacle, restored = "", "", None
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
-                    ),
-                )
-                _require_seal(restored["facts"])
-            except Exception as error:  # noqa: BLE001  whatever a broken file brings about
-                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                obstacle = problem if _is_obstacle(error) else ""
-                # Reads that were under way fail one by one, each with a traceback.
-                time.sleep(_LATE_SECONDS)
-        if not problem:
-            sys.stderr.write(said.getvalue())
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
+                ),
+            )
+            _require_seal(restored["facts"])
+        except Exception as error:  # noqa: BLE001  whatever a broken file brings about
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            obstacle = problem if _is_obstacle(error) else ""
         if obstacle := processes.first_of_all(obstacle):
             raise Refusal(f"{self.folder / str(step)}: cannot be read here: {obstacle}")
         # The digest is computed by all processes together.
@@ -247,9 +250,9 @@ class Checkpoints:
             (self.folder / str(step)).rename(target)
         processes.wait_for_all(f"moved {step}")
 
-    def _settle(self, error: Exception | None, *, num_bytes: int | None = None) -> None:
+    def _settle(self, error: Exception | None) -> None:
         """Raises the error of a save on all processes, with Orbax ready for the next save."""
-        text = processes.first_of_all("" if error is None else self._describe(error, num_bytes))
+        text = processes.first_of_all("" if error is None else self._describe(error))
         if not text:
             return
         step, self._saving = self._saving, None
@@ -257,15 +260,18 @@ class Checkpoints:
         self._manager = self._open()
         raise SaveError(f"step {step} cannot be saved: {text}") from error
 
-    def _describe(self, error: Exception, num_bytes: int | None) -> str:
+    def _describe(self, error: Exception) -> str:
         causes = _causes(error)
         found = [cause for cause in causes if isinstance(cause, OSError)]
-        why = (found[0].strerror if found else None) or " ".join(str(causes[-1]).split())[:400]
+        text = " ".join(str(causes[-1]).split())
+        why = (found[0].strerror if found else None) or text[:400]
+        if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's, after long paths
+            why = os.strerror(int(code[1]))
         try:
             free = shutil.disk_usage(self.folder).free
         except OSError as lost:
             return f"{self.folder}: {lost.strerror}"
-        return f"{self.folder}: {why} ({free:,} bytes are free)"
+        return f"{self.folder}: {why} (the state has {self._num_bytes:,} bytes; {free:,} are free)"
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
