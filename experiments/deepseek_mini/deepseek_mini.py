@@ -127,8 +127,8 @@ def main(ctx: click.Context, *, topology: str | None, **given: Any) -> None:
     )
     with run.ending(folder, console):
         outcome = run.train(job, settings, place, folder, config, at_stop=at_stop)
-    console.print(f"{label}: {report.summary(outcome.rows)}")
-    console.print(f"written   {folder.path}: log.csv, training.png")
+        console.print(f"{label}: {report.summary(outcome.rows)}")
+        console.print(f"written   {folder.path}: log.csv, training.png")
 
 
 def _require_fitting(settings: Settings, given: dict[str, Any]) -> None:

@@ -130,12 +130,12 @@ def main(ctx: click.Context, **given: Any) -> None:
                 rows=shards,
                 seed=settings.seed,
             )
-    if processes.is_first():
-        (folder.path / "sample.txt").write_text(sample, encoding="utf-8")
-    console.rule("a sample")
-    console.print(_printable(sample))
-    console.rule()
-    console.print(f"written   {folder.path}: log.csv, loss.png, timetable.png, sample.txt")
+        if processes.is_first():
+            (folder.path / "sample.txt").write_text(sample, encoding="utf-8")
+        console.rule("a sample")
+        console.print(_printable(sample))
+        console.rule()
+        console.print(f"written   {folder.path}: log.csv, loss.png, timetable.png, sample.txt")
 
 
 def _find_ranks(settings: Settings, *, schedule: str, layers: int) -> tuple[run.Place, int]:

@@ -158,6 +158,12 @@ def open_folder(
 @contextlib.contextmanager
 def ending(run: folder.Folder, console: Console) -> Iterator[None]:
     """Ends the process as a user expects, whatever ends the run inside the `with`."""
+    with processes.leaving(), _explaining(run, console):
+        yield
+
+
+@contextlib.contextmanager
+def _explaining(run: folder.Folder, console: Console) -> Iterator[None]:
     try:
         yield
     except (click.ClickException, SystemExit):
