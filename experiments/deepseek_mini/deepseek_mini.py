@@ -125,8 +125,10 @@ def main(ctx: click.Context, *, topology: str | None, **given: Any) -> None:
         bias_rate=given["bias_rate"],
         context=settings.context,
     )
-    with run.ending(folder, console):
-        outcome = run.train(job, settings, place, folder, config, at_stop=at_stop)
+    with run.ending(folder, console) as requests:
+        outcome = run.train(
+            job, settings, place, folder, config, requests=requests, at_stop=at_stop
+        )
         console.print(f"{label}: {report.summary(outcome.rows)}")
         console.print(f"written   {folder.path}: log.csv, training.png")
 

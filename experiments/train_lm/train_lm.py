@@ -112,8 +112,10 @@ def main(ctx: click.Context, **given: Any) -> None:
     if processes.is_first():
         dpj.plot_timeline(timeline, path=folder.path / "timetable.png")
     job, pipeline = _make_job(model, plan, mesh, settings, name=given["dtype"])
-    with run.ending(folder, console):
-        outcome = run.train(job, settings, place, folder, config, at_stop=at_stop)
+    with run.ending(folder, console) as requests:
+        outcome = run.train(
+            job, settings, place, folder, config, requests=requests, at_stop=at_stop
+        )
         loss = [row["held_out_loss"] for row in outcome.rows if row.get("held_out_loss")][-1]
         console.print(
             f"held out  perplexity {perplexity(loss):.3f} a byte ({loss:.3f} nats), over "

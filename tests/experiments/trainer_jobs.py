@@ -19,6 +19,7 @@ from experiments.train_lm.trainer.folder import Folder, open_folder
 from experiments.train_lm.trainer.log import Row, read_rows
 from experiments.train_lm.trainer.mesh import PIPE, batch_axes, make_mesh, unsharded, with_fsdp
 from experiments.train_lm.trainer.run import Job, Place, train
+from experiments.train_lm.trainer.signals import Requests
 
 LAYERS, WIDTH, CONTEXT, ROWS = 16, 8, 8, 16
 SEQUENTIAL = "sequential"
@@ -127,7 +128,15 @@ def run_job(job: Job, settings: Settings) -> str:
         fresh=settings.fresh,
         config={**config, "text": text.fingerprint},
     )
-    train(job, settings, place, Folder(folder.path, folder.earlier), config, at_stop=lambda _: None)
+    train(
+        job,
+        settings,
+        place,
+        Folder(folder.path, folder.earlier),
+        config,
+        requests=Requests(console.print),
+        at_stop=lambda _: None,
+    )
     return printed.getvalue()
 
 

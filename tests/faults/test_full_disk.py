@@ -80,8 +80,9 @@ def test_a_full_disk(kind: str, tmp_path: Path, figure: Callable[[str], None]) -
         # Started again when there is room.
         folder = tmp_path / "again"
         folder.mkdir()
+        rows = last_step(output) + 4  # more than the rows that were left
         with started(command(FLAGS, output), count=1, folder=folder) as (process,):
-            wait_until(has_rows(output, newest + 8), [process], folder=folder)
+            wait_until(has_rows(output, rows), [process], folder=folder)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0, printed(folder)
         assert resumed_after(printed(folder)) == newest

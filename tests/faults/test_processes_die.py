@@ -49,10 +49,11 @@ def test_one_of_four_dies(tmp_path: Path, figure: Callable[[str], None]) -> None
     ):
         folder = tmp_path / f"round-{number}"
         folder.mkdir()
-        newest = max(complete_steps(output), default=0)
+        newest, last = max(complete_steps(output), default=0), max(last_step(output), 4)
         flags = f"{FOUR} --heartbeat {HEARTBEAT}"
         with started(command(flags, output), count=4, folder=folder) as processes:
-            wait_until(has_rows(output, newest + 8), processes, folder=folder)
+            # More rows than the round before has left.
+            wait_until(has_rows(output, last + 4), processes, folder=folder)
             os.kill(processes[victim].pid, kind)
             seconds = survivors_end(processes, victim, within=BOUND[kind], folder=folder)
         said = printed(folder)
@@ -76,9 +77,9 @@ def test_one_of_four_dies(tmp_path: Path, figure: Callable[[str], None]) -> None
 def pre_empted(output: Path, folder: Path, figure: Callable[[str], None]) -> None:
     """Ends the run by SIGTERM to one process."""
     folder.mkdir()
-    newest = max(complete_steps(output))
+    newest, before = max(complete_steps(output)), last_step(output)
     with started(command(FOUR, output), count=4, folder=folder) as processes:
-        wait_until(has_rows(output, newest + 4), processes, folder=folder)
+        wait_until(has_rows(output, before + 4), processes, folder=folder)
         begin = time.monotonic()
         processes[3].send_signal(signal.SIGTERM)
         codes = [process.wait(timeout=60) for process in processes]

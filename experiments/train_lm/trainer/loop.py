@@ -35,6 +35,7 @@ class Loop:
 
     Attributes:
       settings: The flags.
+      requests: Asks the run to stop.
       step: The compiled step.
       held_out_loss: Of the state.
       batches: Where the run goes on.
@@ -43,6 +44,7 @@ class Loop:
     """
 
     settings: Settings
+    requests: Requests
     step: Callable[[State, jax.Array], tuple[State, Figures]]
     held_out_loss: Callable[[State], float]
     batches: Batches
@@ -76,8 +78,7 @@ class Loop:
         taken = self.log.rows[-1]["seconds"] if self.log.rows else 0.0
         self._start = time.perf_counter() - taken
         self._skipped_in_a_row = int(state.opt_state.notfinite_count)
-        requests = Requests()
-        with requests.heeded(), progress.bar(self.console) as bar, self.profile:
+        with progress.bar(self.console) as bar, self.profile:
             task = bar.add_task(
                 "train", total=self.settings.steps, completed=start, **progress.fields()
             )
@@ -96,7 +97,7 @@ class Loop:
                 self._finish(show)
                 self._pending = (index, figures, dispatched)
                 is_last = index == self.settings.steps
-                asked = requests.after(index)
+                asked = self.requests.after(index)
                 is_evaluated = is_last or index % self.settings.eval_every == 0
                 is_saved = is_last or asked is not None or index % self.settings.save_every == 0
                 # One skip from the end, this step's figures are read before the next is dispatched.

@@ -27,6 +27,7 @@ from .log import Log, NoLog, Row
 from .loop import Loop, TooManySkipsError, exit_code
 from .mesh import PIPE, batch_axes
 from .profile import Profile
+from .signals import Requests
 from .state import Figures, GradFn, PyTree, State
 
 COLUMNS = (
@@ -156,10 +157,15 @@ def open_folder(
 
 
 @contextlib.contextmanager
-def ending(run: folder.Folder, console: Console) -> Iterator[None]:
-    """Ends the process as a user expects, whatever ends the run inside the `with`."""
-    with processes.leaving(), _explaining(run, console):
-        yield
+def ending(run: folder.Folder, console: Console) -> Iterator[Requests]:
+    """Ends the process as a user expects, whatever ends the run inside the `with`.
+
+    Yields:
+      Requests to stop, which `train` heeds.
+    """
+    requests = Requests(console.print)
+    with processes.leaving(), _explaining(run, console), requests.heeded():
+        yield requests
 
 
 @contextlib.contextmanager
@@ -190,6 +196,7 @@ def train(
     run: folder.Folder,
     config: folder.Config,
     *,
+    requests: Requests,
     at_stop: Callable[[list[Row]], None],
 ) -> Outcome:
     """Trains until the last step.
@@ -200,6 +207,7 @@ def train(
       place: The devices and the text.
       run: The folder; a run in it goes on.
       config: The flags by their names, kept beside the checkpoints.
+      requests: Asks the run to stop.
       at_stop: Is given the rows however the run stops, to draw them.
 
     Returns:
@@ -246,6 +254,7 @@ def train(
         with contextlib.closing(_open_log(run, job, settings, last_row, console.print)) as log:
             loop = Loop(
                 settings=settings,
+                requests=requests,
                 step=compiled.step,
                 held_out_loss=functools.partial(_mean_loss, compiled.evaluate, held_out),
                 batches=batches,

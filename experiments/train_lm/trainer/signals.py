@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ class Requests:
     reach; Ctrl-C ends the run at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]):
+        """Says by `say` that it has taken a signal."""
+        self._say = say
         self._got: signal.Signals | None = None
 
     @contextlib.contextmanager
@@ -44,3 +46,4 @@ class Requests:
         if self._got is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._got = signal.Signals(number)
+        self._say(f"{self._got.name}: stops after the step under way")
