@@ -1,10 +1,11 @@
 """Messages of mistakes: the requirement, and a line for each offender."""
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _MOST_NAMED = 20
+# Characters of a value, and of an offender's line, in a message.
+_LONGEST_VALUE, _LONGEST_LINE = 200, 500
 
 
 class ScheduleError(ValueError):
@@ -14,51 +15,17 @@ class ScheduleError(ValueError):
 def raise_all(message: str, offenders: Iterable[str], error: type[Exception] = ValueError) -> None:
     """Raises `message` with the list of the first 20 offenders, if there are any."""
     found = list(offenders)
-    lines = [f"  * {line}" for line in found[:_MOST_NAMED]]
+    lines = [f"  * {_cut(line, _LONGEST_LINE)}" for line in found[:_MOST_NAMED]]
     if len(found) > _MOST_NAMED:
         lines.append(f"  * and {len(found) - _MOST_NAMED} more")
     if lines:
         raise error("\n".join([f"{message}; but:", *lines]))
 
 
-def call(name: str, must: str, function: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
-    """Calls a user's function; a message names it if it does not take these arguments.
-
-    Args:
-      name: The user's argument that gave the function.
-      must: The signature that it must have.
-      function: The function.
-      *inputs: Its arguments.
-      **more: Its arguments by name.
-
-    >>> call("model.embed", "(ends, ctx) -> x", lambda ends: ends, 1, 2)
-    Traceback (most recent call last):
-    TypeError: model.embed: must be a function (ends, ctx) -> x, but it takes (ends): too many
-    positional arguments
-
-    Raises:
-      TypeError: If the function takes other arguments.
-    """
-    try:
-        return function(*inputs, **more)
-    except TypeError as error:
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # some builtins have none
-            raise error from None
-        try:
-            signature.bind(*inputs, **more)
-        except TypeError as reason:
-            raise TypeError(
-                f"{name}: must be a function {must}, but it takes {str(signature)[:80]}: {reason}"
-            ) from error
-        raise
-
-
 def require_name(argument: str, value: Any) -> str:
     """Requires a name."""
     if not isinstance(value, str):
-        raise TypeError(f"{argument}={repr(value)[:80]}: must be a name, got {show(value)}")
+        raise TypeError(f"{argument}={brief(value)}: must be a name, got {show(value)}")
     return value
 
 
@@ -67,8 +34,7 @@ def require_names(argument: str, value: Any) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(name, str) for name in found):
         raise TypeError(
-            f"{argument}={repr(value)[:80]}: must be a name, or a sequence of names; got "
-            f"{show(value)}"
+            f"{argument}={brief(value)}: must be a name, or a sequence of names; got {show(value)}"
         )
     return tuple(found)
 
@@ -83,8 +49,24 @@ def short(aval: Any) -> str:
     return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
 
 
+def brief(value: Any) -> str:
+    """Writes a value as Python does, and no more than its beginning if it is long.
+
+    >>> brief("pipe"), brief("pipe" * 1000) == repr("pipe" * 1000)[:200] + ".."
+    ("'pipe'", True)
+    """
+    try:
+        return _cut(repr(value), _LONGEST_VALUE)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"<{type(value).__name__} too long to write>"
+
+
 def show(value: Any) -> str:
     """Describes a value in a few words."""
     if is_array(value):
         return f"an array {short(value)}"
-    return f"{type(value).__name__} {value!r}"[:80]
+    return f"{type(value).__name__} {brief(value)}"[:80]
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}.."

@@ -15,7 +15,8 @@ import optax
 from jax.experimental.shard_alike import shard_alike
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from dualpipe_jax._errors import is_array, raise_all, show
+from dualpipe_jax._errors import brief, is_array, raise_all, require_name, show
+from dualpipe_jax._model import call_checks, semantics
 from dualpipe_jax._model.kinds import is_stacked, keys_of
 from dualpipe_jax._model.types import PyTree
 
@@ -69,9 +70,13 @@ def per_layer(
       the parameters, which are stacked too; all other values reach `tx` unchanged.
 
     Raises:
+      TypeError: If an argument has a wrong type; by `init` and `update`, if a leaf is no array.
       ValueError: By `init` and `update`, if no parameter is under `blocks`, if one there is a
         scalar, or if `tx` combines different parameters.
     """
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise TypeError(f"tx={brief(tx)}: must be an optax transformation, as optax.adam makes")
+    require_name("blocks", blocks)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.OptState:
@@ -97,12 +102,13 @@ def per_layer(
 
 def _num_layers(params: PyTree, blocks: str) -> NumLayers:
     """Finds the stacks among parameters, and the number of layers of each."""
+    call_checks.arrays(semantics.pytree("params", params), "params")
     flat, _ = tree_flatten_with_path(params, is_leaf=_is_masked)
     # `optax.tree_map_params` calls `init` with a tree that has no leaves.
     if flat and not any(blocks in keys_of(path) for path, _ in flat):
         raise_all(
-            f"blocks={blocks!r}: must be the key or attribute of the parameters under which the "
-            "layers are stacked",
+            f"blocks={brief(blocks)}: must be the key or attribute of the parameters under which "
+            "the layers are stacked",
             (f"params{keystr(path)} is {show(leaf)}" for path, leaf in flat),
         )
     found = [(path, leaf, is_stacked(path, blocks)) for path, leaf in flat if not _is_masked(leaf)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Literal, Protocol
 
+from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.execution import timetable_of
 from dualpipe_jax._schedule.generators import GENERATORS
@@ -17,6 +18,8 @@ from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.ir import Timeline as Timeline
 from dualpipe_jax._schedule.place import shortest_ticks
 from dualpipe_jax._schedule.verify import verify_program
+
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Schedule:
         """Requires a program, which `make` and `from_csv` make."""
         if not isinstance(self.program, Program):
             raise TypeError(
-                f"Schedule({self.program!r}): must be made by dualpipe_jax.schedules.make(name, "
-                "num_ranks=, num_microbatches=), or by Schedule.from_csv"
+                f"Schedule({brief(self.program)}): must be made by "
+                "dualpipe_jax.schedules.make(name, num_ranks=, num_microbatches=), or by "
+                "Schedule.from_csv"
             )
 
     @property
@@ -77,16 +81,22 @@ class Schedule:
 
         Raises:
             TypeError: if the text or the name is no str.
-            ValueError: if a cell does not follow the grammar, or if the schedule cannot run:
+            ValueError: if the name has more than 200 characters, if a cell does not follow the
+                grammar, or if the schedule cannot run:
                 naming the action, the rank and the tick that break it, and showing the ticks
                 around.
         """
         for argument, value in (("text", text), ("name", name)):
             if not isinstance(value, str):
                 raise TypeError(
-                    f"{argument}={repr(value)[:80]}: must be a str, got {type(value).__name__} "
+                    f"{argument}={brief(value)}: must be a str, got {type(value).__name__} "
                     "(of a file: path.read_text())"
                 )
+        if len(name) > _LONGEST_NAME:
+            raise ValueError(
+                f"name={brief(name)}: must have at most {_LONGEST_NAME} characters, as every "
+                "message names the schedule; shorten it"
+            )
         program = parse_program(text, name=name)
         # These find a user's mistakes. Tables, which have a cell for each rank in each tick, are
         # made when they are asked for.
@@ -139,7 +149,7 @@ def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
         meant = isinstance(name, str) and name.lower().replace("_", "-")
         hint = f"; did you mean {meant!r}?" if meant in GENERATORS else ""
         raise ValueError(
-            f"schedule={name!r}: must be one of {known}, or a dualpipe_jax.Schedule{hint}"
+            f"schedule={brief(name)}: must be one of {known}, or a dualpipe_jax.Schedule{hint}"
         )
     return Schedule(GENERATORS[name](num_ranks=num_ranks, num_microbatches=num_microbatches))
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from dualpipe_jax._api.programs import StepProgram
+from dualpipe_jax._errors import brief
 from dualpipe_jax._executor import Step, context_mesh, platform_of
 from dualpipe_jax._leaves.specs import StepAxes
 from dualpipe_jax._model import call_checks, checks, semantics
@@ -164,10 +165,25 @@ class Builder:
 
 def block_of(model: Model, remat: Remat) -> dict[Kind, Callable[..., tuple[PyTree, Aux]]]:
     """Gives each kind's block in one form, `(params, x, ctx) -> (x, Aux)`, rematerialised."""
+    check_remat(remat)
     return {
         kind: _rematerialised(_with_aux(model, kind, block), remat)
         for kind, block in blocks_of(model).items()
     }
+
+
+def check_remat(remat: Any) -> None:
+    """Requires a value of `remat=`.
+
+    Raises:
+      ValueError: If it is none.
+    """
+    is_name = isinstance(remat, str) and remat in ("none", "block")
+    if not (is_name or callable(remat)):
+        raise ValueError(
+            f'remat={brief(remat)}: must be "none", "block" (True, or "full", elsewhere), or a '
+            "policy of jax.checkpoint_policies"
+        )
 
 
 def _with_aux(model: Model, kind: Kind, users_block: Block) -> Callable[..., tuple[PyTree, Aux]]:
@@ -186,23 +202,19 @@ def _rematerialised(
         return block
     if remat == "block":
         return jax.checkpoint(block)
-    if callable(remat):
-        policy = remat
+    assert callable(remat)
+    policy = remat
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return policy(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(
-                    f"remat={policy!r}: cannot be called as a policy of jax.checkpoint_policies; "
-                    "if it makes a policy of its arguments, call it first"
-                ) from error
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return policy(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"remat={brief(policy)}: cannot be called as a policy of "
+                "jax.checkpoint_policies; if it makes a policy of its arguments, call it first"
+            ) from error
 
-        return jax.checkpoint(block, policy=checked)
-    raise ValueError(
-        f'remat={remat!r}: must be "none", "block" (True, or "full", elsewhere), or a policy of '
-        "jax.checkpoint_policies"
-    )
+    return jax.checkpoint(block, policy=checked)
 
 
 @jax.custom_jvp

@@ -4,16 +4,18 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 import jax
 
-from dualpipe_jax._api.build import StepAxes, check_axes
+from dualpipe_jax._api.build import StepAxes, check_axes, check_remat
 from dualpipe_jax._api.choices import Choices
 from dualpipe_jax._api.shardings import shardings
 from dualpipe_jax._api.value_and_grad import value_and_grad
-from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._executor import Step, Work
+from dualpipe_jax._model import call_checks
 from dualpipe_jax._model.types import (
     AxisNames,
     Batch,
@@ -126,7 +128,7 @@ def choose(
     """
     limit = _bytes_of(memory)
     if not 0 <= as_number("headroom", headroom) < 1:
-        raise ValueError(f"headroom={headroom!r}: must be a share, at least 0 and less than 1")
+        raise ValueError(f"headroom={brief(headroom)}: must be a share, at least 0 and less than 1")
     remats = _as_tuple("remat", remat, 'of "none", "block" and policies')
     chosen = names() if schedules is None else schedules
     chosen = _as_tuple("schedules", chosen, "of names and Schedules, or None")
@@ -135,12 +137,19 @@ def choose(
         (show(value) for value in chosen if not isinstance(value, str | Schedule)),
         error=TypeError,
     )
+    raise_all(
+        f"schedules: must be some of {', '.join(map(repr, names()))}, or Schedules",
+        (show(value) for value in chosen if isinstance(value, str) and value not in names()),
+    )
+    for argument, values in {"schedules": chosen, "remat": remats}.items():
+        if not values:
+            raise ValueError(f"{argument}=(): must hold at least one")
+    for one_remat in remats:
+        check_remat(one_remat)
     if not isinstance(costs, Costs | None):
-        raise TypeError(f"costs={repr(costs)[:80]}: must be a dualpipe_jax.Costs, or None")
+        raise TypeError(f"costs={brief(costs)}: must be a dualpipe_jax.Costs, or None")
     if optimizer is not None and not callable(getattr(optimizer, "init", None)):
-        raise TypeError(
-            f"optimizer={repr(optimizer)[:80]}: must be an optax transformation, or None"
-        )
+        raise TypeError(f"optimizer={brief(optimizer)}: must be an optax transformation, or None")
     if costs is not None and len(remats) != 1:
         raise ValueError(f"costs: must come with the one remat that they hold for, not {remat!r}")
     axes = check_axes(
@@ -151,6 +160,7 @@ def choose(
         batch_axes=batch_axes,
         manual_axes=manual_axes,
     )
+    call_checks.arguments(params, batch, rng)
     given = _Given(
         model=model,
         params=params,
@@ -177,7 +187,7 @@ def choose(
             refusals=refusals,
         )
     if not choices:
-        raise next(iter(refusals.values()), ValueError("schedules=(): must name at least one"))
+        raise next(iter(refusals.values()))
     ordered = Choices(in_order(choices))
     ordered.left_out = {name: " ".join(str(e).split()) for name, e in refusals.items()}
     return ordered
@@ -312,15 +322,18 @@ def _as_tuple(argument: str, value: Any, of: str) -> tuple[Any, ...]:
     """Makes a tuple of one value, or of several."""
     if isinstance(value, str | Schedule) or callable(value):
         return (value,)
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{argument}={repr(value)[:80]}: must be a sequence {of}")
-    return tuple(value)
+    try:
+        return tuple(value)
+    except TypeError:
+        raise TypeError(f"{argument}={brief(value)}: must be a sequence {of}") from None
 
 
 def _bytes_of(memory: float | str) -> float:
+    if not isinstance(memory, str | Real):
+        raise TypeError(f"memory={brief(memory)}: must be a number of bytes, or such as '80GiB'")
     if memory == math.inf:
         return math.inf
     try:
         return parse_bytes(memory)
     except ValueError as error:
-        raise ValueError(f"memory={memory!r}: {error}") from error
+        raise ValueError(f"memory={brief(memory)}: {error}") from error

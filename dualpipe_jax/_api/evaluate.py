@@ -7,7 +7,8 @@ import jax
 
 from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import ForwardOnly
-from dualpipe_jax._model import semantics
+from dualpipe_jax._errors import brief
+from dualpipe_jax._model import call_checks
 from dualpipe_jax._model.types import (
     AxisNames,
     Batch,
@@ -99,7 +100,7 @@ def apply(
     """
     if output is not None and not callable(output):
         raise TypeError(
-            f"output={output!r}: must be a function (ends, x, ctx) -> outputs, or None for x"
+            f"output={brief(output)}: must be a function (ends, x, ctx) -> outputs, or None for x"
         )
     build = _builder(
         model,
@@ -142,7 +143,7 @@ def _builder(
 
 
 def _run(build: Builder, params: Params, batch: Batch, rng: jax.Array | None) -> Any:
-    params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)
+    params, batch = call_checks.values(params, batch)
     step = build(params, batch, rng)
     return step(without_derivative(params), batch, rng)[0]
 

@@ -60,6 +60,7 @@ def sequential(
 
     def loss_fn(params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Any:
         # Arrays of a pipeline may be sharded over Explicit axes, over which a scan cannot step.
+        params, batch = call_checks.values(params, batch)
         leaves = jax.tree.leaves((params, batch))
         types = [jax.typeof(leaf) for leaf in leaves if isinstance(leaf, jax.Array)]
         mesh = next((t.sharding.mesh for t in types if t.sharding.mesh.explicit_axes), None)
@@ -90,7 +91,6 @@ def _loss_of(
     num_microbatches: int,
     overwrite: ParamsMask | None,
 ) -> Any:
-    params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)
     kinds = kinds_of(model, call_checks.num_layers(params, model.layout))
     call_checks.key(rng)
     call_checks.batch(batch, num_microbatches=num_microbatches)

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from dualpipe_jax._errors import raise_all, show
-from dualpipe_jax._model import checks
+from dualpipe_jax._errors import brief, raise_all, show
+from dualpipe_jax._model import call_checks, checks, semantics
 from dualpipe_jax._model.kinds import PARTS, is_stacked, keys_of
 from dualpipe_jax._model.types import Mesh, PyTree
 
@@ -62,8 +62,10 @@ def shardings(
     """
     checks.mesh_axis(mesh, axis)
     if not isinstance(blocks, str):
-        raise TypeError(f"blocks={blocks!r}: must be a name")
+        raise TypeError(f"blocks={brief(blocks)}: must be a name")
     _require_specs(param_specs, mesh)
+
+    call_checks.arrays(semantics.pytree("tree", tree), "tree")
 
     def sharding(keys: Sequence[Any], leaf: Any, *, has_layers: bool) -> NamedSharding:
         shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape

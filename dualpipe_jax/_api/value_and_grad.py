@@ -1,19 +1,21 @@
 """Gradients: `value_and_grad` checks its arguments, and makes a program, a builder, a function."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import Training
+from dualpipe_jax._errors import brief
 from dualpipe_jax._executor import MemoryReport
-from dualpipe_jax._model import call_checks, semantics
+from dualpipe_jax._model import call_checks
 from dualpipe_jax._model.types import (
     AxisNames,
     Batch,
@@ -152,7 +154,7 @@ def value_and_grad(
     )
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
     if not isinstance(execution, Execution):
-        raise TypeError(f"execution={execution!r}: must be a dualpipe_jax.Execution")
+        raise TypeError(f"execution={brief(execution)}: must be a dualpipe_jax.Execution")
     block, recomputes = block_of(model, remat), remat != "none"
     costs = _costs_for(costs, recomputes=recomputes)
     dtype = None if grad_dtype is None else _float_dtype(grad_dtype)
@@ -211,7 +213,7 @@ class GradFunction:
         loss_scale: float | Float[jax.Array, ""] | None = None,
     ) -> tuple[Any, Params]:
         """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
-        params, batch = semantics.as_arrays(params), semantics.as_arrays(batch)
+        params, batch = call_checks.values(params, batch)
         loss_scale = call_checks.loss_scale(loss_scale)
         step = self.build(params, batch, rng)
         call_checks.grad_dtype(self.grad_dtype, params)
@@ -253,6 +255,7 @@ class GradFunction:
         def look(params: Params, batch: Batch, rng: Any) -> None:
             reports.append(self.build.traced(params, batch, rng).memory(params, batch, rng))
 
+        call_checks.arguments(params, batch, rng)
         jax.eval_shape(look, params, batch, rng)
         return reports[0]
 
@@ -262,7 +265,7 @@ def _schedule_for(schedule: str | Schedule, num_ranks: int, num_microbatches: in
     if isinstance(schedule, str):
         return make(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule={schedule!r}: must be one of {names()}, or a Schedule")
+        raise TypeError(f"schedule={brief(schedule)}: must be one of {names()}, or a Schedule")
     if schedule.program.forward_only:
         raise ValueError(
             f"schedule={schedule.name!r}: must have backwards; give every stage and microbatch its "
@@ -281,15 +284,16 @@ def _costs_for(costs: Costs | None, *, recomputes: bool) -> Costs:
     if costs is None:
         return usual_costs(recomputes=recomputes)
     if not isinstance(costs, Costs):
-        raise TypeError(f"costs={costs!r}: must be a dualpipe_jax.Costs, or None")
+        raise TypeError(f"costs={brief(costs)}: must be a dualpipe_jax.Costs, or None")
     return costs
 
 
 def _float_dtype(dtype: DTypeLike) -> jnp.dtype:
-    try:
-        known = jnp.dtype(dtype)
-    except TypeError:
-        known = None
+    known = None
+    # An array, or a scalar of NumPy, has a dtype, but is none.
+    if not isinstance(dtype, jax.Array | np.ndarray | np.generic):
+        with suppress(TypeError, ValueError, SyntaxError):  # NumPy parses texts
+            known = jnp.dtype(dtype)
     if known is None or not jnp.issubdtype(known, jnp.inexact):
-        raise ValueError(f"grad_dtype={dtype!r}: must be a floating-point dtype, or None")
+        raise ValueError(f"grad_dtype={brief(dtype)}: must be a floating-point dtype, or None")
     return known

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from dualpipe_jax._cli.refusal import Refusal
+from dualpipe_jax._errors import brief
 from dualpipe_jax._predict.costs import as_number
 from dualpipe_jax._predict.memory import parse_bytes
 
@@ -71,7 +72,7 @@ def read_costs(path: Path) -> dict[str, float]:
     if not isinstance(costs, dict):
         raise Refusal(f'--costs-from {path}: must be an object with an object "costs"')
     wrong = [
-        f"{name}={value!r}"
+        f"{name}={brief(value)}"
         for name, value in costs.items()
         if name not in (*_REQUIRED, *_OPTIONAL)
         or isinstance(value, bool)

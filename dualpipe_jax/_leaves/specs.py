@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
-from dualpipe_jax._errors import call, raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._model.kinds import parts_of
 from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._model.users_call import call
 from dualpipe_jax._split_vjp import is_differentiable
 
 # Dims of an array, and the axes over which each is sharded, the outermost first.
@@ -379,7 +380,7 @@ def _spread(
         if set(prefix) != set(params):
             raise ValueError(
                 f"{name}: must have the keys of params, {sorted(params)}, got "
-                f"{sorted(map(str, prefix))}; one leaf may stand for a whole branch"
+                f"{brief(sorted(map(str, prefix)))}; one leaf may stand for a whole branch"
             )
         prefix = {part: prefix[part] for part in params}  # whatever kind of mapping it is
     plain = {part: params[part] for part in params}

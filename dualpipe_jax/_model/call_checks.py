@@ -3,27 +3,31 @@
 They run when the call is traced, before the model's functions do.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr
 
-from dualpipe_jax._errors import is_array, raise_all, short, show
+from dualpipe_jax._errors import brief, is_array, raise_all, short, show
+from dualpipe_jax._model import semantics
 from dualpipe_jax._model.types import Batch, Mesh, Params, PyTree
 
 
-def key(rng: Any) -> None:
-    """Requires one random key, or None."""
-    if rng is None:
+def key(rng: Any, *, argument: str = "rng", is_optional: bool = True) -> None:
+    """Requires one random key, or None where it may be left out."""
+    if rng is None and is_optional:
         return
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
     is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     is_legacy = dtype == jnp.uint32 and shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
     if not is_key and not is_legacy:
+        or_none = ", or None" * is_optional
         raise TypeError(
-            f"rng: must be one key, as jax.random.key(0) gives, or None; got {show(rng)}"
+            f"{argument}: must be one key, as jax.random.key(0) gives{or_none}; got {show(rng)}"
         )
 
 
@@ -35,12 +39,11 @@ def loss_scale(value: Any) -> Any:
         limits = jnp.finfo(jnp.zeros((), float).dtype)
         if not float(limits.tiny) <= value <= float(limits.max):
             raise ValueError(
-                f"loss_scale={repr(value)[:80]}: must be positive and finite in {limits.dtype}, or "
-                "None"
+                f"loss_scale={brief(value)}: must be positive and finite in {limits.dtype}, or None"
             )
         return jnp.asarray(value, float)
-    if not is_array(value):
-        raise TypeError(f"loss_scale={value!r}: must be a positive number, or None")
+    if not (is_array(value) and _is_of_jax(value)):
+        raise TypeError(f"loss_scale={brief(value)}: must be a positive number, or None")
     array = jnp.asarray(value)
     is_real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     if array.shape or not is_real:
@@ -77,17 +80,7 @@ def num_layers(
       num_stages: The least number of layers.
       where: Words about these stages, in a message.
     """
-    if not isinstance(params, Mapping) or set(params) - {"shared"} != {"ends", "blocks"}:
-        got = (
-            f"a dict with the keys {sorted(map(str, params))}"
-            if isinstance(params, Mapping)
-            else (show(params))
-        )
-        raise ValueError(
-            'params: must be {"ends": the parameters outside the layers, "blocks": those of the '
-            'layers, stacked}, and "shared": those that all blocks use, if there are any; got '
-            f"{got}"
-        )
+    _parts(params)
     arrays(params, "params")
     size = _stack_size(params["blocks"]) if layout is None else len(layout)
     if layout is not None:
@@ -98,6 +91,21 @@ def num_layers(
             "a mesh with fewer devices along the axis, or a deeper model"
         )
     return size
+
+
+def _parts(params: Params) -> None:
+    """Requires `{"ends": ..., "blocks": ...}`, and perhaps `"shared"`."""
+    if not isinstance(params, Mapping) or set(params) - {"shared"} != {"ends", "blocks"}:
+        got = (
+            f"a dict with the keys {brief(sorted(map(str, params)))}"
+            if isinstance(params, Mapping)
+            else (show(params))
+        )
+        raise ValueError(
+            'params: must be {"ends": the parameters outside the layers, "blocks": those of the '
+            'layers, stacked}, and "shared": those that all blocks use, if there are any; got '
+            f"{got}"
+        )
 
 
 def _stack_size(blocks: PyTree) -> int:
@@ -126,7 +134,7 @@ def _stack_size(blocks: PyTree) -> int:
 
 def _stacks_fit(blocks: Any, layout: Sequence[str]) -> None:
     """Requires a stack for each kind, with as many layers as the layout has of it."""
-    counts = {kind: layout.count(kind) for kind in layout}
+    counts = Counter(layout)
     must = (
         'params["blocks"]: with a layout it must be a dict with a stack for each kind, whose '
         "leaves have as their leading dim the layers of that kind"
@@ -159,10 +167,53 @@ def arrays(tree: PyTree, name: str) -> None:
         (
             f"{name}{keystr(path)} is {show(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            if not is_array(leaf)
+            if not _is_of_jax(leaf)
         ),
         error=TypeError,
     )
+
+
+def _is_of_jax(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the aval of one, of a dtype that JAX has."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return True
+    try:
+        jax.typeof(leaf)
+    except (TypeError, OverflowError):
+        return False
+    return True
+
+
+def values(params: Params, batch: Batch) -> tuple[Params, Batch]:
+    """Requires trees of values, not of avals; returns them, Python scalars as arrays.
+
+    Whatever is cheap to find is refused before many scalars become arrays.
+    """
+    trees = {"params": params, "batch": batch}
+    raise_all(
+        "params and batch: must have values, to run a step on them; jax.ShapeDtypeStruct is for "
+        "grad_fn.memory, choose, preflight and jax.eval_shape",
+        (
+            f"{name}{keystr(path)} is {show(leaf)}"
+            for name, tree in trees.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(semantics.pytree(name, tree))
+            if isinstance(leaf, jax.ShapeDtypeStruct)
+        ),
+        error=TypeError,
+    )
+    _parts(params)
+    arrays(batch, "batch")
+    _rows(batch)
+    return semantics.as_arrays(params), semantics.as_arrays(batch)
+
+
+def arguments(params: Params, batch: Batch, rng: Any) -> None:
+    """Requires leaves that `jax.eval_shape` takes: arrays, their avals, or numbers; and a key."""
+    for name, tree in {"params": params, "batch": batch}.items():
+        arrays(semantics.pytree(name, tree), name)
+    _parts(params)
+    _rows(batch)
+    key(rng)
 
 
 def batch(batch: Batch, *, num_microbatches: int, num_shards: int = 1, shards: str = "") -> None:
@@ -178,11 +229,7 @@ def batch(batch: Batch, *, num_microbatches: int, num_shards: int = 1, shards: s
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
         raise ValueError("batch: must hold at least one array [B, ...]; got none")
-    raise_all(
-        "batch: every leaf must have a leading dim, the batch size; repeat a value "
-        "that is the same for all rows, or have the model's functions close over it",
-        (f"batch{keystr(path)} is a scalar" for path, leaf in leaves if not leaf.ndim),
-    )
+    _rows(batch)
     sizes = {leaf.shape[0] for _, leaf in leaves}
     raise_all(
         "batch: all leaves must share their leading dim, the batch size; pad or cut them",
@@ -195,12 +242,22 @@ def batch(batch: Batch, *, num_microbatches: int, num_shards: int = 1, shards: s
     if size % parts or not size:
         times = f" x {num_shards} shards over {shards}" if num_shards > 1 else ""
         down, up = size // parts * parts, (size // parts + 1) * parts
-        nearest = f"{down} or {up}" if down else f"{up}"
+        nearest = f"{down} or {up}" if down else brief(up)
         raise ValueError(
             f"batch: its leading dim, {size}, is not divisible by num_microbatches="
-            f"{num_microbatches}{times}; pad or cut the batch to {nearest} rows, or change "
+            f"{brief(num_microbatches)}{times}; pad or cut the batch to {nearest} rows, or change "
             "num_microbatches"
         )
+
+
+def _rows(batch: Batch) -> None:
+    """Requires a leading dim of every leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    raise_all(
+        "batch: every leaf must have a leading dim, the batch size; repeat a value "
+        "that is the same for all rows, or have the model's functions close over it",
+        (f"batch{keystr(path)} is a scalar" for path, leaf in leaves if not np.ndim(leaf)),
+    )
 
 
 def can_be_jitted() -> None:
@@ -283,7 +340,10 @@ def batch_axes_named(
 
 def _spec_of(leaf: Any) -> list[tuple[str, ...]]:
     """Lists the axes over which each dim of an array is sharded; nothing if that is unknown."""
-    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    if isinstance(leaf, jax.core.Tracer):
+        sharding = jax.typeof(leaf).sharding
+    else:
+        sharding = getattr(leaf, "sharding", None)  # NumPy's arrays have none
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return []
     return [(e,) if isinstance(e, str) else tuple(e or ()) for e in sharding.spec]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._model.kinds import block_name, blocks_of
 from dualpipe_jax._model.types import AxisNames, Mesh, Model
 
@@ -21,9 +21,9 @@ def positive_int(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r}: must be an integer, got {show(value)}") from None
+        raise TypeError(f"{name}={brief(value)}: must be an integer, got {show(value)}") from None
     if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+        raise ValueError(f"{name}={brief(value)}: must be an integer of at least 1")
     return number
 
 
@@ -44,6 +44,15 @@ def is_model(model: Any) -> None:
         (f"{name} is {show(value)}" for name, value in functions.items() if not callable(value)),
         error=TypeError,
     )
+    raise_all(
+        "model: has_aux and block_has_aux must be True or False",
+        (
+            f"model.{name} is {show(value)}"
+            for name in ("has_aux", "block_has_aux")
+            if not isinstance(value := getattr(model, name), bool)
+        ),
+        error=TypeError,
+    )
 
 
 def _layout_fits(block: Any, layout: Any) -> None:
@@ -51,8 +60,8 @@ def _layout_fits(block: Any, layout: Any) -> None:
     names = "the names of the kinds of all layers, in model order, as keys of the dict block"
     if not isinstance(block, Mapping):
         raise ValueError(
-            f"model.layout={layout!r}: must be {names}, but block is {show(block)}; make it a dict "
-            "with a block for each kind, or leave layout out"
+            f"model.layout={brief(layout)}: must be {names}, but block is {show(block)}; make it a "
+            "dict with a block for each kind, or leave layout out"
         )
     if layout is None:
         raise ValueError(
@@ -60,10 +69,12 @@ def _layout_fits(block: Any, layout: Any) -> None:
             "block one function for all layers"
         )
     if not isinstance(layout, tuple) or not all(isinstance(kind, str) for kind in layout):
-        raise TypeError(f"model.layout={layout!r}: must be a sequence of strings, {names}")
+        raise TypeError(f"model.layout={brief(layout)}: must be a sequence of strings, {names}")
     if not layout:
         raise ValueError("model.layout=(): must name at least one layer")
-    layers = {kind: [i for i, k in enumerate(layout) if k == kind] for kind in layout}
+    layers: dict[str, list[int]] = {}
+    for layer, kind in enumerate(layout):
+        layers.setdefault(kind, []).append(layer)
     raise_all(
         "model.layout: must name the keys of the dict block, each at least once; add the "
         "missing names, or leave out the unknown ones",
@@ -89,7 +100,9 @@ def mesh_axis(mesh: Any, axis: Any, *, argument: str = "axis") -> int:
             f"mesh: must be a jax.sharding.Mesh, as jax.make_mesh makes, got {show(mesh)}"
         )
     if not isinstance(axis, str):
-        raise TypeError(f"{argument}={axis!r}: must be the name of a mesh axis, got {show(axis)}")
+        raise TypeError(
+            f"{argument}={brief(axis)}: must be the name of a mesh axis, got {show(axis)}"
+        )
     _known_axes(mesh, argument, axis, [axis])
     return mesh.shape[axis]
 
@@ -98,12 +111,14 @@ def other_axes(mesh: Mesh, axis: str, argument: str, axes: AxisNames) -> tuple[s
     """Requires one or several axes of the mesh other than `axis`; returns a tuple."""
     names = (axes,) if isinstance(axes, str) else axes
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{argument}={axes!r}: must be the name of a mesh axis, or a tuple of them")
+        raise TypeError(
+            f"{argument}={brief(axes)}: must be the name of a mesh axis, or a tuple of them"
+        )
     _known_axes(mesh, argument, axes, names)
     if axis in names or len(set(names)) < len(names):
         raise ValueError(
-            f"{argument}={axes!r}: must be mesh axes other than axis={axis!r}, each once; leave "
-            "out the others"
+            f"{argument}={brief(axes)}: must be mesh axes other than axis={brief(axis)}, each "
+            "once; leave out the others"
         )
     return tuple(names)
 
@@ -114,13 +129,14 @@ def _known_axes(mesh: Mesh, argument: str, value: AxisNames, names: Iterable[str
         known = ", ".join(f"{name!r} ({size} devices)" for name, size in mesh.shape.items())
         are = "is not an axis" if len(unknown) == 1 else "are not axes"
         raise ValueError(
-            f"{argument}={value!r}: {', '.join(map(repr, unknown))} {are} of the mesh, which has "
-            f"{known}; name one of its axes, or make the mesh with these"
+            f"{argument}={brief(value)}: {brief(unknown)[1:-1]} {are} of the mesh, which "
+            f"has {known}; name one of its axes, or make the mesh with these"
         )
 
 
 def _names(kinds: Iterable[Any]) -> str:
-    return ", ".join(map(repr, kinds)) or "no kinds"
+    named = [brief(kind) for kind in kinds]
+    return ", ".join(named[:20]) + ", .." * (len(named) > 20) or "no kinds"
 
 
 def _abbreviate(numbers: list[int]) -> str:

@@ -5,6 +5,7 @@ is None: the rest of the library sees models with kinds only. A *stack* is a pyt
 have the layers of one kind as their leading dim, in model order.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
+from dualpipe_jax._errors import brief
 from dualpipe_jax._model.types import Block, Model, PyTree
 
 Kind = str | None
@@ -56,7 +58,7 @@ def layout_of(layout: Any) -> tuple[str, ...] | None:
     is_sequence = isinstance(layout, Sequence) and not isinstance(layout, str)
     if not is_sequence or not all(isinstance(kind, str) for kind in layout):
         raise TypeError(
-            f"layout={repr(layout)[:80]}: must be a sequence of strings, the name of the kind of "
+            f"layout={brief(layout)}: must be a sequence of strings, the name of the kind of "
             "every layer in model order, or None"
         )
     return tuple(layout)
@@ -70,8 +72,8 @@ def require_layout_length(layout: Sequence[str], num_layers: int, *, where: str 
     """
     if len(layout) != num_layers:
         raise ValueError(
-            f"layout={layout!r}: must name the kind of every layer, but has {len(layout)} names "
-            f"for the {num_layers} layers{where}"
+            f"layout={brief(layout)}: must name the kind of every layer, but has {len(layout)} "
+            f"names for the {num_layers} layers{where}"
         )
 
 
@@ -90,7 +92,12 @@ def indices_in_stack(kinds: tuple[Kind, ...]) -> list[int]:
     >>> indices_in_stack(("dense", "moe", "dense", "moe", "moe"))
     [0, 0, 1, 1, 2]
     """
-    return [kinds[:layer].count(kind) for layer, kind in enumerate(kinds)]
+    counted: Counter[Kind] = Counter()
+    indices = []
+    for kind in kinds:
+        indices.append(counted[kind])
+        counted[kind] += 1
+    return indices
 
 
 def index_in_stack(kinds: tuple[Kind, ...], layer: jax.Array) -> jax.Array:

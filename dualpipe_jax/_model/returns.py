@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from dualpipe_jax._errors import call, is_array, raise_all, short, show
+from dualpipe_jax._errors import is_array, raise_all, short, show
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.kinds import Kind, block_name, blocks_of
 from dualpipe_jax._model.types import Aux, Batch, Block, Context, Model, Output, PyTree
+from dualpipe_jax._model.users_call import call
 
 
 @jax.tree_util.register_dataclass
@@ -302,7 +303,7 @@ def _applied(value: Any, microbatch: Batch) -> PyTree:
 
 def _require_arrays(name: str, part: str, value: Any) -> Any:
     """Requires a function to have returned arrays, or Python scalars; returns arrays."""
-    value = semantics.as_arrays(value)
+    value = semantics.as_arrays(semantics.pytree(name, value))
     raise_all(
         f"{name}: must return arrays",
         (

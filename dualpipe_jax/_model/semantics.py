@@ -12,12 +12,30 @@ from jax import lax
 from dualpipe_jax._model.types import Aux, Batch, Context, Metrics, Model, PyTree
 
 
+def pytree(name: str, tree: PyTree) -> PyTree:
+    """Requires dicts whose keys can be sorted, as JAX does, and returns the tree."""
+    try:
+        jax.tree.structure(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: must be a pytree, and the keys of each dict in it all of one type, so that "
+            f"they can be sorted; use text for all keys ({error})"
+        ) from error
+    return tree
+
+
 def as_arrays(tree: PyTree) -> PyTree:
     """Converts Python scalars to arrays; other leaves stay, and the checks refuse them."""
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf,
-        tree,
-    )
+    return jax.tree.map(_as_array, tree)
+
+
+def _as_array(leaf: Any) -> Any:
+    if not isinstance(leaf, bool | int | float | complex):
+        return leaf
+    try:
+        return jnp.asarray(leaf)
+    except OverflowError:  # an integer that fits no dtype
+        return leaf
 
 
 def split(batch: Batch, num_microbatches: int) -> PyTree:

@@ -14,9 +14,10 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from dualpipe_jax._errors import brief, show
 from dualpipe_jax._plot.geometry import RULER, Bands, Boxes, boxes_of, fold_into_bands
 from dualpipe_jax._plot.legend import FACES, IDLE, INKS, draw_legend
-from dualpipe_jax.schedules import Timeline
+from dualpipe_jax.schedules import Schedule, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,8 +43,21 @@ def plot_timeline(
       The figure, for the caller to add to or to save. It has one `Axes` for each band.
 
     Raises:
+      TypeError: if an argument has a wrong type.
+      ValueError: if the path's suffix is no format of Matplotlib.
+      OSError: if the file cannot be written.
       ModuleNotFoundError: if Matplotlib is not installed.
     """
+    if not isinstance(timeline, Timeline):
+        fix = "; take its .timeline()" if isinstance(timeline, Schedule) else ""
+        raise TypeError(
+            f"timeline={brief(timeline)}: must be a dualpipe_jax.Timeline, the result of "
+            f"Schedule.timeline(){fix}"
+        )
+    if not isinstance(title, str | None):
+        raise TypeError(f"title={brief(title)}: must be a text, or None; got {show(title)}")
+    if not isinstance(path, str | PathLike | None):
+        raise TypeError(f"path={brief(path)}: must be the path of a file, or None")
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -80,8 +94,26 @@ def plot_timeline(
         _draw_frame(axes, timeline, ticks, layout)
     figure.axes[0].set_title(title or summarize(timeline), loc="left", fontsize=12, pad=20)
     if path is not None:
-        save(figure, path, image_format=Path(path).suffix.removeprefix(".") or "png")
+        _save_to(figure, path)
     return figure
+
+
+def _save_to(figure: "Figure", path: str | PathLike[str]) -> None:
+    """Writes a figure in the format of the path's suffix."""
+    image_format = Path(path).suffix.removeprefix(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if image_format not in known:
+        raise ValueError(
+            f"path={brief(path)}: must end in a format of Matplotlib, which are "
+            f"{', '.join(sorted(known))}"
+        )
+    if "\0" in str(path):
+        raise ValueError(f"path={brief(path)}: must be the path of a file, without null characters")
+    try:
+        save(figure, path, image_format=image_format)
+    except OSError as error:
+        must = f"path={brief(path)}: must be a file that can be written, but: {error.strerror}"
+        raise OSError(error.errno, must) from error
 
 
 def save(figure: "Figure", file: str | PathLike[str] | IO[bytes], *, image_format: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD
 from dualpipe_jax._schedule.durations import Durations
 
@@ -29,13 +30,15 @@ def as_number(name: str, value: Any) -> float:
       ValueError: if it is beyond all floats.
     """
     try:
-        if isinstance(value, SupportsFloat):  # a str is none
+        # A str is no SupportsFloat; a complex scalar of NumPy is one.
+        is_wrong = isinstance(value, bool | np.bool_ | np.complexfloating)
+        if isinstance(value, SupportsFloat) and not is_wrong:
             return float(value)
     except OverflowError:
         raise ValueError(f"{name}: must be finite, but is beyond all floats") from None
     except (TypeError, ValueError):
         pass  # an array of several, or a tracer
-    raise TypeError(f"{name}={repr(value)[:80]}: must be a number")
+    raise TypeError(f"{name}={brief(value)}: must be a number")
 
 
 def is_cost(number: float) -> bool:
@@ -90,28 +93,28 @@ class Costs:
             if not isinstance(value, int | float):
                 object.__setattr__(self, name, number)
         stated = {n: v for n, v in vars(self).items() if (n, v) != ("full_backward", None)}
-        wrong = [f"{n}={v!r}" for n, v in stated.items() if not is_cost(v)]
+        wrong = [f"{n}={brief(v)}" for n, v in stated.items() if not is_cost(v)]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: {COST}")
         if not self.forward * _MOST >= 1:
             raise ValueError(
-                f"forward={self.forward!r}: a forward must cost more than 0, and at least "
+                f"forward={brief(self.forward)}: a forward must cost more than 0, and at least "
                 f"{1 / _MOST:g}"
             )
         if not is_cost(self.embed_grad + self.head * (1 + self.backward / self.forward)):
             raise ValueError(
-                f"embed={self.embed!r}, head={self.head!r}: their gradients, in proportion to "
-                f"those of the layers, must cost at most {_MOST:g}"
+                f"embed={brief(self.embed)}, head={brief(self.head)}: their gradients, in "
+                f"proportion to those of the layers, must cost at most {_MOST:g}"
             )
         if self.full_backward and not self.backward:
             raise ValueError(
-                f"full_backward={self.full_backward!r}: must be 0 or left out, as input_grad and "
-                "weight_grad are 0"
+                f"full_backward={brief(self.full_backward)}: must be 0 or left out, as input_grad "
+                "and weight_grad are 0"
             )
         if not is_cost(self.full_backward_share):
             raise ValueError(
-                f"full_backward={self.full_backward!r}: must be at most {_MOST:g} times the sum of "
-                f"input_grad and weight_grad, {self.backward!r}"
+                f"full_backward={brief(self.full_backward)}: must be at most {_MOST:g} times the "
+                f"sum of input_grad and weight_grad, {self.backward!r}"
             )
 
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
@@ -64,7 +65,7 @@ class ParameterBytes:
     optimizer: float
 
     def __post_init__(self) -> None:
-        wrong = [f"{n}={v!r}" for n, v in vars(self).items() if not 0 <= v < math.inf]
+        wrong = [f"{n}={brief(v)}" for n, v in vars(self).items() if not 0 <= v < math.inf]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: must be a finite number, 0 or more")
 
@@ -157,7 +158,10 @@ def parse_bytes(value: object) -> float:
     Raises:
       ValueError: if it is no size.
     """
-    text = str(value).strip()
+    try:
+        text = str(value).strip()
+    except ValueError:  # an integer of more digits than Python writes
+        text = brief(value)
     digits = text.rstrip("BKMGTi ")
     try:
         number = float(digits)
@@ -165,7 +169,9 @@ def parse_bytes(value: object) -> float:
         number = math.nan
     unit = text[len(digits) :].strip()
     if not 0 <= number < math.inf or unit not in _UNITS:
-        raise ValueError(f"{text!r} is not a size: a number of bytes, or such as 80GiB or 1.5MB")
+        raise ValueError(
+            f"{brief(text)} is not a size: a number of bytes, or such as 80GiB or 1.5MB"
+        )
     return number * _UNITS[unit]
 
 

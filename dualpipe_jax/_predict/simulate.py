@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from dualpipe_jax._errors import brief
 from dualpipe_jax._predict.costs import COST, Costs, as_number, is_cost
 from dualpipe_jax._predict.decide import decide
 from dualpipe_jax._predict.simulation import Simulation, replay_schedule
@@ -62,7 +63,7 @@ def simulate(
     )
     costs, transfer = costs or Costs(), as_number("transfer", transfer)
     if not is_cost(transfer):
-        raise ValueError(f"transfer={transfer!r}: {COST}")
+        raise ValueError(f"transfer={brief(transfer)}: {COST}")
     options: dict[str, Any] = {
         "costs": costs,
         "transfer": transfer,
@@ -87,12 +88,12 @@ def _layers_of_stage(
     )
     if num_layers is None:
         return sizes
-    require_sum(sizes, num_layers)
     if not num_stages <= num_layers <= MOST_LAYERS:
         raise ValueError(
-            f"num_layers={num_layers}: must be at least the {num_stages} stages of schedule "
+            f"num_layers={brief(num_layers)}: must be at least the {num_stages} stages of schedule "
             f"{schedule.name!r} on {num_ranks} ranks, and at most {MOST_LAYERS:,}"
         )
+    require_sum(sizes, num_layers)
     return sizes or spread_evenly(num_layers, num_stages)
 
 
@@ -113,5 +114,6 @@ def _require_types(**arguments: Any) -> None:
             continue
         fix = ""
         if isinstance(value, str) and name == "schedule":
-            fix = f": dualpipe_jax.schedules.make({value!r}, num_ranks=, num_microbatches=) is one"
-        raise TypeError(f"{name}={repr(value)[:80]}: must be {must}{fix}")
+            sizes = "num_ranks=, num_microbatches="
+            fix = f": dualpipe_jax.schedules.make({brief(value)}, {sizes}) is one"
+        raise TypeError(f"{name}={brief(value)}: must be {must}{fix}")

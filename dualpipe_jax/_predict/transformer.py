@@ -13,6 +13,7 @@ test compares them). In units of one x, tokens x width:
 
 from dataclasses import dataclass
 
+from dualpipe_jax._errors import brief
 from dualpipe_jax._predict.costs import Costs, of_transformer
 from dualpipe_jax._predict.memory import LayerBytes
 
@@ -55,7 +56,7 @@ class Transformer:
 
     def __post_init__(self) -> None:
         sizes = {name: v for name, v in vars(self).items() if isinstance(v, int)}
-        if wrong := [f"{name}={v!r}" for name, v in sizes.items() if not 1 <= v <= _MOST]:
+        if wrong := [f"{name}={brief(v)}" for name, v in sizes.items() if not 1 <= v <= _MOST]:
             raise ValueError(
                 f"{', '.join(wrong)}: a size must be at least 1, and at most {_MOST:,}"
             )

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend import core as jcore
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dualpipe_jax._errors import brief
 from dualpipe_jax._model.types import PyTree
 
 
@@ -39,8 +40,8 @@ def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> 
     if mesh is not None:
         if not (hasattr(mesh, "axis_types") and hasattr(mesh, "shape")):
             raise TypeError(
-                f"mesh={mesh!r}: must be a jax.sharding.Mesh or AbstractMesh, or None for that of "
-                "the arguments"
+                f"mesh={brief(mesh)}: must be a jax.sharding.Mesh or AbstractMesh, or None for "
+                "that of the arguments"
             )
         return MeshAxes.of(mesh)
     found = []
@@ -67,12 +68,24 @@ def find_axes(step: Callable[..., Any], args: tuple[PyTree, ...], mesh: Any) -> 
 
 
 def put_on_mesh(args: tuple[PyTree, ...], mesh: jax.sharding.Mesh) -> tuple[PyTree, ...]:
-    """Makes avals of the arguments on a mesh, sharded as on the user's."""
+    """Makes avals of the arguments on a mesh, sharded as on the user's.
+
+    Raises:
+      ValueError: If a dim is not divisible by the axes over which it is sharded.
+    """
 
     def put(leaf: Any) -> jax.ShapeDtypeStruct:
         plain, on = _plain(leaf), _mesh_of(leaf)
         spec = PartitionSpec() if on is None else leaf.sharding.spec
-        return plain.update(sharding=NamedSharding(mesh, spec))
+        sharding = NamedSharding(mesh, spec)
+        try:
+            sharding.shard_shape(plain.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"args: an array of shape {plain.shape} with the spec {spec} must be divisible by "
+                f"the axes of mesh={dict(mesh.shape)}; change its shape, or the mesh"
+            ) from error
+        return plain.update(sharding=sharding)
 
     return jax.tree.map(put, args)
 

@@ -159,7 +159,12 @@ def _call(cost: KernelCost, call: Instruction, where: Computation) -> float:
 
 def is_flops(value: Any) -> bool:
     """Whether a value is a number of FLOPs."""
-    return isinstance(value, Real) and 0 <= float(value) < math.inf
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return 0 <= float(value) < math.inf
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _aval(shape: Shape) -> jax.ShapeDtypeStruct:

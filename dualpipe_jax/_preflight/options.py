@@ -15,6 +15,8 @@ XLA's defaults hide as much, in one larger permute a beat.
 
 from dataclasses import dataclass
 
+from dualpipe_jax._errors import brief
+
 PLATFORMS = ("tpu", "gpu", "cpu")
 
 
@@ -119,7 +121,7 @@ def explain_options(platform: str) -> tuple[CompilerOption, ...]:
     Raises:
       ValueError: If there is no such platform.
     """
-    if platform not in _OPTIONS:
+    if not isinstance(platform, str) or platform not in _OPTIONS:
         known = ", ".join(map(repr, PLATFORMS))
-        raise ValueError(f"platform={platform!r}: must be one of {known}")
+        raise ValueError(f"platform={brief(platform)}: must be one of {known}")
     return _OPTIONS[platform]

@@ -1,5 +1,6 @@
 """Compiles a step ahead of time for a topology, and reports on the compiled program."""
 
+import inspect
 import re
 import time
 import warnings
@@ -8,8 +9,9 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._grid import is_adjacent_along
+from dualpipe_jax._model import call_checks, semantics
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._preflight.analysis import analyze
 from dualpipe_jax._preflight.arguments import MeshAxes, find_axes, put_on_mesh
@@ -131,15 +133,23 @@ def _check_step(step_fn: Any, args: Any) -> None:
             "single one write (argument,)"
         )
     if not callable(step_fn):
-        raise TypeError(f"step_fn={repr(step_fn)[:80]}: must be a function, jitted or not")
+        raise TypeError(f"step_fn={brief(step_fn)}: must be a function, jitted or not")
+    call_checks.arrays(semantics.pytree("args", args), "args")
+    try:
+        inspect.signature(step_fn).bind(*args)
+    except ValueError:  # some builtins have none
+        pass
+    except TypeError as error:
+        raise TypeError(
+            f"step_fn: must take the {len(args)} arguments in args, but it does not: {error}"
+        ) from error
 
 
 def _check_options(options: Any) -> dict[str, Any]:
     """Requires values by name."""
     if not isinstance(options, Mapping):
         raise TypeError(
-            f"compiler_options={repr(options)[:80]}: must be a dict of XLA's options by name, or "
-            "None"
+            f"compiler_options={brief(options)}: must be a dict of XLA's options by name, or None"
         )
     raise_all(
         "compiler_options: must be numbers, texts, True or False by the names of XLA's options",
@@ -159,13 +169,13 @@ def _check_kernel_costs(kernel_costs: Any) -> Mapping[str, KernelCost]:
         return {}
     if not isinstance(kernel_costs, Mapping):
         raise TypeError(
-            f"kernel_costs={kernel_costs!r}: must be a dict from the names of kernels to FLOPs"
+            f"kernel_costs={brief(kernel_costs)}: must be a dict from the names of kernels to FLOPs"
         )
     for name, cost in kernel_costs.items():
         if not (isinstance(name, str) and name and (callable(cost) or is_flops(cost))):
             raise TypeError(
-                f"kernel_costs[{name!r}]={cost!r}: must be the FLOPs of a call, or a function of "
-                "its operands, by the name of a kernel"
+                f"kernel_costs[{name!r}]={brief(cost)}: must be the FLOPs of a call, or a function "
+                "of its operands, by the name of a kernel"
             )
     return kernel_costs
 

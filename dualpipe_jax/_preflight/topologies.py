@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import topologies as jax_topologies
 
 from dualpipe_jax._devices import H100, V5E, V5P, V6E, Device
+from dualpipe_jax._errors import brief
 from dualpipe_jax._grid import lay_out
 
 # An H100 SXM as XLA's GPU compiler wants it described, so that it compiles without one: a
@@ -160,17 +161,17 @@ def _cpu(name: str, number: int) -> Topology:
     devices = jax.devices("cpu")
     if len(devices) < number:
         raise ValueError(
-            f"topology={name!r}: this process has {len(devices)} CPU devices; before JAX is first "
-            f'used, call jax.config.update("jax_num_cpu_devices", {number})'
+            f"topology={brief(name)}: this process has {len(devices)} CPU devices; before JAX is "
+            f'first used, call jax.config.update("jax_num_cpu_devices", {number})'
         )
     return Topology(name=name, platform="cpu", devices=tuple(devices[:number]), device=None)
 
 
 def _unknown(name: Any) -> ValueError:
-    return ValueError(f"topology={name!r}: must be one of {', '.join(KNOWN)}")
+    return ValueError(f"topology={brief(name)}: must be one of {', '.join(KNOWN)}")
 
 
 def _missing(name: str, package: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
-        f"topology={name!r}: needs a compiler that is not installed: pip install '{package}'"
+        f"topology={brief(name)}: needs a compiler that is not installed: pip install '{package}'"
     )

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dualpipe_jax._errors import show
+from dualpipe_jax._errors import brief, show
 
 _TWO_TICK = "two-tick"
 
@@ -57,7 +57,7 @@ class Execution:
         if self.unroll is not None:
             must = "must be True, False, a number of layers, or None"
             if not isinstance(self.unroll, int):
-                raise TypeError(f"unroll={self.unroll!r}: {must}; got {show(self.unroll)}")
+                raise TypeError(f"unroll={brief(self.unroll)}: {must}; got {show(self.unroll)}")
             if not isinstance(self.unroll, bool) and self.unroll < 1:
                 raise ValueError(f"unroll={self.unroll}: {must}, at least 1")
             if self.unroll == 1:  # as True does
@@ -101,6 +101,8 @@ def timetable_of(overlap: Any) -> str:
     >>> timetable_of(True), timetable_of(False), timetable_of("two-tick")
     ('aligned', 'shortest', 'two-tick')
     """
+    if overlap is None:
+        raise TypeError(f"overlap=None: must be True, False or {_TWO_TICK!r}")
     _require_one_of("overlap", overlap, True, False, _TWO_TICK)
     if overlap == _TWO_TICK:
         return _TWO_TICK
@@ -112,4 +114,4 @@ def _require_one_of(name: str, value: Any, *known: Any) -> None:
         return
     listed = ", ".join(map(repr, known))
     error = ValueError if any(type(value) is type(one) for one in known) else TypeError
-    raise error(f"{name}={value!r}: must be {listed}, or None")
+    raise error(f"{name}={brief(value)}: must be {listed}, or None")

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 
 # Layers are counted in integers of 64 bits.
 MOST_LAYERS = 10**12
@@ -29,11 +29,14 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
         return None
     must = f"must be a number of layers for each of the {num_stages} stages{where}, in model order"
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | dict | set):
-        raise TypeError(f"layers_per_stage={value!r}: {must}, or None; got {show(value)}")
-    given = list(value)
+        raise TypeError(f"layers_per_stage={brief(value)}: {must}, or None; got {show(value)}")
+    try:
+        given = list(value)
+    except TypeError:  # an array of no dims
+        given = [value]
     sizes = [_index(number) for number in given]
     raise_all(
-        f"layers_per_stage={value!r}: {must}, all integers",
+        f"layers_per_stage={brief(value)}: {must}, all integers",
         (
             f"stage {stage} has {show(number)}"
             for stage, (number, size) in enumerate(zip(given, sizes, strict=True))
@@ -43,11 +46,11 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
     )
     if len(sizes) != num_stages:
         raise ValueError(
-            f"layers_per_stage={value!r}: {must}, but has {len(sizes)} numbers; give as many as "
-            "there are stages"
+            f"layers_per_stage={brief(value)}: {must}, but has {len(sizes)} numbers; give as many "
+            "as there are stages"
         )
     raise_all(
-        f"layers_per_stage={value!r}: every stage must have at least one layer, and at most "
+        f"layers_per_stage={brief(value)}: every stage must have at least one layer, and at most "
         f"{MOST_LAYERS:,}; give it one of another's, or use fewer stages",
         (
             f"stage {stage} has {size}"
@@ -81,8 +84,9 @@ def require_sum(sizes: tuple[int, ...] | None, num_layers: int) -> None:
     """Requires the stages to have all layers of the model."""
     if sizes is not None and sum(sizes) != num_layers:
         raise ValueError(
-            f"layers_per_stage={sizes}: must sum to the number of layers, {num_layers}, but its "
-            f"sum is {sum(sizes)}; change it, or the depth of the model"
+            f"layers_per_stage={brief(sizes)}: must sum to the number of layers, "
+            f"{brief(num_layers)}, but its sum is {sum(sizes)}; change it, or the depth of the "
+            "model"
         )
 
 

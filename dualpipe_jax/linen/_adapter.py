@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from dualpipe_jax._errors import raise_all, require_name, require_names, show
+from dualpipe_jax._model import call_checks, semantics
 from dualpipe_jax._model.kinds import layout_of
 from dualpipe_jax._model.types import Batch, Model, Params, PyTree, Weight
 from dualpipe_jax.linen import _overwriting
@@ -195,9 +196,11 @@ class LinenModel(Model):
 
         Raises:
           ValueError: If num_layers does not fit the layout.
-          TypeError: If num_layers is no integer.
+          TypeError: If num_layers is no integer, key no key, or a leaf of batch no array.
         """
+        call_checks.key(key, argument="key", is_optional=False)
         kinds = self.functions.kinds(num_layers)
+        call_checks.arrays(semantics.pytree("batch", batch), "batch")
         batch = jax.tree.map(
             lambda leaf: (
                 jnp.zeros(leaf.shape, leaf.dtype)

@@ -14,13 +14,16 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-from dualpipe_jax._errors import call, raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._model.checks import positive_int
 from dualpipe_jax._model.kinds import Kind, as_constants, index_in_stack, take_layer, unwrap_kinds
 from dualpipe_jax._model.types import Batch, Block, Context, PyTree
+from dualpipe_jax._model.users_call import call
 from dualpipe_jax.linen._metadata import add_name
 from dualpipe_jax.linen._overwriting import collections_of
 from dualpipe_jax.linen._part import Part
+
+_MOST_LAYERS = 10**6
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -110,7 +113,13 @@ class ModelFunctions:
                     "leave it out"
                 )
             return self.layout
-        return (None,) * positive_int("num_layers", num_layers)
+        number = positive_int("num_layers", num_layers)
+        if number > _MOST_LAYERS:
+            raise ValueError(
+                f"num_layers={brief(num_layers)}: must be at most {_MOST_LAYERS:,}, as each layer "
+                "is initialised with a key of its own; make a model of fewer layers"
+            )
+        return (None,) * number
 
     def init(self, key: jax.Array, batch: Batch, kinds: tuple[Kind, ...]) -> dict[str, PyTree]:
         """Initialises all variables: collections of `{"ends": ..., "blocks": ...}`.

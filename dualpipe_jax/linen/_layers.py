@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dualpipe_jax._errors import raise_all, require_name, show
+from dualpipe_jax._errors import brief, raise_all, require_name, show
+from dualpipe_jax._model import call_checks, semantics
 from dualpipe_jax._model.kinds import (
     Kind,
     group_by_kind,
@@ -79,6 +81,7 @@ def to_canonical(
 
     def convert(params: Mapping[str, PyTree]) -> PyTree:
         holder = _get(params, parent)
+        call_checks.arrays(holder, "tree: params")
         if not is_named:
             _require_dim(holder[last], dim, layers)
             blocks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, dim, 0), holder[last])
@@ -86,7 +89,7 @@ def to_canonical(
             return {"ends": _without(params, parent, [last]), "blocks": blocks}
         names = _numbered(holder, last, layers)
         if layout is not None:
-            require_layout_length(layout, len(names), where=f" {layers!r}")
+            require_layout_length(layout, len(names), where=f" {brief(layers)}")
         kinds: tuple[Kind, ...] = (None,) * len(names) if layout is None else layout
         stacks = {
             kind: _stack(names_of_kind, holder, axis)
@@ -100,7 +103,7 @@ def to_canonical(
             return False
         return last.format(0) in holder if is_named else isinstance(holder.get(last), Mapping)
 
-    return _map(convert, tree, holds_layers, f"the layers {layers!r}, as keys of a dict")
+    return _map(convert, tree, holds_layers, f"the layers {brief(layers)}, as keys of a dict")
 
 
 def to_flax(
@@ -134,9 +137,11 @@ def to_flax(
     """
     *parent, last = _path(layers)
     layout = _checked(layers, dim=dim, axis=axis, layout=layout)
+    require_name("partition_name", partition_name)
 
     def convert(params: Mapping[str, PyTree]) -> PyTree:
         blocks = params["blocks"]
+        call_checks.arrays(blocks, "tree: blocks")
         if HOLE not in last:
             _require_dim(blocks, dim, layers)
             blocks = add_name(take_name(blocks, 0, axis), dim, partition_name)
@@ -160,12 +165,14 @@ def to_flax(
     def num_layers() -> int:
         """Counts layers in the whole tree: a part in which an optimizer masks blocks has none."""
         nodes = filter(is_canonical, jax.tree.leaves(tree, is_leaf=is_canonical))
-        sizes = {leaf.shape[0] for node in nodes for leaf in jax.tree.leaves(node["blocks"])}
-        if len(sizes) != 1:
+        leaves = [leaf for node in nodes for leaf in jax.tree.leaves(node["blocks"])]
+        scalars = any(not np.ndim(leaf) for leaf in leaves)
+        sizes = {np.shape(leaf)[0] for leaf in leaves if np.ndim(leaf)}
+        if len(sizes) != 1 or scalars:
             raise ValueError(
                 "tree: must have one leading dim, the number of layers, in all leaves of blocks; "
-                f"got {sorted(sizes)}; convert parameters and optimizer state together, as a pair, "
-                "if all blocks are masked"
+                f"got {brief(sorted(sizes))}{' and scalars' * scalars}; convert parameters and "
+                "optimizer state together, as a pair, if all blocks are masked"
             )
         return sizes.pop()
 
@@ -178,15 +185,17 @@ def _checked(
     """Requires arguments that fit named layers, or a stack; returns the layout as a tuple."""
     require_name("axis", axis)
     if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim={dim!r}: must be an integer, got {show(dim)}")
+        raise TypeError(f"dim={brief(dim)}: must be an integer, got {show(dim)}")
     kinds, is_named = layout_of(layout), HOLE in layers
     if is_named and dim != 0:
         raise ValueError(
-            f"dim={dim}: must be 0 for separate layers ({layers!r}), which have no layers' dim"
+            f"dim={brief(dim)}: must be 0 for separate layers ({brief(layers)}), which have no "
+            "layers' dim"
         )
     if kinds is not None and not is_named:
         raise ValueError(
-            f"layout={layout!r}: layers of different kinds cannot be in one stack, {layers!r}; "
+            f"layout={brief(layout)}: layers of different kinds cannot be in one stack, "
+            f"{brief(layers)}; "
             'give their names ("layers_{}"), or leave layout out'
         )
     return kinds
@@ -195,7 +204,8 @@ def _checked(
 def _require_dim(stack: PyTree, dim: int, layers: str) -> None:
     """Requires every leaf of a stack to have the dim."""
     raise_all(
-        f"dim={dim}: must be a dim of every leaf of the stack {layers!r}, that of the layers",
+        f"dim={brief(dim)}: must be a dim of every leaf of the stack {brief(layers)}, that of the "
+        "layers",
         (
             f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(stack)
@@ -209,11 +219,11 @@ def _require_kinds(stacks: Any, layout: tuple[str, ...]) -> None:
     if not isinstance(stacks, Mapping) or set(stacks) != set(layout):
         has = sorted(map(str, stacks)) if isinstance(stacks, Mapping) else show(stacks)
         raise ValueError(
-            f"layout={layout!r}: must name the kinds of tree's blocks, each at least once; the "
-            f"kinds are {has}"
+            f"layout={brief(layout)}: must name the kinds of tree's blocks, each at least once; "
+            f"the kinds are {has}"
         )
     raise_all(
-        f"layout={layout!r}: must name each kind as often as tree's blocks have layers of it",
+        f"layout={brief(layout)}: must name each kind as often as tree's blocks have layers of it",
         (
             f"blocks[{kind!r}]{jax.tree_util.keystr(path)} is of shape {jnp.shape(leaf)}, and "
             f"the layout names {kind!r} {layout.count(kind)} times"
@@ -228,9 +238,9 @@ def _map(
     convert: Callable[[Any], Any], tree: PyTree, is_params: Callable[[Any], bool], wanted: str
 ) -> PyTree:
     """Converts every subtree that is parameters; `wanted` describes these in a message."""
-    nodes = jax.tree.leaves(tree, is_leaf=is_params)
+    nodes = jax.tree.leaves(semantics.pytree("tree", tree), is_leaf=is_params)
     if not any(map(is_params, nodes)):
-        keys = sorted(map(str, tree)) if isinstance(tree, Mapping) else show(tree)
+        keys = brief(sorted(map(str, tree))) if isinstance(tree, Mapping) else show(tree)
         raise ValueError(
             f"tree: must hold {wanted}; found none under {keys}; give the names of the modules "
             "above them too"
@@ -245,7 +255,8 @@ def _path(layers: str) -> list[str]:
     path = layers.split("/") if isinstance(layers, str) else []
     if not all(path) or not path or HOLE in "".join(path[:-1]) or path[-1].count(HOLE) > 1:
         raise ValueError(
-            f"layers={layers!r}: must be the name of the stack, or that of the layers with {{}} "
+            f"layers={brief(layers)}: must be the name of the stack, or that of the layers with "
+            f"{{}} "
             'for their number, after the names of the modules above it, joined by "/"'
         )
     return path
@@ -292,14 +303,15 @@ def _with(tree: Any, path: Sequence[str], entries: Mapping[str, Any]) -> dict[st
 def _numbered(holder: Mapping[str, Any], last: str, layers: str) -> list[str]:
     """Lists the names of the layers in order, and requires all of them."""
     before, after = map(re.escape, last.split(HOLE))
-    numbers = [re.fullmatch(f"{before}([0-9]+){after}", name) for name in holder]
+    texts = [name for name in holder if isinstance(name, str)]
+    numbers = [re.fullmatch(f"{before}([0-9]+){after}", name) for name in texts]
     count = len([match for match in numbers if match])
     names = [last.format(i) for i in range(count)]
     missing = [name for name in names if name not in holder]
     if missing:
         raise ValueError(
-            f"tree: must hold every layer of {layers!r}, counted from 0, but of {count} layers "
-            f"these are missing: {', '.join(missing)}"
+            f"tree: must hold every layer of {brief(layers)}, counted from 0, but of {count} "
+            f"layers these are missing: {', '.join(missing)}"
         )
     return names
 

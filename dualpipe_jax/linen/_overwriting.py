@@ -12,7 +12,7 @@ import jax
 from flax.core import unfreeze
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import PyTree
 
@@ -51,7 +51,7 @@ def to_params(variables: Mapping[str, PyTree], *, kinds: Collection[Kind]) -> di
     known = {"params", OVERWRITE_WITH_GRADIENT}
     if not isinstance(variables, Mapping) or not {"params"} <= set(variables) <= known:
         if isinstance(variables, Mapping):
-            got = f"{sorted(variables)}; give constants to model.with_constants"
+            got = f"{brief(sorted(map(str, variables)))}; give constants to model.with_constants"
         else:
             got = f"{show(variables)}; from a TrainState give its params"
         raise ValueError(
@@ -83,15 +83,28 @@ def _by_stack(
     return {"ends": function(*ends), "blocks": stacks}
 
 
+def _show_keys(tree: Any) -> str:
+    return brief(sorted(map(str, tree))) if isinstance(tree, Mapping) else show(tree)
+
+
 def _require_parts(name: str, collections: Mapping[str, PyTree], kinds: Collection[Kind]) -> None:
     raise_all(
         f'{name}: must be {{"ends": .., "blocks": ..}} in each collection, as model.init and '
         "to_canonical make them; to_canonical leaves a collection without layers unchanged: give "
         'that as {"ends": collection, "blocks": {}}',
         (
-            f"{key!r} is {sorted(tree) if isinstance(tree, Mapping) else show(tree)}"
+            f"{key!r} is {_show_keys(tree)}"
             for key, tree in collections.items()
             if not isinstance(tree, Mapping) or not {"ends", "blocks"} <= set(tree)
+        ),
+    )
+    raise_all(
+        f"{name}: ends and blocks must be dicts of variables by name",
+        (
+            f"{key!r}[{part!r}] is {show(tree[part])}"
+            for key, tree in collections.items()
+            for part in ("ends", "blocks")
+            if not isinstance(tree[part], Mapping)
         ),
     )
     if None in kinds:

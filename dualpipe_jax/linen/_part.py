@@ -14,8 +14,9 @@ from flax import errors
 from flax import linen as nn
 from flax.core import unfreeze
 
-from dualpipe_jax._errors import call, show
+from dualpipe_jax._errors import show
 from dualpipe_jax._model.types import Context, PyTree
+from dualpipe_jax._model.users_call import call
 from dualpipe_jax.linen._metadata import unboxed
 
 

@@ -14,10 +14,11 @@ from flax import nnx
 
 from dualpipe_jax._api.value_and_grad import GradFunction
 from dualpipe_jax._api.value_and_grad import value_and_grad as value_and_grad_of_params
-from dualpipe_jax._errors import call, raise_all, require_name, require_names, show
+from dualpipe_jax._errors import raise_all, require_name, require_names, show
 from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._model.kinds import index_in_stack, layout_of, unwrap_kinds
 from dualpipe_jax._model.types import Batch, Block, Context, Model, Params, PyTree, Weight
+from dualpipe_jax._model.users_call import call
 from dualpipe_jax.nnx._layers import Layers
 from dualpipe_jax.nnx._part import Part
 from dualpipe_jax.nnx._take_apart import take_apart

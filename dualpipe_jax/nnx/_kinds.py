@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from dualpipe_jax._errors import is_array, show
+from dualpipe_jax._errors import brief, is_array, show
 from dualpipe_jax._model.kinds import require_layout_length
 
 # The static value of each field of a layer, by path.
@@ -60,9 +60,9 @@ def _require_layout(fields: list[Fields], layout: tuple[str, ...]) -> None:
         first = layout.index(kind)
         if _differences(fields[first], fields[layer]):
             raise ValueError(
-                f"layout={layout!r}: layers of one kind must not differ, but {kind!r} has layers "
-                f"{first} and {layer}: {_show_differences(fields, first, layer)}. Give them two "
-                "names, or name an attribute that makes no difference to a call in ignore="
+                f"layout={brief(layout)}: layers of one kind must not differ, but {kind!r} has "
+                f"layers {first} and {layer}: {_show_differences(fields, first, layer)}. Give them "
+                "two names, or name an attribute that makes no difference to a call in ignore="
             )
 
 

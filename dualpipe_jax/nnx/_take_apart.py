@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dualpipe_jax._errors import raise_all, show
+from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._model.kinds import Kind, as_constants, group_by_kind, stack_layers
 from dualpipe_jax.nnx._kinds import kinds_of
 from dualpipe_jax.nnx._layers import Layers, require_module
@@ -52,8 +52,8 @@ def take_apart(
     layers = [found] if is_stack else list(found) if isinstance(found, Sequence | nnx.List) else []
     if not layers or not all(isinstance(layer, nnx.Module) for layer in layers):
         raise ValueError(
-            f"blocks={blocks!r}: must be a list of modules (nnx.List), or one module whose state "
-            f"is stacked by nnx.vmap; got {show(found)}"
+            f"blocks={brief(blocks)}: must be a list of modules (nnx.List), or one module whose "
+            f"state is stacked by nnx.vmap; got {show(found)}"
         )
     _require_attributes(layers, ignore)
     rest = nnx.merge(*nnx.split(module))
@@ -63,7 +63,7 @@ def take_apart(
     if is_stack:
         if layout is not None:
             raise ValueError(
-                f"layout={tuple(layout)!r}: must be None for a stack, whose layers are all of one "
+                f"layout={brief(layout)}: must be None for a stack, whose layers are all of one "
                 "kind; leave it out, or make a list of layers"
             )
         kinds: tuple[Kind, ...] = (None,) * _num_layers(found, blocks)
@@ -97,8 +97,8 @@ def _require_attributes(layers: list[nnx.Module], ignore: Sequence[str]) -> None
     if unknown:
         has = sorted(name for name in known if not name.startswith("_"))
         raise ValueError(
-            f"ignore={ignore!r}: must name attributes of layers, but they have no "
-            f"{', '.join(map(repr, unknown))}; they have {has[:20]}"
+            f"ignore={brief(ignore)}: must name attributes of layers, but they have no "
+            f"{brief(unknown)[1:-1]}; they have {has[:20]}"
         )
 
 
@@ -119,12 +119,12 @@ def _path(module: nnx.Module, blocks: str) -> Path:
         if not hasattr(holder, name):
             known = [n for n, v in vars(holder).items() if isinstance(v, nnx.Pytree)]
             raise ValueError(
-                f"blocks={blocks!r}: must name the attribute that holds the layers, but "
-                f"{type(holder).__name__} has no {name!r}; its modules are {known}"
+                f"blocks={brief(blocks)}: must name the attribute that holds the layers, but "
+                f"{type(holder).__name__} has no {brief(name)}; its modules are {known}"
             )
     if not names:
         raise TypeError(
-            f"blocks={blocks!r}: must be the name of the attribute that holds the layers"
+            f"blocks={brief(blocks)}: must be the name of the attribute that holds the layers"
         )
     return names
 
@@ -151,9 +151,9 @@ def _require_own_parameters(module: Any, rest: Any, layers: list, blocks: str) -
                 owners.setdefault(id(node), []).append(name)
     shared = [" and ".join(names) for names in owners.values() if len(names) > 1]
     raise_all(
-        f"blocks={blocks!r}: layers must not share parameters, neither with one another nor with "
-        "the rest of the module; for parameters that all blocks use make a dualpipe_jax.Model with "
-        "params['shared']",
+        f"blocks={brief(blocks)}: layers must not share parameters, neither with one another nor "
+        "with the rest of the module; for parameters that all blocks use make a dualpipe_jax.Model "
+        "with params['shared']",
         [f"{name} are one" for name in shared] or ["the layers share with the rest of the module"],
     )
 
@@ -165,7 +165,7 @@ def _num_layers(stack: nnx.Module, blocks: str) -> int:
     sizes = {shape[:1] for shape in shapes}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(
-            f"blocks={blocks!r}: must be a list of modules, or one whose state is stacked by "
+            f"blocks={brief(blocks)}: must be a list of modules, or one whose state is stacked by "
             "nnx.vmap, all with the layers as leading dim; its variables have the shapes "
             f"{sorted(set(shapes))[:8]}"
         )

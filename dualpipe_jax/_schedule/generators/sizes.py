@@ -4,6 +4,8 @@ import math
 import operator
 from collections.abc import Sequence
 
+from dualpipe_jax._errors import brief
+
 # Tables of more actions take many minutes, and tens of gigabytes.
 _MOST_ACTIONS = 20_000_000
 # So do tables of more cells, a row a tick and a column a rank: as many as these actions have if
@@ -22,24 +24,26 @@ def check_sizes(**sizes: int) -> tuple[int, ...]:
     for name, size in sizes.items():
         try:
             if isinstance(size, bool) or operator.index(size) < 1:
-                wrong.append(f"{name}={size!r}")
+                wrong.append(f"{name}={brief(size)}")
         except TypeError:
-            wrong.append(f"{name}={size!r}")
+            wrong.append(f"{name}={brief(size)}")
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: must be an integer of at least 1")
     numbers = tuple(map(operator.index, sizes.values()))
     num_actions = 3 * math.prod(numbers)  # F, I and W
     if num_actions > _MOST_ACTIONS:
-        given = ", ".join(f"{name}={size}" for name, size in zip(sizes, numbers, strict=True))
+        given = ", ".join(
+            f"{name}={brief(size)}" for name, size in zip(sizes, numbers, strict=True)
+        )
         raise ValueError(
-            f"{given[:200]}: must be at most {_MOST_ACTIONS:,} forwards, input grads and weight "
+            f"{given}: must be at most {_MOST_ACTIONS:,} forwards, input grads and weight "
             "grads in all, beyond which no table holds them; take fewer microbatches or ranks"
         )
     # A microbatch takes a tick on each rank.
     if numbers[0] ** 2 > MOST_CELLS:
         raise ValueError(
-            f"num_ranks={numbers[0]}: must be at most {math.isqrt(MOST_CELLS):,}, beyond which no "
-            "table holds the ticks of all ranks; take fewer ranks"
+            f"num_ranks={brief(numbers[0])}: must be at most {math.isqrt(MOST_CELLS):,}, beyond "
+            "which no table holds the ticks of all ranks; take fewer ranks"
         )
     return numbers
 
