@@ -46,12 +46,15 @@ def main(
     Every rank is a process that sleeps for as long as its work is to take; sleeping needs no core.
     """
     ranks, names = tuple(sorted(set(ranks))), tuple(dict.fromkeys(names))
+    try:
+        all_tasks = [
+            tasks.make_task(names, num_ranks=num_ranks, scale=scale, repeats=repeats)
+            for num_ranks in ranks
+        ]
+    except ValueError as error:
+        raise flags.Refusal(f"--ranks {max(ranks)}: {error}") from error
     flags.make_folder(output)
     console = Console(highlight=False)
-    all_tasks = [
-        tasks.make_task(names, num_ranks=num_ranks, scale=scale, repeats=repeats)
-        for num_ranks in ranks
-    ]
     rows: list[report.Row] = []
     total = sum(len(task.programs) for task in all_tasks) * (1 + len(tasks.COSTS))
     with bar(console) as progress:

@@ -4,6 +4,7 @@ In: flags. Out, in a folder: idle.csv, idle.md, idle.png. See README.md beside i
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +213,18 @@ def main(
     sizes = costs.Sizes(**options)
     flags.refuse(
         {
+            f"--transfer {transfer}: must be a finite number": not math.isfinite(transfer),
             **flags.uneven_heads(sizes.width, sizes.heads),
             **flags.too_few_layers(sizes.layers, stages=2 * max(ranks), ranks=max(ranks)),
         }
     )
+    try:  # of all schedules the one with the most actions
+        most = max(ranks)
+        dpj.schedules.make(
+            "interleaved-1f1b", num_ranks=most, num_microbatches=most * max(multiples)
+        )
+    except ValueError as error:
+        raise flags.Refusal(f"--ranks, --microbatches: {error}") from error
     flags.make_folder(output)
     console, flops = Console(highlight=False), costs.count(sizes)
     console.print(str(flops))
