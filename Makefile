@@ -20,9 +20,11 @@ EXTRAS ?= dev
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 FAULTS_ARGS ?= -q
+# Calls for each class of mistakes in each argument.
+WRONG_CALLS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help train deepseek test faults test-outside test-gpu lint format clean \
+.PHONY: help train deepseek test faults wrong-calls test-outside test-gpu lint format clean \
 	compare idle clock benchmark overlap backwards memory ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
@@ -42,8 +44,11 @@ deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-faults: $(READY)  ## training runs that are killed, pre-empted, short of disk, or lose a process (six minutes)
+faults: $(READY)  ## training runs that are killed, pre-empted, short of disk, or lose a process (minutes)
 	@$(BIN)/python -m pytest tests/faults $(FAULTS_ARGS)
+
+wrong-calls: $(READY)  ## tens of thousands of wrong calls; their figures go into docs/reliability.md (minutes)
+	@WRONG_CALLS=$(WRONG_CALLS) $(BIN)/python -m pytest tests/wrong_calls/test_wrong_calls.py $(ARGS)
 
 test-outside:  ## a larger published model, too; brings 1 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \

@@ -1,0 +1,204 @@
+"""Mistakes in the flags of command lines, as a shell gives them: texts, and files of costs."""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.wrong_calls.mistakes import Mistake, always, mistake
+
+# A flag that is given without a value.
+ALONE = object()
+
+
+def _flag(*also: str) -> dict[str, Any]:
+    return {"also": also}
+
+
+def counts(*also: str, least: int = 1, too_large: bool = True) -> list[Mistake]:
+    """Mistakes in a flag for a number of things; a library's message may name it otherwise."""
+    named = _flag(*also)
+    large = st.integers(10**13, 10**30).map(str)
+    return [
+        mistake("text for a number", "four", "4,5", "0x10", "1e3", "4 5", "--4", "+-4", **named),
+        mistake("float for an integer", "4.0", "2.5", "nan", "inf", "-inf", **named),
+        mistake("empty", "", " ", "\t", **named),
+        mistake("odd characters", "4\udcff", "\x00", "\n4\n5", "\u2028", "\U0001f600", **named),
+        *([mistake("zero", "0", "-0", **named)] if least > 0 else []),
+        mistake("negative number", st.integers(max_value=-1).map(str), **named),
+        *([mistake("number far too large", large, **named)] if too_large else []),
+        mistake("number beyond all floats", "9" * 5000, "-" + "9" * 5000, **named),
+        mistake("very long text", "x" * 100_000, **named),
+        mistake("flag without a value", ALONE),
+    ]
+
+
+def amounts(*also: str, is_open: bool = False) -> list[Mistake]:
+    """Mistakes in a flag for a real number."""
+    named = _flag(*also)
+    return [
+        mistake("text for a number", "one", "1,5", "0x10", "1/2", "1e", **named),
+        mistake("NaN", "nan", "NAN", "-nan", **named),
+        mistake("infinite", "inf", "-inf", "Infinity", **named),
+        mistake("empty", "", " ", **named),
+        mistake("odd characters", "1\udcff", "\x00", "1\n2", **named),
+        mistake("negative number", "-1", "-1e-9", "-1e300", **named),
+        *([mistake("zero", "0", "0.0", "-0", **named)] if is_open else []),
+        mistake("number beyond all floats", "1e400", "9" * 5000, "-1e400", **named),
+        mistake("very long text", "x" * 100_000, **named),
+        mistake("flag without a value", ALONE),
+    ]
+
+
+def choices(known: Sequence[str], *also: str) -> list[Mistake]:
+    """Mistakes in a flag that takes one of a few names."""
+    named = _flag(*also)
+    near = [f for name in known for f in (name.upper(), name[:-1], f"{name} ", f" {name}")]
+    return [
+        mistake("unknown name", *({*near, "other"} - {*known}), **named),
+        mistake("empty", "", " ", **named),
+        mistake(
+            "odd characters", "\udcff", "\x00", "\n", "a\nb", "\u2028", "[red]x[/red]", **named
+        ),
+        mistake("very long text", "x" * 100_000, "\n" * 3000, **named),
+        mistake("flag without a value", ALONE),
+    ]
+
+
+def sizes_in_bytes(*also: str) -> list[Mistake]:
+    """Mistakes in a flag for a number of bytes."""
+    named = _flag(*also)
+    return [
+        mistake("unknown unit", "80XB", "GiB", "80 80", "8,0GiB", "80GiBGiB", "eighty", **named),
+        mistake("NaN", "nan", "nanGiB", **named),
+        mistake("infinite", "inf", "-infGiB", "1e400", **named),
+        mistake("empty", "", " ", **named),
+        mistake("negative number", "-1", "-80GiB", **named),
+        mistake("odd characters", "8\udcffGiB", "\x00", "80\n\nGiB\n!", **named),
+        mistake("very long text", "x" * 100_000, "9" * 5000, **named),
+        mistake("flag without a value", ALONE),
+    ]
+
+
+@cache
+def folder() -> Path:
+    """Makes a folder for files, which the end of the process removes."""
+    path = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def outputs(suffix: str = ".svg") -> list[Mistake]:
+    """Mistakes in a flag for a file to write."""
+    no_folder = folder() / "no" / "such" / f"x{suffix}"
+    paths = (no_folder, f"/proc/x{suffix}", folder(), f"/dev/null/x{suffix}", "/", "/dev/full")
+    return [
+        mistake("unwritable path", *map(str, paths), "x" * 5000 + suffix),
+        mistake("unknown suffix", *(f"{folder()}/x.{end}" for end in ("docx", "svgz", "html"))),
+        mistake("empty", ""),
+        mistake("flag without a value", ALONE),
+    ]
+
+
+def folders() -> list[Mistake]:
+    """Mistakes in a flag for a folder to write into, which is made if it is missing."""
+    return [
+        mistake("unwritable path", "/proc/x", "/dev/null/x", "/dev/null", __file__, "x" * 5000),
+        mistake("flag without a value", ALONE),
+    ]
+
+
+def _file(name: str, content: bytes) -> str:
+    path = folder() / name
+    path.write_bytes(content)
+    return str(path)
+
+
+def costs_files() -> list[Mistake]:
+    """Mistakes in a file of costs."""
+    good = b'{"costs": {"forward": 1, "input_grad": 1, "weight_grad": 1}}'
+    named = _flag("costs-from", "forward", "weight_grad")
+
+    def with_forward(text: bytes) -> bytes:
+        return good.replace(b'"forward": 1', b'"forward": ' + text)
+
+    return [
+        mistake(
+            "unreadable path",
+            "/no/such/file",
+            str(folder()),
+            "/dev/null/x",
+            "",
+            "x" * 5000,
+            "\udcff",
+            **named,
+        ),
+        mistake(
+            "non-UTF-8 file",
+            _file("bytes", b"\xff\xfe\x00{"),
+            _file("latin", b'{"\xe9": 1}'),
+            **named,
+        ),
+        mistake(
+            "malformed file",
+            _file("empty", b""),
+            _file("cut", good[:20]),
+            _file("text", b"x"),
+            _file("deep", b"[" * 100_000),
+            _file("list", b"[1]"),
+            _file("null", b"null"),
+            **named,
+        ),
+        mistake(
+            "missing key",
+            _file("none", b"{}"),
+            _file("no_costs", b'{"costs": {}}'),
+            _file("no_f", good.replace(b"forward", b"fore")),
+            **named,
+        ),
+        mistake(
+            "wrong type",
+            _file("string", with_forward(b'"1"')),
+            _file("costs", b'{"costs": 3}'),
+            _file("true", with_forward(b"true")),
+            _file("null_f", with_forward(b"null")),
+            **named,
+        ),
+        mistake("NaN", _file("nan", with_forward(b"NaN")), **named),
+        mistake("infinite", _file("inf", with_forward(b"Infinity")), **named),
+        mistake("negative number", _file("negative", with_forward(b"-1")), **named),
+        mistake("zero", _file("zero", with_forward(b"0")), **named),
+        mistake(
+            "number beyond all floats",
+            _file("huge", with_forward(b"9" * 400)),
+            _file("digits", with_forward(b"9" * 5000)),
+            **named,
+        ),
+        mistake("flag without a value", ALONE),
+        mistake("another form", _file("good", good), legal=always),
+    ]
+
+
+def costs_texts() -> list[Mistake]:
+    """Mistakes in costs as text."""
+    named = _flag("costs", "forward", "input_grad", "weight_grad", "full_backward")
+    return [
+        mistake("malformed text", "F", "F=", "F=1,", "F:1", "F=1;I=1", "=1", "F==1", **named),
+        mistake("unknown name", "X=1", "f=1", "F=1,Z=2", **named),
+        mistake("named twice", "F=1,F=1", "F=1,I=1,F=2", **named),
+        mistake("text for a number", "F=one", "F=0x1", "F=1/2", **named),
+        mistake("NaN", "F=nan", "W=nan", **named),
+        mistake("infinite", "F=inf", "I=-inf", "W=1e400", **named),
+        mistake("negative number", "F=-1", "I=-0.5", **named),
+        mistake("zero", "F=0", "F=0,I=0,W=0", "F=1e-300", **named),
+        mistake("number far too large", "F=1e300", "W=1e101", "B=1e200", **named),
+        mistake("empty", "", " ", ",", **named),
+        mistake("odd characters", "F=1\udcff", "\x00", "F=1\nI=2", **named),
+        mistake("very long text", "F=1," * 20_000, "x" * 100_000, **named),
+        mistake("flag without a value", ALONE),
+    ]

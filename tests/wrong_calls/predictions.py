@@ -1,0 +1,142 @@
+"""Predictions and pictures: `Costs`, `Execution`, `simulate`, `plot_timeline`."""
+
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+import dualpipe_jax as dpj
+from dualpipe_jax import schedules
+from tests.wrong_calls.arguments import of_type, sizes_mistakes
+from tests.wrong_calls.mistakes import (
+    Mistake,
+    always,
+    amounts,
+    but,
+    counts,
+    flags,
+    left_out,
+    mistake,
+    names,
+    wrong_type,
+)
+from tests.wrong_calls.oracle import Target
+from tests.wrong_calls.schedules import OVERLAPS, SCHEDULE
+
+
+def _cost_fields(**more: list[Mistake]) -> dict[str, list[Mistake]]:
+    open_at_zero = amounts(is_open=True)
+    fields = ("input_grad", "weight_grad", "embed", "head", "recompute")
+    return {"forward": open_at_zero, **{name: amounts() for name in fields}, **more}
+
+
+def _execution_fields() -> dict[str, list[Mistake]]:
+    return {
+        "overlap": [
+            *flags(known=OVERLAPS, optional=True),
+            mistake("unknown name", "twotick", "TWO-TICK", "two-tick ", "x" * 50_000),
+            mistake("another form", *OVERLAPS, None, legal=always),
+        ],
+        "unroll": [
+            wrong_type(lambda v: v is None or (isinstance(v, int) and v > 0)),
+            mistake("zero", 0),
+            mistake("negative number", st.integers(max_value=-1)),
+            mistake("float for an integer", 1.0, 2.5, float("nan"), float("inf")),
+            mistake("text for a number", "1", "all", ""),
+            mistake("another form", True, False, None, 3, 10**9, legal=always),
+        ],
+        "split_backward": flags(optional=True),
+        "deferred": names(("recompute", "store"), optional=True),
+    }
+
+
+def _stage_mistakes() -> list[Mistake]:
+    """Mistakes in the layers of each of two stages, where no model says how many there are."""
+    return [*but(sizes_mistakes(), "wrong sum")]
+
+
+def _paths() -> list[Mistake]:
+    """Mistakes in the file of a picture."""
+    here = Path(__file__)
+    return [
+        wrong_type(lambda v: v is None or isinstance(v, str)),
+        mistake(
+            "unwritable path",
+            here.parent,
+            here / "x.svg",
+            "/no/such/folder/x.svg",
+            "/proc/x.png",
+            "x" * 5000 + ".svg",
+            "\0.svg",
+            "",
+        ),
+        mistake("unknown suffix", "/tmp/x.no_such", "/tmp/x.docx", "/tmp/.svg.x"),
+        mistake("number for a name", 3, -1, 1.5),
+    ]
+
+
+def _of_costs() -> list[Target]:
+    costs = [*of_type(dpj.Costs(), None)]
+    return [
+        Target(
+            name="Costs",
+            call=dpj.Costs,
+            valid={},
+            mistakes=_cost_fields(full_backward=but(amounts(), "wrong type")),
+            weight=2,
+        ),
+        Target(
+            name="Execution", call=dpj.Execution, valid={}, mistakes=_execution_fields(), weight=2
+        ),
+        Target(
+            name="simulate",
+            call=dpj.simulate,
+            valid={"schedule": SCHEDULE},
+            mistakes={
+                "schedule": [
+                    wrong_type(),
+                    left_out(),
+                    mistake("name for a schedule", "dualpipe", "1f1b"),
+                    mistake("program for a schedule", SCHEDULE.program),
+                ],
+                "costs": costs,
+                "transfer": amounts(),
+                "num_layers": [
+                    *but(counts(most=10**13, optional=True), "zero"),
+                    mistake("zero", 0),
+                    mistake("fewer layers than stages", 1),
+                ],
+                "layers_per_stage": _stage_mistakes(),
+                "execution": of_type(dpj.Execution(overlap=False)),
+                "rendezvous": flags(),
+                "placed_by": costs,
+            },
+            weight=3,
+        ),
+    ]
+
+
+def targets() -> list[Target]:
+    """Lists the callables that predict and show."""
+    timeline = schedules.make("1f1b", num_ranks=2, num_microbatches=2).timeline()
+    return [
+        *_of_costs(),
+        Target(
+            name="plot_timeline",
+            call=dpj.plot_timeline,
+            valid={"timeline": timeline},
+            mistakes={
+                "timeline": [
+                    wrong_type(),
+                    left_out(),
+                    mistake("schedule for a timeline", SCHEDULE, SCHEDULE.program),
+                ],
+                "title": [
+                    wrong_type(lambda v: v is None or isinstance(v, str)),
+                    mistake("another form", "a title", "", None, legal=always),
+                ],
+                "path": _paths(),
+            },
+            raises=(ValueError, TypeError, OSError),
+            weight=1,
+        ),
+    ]

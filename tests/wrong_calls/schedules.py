@@ -1,0 +1,171 @@
+"""Schedules: `make`, each factory, CSVs and timelines."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from dualpipe_jax import schedules
+from tests.wrong_calls.mistakes import (
+    Mistake,
+    always,
+    but,
+    counts,
+    flags,
+    left_out,
+    mistake,
+    names,
+    wrong_type,
+)
+from tests.wrong_calls.oracle import Target
+
+_CSV = schedules.make("1f1b", num_ranks=2, num_microbatches=2).to_csv()
+SCHEDULE = schedules.make("dualpipe", num_ranks=2, num_microbatches=4)
+_SIZES: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 4}
+OVERLAPS = (True, False, "two-tick")
+
+
+def _csv_mistakes() -> list[Mistake]:
+    """Mistakes in the CSV of a schedule."""
+    rows = _CSV.splitlines()
+    cells = rows[0].split(",")
+
+    def swapped(i: int, j: int) -> str:
+        mixed = list(cells)
+        mixed[i], mixed[j] = mixed[j], mixed[i]
+        return "\n".join([",".join(mixed), rows[1]])
+
+    in_message = ("schedule",)
+    return [
+        wrong_type(also=in_message),
+        left_out(),
+        mistake("empty", "", "\n\n", " , ,\n,", also=in_message),
+        mistake(
+            "malformed CSV",
+            "0F0,0X0",
+            "F0",
+            "0F",
+            "0F0;0B0",
+            "(0F0;0B0)",
+            "a,b\nc",
+            "0F0.5",
+            "-1F0",
+            "0F-1",
+            "(0F0;0W0)OVERLAP_F_B",
+            "0F0" * 500,
+            also=in_message,
+        ),
+        mistake("odd characters", st.text(min_size=1, max_size=30), also=in_message),
+        mistake("bytes for text", _CSV.encode(), b"\xff\xfe0F0", also=in_message),
+        mistake("path for text", Path("schedule.csv"), "schedule.csv", also=in_message),
+        mistake("action left out", *(_CSV.replace(cell, "", 1) for cell in cells), also=in_message),
+        mistake(
+            "action twice",
+            _CSV + "0F0\n",
+            _CSV.replace("0F0", "0F0,0F0"),
+            _CSV + _CSV,
+            also=in_message,
+        ),
+        mistake(
+            "actions in a circle",
+            swapped(0, 2),
+            swapped(1, 3),
+            _CSV.replace("1F0", "1B0x"),
+            also=in_message,
+        ),
+        mistake("rank left out", rows[1], also=in_message),
+        mistake(
+            "number far too large",
+            "999999999999F0,0B0",
+            "0F999999999999",
+            "9" * 30 + "F0",
+            "0F0," * 3 + "0F123456789",
+            also=in_message,
+        ),
+        mistake("another form", _CSV + "\n\n", _CSV.replace(",", " ,, "), legal=always),
+    ]
+
+
+def _from_csv(**arguments: Any) -> Any:
+    return schedules.Schedule.from_csv(**arguments).timeline()
+
+
+def _factories() -> list[Target]:
+    made = []
+    for name in schedules.__all__:
+        factory = getattr(schedules, name)
+        if name in ("Schedule", "Timeline", "make", "names"):
+            continue
+        mistakes = {"num_ranks": _sizes(), "num_microbatches": _sizes()}
+        if name == "interleaved_one_f_one_b":
+            mistakes["num_stages_per_rank"] = but(_sizes(), "argument left out")
+        made.append(Target(name=f"schedules.{name}", call=factory, valid=_SIZES, mistakes=mistakes))
+    return made
+
+
+def _sizes() -> list[Mistake]:
+    return [*counts(most=10**8), left_out()]
+
+
+def _with_schedule(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **arguments: function(SCHEDULE, **arguments)
+
+
+def _also_schedule(mistakes: list[Mistake]) -> list[Mistake]:
+    """Lets a message call the name of a schedule by the argument of the other functions."""
+    return [replace(each, also=("schedule",)) for each in mistakes]
+
+
+def targets() -> list[Target]:
+    """Lists the callables that make schedules, and their methods."""
+    return [
+        Target(
+            name="schedules.make",
+            call=schedules.make,
+            valid={"name": "dualpipe", **_SIZES},
+            mistakes={
+                "name": [*_also_schedule(names(schedules.names())), left_out()],
+                "num_ranks": _sizes(),
+                "num_microbatches": _sizes(),
+            },
+        ),
+        Target(
+            name="Schedule.from_csv",
+            call=_from_csv,
+            valid={"text": _CSV},
+            mistakes={
+                "text": _csv_mistakes(),
+                "name": but(
+                    names((), extra=lambda v: isinstance(v, str) and len(v) < 100),
+                    *("unknown name", "odd characters"),
+                ),
+            },
+            weight=4,
+        ),
+        Target(
+            name="Schedule",
+            call=lambda **given: schedules.Schedule(**given),
+            valid={"program": SCHEDULE.program},
+            mistakes={"program": [wrong_type(also=("Schedule",)), left_out()]},
+        ),
+        Target(
+            name="Schedule.timeline",
+            call=_with_schedule(schedules.Schedule.timeline),
+            valid={},
+            mistakes={
+                "overlap": [
+                    *flags(known=OVERLAPS),
+                    mistake("unknown name", "twotick", "TWO-TICK", "x" * 50_000),
+                ]
+            },
+        ),
+        Target(
+            name="Schedule.to_csv",
+            call=_with_schedule(schedules.Schedule.to_csv),
+            valid={},
+            mistakes={},
+        ),
+        *_factories(),
+    ]
