@@ -90,7 +90,7 @@ def kill(
         wait_until(has_rows(output, before + 2), [process], folder=folder)
         if moment == "save":
             wait_until(lambda: unfinished_steps(output), [process], folder=folder)
-            time.sleep(random_draws.uniform(0, 0.1))
+            time.sleep(random_draws.uniform(0, 0.03))
         else:
             time.sleep(random_draws.uniform(0, 1.5))
     process.kill()
