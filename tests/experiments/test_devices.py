@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Chip:
     platform = "gpu"
     device_kind = "toy"
+    process_index = 0
 
 
 def test_a_process_without_accelerators_says_so_and_nothing_else() -> None:
