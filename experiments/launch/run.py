@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from experiments.train_lm.trainer import processes
+
 # EX_TEMPFAIL of sysexits.h: start it again.
 STOPPED_EARLY = 75
 
@@ -45,11 +47,17 @@ def main(arguments: list[str]) -> int:
     folder = Path(name)
     before = last_saved(folder)
     sys.argv = [module, *flags, "--output", name]
+    processes.on_leaving(lambda code: code or exit_code(folder, before))
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code:
             raise
+    return exit_code(folder, before)
+
+
+def exit_code(folder: Path, before: int) -> int:
+    """Chooses the exit code of a run that has ended without an error, by its checkpoints."""
     config = folder / "config.toml"
     if not config.exists() or jax.process_index() > 0:
         return 0
