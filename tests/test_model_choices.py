@@ -140,7 +140,7 @@ def test_its_arguments_make_an_exact_step() -> None:
         ({"memory": "lots"}, ValueError, "memory='lots': .*is not a size"),
         ({"headroom": 1.5}, ValueError, "headroom=1.5: must be a share"),
         ({"costs": dpj.Costs()}, ValueError, "costs: must come with the one remat"),
-        ({"schedules": ["1F1B"]}, ValueError, "schedule='1F1B'.*did you mean '1f1b'"),
+        ({"schedules": ["1F1B"]}, ValueError, "schedules: must be some of .*'1f1b'.*'1F1B'"),
         ({"remat": "full"}, ValueError, "remat='full'"),
         ({"num_microbatches": 5}, ValueError, "batch"),
         ({"schedules": []}, ValueError, "schedules="),
