@@ -80,49 +80,39 @@ V4 = Device(
     clock=275e12 / (8 * _MXU_128),
     link=50e9,
 )
-# NVIDIA H100 Tensor Core GPU datasheet, SXM: 80 GB, 989 TFLOPs dense bfloat16 (1979 with sparsity),
-# NVLink 900 GB/s, which is both directions: 450 GB/s each. A host's GPUs share a switch.
-H100 = Device(
-    name="H100 SXM",
-    kind="NVIDIA H100 80GB HBM3",
-    memory=80 * 10**9,
-    peak_flops=989e12,
-    clock=None,
-    link=900e9 / 2,
-    is_switched=True,
-)
 
-# NVIDIA A100 Tensor Core GPU datasheet, SXM 80 GB: 312 TFLOPs dense bfloat16, NVLink 600 GB/s.
-A100 = Device(
+
+def _gpu(*, name: str, kind: str, gigabytes: int, tera_flops: float, nvlink: float) -> Device:
+    """Holds the figures of a GPU's datasheet: NVLink's are bytes a second in both directions.
+
+    A switch joins the GPUs of a host.
+    """
+    return Device(
+        name=name,
+        kind=kind,
+        memory=gigabytes * 10**9,
+        peak_flops=tera_flops * 1e12,
+        clock=None,
+        link=nvlink / 2,
+        is_switched=True,
+    )
+
+
+# NVIDIA's Tensor Core GPU datasheets, SXM: dense bfloat16, half of the figure with sparsity (1979
+# for H100 and H200). For B200 the DGX's datasheet, divided by its 8 GPUs: 1,440 GB, and 4.5 PFLOPs
+# with sparsity.
+A100 = _gpu(
     name="A100 SXM 80GB",
     kind="NVIDIA A100-SXM4-80GB",
-    memory=80 * 10**9,
-    peak_flops=312e12,
-    clock=None,
-    link=600e9 / 2,
-    is_switched=True,
+    gigabytes=80,
+    tera_flops=312,
+    nvlink=600e9,
 )
-# NVIDIA H200 Tensor Core GPU datasheet, SXM: 141 GB, 1979 TFLOPs with sparsity, NVLink 900 GB/s.
-H200 = Device(
-    name="H200 SXM",
-    kind="NVIDIA H200",
-    memory=141 * 10**9,
-    peak_flops=989e12,
-    clock=None,
-    link=900e9 / 2,
-    is_switched=True,
+H100 = _gpu(
+    name="H100 SXM", kind="NVIDIA H100 80GB HBM3", gigabytes=80, tera_flops=989, nvlink=900e9
 )
-# NVIDIA DGX B200 datasheet, divided by its 8 GPUs: 1,440 GB, and 4.5 PFLOPs bfloat16 with sparsity,
-# half of it dense; NVLink 1.8 TB/s.
-B200 = Device(
-    name="B200",
-    kind="NVIDIA B200",
-    memory=180 * 10**9,
-    peak_flops=2250e12,
-    clock=None,
-    link=1800e9 / 2,
-    is_switched=True,
-)
+H200 = _gpu(name="H200 SXM", kind="NVIDIA H200", gigabytes=141, tera_flops=989, nvlink=900e9)
+B200 = _gpu(name="B200", kind="NVIDIA B200", gigabytes=180, tera_flops=2250, nvlink=1800e9)
 KNOWN = (V4, V5E, V5P, V6E, A100, H100, H200, B200)
 
 

@@ -51,7 +51,7 @@ def started(
 
 
 def run(command: Sequence[str], *, count: int, folder: Path, seconds: float = 240) -> list[str]:
-    """Runs the processes to their end, and gives what each has printed.
+    """Runs the processes to their end, and gives the output of each.
 
     Raises:
       AssertionError: If one fails.

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from dualpipe_jax import _grid
-from dualpipe_jax._errors import require_name, require_names, show
+from dualpipe_jax._errors import brief, require_name, require_names, show
 from dualpipe_jax._model import checks
 from dualpipe_jax._model.types import AxisNames
 
@@ -84,8 +84,8 @@ def make_mesh(
     require_name("axis", axis)
     if axis not in sizes:
         raise ValueError(
-            f"axis={axis!r}: must be an axis of the mesh, whose sizes are {_show(sizes)}; give "
-            f"{axis}= a size, or name the pipeline's axis with axis="
+            f"axis={brief(axis)}: must be an axis of the mesh, whose sizes are {_show(sizes)}; "
+            "give it a size, or name the pipeline's axis with axis="
         )
     may_cross = _require_batch_axes(batch_axes, axis, sizes)
     types = _require_types(axis_types, sizes)
@@ -95,7 +95,7 @@ def make_mesh(
 
 
 def _show(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "none"
+    return ", ".join(f"{name}={brief(size)}" for name, size in sizes.items()) or "none"
 
 
 def _require_batch_axes(
@@ -104,10 +104,10 @@ def _require_batch_axes(
     if batch_axes is None:
         return tuple(name for name in ("data",) if name in sizes and name != axis)
     names = require_names("batch_axes", batch_axes)
-    if axis in names or not set(names) <= set(sizes):
+    if axis in names or not set(names) <= set(sizes) or len(set(names)) < len(names):
         raise ValueError(
-            f"batch_axes={batch_axes!r}: must be axes of the mesh other than axis={axis!r}; "
-            f"its sizes are {_show(sizes)}"
+            f"batch_axes={brief(batch_axes)}: must be axes of the mesh other than axis={axis!r}, "
+            f"each once; its sizes are {_show(sizes)}"
         )
     return names
 
@@ -121,7 +121,7 @@ def _require_types(
         return (axis_types,) * len(sizes)
     if not isinstance(axis_types, Sequence) or not all(isinstance(t, AxisType) for t in axis_types):
         raise TypeError(
-            f"axis_types={axis_types!r}: must be a jax.sharding.AxisType, or one for each axis"
+            f"axis_types={brief(axis_types)}: must be a jax.sharding.AxisType, or one for each axis"
         )
     if len(axis_types) != len(sizes):
         raise ValueError(
@@ -134,19 +134,20 @@ def _require_types(
 def _require_devices(devices: Sequence[Any] | None, sizes: dict[str, int]) -> list[Any]:
     """Requires as many devices as the mesh has, or more of which the first can be used alone."""
     if devices is not None and not isinstance(devices, Iterable):
-        raise TypeError(f"devices={devices!r}: must be a sequence of jax.Devices, or None")
+        raise TypeError(f"devices={brief(devices)}: must be a sequence of jax.Devices, or None")
     found = list(jax.devices() if devices is None else devices)
-    strange = next((each for each in found if not hasattr(each, "device_kind")), None)
-    if strange is not None:
-        raise TypeError(f"devices: must be jax.Devices, as of jax.devices(), got {show(strange)}")
+    strange = [one for one in found if not isinstance(getattr(one, "device_kind", None), str)]
+    if strange:
+        raise TypeError(
+            f"devices: must be jax.Devices, as of jax.devices(), got {show(strange[0])}"
+        )
     num_needed, name = math.prod(sizes.values()), "jax.devices()" if devices is None else "devices"
     if num_needed > len(found):
-        fake = (
-            f', or before JAX is first used jax.config.update("jax_num_cpu_devices", {num_needed})'
-        )
+        number = brief(num_needed)
+        fake = f', or before JAX is first used jax.config.update("jax_num_cpu_devices", {number})'
         is_cpu = bool(found) and found[0].platform == "cpu"
         raise ValueError(
-            f"{_show(sizes)}: needs {num_needed} devices, but {name} has {len(found)}; lower a size"
+            f"{_show(sizes)}: needs {number} devices, but {name} has {len(found)}; lower a size"
             + fake * is_cpu
         )
     if len({device.platform for device in found}) > 1:

@@ -5,20 +5,20 @@ It starts without JAX, as the files of a profile are read here.
 
 import csv
 import io
-import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
 from dualpipe_jax._cli import perfetto
+from dualpipe_jax._cli.output import find_format, to_file, to_picture, write
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._cli.table import print_table
-from dualpipe_jax._plot import Bar, plot_measured, save
+from dualpipe_jax._plot import Bar, plot_measured
 from dualpipe_jax._predict import Costs, timed_actions
 from dualpipe_jax._profile import Measured, Segment, Step, find_steps, measure
 
 _FORMATS = ("text", "csv", "perfetto", "svg", "png")
-_SUFFIXES = {".csv": "csv", ".json": "perfetto", ".svg": "svg", ".png": "png"}
 _HEAD = ("rank", "F", "I", "W", "idle", "of it send", "idle share")
 _NOTES = (
     "milliseconds; F has the embedding, and the head with its gradient, I the embedding's gradient",
@@ -41,17 +41,7 @@ _MILLI, _MICRO = 1e3, 1e6
     "--devices",
     help="The devices of one pipeline, in order of rank: 0,1,2,3. By default all of the profile.",
 )
-@click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(_FORMATS),
-    help="By default the suffix of --output, else text.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="The file to write; standard output if left out.",
-)
+@to_file(_FORMATS)
 def measured(
     profile: Path,
     number: int | None,
@@ -65,9 +55,7 @@ def measured(
     sums up the times of each rank; svg and png draw the timetable; csv has a line for each part of
     an action; perfetto is a trace for ui.perfetto.dev, with the predicted timetable below.
     """
-    output_format = output_format or _format_of(output)
-    if output_format == "png" and output is None and sys.stdout.isatty():
-        raise Refusal("a png is not for a terminal: name a file with --output")
+    output_format = find_format(output_format, output, _FORMATS)
     try:
         steps = find_steps(profile)
         number = _choose(steps, number)
@@ -82,34 +70,16 @@ def measured(
         return
     match output_format:
         case "text":
-            raise Refusal(f"--output {output}: text is for standard output; use {_known()}")
+            raise Refusal(f"--output {output}: text is for standard output; use another --format")
         case "csv":
             content = _to_csv(found).encode()
         case "perfetto":
             content = _to_perfetto(found, title).encode()
         case _:
-            content = _to_picture(found, title, output_format)
-    try:
-        if output is None:
-            click.echo(content, nl=False)
-        else:
-            output.write_bytes(content)
-    except OSError as error:
-        where = "standard output" if output is None else f"--output {output}"
-        raise Refusal(f"{where}: {error.strerror}") from error
-
-
-def _format_of(output: Path | None) -> str:
-    """Reads the format off the suffix of a file."""
-    if output is None:
-        return "text"
-    if output.suffix.lower() not in _SUFFIXES:
-        raise Refusal(f"--output {output}: no format has that suffix; use {_known()}, or --format")
-    return _SUFFIXES[output.suffix.lower()]
-
-
-def _known() -> str:
-    return ", ".join((".csv", ".perfetto.json", ".svg", ".png"))
+            bars, timeline = list(_bars(found)), found.plan.schedule.timeline()
+            draw = partial(plot_measured, bars, timeline, title=title)
+            content = to_picture(draw, output_format)
+    write(content, output)
 
 
 def _choose(steps: list[Step], number: int | None) -> int:
@@ -193,17 +163,6 @@ def _to_perfetto(found: Measured, title: str) -> str:
             perfetto.predicted(below, actions, unit=_MICRO),
         ]
     )
-
-
-def _to_picture(found: Measured, title: str, image_format: str) -> bytes:
-    bars = list(_bars(found))
-    file = io.BytesIO()
-    try:
-        figure = plot_measured(bars, found.plan.schedule.timeline(), title=title)
-        save(figure, file, image_format=image_format)
-    except ModuleNotFoundError as error:
-        raise Refusal(str(error)) from error
-    return file.getvalue()
 
 
 def _bars(found: Measured) -> list[Bar]:

@@ -3,7 +3,6 @@
 Rich and Matplotlib are imported by the outputs that need them.
 """
 
-import io
 import json
 import shutil
 import sys
@@ -15,9 +14,10 @@ import click
 
 from dualpipe_jax import schedules
 from dualpipe_jax._cli import options, perfetto
+from dualpipe_jax._cli.output import find_format, to_file, to_picture, write
 from dualpipe_jax._cli.quantities import parse_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
-from dualpipe_jax._plot import FACES, INKS, WORDS, pair_spans, plot_timeline, save, summarize
+from dualpipe_jax._plot import FACES, INKS, WORDS, pair_spans, plot_timeline, summarize
 from dualpipe_jax._predict import Costs, simulate, timed_actions
 from dualpipe_jax._schedule import layer_order
 from dualpipe_jax._schedule.execution import Execution
@@ -43,17 +43,7 @@ Piece = tuple[str, str]
     help="Layers of a stage: the text adds their order inside a tick and a beat.",
 )
 @options.costs_of_actions(only="perfetto")
-@click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(_FORMATS),
-    help="By default the suffix of --output (.perfetto.json for perfetto), else text.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="The file to write; standard output if left out.",
-)
+@to_file(_FORMATS)
 def timeline(
     schedule: str,
     ranks: int,
@@ -75,7 +65,7 @@ def timeline(
         shown = made.timeline(overlap=overlap)
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
-    output_format = output_format or _format_of(output)
+    output_format = find_format(output_format, output, _FORMATS)
     given = {name: of_costs[name] for name in options.COSTS if of_costs[name] is not None}
     if given and output_format != "perfetto":
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -101,38 +91,8 @@ def timeline(
         case "perfetto":
             content = _to_perfetto(made, overlap, **{**options.COSTS, **given}).encode()
         case _:
-            if output_format == "png" and output is None and sys.stdout.isatty():
-                raise Refusal("a png is not for a terminal: name a file with --output")
-            content = _to_picture(shown, output_format)
-    try:
-        if output is None:
-            click.echo(content, nl=False)
-        else:
-            output.write_bytes(content)
-    except OSError as error:
-        where = "standard output" if output is None else f"--output {output}"
-        raise Refusal(f"{where}: {error.strerror}") from error
-
-
-def _format_of(output: Path | None) -> str:
-    """Reads the format off the suffix of a file; a file without one, and the terminal, get text."""
-    if output and output.name.lower().endswith(".perfetto.json"):
-        return "perfetto"
-    suffix = output.suffix.removeprefix(".").lower() if output else ""
-    suffixes = _FORMATS[:-1]
-    if suffix and suffix not in (*suffixes, "txt"):
-        known = ", ".join(f".{name}" for name in (*suffixes[1:], "perfetto.json"))
-        raise Refusal(f"--output {output}: no format has that suffix; use {known}, or --format")
-    return suffix if suffix in suffixes else "text"
-
-
-def _to_picture(timeline: schedules.Timeline, image_format: str) -> bytes:
-    file = io.BytesIO()
-    try:
-        save(plot_timeline(timeline), file, image_format=image_format)
-    except ModuleNotFoundError as error:
-        raise Refusal(str(error)) from error
-    return file.getvalue()
+            content = to_picture(lambda: plot_timeline(shown), output_format)
+    write(content, output)
 
 
 def _to_json(timeline: schedules.Timeline) -> str:

@@ -319,11 +319,11 @@ class Beat:
 # they are copied out: `barriers.copied_out`.
 #
 # W of a layer follows its I and F, unless it has to hide the transfers at the end: the last W does
-# if it takes long enough, else as many of the last W's as hide them, the very last not counted. All
-# of these wait for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer cycles
-# than if every W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. If the next
-# I waited for W, as on CPUs, a TPU's memory would hold 9 % less at width 1024, four layers, for
-# 0.7 % more cycles.)
+# if it takes long enough, else as many of the last W's as hide them, the very last not counted.
+# These all wait for the transfers' start. (Four layers of an MLP block, width 2048: 2 % fewer
+# cycles than if every W waits. On CPUs, where none waits: 3 % less CPU time with eight layers. If
+# the next I waited for W, as on CPUs, a TPU's memory would hold 9 % less at width 1024, four
+# layers, for 0.7 % more cycles.)
 # Where blocks have collectives of their own, which W may have to hide, or layers are of several
 # kinds, every W is at the end; and with collectives only the last one waits.
 #

@@ -11,14 +11,14 @@ between them, in every tick, whether they run or not. So in ticks, and where the
 end, a buffer has one layout: residuals that of the contractions around them (`_split_vjp`), stashes
 row-major. The entries that a tick writes and reads have the same one: a loop that wants another
 layout transposes that value alone, where it would otherwise transpose the buffer before reading the
-value. XLA still chooses the layouts of values of one or two dims, on which loops mostly agree, and
-of residuals larger than x that a softmax may read: for attention scores all loops take the layout
-that the softmax wants.
+value. XLA still chooses two kinds of layouts: those of values with one or two dims, on which loops
+mostly agree, and those of residuals larger than x that a softmax may read, as all loops take the
+layout for attention scores that the softmax wants.
 
 (TPU v5e, a transformer of two layers a stage, width 1024, four sequences of 1024 a microbatch,
-stacked queries, keys and values: a tick in which all actions run takes 31.3 million cycles instead
-of 62.3, a trip of the steady loop, in which XLA chooses, 34.3 instead of 34.4, and temporaries take
-3,499 MiB instead of 4,268. With scores row-major too: 6,701. With row-major layouts within beats of
+stacked queries, keys and values: a tick in which all actions run takes 31.3 million cycles, not
+62.3; a trip of the steady loop, in which XLA chooses, 34.3, not 34.4; and temporaries take 3,499
+MiB, not 4,268. With scores row-major too: 6,701. With row-major layouts within beats of
 unrolled layers too, beats took 8 to 10 % more cycles. Where layers are a loop, buffers and entries
 do have these layouts in beats: the loops of I and W copied whole buffers between them there too.)
 """

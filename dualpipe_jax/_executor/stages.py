@@ -1,7 +1,7 @@
 """Spreads layers of one or several kinds over stages, and runs loops over a stage's layers.
 
-The layers of a model are spread over stages in model order. The parameters of each kind are a stack
-of their own (`bring.Stack`), in which a stage's layers of that kind are neighbours. A rank has room
+The layers of a model are spread over stages in model order. Each kind has its own stack of
+parameters (`bring.Stack`), in which a stage's layers of that kind are neighbours. A rank has room
 for as many layers of each kind as the stage that has the most of it; no layer is padded to the
 shapes of another kind.
 """

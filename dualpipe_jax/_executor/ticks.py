@@ -1,7 +1,7 @@
 """One tick of one rank: store the values that arrived, run this rank's action, send.
 
-The tables name the action; everything but the rank is static. The program has each kind of action
-of each chunk once, run or skipped by the rank's opcode, without a collective over the pipeline
+The tables name the action; everything but the rank is static. For each chunk the program has each
+kind of action once, which the rank's opcode runs or skips, without a collective over the pipeline
 axis. The tick's exchange follows: two permutes that send activations and cotangents to the right
 and to the left between the ranks of its pairs. For each part of the line of ranks the program has a
 branch for each exchange, and all ranks take the same branch.

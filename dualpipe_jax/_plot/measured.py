@@ -7,15 +7,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from dualpipe_jax._plot.geometry import RULER, Bands, fold_into_bands
-from dualpipe_jax._plot.legend import FACES, IDLE, INKS, SEND, draw_legend
+from dualpipe_jax._plot.geometry import Bands, fold_into_bands
+from dualpipe_jax._plot.legend import FACES, IDLE, INKS, SEND
+from dualpipe_jax._plot.sheet import Sheet
 from dualpipe_jax.schedules import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.75, 0.15, 0.35, 0.12  # inches, beside the bands and the legend
 _HALF = 0.46  # of a row
 _FONT_SIZE, _DIGIT = 7.0, 0.075  # points, and inches of a digit in them
 _MARKS = 12  # the most numbers on the ruler of a band
@@ -52,44 +52,21 @@ def plot_measured(bars: Sequence[Bar], timeline: Timeline, *, title: str) -> "Fi
     Raises:
       ModuleNotFoundError: If Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a picture needs Matplotlib: pip install matplotlib", name=error.name
-        ) from error
-
     num_ranks = timeline.num_ranks
     last = max(bar.end for bar in bars)
     acts = sum(bar.end - bar.start for bar in bars if bar.kind != "send")
     # A cell of the timetable is as long as an action, the mean of all.
     cell = acts / (timeline.opcode > 0).sum()
     layout = fold_into_bands(math.ceil(last / cell), num_ranks)
-    chart_width, band_height = layout.band * layout.cell_width, num_ranks * layout.cell_height
-    figure = Figure(dpi=150)
-    legend_height = draw_legend(
-        figure,
-        timeline,
-        left=_LEFT,
-        bottom=_BOTTOM,
-        width=chart_width,
-        has_numbers=True,
-        is_measured=True,
-    )
-    width = _LEFT + chart_width + _RIGHT
-    height = _TOP + layout.num_bands * (RULER + band_height) + legend_height + 2 * _BOTTOM
-    figure.set_size_inches(width, height)
-    bottom = height - _TOP
+    sheet = Sheet(timeline, layout, has_numbers=True, is_measured=True)
     for number in range(layout.num_bands):
         start = number * layout.band * cell
         end = min(last, start + layout.band * cell)
-        bottom -= RULER + band_height
-        size = (chart_width * (end - start) / (layout.band * cell) / width, band_height / height)
-        axes = figure.add_axes((_LEFT / width, bottom / height, *size))
+        axes = sheet.add_band((end - start) / cell)
         _draw(axes, bars, (start, end), layout, cell)
         _draw_frame(axes, num_ranks, (start, end), layout.band * cell)
-    figure.axes[0].set_title(title, loc="left", fontsize=12, pad=20)
-    return figure
+    sheet.figure.axes[0].set_title(title, loc="left", fontsize=12, pad=20)
+    return sheet.figure
 
 
 def _draw(

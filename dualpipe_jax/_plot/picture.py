@@ -15,15 +15,15 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from dualpipe_jax._errors import brief, show
-from dualpipe_jax._plot.geometry import RULER, Bands, Boxes, boxes_of, fold_into_bands
-from dualpipe_jax._plot.legend import FACES, IDLE, INKS, draw_legend
+from dualpipe_jax._plot.geometry import Bands, Boxes, boxes_of, fold_into_bands
+from dualpipe_jax._plot.legend import FACES, IDLE, INKS
+from dualpipe_jax._plot.sheet import Sheet
 from dualpipe_jax.schedules import Schedule, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.75, 0.15, 0.35, 0.12  # inches, beside the bands and the legend
 _RANK_LINE = 0.15  # inches, of the name of a rank
 _FONT_SIZE, _MIN_FONT_SIZE = 8.4, 4.5  # points; a number that would be smaller is left out
 _MAX_VECTOR_CELLS = 20_000  # above it an SVG holds the cells as one image
@@ -58,40 +58,19 @@ def plot_timeline(
         raise TypeError(f"title={brief(title)}: must be a text, or None; got {show(title)}")
     if not isinstance(path, str | PathLike | None):
         raise TypeError(f"path={brief(path)}: must be the path of a file, or None")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a picture needs Matplotlib: pip install matplotlib", name=error.name
-        ) from error
-
     layout = fold_into_bands(timeline.num_ticks, timeline.num_ranks)
-    chart_width = layout.band * layout.cell_width
-    band_height = timeline.num_ranks * layout.cell_height
     font_size = _font_size(timeline, layout)
-    figure = Figure(dpi=150)
-    legend_height = draw_legend(
-        figure,
-        timeline,
-        left=_LEFT,
-        bottom=_BOTTOM,
-        width=chart_width,
-        has_numbers=font_size >= _MIN_FONT_SIZE,
-    )
-    width = _LEFT + chart_width + _RIGHT
-    height = _TOP + layout.num_bands * (RULER + band_height) + legend_height + 2 * _BOTTOM
-    figure.set_size_inches(width, height)
+    has_numbers = font_size >= _MIN_FONT_SIZE
+    sheet = Sheet(timeline, layout, has_numbers=has_numbers)
     boxes = boxes_of(timeline)
-    bottom = height - _TOP
     for start in range(0, timeline.num_ticks, layout.band):
         ticks = range(start, min(start + layout.band, timeline.num_ticks))
-        bottom -= RULER + band_height
-        size = (len(ticks) * layout.cell_width / width, band_height / height)
-        axes = figure.add_axes((_LEFT / width, bottom / height, *size))
+        axes = sheet.add_band(len(ticks))
         _draw_cells(axes, timeline, boxes, ticks, line_width=0.6 * layout.scale)
-        if font_size >= _MIN_FONT_SIZE:
+        if has_numbers:
             _draw_numbers(axes, timeline, boxes, ticks, font_size)
         _draw_frame(axes, timeline, ticks, layout)
+    figure = sheet.figure
     figure.axes[0].set_title(title or summarize(timeline), loc="left", fontsize=12, pad=20)
     if path is not None:
         _save_to(figure, path)

@@ -129,8 +129,8 @@ def measure(step: Step, devices: Sequence[int] | None = None) -> Measured:
 
     Args:
       step: The run of a step.
-      devices: The devices of a pipeline, in order of rank; by default all of the profile, in order
-        of their numbers.
+      devices: The devices of a pipeline, in order of rank; by default all devices of the profile,
+        sorted by number.
 
     Raises:
       ValueError: If devices are not as many as the ranks, or the events of a rank are not those of

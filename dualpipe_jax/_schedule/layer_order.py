@@ -5,8 +5,8 @@ end. `F0` is the forward of the stage's first layer; `W1@send` waits for the sta
 so that it hides them, and `W0@receive` for their end. In a loop over layers, `loop(I F)`, I counts
 down from the last layer while F counts up from the first.
 
-Four layers, side by side, where W of one layer hides the transfers, and W of another one the fetch
-of the values that arrived, which the next beat's first matmul reads:
+Four layers, side by side: W of one layer hides the transfers, and W of another hides the fetch of
+received values, which the next beat's first matmul reads:
 
 >>> print(write(side_by_side(4, num_held=2, reads_arrivals=True)))
 I3 F0 W3 I2 F1 W2 I1 F2 I0 F3 send W1 W0@receive

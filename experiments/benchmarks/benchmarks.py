@@ -181,13 +181,11 @@ def _name(row: report.Row) -> str:
 def _require_flags_fit(sizes: Sizes, *, names: Sequence[str], ranks: Sequence[int]) -> None:
     """Refuses flags that do not fit each other, all in one line."""
     schedules = {options["schedule"] for name, options in variants.OURS.items() if name in names}
-    try:
+    with flags.refusing(f"--ranks {max(ranks)}"):
         stages = max(
             dpj.schedules.make(name, num_ranks=max(ranks), num_microbatches=1).num_stages
             for name in schedules or {"gpipe"}
         )
-    except ValueError as error:
-        raise flags.Refusal(f"--ranks {max(ranks)}: {error}") from error
     uneven = [str(num_ranks) for num_ranks in ranks if sizes.layers % num_ranks]
     flags.refuse(
         {

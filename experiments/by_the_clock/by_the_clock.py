@@ -46,13 +46,11 @@ def main(
     Every rank is a process that sleeps for as long as its work is to take; sleeping needs no core.
     """
     ranks, names = tuple(sorted(set(ranks))), tuple(dict.fromkeys(names))
-    try:
+    with flags.refusing(f"--ranks {max(ranks)}"):
         all_tasks = [
             tasks.make_task(names, num_ranks=num_ranks, scale=scale, repeats=repeats)
             for num_ranks in ranks
         ]
-    except ValueError as error:
-        raise flags.Refusal(f"--ranks {max(ranks)}: {error}") from error
     flags.make_folder(output)
     console = Console(highlight=False)
     rows: list[report.Row] = []

@@ -218,13 +218,11 @@ def main(
             **flags.too_few_layers(sizes.layers, stages=2 * max(ranks), ranks=max(ranks)),
         }
     )
-    try:  # of all schedules the one with the most actions
-        most = max(ranks)
+    most = max(ranks)
+    with flags.refusing("--ranks, --microbatches"):  # by the schedule with the most actions
         dpj.schedules.make(
             "interleaved-1f1b", num_ranks=most, num_microbatches=most * max(multiples)
         )
-    except ValueError as error:
-        raise flags.Refusal(f"--ranks, --microbatches: {error}") from error
     flags.make_folder(output)
     console, flops = Console(highlight=False), costs.count(sizes)
     console.print(str(flops))

@@ -70,10 +70,8 @@ def main(
     ranks, names = tuple(sorted(set(ranks))), tuple(dict.fromkeys(names))
     most = max(ranks)
     made = {"num_ranks": most, "num_microbatches": microbatches}
-    try:
+    with flags.refusing("--ranks, --microbatches"):
         stages = max(dpj.schedules.make(name, **made).num_stages for name in names)
-    except ValueError as error:
-        raise Refusal(f"--ranks, --microbatches: {error}") from error
     flags.refuse(
         {
             **flags.uneven_batch(batch_size, microbatches),

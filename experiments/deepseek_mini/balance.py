@@ -1,4 +1,4 @@
-"""Runs of other bias rates beside one another: what each ended with, and one picture of all.
+"""Runs with different bias rates side by side: their last figures, and one picture of all.
 
 In: the folders of runs. Out: training.png. See README.md beside it.
 """
@@ -22,8 +22,10 @@ def main(*, runs: tuple[Path, ...], output: Path) -> None:
     if not runs:
         raise Refusal("RUNS: name the folders of one run or more")
     flags.make_folder(output)
-    found = {f"bias rate {read_config(run / CONFIG)['bias-rate']:g}": run for run in runs}
-    rows = {label: read_rows(run / CSV) for label, run in found.items()}
+    rows = {}
+    for run in runs:
+        config = read_config(run / CONFIG, flag="RUNS")
+        rows[f"bias rate {config['bias-rate']:g}"] = read_rows(run / CSV)
     for label, lines in rows.items():
         click.echo(f"{label}: {report.summary(lines)}")
     report.plot(rows, output / "training.png", title="deepseek_mini")

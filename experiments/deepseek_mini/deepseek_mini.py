@@ -15,7 +15,7 @@ from experiments.deepseek_mini import preflight, report
 from experiments.deepseek_mini.model import DeepSeekMini
 from experiments.deepseek_mini.training import EXPERT, make_job
 from experiments.train_lm import flags
-from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal
+from experiments.train_lm.flags import POSITIVE, FiniteFloat, PositiveFloat, Refusal
 from experiments.train_lm.trainer import run
 from experiments.train_lm.trainer.flags import Settings, config_of, training
 from experiments.train_lm.trainer.log import Row
@@ -46,7 +46,7 @@ FOLDER = "runs/deepseek_mini"
 )
 @click.option(
     "--bias-rate",
-    type=click.FloatRange(min=0),
+    type=FiniteFloat(min=0),
     default=0.01,
     help="By how much a step moves the routers' biases.",
 )
@@ -76,11 +76,8 @@ def main(ctx: click.Context, *, topology: str | None, **given: Any) -> None:
     expert_devices = given["expert_devices"]
     _require_fitting(settings, given)
     ranks, shards = settings.ranks or 1, settings.batch_devices * expert_devices
-    plan = dpj.schedules.make(
-        given["schedule"], num_ranks=ranks, num_microbatches=settings.microbatches
-    )
-    of = f"of {given['schedule']}"
-    flags.refuse(flags.too_few_layers(given["layers"], stages=plan.num_stages, ranks=ranks, of=of))
+    layers = given["layers"]
+    plan = run.make_schedule(given["schedule"], settings, ranks=ranks, layers=layers)
     count = ranks * shards
     flag = f"--ranks x --expert-devices = {count}"
     if settings.batch_devices > 1:

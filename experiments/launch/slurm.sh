@@ -39,7 +39,7 @@ unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
 
 # Were a task to end the others, they could not say why they ended. JAX ends them in --heartbeat
 # seconds if one is lost.
-srun --kill-on-bad-exit=0 "$python" -m experiments.launch.run "$folder" "$module" "$@"
+srun --kill-on-bad-exit=0 "$python" -m "$module" --output "$folder" --stopped-code 75 "$@"
 code=$?
 
 # 75: stopped early, and saved. The same job, with the same arguments, waits for its turn again and

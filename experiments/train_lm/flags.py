@@ -1,9 +1,10 @@
 """The commands of the experiments: shared flags, and how mistakes in them are refused."""
 
+import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,8 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
-class PositiveFloat(click.FloatRange):
-    """A number above 0, and not one of those beyond all numbers (inf, nan)."""
-
-    def __init__(self) -> None:
-        super().__init__(min=0, min_open=True)
+class FiniteFloat(click.FloatRange):
+    """A number in a range, and not one of those beyond all numbers (inf, nan)."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -30,6 +28,13 @@ class PositiveFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class PositiveFloat(FiniteFloat):
+    """A finite number above 0."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
 
 
 POSITIVE = click.IntRange(min=1)
@@ -129,6 +134,15 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refusal(f"--output {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def refusing(flag: str) -> Iterator[None]:
+    """Makes a ValueError inside the `with` the refusal of a flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(f"{flag}: {' '.join(str(error).split())}") from error
 
 
 def refuse(problems: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import dualpipe_jax as dpj
 
 from . import flags
-from .flags import POSITIVE
+from .flags import POSITIVE, FiniteFloat
 from .model import LanguageModel
 from .sample import continue_text
 from .trainer import processes, run
@@ -42,7 +42,7 @@ FOLDER = "runs/train_lm"
 @flags.language_model(context=128, layers=8, width=96)
 @click.option(
     "--dropout",
-    type=click.FloatRange(min=0, max=1, max_open=True),
+    type=FiniteFloat(min=0, max=1, max_open=True),
     default=0.0,
     help="Share of a layer's outputs that is dropped in training.",
 )
@@ -74,15 +74,12 @@ def main(ctx: click.Context, **given: Any) -> None:
             **flags.uneven_batch(settings.batch_size, parts, of_parts),
             **flags.uneven_heads(width, heads),
             "--prompt: must not be empty": not given["prompt"],
+            "--prompt: must be text in UTF-8": not _is_utf8(given["prompt"]),
         }
     )
     place, ranks = _find_ranks(settings, schedule=given["schedule"], layers=layers)
     devices = place.devices
-    plan = dpj.schedules.make(
-        given["schedule"], num_ranks=ranks, num_microbatches=settings.microbatches
-    )
-    of = f"of {given['schedule']}"
-    flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=ranks, of=of))
+    plan = run.make_schedule(given["schedule"], settings, ranks=ranks, layers=layers)
     folder = run.open_folder(settings, config, place, default=FOLDER)
     console = place.console
     timeline = plan.timeline()
@@ -199,6 +196,11 @@ def _most_ranks(schedule: str, *, limit: int, layers: int, microbatches: int) ->
         if made.num_stages <= layers:
             return ranks
     return 1
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text has bytes in UTF-8: a shell may pass any bytes, some as half characters."""
+    return all(not 0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def _printable(text: str) -> str:

@@ -1,8 +1,8 @@
 """Restores a large state under a limit of memory: a process of `test_sharded_restore`.
 
 In: the folder of checkpoints, the sharding (`sharded` or `whole`), and the flags of processes. Out:
-a line of JSON: bytes of the state on this process, bytes read, bytes of memory taken, and the kind
-of the limit. A process that takes more than the limit is killed by the kernel.
+a line of JSON: bytes of the state on this process, bytes read, bytes of memory taken, and how the
+memory was limited. A process that takes more than the limit is killed by the kernel.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The launchers' manifests: against schemas, and against what JAX and Kubernetes do with them."""
+"""The launchers' manifests: against schemas, and as JAX and Kubernetes read them."""
 
 import copy
 import re
@@ -111,7 +111,8 @@ def test_a_pod_that_saved_after_sigterm_fails_its_job_and_restarts_all(name: str
     shell, flag, command = container["command"]
     # Without exec the shell would get the signal.
     assert (shell, flag, command.split()[0]) == ("sh", "-c", "exec")
-    assert command.split()[1:4] == ["python", "-m", "experiments.launch.run"]
+    assert command.split()[1:4] == ["python", "-m", "a.script"]
+    assert "--stopped-code 75" in command
     assert pod["terminationGracePeriodSeconds"] >= 60
     assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
     [rule] = job["podFailurePolicy"]["rules"]
@@ -121,7 +122,8 @@ def test_a_pod_that_saved_after_sigterm_fails_its_job_and_restarts_all(name: str
     # The run's folder is on the volume that outlives the pod.
     [claim] = [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert command.split()[4].startswith(f"{mounts[claim['name']]}/")
+    output = command.split("--output ")[1]
+    assert output.startswith(f"{mounts[claim['name']]}/")
 
 
 def test_gpu_pods_have_what_jax_asks_the_api_for() -> None:

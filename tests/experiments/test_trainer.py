@@ -79,6 +79,8 @@ def test_a_run_does_not_learn_its_own_logs(tmp_path: Path, refusal: Any) -> None
         ("--data-devices 2 --ranks 8", "--ranks x devices of data = 16: more than the devices"),
         ("--profile 5:2", "'5:2' is no range START:STOP"),
         ("--profile 10:12 --steps 9", "--profile 10:12: begins after the last step, 9"),
+        ("--fresh --stopped-code 75", "--fresh: would begin anew at every restart"),
+        ("--stopped-code 256", "Invalid value for '--stopped-code'"),
         ("--save-every 0", "Invalid value for '--save-every'"),
         ("--heartbeat 1", "Invalid value for '--heartbeat'"),
         ("--dropout 1", "Invalid value for '--dropout'"),
@@ -405,7 +407,7 @@ def test_saves_may_fail_but_the_last(tmp_path: Path) -> None:
         run_loop(tmp_path, Device(0.0), Disk(3), **given)
 
 
-# --- what one looks at -----------------------------------------------------------------------
+# --- progress and profiles -------------------------------------------------------------------
 
 
 def test_paths_and_samples_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

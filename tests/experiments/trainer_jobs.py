@@ -110,6 +110,7 @@ def make_settings(output: Path, **changed: Any) -> Settings:
         "num_processes": None,
         "process_id": None,
         "heartbeat": 60,
+        "stopped_code": 0,
     }
     return Settings(**(given | changed))
 

@@ -1,4 +1,4 @@
-"""Starts the training script, watches its files, and reads what a fault has left of a run."""
+"""Starts the training script, watches its files, and reads the rest of a run after a fault."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def wait_until(
     folder: Path,
     seconds: float = PATIENCE,
 ) -> Any:
-    """Waits until something has happened, while all processes live; gives what it was."""
+    """Waits until something has happened, while all processes live; gives the result."""
     end = time.monotonic() + seconds
     while not (result := happened()):
         codes = [process.poll() for process in processes]
@@ -75,7 +75,7 @@ def unfinished_steps(output: Path) -> list[int]:
 
 
 def printed(folder: Path) -> str:
-    """Reads what all processes have printed."""
+    """Reads the output of all processes."""
     paths = sorted(folder.glob("process-*.txt"))
     return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in paths)
 

@@ -23,7 +23,7 @@ from tests.processes import started
 
 
 def start(flags: str, output: Path, folder: Path) -> tuple[int, str]:
-    """Runs to the end; gives the exit code and what was printed."""
+    """Runs to the end; gives the exit code and the output."""
     folder.mkdir()
     with started(command(flags, output), count=1, folder=folder) as (process,):
         code = process.wait(timeout=180)

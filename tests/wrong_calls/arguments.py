@@ -35,7 +35,7 @@ def model_mistakes() -> list[Mistake]:
 
 
 def count_mistakes() -> list[Mistake]:
-    """Mistakes in num_microbatches; the batch may be what does not fit a legal number."""
+    """Mistakes in num_microbatches; a legal number may not fit the batch."""
     return [*counts(most=10**7), left_out(), mistake("number that does not divide", 3, 8, 100)]
 
 

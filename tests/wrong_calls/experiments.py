@@ -14,7 +14,7 @@ import jax
 import dualpipe_jax as dpj
 from tests.wrong_calls import flags as of
 from tests.wrong_calls.commands import Accepted, Refused, run
-from tests.wrong_calls.mistakes import Mistake, but, mistake
+from tests.wrong_calls.mistakes import Mistake, always, but, mistake
 from tests.wrong_calls.oracle import Target
 
 
@@ -200,6 +200,89 @@ def _that_compile() -> list[Experiment]:
     ]
 
 
+def _that_train() -> list[Experiment]:
+    """Lists the commands with the trainer's flags, which begin to work when they make the model."""
+    model = {
+        "ranks": "2",
+        "layers": "4",
+        "width": "16",
+        "heads": "2",
+        "context": "16",
+        "batch-size": "8",
+        "microbatches": "2",
+        "data": __file__,
+        "output": str(of.folder() / "train"),
+    }
+    common = _flags_of_runs()
+    trainer = "experiments.train_lm"
+    moe = "experiments.deepseek_mini.deepseek_mini"
+    size = _size()
+    return [
+        Experiment(
+            module=f"{trainer}.train_lm",
+            valid=model,
+            flags={
+                **common,
+                "heads": [*size, mistake("number that does not divide", "3", "17")],
+                "dropout": [*of.amounts(), mistake("number far too large", "1", "1.5", "1e300")],
+                "dtype": of.choices(("float32", "bfloat16")),
+                "prompt": [mistake("empty", ""), mistake("odd characters", "\udcff")],
+            },
+            stops=[(f"{trainer}.train_lm", "LanguageModel")],
+        ),
+        Experiment(
+            module=moe,
+            valid={**model, "width": "64", "dense-layers": "1", "experts": "4"},
+            flags={
+                **common,
+                "heads": [*size, mistake("number that does not divide", "3", "17")],
+                "expert-devices": of.counts(),
+                "dense-layers": [*of.counts(least=0), mistake("number far too large", "4", "5")],
+                "experts": [*size, mistake("number that does not divide", "3", "5")],
+                "chosen": [*size, mistake("number far too large", "5", "100")],
+                "capacity-factor": of.amounts(is_open=True),
+                "bias-rate": of.amounts(),
+            },
+            stops=[(moe, "_sizes")],
+        ),
+    ]
+
+
+def _flags_of_runs() -> dict[str, Sequence[Mistake]]:
+    """Mistakes in the flags that the trainer adds, and in the sizes of its models."""
+    size = _size()
+    counted = ("steps", "context", "width", "eval-every", "eval-batches", "save-every", "keep")
+    alone = {"also": ("coordinator",)}
+    return {
+        **dict.fromkeys((*counted, "max-skips"), size),
+        "layers": [*size, mistake("fewer layers than stages", "1")],
+        "batch-size": [*size, mistake("number that does not divide", "7", "9")],
+        **dict.fromkeys(("ranks", "microbatches", "data-devices", "fsdp-devices"), of.counts()),
+        "schedule": of.choices(dpj.schedules.names()),
+        "learning-rate": of.amounts(is_open=True),
+        "seed": [*of.counts(least=0), mistake("number far too large", "4294967296", str(2**70))],
+        "on-save-error": of.choices(("stop", "continue")),
+        "log": [
+            mistake("unknown name", "csv", "jsonl,xml", "JSONL", "tensor board"),
+            mistake("another form", "jsonl", "jsonl,tensorboard", " jsonl", legal=always),
+        ],
+        "profile": [
+            mistake("malformed text", "3", "3:", ":3", "a:b", "0:2", "5:2", "-1:2", "1:2:3", ""),
+            mistake("number far too large", "600:700", "9" * 30 + ":" + "9" * 40),
+            mistake("another form", "1:2", "3:3", legal=always),
+        ],
+        "coordinator": [mistake("given alone", "here:1234", "here"), mistake("empty", "")],
+        "num-processes": [mistake("given alone", "1", "2", **alone), *of.counts(too_large=False)],
+        "process-id": [mistake("given alone", "0", "7", **alone), mistake("negative number", "-1")],
+        "heartbeat": [*size, mistake("number far too small", "1", "9")],
+        "stopped-code": [*of.counts(least=0), mistake("number far too large", "256")],
+        "data": of.texts_to_learn(),
+        "config": of.files_of_flags(),
+        "output": [*of.folders(), *of.folders_of_runs()],
+    }
+
+
 def targets() -> list[Target]:
     """Lists the commands of the experiments; one more is one more `Experiment` above."""
-    return [_experiment_target(experiment) for experiment in (*_that_run(), *_that_compile())]
+    experiments = (*_that_run(), *_that_compile(), *_that_train())
+    return [_experiment_target(experiment) for experiment in experiments]

@@ -119,6 +119,74 @@ def _file(name: str, content: bytes) -> str:
     return str(path)
 
 
+def _folder(name: str, **files: bytes) -> str:
+    path = folder() / name
+    path.mkdir(exist_ok=True)
+    for inner, content in files.items():
+        (path / inner).write_bytes(content)
+    return str(path)
+
+
+def texts_to_learn() -> list[Mistake]:
+    """Mistakes in a text file, or a folder of them."""
+    missing = ("/no/such/file", "/dev/null/x", "x" * 5000, str(folder() / "no"))
+    return [
+        mistake("unreadable path", *missing),
+        mistake(
+            "number far too small",
+            _file("no text", b""),
+            _file("few bytes", b"0123456789"),
+            _folder("no texts"),
+            _folder("no bytes", a=b"", b=b""),
+            _folder("binary", a=b"\0" * 1000),
+            also=("text",),
+        ),
+        mistake("flag without a value", ALONE),
+        mistake("another form", _folder("texts", a=b"a" * 500, b=b"b" * 500), legal=always),
+    ]
+
+
+def files_of_flags() -> list[Mistake]:
+    """Mistakes in a file of flags."""
+
+    def wrong(name: str, text: bytes, *also: str) -> Mistake:
+        return mistake(name, _file(f"{name} {len(text)}.toml", text), also=also)
+
+    return [
+        mistake("unreadable path", "/no/such/file", str(folder()), "x" * 5000),
+        wrong("non-UTF-8 file", b"\xff\xfe = 1"),
+        wrong("malformed file", b"width = "),
+        wrong("malformed file", b"width = 1\nwidth = 2"),
+        wrong("unknown name", b"widht = 16", "widht"),
+        wrong("unknown name", b"[model]\nwidth = 16", "model"),
+        wrong("wrong type", b"steps = [1, 2]", "steps"),
+        wrong("wrong type", b"steps = true", "steps"),
+        wrong("float for an integer", b"steps = 1.5", "steps"),
+        wrong("zero", b"keep = 0", "keep"),
+        wrong("NaN", b"learning-rate = nan", "learning-rate"),
+        wrong("infinite", b"learning-rate = inf", "learning-rate"),
+        mistake("flag without a value", ALONE),
+        mistake("another form", _file("good.toml", b"seed = 3\nlog = ['jsonl']"), legal=always),
+    ]
+
+
+def folders_of_runs() -> list[Mistake]:
+    """Mistakes in the folder of a run: other flags, and a config that cannot be read."""
+    return [
+        mistake(
+            "another run",
+            _folder("other seed", **{"config.toml": b"seed = 12345"}),
+            _folder("other text", **{"config.toml": b"text = 'other'"}),
+        ),
+        mistake(
+            "malformed file",
+            _folder("cut", **{"config.toml": b"seed = "}),
+            _folder("bytes of no text", **{"config.toml": b"\xff\xfe"}),
+            also=("config.toml",),
+        ),
+    ]
+
+
 def costs_files() -> list[Mistake]:
     """Mistakes in a file of costs."""
     good = b'{"costs": {"forward": 1, "input_grad": 1, "weight_grad": 1}}'

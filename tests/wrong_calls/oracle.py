@@ -173,7 +173,7 @@ def problem_of(target: Target, wrong: Sequence[Wrong], tally: Tally = TALLY) -> 
     own = [each.mistake.raises for each in wrong if each.mistake.raises is not None]
     if isinstance(error, tuple(own)):
         return None
-    # Of two values a legal one may be what does not fit the other.
+    # With two broken arguments, a legal value of one may not fit the other.
     return _problem_of_error(target, wrong, error)
 
 

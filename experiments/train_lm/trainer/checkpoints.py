@@ -79,6 +79,7 @@ class Checkpoints:
         self._warn = warn
         self._saving: int | None = None
         self._num_bytes = 0
+        self._screened: list[int] = []
         self._screen()
         self._manager = self._open()
 
@@ -177,8 +178,8 @@ class Checkpoints:
           Refusal: If there are checkpoints, but none that is whole; or if there is no room for the
             state, or no permission to read it.
         """
-        steps = self.steps
-        for step in reversed(steps):
+        steps = sorted([*self.steps, *self._screened])
+        for step in reversed(self.steps):
             restored, problem = self._read(step, abstract)
             if restored is not None:
                 return restored
@@ -205,8 +206,9 @@ class Checkpoints:
         if processes.is_first() and self.folder.exists():
             names = [path.name for path in self.folder.iterdir() if path.name.isdecimal()]
             broken = " ".join(name for name in names if not self._has_metrics(name))
-        for name in processes.first_of_all(broken).split():
-            self._set_aside(int(name), "its metrics are not those that were saved")
+        self._screened = [int(name) for name in processes.first_of_all(broken).split()]
+        for step in self._screened:
+            self._set_aside(step, "its metrics are not those that were saved")
 
     def _has_metrics(self, name: str) -> bool:
         try:

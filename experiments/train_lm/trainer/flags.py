@@ -68,6 +68,7 @@ class Settings:
     num_processes: int | None
     process_id: int | None
     heartbeat: int
+    stopped_code: int
 
     @classmethod
     def take(cls, flags: dict[str, Any]) -> "Settings":
@@ -102,6 +103,11 @@ class Settings:
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
                 raise Refusal(f"--coordinator {self.coordinator}: must be HOST:PORT")
+        if self.fresh and self.stopped_code:
+            raise Refusal(
+                f"--fresh: would begin anew at every restart, which --stopped-code "
+                f"{self.stopped_code} asks for; leave one of them out"
+            )
         if self.fresh and self.output is None:
             raise Refusal("--fresh: needs --output; without it every run has a new folder")
         if self.profile is not None and int(self.profile.partition(":")[0]) > self.steps:
@@ -191,6 +197,13 @@ def training(*, default: str, results: str) -> Callable[..., Any]:
             default=processes.HEARTBEAT_SECONDS,
             help="Seconds of silence after which a process counts as dead and all others end.",
         ),
+        click.option(
+            "--stopped-code",
+            type=click.IntRange(0, 255),
+            default=0,
+            help="Exit code of a run that SIGTERM has stopped and that is saved: 75 has the "
+            "launchers start it again.",
+        ),
     )
 
 
@@ -205,7 +218,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     if path is None:
         return None
     names = {_flag(param): param for param in ctx.command.params}
-    config = folder.read_config(path)
+    config = folder.read_config(path, flag="--config")
     config.pop(folder.TEXT, None)
     if unknown := sorted(config.keys() - names.keys()):
         raise Refusal(f"--config {path}: no such flags: {', '.join(unknown)}")

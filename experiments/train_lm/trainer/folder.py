@@ -14,11 +14,19 @@ from ..flags import Refusal
 from . import processes
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
-# Beside flags, what a run is made of: its text.
+# The config's key for the text, which is no flag.
 TEXT = "text"
 # The flags that tell one process or start from another; they are no part of the run.
-_NOT_KEPT = {"coordinator", "num-processes", "process-id", "output", "config", "fresh"}
-# The flags that may differ when a run goes on; all others change what it computes.
+_NOT_KEPT = {
+    "stopped-code",
+    "coordinator",
+    "num-processes",
+    "process-id",
+    "output",
+    "config",
+    "fresh",
+}
+# The flags that may differ when a run goes on; all others change its results.
 _FREE = {
     "steps",
     "ranks",
@@ -84,15 +92,16 @@ def open_folder(output: Path | None, *, default: Path, fresh: bool, config: Conf
             path = _prepare(output, default, fresh=fresh)
     path = Path(processes.first_of_all(str(path) if processes.is_first() else ""))
     with processes.together():
-        earlier = read_config(path / CONFIG) if (path / CONFIG).exists() else None
+        config_path = path / CONFIG
+        earlier = read_config(config_path, flag="--output") if config_path.exists() else None
         if earlier is not None:
             _require_same(earlier, config, path)
     processes.wait_for_all("folder")
     return Folder(path, earlier)
 
 
-def read_config(path: Path) -> Config:
-    """Reads a file of flags.
+def read_config(path: Path, *, flag: str) -> Config:
+    """Reads a file of flags, which this flag names.
 
     Raises:
       Refusal: If it is no TOML.
@@ -100,7 +109,7 @@ def read_config(path: Path) -> Config:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refusal(f"{path}: {' '.join(str(error).split())}") from error
+        raise Refusal(f"{flag}: {path}: {' '.join(str(error).split())}") from error
 
 
 def changes(earlier: Config, config: Config) -> list[str]:

@@ -49,7 +49,7 @@ class Log:
           folder: The folder of the run.
           columns: The columns; the first one is `step`.
           step: The last step whose row stays; -1 for a new run.
-          kinds: Among `KINDS`, what is written beside the CSV.
+          kinds: The logs to write beside the CSV, among `KINDS`.
           warn: Shows a line to the user.
 
         Raises:

@@ -4,7 +4,6 @@ The next step is dispatched before the figures of the last one are read, so that
 for the host.
 """
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -224,11 +223,3 @@ class _Shown:
 
     def say(self, text: str) -> None:
         self._bar.console.print(text)
-
-
-def exit_code(asked: signal.Signals | None) -> int:
-    """Gives the exit code of a run that was asked to stop and has saved its state.
-
-    A scheduler that pre-empts it with SIGTERM sees success; a shell sees 130 for Ctrl-C.
-    """
-    return 130 if asked == signal.SIGINT else 0

@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,8 +25,6 @@ HEARTBEAT_SECONDS = 60
 _LONGEST = 2000  # bytes of a text that processes share
 # Set by the launchers that JAX detects.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-# What a launcher makes of the exit code, for it is not returned to if there are several processes.
-_launchers: list[Callable[[int], int]] = []
 
 
 def start(
@@ -195,14 +193,7 @@ def leaving() -> Iterator[None]:
     try:
         jax.distributed.shutdown()  # waits for the others, a heartbeat's time at most
     finally:
-        for exit_code in _launchers:
-            code = exit_code(code)
         leave(code)
-
-
-def on_leaving(exit_code: Callable[[int], int]) -> None:
-    """Has a launcher choose the exit code, given that of the script."""
-    _launchers.append(exit_code)
 
 
 def leave(code: int) -> NoReturn:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 import dualpipe_jax as dpj
 
+from .. import flags
 from ..flags import Refusal
 from . import data, folder, processes, progress, state
 from .checkpoints import Checkpoints, SaveError
@@ -24,7 +25,7 @@ from .clock import Clock
 from .devices import find_devices
 from .flags import Settings
 from .log import Log, NoLog, Row
-from .loop import Loop, TooManySkipsError, exit_code
+from .loop import Loop, TooManySkipsError
 from .mesh import PIPE, batch_axes
 from .profile import Profile
 from .signals import Requests
@@ -46,7 +47,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run runs, and what it reads.
+    """The devices of a run, and its text.
 
     Attributes:
       console: Prints on process 0.
@@ -132,6 +133,19 @@ def find_place(settings: Settings, *, count: int | None, flag: str, fake: int) -
         if text.fingerprint != first:
             raise Refusal("--data: has other files, or other sizes of files, than on process 0")
     return Place(console=processes.console(), devices=devices, which=which, text=text)
+
+
+def make_schedule(name: str, settings: Settings, *, ranks: int, layers: int) -> dpj.Schedule:
+    """Makes the schedule, each stage with a layer.
+
+    Raises:
+      Refusal: If there are too few layers, or if no table holds so many ranks and microbatches.
+    """
+    with flags.refusing(f"--ranks {ranks}, --microbatches {settings.microbatches}"):
+        plan = dpj.schedules.make(name, num_ranks=ranks, num_microbatches=settings.microbatches)
+    of = f"of {name}"
+    flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=ranks, of=of))
+    return plan
 
 
 def open_folder(
@@ -277,7 +291,8 @@ def train(
             f"stopped   by {signal.Signals(asked).name} after step {index}, which is saved; "
             f"--output {run.path} goes on"
         )
-        sys.exit(exit_code(asked))
+        # A shell's code for Ctrl-C, or whichever the scheduler takes for a run to start again.
+        sys.exit(130 if asked == signal.SIGINT else settings.stopped_code)
     if best is not None:
         console.print(f"best      step {best}: {checkpoints.folder / str(best)}")
     return Outcome(params=last.params, rows=log.rows)

@@ -1,1 +1,0 @@
-"""Starts training scripts on clusters: SLURM, Kubernetes on GKE, TPU VMs; see README.md."""
