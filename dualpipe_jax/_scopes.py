@@ -6,7 +6,6 @@ segment of the timetable, then the action. Readers of compiled programs find the
 
 import itertools
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 PREFIX = "dualpipe."
@@ -81,46 +80,61 @@ def read_schedule(op_name: str) -> tuple[str, int, int] | None:
     return (found[1], int(found[2]), int(found[3])) if found else None
 
 
-def of_placement(
-    costs: Sequence[float | None], layers_of_stage: Sequence[int], execution: Sequence[Any]
-) -> str:
-    """Names a step whose actions were placed in ticks by these costs.
-
-    >>> of_placement([1.0, 2.25, 0.75, None], [2, 2], [True, 3, False, "store"])
-    'dualpipe.placed.1.0_2.25_0.75_none.2x2.true_3_false_store'
-    """
-    written = "_".join("none" if cost is None else repr(float(cost)) for cost in costs)
-    choices = "_".join(str(choice).lower() for choice in execution)
-    runs = [(size, len(list(run))) for size, run in itertools.groupby(layers_of_stage)]
-    sizes = "_".join(f"{count}x{size}" for size, count in runs)
-    return f"dualpipe.placed.{written}.{sizes}.{choices}"
-
-
 class Placement(NamedTuple):
-    """Holds the arguments of `of_placement`."""
+    """Holds how a step's actions were placed in ticks.
+
+    Attributes:
+      costs: The costs of actions.
+      stages: For each stage the number of layers, their cost in layers of mean cost, and the share
+        of it in the upper half of a full backward.
+      execution: How the order became a program.
+    """
 
     costs: tuple[float | None, ...]
-    layers_of_stage: tuple[int, ...]
+    stages: tuple[tuple[int, float, float], ...]
     execution: tuple[Any, ...]
+
+
+def of_placement(placement: Placement) -> str:
+    """Names a step whose actions were placed in ticks by these costs.
+
+    >>> stages = (2, 2.0, 0.5), (2, 2.0, 0.5), (1, 0.5, 1.0)
+    >>> of_placement(Placement((1.0, 0.75, None), stages, (True, 3, False, "store")))
+    'dualpipe.placed.1.0_0.75_none.2x2w2.0u0.5_1x1w0.5u1.0.true_3_false_store'
+    """
+    costs = "_".join("none" if cost is None else repr(float(cost)) for cost in placement.costs)
+    choices = "_".join(str(choice).lower() for choice in placement.execution)
+    runs = [(stage, len(list(run))) for stage, run in itertools.groupby(placement.stages)]
+    stages = "_".join(
+        f"{count}x{size}w{weight!r}u{upper!r}" for (size, weight, upper), count in runs
+    )
+    return f"dualpipe.placed.{costs}.{stages}.{choices}"
 
 
 def read_placement(op_name: str) -> Placement | None:
     """Reads costs, the layers of stages and the execution from an instruction's name.
 
-    >>> name = of_placement([1.0, 0.75, None], [2, 2, 3], ["two-tick", 3, False, "store"])
-    >>> read_placement(f"jit(step)/{name}/shard_map/while")
-    Placement(costs=(1.0, 0.75, None), layers_of_stage=(2, 2, 3),
-      execution=('two-tick', 3, False, 'store'))
+    >>> placement = Placement((1.0, None), ((2, 2.5, 0.5), (0, 0.0, 0.5)), ("two-tick", 3, False))
+    >>> read_placement(f"jit(step)/{of_placement(placement)}/shard_map/while") == placement
+    True
     """
-    found = re.search(r"dualpipe\.placed\.([^/)]+)\.([\dx_]+)\.([\w-]+)(?:[/)]|$)", op_name)
+    number = r"[\d.]+(?:e[+-]?\d+)?"
+    stage = rf"\d+x\d+w{number}u{number}"
+    found = re.search(
+        rf"dualpipe\.placed\.([^/)]+?)\.({stage}(?:_{stage})*)\.([\w-]+)(?:[/)]|$)", op_name
+    )
     if found is None:
         return None
     costs = tuple(None if cost == "none" else float(cost) for cost in found[1].split("_"))
-    runs = (map(int, run.split("x")) for run in found[2].split("_"))
-    sizes = tuple(size for count, size in runs for _ in range(count))
+    runs = (re.split("[xwu]", run) for run in found[2].split("_"))
+    stages = tuple(
+        (int(size), float(weight), float(upper))
+        for count, size, weight, upper in runs
+        for _ in range(int(count))
+    )
     known: dict[str, Any] = {"none": None, "true": True, "false": False}
     choices = tuple(
         int(choice) if choice.isdigit() else known.get(choice, choice)
         for choice in found[3].split("_")
     )
-    return Placement(costs, sizes, choices)
+    return Placement(costs, stages, choices)

@@ -18,6 +18,7 @@ from dualpipe_jax._predict import (
     Costs,
     LayerBytes,
     ParameterBytes,
+    StageLayers,
     Transformer,
     choices_of,
     in_order,
@@ -27,6 +28,7 @@ from dualpipe_jax._predict import (
 from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.stage_sizes import spread_evenly
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax._split_vjp import split_vjp
 from tests.hlo import AS_EVER
@@ -49,7 +51,8 @@ FULL = Execution(overlap=False, split_backward=False, deferred="store")
 
 
 def terms_of(tables: Tables, num_layers: int, execution: Execution = STORE) -> dict[str, float]:
-    terms = memory_of(tables, execution, num_layers=num_layers, **SIZES)
+    sizes = spread_evenly(num_layers, tables.num_stages)
+    terms = memory_of(tables, execution, sizes=sizes, **SIZES)
     return {term.name: term.num_bytes for term in terms}
 
 
@@ -223,7 +226,7 @@ def test_memory_is_about_that_of_the_program(name: str, remat: str) -> None:
     terms = memory_of(
         tables_of(name, P, N, stash_deferred=remat == "none"),
         STORE if remat == "none" else RECOMPUTE,
-        num_layers=L,
+        sizes=spread_evenly(L, P),
         layer=transformer.layer_bytes,
         parameters=parameters,
     )
@@ -262,7 +265,7 @@ def choices_with(
     candidate = Candidate(
         schedule=schedule, num_layers=num_layers, remat=remat, costs=costs, transfer=0.1
     )
-    terms_of = partial(memory_of, num_layers=num_layers, **SIZES)
+    terms_of = partial(memory_of, **SIZES)
     return choices_of(candidate, terms_of=terms_of, limit=limit)
 
 
@@ -290,7 +293,7 @@ def test_slots_are_those_of_the_program_that_is_timed() -> None:
     """Placed by its costs, a program may have more values on their way."""
     made = schedules.make("dualpipe", num_ranks=4, num_microbatches=16)
     costs = Costs(input_grad=2.08, weight_grad=0.84)
-    durations = durations_of(made, costs, transfer=0.1, layers_of_stage=(4,) * 4)
+    durations = durations_of(made, costs, transfer=0.1, layers=StageLayers.cut((4,) * 4))
     (choice,) = (
         each
         for each in choices_with(made, costs, num_layers=16)

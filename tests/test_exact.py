@@ -15,7 +15,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._model.kinds import blocks_of
-from dualpipe_jax._predict import simulate, simulation, usual_costs
+from dualpipe_jax._predict import StageLayers, simulate, simulation, usual_costs
 from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.replay import replay
@@ -256,7 +256,7 @@ def test_steps_are_placed_by_costs_as_simulate_has_them(
     sizes = sizes or (2, 2, 1, 1)
     options = {"costs": costs, "transfer": 0.1 * costs.forward, "layers_per_stage": sizes}
     assert placed_by == durations_of(
-        schedule, costs, transfer=options["transfer"], layers_of_stage=sizes
+        schedule, costs, transfer=options["transfer"], layers=StageLayers.cut(sizes)
     )
     # `simulate` is told by the costs whether a backward recomputes, and a step by `remat`.
     deferred = "store" if remat == "none" else "recompute"

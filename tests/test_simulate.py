@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
-from dualpipe_jax._predict import Costs, Simulation, decide, simulate, usual_costs
+from dualpipe_jax._predict import Costs, Simulation, StageLayers, decide, simulate, usual_costs
 from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution
@@ -243,11 +243,10 @@ def test_agrees_with_the_references(
     options = {"transfer": transfer, "rendezvous": rendezvous}
     schedule = Schedule(program)
     made = simulate(schedule, costs=costs, num_layers=num_layers, **options)
-    durations = durations_of(schedule, costs, layers_of_stage=layers.tolist(), transfer=transfer)
+    cut = StageLayers.cut(layers.tolist())
+    durations = durations_of(schedule, costs, layers=cut, transfer=transfer)
     tables = compile_program(program, durations=durations).tables
-    cost = costs.of_stages(
-        num_ranks=program.num_ranks, layers_of_stage=layers, forward_only=program.forward_only
-    )
+    cost = costs.of_stages(layers, num_ranks=program.num_ranks, forward_only=program.forward_only)
     told = wait_as_told(tables, cost[tables.opcode, tables.stage], **options)
     assert math.isclose(made.makespan, told.max(), rel_tol=1e-12)
     expected = follow_dependencies(program, cost, transfer)
@@ -460,7 +459,7 @@ def decided(
         Execution(overlap=overlap, deferred=deferred, split_backward=split_backward),
         costs=costs,
         transfer=0.1 * costs.forward,
-        layers_of_stage=layers,
+        layers=None if layers is None else StageLayers.cut(layers),
         recomputes=costs.recompute > 0,
     )
 
@@ -502,7 +501,7 @@ def test_many_microbatches_are_faster_aligned(
 
 
 def _times(factor: float, costs: Costs) -> Costs:
-    return Costs(**{name: value and value * factor for name, value in vars(costs).items()})
+    return Costs.of(value and value * factor for value in costs.numbers)
 
 
 def test_overlap_hangs_on_costs_and_layers() -> None:
@@ -687,11 +686,12 @@ def test_a_step_of_any_costs_takes_finite_time() -> None:
         for execution in (Execution(), FULL):
             made = simulate(V_SHAPED, costs=costs, transfer=costs.forward, execution=execution)
             assert 0 < made.makespan < math.inf
-    for wrong in (
+    several: tuple[dict[str, Any], ...] = (
         {"forward": 1e101},
         {"forward": 1e-101},
         {"input_grad": 0.0, "weight_grad": 1e-50, "full_backward": 1e60},
-    ):
+    )
+    for wrong in several:
         with pytest.raises(ValueError, match=f"{list(wrong)[-1]}=.* at (most|least) 1e"):
             Costs(**wrong)
 

@@ -3,14 +3,15 @@
 In: mesh axes, a program, a model and its options. Out: `Builder`, which gives each call its step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from dualpipe_jax._api.programs import StepProgram
+from dualpipe_jax._api.count_costs import costs_of
+from dualpipe_jax._api.programs import StepProgram, StepTables
 from dualpipe_jax._errors import brief
 from dualpipe_jax._executor import Step, context_mesh, platform_of
 from dualpipe_jax._leaves.specs import StepAxes
@@ -29,9 +30,16 @@ from dualpipe_jax._model.types import (
     PyTree,
     Remat,
 )
+from dualpipe_jax._predict import (
+    TRANSFER,
+    Costs,
+    Placement,
+    StageLayers,
+    balance,
+    weights_by_kind,
+)
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.stage_sizes import require_sum, spread_evenly
-from dualpipe_jax._scopes import of_placement
+from dualpipe_jax._schedule.stage_sizes import BALANCED, require_sum, spread_evenly
 
 
 def check_axes(
@@ -74,15 +82,16 @@ class Builder:
         *,
         axes: StepAxes,
         program: StepProgram,
-        layers_per_stage: tuple[int, ...] | None = None,
+        layers_per_stage: tuple[int, ...] | Literal["balanced"] | None = None,
         **options: Any,
     ):
         self._axes, self._program = axes, program
         self._layout, self._layers_per_stage = model.layout, layers_per_stage
-        self._step = partial(
-            Step, model=model, layers_per_stage=layers_per_stage, **vars(axes), **options
-        )
-        self._jitted_steps: dict[tuple[int, Execution], Callable[..., Any]] = {}
+        if program.costs is not None:
+            weights_by_kind(program.costs.layer, model.layout)  # or raises
+        self._step = partial(Step, model=model, **vars(axes), **options)
+        self._counted: dict[Hashable, Costs] = {}
+        self._jitted_steps: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, params: Params, batch: Batch, rng: jax.Array | None) -> Callable[..., Any]:
         """Gives the step; outside of any jit, a jitted one."""
@@ -92,7 +101,8 @@ class Builder:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch, rng))):
             # The user's jit traces the step as part of its program.
             return step
-        return self._jitted_steps.setdefault((step.num_layers, step.execution), jax.jit(step))
+        key = step.layers_per_stage, step.execution, step.placement
+        return self._jitted_steps.setdefault(key, jax.jit(step))
 
     def traced(self, params: Params, batch: Batch, rng: jax.Array | None) -> Step:
         """Gives the step of these arguments, to be called under a trace.
@@ -109,28 +119,24 @@ class Builder:
           ValueError: If the arguments do not fit the program, the mesh or one another.
           TypeError: If a leaf is no array, or rng no key.
         """
-        axes, num_stages = self._axes, self._program.num_stages
+        axes, num_stages = self._axes, self._program.schedule.num_stages
         where = f" of the schedule over {axes.mesh.shape[axes.axis]} ranks"
         num_layers = call_checks.num_layers(
             params, self._layout, num_stages=num_stages, where=where
         )
-        require_sum(self._layers_per_stage, num_layers)
-        layers_of_stage = self._layers_per_stage or spread_evenly(num_layers, num_stages)
-
-        compiled = self._program.compiled(layers_of_stage)
-        self._require_platform(compiled.execution)
         call_checks.key(rng)
         call_checks.batch(
             batch,
-            num_microbatches=compiled.tables.num_microbatches,
+            num_microbatches=self._program.schedule.num_microbatches,
             num_shards=axes.num_shards,
             shards=", ".join(map(repr, axes.batch_axes)),
         )
         call_checks.batch_axes_named(batch, **vars(axes))
 
-        step = self._step(
-            num_layers=num_layers, tables=compiled.tables, execution=compiled.execution
-        )
+        layers, costs = self._layers(num_layers, params, batch, rng)
+        compiled = self._program.compiled(layers, costs)
+        self._require_platform(compiled.execution)
+        step = self._made(layers, compiled)
         if compiled.execution.unroll is True and not step.stages.has_equal_stages:
             raise ValueError(
                 "execution=Execution(unroll=True): all stages must have the same kinds of layers "
@@ -141,12 +147,54 @@ class Builder:
         execution = replace(compiled.execution, unroll=step.stages.unrolled_by)
         placement = ""
         if compiled.costs is not None:
-            placement = of_placement(
-                tuple(vars(compiled.costs).values()),
-                layers_of_stage,
-                tuple(vars(execution).values()),
-            )
+            placement = Placement(costs=compiled.costs, layers=layers, execution=execution).name
         return replace(step, execution=execution, placement=placement)
+
+    def _made(self, layers: StageLayers, compiled: StepTables) -> Step:
+        """Makes a step of compiled tables."""
+        return self._step(
+            num_layers=sum(layers.sizes),
+            layers_per_stage=layers.sizes,
+            tables=compiled.tables,
+            execution=compiled.execution,
+        )
+
+    def _layers(
+        self, num_layers: int, params: Params, batch: Batch, rng: jax.Array | None
+    ) -> tuple[StageLayers, Costs]:
+        """Divides the layers into stages, as the user says or by their costs."""
+        program, sizes = self._program, self._layers_per_stage
+        costs = program.costs or program.usual_costs()
+        if sizes == BALANCED:
+            costs = program.costs or self._count(num_layers, params, batch, rng)
+        weights = weights_by_kind(costs.layer, self._layout)
+        if sizes == BALANCED:
+            sizes = balance(
+                program.schedule,
+                program.execution,
+                costs=costs,
+                transfer=TRANSFER * costs.forward,
+                num_layers=num_layers,
+                layer_weights=weights,
+            )
+        require_sum(sizes, num_layers)
+        sizes = sizes or spread_evenly(num_layers, program.schedule.num_stages)
+        return StageLayers.cut(sizes, weights), costs
+
+    def _count(self, num_layers: int, params: Params, batch: Batch, rng: jax.Array | None) -> Costs:
+        """Counts the costs of the model's functions for arguments of these shapes."""
+        leaves, structure = jax.tree.flatten((params, batch))
+        key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in self._counted:
+            program, num_ranks = self._program, self._axes.mesh.shape[self._axes.axis]
+            sizes = spread_evenly(num_layers, program.schedule.num_stages)
+            layers = StageLayers.cut(sizes)
+            step = self._made(layers, program.compiled(layers, program.usual_costs()))
+            found = []
+            jax.eval_shape(lambda *args: found.append(step.work(*args)), params, batch, rng)
+            usual = program.usual_costs()
+            self._counted[key] = costs_of(found[0], num_ranks=num_ranks) or usual
+        return self._counted[key]
 
     @property
     def _mesh(self) -> Mesh:

@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from numbers import Real
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import jax
 
 from dualpipe_jax._api.build import StepAxes, check_axes, check_remat
 from dualpipe_jax._api.choices import Choices
+from dualpipe_jax._api.count_costs import costs_of
 from dualpipe_jax._api.shardings import shardings
 from dualpipe_jax._api.value_and_grad import value_and_grad
 from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._executor import Step, Work
-from dualpipe_jax._model import call_checks
+from dualpipe_jax._model import call_checks, checks
 from dualpipe_jax._model.types import (
     AxisNames,
     Batch,
@@ -27,7 +27,6 @@ from dualpipe_jax._model.types import (
     Remat,
 )
 from dualpipe_jax._predict import (
-    FULL_BACKWARD,
     HEADROOM,
     TRANSFER,
     Candidate,
@@ -37,9 +36,13 @@ from dualpipe_jax._predict import (
     choices_of,
     in_order,
     usual_costs,
+    weights_by_kind,
 )
 from dualpipe_jax._predict.costs import as_number
 from dualpipe_jax._predict.memory import parse_bytes
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.stage_sizes import BALANCED, LayersPerStage, stage_sizes
+from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule, make, names
 
 _REMATS = ("none", "block")
@@ -60,7 +63,7 @@ def choose(
     batch: Batch,
     *,
     mesh: Mesh,
-    num_microbatches: int,
+    num_microbatches: int | Sequence[int],
     memory: float | str = math.inf,
     headroom: float = HEADROOM,
     optimizer: Optimizer | None = None,
@@ -71,7 +74,7 @@ def choose(
     batch_axes: AxisNames = (),
     manual_axes: AxisNames = (),
     param_specs: PyTree = None,
-    layers_per_stage: Sequence[int] | None = None,
+    layers_per_stage: LayersPerStage = BALANCED,
     trainable: ParamsMask = True,
     rng: jax.Array | None = None,
 ) -> Choices:
@@ -101,19 +104,20 @@ def choose(
       params: Its parameters: arrays, or `jax.ShapeDtypeStruct`s.
       batch: A batch: arrays, or `jax.ShapeDtypeStruct`s, `[B, ...]`.
       mesh: As for `value_and_grad`; an AbstractMesh will do.
-      num_microbatches: As there.
+      num_microbatches: As there, or several numbers to try; then `arguments` have it too.
       memory: The bytes of a device, or a text such as `"80GiB"`.
       headroom: The share of the memory that is left to the compiler's own temporaries, from 0 to 1.
       optimizer: An optax transformation, whose state counts as sharded by `shardings`.
       schedules: A name or a Schedule, or several; None for all names.
       remat: The values to try as `value_and_grad(remat=)`.
-      costs: The durations of actions, with a single remat; None counts the FLOPs of the model's
-        contractions, with the forward of a rank's layers as the unit.
+      costs: The durations of actions, with a single remat and number of microbatches; None counts
+        the work of the model's functions, with the forward of a rank's layers as the unit.
       axis: As for `value_and_grad`.
       batch_axes: As there.
       manual_axes: As there.
       param_specs: As there.
-      layers_per_stage: As there, for schedules that have as many stages.
+      layers_per_stage: As there, for schedules that have as many stages; `"balanced"`, the default,
+        with a largest stage that fits the memory.
       trainable: As there.
       rng: A key, if the model draws random numbers.
 
@@ -141,9 +145,15 @@ def choose(
         f"schedules: must be some of {', '.join(map(repr, names()))}, or Schedules",
         (show(value) for value in chosen if isinstance(value, str) and value not in names()),
     )
-    for argument, values in {"schedules": chosen, "remat": remats}.items():
+    numbers: tuple[Any, ...] = (num_microbatches,)
+    if not isinstance(num_microbatches, Integral):
+        numbers = _as_tuple("num_microbatches", num_microbatches, "of integers, or one")
+    tried = {"schedules": chosen, "remat": remats, "num_microbatches": numbers}
+    for argument, values in tried.items():
         if not values:
             raise ValueError(f"{argument}=(): must hold at least one")
+    for number in numbers:
+        checks.positive_int("num_microbatches", number)
     for one_remat in remats:
         check_remat(one_remat)
     if not isinstance(costs, Costs | None):
@@ -152,10 +162,15 @@ def choose(
         raise TypeError(f"optimizer={brief(optimizer)}: must be an optax transformation, or None")
     if costs is not None and len(remats) != 1:
         raise ValueError(f"costs: must come with the one remat that they hold for, not {remat!r}")
+    if costs is not None and len(numbers) != 1:
+        raise ValueError(
+            "costs: must come with the one num_microbatches that they hold for, not "
+            f"{brief(numbers)}"
+        )
     axes = check_axes(
         model,
         mesh=mesh,
-        num_microbatches=num_microbatches,
+        num_microbatches=numbers[0],
         axis=axis,
         batch_axes=batch_axes,
         manual_axes=manual_axes,
@@ -166,28 +181,35 @@ def choose(
         params=params,
         batch=batch,
         rng=rng,
-        num_microbatches=num_microbatches,
         axes=axes,
         options={
             "param_specs": param_specs,
             "layers_per_stage": layers_per_stage,
             "trainable": trainable,
         },
+        costs=costs,
+        limit=limit,
+        headroom=headroom,
+        terms_outside=_terms_outside(params, batch, optimizer, axes=axes, param_specs=param_specs),
     )
     choices: list[Choice] = []
     refusals: dict[str, ValueError] = {}
-    for one_remat in remats:
-        choices += given.choices(
-            chosen,
-            remat=one_remat,
-            costs=costs,
-            optimizer=optimizer,
-            limit=limit,
-            headroom=headroom,
-            refusals=refusals,
-        )
+    unit = None
+    for number in numbers:
+        for one_remat in remats:
+            setting = _Setting(given, num_microbatches=number, remat=one_remat, unit=unit)
+            for named in chosen:
+                try:
+                    choices += setting.choices(named)
+                except ValueError as error:
+                    name = named if isinstance(named, str) else named.name
+                    where = f", {number} microbatches" if len(numbers) > 1 else ""
+                    refusals[name + where] = error
+            unit = unit or setting.unit
     if not choices:
         raise next(iter(refusals.values()))
+    if len(numbers) > 1:
+        choices = [replace(choice, is_one_of_several=True) for choice in choices]
     ordered = Choices(in_order(choices))
     ordered.left_out = {name: " ".join(str(e).split()) for name, e in refusals.items()}
     return ordered
@@ -201,70 +223,19 @@ class _Given:
     params: Params
     batch: Batch
     rng: jax.Array | None
-    num_microbatches: int
     axes: StepAxes
     options: dict[str, Any]
+    costs: Costs | None
+    limit: float
+    headroom: float
+    terms_outside: tuple[MemoryTerm, ...]
 
-    def choices(
-        self,
-        schedules: Sequence[str | Schedule],
-        *,
-        remat: Remat,
-        costs: Costs | None,
-        optimizer: Optimizer | None,
-        limit: float,
-        headroom: float,
-        refusals: dict[str, ValueError],
-    ) -> list[Choice]:
-        """Predicts the steps of schedules with a remat; `refusals` gets those that cannot run."""
-        recomputes, traces = remat != "none", {}
-        outside, choices = self.terms_outside(optimizer), []
+    @property
+    def num_ranks(self) -> int:
+        """The ranks of the pipeline."""
+        return self.axes.mesh.shape[self.axes.axis]
 
-        def terms_of(step: Step) -> tuple[MemoryTerm, ...]:
-            report = self._on_avals(step.memory, traces)
-            return (*outside, *(MemoryTerm(t.name, t.num_bytes, t.count) for t in report.fullest))
-
-        for named in schedules:
-            try:
-                schedule = self.schedule(named)
-                step_of = partial(self.step, schedule=schedule, remat=remat)
-                step = step_of()
-                if costs is None:
-                    costs = self.costs(step, traces, recomputes=recomputes)
-                candidate = Candidate(
-                    schedule=schedule,
-                    num_layers=step.num_layers,
-                    layers_per_stage=step.layers_per_stage,
-                    remat=remat,
-                    costs=costs,
-                    transfer=TRANSFER * costs.forward,
-                )
-                choices += choices_of(
-                    candidate,
-                    terms_of=lambda _, execution, step_of=step_of, costs=costs: terms_of(
-                        step_of(execution=execution, costs=costs)
-                    ),
-                    limit=limit,
-                    headroom=headroom,
-                )
-            except ValueError as error:
-                refusals[named if isinstance(named, str) else named.name] = error
-        return choices
-
-    def schedule(self, schedule: str | Schedule) -> Schedule:
-        """Makes a named schedule."""
-        if not isinstance(schedule, str):
-            return schedule
-        num_ranks = self.axes.mesh.shape[self.axes.axis]
-        return make(schedule, num_ranks=num_ranks, num_microbatches=self.num_microbatches)
-
-    def step(self, **more_options: Any) -> Step:
-        """Makes a step, and checks its arguments."""
-        options = {**vars(self.axes), **self.options, **more_options}
-        grad_fn = value_and_grad(self.model, num_microbatches=self.num_microbatches, **options)
-        return self._on_avals(grad_fn.build.traced)
-
-    def _on_avals(self, function: Callable[..., Any], *more: Any) -> Any:
+    def on_avals(self, function: Callable[..., Any], *more: Any) -> Any:
         """Calls a function with tracers of params, batch and rng, which keep their shardings."""
         results = []
 
@@ -274,48 +245,113 @@ class _Given:
         jax.eval_shape(run, self.params, self.batch, self.rng)
         return results[0]
 
-    def costs(self, step: Step, traces: dict[bool, Any], *, recomputes: bool) -> Costs:
-        """Counts FLOPs; the unit is the forward of a rank's layers."""
-        work: Work = self._on_avals(step.work, traces, recomputes)
-        if not work.forward:
-            return usual_costs(recomputes=recomputes)  # the model has no contractions
-        num_ranks = self.axes.mesh.shape[self.axes.axis]
-        input_grad, weight_grad = work.input_grad / work.forward, work.weight_grad / work.forward
-        return Costs.with_whole_ends(
-            forward=1.0,
-            input_grad=input_grad,
-            weight_grad=weight_grad,
-            embed=num_ranks * work.embed / work.forward,
-            head=num_ranks * work.head / work.forward,
-            recompute=max(0.0, work.deferred / work.forward - weight_grad),
-            full_backward=FULL_BACKWARD * (input_grad + weight_grad),
+
+class _Setting:
+    """Predicts the steps of schedules with one remat and one number of microbatches.
+
+    Args:
+      given: The arguments that all steps have in common.
+      num_microbatches: The microbatches.
+      remat: As for `value_and_grad`.
+      unit: The work that costs 1; None for the forward of a rank's layers.
+    """
+
+    def __init__(self, given: _Given, *, num_microbatches: int, remat: Remat, unit: float | None):
+        self._given, self._num_microbatches, self._remat = given, num_microbatches, remat
+        self._recomputes = remat != "none"
+        # Steps that differ in their schedule only share the traces of the model's functions.
+        self._traces: dict[bool, Any] = {}
+        self._costs = given.costs
+        self.unit = unit
+
+    def choices(self, schedule: str | Schedule) -> list[Choice]:
+        """Predicts the steps of a schedule.
+
+        Raises:
+          ValueError: If it cannot run.
+        """
+        given = self._given
+        if isinstance(schedule, str):
+            sizes = {"num_ranks": given.num_ranks, "num_microbatches": self._num_microbatches}
+            schedule = make(schedule, **sizes)
+        # The sizes of stages are checked, and counted, in a step without the schedule's own ones.
+        step = self._step(schedule=schedule)
+        costs = self._costs = self._costs or self._count(step)
+        candidate = Candidate(
+            schedule=schedule,
+            num_layers=step.num_layers,
+            layer_weights=weights_by_kind(costs.layer, given.model.layout),
+            layers_per_stage=stage_sizes(
+                given.options["layers_per_stage"], num_stages=schedule.num_stages, where=""
+            ),
+            remat=self._remat,
+            costs=costs,
+            transfer=TRANSFER * costs.forward,
         )
 
-    def terms_outside(self, optimizer: Optimizer | None) -> tuple[MemoryTerm, ...]:
-        """Lists the bytes of a device's shards of a training step's arguments."""
-        options = {
-            "mesh": self.axes.mesh,
-            "axis": self.axes.axis,
-            "param_specs": self.options["param_specs"],
+        def terms_of(
+            tables: Tables, execution: Execution, *, sizes: tuple[int, ...]
+        ) -> tuple[MemoryTerm, ...]:
+            del tables  # The step compiles them.
+            step = self._step(
+                schedule=schedule, execution=execution, costs=costs, layers_per_stage=sizes
+            )
+            fullest = given.on_avals(step.memory, self._traces).fullest
+            inside = (MemoryTerm(t.name, t.num_bytes, t.count) for t in fullest)
+            return (*given.terms_outside, *inside)
+
+        return choices_of(candidate, terms_of=terms_of, limit=given.limit, headroom=given.headroom)
+
+    def _step(self, **more_options: Any) -> Step:
+        """Makes a step, and checks its arguments."""
+        given = self._given
+        options: dict[str, Any] = {
+            **vars(given.axes),
+            **given.options,
+            "remat": self._remat,
+            **more_options,
         }
+        if options["layers_per_stage"] == BALANCED:
+            options["layers_per_stage"] = None
+        grad_fn = value_and_grad(given.model, num_microbatches=self._num_microbatches, **options)
+        return given.on_avals(grad_fn.build.traced)
 
-        def num_bytes(tree: PyTree) -> int:
-            leaves = jax.tree.leaves(tree)
-            return sum(
-                math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                for leaf, sharding in zip(
-                    leaves, jax.tree.leaves(shardings(tree, **options)), strict=True
-                )
-            )
+    def _count(self, step: Step) -> Costs:
+        """Counts the work of a step; the unit is the forward of a rank's layers."""
+        work: Work = self._given.on_avals(step.work, self._traces, self._recomputes)
+        num_ranks = self._given.num_ranks
+        self.unit = self.unit or work.all_layers.forward / num_ranks
+        counted = costs_of(work, num_ranks=num_ranks, unit=self.unit)
+        return counted or usual_costs(recomputes=self._recomputes)
 
-        params, batch = jax.eval_shape(lambda *trees: trees, self.params, self.batch)
-        terms = [MemoryTerm("parameters", num_bytes(params), "")]
-        if optimizer is not None:
-            terms.append(
-                MemoryTerm("optimizer", num_bytes(jax.eval_shape(optimizer.init, params)), "")
+
+def _terms_outside(
+    params: Params,
+    batch: Batch,
+    optimizer: Optimizer | None,
+    *,
+    axes: StepAxes,
+    param_specs: PyTree,
+) -> tuple[MemoryTerm, ...]:
+    """Lists the bytes of a device's shards of a training step's arguments."""
+    options = {"mesh": axes.mesh, "axis": axes.axis, "param_specs": param_specs}
+
+    def num_bytes(tree: PyTree) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(
+            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf, sharding in zip(
+                leaves, jax.tree.leaves(shardings(tree, **options)), strict=True
             )
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-        return (*terms, MemoryTerm("batch", size / self.axes.num_shards, ""))
+        )
+
+    params, batch = jax.eval_shape(lambda *trees: trees, params, batch)
+    terms = [MemoryTerm("parameters", num_bytes(params), "")]
+    if optimizer is not None:
+        state = jax.eval_shape(optimizer.init, params)
+        terms.append(MemoryTerm("optimizer", num_bytes(state), ""))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    return (*terms, MemoryTerm("batch", size / axes.num_shards, ""))
 
 
 def _as_tuple(argument: str, value: Any, of: str) -> tuple[Any, ...]:

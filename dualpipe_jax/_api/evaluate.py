@@ -1,6 +1,6 @@
 """Forwards alone, from both ends: `evaluate` gives the loss, `apply` the outputs of every row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from dualpipe_jax._model.types import (
     Params,
     PyTree,
 )
-from dualpipe_jax._schedule.stage_sizes import stage_sizes
+from dualpipe_jax._schedule.stage_sizes import LayersPerStage, stage_sizes
 
 
 def evaluate(
@@ -31,7 +31,7 @@ def evaluate(
     batch_axes: AxisNames = (),
     manual_axes: AxisNames = (),
     param_specs: PyTree = None,
-    layers_per_stage: Sequence[int] | None = None,
+    layers_per_stage: LayersPerStage = None,
 ) -> Callable[..., Any]:
     """Makes the pipelined loss of a model, without gradients: forwards from both ends.
 
@@ -75,7 +75,7 @@ def apply(
     batch_axes: AxisNames = (),
     manual_axes: AxisNames = (),
     param_specs: PyTree = None,
-    layers_per_stage: Sequence[int] | None = None,
+    layers_per_stage: LayersPerStage = None,
 ) -> Callable[..., PyTree]:
     """Makes the pipelined forward that returns a model's outputs, such as logits.
 
@@ -125,7 +125,7 @@ def _builder(
     *,
     num_microbatches: int,
     param_specs: PyTree,
-    layers_per_stage: Sequence[int] | None,
+    layers_per_stage: LayersPerStage,
     output: Output | None = None,
     **axes_options: Any,
 ) -> Builder:

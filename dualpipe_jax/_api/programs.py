@@ -3,11 +3,18 @@
 In: the layers of each stage. Out: `StepTables`, tables and the execution for which they are made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
-from dualpipe_jax._predict import TRANSFER, Costs, compile_for, decide
+from dualpipe_jax._predict import (
+    TRANSFER,
+    Costs,
+    StageLayers,
+    compile_for,
+    decide,
+    usual_costs,
+)
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.generators.forward_only import forward_only
@@ -27,19 +34,33 @@ class StepTables:
 
     tables: Tables
     execution: Execution
-    costs: Costs | None
+    costs: Costs | None = None
 
 
 class StepProgram(Protocol):
     """Compiles to tables, once the layers of each stage are known."""
 
     @property
-    def num_stages(self) -> int:
-        """The stages of a direction."""
+    def schedule(self) -> Schedule:
+        """The schedule, or that of forwards alone."""
         ...
 
-    def compiled(self, layers_of_stage: tuple[int, ...]) -> StepTables:
-        """Compiles for stages of so many layers, `num_stages` numbers."""
+    @property
+    def execution(self) -> Execution:
+        """The user's choices of an execution."""
+        ...
+
+    @property
+    def costs(self) -> Costs | None:
+        """The user's costs of actions; None if there are none."""
+        ...
+
+    def usual_costs(self) -> Costs:
+        """Gives the costs of a transformer."""
+        ...
+
+    def compiled(self, layers: StageLayers, costs: Costs) -> StepTables:
+        """Compiles for stages of these layers, at these costs."""
         ...
 
 
@@ -50,7 +71,7 @@ class Training:
     Attributes:
       schedule: The schedule.
       execution: The user's choices; the open ones are decided by simulation.
-      costs: The costs of actions.
+      costs: The costs of actions, where they are given.
       recomputes: Whether blocks are rematerialised.
 
     Raises:
@@ -59,37 +80,29 @@ class Training:
 
     schedule: Schedule
     execution: Execution
-    costs: Costs
+    costs: Costs | None
     recomputes: bool
 
     def __post_init__(self) -> None:
         overlap = self.execution.overlap
         self.schedule.compiled(overlap=False if overlap is None else overlap)  # or raises
 
-    @property
-    def num_stages(self) -> int:
-        """The stages of the schedule."""
-        return self.schedule.num_stages
+    def usual_costs(self) -> Costs:
+        """Gives the costs of a transformer, with those of recomputing where blocks do."""
+        return usual_costs(recomputes=self.recomputes)
 
-    def compiled(self, layers_of_stage: tuple[int, ...]) -> StepTables:
+    def compiled(self, layers: StageLayers, costs: Costs) -> StepTables:
         """Decides the execution and compiles the schedule, as `simulate` does with these costs."""
-        transfer = TRANSFER * self.costs.forward
-        execution = decide(
-            self.schedule,
-            self.execution,
-            costs=self.costs,
-            transfer=transfer,
-            layers_of_stage=layers_of_stage,
-            recomputes=self.recomputes,
-        )
-        tables, _ = compile_for(
-            self.schedule,
-            execution,
-            costs=self.costs,
-            transfer=transfer,
-            layers_of_stage=layers_of_stage,
-        )
-        return StepTables(tables=tables, execution=execution, costs=self.costs)
+        # The costs of kinds are in the layers' weights.
+        costs = replace(costs, layer=None)
+        options: dict[str, Any] = {
+            "costs": costs,
+            "transfer": TRANSFER * costs.forward,
+            "layers": layers,
+        }
+        execution = decide(self.schedule, self.execution, recomputes=self.recomputes, **options)
+        tables, _ = compile_for(self.schedule, execution, **options)
+        return StepTables(tables=tables, execution=execution, costs=costs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,22 +116,22 @@ class ForwardOnly:
 
     num_ranks: int
     num_microbatches: int
-
-    @property
-    def num_stages(self) -> int:
-        """The stages of a direction."""
-        return self.num_ranks
-
-    def compiled(self, layers_of_stage: tuple[int, ...]) -> StepTables:
-        """Compiles the forwards; the layers of stages make no difference."""
-        del layers_of_stage
-        return self._compiled
+    execution = Execution(overlap=False, split_backward=True, deferred="store")
+    costs = None
 
     @cached_property
-    def _compiled(self) -> StepTables:
-        sizes = {"num_ranks": self.num_ranks, "num_microbatches": self.num_microbatches}
-        return StepTables(
-            tables=compile_program(forward_only(**sizes)).tables,
-            execution=Execution(overlap=False, split_backward=True, deferred="store"),
-            costs=None,
+    def schedule(self) -> Schedule:
+        """The schedule."""
+        return Schedule(
+            forward_only(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
         )
+
+    def usual_costs(self) -> Costs:
+        """Gives the costs of a transformer."""
+        return usual_costs(recomputes=False)
+
+    def compiled(self, layers: StageLayers, costs: Costs) -> StepTables:
+        """Compiles the forwards; layers and costs make no difference."""
+        del layers, costs
+        tables = compile_program(self.schedule.program).tables
+        return StepTables(tables=tables, execution=self.execution)

@@ -1,6 +1,5 @@
 """Gradients: `value_and_grad` checks its arguments, and makes a program, a builder, a function."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +25,9 @@ from dualpipe_jax._model.types import (
     PyTree,
     Remat,
 )
-from dualpipe_jax._predict import Costs, usual_costs
+from dualpipe_jax._predict import Costs
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.stage_sizes import stage_sizes
+from dualpipe_jax._schedule.stage_sizes import LayersPerStage, stage_sizes
 from dualpipe_jax._scopes import of_schedule
 from dualpipe_jax.schedules import Schedule, make, names
 
@@ -44,7 +43,7 @@ def value_and_grad(
     param_specs: PyTree = None,
     grad_specs: PyTree = None,
     schedule: str | Schedule = "dualpipe",
-    layers_per_stage: Sequence[int] | None = None,
+    layers_per_stage: LayersPerStage = None,
     remat: Remat = "none",
     grad_dtype: DTypeLike | None = None,
     trainable: ParamsMask = True,
@@ -92,8 +91,10 @@ def value_and_grad(
         `choose` ranks them for your model and memory.
       layers_per_stage: The number of layers of each of the schedule's stages, in model order; fewer
         for the last one, say, whose head takes time, too. Every rank allocates as many layers as
-        the largest stage has. None spreads them evenly, the first stages having one more if they do
-        not divide.
+        the largest stage has. `"balanced"`: those with which the step is the fastest by simulation,
+        at the costs of each kind of layer, of embedding and of head, as given by `costs`, else
+        counted from the model's functions; the same in every process. None spreads them evenly, the
+        first stages having one more if they do not divide.
       remat: Which values a block keeps for its backward: `"none"` recomputes nothing costly,
         `"block"` keeps the block's input only, a `jax.checkpoint` policy decides itself.
 
@@ -115,7 +116,8 @@ def value_and_grad(
       costs: The durations of actions, in any one unit of time. Actions are placed in ticks by them,
         so that ranks wait less for each other; a transfer is assumed to take a tenth of the
         forward. They must be the same in every process: measure them in one. None: the costs of a
-        transformer, with those of recomputing if `remat` is not `"none"`.
+        transformer, with those of recomputing if `remat` is not `"none"`; those counted, if layers
+        are balanced.
 
     Returns:
       `grad_fn(params, batch, *, rng=None, loss_scale=None) -> (loss, grads)`; with `model.has_aux`,
@@ -156,7 +158,7 @@ def value_and_grad(
     if not isinstance(execution, Execution):
         raise TypeError(f"execution={brief(execution)}: must be a dualpipe_jax.Execution")
     block, recomputes = block_of(model, remat), remat != "none"
-    costs = _costs_for(costs, recomputes=recomputes)
+    _require_costs(costs)
     dtype = None if grad_dtype is None else _float_dtype(grad_dtype)
     sizes = stage_sizes(
         layers_per_stage,
@@ -280,12 +282,9 @@ def _schedule_for(schedule: str | Schedule, num_ranks: int, num_microbatches: in
     return schedule
 
 
-def _costs_for(costs: Costs | None, *, recomputes: bool) -> Costs:
-    if costs is None:
-        return usual_costs(recomputes=recomputes)
-    if not isinstance(costs, Costs):
+def _require_costs(costs: Any) -> None:
+    if not isinstance(costs, Costs | None):
         raise TypeError(f"costs={brief(costs)}: must be a dualpipe_jax.Costs, or None")
-    return costs
 
 
 def _float_dtype(dtype: DTypeLike) -> jnp.dtype:

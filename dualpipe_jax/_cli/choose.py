@@ -29,6 +29,7 @@ from dualpipe_jax._predict import (
 )
 from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._predict.transformer import ATTENTIONS, REMATS
+from dualpipe_jax._schedule.stage_sizes import BALANCED
 
 _HEADS = 32
 _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "working")
@@ -38,6 +39,13 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
 @options.ranks
 @options.microbatches
 @click.option("--layers", type=int, default=64, show_default=True, help="Layers of the model.")
+@click.option(
+    "--layers-per-stage",
+    type=click.Choice([BALANCED, "even"]),
+    default=BALANCED,
+    show_default=True,
+    help="balanced: the split with which the step is the fastest, and fits.",
+)
 @click.option(
     "--memory",
     type=Size(),
@@ -147,6 +155,7 @@ def choose(
     ranks: int,
     microbatches: int,
     layers: int,
+    layers_per_stage: str,
     memory: float,
     headroom: float,
     costs: str | None,
@@ -196,11 +205,12 @@ def choose(
                 Candidate(
                     schedule=schedule,
                     num_layers=layers,
+                    layers_per_stage=BALANCED if layers_per_stage == BALANCED else None,
                     remat=model.remat,
                     costs=all_costs,
                     transfer=transfer,
                 ),
-                terms_of=partial(memory_of, num_layers=layers, layer=layer, parameters=parameters),
+                terms_of=partial(memory_of, layer=layer, parameters=parameters),
                 limit=memory,
                 headroom=headroom,
             )
@@ -262,8 +272,8 @@ def _costs(
         raise Refusal(f"--costs {text!r} and --costs-from {path}: give one of them")
     if ranks < 1:
         raise Refusal(f"--ranks {ranks}: must be at least 1")
-    by_sizes = vars(model.costs(ranks))
-    given: dict[str, float] = {}
+    by_sizes: dict[str, Any] = vars(model.costs(ranks))
+    given: dict[str, Any] = {}
     if text is not None:
         given = {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0, **parse_costs(text)}
     elif path is not None:
@@ -271,7 +281,8 @@ def _costs(
     if given:
         # The given costs are in another unit than those by the sizes.
         by_sizes = {"head": by_sizes["head"] * given["forward"]}
-    ends = {name: v for name, v in (("embed", embed), ("head", head)) if v is not None}
-    costs = Costs(**{**by_sizes, **given, **ends})
+    given |= {name: v for name, v in (("embed", embed), ("head", head)) if v is not None}
+    by_sizes |= given
+    costs = Costs(**by_sizes)
     # A deferred W repeats the work of I, its forward included.
     return replace(costs, recompute=costs.input_grad if model.remat == "block" else 0.0)

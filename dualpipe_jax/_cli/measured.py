@@ -117,7 +117,7 @@ def _print(found: Measured, title: str) -> None:
         cells = (f"{seconds * _MILLI:.3f}" for seconds in acts)
         rows.append((str(rank), *cells, f"{times.idle / found.makespan:.1%}"))
     notes = (
-        f"{title}; {found.plan.execution}",
+        f"{title}; {found.plan.placement.execution}",
         f"predicted: {predicted.makespan * _MILLI:.4g} ms, {predicted.idle_share:.1%} idle",
         f"mean costs in microseconds: {_write_costs(found.costs)}",
         *_NOTES,
@@ -153,8 +153,8 @@ def _to_perfetto(found: Measured, title: str) -> str:
         plan.schedule,
         predicted.execution,
         costs=found.costs,
-        layers_of_stage=plan.layers_of_stage,
-        placed_by=plan.costs,
+        layers=plan.placement.layers,
+        placed_by=plan.placement.costs,
     )
     below = f"predicted: {predicted.makespan * _MILLI:.4g} ms, {predicted.idle_share:.1%} idle"
     return perfetto.write(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,13 +31,13 @@ class Size(click.ParamType):
             self.fail(f"{error}.")
 
 
-def parse_costs(text: str) -> dict[str, float]:
+def parse_costs(text: str) -> dict[str, Any]:
     """Reads `F=1,I=1,W=1,B=2`, each once or not at all.
 
     Raises:
       Refusal: naming all that cannot be read.
     """
-    costs: dict[str, float] = {}
+    costs: dict[str, Any] = {}
     wrong = []
     for item in text.split(","):
         kind, _, number = (part.strip() for part in item.partition("="))

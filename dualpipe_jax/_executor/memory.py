@@ -1,15 +1,14 @@
-"""Counts the bytes and FLOPs of a step on one device, before any compiler is asked.
+"""Counts the bytes of a step on one device, before any compiler is asked.
 
 In: the traced functions, tables, stages. Out: a `MemoryReport` of slots, copies of weights and
-accumulators, all that a step holds beside its arguments; and `Work`, the FLOPs of its contractions.
-All but two terms of memory are exact: the sizes of the arrays that the executor carries from tick
-to tick. The working set is an estimate, and copies of weights are counted as XLA keeps them. No
-term grows with the number of microbatches.
+accumulators, all that a step holds beside its arguments. All but two terms are exact: the sizes of
+the arrays that the executor carries from tick to tick. The working set is an estimate, and copies
+of weights are counted as XLA keeps them. No term grows with the number of microbatches.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -26,7 +25,7 @@ from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax._split_vjp import SplitVjp, contraction_flops
+from dualpipe_jax._split_vjp import SplitVjp
 
 
 @dataclass(frozen=True)
@@ -274,62 +273,3 @@ def _accumulator_bytes(leaves: Iterable[Any]) -> int:
 def _bytes(avals: PyTree | Sequence[Any]) -> int:
     leaves = jax.tree.leaves(avals)
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """Counts the FLOPs of one microbatch on one device.
-
-    Attributes:
-      forward: F of all layers of the model.
-      input_grad: I of all layers.
-      weight_grad: W of all layers.
-      deferred: W of all layers where it recomputes.
-      embed: The embedding and its gradient.
-      head: The head and its gradient.
-    """
-
-    forward: int
-    input_grad: int
-    weight_grad: int
-    deferred: int
-    embed: int
-    head: int
-
-
-def count_work(functions: Functions, arguments: Arguments, stages: Stages) -> Work:
-    """Counts the FLOPs of contractions; a loop of unknown length counts as one trip."""
-    gradients, outs = functions.gradients, functions.outputs
-    assert gradients is not None
-    outside, x, layer_ctx = arguments.outside, outs.x, outs.ctx
-    ends_ctx = replace(layer_ctx, layer=None)
-    sums = dict.fromkeys(("forward", "input_grad", "weight_grad", "deferred"), 0)
-    for kind, block in gradients.block.items():
-        params = (arguments.layers[kind], outside.get("shared"))
-        given = params, _casts_of(block, params)
-        dy, daux = pick(x), outs.aux[kind].loss
-        residual, weight_residual = block.residual, block.weight_residual
-        for name, function, args in (
-            ("forward", block.forward, (given, x, layer_ctx)),
-            (
-                "input_grad",
-                block.input_grad,
-                (given, layer_ctx, residual, weight_residual, dy, daux),
-            ),
-            ("weight_grad", block.weight_grad, (given, layer_ctx, weight_residual, block.stash)),
-            (
-                "deferred",
-                block.deferred_weight_grad,
-                (given, layer_ctx, weight_residual, block.deferred),
-            ),
-        ):
-            sums[name] += stages.kinds.count(kind) * contraction_flops(function, *args)
-    embed = contraction_flops(functions.embed, outside, ends_ctx)
-    embed += contraction_flops(gradients.embed, outside, ends_ctx, pick(x))
-    head = contraction_flops(gradients.head, outside, x, ends_ctx, outs.loss)
-    return Work(**sums, embed=embed, head=head)
-
-
-def _casts_of(block: SplitVjp, params: Any) -> list[Any]:
-    leaves = jax.tree.leaves(params)
-    return jax.eval_shape(lambda leaves: block.cast(leaves, range(len(leaves))), leaves)

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax._executor import program
-from dualpipe_jax._executor.memory import MemoryReport, Work, count_work, report_memory
+from dualpipe_jax._executor.memory import MemoryReport, report_memory
 from dualpipe_jax._executor.rank import Settings
 from dualpipe_jax._executor.trace import Arguments, Functions, trace
+from dualpipe_jax._executor.work import Work, count_work
 from dualpipe_jax._leaves.explicit_axes import (
     context_mesh,
     explicit_axes,
@@ -141,7 +142,7 @@ class Step(Settings):
         traces: dict[bool, Traced] | None = None,
         recomputes: bool | None = None,
     ) -> Work:
-        """Counts the FLOPs of the step's actions on one device; avals will do.
+        """Counts the work of the step's actions on one device; avals will do.
 
         `traces` are as for `memory`; `recomputes` says whether deferred weight gradients count as
         if they recomputed, None as they do.
@@ -149,7 +150,7 @@ class Step(Settings):
         step = self._in_context
         recomputes = step.recomputes if recomputes is None else recomputes
         traced, arguments = step._shared(traces, params, batch, rng, recomputes)
-        return step._inside(lambda: count_work(traced, arguments, step.stages), step.mesh)
+        return step._inside(lambda: count_work(traced, arguments, step.stages.kinds), step.mesh)
 
     def _shared(
         self,

@@ -1,12 +1,15 @@
 """Simulates and ranks schedules without JAX: time and memory of a step, by its tables alone.
 
-One file an idea: `costs`, `simulation` (the replay of a decided execution), `decide` (the fastest
-execution), `simulate` (checks, decides, replays), `waits` (for whom ranks wait, and why), `timed`
-(when each action runs), `published` (the papers' bubbles); and to rank schedules, `transformer`
+One file an idea: `costs`, `layers` (of each stage, and their cost), `simulation` (the replay of a
+decided execution), `decide` (the fastest execution), `balance` (the fastest split of layers over
+stages), `simulate` (checks, decides, replays), `waits` (for whom ranks wait, and why), `timed`
+(when each action runs), `placement` (all three
+as a program's name), `published` (the papers' bubbles); and to rank schedules, `transformer`
 (sizes -> bytes and costs), `memory` (tables and bytes -> a rank's memory, term by term), `ranking`.
 The replay, which waits as the program does, belongs to the schedule compiler.
 """
 
+from dualpipe_jax._predict.balance import balance as balance
 from dualpipe_jax._predict.costs import FULL_BACKWARD as FULL_BACKWARD
 from dualpipe_jax._predict.costs import TRANSFER as TRANSFER
 from dualpipe_jax._predict.costs import Costs as Costs
@@ -14,11 +17,15 @@ from dualpipe_jax._predict.costs import of_transformer as of_transformer
 from dualpipe_jax._predict.decide import decide as decide
 from dualpipe_jax._predict.decide import has_pairs as has_pairs
 from dualpipe_jax._predict.decide import has_steady_state as has_steady_state
+from dualpipe_jax._predict.decide import replay_decided as replay_decided
 from dualpipe_jax._predict.decide import usual_costs as usual_costs
+from dualpipe_jax._predict.layers import StageLayers as StageLayers
+from dualpipe_jax._predict.layers import weights_by_kind as weights_by_kind
 from dualpipe_jax._predict.memory import LayerBytes as LayerBytes
 from dualpipe_jax._predict.memory import MemoryTerm as MemoryTerm
 from dualpipe_jax._predict.memory import ParameterBytes as ParameterBytes
 from dualpipe_jax._predict.memory import memory_of as memory_of
+from dualpipe_jax._predict.placement import Placement as Placement
 from dualpipe_jax._predict.ranking import HEADROOM as HEADROOM
 from dualpipe_jax._predict.ranking import Candidate as Candidate
 from dualpipe_jax._predict.ranking import Choice as Choice

@@ -1,11 +1,13 @@
 """A model's costs -> how long the actions of its stages take."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, SupportsFloat
 
 import numpy as np
 
-from dualpipe_jax._errors import brief
+from dualpipe_jax._errors import brief, show
+from dualpipe_jax._predict.layers import StageLayers
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD
 from dualpipe_jax._schedule.durations import Durations
 
@@ -69,9 +71,12 @@ class Costs:
       recompute: The additional cost of a deferred W of as many layers as F, if it recomputes.
       full_backward: B of as many, where I and W are fused (`Execution(split_backward=False)`);
         None for the sum of the two.
+      layer: The relative cost of one layer of each kind in `Model.layout`, F, I and W together, in
+        any unit: `{"dense": 0.5, "moe": 1.0}`; None if all layers cost the same. The costs above
+        remain those of the whole model's layers divided by num_ranks.
 
     Raises:
-      TypeError: if one is no number.
+      TypeError: if one is no number, or `layer` no mapping of such.
       ValueError: if one is negative, not finite or larger than 1e100, naming all such; if `forward`
         is zero, or `full_backward` is not zero where I and W are.
     """
@@ -83,17 +88,23 @@ class Costs:
     head: float = 0.0
     recompute: float = 0.0
     full_backward: float | None = None
+    layer: Mapping[Hashable, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is None and name == "full_backward":
-                continue
+        if self.layer is not None:
+            object.__setattr__(self, "layer", _costs_of_kinds(self.layer))
+        stated = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "layer" and (name, value) != ("full_backward", None)
+        }
+        for name, value in stated.items():
             number = as_number(name, value)
             # Measured ones may be arrays, which have no hash.
             if not isinstance(value, int | float):
                 object.__setattr__(self, name, number)
-        stated = {n: v for n, v in vars(self).items() if (n, v) != ("full_backward", None)}
-        wrong = [f"{n}={brief(v)}" for n, v in stated.items() if not is_cost(v)]
+                stated[name] = number
+        wrong = [f"{name}={brief(value)}" for name, value in stated.items() if not is_cost(value)]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: {COST}")
         if not self.forward * _MOST >= 1:
@@ -116,6 +127,20 @@ class Costs:
                 f"full_backward={brief(self.full_backward)}: must be at most {_MOST:g} times the "
                 f"sum of input_grad and weight_grad, {self.backward!r}"
             )
+
+    def __hash__(self) -> int:
+        return hash((self.numbers, None if self.layer is None else frozenset(self.layer.items())))
+
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        """All but `layer`, in the order of the fields: `Costs.of(numbers)` has the same."""
+        return tuple(value for name, value in vars(self).items() if name != "layer")
+
+    @classmethod
+    def of(cls, numbers: Iterable[Any]) -> "Costs":
+        """Makes costs of the `numbers` of others."""
+        names = (field.name for field in fields(cls) if field.name != "layer")
+        return cls(**dict(zip(names, numbers, strict=True)))
 
     @classmethod
     def with_whole_ends(
@@ -160,17 +185,23 @@ class Costs:
         return self.full_backward / self.backward
 
     def of_stages(
-        self, *, num_ranks: int, layers_of_stage: np.ndarray, forward_only: bool = False
+        self, weights: np.ndarray, *, num_ranks: int, forward_only: bool = False
     ) -> np.ndarray:
-        """Spreads the costs over stages: float64[4, num_stages], by opcode.
+        """Spreads the costs over stages: float64[4, num_stages, ...], by opcode.
 
         >>> costs = Costs(forward=2, input_grad=2, weight_grad=4, embed=1, head=1)
-        >>> costs.of_stages(num_ranks=2, layers_of_stage=np.array([2, 1, 1])).tolist()
+        >>> costs.of_stages(np.array([2, 1, 1]), num_ranks=2).tolist()
         [[0.0, 0.0, 0.0], [3.0, 1.0, 5.0], [4.0, 1.0, 1.0], [4.0, 2.0, 2.0]]
+
+        Args:
+          weights: float64[num_stages, ...], the cost of the layers of each stage, in any unit; more
+            dims for more splits of the same layers.
+          num_ranks: The ranks.
+          forward_only: Whether there are no gradients.
         """
-        share = _share(num_ranks, layers_of_stage)
-        of_opcode = np.array([0.0, self.forward, self.input_grad, self.weight_grad])
-        cost = of_opcode[:, None] * share
+        share = _share(weights, num_ranks)
+        of_opcode = (0.0, self.forward, self.input_grad, self.weight_grad)
+        cost = np.stack([duration * share for duration in of_opcode])
         cost[FORWARD, 0] += self.embed
         cost[FORWARD, -1] += self.head
         if not forward_only:
@@ -180,10 +211,9 @@ class Costs:
 
     def durations(
         self,
+        layers: StageLayers,
         *,
         num_ranks: int,
-        layers_of_stage: np.ndarray,
-        upper_share: np.ndarray,
         transfer: float,
         full_backward: bool,
         forward_only: bool = False,
@@ -191,30 +221,42 @@ class Costs:
         """Spreads the costs over stages, as the schedule's compiler takes them.
 
         Args:
+          layers: The layers of the stages.
           num_ranks: The ranks.
-          layers_of_stage: int[num_stages].
-          upper_share: float64[num_stages], the share of them in the upper half of a full backward.
           transfer: How long a value travels to a neighbour.
           full_backward: Whether weight grads run with the input grads that they follow.
           forward_only: Whether there are no gradients.
         """
-        of_opcode = self.of_stages(
-            num_ranks=num_ranks, layers_of_stage=layers_of_stage, forward_only=forward_only
-        )
-        recompute = self.recompute * _share(num_ranks, layers_of_stage)
+        weights = np.array(layers.weights)
+        of_opcode = self.of_stages(weights, num_ranks=num_ranks, forward_only=forward_only)
+        recompute = self.recompute * _share(weights, num_ranks)
         return Durations(
             of_opcode=tuple(map(tuple, of_opcode.tolist())),
             recompute=tuple(recompute.tolist()),
-            upper_share=tuple(upper_share.tolist()),
+            upper_share=layers.upper_shares,
             full_backward=self.full_backward_share if full_backward else None,
             embed_grad=self.embed_grad,
             transfer=transfer,
         )
 
 
-def _share(num_ranks: int, layers_of_stage: np.ndarray) -> np.ndarray:
-    """Divides the size of each stage by a rank's whole share of the layers."""
-    return layers_of_stage * (num_ranks / layers_of_stage.sum())
+def _share(weights: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Divides the cost of each stage's layers by that of a rank's whole share of them."""
+    return weights * (num_ranks / weights.sum(axis=0))
+
+
+def _costs_of_kinds(layer: Any) -> dict[Hashable, float]:
+    """Requires a cost for each of several kinds of layers."""
+    must = "must map the kinds of layers in the model's layout to the cost of one, or be None"
+    if not isinstance(layer, Mapping):
+        raise TypeError(f"layer={brief(layer)}: {must}; got {show(layer)}")
+    if not layer:
+        raise ValueError(f"layer={{}}: {must}")
+    costs = {kind: as_number(f"layer[{brief(kind)}]", cost) for kind, cost in layer.items()}
+    wrong = [f"layer[{brief(k)}]={brief(c)}" for k, c in costs.items() if not is_cost(c)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: {COST}")
+    return costs
 
 
 def of_transformer(*, attention: float, recomputes: bool, head: float = 0.0) -> Costs:

@@ -6,10 +6,12 @@ Steps, simulations and choices all decide it here, on every platform.
 import math
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._predict.costs import Costs, of_transformer
-from dualpipe_jax._predict.simulation import replay_schedule
+from dualpipe_jax._predict.layers import StageLayers
+from dualpipe_jax._predict.simulation import Simulation, replay_schedule
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax.schedules import Schedule
@@ -35,7 +37,7 @@ def decide(
     *,
     costs: Costs,
     transfer: float,
-    layers_of_stage: tuple[int, ...] | None,
+    layers: StageLayers | None,
     recomputes: bool,
     rendezvous: bool = True,
     placed_by: Costs | None = None,
@@ -50,7 +52,7 @@ def decide(
 
     >>> from dualpipe_jax import schedules
     >>> costs = usual_costs(recomputes=False)
-    >>> options = dict(costs=costs, transfer=0.1, layers_of_stage=None, recomputes=False)
+    >>> options = dict(costs=costs, transfer=0.1, layers=None, recomputes=False)
     >>> for name, num_microbatches in ("dualpipe", 5), ("dualpipe", 32), ("1f1b", 16):
     ...     made = schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
     ...     print(name, num_microbatches, decide(made, Execution(), **options))
@@ -63,7 +65,7 @@ def decide(
       execution: The execution as given.
       costs: As `simulate`.
       transfer: As `simulate`.
-      layers_of_stage: The layers of each stage; None if they are alike, and have two equal halves.
+      layers: The layers of the stages; None if they are alike, and have two equal halves.
       recomputes: Whether a deferred weight grad has anything to recompute.
       rendezvous: As `simulate`.
       placed_by: As `simulate`.
@@ -82,7 +84,7 @@ def decide(
             execution,
             costs=costs,
             transfer=transfer,
-            layers_of_stage=layers_of_stage,
+            layers=layers,
             # In the two-tick timetable, for GPUs, senders do not wait.
             rendezvous=rendezvous and execution.overlap != "two-tick",
             placed_by=placed_by,
@@ -115,6 +117,34 @@ def decide(
         is_full = execution.overlap is not True and is_faster(full, split)
         execution = full if is_full else split
     return execution
+
+
+def replay_decided(
+    schedule: Schedule,
+    execution: Execution,
+    *,
+    costs: Costs,
+    transfer: float = 0.0,
+    layers: StageLayers | None = None,
+    rendezvous: bool = True,
+    placed_by: Costs | None = None,
+    recomputes: bool | None = None,
+) -> Simulation:
+    """Decides all that an execution leaves open, and replays the schedule in it.
+
+    Arguments are as for `decide`; `recomputes` is by default as the costs say.
+    """
+    if recomputes is None:
+        recomputes = (placed_by or costs).recompute > 0
+    options: dict[str, Any] = {
+        "costs": costs,
+        "transfer": transfer,
+        "layers": layers,
+        "rendezvous": rendezvous,
+        "placed_by": placed_by,
+    }
+    decided = decide(schedule, execution, recomputes=recomputes, **options)
+    return replay_schedule(schedule, decided, **options)
 
 
 def has_pairs(schedule: Schedule) -> bool:

@@ -83,7 +83,7 @@ def memory_of(
     tables: Tables,
     execution: Execution,
     *,
-    num_layers: int,
+    sizes: tuple[int, ...],
     layer: LayerBytes,
     parameters: ParameterBytes,
 ) -> tuple[MemoryTerm, ...]:
@@ -92,15 +92,15 @@ def memory_of(
     Args:
       tables: The tables of the schedule, compiled as the step compiles it.
       execution: The step's execution, all decided but `unroll`.
-      num_layers: The layers of the model.
+      sizes: The layers of each stage.
       layer: The bytes that a layer keeps.
       parameters: The parameters.
     """
-    P, S = tables.num_ranks, tables.num_stages
-    of_stage = -(-num_layers // S)  # every slot and chunk has room for the largest stage
+    P, num_layers = tables.num_ranks, sum(sizes)
+    of_stage = max(sizes)  # every slot and chunk has room for the largest stage
     # If the ranks do not divide the layers, each holds all of them (JAX has no uneven shards).
     shard = num_layers // P if num_layers % P == 0 else num_layers
-    in_place = (tables.stage_of == np.arange(P)).all(axis=1) & (num_layers % S == 0)
+    in_place = (tables.stage_of == np.arange(P)).all(axis=1) & (min(sizes) == of_stage)
     fetched = int((~in_place).sum()) * of_stage
     chunks = tables.num_chunks * of_stage
     full_backward = not execution.split_backward

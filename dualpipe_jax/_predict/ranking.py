@@ -1,16 +1,17 @@
 """Schedules, costs and bytes -> choices, in order: those that fit by step time, then the others."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
+from dualpipe_jax._predict.balance import balance
 from dualpipe_jax._predict.costs import Costs
-from dualpipe_jax._predict.decide import has_pairs, has_steady_state
+from dualpipe_jax._predict.decide import has_pairs, has_steady_state, replay_decided
+from dualpipe_jax._predict.layers import StageLayers
 from dualpipe_jax._predict.memory import MemoryTerm, format_bytes
-from dualpipe_jax._predict.simulate import simulate
 from dualpipe_jax._predict.simulation import Simulation, compile_for
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.stage_sizes import spread_evenly
+from dualpipe_jax._schedule.stage_sizes import BALANCED, spread_evenly
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
@@ -22,11 +23,12 @@ HEADROOM = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Holds a schedule for a model, before its execution is chosen.
+    """Holds a schedule for a model, before its split and its execution are chosen.
 
     Attributes:
       schedule: The schedule.
       num_layers: The layers of the model.
+      layer_weights: The relative cost of every layer, in model order; None if all cost the same.
       layers_per_stage: As for `value_and_grad`.
       remat: As for `value_and_grad`.
       costs: How long actions take, and by which they are placed.
@@ -35,7 +37,8 @@ class Candidate:
 
     schedule: Schedule
     num_layers: int
-    layers_per_stage: tuple[int, ...] | None = None
+    layer_weights: tuple[float, ...] | None = None
+    layers_per_stage: tuple[int, ...] | Literal["balanced"] | None = None
     remat: Any
     costs: Costs
     transfer: float
@@ -45,26 +48,42 @@ class Candidate:
         """Whether blocks are rematerialised."""
         return self.remat != "none"
 
-    def simulate(self, execution: Execution) -> Simulation:
-        """Replays the schedule in an execution."""
-        return simulate(
-            self.schedule,
-            costs=self.costs,
-            transfer=self.transfer,
-            num_layers=self.num_layers,
-            layers_per_stage=self.layers_per_stage,
-            execution=execution,
-        )
+    def splits(self) -> Iterator[StageLayers]:
+        """Yields splits of the layers over stages, each with smaller stages than the one before."""
+        even = spread_evenly(self.num_layers, self.schedule.num_stages)
+        if self.layers_per_stage != BALANCED:
+            yield StageLayers.cut(self.layers_per_stage or even, self.layer_weights)
+            return
+        most = self.num_layers
+        while True:
+            sizes = balance(
+                self.schedule,
+                costs=self.costs,
+                transfer=self.transfer,
+                num_layers=self.num_layers,
+                layer_weights=self.layer_weights,
+                most=most,
+            )
+            yield StageLayers.cut(sizes, self.layer_weights)
+            if max(sizes) == max(even):
+                return
+            most = max(sizes) - 1
 
-    def tables(self, execution: Execution) -> Tables:
-        """Compiles the schedule in a decided execution."""
-        layers = self.layers_per_stage or spread_evenly(self.num_layers, self.schedule.num_stages)
-        tables, _ = compile_for(
+    def simulate(self, layers: StageLayers, execution: Execution) -> Simulation:
+        """Replays the schedule with this split, in an execution."""
+        return replay_decided(
             self.schedule,
             execution,
+            recomputes=self.recomputes,
+            layers=layers,
             costs=self.costs,
             transfer=self.transfer,
-            layers_of_stage=layers,
+        )
+
+    def tables(self, layers: StageLayers, execution: Execution) -> Tables:
+        """Compiles the schedule for this split, in a decided execution."""
+        tables, _ = compile_for(
+            self.schedule, execution, layers=layers, costs=self.costs, transfer=self.transfer
         )
         return tables
 
@@ -82,6 +101,7 @@ class Choice:
       limit: The memory of a device; in bytes, as all sizes.
       headroom: The share of it that is left to the compiler's own temporaries.
       costs: The costs by which actions are to be placed.
+      is_one_of_several: Whether choices differ in their number of microbatches.
     """
 
     made: Schedule
@@ -92,6 +112,7 @@ class Choice:
     limit: float
     headroom: float
     costs: Costs
+    is_one_of_several: bool = False
 
     @property
     def schedule(self) -> str:
@@ -106,7 +127,9 @@ class Choice:
     @property
     def arguments(self) -> dict[str, Any]:
         """Gives the arguments of `value_and_grad` in which choices differ, as this one has them."""
+        number = self.simulation.num_microbatches
         found = {
+            "num_microbatches": number if self.is_one_of_several else None,
             "schedule": self.schedule if self.made.is_named else self.made,
             "layers_per_stage": self.layers_per_stage,
             "remat": self.remat,
@@ -169,16 +192,27 @@ class Choice:
         )
 
 
+class TermsOf(Protocol):
+    """Gives the memory of the fullest rank."""
+
+    def __call__(
+        self, tables: Tables, execution: Execution, *, sizes: tuple[int, ...]
+    ) -> tuple[MemoryTerm, ...]:
+        """Lists its terms, for stages of these sizes."""
+        ...
+
+
 def choices_of(
     candidate: Candidate,
     *,
-    terms_of: Callable[[Tables, Execution], tuple[MemoryTerm, ...]],
+    terms_of: TermsOf,
     limit: float,
     headroom: float = 0.0,
 ) -> list[Choice]:
     """Predicts time and memory of a schedule, with a steady phase and without, if it can have one.
 
-    With full backwards and without, the slower is left out unless it takes less memory.
+    With full backwards and without, the slower is left out unless it takes less memory. Where
+    layers are balanced, the largest stage becomes smaller until some choice fits.
 
     Args:
       candidate: The schedule, the layers and their costs.
@@ -189,7 +223,27 @@ def choices_of(
     Raises:
       ValueError: as `simulate`.
     """
+    choices: list[Choice] = []
+    for layers in candidate.splits():
+        choices = _choices_of_split(
+            candidate, layers, terms_of=terms_of, limit=limit, headroom=headroom
+        )
+        if any(choice.fits for choice in choices):
+            break
+    return choices
+
+
+def _choices_of_split(
+    candidate: Candidate,
+    layers: StageLayers,
+    *,
+    terms_of: TermsOf,
+    limit: float,
+    headroom: float,
+) -> list[Choice]:
+    """Predicts time and memory of a schedule for one split of the layers over its stages."""
     schedule = candidate.schedule
+    even = spread_evenly(candidate.num_layers, schedule.num_stages)
     overlaps = (False, True) if has_pairs(schedule) and has_steady_state(schedule) else (False,)
     deferred = "recompute" if candidate.recomputes else "store"
     choices = []
@@ -197,14 +251,15 @@ def choices_of(
         found = []
         for is_split in (True, False):
             execution = Execution(overlap=overlap, split_backward=is_split, deferred=deferred)
-            simulation = candidate.simulate(execution)
+            simulation = candidate.simulate(layers, execution)
             execution = simulation.execution
+            tables = candidate.tables(layers, execution)
             choice = Choice(
                 made=schedule,
-                layers_per_stage=candidate.layers_per_stage,
+                layers_per_stage=None if layers.sizes == even else layers.sizes,
                 simulation=simulation,
                 remat=candidate.remat,
-                terms=terms_of(candidate.tables(execution), execution),
+                terms=terms_of(tables, execution, sizes=layers.sizes),
                 limit=limit,
                 headroom=headroom,
                 costs=candidate.costs,

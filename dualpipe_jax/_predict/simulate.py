@@ -6,11 +6,20 @@ from typing import Any
 import numpy as np
 
 from dualpipe_jax._errors import brief
+from dualpipe_jax._predict.balance import balance
 from dualpipe_jax._predict.costs import COST, Costs, as_number, is_cost
-from dualpipe_jax._predict.decide import decide
-from dualpipe_jax._predict.simulation import Simulation, replay_schedule
+from dualpipe_jax._predict.decide import replay_decided
+from dualpipe_jax._predict.layers import StageLayers, weights_by_kind
+from dualpipe_jax._predict.simulation import Simulation
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.stage_sizes import MOST_LAYERS, require_sum, spread_evenly, stage_sizes
+from dualpipe_jax._schedule.stage_sizes import (
+    BALANCED,
+    MOST_LAYERS,
+    LayersPerStage,
+    require_sum,
+    spread_evenly,
+    stage_sizes,
+)
 from dualpipe_jax.schedules import Schedule
 
 
@@ -20,7 +29,8 @@ def simulate(
     costs: Costs | None = None,
     transfer: float = 0.0,
     num_layers: int | None = None,
-    layers_per_stage: Sequence[int] | None = None,
+    layout: Sequence[str] | None = None,
+    layers_per_stage: LayersPerStage = None,
     execution: Execution = Execution(split_backward=True),  # noqa: B008
     rendezvous: bool = True,
     placed_by: Costs | None = None,
@@ -39,7 +49,10 @@ def simulate(
       transfer: How long a value travels to a neighbour, whatever the size of a stage.
       num_layers: The layers of the model; if the stages do not divide them, the first stages get
         one more. By default all stages are equal.
-      layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`.
+      layout: The kind of every layer, as `Model.layout`, where `costs.layer` has a cost for each;
+        gives num_layers.
+      layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`, or
+        `"balanced"`: those with which the step is the fastest at these costs.
       execution: As for `value_and_grad`, where None is decided at these costs; by default input
         grads and weight grads are split. If the number of layers is not given, the two halves of a
         full backward are equal.
@@ -57,6 +70,7 @@ def simulate(
         schedule=schedule,
         costs=costs,
         num_layers=num_layers,
+        layout=layout,
         execution=execution,
         rendezvous=rendezvous,
         placed_by=placed_by,
@@ -64,22 +78,47 @@ def simulate(
     costs, transfer = costs or Costs(), as_number("transfer", transfer)
     if not is_cost(transfer):
         raise ValueError(f"transfer={brief(transfer)}: {COST}")
-    options: dict[str, Any] = {
-        "costs": costs,
-        "transfer": transfer,
-        "layers_of_stage": _layers_of_stage(schedule, num_layers, layers_per_stage),
-        "rendezvous": rendezvous,
-        "placed_by": placed_by,
-    }
-    recomputes = (placed_by or costs).recompute > 0
-    execution = decide(schedule, execution, recomputes=recomputes, **options)
-    return replay_schedule(schedule, execution, **options)
+    layers = _layers(
+        schedule,
+        layers_per_stage,
+        num_layers=_num_layers(num_layers, layout),
+        layer_weights=weights_by_kind(costs.layer, layout),
+        execution=execution,
+        costs=costs,
+        transfer=transfer,
+    )
+    return replay_decided(
+        schedule,
+        execution,
+        costs=costs,
+        transfer=transfer,
+        layers=layers,
+        rendezvous=rendezvous,
+        placed_by=placed_by,
+    )
 
 
-def _layers_of_stage(
-    schedule: Schedule, num_layers: int | None, layers_per_stage: Sequence[int] | None
-) -> tuple[int, ...] | None:
-    """Counts the layers of each stage; None if they are not given."""
+def _num_layers(num_layers: int | None, layout: Sequence[str] | None) -> int | None:
+    """Counts the layers of the model; None if they are not given."""
+    if layout is None:
+        return num_layers
+    if num_layers not in (None, len(layout)):
+        raise ValueError(
+            f"num_layers={brief(num_layers)}: must be the {len(layout)} layers whose kinds layout "
+            "names, or left out"
+        )
+    return len(layout)
+
+
+def _layers(
+    schedule: Schedule,
+    layers_per_stage: LayersPerStage,
+    *,
+    num_layers: int | None,
+    layer_weights: tuple[float, ...] | None,
+    **costs: Any,
+) -> StageLayers | None:
+    """Cuts the model into stages; None if no layers are given."""
     num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
     sizes = stage_sizes(
         layers_per_stage,
@@ -87,14 +126,21 @@ def _layers_of_stage(
         where=f" of schedule {schedule.name!r} on {num_ranks} ranks",
     )
     if num_layers is None:
-        return sizes
-    if not num_stages <= num_layers <= MOST_LAYERS:
+        if sizes == BALANCED:
+            raise ValueError(
+                'layers_per_stage="balanced": must come with num_layers, or with the layout'
+            )
+        return None if sizes is None else StageLayers.cut(sizes)
+    least = num_stages if sizes is None else 1
+    if not least <= num_layers <= MOST_LAYERS:
         raise ValueError(
             f"num_layers={brief(num_layers)}: must be at least the {num_stages} stages of schedule "
             f"{schedule.name!r} on {num_ranks} ranks, and at most {MOST_LAYERS:,}"
         )
+    if sizes == BALANCED:
+        sizes = balance(schedule, num_layers=num_layers, layer_weights=layer_weights, **costs)
     require_sum(sizes, num_layers)
-    return sizes or spread_evenly(num_layers, num_stages)
+    return StageLayers.cut(sizes or spread_evenly(num_layers, num_stages), layer_weights)
 
 
 def _require_types(**arguments: Any) -> None:
@@ -104,13 +150,16 @@ def _require_types(**arguments: Any) -> None:
         "schedule": ((Schedule,), "a dualpipe_jax.Schedule"),
         "costs": costs,
         "num_layers": ((int, np.integer, type(None)), "an integer, or None"),
+        "layout": ((list, tuple, type(None)), "the name of the kind of every layer, or None"),
         "execution": ((Execution,), "a dualpipe_jax.Execution"),
         "rendezvous": ((bool,), "True or False"),
         "placed_by": costs,
     }
     for name, value in arguments.items():
         types, must = wanted[name]
-        if isinstance(value, types) and not (name == "num_layers" and isinstance(value, bool)):
+        is_bool = name == "num_layers" and isinstance(value, bool)
+        is_layout = name != "layout" or all(isinstance(kind, str) for kind in value or ())
+        if isinstance(value, types) and not is_bool and is_layout:
             continue
         fix = ""
         if isinstance(value, str) and name == "schedule":

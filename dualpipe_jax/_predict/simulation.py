@@ -1,17 +1,14 @@
 """Schedule, execution and costs -> makespan, idle time, live activations: replays its tables."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from dualpipe_jax._predict.costs import TRANSFER, Costs
+from dualpipe_jax._predict.layers import StageLayers
 from dualpipe_jax._predict.published import published_bubble
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
-from dualpipe_jax._schedule.stage_sizes import upper_layers
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
@@ -65,7 +62,7 @@ def durations_of(
     costs: Costs,
     *,
     transfer: float,
-    layers_of_stage: Sequence[int] | None = None,
+    layers: StageLayers | None = None,
     full_backward: bool = False,
 ) -> Durations:
     """Spreads costs over a schedule's stages, as its compiler takes them to place actions.
@@ -74,18 +71,12 @@ def durations_of(
       schedule: The schedule.
       costs: How long actions take.
       transfer: How long a value travels to a neighbour.
-      layers_of_stage: The layers of each stage; None if they are alike, and have two equal halves.
+      layers: The layers of the stages; None if they are alike, and have two equal halves.
       full_backward: Whether W runs with the I that it follows, where it follows one.
     """
-    layers = np.ones(schedule.num_stages, int) if layers_of_stage is None else layers_of_stage
-    layers = np.array(layers)
-    upper_share = np.full(schedule.num_stages, 0.5)
-    if layers_of_stage is not None:
-        upper_share = upper_layers(layers) / layers
     return costs.durations(
+        layers or StageLayers.cut((2,) * schedule.num_stages),
         num_ranks=schedule.num_ranks,
-        layers_of_stage=layers,
-        upper_share=upper_share,
         transfer=transfer,
         full_backward=full_backward,
         forward_only=schedule.program.forward_only,
@@ -98,7 +89,7 @@ def compile_for(
     *,
     costs: Costs,
     transfer: float,
-    layers_of_stage: tuple[int, ...] | None,
+    layers: StageLayers | None,
     placed_by: Costs | None = None,
 ) -> tuple[Tables, Durations]:
     """Compiles a schedule as for a step with these costs; gives tables and durations of actions.
@@ -108,7 +99,7 @@ def compile_for(
       execution: How it becomes a program, all decided but `unroll`.
       costs: As `simulate`.
       transfer: As `simulate`.
-      layers_of_stage: As `durations_of`.
+      layers: As `durations_of`.
       placed_by: As `simulate`.
     """
 
@@ -119,10 +110,11 @@ def compile_for(
             schedule,
             costs,
             transfer=transfer,
-            layers_of_stage=layers_of_stage,
+            layers=layers,
             full_backward=not execution.split_backward,
         )
 
+    sizes = () if layers is None else layers.sizes
     durations = placed = spread(costs, transfer)
     if placed_by is not None:
         placed = spread(placed_by, TRANSFER * placed_by.forward)
@@ -132,7 +124,7 @@ def compile_for(
         # Where no other weight grad stashes, deferred ones keep their operands in separate slots.
         stash_deferred=execution.deferred == "store" and bool(execution.split_backward),
         full_backward=not execution.split_backward,
-        whole_stages=frozenset(s for s, size in enumerate(layers_of_stage or ()) if size == 1),
+        whole_stages=frozenset(s for s, size in enumerate(sizes) if size == 1),
         durations=placed,
     )
     return compiled.tables, durations
@@ -144,7 +136,7 @@ def replay_schedule(
     *,
     costs: Costs,
     transfer: float,
-    layers_of_stage: tuple[int, ...] | None,
+    layers: StageLayers | None,
     rendezvous: bool,
     placed_by: Costs | None,
 ) -> Simulation:
@@ -158,7 +150,7 @@ def replay_schedule(
         execution,
         costs=costs,
         transfer=transfer,
-        layers_of_stage=layers_of_stage,
+        layers=layers,
         placed_by=placed_by,
     )
     work, recomputed = durations.work(tables), durations.recomputed(tables)
@@ -166,7 +158,7 @@ def replay_schedule(
     # Where nobody idles, sums in different orders differ in their last bit.
     bubble = max(0.0, makespan - float(work.sum()) / num_ranks)
     has_more = costs.embed or costs.head or recomputed.any() or tables.forward_only
-    is_even = len(set(layers_of_stage or ())) <= 1
+    is_even = layers is None or layers.are_alike
     return Simulation(
         schedule=schedule.name,
         num_ranks=num_ranks,

@@ -1,11 +1,11 @@
 """Schedule, execution and costs -> when each action of each rank starts and ends in the replay."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dualpipe_jax._predict.costs import Costs
+from dualpipe_jax._predict.layers import StageLayers
 from dualpipe_jax._predict.simulation import compile_for
 from dualpipe_jax._schedule.actions import IDLE, Opcode, letter_of
 from dualpipe_jax._schedule.execution import Execution
@@ -50,7 +50,7 @@ def timed_actions(
     *,
     costs: Costs,
     transfer: float = 0.0,
-    layers_of_stage: Sequence[int] | None = None,
+    layers: StageLayers | None = None,
     rendezvous: bool = True,
     placed_by: Costs | None = None,
 ) -> list[TimedAction]:
@@ -73,7 +73,7 @@ def timed_actions(
       execution: How it becomes a program, all decided but `unroll`.
       costs: How long actions take.
       transfer: How long a value travels to a neighbour.
-      layers_of_stage: The layers of each stage; None if they are alike.
+      layers: The layers of the stages; None if they are alike.
       rendezvous: Whether a sender waits for its receiver.
       placed_by: As `simulate`.
     """
@@ -82,7 +82,7 @@ def timed_actions(
         execution,
         costs=costs,
         transfer=transfer,
-        layers_of_stage=None if layers_of_stage is None else tuple(layers_of_stage),
+        layers=layers,
         placed_by=placed_by,
     )
     work = durations.work(tables)

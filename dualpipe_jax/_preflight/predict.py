@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._devices import Device
-from dualpipe_jax._predict import Costs, compile_for, simulate
+from dualpipe_jax._predict import Placement, compile_for, replay_decided
 from dualpipe_jax._predict.waits import Waits, explain_waits
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.links import Network, source_target_pairs
@@ -114,19 +114,17 @@ def predict(
     if costs is None:
         return Prediction(reason=_NO_ACTIONS), None
     transfer = _transfer_seconds(collectives) * device.clock
-    placed = _find_placement(op_names)
-    execution = placed.execution or Execution(
-        overlap=loop.kind == "steady",
-        split_backward=not any(_scopes.FULL_BACKWARD in name for name in op_names),
-    )
-    simulation = simulate(
-        schedule,
-        costs=costs,
-        transfer=transfer,
-        execution=execution,
-        layers_per_stage=placed.layers_of_stage,
-        placed_by=placed.costs,
-    )
+    placement = _find_placement(op_names)
+    if placement is None:
+        execution = Execution(
+            overlap=loop.kind == "steady",
+            split_backward=not any(_scopes.FULL_BACKWARD in name for name in op_names),
+        )
+        placed: dict[str, Any] = {}
+    else:
+        execution = placement.execution
+        placed = {"layers": placement.layers, "placed_by": placement.costs}
+    simulation = replay_decided(schedule, execution, costs=costs, transfer=transfer, **placed)
     loop_seconds = simulation.makespan / device.clock
     prediction = Prediction(
         seconds=loop_seconds + (outside_seconds or 0),
@@ -143,8 +141,7 @@ def predict(
         simulation.execution,
         costs=costs,
         transfer=transfer,
-        layers_of_stage=placed.layers_of_stage,
-        placed_by=placed.costs,
+        **{"layers": None, **placed},
     )
     return prediction, Timetable(
         tables=tables, work=durations.work(tables), transfer=transfer, clock=device.clock
@@ -153,9 +150,8 @@ def predict(
 
 def find_execution(module: Module) -> Execution | None:
     """Reads off a program how the order of its schedule became the program; None if not named."""
-    return _find_placement(
-        instruction.op_name for instruction in module.within(module.entry)
-    ).execution
+    placement = _find_placement(instruction.op_name for instruction in module.within(module.entry))
+    return None if placement is None else placement.execution
 
 
 def find_num_trips(module: Module, loop: FoundLoop) -> int | None:
@@ -195,29 +191,9 @@ def count_runs_of_branches(
     return runs
 
 
-class _Placed(NamedTuple):
-    """How a program says that its actions were placed; None where it does not."""
-
-    execution: Execution | None
-    costs: Costs | None
-    layers_of_stage: tuple[int, ...] | None
-
-
-def _find_placement(op_names: Iterable[str]) -> _Placed:
-    """Reads off a program's names by which costs its actions were placed, and how they run."""
-    placed = next(filter(None, map(_scopes.read_placement, op_names)), None)
-    if placed is None:
-        return _Placed(None, None, None)
-    return _Placed(
-        Execution(**_by_field(Execution(), placed.execution)),
-        Costs(**_by_field(Costs(), placed.costs)),
-        placed.layers_of_stage,
-    )
-
-
-def _by_field(record: Any, values: Sequence[Any]) -> dict[str, Any]:
-    """Maps the fields of a record to values, which a program holds in the order of the fields."""
-    return dict(zip(vars(record), values, strict=True))
+def _find_placement(op_names: Iterable[str]) -> Placement | None:
+    """Reads off a program's names how its actions were placed; None if they do not say."""
+    return next(filter(None, map(Placement.read, op_names)), None)
 
 
 def _find_schedule(op_names: Iterable[str]) -> Schedule | None:

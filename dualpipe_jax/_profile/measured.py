@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._predict import Costs, Simulation, simulate
+from dualpipe_jax._predict import Costs, Simulation, replay_decided
 from dualpipe_jax._profile.moments import Action, Segment, Span, divide
 from dualpipe_jax._profile.parts import KINDS
 from dualpipe_jax._profile.steps import Plan, Step, starts_of_trips
@@ -105,12 +105,12 @@ class Measured:
     @cached_property
     def predicted(self) -> Simulation:
         """The step by simulation, at the measured costs and with transfers that take no time."""
-        return simulate(
+        return replay_decided(
             self.plan.schedule,
+            self.plan.placement.execution,
             costs=self.costs,
-            layers_per_stage=self.plan.layers_of_stage,
-            execution=self.plan.execution,
-            placed_by=self.plan.costs,
+            layers=self.plan.placement.layers,
+            placed_by=self.plan.placement.costs,
         )
 
     def _seconds(self, *, rank: int, kind: str) -> float:

@@ -5,16 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._predict import Costs, compile_for
+from dualpipe_jax._predict import Placement, compile_for
 from dualpipe_jax._profile.parts import Parts, find_parts
 from dualpipe_jax._profile.program import Program, parse
 from dualpipe_jax._profile.xspace import Event, read
-from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule, make
 
@@ -27,26 +25,22 @@ class Plan:
 
     Attributes:
       schedule: Its schedule.
-      execution: How the order became a program.
-      costs: The costs by which actions were placed.
-      layers_of_stage: The layers of each stage.
+      placement: How its actions were placed in ticks.
     """
 
     schedule: Schedule
-    execution: Execution
-    costs: Costs
-    layers_of_stage: tuple[int, ...]
+    placement: Placement
 
     @cached_property
     def tables(self) -> Tables:
         """The tables that the step runs."""
         tables, _ = compile_for(
             self.schedule,
-            self.execution,
-            costs=self.costs,
+            self.placement.execution,
+            costs=self.placement.costs,
             transfer=0.0,
-            layers_of_stage=self.layers_of_stage,
-            placed_by=self.costs,
+            layers=self.placement.layers,
+            placed_by=self.placement.costs,
         )
         return tables
 
@@ -128,22 +122,15 @@ def find_plan(op_names: Iterable[str]) -> Plan | None:
     schedule = placement = None
     for name in op_names:
         schedule = schedule or _scopes.read_schedule(name)
-        placement = placement or _scopes.read_placement(name)
+        placement = placement or Placement.read(name)
         if schedule is not None and placement is not None:
             break
     else:
         return None
     name, num_ranks, num_microbatches = schedule
 
-    def by_field(record: Any, values: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(vars(record), values, strict=True))
-
-    return Plan(
-        schedule=make(name, num_ranks=num_ranks, num_microbatches=num_microbatches),
-        execution=Execution(**by_field(Execution(), placement.execution)),
-        costs=Costs(**by_field(Costs(), placement.costs)),
-        layers_of_stage=placement.layers_of_stage,
-    )
+    schedule = make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    return Plan(schedule=schedule, placement=placement)
 
 
 def starts_of_trips(events: Sequence[Event], names: frozenset[str]) -> list[float]:

@@ -200,19 +200,21 @@ class _Permutes:
 def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:
     """Finds when each tick ends if ranks wait only for values that they read, as they read them.
 
-    Arguments and result are those of `replay`.
+    Arguments and result are those of `replay`; `work` and the result may have more dims, for the
+    same order with other durations.
     """
-    ranks = np.arange(tables.num_ranks)
-    end = np.zeros((tables.num_ticks + 1, tables.num_ranks))
+    ranks, more = np.arange(tables.num_ranks), work.shape[2:]
+    end = np.zeros((tables.num_ticks + 1, tables.num_ranks, *more))
     # When the value in each received slot came; one slot more, for -1: values that nobody reads.
-    came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1))
+    came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1, *more))
     # When the value that each rank sends was made.
-    sent = np.zeros(tables.num_ranks)
+    sent = np.zeros((tables.num_ranks, *more))
+    sends_output = (tables.send < 0).reshape(*tables.send.shape, *(1 for _ in more))
     for tick, took in enumerate(work):
-        came[ranks, tables.from_left[tick]] = np.roll(sent, 1) + transfer
-        came[ranks, tables.from_right[tick]] = np.roll(sent, -1) + transfer
+        came[ranks, tables.from_left[tick]] = np.roll(sent, 1, axis=0) + transfer
+        came[ranks, tables.from_right[tick]] = np.roll(sent, -1, axis=0) + transfer
         came[:, -1] = 0
         end[tick + 1] = np.maximum(end[tick], came[ranks, tables.read[tick]]) + took
         came[ranks, tables.keep[tick]] = end[tick + 1]
-        sent = np.where(tables.send[tick] < 0, end[tick + 1], came[ranks, tables.send[tick]])
+        sent = np.where(sends_output[tick], end[tick + 1], came[ranks, tables.send[tick]])
     return end[1:]

@@ -1,17 +1,22 @@
 """Checks and counts the layers of each stage, without JAX."""
 
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal
 
 from dualpipe_jax._errors import brief, raise_all, show
 
+# The layers of each stage in model order, the word for a split by costs, or None for an even one.
+LayersPerStage = Sequence[int] | Literal["balanced"] | None
+BALANCED: Final = "balanced"
 # Layers are counted in integers of 64 bits.
 MOST_LAYERS = 10**12
 
 
-def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] | None:
-    """Requires a positive number of layers for each stage, or None.
+def stage_sizes(
+    value: Any, *, num_stages: int, where: str
+) -> tuple[int, ...] | Literal["balanced"] | None:
+    """Requires a positive number of layers for each stage, `"balanced"`, or None.
 
     >>> stage_sizes([3, 3, 2], num_stages=3, where="")
     (3, 3, 2)
@@ -27,9 +32,13 @@ def stage_sizes(value: Any, *, num_stages: int, where: str) -> tuple[int, ...] |
     """
     if value is None:
         return None
+    if isinstance(value, str) and value == BALANCED:
+        return BALANCED
     must = f"must be a number of layers for each of the {num_stages} stages{where}, in model order"
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | dict | set):
-        raise TypeError(f"layers_per_stage={brief(value)}: {must}, or None; got {show(value)}")
+        raise TypeError(
+            f'layers_per_stage={brief(value)}: {must}, "balanced", or None; got {show(value)}'
+        )
     try:
         given = list(value)
     except TypeError:  # an array of no dims

@@ -50,7 +50,8 @@ def run(task: Task) -> Iterator[Measured]:
     device.calibrate(min(each for seconds in task.sleeps.values() for each in seconds.values()))
     for program in task.programs:
         for number, (name, seconds) in enumerate(task.sleeps.items()):
-            costs = dpj.Costs(**{each: LAYERS_A_RANK * seconds[each] for each in ACTIONS})
+            of_actions: dict[str, Any] = {each: LAYERS_A_RANK * seconds[each] for each in ACTIONS}
+            costs = dpj.Costs(**of_actions)
             step = make_step(
                 program, costs, mesh=mesh, device=device, num_microbatches=num_microbatches
             )

@@ -1,9 +1,11 @@
 """The predicted time: the simulator's, with the costs of the compiled program."""
 
+from typing import Any
+
 import pytest
 
 from dualpipe_jax import _scopes, schedules
-from dualpipe_jax._predict import Costs, simulate
+from dualpipe_jax._predict import Costs, Placement, StageLayers, simulate
 from dualpipe_jax._preflight.analysis import analyze
 from dualpipe_jax._preflight.predict import Prediction
 from dualpipe_jax._schedule.execution import Execution
@@ -39,7 +41,7 @@ def simulated(
     split_backward: bool = True,
     num_layers: int | None = None,
     placed_by: Costs | None = None,
-    **costs: float,
+    **costs: Any,
 ) -> float:
     made = schedules.make("dualpipe", num_ranks=4, num_microbatches=16)
     # Each transfer takes the links 16 s.
@@ -92,8 +94,12 @@ def test_the_embedding_counts_with_its_gradient() -> None:
 
 def placed(num_layers: int, *, overlap: bool) -> str:
     """Names a placement of four stages by other costs, at which other ticks are the best."""
-    costs = [1.0, 1.2, 1.4, 0.0, 0.0, 0.0, None]
-    return _scopes.of_placement(costs, [num_layers] * 4, [overlap, True, False, "store"])
+    placement = Placement(
+        costs=Costs(forward=1.0, input_grad=1.2, weight_grad=1.4),
+        layers=StageLayers.cut([num_layers] * 4),
+        execution=Execution(overlap=overlap, unroll=True, split_backward=False, deferred="store"),
+    )
+    return placement.name
 
 
 PLACED_BY = Costs(forward=1, input_grad=1.2, weight_grad=1.4)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._predict import Costs
+from dualpipe_jax._predict import Costs, Placement, StageLayers
 from dualpipe_jax._profile.steps import Plan, find_plan
 from dualpipe_jax._schedule.actions import Opcode, letter_of
 from dualpipe_jax._schedule.execution import Execution
@@ -36,9 +36,8 @@ def plan_of(
     execution = Execution(
         overlap=False, unroll=True, split_backward=split_backward, deferred="store"
     )
-    placed = _scopes.of_placement(
-        tuple(vars(Costs()).values()), [2] * num_ranks, tuple(vars(execution).values())
-    )
+    layers = StageLayers.cut([2] * num_ranks)
+    placed = Placement(costs=Costs(), layers=layers, execution=execution).name
     schedule = _scopes.of_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
     scope = f"jit(step)/{schedule}/{placed}/while/body/{_scopes.RAMP}"
     plan = find_plan([scope])

@@ -200,7 +200,7 @@ def test_a_step_that_ran(tmp_path: Path) -> None:
         jax.profiler.stop_trace()
     (found,) = find_steps(tmp_path)
     made = measure(found)
-    assert made.plan.execution.overlap is True
+    assert made.plan.placement.execution.overlap is True
     assert found.parts.beats is not None
     tables = made.plan.tables
     for rank in range(num_ranks):

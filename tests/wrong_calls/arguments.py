@@ -246,7 +246,8 @@ def tree_mistakes() -> list[Mistake]:
 
 def specs_of_shardings() -> list[Mistake]:
     """Mistakes in the specs of `shardings`, where branches may be left out, as in a part."""
-    return [m for m in specs_mistakes() if m.name not in _FINE_IN_SHARDINGS]
+    mistakes = but(specs_mistakes(), *_FINE_IN_SHARDINGS, "wrong type")
+    return [*mistakes, wrong_type(lambda v: v is None or (isinstance(v, dict) and not v))]
 
 
 # `shardings` takes a part of a tree too, and ignores entries that do not fit a leaf.

@@ -180,7 +180,7 @@ def folders_of_runs() -> list[Mistake]:
         ),
         mistake(
             "malformed file",
-            _folder("cut", **{"config.toml": b"seed = "}),
+            _folder("cut_run", **{"config.toml": b"seed = "}),
             _folder("bytes of no text", **{"config.toml": b"\xff\xfe"}),
             also=("config.toml",),
         ),

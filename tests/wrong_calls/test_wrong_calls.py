@@ -58,6 +58,8 @@ def check(target: Target, calls: st.SearchStrategy[list[Wrong]], *, most: int, f
     run()
 
 
+# Orbax leaves coroutines behind where a read fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("group", GROUPS)
 def test_wrong_calls_are_refused(group):
     for target in targets_of(group):

@@ -1,0 +1,194 @@
+"""Schedule, costs, layers -> the number of layers of each stage with which a step is the fastest.
+
+Two descents, in each of which the best move of one layer from any stage to any other follows the
+best, until none helps. The first makes the busiest rank's work least, by arithmetic. The second
+makes the step short, by simulation: it replays the schedule after every move at once, each rank
+waiting only for the values that it reads. Between their results and an even split the replay of the
+program decides, which waits as the program does. The result depends on the arguments alone, so that
+every process comes to the same.
+
+Eight layers, and a head as expensive as two of them, over four ranks:
+
+>>> from dualpipe_jax import schedules
+>>> schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=8)
+>>> balance(schedule, costs=Costs(head=1), transfer=0.1, num_layers=8)
+(3, 2, 2, 1)
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+from dualpipe_jax._predict.costs import Costs
+from dualpipe_jax._predict.decide import replay_decided
+from dualpipe_jax._predict.layers import StageLayers, cumulated
+from dualpipe_jax._predict.simulation import compile_for
+from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Opcode
+from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.replay import replay_dependencies
+from dualpipe_jax._schedule.stage_sizes import spread_evenly
+from dualpipe_jax.schedules import Schedule
+
+# A mean of such a power over the ranks is close to the busiest rank's work, and falls too where
+# another rank than that gets less.
+_POWER = 16
+# The weights of the second aims, which decide between splits that are about as good: stages that
+# are alike (where they differ the program waits for more), ranks that end early, and a small
+# largest stage, for which every rank has memory.
+_ALIKE, _EARLY, _SMALL = 0.1, 0.01, 0.01
+# The most numbers, 8 bytes each, in a replay of all moves. Larger steps are balanced by arithmetic.
+_MOST_NUMBERS = 50_000_000
+
+# Gives a figure for each of several splits, int64[num_splits, num_stages]; less is better.
+_Aim = Callable[[np.ndarray], np.ndarray]
+
+
+@lru_cache(maxsize=256)
+def balance(
+    schedule: Schedule,
+    execution: Execution = Execution(),  # noqa: B008
+    *,
+    costs: Costs,
+    transfer: float,
+    num_layers: int,
+    layer_weights: tuple[float, ...] | None = None,
+    most: int | None = None,
+) -> tuple[int, ...]:
+    """Spreads layers over the stages of a schedule so that its step is short.
+
+    Args:
+      schedule: The schedule.
+      execution: How it becomes a program, as far as given.
+      costs: How long actions take, embedding and head included.
+      transfer: How long a value travels to a neighbour.
+      num_layers: The layers of the model.
+      layer_weights: The relative cost of every layer, in model order; None if all cost the same.
+      most: The most layers of a stage, for every rank has memory for the largest one; at least
+        `num_layers / num_stages`, rounded up. None for any number.
+
+    Returns:
+      The layers of each stage, in model order, of which some may be none. They are spread evenly
+      if no other split is found to be faster.
+    """
+    costs = replace(costs, layer=None)  # which are in the layers' weights
+    weights = cumulated(layer_weights, num_layers=num_layers)
+    splits = _Splits(schedule, costs=costs, transfer=transfer, weights=weights)
+    most = num_layers if most is None else most
+    even = np.array(spread_evenly(num_layers, schedule.num_stages))
+    found = [even, _descend(even, splits.unevenness, most=most)]
+    if splits.size <= _MOST_NUMBERS:
+        ends = [_descend(start, splits.makespans, most=most) for start in found]
+        found.append(min(ends, key=lambda sizes: splits.makespans(sizes[None])[0]))
+
+    def makespan(sizes: tuple[int, ...]) -> float:
+        layers = StageLayers.cut(sizes, layer_weights)
+        replayed = replay_decided(
+            schedule, execution, costs=costs, transfer=transfer, layers=layers
+        )
+        # Sums in different orders differ in their last bits.
+        return float(f"{replayed.makespan:.9g}")
+
+    return min(dict.fromkeys(tuple(sizes.tolist()) for sizes in found), key=makespan)
+
+
+class _Splits:
+    """Judges splits of a model's layers over the stages of a schedule.
+
+    Args:
+      schedule: The schedule.
+      costs: How long actions take.
+      transfer: How long a value travels to a neighbour.
+      weights: float64[num_layers + 1], the layers' costs, added up.
+    """
+
+    def __init__(self, schedule: Schedule, *, costs: Costs, transfer: float, weights: np.ndarray):
+        self._costs, self._transfer, self._weights = costs, transfer, weights
+        # The order of actions does not depend on the layers of the stages, and nor do the slots.
+        self._tables, _ = compile_for(
+            schedule,
+            Execution(
+                overlap=False,
+                split_backward=True,
+                deferred="recompute" if costs.recompute else "store",
+            ),
+            costs=costs,
+            transfer=transfer,
+            layers=None,
+        )
+        units = schedule.program.units
+        # int[num_ranks, num_stages], the microbatches that a rank runs through a stage.
+        self._runs = np.zeros((schedule.num_ranks, schedule.num_stages), int)
+        is_forward = units.opcode == FORWARD
+        np.add.at(self._runs, (units.rank[is_forward], units.stage[is_forward]), 1)
+        # The time of a rank's whole share of the layers.
+        self._time = schedule.num_microbatches * (costs.forward + costs.backward)
+
+    @property
+    def size(self) -> int:
+        """The numbers in a replay of every move of a layer at once."""
+        return self._tables.num_stages**2 * self._tables.opcode.size
+
+    def unevenness(self, sizes: np.ndarray) -> np.ndarray:
+        """Divides the busiest ranks' work by the mean, nearly: float64[num_splits]."""
+        cost = _of_stages(self._costs_of(sizes))
+        work = self._runs @ cost
+        busiest = np.mean((work / work.mean(axis=0)) ** _POWER, axis=0) ** (1 / _POWER)
+        return busiest + _ALIKE * _variance(cost)
+
+    def makespans(self, sizes: np.ndarray) -> np.ndarray:
+        """Simulates the step of each split, second aims included: float64[num_splits]."""
+        cost = self._costs_of(sizes)
+        work = cost[self._tables.opcode, self._tables.stage]
+        end = replay_dependencies(self._tables, work, transfer=self._transfer)[-1]
+        largest = sizes.max(axis=1) / sizes.mean(axis=1)
+        second = _ALIKE * _variance(_of_stages(cost)) + _SMALL * largest
+        return end.max(axis=0) + _EARLY * end.mean(axis=0) + self._time * second
+
+    def _costs_of(self, sizes: np.ndarray) -> np.ndarray:
+        """Finds how long actions take: float64[num_opcodes, num_stages, num_splits]."""
+        tables, costs = self._tables, self._costs
+        ends = np.cumsum(np.pad(sizes, ((0, 0), (1, 0))), axis=1)
+        weights = np.diff(self._weights[ends], axis=1).T
+        num_ranks, cost = tables.num_ranks, np.zeros((max(Opcode) + 1, *weights.shape))
+        cost[: WEIGHT_GRAD + 1] = costs.of_stages(
+            weights, num_ranks=num_ranks, forward_only=tables.forward_only
+        )
+        recompute = costs.recompute * num_ranks / self._weights[-1] * weights
+        cost[Opcode.INPUT_GRAD_DEFERRING] = cost[INPUT_GRAD]
+        cost[Opcode.WEIGHT_GRAD_DEFERRED] = cost[WEIGHT_GRAD] + recompute
+        return cost
+
+
+def _of_stages(cost: np.ndarray) -> np.ndarray:
+    """Adds up F, I and W of each stage: float64[num_stages, num_splits]."""
+    return cost[[FORWARD, INPUT_GRAD, WEIGHT_GRAD]].sum(axis=0)
+
+
+def _variance(cost: np.ndarray) -> np.ndarray:
+    """Measures how the costs of stages differ: float64[num_splits], 0 if all are alike."""
+    return np.var(cost / cost.mean(axis=0), axis=0)
+
+
+def _descend(sizes: np.ndarray, aim: _Aim, *, most: int) -> np.ndarray:
+    """Moves one layer after the other between stages, each by the best move, until none helps."""
+    (now,) = aim(sizes[None])
+    while True:
+        splits = _moved(sizes, most=most)
+        if not len(splits):
+            return sizes
+        figures = aim(splits)
+        best = figures.argmin()
+        # Sums in different orders differ in their last bits. No split comes twice.
+        if not figures[best] < now * (1 - 1e-12):
+            return sizes
+        sizes, now = splits[best], figures[best]
+
+
+def _moved(sizes: np.ndarray, *, most: int) -> np.ndarray:
+    """Lists the splits with one layer in another stage: int64[num_splits, num_stages]."""
+    one = np.eye(len(sizes), dtype=int)
+    splits = (sizes - one[:, None] + one[None]).reshape(-1, len(sizes))
+    is_split = (splits >= 0).all(axis=1) & (splits <= most).all(axis=1)
+    return splits[is_split & (splits != sizes).any(axis=1)]
