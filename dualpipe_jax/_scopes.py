@@ -67,7 +67,7 @@ def of_schedule(name: str, *, num_ranks: int, num_microbatches: int) -> str:
     >>> of_schedule("zb-h1", num_ranks=4, num_microbatches=8)
     'dualpipe.schedule.zb-h1.4.8'
     """
-    return f"dualpipe.schedule.{name}.{num_ranks}.{num_microbatches}"
+    return f"dualpipe.schedule.{name.replace(' ', '')}.{num_ranks}.{num_microbatches}"
 
 
 def read_schedule(op_name: str) -> tuple[str, int, int] | None:
@@ -75,8 +75,12 @@ def read_schedule(op_name: str) -> tuple[str, int, int] | None:
 
     >>> read_schedule("jit(step)/dualpipe.schedule.zb-h1.4.8/shard_map/while")
     ('zb-h1', 4, 8)
+    >>> read_schedule(
+    ...     of_schedule("interleaved-zb(num_deferred=2r)", num_ranks=4, num_microbatches=8)
+    ... )
+    ('interleaved-zb(num_deferred=2r)', 4, 8)
     """
-    found = re.search(r"dualpipe\.schedule\.([\w-]+)\.(\d+)\.(\d+)", op_name)
+    found = re.search(r"dualpipe\.schedule\.([\w-]+(?:\([^./]*\))?)\.(\d+)\.(\d+)", op_name)
     return (found[1], int(found[2]), int(found[3])) if found else None
 
 

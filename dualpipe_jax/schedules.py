@@ -1,13 +1,15 @@
 """The schedules by name: `dualpipe(num_ranks=8, num_microbatches=20)`, or `make("dualpipe", ...)`.
 
-Every schedule takes any number of ranks and of microbatches, from 1.
+Every schedule takes any number of ranks and of microbatches, from 1. Some have options beside: a
+schedule that was made with others than the defaults has them in its name, which `make` reads.
 """
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.compile import Compiled, compile_program
@@ -16,6 +18,7 @@ from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.grammar import parse_program
 from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.ir import Timeline as Timeline
+from dualpipe_jax._schedule.named import generate, read_name, require_options
 from dualpipe_jax._schedule.place import shortest_ticks
 from dualpipe_jax._schedule.verify import verify_program
 
@@ -47,14 +50,18 @@ class Schedule:
 
     @property
     def name(self) -> str:
-        """The name under which `make` knows it, or that given to `from_csv`."""
+        """The name from which `make` makes it, options included, or that given to `from_csv`."""
         return self.program.name
 
     @cached_property
     def is_named(self) -> bool:
         """Whether its name tells which one it is: `make` makes the same of it."""
+        if read_name(self.name) is None:
+            return False
         sizes = {"num_ranks": self.num_ranks, "num_microbatches": self.num_microbatches}
-        return self.name in names() and make(self.name, **sizes) == self
+        with suppress(ValueError):  # of options that it does not have
+            return make(self.name, **sizes) == self
+        return False
 
     @property
     def num_ranks(self) -> int:
@@ -138,20 +145,38 @@ class Schedule:
         return compile_program(self.program, timetable=timetable_of(overlap))
 
 
-def make(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
+def make(name: str, *, num_ranks: int, num_microbatches: int, **options: Any) -> Schedule:
     """Makes the schedule of a name, one of `names()`.
 
+    >>> make("interleaved-1f1b", num_ranks=2, num_microbatches=4, num_stages_per_rank=3).name
+    'interleaved-1f1b(num_stages_per_rank=3)'
+    >>> make(_, num_ranks=4, num_microbatches=8).num_stages
+    12
+
+    Args:
+        name: The name. It may have options in brackets, as names and messages write them.
+        num_ranks: The number of ranks.
+        num_microbatches: The number of microbatches of a step.
+        **options: As the schedule's function takes them, such as `num_stages_per_rank` of
+            `interleaved_one_f_one_b`.
+
     Raises:
-        ValueError: if there is none of that name, or a size is not an integer of at least 1.
+        ValueError: if there is none of that name, if it does not have such an option, or if a size
+            is not an integer of at least 1.
     """
-    if not isinstance(name, str) or name not in GENERATORS:
+    found = read_name(name)
+    if found is None:
         known = ", ".join(map(repr, GENERATORS))
         meant = isinstance(name, str) and name.lower().replace("_", "-")
         hint = f"; did you mean {meant!r}?" if meant in GENERATORS else ""
         raise ValueError(
             f"schedule={brief(name)}: must be one of {known}, or a dualpipe_jax.Schedule{hint}"
         )
-    return Schedule(GENERATORS[name](num_ranks=num_ranks, num_microbatches=num_microbatches))
+    base, given = found
+    options = {**given, **options}
+    require_options(base, options)
+    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+    return Schedule(generate(base, **sizes, **options))
 
 
 def names() -> tuple[str, ...]:
@@ -162,24 +187,26 @@ def names() -> tuple[str, ...]:
 class _Factory(Protocol):
     """Makes a schedule of some size, as `make` does."""
 
-    def __call__(self, *, num_ranks: int, num_microbatches: int, **more: int) -> Schedule:
+    def __call__(self, *, num_ranks: int, num_microbatches: int, **options: Any) -> Schedule:
         """Makes the schedule; `interleaved_one_f_one_b` takes `num_stages_per_rank` too."""
         ...
 
 
-def _factory(generate: Callable[..., Program]) -> _Factory:
-    @wraps(generate)
-    def factory(**sizes: int) -> Schedule:
-        return Schedule(generate(**sizes))
+def _factory(name: str, generator: Callable[..., Program]) -> _Factory:
+    @wraps(generator)
+    def factory(**arguments: Any) -> Schedule:
+        return Schedule(generate(name, **arguments))
 
     factory.__module__ = __name__
-    signature = inspect.signature(generate).replace(return_annotation=Schedule)
+    signature = inspect.signature(generator).replace(return_annotation=Schedule)
     factory.__signature__ = signature  # pyrefly: ignore[missing-attribute]
     return factory
 
 
 # A function for each generator, under the same name.
-_FACTORIES = {generate.__name__: _factory(generate) for generate in GENERATORS.values()}
+_FACTORIES = {
+    generator.__name__: _factory(name, generator) for name, generator in GENERATORS.items()
+}
 globals().update(_FACTORIES)
 
 __all__ = ["Schedule", "Timeline", "make", "names", *_FACTORIES]

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from dualpipe_jax._api.value_and_grad import value_and_grad
 from dualpipe_jax._model.types import Context, Model
 from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax.schedules import Schedule
 
 _AXIS = "pipe"
 
@@ -119,27 +120,24 @@ def _causal_bias(heads: int, length: int) -> jax.Array:
 def make_step(
     gpt: GPT,
     *,
-    ranks: int,
-    schedule: str,
+    schedule: Schedule,
     overlap: bool | Literal["two-tick"] | None,
     microbatch: int,
-    microbatches: int,
     remat: str,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """Makes loss, gradients and AdamW's update of a GPT: a jitted step, and avals of its arguments.
 
     Args:
       gpt: The model.
-      ranks: Devices of the pipeline.
-      schedule: A name of `schedules.names()`.
+      schedule: The schedule, for as many devices as it has ranks.
       overlap: As for `Execution`.
       microbatch: Windows of text in a microbatch.
-      microbatches: Microbatches of a step.
       remat: `"none"` or `"block"`.
 
     Raises:
       ValueError: If sizes do not fit each other.
     """
+    ranks, microbatches = schedule.num_ranks, schedule.num_microbatches
     mesh = AbstractMesh((ranks,), (_AXIS,))
     grad_fn = value_and_grad(
         gpt.model(),

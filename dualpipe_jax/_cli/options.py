@@ -5,7 +5,10 @@ from typing import Any, TypeVar
 
 import click
 
+from dualpipe_jax import schedules
 from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.generators import GENERATORS
+from dualpipe_jax._schedule.named import options_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 # The options of a replay, and their defaults.
@@ -25,6 +28,31 @@ ranks = click.option(
 microbatches = click.option(
     "--microbatches", type=int, default=20, show_default=True, help="Microbatches of a step."
 )
+
+
+def has_stages_per_rank(name: str) -> bool:
+    """Whether a schedule has any number of stages a rank."""
+    return "num_stages_per_rank" in options_of(name)
+
+
+stages_per_rank = click.option(
+    "--stages-per-rank",
+    type=int,
+    help="Stages that each rank holds, by default 2: for "
+    f"{', '.join(filter(has_stages_per_rank, GENERATORS))}.",
+)
+
+
+def make_schedule(
+    name: str, *, ranks: int, microbatches: int, stages_per_rank: int | None
+) -> schedules.Schedule:
+    """Makes the schedule that a command's options describe.
+
+    Raises:
+        ValueError: As `schedules.make`.
+    """
+    options = {} if stages_per_rank is None else {"num_stages_per_rank": stages_per_rank}
+    return schedules.make(name, num_ranks=ranks, num_microbatches=microbatches, **options)
 
 
 class Overlap(click.ParamType):

@@ -17,6 +17,7 @@ from dualpipe_jax._cli import options
 from dualpipe_jax._cli.refusal import Command, Refusal
 
 _SIZE = click.IntRange(min=1)
+_OF_SCHEDULE = ("ranks", "microbatches", "stages_per_rank")
 _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
 
 
@@ -35,6 +36,7 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
 )
 @options.ranks
 @options.microbatches
+@options.stages_per_rank
 @options.overlap(default=None)
 @click.option("--layers", type=_SIZE, default=16, show_default=True, help="Layers of the model.")
 @click.option("--width", type=_SIZE, default=1024, show_default=True)
@@ -66,7 +68,9 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
     default="table",
     show_default=True,
 )
-def preflight(topology: str, output_format: str, has_options: bool, **options_of_step: Any) -> None:
+def preflight(
+    topology: str, schedule: str, output_format: str, has_options: bool, **options_of_step: Any
+) -> None:
     """Compile the training step of a GPT for hardware that need not be there.
 
     Loss, gradients and AdamW's update, with float32 parameters. The report says how much memory a
@@ -87,7 +91,9 @@ def preflight(topology: str, output_format: str, has_options: bool, **options_of
     compile_ahead = importlib.import_module("dualpipe_jax._preflight").preflight
     try:
         gpt = gpt_step.GPT(**{name: options_of_step.pop(name) for name in _SIZES_OF_GPT})
-        step, args = gpt_step.make_step(gpt, **options_of_step)
+        of_schedule = {name: options_of_step.pop(name) for name in _OF_SCHEDULE}
+        made = options.make_schedule(schedule, **of_schedule)
+        step, args = gpt_step.make_step(gpt, schedule=made, **options_of_step)
         report = compile_ahead(step, args, topology, compiler_options=None if has_options else {})
     except (ValueError, ModuleNotFoundError) as error:
         raise Refusal(" ".join(str(error).split())) from error

@@ -47,6 +47,7 @@ _NOTES = (
 )
 @options.ranks
 @options.microbatches
+@options.stages_per_rank
 @options.overlap(default=None)
 @options.costs_of_actions()
 @click.option(
@@ -65,6 +66,7 @@ def simulate(
     schedule: str,
     ranks: int,
     microbatches: int,
+    stages_per_rank: int | None,
     overlap: Any,
     rendezvous: bool,
     costs: str,
@@ -89,7 +91,13 @@ def simulate(
         raise Refusal(str(error)) from error
     for name in schedules.names() if schedule == "all" else [schedule]:
         try:
-            made = schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
+            is_for_others = schedule == "all" and not options.has_stages_per_rank(name)
+            made = options.make_schedule(
+                name,
+                ranks=ranks,
+                microbatches=microbatches,
+                stages_per_rank=None if is_for_others else stages_per_rank,
+            )
             simulations.append(
                 run_simulation(
                     made,

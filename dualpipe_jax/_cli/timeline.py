@@ -36,6 +36,7 @@ Piece = tuple[str, str]
 )
 @options.ranks
 @options.microbatches
+@options.stages_per_rank
 @options.overlap(default="no")
 @click.option(
     "--layers",
@@ -48,6 +49,7 @@ def timeline(
     schedule: str,
     ranks: int,
     microbatches: int,
+    stages_per_rank: int | None,
     overlap: Any,
     layers: int | None,
     output_format: str | None,
@@ -61,7 +63,9 @@ def timeline(
     ui.perfetto.dev, by the clock: the actions as `simulate` replays them, at costs in microseconds.
     """
     try:
-        made = schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
+        made = options.make_schedule(
+            schedule, ranks=ranks, microbatches=microbatches, stages_per_rank=stages_per_rank
+        )
         shown = made.timeline(overlap=overlap)
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 
 from dualpipe_jax._predict.costs import Costs
+from dualpipe_jax._schedule.named import base_name
 from dualpipe_jax.schedules import Schedule
 
 
 def published_bubble(schedule: Schedule, costs: Costs) -> float | None:
     """Computes the idle time of a rank by the schedule's paper, without transfers."""
-    formula = _PUBLISHED.get(schedule.name)
+    formula = _PUBLISHED.get(base_name(schedule.name))
     if formula is None:
         return None
     P, N, S = schedule.num_ranks, schedule.num_microbatches, schedule.num_stages

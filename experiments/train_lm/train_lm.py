@@ -30,6 +30,11 @@ FOLDER = "runs/train_lm"
 @flags.script("train_lm")
 @click.option("--schedule", type=click.Choice(dpj.schedules.names()), default="dualpipe")
 @click.option(
+    "--stages-per-rank",
+    type=POSITIVE,
+    help="Stages that each rank holds, by default 2, for the interleaved schedules.",
+)
+@click.option(
     "--ranks",
     type=POSITIVE,
     show_default=f"all accelerators, or {DEFAULT_RANKS} without one",
@@ -77,9 +82,11 @@ def main(ctx: click.Context, **given: Any) -> None:
             "--prompt: must be text in UTF-8": not _is_utf8(given["prompt"]),
         }
     )
-    place, ranks = _find_ranks(settings, schedule=given["schedule"], layers=layers)
+    schedule, per_rank = given["schedule"], given["stages_per_rank"]
+    options = {} if per_rank is None else {"num_stages_per_rank": per_rank}
+    place, ranks = _find_ranks(settings, schedule=schedule, layers=layers, options=options)
     devices = place.devices
-    plan = run.make_schedule(given["schedule"], settings, ranks=ranks, layers=layers)
+    plan = run.make_schedule(schedule, settings, ranks=ranks, layers=layers, **options)
     folder = run.open_folder(settings, config, place, default=FOLDER)
     console = place.console
     timeline = plan.timeline()
@@ -89,7 +96,7 @@ def main(ctx: click.Context, **given: Any) -> None:
     console.print(
         f"text      {place.text.summary}\n"
         f"devices   {place.which}\n"
-        f"pipeline  {given['schedule']}, {ranks} x {devices[0].platform}{over}, "
+        f"pipeline  {plan.name}, {ranks} x {devices[0].platform}{over}, "
         f"{settings.microbatches} microbatches of {settings.batch_size // parts} x "
         f"{settings.context} bytes, {timeline.num_ticks} ticks"
     )
@@ -101,7 +108,7 @@ def main(ctx: click.Context, **given: Any) -> None:
         dropout=given["dropout"],
     )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(_shapes(model)))
-    title = f"{num_params:,} parameters, {given['schedule']} over {ranks} ranks"
+    title = f"{num_params:,} parameters, {plan.name} over {ranks} ranks"
 
     def at_stop(rows: list[Row]) -> None:
         plot(rows, folder.path / "loss.png", title=title)
@@ -137,7 +144,9 @@ def main(ctx: click.Context, **given: Any) -> None:
         console.print(f"written   {folder.path}: log.csv, loss.png, timetable.png, sample.txt")
 
 
-def _find_ranks(settings: Settings, *, schedule: str, layers: int) -> tuple[run.Place, int]:
+def _find_ranks(
+    settings: Settings, *, schedule: str, layers: int, options: dict[str, int]
+) -> tuple[run.Place, int]:
     """Finds the devices, and the ranks of the pipeline: all of them, as far as layers suffice."""
     shards = settings.batch_devices
     count = None if settings.ranks is None else settings.ranks * shards
@@ -146,7 +155,9 @@ def _find_ranks(settings: Settings, *, schedule: str, layers: int) -> tuple[run.
     if settings.ranks is not None:
         return place, settings.ranks
     limit = len(place.devices) // shards
-    ranks = _most_ranks(schedule, limit=limit, layers=layers, microbatches=settings.microbatches)
+    sizes = {"layers": layers, "microbatches": settings.microbatches}
+    with flags.refusing(f"--schedule {schedule}"):
+        ranks = _most_ranks(schedule, limit=limit, **sizes, **options)
     which = place.which
     if ranks * shards < len(place.devices):
         which = f"{which}; {ranks * shards} of them, as {layers} layers make no more stages"
@@ -189,10 +200,14 @@ def _shapes(model: LanguageModel) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _most_ranks(schedule: str, *, limit: int, layers: int, microbatches: int) -> int:
+def _most_ranks(
+    schedule: str, *, limit: int, layers: int, microbatches: int, **options: int
+) -> int:
     """Finds the most ranks, up to a limit, of whose stages each has a layer; at least 1."""
     for ranks in range(limit, 1, -1):
-        made = dpj.schedules.make(schedule, num_ranks=ranks, num_microbatches=microbatches)
+        made = dpj.schedules.make(
+            schedule, num_ranks=ranks, num_microbatches=microbatches, **options
+        )
         if made.num_stages <= layers:
             return ranks
     return 1

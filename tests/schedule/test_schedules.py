@@ -2,10 +2,13 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from dualpipe_jax import schedules
+from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._schedule.generators import GENERATORS
+
+TWICE_P_STAGES = ("interleaved-1f1b", "interleaved-zb", "dualpipev")
 
 
 def test_names_and_functions_agree():
@@ -15,6 +18,7 @@ def test_names_and_functions_agree():
         "1f1b": schedules.one_f_one_b,
         "interleaved-1f1b": schedules.interleaved_one_f_one_b,
         "zb-h1": schedules.zb_h1,
+        "interleaved-zb": schedules.interleaved_zb,
         "chimera": schedules.chimera,
         "dualpipe": schedules.dualpipe,
         "dualpipev": schedules.dualpipev,
@@ -25,7 +29,7 @@ def test_names_and_functions_agree():
         assert schedule == schedules.make(name, **sizes)
         assert {schedule: name}[schedules.make(name, **sizes)] == name
         assert (schedule.name, schedule.num_ranks, schedule.num_microbatches) == (name, 4, 6)
-        assert schedule.num_stages == (8 if name in ("interleaved-1f1b", "dualpipev") else 4)
+        assert schedule.num_stages == (8 if name in TWICE_P_STAGES else 4)
 
 
 @pytest.mark.parametrize(("name", "generate"), GENERATORS.items())
@@ -46,6 +50,54 @@ def test_every_generator_has_a_public_function(name, generate):
 def test_unknown_name_names_the_known():
     with pytest.raises(ValueError, match="schedule='dual': must be one of 'gpipe', '1f1b', 'inter"):
         schedules.make("dual", num_ranks=2, num_microbatches=2)
+
+
+def test_options_are_in_the_name_that_makes_the_schedule_again():
+    sizes = {"num_ranks": 3, "num_microbatches": 7}
+    cases = {
+        "interleaved-1f1b": {"num_stages_per_rank": 2},
+        "interleaved-1f1b(num_stages_per_rank=4)": {"num_stages_per_rank": np.int64(4)},
+        "interleaved-zb": {"num_deferred": "r"},
+        "interleaved-zb(num_stages_per_rank=1, num_deferred=2r)": {
+            "num_deferred": "2r",
+            "num_stages_per_rank": 1,
+        },
+        "interleaved-zb(num_deferred=(0, 3, 1))": {"num_deferred": np.array([0, 3, 1])},
+    }
+    for name, options in cases.items():
+        base = name.partition("(")[0]
+        schedule = schedules.make(base, **sizes, **options)
+        assert schedule.name == name
+        assert schedule.is_named
+        assert schedules.make(name, **sizes) == schedule
+        function = getattr(schedules, GENERATORS[base].__name__)
+        assert function(**sizes, **options) == schedule
+        assert schedules.Schedule.from_csv(schedule.to_csv(), name=name) == schedule
+        # The name stands in compiled programs, from which readers make the schedule.
+        scope = _scopes.of_schedule(name, **sizes)
+        again, *numbers = _scopes.read_schedule(f"jit(step)/{scope}/while")
+        assert (schedules.make(again, **sizes), numbers) == (schedule, [3, 7])
+    other = schedules.make("1f1b", **sizes).to_csv()
+    for name in ("interleaved-1f1b(num_stages_per_rank=3)", "1f1b(bogus=1)", "csv"):
+        assert not schedules.Schedule.from_csv(other, name=name).is_named
+
+
+def test_other_options_are_refused():
+    sizes = {"num_ranks": 2, "num_microbatches": 2}
+    text = (
+        r"^num_stages_per_rank=4: must be an option of schedule 'zb-h1', which has none; take "
+        r"schedule 'interleaved-1f1b' or 'interleaved-zb', or leave it out$"
+    )
+    with pytest.raises(ValueError, match=text):
+        schedules.make("zb-h1", **sizes, num_stages_per_rank=4)
+    with pytest.raises(ValueError, match=text):
+        schedules.make("zb-h1(num_stages_per_rank=4)", **sizes)
+    text = "^bogus=1: must be .* which has num_stages_per_rank, num_deferred; leave it out$"
+    with pytest.raises(ValueError, match=text):
+        schedules.make("interleaved-zb", **sizes, bogus=1)
+    for name in ("1f1b(", "1f1b()x", "1f1b(x)", "interleaved-zb(num_deferred=2r]"):
+        with pytest.raises(ValueError, match="must be one of 'gpipe'"):
+            schedules.make(name, **sizes)
 
 
 def test_schedules_need_no_jax():

@@ -83,6 +83,7 @@ def _of_schedule() -> dict[str, list[Mistake]]:
         "schedule": of.choices(dpj.schedules.names(), "schedule"),
         "ranks": of.counts("num_ranks"),
         "microbatches": of.counts("num_microbatches"),
+        "stages-per-rank": of.counts("num_stages_per_rank"),
         "overlap": of.choices(("yes", "no", "two-tick")),
     }
 

@@ -226,6 +226,7 @@ def _that_train() -> list[Experiment]:
                 "heads": [*size, mistake("number that does not divide", "3", "17")],
                 "dropout": [*of.amounts(), mistake("number far too large", "1", "1.5", "1e300")],
                 "dtype": of.choices(("float32", "bfloat16")),
+                "stages-per-rank": of.counts("num_stages_per_rank"),
                 "prompt": [mistake("empty", ""), mistake("odd characters", "\udcff")],
             },
             stops=[(f"{trainer}.train_lm", "LanguageModel")],

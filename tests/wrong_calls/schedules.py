@@ -1,10 +1,12 @@
 """Schedules: `make`, each factory, CSVs and timelines."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from dualpipe_jax import schedules
@@ -99,14 +101,30 @@ def _factories() -> list[Target]:
         if name in ("Schedule", "Timeline", "make", "names"):
             continue
         mistakes = {"num_ranks": _sizes(), "num_microbatches": _sizes()}
-        if name == "interleaved_one_f_one_b":
+        options = inspect.signature(factory).parameters
+        if "num_stages_per_rank" in options:
             mistakes["num_stages_per_rank"] = but(_sizes(), "argument left out")
+        if "num_deferred" in options:
+            mistakes["num_deferred"] = _counts_of_ranks()
         made.append(Target(name=f"schedules.{name}", call=factory, valid=_SIZES, mistakes=mistakes))
     return made
 
 
 def _sizes() -> list[Mistake]:
     return [*counts(most=10**8), left_out()]
+
+
+def _counts_of_ranks() -> list[Mistake]:
+    """Mistakes in a number for each of two ranks."""
+    return [
+        mistake("another form", "2r", [0, 1], (3, 0), range(2), np.arange(2), legal=always),
+        wrong_type(),
+        mistake("malformed text", "", "2", "r2", "-r", "2R", "1.5r", "9" * 20 + "r"),
+        mistake("wrong length", [], [0], [0, 1, 2], range(10**9)),
+        mistake("wrong type inside", ["0", "1"], [0, 1.0], [0, None], [False, True], [[0], [1]]),
+        mistake("negative number", [0, -1], (-1, -1)),
+        mistake("number far too large", [0, 10**30], "999999999r", legal=always),
+    ]
 
 
 def _with_schedule(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from dualpipe_jax._schedule.generators.dualpipev import dualpipev
 from dualpipe_jax._schedule.generators.forward_only import forward_only as forward_only
 from dualpipe_jax._schedule.generators.gpipe import gpipe
 from dualpipe_jax._schedule.generators.interleaved_one_f_one_b import interleaved_one_f_one_b
+from dualpipe_jax._schedule.generators.interleaved_zb import interleaved_zb
 from dualpipe_jax._schedule.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax._schedule.generators.zb_h1 import zb_h1
 from dualpipe_jax._schedule.ir import Program
@@ -22,6 +23,7 @@ GENERATORS: dict[str, Callable[..., Program]] = {
     "1f1b": one_f_one_b,
     "interleaved-1f1b": interleaved_one_f_one_b,
     "zb-h1": zb_h1,
+    "interleaved-zb": interleaved_zb,
     "chimera": chimera,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,

@@ -2,18 +2,13 @@
 
 1F1B with the backward split: rank r defers r weight grads and runs them at the end, where 1F1B
 idles. Rank r's P-r activations of 1F1B and these r are P together, on every rank.
-
-Weight grads take equally long for all microbatches. So the first r wait, to the end, and every
-later one follows its input grad at once, where a queue would defer all of them by r. Ticks and
-slots are the same, but only r weight grads recompute, and the others find the values of their input
-grads still at hand.
 """
 
 from dataclasses import replace
-from itertools import islice
 
+from dualpipe_jax._schedule.generators.defer import defer_first
 from dualpipe_jax._schedule.generators.one_f_one_b import one_f_one_b
-from dualpipe_jax._schedule.ir import Action, Program, Row
+from dualpipe_jax._schedule.ir import Program
 
 
 def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
@@ -29,15 +24,5 @@ def zb_h1(*, num_ranks: int, num_microbatches: int) -> Program:
         ValueError: if a size is not a positive integer.
     """
     plain = one_f_one_b(num_ranks=num_ranks, num_microbatches=num_microbatches)
-    rows = (
-        _defer(row, min(rank, plain.num_microbatches - 1)) for rank, row in enumerate(plain.rows)
-    )
-    return replace(plain, name="zb-h1", rows=tuple(rows))
-
-
-def _defer(row: Row, count: int) -> Row:
-    """Defers the weight grads of a row's first `count` microbatches to its end."""
-    backwards = (cell for cell in row if isinstance(cell, Action) and cell.kind == "B")
-    waiting = list(islice(backwards, count))
-    split = [cell._replace(kind="I") if cell in waiting else cell for cell in row]
-    return (*split, *(action._replace(kind="W") for action in waiting))
+    rows = defer_first(plain.rows, range(plain.num_ranks))
+    return replace(plain, name="zb-h1", rows=rows)

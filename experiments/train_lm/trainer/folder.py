@@ -31,6 +31,7 @@ _FREE = {
     "steps",
     "ranks",
     "schedule",
+    "stages-per-rank",
     "microbatches",
     "data-devices",
     "fsdp-devices",

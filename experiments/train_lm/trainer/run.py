@@ -135,15 +135,22 @@ def find_place(settings: Settings, *, count: int | None, flag: str, fake: int) -
     return Place(console=processes.console(), devices=devices, which=which, text=text)
 
 
-def make_schedule(name: str, settings: Settings, *, ranks: int, layers: int) -> dpj.Schedule:
-    """Makes the schedule, each stage with a layer.
+def make_schedule(
+    name: str, settings: Settings, *, ranks: int, layers: int, **options: int
+) -> dpj.Schedule:
+    """Makes the schedule, each stage with a layer; `options` are those of `dpj.schedules.make`.
 
     Raises:
-      Refusal: If there are too few layers, or if no table holds so many ranks and microbatches.
+      Refusal: If there are too few layers, if no table holds so many ranks and microbatches, or if
+        the schedule has no such option.
     """
-    with flags.refusing(f"--ranks {ranks}, --microbatches {settings.microbatches}"):
-        plan = dpj.schedules.make(name, num_ranks=ranks, num_microbatches=settings.microbatches)
-    of = f"of {name}"
+    given = {"ranks": ranks, "microbatches": settings.microbatches}
+    given |= {option.removeprefix("num_"): value for option, value in options.items()}
+    with flags.refusing(", ".join(f"--{n.replace('_', '-')} {v}" for n, v in given.items())):
+        plan = dpj.schedules.make(
+            name, num_ranks=ranks, num_microbatches=settings.microbatches, **options
+        )
+    of = f"of {plan.name}"
     flags.refuse(flags.too_few_layers(layers, stages=plan.num_stages, ranks=ranks, of=of))
     return plan
 
