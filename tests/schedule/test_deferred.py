@@ -56,6 +56,7 @@ def test_schedules_differ_in_the_weight_grads_that_they_defer():
         "dualpipe",
         "dualpipev",
         "zb-h1",
+        "interleaved-zb",
     }
 
 

@@ -15,11 +15,11 @@ BY_HAND = """
 SPLIT = dpj.Execution(overlap=False, split_backward=True)
 
 
-def made(num_ranks, num_microbatches, num_stages_per_rank, name="interleaved-zb", **options):
+def made(sizes, num_stages_per_rank, name="interleaved-zb", **options):
     return schedules.make(
         name,
-        num_ranks=num_ranks,
-        num_microbatches=num_microbatches,
+        num_ranks=sizes[0],
+        num_microbatches=sizes[1],
         num_stages_per_rank=num_stages_per_rank,
         **options,
     )
@@ -44,7 +44,7 @@ def test_is_at_the_bound_if_all_actions_take_equally_long(sizes, num_stages_per_
     """No rank can end before its work is done, nor the last one start before x reaches it."""
     num_ranks, num_microbatches = sizes
     bound = 3 * num_microbatches + (num_ranks - 1) / num_stages_per_rank
-    assert ideal(made(*sizes, num_stages_per_rank)) == pytest.approx(bound, rel=1e-12)
+    assert ideal(made(sizes, num_stages_per_rank)) == pytest.approx(bound, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,9 @@ def test_is_at_the_bound_if_all_actions_take_equally_long(sizes, num_stages_per_
     ],
 )
 def test_twice_as_many_suit_long_input_grads(costs, plain, deferred):
-    sizes = 8, 32, 2
     found = (
-        ideal(made(*sizes, name="interleaved-1f1b"), transfer=0.1, **costs),
-        ideal(made(*sizes, num_deferred="2r"), transfer=0.1, **costs),
+        ideal(made((8, 32), 2, name="interleaved-1f1b"), transfer=0.1, **costs),
+        ideal(made((8, 32), 2, num_deferred="2r"), transfer=0.1, **costs),
     )
     assert found == pytest.approx((plain, deferred), abs=0.05)  # as rounded here
 
@@ -69,7 +68,7 @@ def test_takes_the_memory_of_interleaved_1f1b(sizes, num_stages_per_rank):
     """From F to W: rank r of interleaved 1F1B holds 2r activations fewer than rank 0."""
 
     def peaks(**options):
-        schedule = made(*sizes, num_stages_per_rank, **options)
+        schedule = made(sizes, num_stages_per_rank, **options)
         slots = {}
         for timetable in (False, "two-tick"):
             compiled = schedule.compiled(overlap=timetable)
@@ -90,7 +89,7 @@ def test_takes_the_memory_of_interleaved_1f1b(sizes, num_stages_per_rank):
 @pytest.mark.parametrize("num_stages_per_rank", [1, 2, 3])
 def test_gradients_are_exact(num_stages_per_rank, num_deferred):
     for N in range(1, 8):
-        schedule = made(3, N, num_stages_per_rank, num_deferred=num_deferred)
+        schedule = made((3, N), num_stages_per_rank, num_deferred=num_deferred)
         model = table_interpreter.random_model(3 * num_stages_per_rank, N)
         loss, grads = table_interpreter.run(compile_program(schedule.program).tables, *model)
         expected_loss, expected_grads = table_interpreter.loss_and_grads(*model)
@@ -100,16 +99,16 @@ def test_gradients_are_exact(num_stages_per_rank, num_deferred):
 
 
 def test_a_number_for_each_rank():
-    rows = made(2, 3, 1, num_deferred=[2, 9]).to_csv().splitlines()
+    rows = made((2, 3), 1, num_deferred=[2, 9]).to_csv().splitlines()
     # Of three backwards rank 1 defers all but the last.
     assert rows == ["0F0,0F1,0I0,0F2,0I1,0B2,0W0,0W1", "1F0,1I0,1F1,1I1,1F2,1B2,1W0,1W1"]
-    assert made(4, 8, 2, num_deferred=range(0, 8, 2)).program.rows == (
-        made(4, 8, 2, num_deferred="2r").program.rows
+    assert made((4, 8), 2, num_deferred=range(0, 8, 2)).program.rows == (
+        made((4, 8), 2, num_deferred="2r").program.rows
     )
-    assert made(4, 8, 2, num_deferred="0r").program.rows == (
-        made(4, 8, 2, name="interleaved-1f1b").program.rows
+    assert made((4, 8), 2, num_deferred="0r").program.rows == (
+        made((4, 8), 2, name="interleaved-1f1b").program.rows
     )
-    assert made(4, 8, 1).program.rows == (
+    assert made((4, 8), 1).program.rows == (
         schedules.zb_h1(num_ranks=4, num_microbatches=8).program.rows
     )
 
@@ -121,4 +120,4 @@ def test_a_number_for_each_rank():
 def test_wrong_numbers_are_refused(wrong):
     text = "must be 'r' or '2r', .* or 2 integers of at least 0, one for each of the 2 ranks"
     with pytest.raises(ValueError, match=f"^num_deferred=.*: {text}"):
-        made(2, 4, 2, num_deferred=wrong)
+        made((2, 4), 2, num_deferred=wrong)

@@ -75,8 +75,9 @@ def test_options_are_in_the_name_that_makes_the_schedule_again():
         assert schedules.Schedule.from_csv(schedule.to_csv(), name=name) == schedule
         # The name stands in compiled programs, from which readers make the schedule.
         scope = _scopes.of_schedule(name, **sizes)
-        again, *numbers = _scopes.read_schedule(f"jit(step)/{scope}/while")
-        assert (schedules.make(again, **sizes), numbers) == (schedule, [3, 7])
+        read = _scopes.read_schedule(f"jit(step)/{scope}/while")
+        assert read is not None
+        assert (schedules.make(read[0], **sizes), *read[1:]) == (schedule, 3, 7)
     other = schedules.make("1f1b", **sizes).to_csv()
     for name in ("interleaved-1f1b(num_stages_per_rank=3)", "1f1b(bogus=1)", "csv"):
         assert not schedules.Schedule.from_csv(other, name=name).is_named

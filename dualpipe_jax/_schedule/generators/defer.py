@@ -7,7 +7,6 @@ input grads still at hand.
 """
 
 from collections.abc import Iterable
-from itertools import islice
 
 from dualpipe_jax._schedule.ir import Action, Row
 
@@ -31,7 +30,7 @@ def defer_first(rows: Iterable[Row], counts: Iterable[int]) -> tuple[Row, ...]:
 
 def _defer(row: Row, count: int) -> Row:
     backwards = [cell for cell in row if isinstance(cell, Action) and cell.kind == "B"]
-    waiting = tuple(islice(backwards[:-1], count))
+    waiting = backwards[:-1][:count]
     is_waiting = set(waiting)
     split = [
         cell._replace(kind="I") if isinstance(cell, Action) and cell in is_waiting else cell

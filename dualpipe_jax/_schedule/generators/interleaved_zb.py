@@ -58,10 +58,11 @@ def interleaved_zb(
 
 
 def _counts(num_deferred: str | Sequence[int], num_ranks: int) -> list[int]:
-    if isinstance(num_deferred, str) and (found := re.fullmatch(r"(\d{0,9})r", num_deferred)):
-        return [int(found[1] or 1) * rank for rank in range(num_ranks)]
     counts = []
-    if isinstance(num_deferred, Sequence | np.ndarray) and len(num_deferred) == num_ranks:
+    if isinstance(num_deferred, str):
+        if found := re.fullmatch(r"(\d{0,9})r", num_deferred):
+            return [int(found[1] or 1) * rank for rank in range(num_ranks)]
+    elif isinstance(num_deferred, Sequence | np.ndarray) and len(num_deferred) == num_ranks:
         with suppress(TypeError):  # of a count that is no integer
             counts = [-1 if isinstance(n, bool) else operator.index(n) for n in num_deferred]
     if not counts or min(counts) < 0:
