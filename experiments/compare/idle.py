@@ -33,6 +33,7 @@ LOOKS = {
     "chimera": ("#f2b266", "v"),
     "dualpipe": ("#bd4400", "D"),
     "dualpipev": ("#6b7f2a", "P"),
+    "v-half": ("#a9b96f", "*"),
 }
 
 

@@ -55,6 +55,7 @@ def test_schedules_differ_in_the_weight_grads_that_they_defer():
     assert {name for name in NAMES if "deferred" in some[name]} == {
         "dualpipe",
         "dualpipev",
+        "v-half",
         "zb-h1",
         "interleaved-zb",
     }

@@ -8,7 +8,7 @@ import pytest
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._schedule.generators import GENERATORS
 
-TWICE_P_STAGES = ("interleaved-1f1b", "interleaved-zb", "dualpipev")
+TWICE_P_STAGES = ("interleaved-1f1b", "interleaved-zb", "dualpipev", "v-half")
 
 
 def test_names_and_functions_agree():
@@ -22,6 +22,7 @@ def test_names_and_functions_agree():
         "chimera": schedules.chimera,
         "dualpipe": schedules.dualpipe,
         "dualpipev": schedules.dualpipev,
+        "v-half": schedules.v_half,
     }
     assert schedules.names()[: len(functions)] == tuple(functions)
     for name, function in functions.items():

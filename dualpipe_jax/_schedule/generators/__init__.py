@@ -14,6 +14,7 @@ from dualpipe_jax._schedule.generators.gpipe import gpipe
 from dualpipe_jax._schedule.generators.interleaved_one_f_one_b import interleaved_one_f_one_b
 from dualpipe_jax._schedule.generators.interleaved_zb import interleaved_zb
 from dualpipe_jax._schedule.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax._schedule.generators.v_half import v_half
 from dualpipe_jax._schedule.generators.zb_h1 import zb_h1
 from dualpipe_jax._schedule.ir import Program
 
@@ -27,4 +28,5 @@ GENERATORS: dict[str, Callable[..., Program]] = {
     "chimera": chimera,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
+    "v-half": v_half,
 }

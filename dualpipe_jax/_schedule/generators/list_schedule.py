@@ -149,11 +149,11 @@ def list_schedule(
             rank.run(kind, lane)
         num_left -= len(chosen)
     direction_of = {m: d for d, entering in enumerate(microbatches) for m in entering}
-    rows = tuple(_join_backwards(rank.row) for rank in ranks)
+    rows = tuple(join_backwards(rank.row) for rank in ranks)
     return tuple(_join_pairs(row, direction_of) for row in rows) if pairs else rows
 
 
-def _join_backwards(row: list[Action]) -> Row:
+def join_backwards(row: list[Action]) -> Row:
     """Joins an I and the W of it that follows to a B."""
     cells: list[Action] = []
     for action in row:
