@@ -41,7 +41,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "schedule": NAMES,
     "num_ranks": (1, 2, 3, 4),
     "microbatches": ("fewer than ranks", "as many", "odd", "many"),
-    # A stage's: two, which are unrolled; two or one; five, in a loop; any, by layers_per_stage.
+    # A stage's: two, which are unrolled; two or one; five, in a loop; any, or none, as given.
     "layers": ("two", "uneven", "five", "given"),
     "kinds": ("one", "by turns", "one after the other"),
     "overlap": (False, True, "two-tick"),
@@ -83,7 +83,7 @@ def layers_of_stages(layers: str, num_stages: int) -> list[int]:
         "two": [2] * num_stages,
         "uneven": [2] * (num_stages // 2 + 1) + [1] * (num_stages - num_stages // 2 - 1),
         "five": [5] * num_stages,
-        "given": [1, 3, 2, 1, 1, 2, 1, 1][:num_stages],
+        "given": [2, 0, 3, 0, 1, 2, 1, 0][:num_stages] if num_stages != 3 else [0, 3, 2],
     }[layers]
 
 

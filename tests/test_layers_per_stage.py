@@ -9,6 +9,8 @@ import pytest
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
 from tests.cheap_keys import make_key
+from tests.kinds import make_kinds
+from tests.kinds import make_params as make_kinds_params
 from tests.models import (
     assert_close,
     make_batch,
@@ -24,11 +26,11 @@ def test_evaluate_and_apply() -> None:
     model, rng = make_model(FEATURES), make_key(2)
     params, batch = make_params(6), make_batch(4)
     options: dict[str, Any] = {"mesh": make_mesh(3), "num_microbatches": 4}
-    evaluate = dpj.evaluate(model, **options, layers_per_stage=np.array([1, 3, 2]).tolist())
+    evaluate = dpj.evaluate(model, **options, layers_per_stage=np.array([0, 4, 2]).tolist())
     want = jax.jit(dpj.sequential(model, num_microbatches=4))(params, batch, rng=rng)
     assert_close(jax.jit(evaluate)(params, batch, rng=rng), want)
     evenly = dpj.apply(model, **options)
-    apply = dpj.apply(model, **options, layers_per_stage=[3, 2, 1])
+    apply = dpj.apply(model, **options, layers_per_stage=[5, 1, 0])
     got, want = (jax.jit(each)(params, batch, rng=rng) for each in (apply, evenly))
     assert_close(got, want)
 
@@ -55,11 +57,12 @@ def test_every_rank_has_room_for_the_fullest_stage_only() -> None:
 
 BAD = {
     "too few": ((2, 2), ValueError, ["4 stages of schedule 'dualpipev' over 2 ranks", "2 numbers"]),
-    "empty stages": (
-        (3, 0, 3, -1),
+    "negative": (
+        (3, 0, 4, -1),
         ValueError,
-        ["at least one layer", "stage 1 has 0", "stage 3 has -1"],
+        ["at least 0 layers", "stage 3 has -1"],
     ),
+    "all empty": ((0, 0, 0, 0), ValueError, ["at least one stage must have a layer"]),
     "no integers": (
         (2, 1.0, 2, "1"),
         TypeError,
@@ -97,16 +100,28 @@ def test_forwards_alone_have_a_stage_a_rank() -> None:
             make(make_model(), mesh=make_mesh(2), num_microbatches=4, layers_per_stage=(1,) * 4)
 
 
+def test_layers_spread_evenly_are_no_fewer_than_stages() -> None:
+    grad_fn = dpj.value_and_grad(make_model(), mesh=make_mesh(3), num_microbatches=4)
+    with pytest.raises(ValueError, match=r"2 layers, fewer than the 3 stages.*layers_per_stage"):
+        jax.eval_shape(grad_fn, make_params(2), make_batch(4))
+
+
 def test_unrolling_needs_like_stages() -> None:
-    grad_fn = dpj.value_and_grad(
-        make_model(),
-        mesh=make_mesh(2),
-        num_microbatches=4,
-        layers_per_stage=(3, 1),
-        execution=dpj.Execution(unroll=True),
-    )
+    """A stage may have fewer layers than the largest, but not of other kinds."""
+
+    def trace(letters: str) -> None:
+        grad_fn = dpj.value_and_grad(
+            make_kinds(letters),
+            mesh=make_mesh(2),
+            num_microbatches=4,
+            layers_per_stage=(3, 1),
+            execution=dpj.Execution(unroll=True),
+        )
+        jax.eval_shape(grad_fn, make_kinds_params(letters), make_batch(4))
+
+    trace("DMMD")
     with pytest.raises(ValueError, match=r"unroll=True.*2 unlike stages"):
-        jax.eval_shape(grad_fn, make_params(4), make_batch(4))
+        trace("DDMM")
 
 
 # --- the time that they take ------------------------------------------------------------------
@@ -115,9 +130,17 @@ def test_unrolling_needs_like_stages() -> None:
 def test_simulated_work_is_that_of_the_stages() -> None:
     schedule = schedules.make("1f1b", num_ranks=2, num_microbatches=3)
     costs = dpj.Costs(forward=1, input_grad=2, weight_grad=3)
-    made = dpj.simulate(schedule, costs=costs, layers_per_stage=(3, 1))
     # The costs of two layers are 6 a microbatch; the ranks have 3 / 2 and 1 / 2 of them.
+    made = dpj.simulate(schedule, costs=costs, layers_per_stage=(3, 1))
     assert made.work == (3 * 6 * 1.5, 3 * 6 * 0.5)
+    # Two layers and the head, whose gradient costs 5 times as much, and that of the embedding 3.
+    costs = dpj.Costs(forward=1, input_grad=2, weight_grad=3, embed=5, head=7)
+    full = dpj.Execution(split_backward=False)
+    for execution in (dpj.Execution(split_backward=True), full):
+        made = dpj.simulate(schedule, costs=costs, layers_per_stage=(2, 0), execution=execution)
+        assert made.work == (3 * (2 * 6 + 5 * 4), 3 * 7 * 6)
+        made = dpj.simulate(schedule, costs=costs, layers_per_stage=(0, 2), execution=execution)
+        assert made.work == (3 * 5 * 4, 3 * (2 * 6 + 7 * 6))
     assert made.published_bubble is None
     evenly = dpj.simulate(schedule, costs=costs, layers_per_stage=(2, 2))
     assert evenly == dpj.simulate(schedule, costs=costs)

@@ -104,21 +104,21 @@ def test_sequential_takes_the_largest() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "overlap", "num_layers", "axes", "kind"),
+    ("schedule", "overlap", "layers", "axes", "kind"),
     [
-        ("dualpipe", True, 4, {"pipe": 2}, AxisType.Auto),
-        ("dualpipe", None, 3, {"pipe": 2, "data": 2}, AxisType.Explicit),
-        ("dualpipev", None, 4, {"pipe": 2, "data": 2}, AxisType.Auto),
-        ("1f1b", None, 4, {"pipe": 2, "data": 2}, AxisType.Explicit),  # by name, too
-        ("zb-h1", None, 5, {"pipe": 4}, AxisType.Auto),  # stages of two layers and of one
+        ("dualpipe", True, (3, 1), {"pipe": 2}, AxisType.Auto),
+        ("dualpipe", None, (3, 0), {"pipe": 2, "data": 2}, AxisType.Explicit),
+        ("dualpipev", None, (1, 1, 1, 1), {"pipe": 2, "data": 2}, AxisType.Auto),
+        ("1f1b", None, (2, 2), {"pipe": 2, "data": 2}, AxisType.Explicit),  # by name, too
+        ("zb-h1", None, (2, 0, 2, 1), {"pipe": 4}, AxisType.Auto),
     ],
 )
 def test_equals_sequential(
-    schedule: str, overlap: Any, num_layers: int, axes: dict[str, int], kind: AxisType
+    schedule: str, overlap: Any, layers: tuple[int, ...], axes: dict[str, int], kind: AxisType
 ) -> None:
     num_shards = axes.get("data", 1)
     num_microbatches = 8 if overlap else NUM_MICROBATCHES
-    params, batch = make_params(num_layers), make_batch(num_microbatches * num_shards)
+    params, batch = make_params(sum(layers)), make_batch(num_microbatches * num_shards)
     mesh = jax.make_mesh(
         tuple(axes.values()),
         tuple(axes),
@@ -134,6 +134,7 @@ def test_equals_sequential(
             overlap=overlap,
             split_backward=schedule not in ("dualpipev", "1f1b"),
         ),
+        layers_per_stage=layers,
         remat="block" if schedule == "zb-h1" else "none",
         batch_axes="data" if num_shards > 1 else (),
         manual_axes="data" if schedule == "1f1b" else (),

@@ -273,10 +273,11 @@ def test_specs_of_leaves_without_a_gradient_are_ignored() -> None:
 
 @pytest.mark.slow
 def test_layers_that_do_not_divide_and_forwards_alone() -> None:
-    """Then blocks are sharded over data alone."""
+    """Then blocks are sharded over data alone. A stage has no layers."""
     mesh = jax.make_mesh((2, 2), ("pipe", "data"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
     params, batch = make_params(3), make_batch(4)
     options: Any = {"mesh": mesh, "num_microbatches": 2, "batch_axes": "data", "param_specs": SPECS}
+    options["layers_per_stage"] = (3, 0)
     want = sequential_value_and_grad(MODEL, 4)(params, batch)
     got = jax.jit(dpj.value_and_grad(MODEL, **options))(params, batch)
     assert_close(got, want)

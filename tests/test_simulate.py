@@ -704,8 +704,10 @@ def test_wrong_transfer_is_refused(transfer: float) -> None:
 
 
 def test_too_few_or_too_many_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"num_layers=3: must be at least the 4 stages of .*'v'"):
+    few = r"num_layers=3: must be at least the 4 stages of .*'v'.*layers_per_stage"
+    with pytest.raises(ValueError, match=few):
         simulate(V_SHAPED, num_layers=3)
+    assert simulate(V_SHAPED, num_layers=3, layers_per_stage=(1, 0, 2, 0)).makespan > 0
     with pytest.raises(ValueError, match=r"num_layers=1.*at most 1,000,000,000,000"):
         simulate(V_SHAPED, num_layers=10**26)
     with pytest.raises(ValueError, match=r"at most 1,000,000,000,000"):

@@ -121,8 +121,9 @@ class Builder:
         """
         axes, num_stages = self._axes, self._program.schedule.num_stages
         where = f" of the schedule over {axes.mesh.shape[axes.axis]} ranks"
+        given = self._layers_per_stage
         num_layers = call_checks.num_layers(
-            params, self._layout, num_stages=num_stages, where=where
+            params, self._layout, num_stages=1 if given else num_stages, where=where
         )
         call_checks.key(rng)
         call_checks.batch(
@@ -137,12 +138,12 @@ class Builder:
         compiled = self._program.compiled(layers, costs)
         self._require_platform(compiled.execution)
         step = self._made(layers, compiled)
-        if compiled.execution.unroll is True and not step.stages.has_equal_stages:
+        if compiled.execution.unroll is True and not step.stages.can_unroll:
             raise ValueError(
                 "execution=Execution(unroll=True): all stages must have the same kinds of layers "
-                f"in the same order, but {num_layers} layers are spread over {num_stages} unlike "
-                f"stages{where}; leave unroll out, or change the number of layers, "
-                "layers_per_stage or the layout"
+                f"in the same order, as far as they go, but {num_layers} layers are spread over "
+                f"{num_stages} unlike stages{where}; leave unroll out, or change the number of "
+                "layers, layers_per_stage or the layout"
             )
         execution = replace(compiled.execution, unroll=step.stages.unrolled_by)
         placement = ""

@@ -141,20 +141,23 @@ class Beat:
                 return layer_order.LOOPED_FULL_BACKWARD if is_full else layer_order.LOOPED_IN_A_ROW
             has_few_pairs = len(stages.pairs(self.forward, self.backward)) <= _MAX_PAIRS
             return layer_order.LOOPED if has_few_pairs else layer_order.LOOPED_IN_A_ROW
-        layers = stages.layers_of(self.i_row["stage"])
+        layers = stages.layers_of(self.i_row["stage"], self.backward)
+        num_layers, always = len(layers), [layer for layer in layers if layer.is_there is True]
         if not rank.settings.runs_side_by_side:
-            return layer_order.in_a_row(len(layers))
-        if rank.settings.communicates:
-            return layer_order.side_by_side(len(layers), num_held=len(layers), all_wait=False)
-        flops = [self._weight_grad_flops(layer) for layer in layers]
-        num_held = _num_held(rank, layers, flops, x)
-        return layer_order.side_by_side(
-            len(layers),
-            num_held=num_held,
-            reads_arrivals=_can_hide(
-                sum(flops[1:num_held]), (x, pick(x)), rank.settings.device_kind, times=2
-            ),
-        )
+            order = layer_order.in_a_row(num_layers)
+        elif rank.settings.communicates:
+            order = layer_order.side_by_side(num_layers, num_held=len(always), all_wait=False)
+        else:
+            flops = [self._weight_grad_flops(layer) for layer in always]
+            num_held = _num_held(rank, always, flops, x)
+            order = layer_order.side_by_side(
+                num_layers,
+                num_held=num_held,
+                reads_arrivals=_can_hide(
+                    sum(flops[1:num_held]), (x, pick(x)), rank.settings.device_kind, times=2
+                ),
+            )
+        return layer_order.join_backwards(order, num_always=len(always))
 
     def _weight_grad_flops(self, layer: Layer) -> int:
         """Counts the FLOPs of a layer's weight grad; nothing runs."""
@@ -230,17 +233,20 @@ class Beat:
             aux=state.aux, shared=state.take_shared(index), turn=rank.first_turn(self.i_row)
         )
         of_kinds = self._take(state, index)
-        f_layers, i_layers = (
-            rank.stages.layers_of(row["stage"]) for row in (self.f_row, self.i_row)
-        )
+        f_layers = rank.stages.layers_of(self.f_row["stage"], self.forward)
+        i_layers = rank.stages.layers_of(self.i_row["stage"], self.backward)
         held: dict[int, Held] = {}
         for item in order:
             if not isinstance(item, LayerAction):
                 self._transfer(item, flow, transfers)
                 continue
             layer = (f_layers if item.action == "F" else i_layers)[item.layer]
+            if layer.is_there is False:
+                continue
             layer_buffers = of_kinds[layer.kind]
-            if item.action == "F":
+            if layer.is_there is not True:
+                flow, layer_buffers = work.run(item.action, layer, flow, layer_buffers)
+            elif item.action == "F":
                 flow, layer_buffers = work.run_forward(layer, flow, layer_buffers)
             elif item.action == "I":
                 flow, layer_buffers, held[item.layer] = work.run_input_grad(
@@ -339,7 +345,7 @@ def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTr
       flops: The FLOPs of their weight grads.
       x: The activation that is sent, or avals of it.
     """
-    if len({layer.kind for layer in layers}) > 1:
+    if not layers or len({layer.kind for layer in layers}) > 1:
         return len(layers)
     if _can_hide(flops[-1], (x,), rank.settings.device_kind, times=2.5):
         return 1

@@ -148,6 +148,26 @@ class Stack(Spread):
         chunks = ([leaf[chunk] for leaf in fetched] for chunk in range(self.num_chunks))
         return [jax.tree.unflatten(structure, chunk) for chunk in chunks]
 
+    def unstack(self, chunk: int, slab: PyTree) -> tuple[PyTree, ...]:
+        """Cuts a chunk's layers `[max_layers, ...]` apart, the first layer of its stage first."""
+        offset = self.offset_of(self._stage_of_rank(chunk))
+
+        def layer(index: int) -> PyTree:
+            if isinstance(offset, int):
+                return jax.tree.map(lambda leaf: leaf[index], slab)
+            # Entries beyond the stage's last layer are read by nobody.
+            entry = jnp.minimum(offset + index, self.max_layers - 1)
+            return jax.tree.map(
+                lambda leaf: lax.dynamic_index_in_dim(leaf, entry, keepdims=False), slab
+            )
+
+        return tuple(map(layer, range(self.max_layers)))
+
+    def _join_layers(self, chunk: int, layers: list[jax.Array]) -> jax.Array:
+        """Joins a chunk's sums, one for each layer, to an array with the entries of its slab."""
+        offset, slab = self.offset_of(self._stage_of_rank(chunk)), jnp.stack(layers)
+        return slab if isinstance(offset, int) else jnp.roll(slab, offset, axis=0)
+
     def _take(self, leaf: jax.Array) -> list[jax.Array]:
         starts = (self._slab_start(self._stage_of_rank(c)) for c in range(self.num_chunks))
         return [lax.dynamic_slice_in_dim(leaf, start, self.max_layers) for start in starts]
@@ -206,8 +226,8 @@ class Stack(Spread):
     def collect(self, grads: list[list[Any]], rules: Sequence[Rule]) -> list[jax.Array]:
         """Adds up the chunks' gradients in the form of the stack, each by its rule."""
         stacked = [
-            [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in chunk]
-            for chunk in grads
+            [self._join_layers(n, leaf) if isinstance(leaf, list) else leaf for leaf in chunk]
+            for n, chunk in enumerate(grads)
         ]
         leaves = zip(*stacked, strict=True)
         return [self._collect(list(leaf), rule) for leaf, rule in zip(leaves, rules, strict=True)]

@@ -91,6 +91,15 @@ class SlotBuffer:
         arrays, index = self._entry(layer, slot)
         return self._replace(layer, write(arrays, tuple(values), *index))
 
+    def take_layer(self, layer: int) -> "SlotBuffer":
+        """Returns the buffer with the arrays of one unrolled layer alone."""
+        mine = (own if number == layer else () for number, own in enumerate(self.arrays))
+        return self.with_arrays(tuple(mine))
+
+    def put_layer(self, layer: int, changed: "SlotBuffer") -> "SlotBuffer":
+        """Returns the buffer with the arrays of a layer as in a buffer from `take_layer`."""
+        return self._replace(layer, changed.arrays[layer]) if self.arrays else self
+
     def hand_on(self, layer: Any, *, after: PyTree = ()) -> "SlotBuffer":
         """Passes a buffer that was only read to its next write, as if it had been written.
 

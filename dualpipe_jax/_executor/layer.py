@@ -89,7 +89,21 @@ class LayerWork:
     def run(
         self, actions: str, layer: Layer, flow: Flow, buffers: LayerBuffers
     ) -> tuple[Flow, LayerBuffers]:
-        """Runs `"F"`, `"I"`, `"W"` or `"IW"`, W right after its I, of a layer."""
+        """Runs `"F"`, `"I"`, `"W"` or `"IW"`, W right after its I, of a layer that may be there."""
+        if layer.is_there is True:
+            return self._run(actions, layer, flow, buffers)
+        # Nothing else passes through the loop: arrays of another layer, or of the other direction,
+        # would wait for it.
+        passed = ("x", "aux") if actions == "F" else ("dx", "shared", "turn")
+        mine = Flow(**{name: getattr(flow, name) for name in passed})
+        own = buffers.take_layer(self.touches(actions), layer)
+        mine, own = when(layer.is_there, lambda loop: self._run(actions, layer, *loop), (mine, own))
+        flow = flow._replace(**{name: getattr(mine, name) for name in passed})
+        return flow, buffers.put_layer(own, layer)
+
+    def _run(
+        self, actions: str, layer: Layer, flow: Flow, buffers: LayerBuffers
+    ) -> tuple[Flow, LayerBuffers]:
         held = None
         for action in actions:
             if action == "F":

@@ -189,7 +189,7 @@ def start(
     # Unrolled layers have arrays of their own: none is cut out of a stack again in every tick,
     # and none waits for another.
     if stages.is_unrolled:
-        chunks = [stages.unstack(chunk) for chunk in chunks]
+        chunks = [stages.unstack(number, chunk) for number, chunk in enumerate(chunks)]
     weight = None if settings.output else semantics.total_weight(model, batches)
     if weight is not None:
         weight = varying.sum_over(weight, settings.batch_axes)

@@ -24,10 +24,9 @@ from dualpipe_jax._executor import buffers as slot_buffers
 from dualpipe_jax._executor.bring import Spread, Stack, spread
 from dualpipe_jax._executor.buffers import when
 from dualpipe_jax._leaves.rules import Rule
-from dualpipe_jax._model import semantics
 from dualpipe_jax._model.kinds import Kind, indices_in_stack
 from dualpipe_jax._model.types import PyTree
-from dualpipe_jax._schedule.stage_sizes import upper_layers
+from dualpipe_jax._schedule.stage_sizes import is_lower, is_upper, upper_layers
 from dualpipe_jax._schedule.tables import Steady
 
 # Layers are unrolled up to this number a stage: XLA then fuses and schedules across them. Beyond,
@@ -41,14 +40,16 @@ class Layer(NamedTuple):
     Attributes:
       kind: The layer's kind.
       index: Its entry in the slot buffers: its number among the stage's layers of this kind.
-      entry: Its entry in the chunk's parameters and gradients of this kind.
+      entry: Its entry in the chunk's parameters and gradients of this kind; `index` if unrolled.
       position: Its global index, in the model.
+      is_there: Whether the stage has it: a bool, or a bool scalar where that differs by rank.
     """
 
     kind: Kind
     index: Any
     entry: Any
     position: Any
+    is_there: Any = True
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,7 +62,7 @@ class Stages:
       num_stages: Stages of the schedule.
       stage_of: int[num_chunks, num_ranks], the stage that each rank holds as each chunk, or -1.
       layers_per_stage: The layers of each stage; None to spread them evenly.
-      unroll: As of `Execution`; None unrolls up to four layers, where all stages are alike.
+      unroll: As of `Execution`; None unrolls up to four layers, where `can_unroll`.
     """
 
     axis: str
@@ -119,17 +120,22 @@ class Stages:
         """How many layers the body of the loop over them has: `unroll`, with None decided."""
         most = self._layers.max_layers
         if self.unroll is None:
-            return self.has_equal_stages and most <= _MAX_UNROLLED
+            return self.can_unroll and most <= _MAX_UNROLLED
         if isinstance(self.unroll, bool):
             return self.unroll
-        if self.unroll >= most and self.has_equal_stages:
+        if self.unroll >= most and self.can_unroll:
             return True
         return min(self.unroll, most) if min(self.unroll, most) > 1 else False
 
     @property
-    def has_equal_stages(self) -> bool:
-        """Whether all stages have the same kinds of layers in the same order, as many of each."""
-        return len(set(self._kinds_of_stages)) == 1
+    def can_unroll(self) -> bool:
+        """Whether each stage has the same kinds of layers in the same order, as far as it goes."""
+        most = self._kinds_of_largest
+        return all(kinds == most[: len(kinds)] for kinds in self._kinds_of_stages)
+
+    @property
+    def _kinds_of_largest(self) -> tuple[Kind, ...]:
+        return max(self._kinds_of_stages, key=len)
 
     def idle_in(self, steady: Steady | None) -> tuple[str, ...]:
         """Names the buffers that the beats do not use: beats of unrolled layers stash nothing.
@@ -156,28 +162,9 @@ class Stages:
             for kind, stack in self.stacks.items()
         }
 
-    def unstack(self, chunk: dict[Kind, PyTree]) -> dict[Kind, PyTree]:
+    def unstack(self, chunk: int, layers: dict[Kind, PyTree]) -> dict[Kind, PyTree]:
         """Gives the unrolled layers of a chunk their parameters in arrays of their own."""
-
-        def layers(stack: PyTree, count: int) -> tuple[PyTree, ...]:
-            return tuple(jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count))  # noqa: B023
-
-        return {kind: layers(stack, self.stacks[kind].max_layers) for kind, stack in chunk.items()}
-
-    def zero_sums(self, kind: Kind, avals: list[Any], rules: Sequence[Rule]) -> list[Any]:
-        """Makes a chunk's empty sums of the values that each layer of a kind adds, as in `avals`.
-
-        Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
-        """
-        size = self.stacks[kind].max_layers
-        sums: list[Any] = []
-        for aval, rule in zip(avals, rules, strict=True):
-            dtype = semantics.accumulator_dtype(aval.dtype)
-            if self.is_unrolled:
-                sums.append([rule.start(aval.shape, dtype) for _ in range(size)])
-            else:
-                sums.append(rule.start((size, *aval.shape), dtype))
-        return sums
+        return {kind: self.stacks[kind].unstack(chunk, slab) for kind, slab in layers.items()}
 
     def loop(
         self,
@@ -199,7 +186,7 @@ class Stages:
           stage: The stage, an int32 scalar.
           is_on: Whether to run at all, a bool scalar; True without a choice; or a tuple of two.
           body: `(layer, carry, entries) -> (carry, entries)`, with the entry of each of `buffers`
-            for the layer's kind.
+            for the layer's kind. It heeds the layer's `is_there`.
           carry: The values that pass from layer to layer.
           buffers: Dicts with an entry for each kind.
           reverse: Whether to begin with the last layer.
@@ -223,21 +210,22 @@ class Stages:
             return carry, leave(buffers)
 
         if self.is_unrolled:
-            layers = self.layers_of(stage)[:: -1 if reverse else 1]
 
-            def unrolled(loop: Any, layers: Sequence[Layer]) -> Any:
-                for layer in layers:
-                    loop = run(layer, None, *loop)
+            def unrolled(loop: Any, part: Sequence[Layer]) -> Any:
+                for layer in part:
+                    if layer.is_there is not False:
+                        loop = run(layer, None, *loop)
                 return loop
 
+            halves = isinstance(is_on, tuple)
+            parts = [
+                self.layers_of(stage, is_in=is_in)[:: -1 if reverse else 1]
+                for is_in in ((is_upper, is_lower) if halves else (np.less,))
+            ]
             loop = carry, buffers
             if is_on is True:
-                return unrolled(loop, layers)
-            parts = [(is_on, layers)]
-            if isinstance(is_on, tuple):
-                middle = upper_layers(len(layers))
-                parts = zip(is_on, (layers[:middle], layers[middle:]), strict=True)
-            for predicate, part in parts:
+                return unrolled(loop, parts[0])
+            for predicate, part in zip(is_on if halves else [is_on], parts, strict=True):
                 loop = when(predicate, lambda loop, part=part: left(unrolled(loop, part)), loop)
             return loop
 
@@ -358,11 +346,33 @@ class Stages:
         most = max(counts) if self._layers.is_even else jnp.maximum(*counts)
         return self._for_layers(0, most, step, carry)
 
-    def layers_of(self, stage: Any) -> list[Layer]:
-        """Describes the layers of a stage, in order, where all stages are alike."""
-        kinds = self._kinds_of_stages[0]
-        layers = enumerate(zip(kinds, indices_in_stack(kinds), strict=True))
-        return [self._layer(stage, kind, index, in_kind) for index, (kind, in_kind) in layers]
+    def layers_of(
+        self,
+        stage: Any,
+        chunk: int | None = None,
+        *,
+        is_in: Callable[[int, np.ndarray], np.ndarray] = np.less,
+    ) -> list[Layer]:
+        """Describes the unrolled layers of a stage, in order: as many as the largest stage has.
+
+        Args:
+          stage: The stage, an int32 scalar.
+          chunk: The chunk as which ranks hold it; None for any.
+          is_in: A function of a layer's index in its stage and of the layers of each stage, that
+            tells which stages have the layer: bool[num_stages].
+        """
+        stages = self.stage_of if chunk is None else self.stage_of[chunk]
+        sizes, kinds = np.diff(self._layers.first_layers), self._kinds_of_largest
+        layers = []
+        for index, (kind, in_kind) in enumerate(zip(kinds, indices_in_stack(kinds), strict=True)):
+            of_stage = is_in(index, sizes)
+            found = set(of_stage[stages[stages >= 0]].tolist())
+            is_there = (
+                found.pop() if len(found) == 1 else slot_buffers.read(jnp.asarray(of_stage), stage)
+            )
+            layer = self._layer(stage, kind, index, in_kind)
+            layers.append(layer._replace(is_there=is_there))
+        return layers
 
     def layer_of_only_kind(self, stage: Any, index: Any) -> Layer:
         """Describes the layer of a stage that has this index, where there is one kind only."""
@@ -370,10 +380,11 @@ class Stages:
 
     def _layer(self, stage: Any, kind: Kind, index: Any, index_in_kind: Any) -> Layer:
         """Describes the layer of a stage that has this index in it."""
+        offset = 0 if self.is_unrolled else self.stacks[kind].offset_of(stage)
         return Layer(
             kind=kind,
             index=index_in_kind,
-            entry=index_in_kind + self.stacks[kind].offset_of(stage),
+            entry=index_in_kind + offset,
             position=self._layers.first_layer_of(stage) + index,
         )
 

@@ -15,7 +15,7 @@ from jax import lax
 from dualpipe_jax._executor import barriers, buffers
 from dualpipe_jax._executor.buffers import SLOTS, SlotBuffer, allocate_slots
 from dualpipe_jax._executor.deliver import Delivery, Mail
-from dualpipe_jax._executor.stages import Stages
+from dualpipe_jax._executor.stages import Layer, Stages
 from dualpipe_jax._executor.trace import Functions, Gradients
 from dualpipe_jax._leaves.gradient import GradIndex, accumulated, pick_accumulated
 from dualpipe_jax._leaves.rules import SUM, Rule
@@ -41,6 +41,41 @@ class LayerBuffers(NamedTuple):
     def with_slots(self, changed: Mapping[str, SlotBuffer]) -> "LayerBuffers":
         """Returns the buffers with some slot buffers replaced."""
         return self._replace(slots=OrderedDict({**self.slots, **changed}))
+
+    def take_layer(self, names: Sequence[str], layer: Layer) -> "LayerBuffers":
+        """Takes those of an unrolled layer alone, of the buffers with these names."""
+
+        def own(total: Any) -> Any:
+            return _with_entry([None] * len(total), layer.entry, total[layer.entry])
+
+        slots = ((name, buffer) for name, buffer in self.slots.items() if name in names)
+        grads, metrics = self.grads or {}, self.metrics or []
+        return LayerBuffers(
+            slots=OrderedDict((name, buffer.take_layer(layer.index)) for name, buffer in slots),
+            grads={n: own(total) for n, total in grads.items()} if "grads" in names else None,
+            metrics=list(map(own, metrics)) if "metrics" in names else None,
+        )
+
+    def put_layer(self, changed: "LayerBuffers", layer: Layer) -> "LayerBuffers":
+        """Puts back buffers that `take_layer` took, maybe changed."""
+
+        def put(total: Any, new: Any) -> Any:
+            return _with_entry(total, layer.entry, new[layer.entry])
+
+        buffers = self.with_slots(
+            {
+                name: self.slots[name].put_layer(layer.index, new)
+                for name, new in changed.slots.items()
+            }
+        )
+        if changed.grads is not None:
+            assert self.grads is not None
+            sums = {n: put(self.grads[n], new) for n, new in changed.grads.items()}
+            buffers = buffers._replace(grads=sums)
+        if changed.metrics is not None:
+            assert self.metrics is not None
+            buffers = buffers._replace(metrics=list(map(put, self.metrics, changed.metrics)))
+        return buffers
 
     @classmethod
     def of(cls, names: Sequence[str], entries: Sequence[Any]) -> "LayerBuffers":
@@ -254,7 +289,7 @@ def empty_state(
             for value in pick_accumulated(leaves, stack)
         ]
         rules = [gradient.leaf.rule for gradient in accumulated(leaves)]
-        return stages.zero_sums(kind, layers, rules)
+        return _zero_sums(stages, kind, layers, rules)
 
     loss, aux, metrics = semantics.zeros_for_sum((outs.loss, outs.aux_sum, outs.metrics))
     metrics_of = {kind: jax.tree.leaves(aux.metrics) for kind, aux in outs.aux.items()}
@@ -275,7 +310,7 @@ def empty_state(
         metrics=metrics,
         block_metrics=[
             {
-                kind: stages.zero_sums(kind, metrics, [SUM] * len(metrics))
+                kind: _zero_sums(stages, kind, metrics, [SUM] * len(metrics))
                 for kind, metrics in metrics_of.items()
             }
             for _ in range(num_chunks)
@@ -283,6 +318,22 @@ def empty_state(
         messages=(nothing,) if is_lazy else (nothing, nothing),
         mail=None if delivery is None else delivery.start(outs.applied),
     )
+
+
+def _zero_sums(stages: Stages, kind: Kind, avals: list[Any], rules: Sequence[Rule]) -> list[Any]:
+    """Makes a chunk's empty sums of the values that each layer of a kind adds, as in `avals`.
+
+    Each is an array `[layer, ...]`, or with unrolled layers a list of arrays.
+    """
+    size = stages.stacks[kind].max_layers
+    sums: list[Any] = []
+    for aval, rule in zip(avals, rules, strict=True):
+        dtype = semantics.accumulator_dtype(aval.dtype)
+        if stages.is_unrolled:
+            sums.append([rule.start(aval.shape, dtype) for _ in range(size)])
+        else:
+            sums.append(rule.start((size, *aval.shape), dtype))
+    return sums
 
 
 def one_stash(gradients: Gradients, stages: Stages, like: dict[Kind, SlotBuffer]) -> Any:

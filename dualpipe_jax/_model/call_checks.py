@@ -77,7 +77,7 @@ def num_layers(
     Args:
       params: The parameters.
       layout: The model's layout.
-      num_stages: The least number of layers.
+      num_stages: The stages over which the layers are spread evenly: the least number of them.
       where: Words about these stages, in a message.
     """
     _parts(params)
@@ -88,7 +88,8 @@ def num_layers(
     if size < num_stages:
         raise ValueError(
             f'params["blocks"]: has {size} layers, fewer than the {num_stages} stages{where}; use '
-            "a mesh with fewer devices along the axis, or a deeper model"
+            "a mesh with fewer devices along the axis, a deeper model, or layers_per_stage, which "
+            "may give a stage 0 layers"
         )
     return size
 

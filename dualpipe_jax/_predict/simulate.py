@@ -63,7 +63,8 @@ def simulate(
 
     Raises:
       ValueError: if the schedule cannot run or be aligned, `transfer` is negative, not finite or
-        larger than 1e100, there are fewer layers than stages, or layers_per_stage does not fit.
+        larger than 1e100, fewer layers than stages are to be spread evenly, or layers_per_stage
+        does not fit.
       TypeError: if an argument has a wrong type.
     """
     _require_types(
@@ -135,7 +136,8 @@ def _layers(
     if not least <= num_layers <= MOST_LAYERS:
         raise ValueError(
             f"num_layers={brief(num_layers)}: must be at least the {num_stages} stages of schedule "
-            f"{schedule.name!r} on {num_ranks} ranks, and at most {MOST_LAYERS:,}"
+            f"{schedule.name!r} on {num_ranks} ranks, and at most {MOST_LAYERS:,}; for stages "
+            "without layers name the layers of each stage: layers_per_stage"
         )
     if sizes == BALANCED:
         sizes = balance(schedule, num_layers=num_layers, layer_weights=layer_weights, **costs)

@@ -124,7 +124,7 @@ def compile_for(
         # Where no other weight grad stashes, deferred ones keep their operands in separate slots.
         stash_deferred=execution.deferred == "store" and bool(execution.split_backward),
         full_backward=not execution.split_backward,
-        whole_stages=frozenset(s for s, size in enumerate(sizes) if size == 1),
+        whole_stages=frozenset(s for s, size in enumerate(sizes) if size <= 1),
         durations=placed,
     )
     return compiled.tables, durations

@@ -54,7 +54,7 @@ def costs_of_loop(
       counter: The work of its instructions.
       collectives: The collectives of one trip.
       clock: Cycles a second.
-      stages_per_rank: The stages of a rank.
+      stages_per_rank: A rank's whole share of the layers, in stages of the largest size.
 
     Returns:
       The costs; None if the loop has no forward, or no backward.

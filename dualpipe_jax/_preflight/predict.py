@@ -103,18 +103,20 @@ def predict(
     schedule = _find_schedule(op_names)
     if schedule is None:
         return Prediction(reason=_NO_NAME), None
+    placement = _find_placement(op_names)
+    sizes = (1,) * schedule.num_stages if placement is None else placement.layers.sizes
     costs = costs_of_loop(
         module,
         loop,
         counter,
         collectives,
         clock=device.clock,
-        stages_per_rank=schedule.num_stages / schedule.num_ranks,
+        # The program has the layers of the largest stage.
+        stages_per_rank=sum(sizes) / max(sizes) / schedule.num_ranks,
     )
     if costs is None:
         return Prediction(reason=_NO_ACTIONS), None
     transfer = _transfer_seconds(collectives) * device.clock
-    placement = _find_placement(op_names)
     if placement is None:
         execution = Execution(
             overlap=loop.kind == "steady",

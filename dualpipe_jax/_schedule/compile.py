@@ -152,6 +152,8 @@ def _fastest(made: Compiled, steady: SteadyPhase | None, durations: Durations) -
     work = durations.work(tables)
     ends = replay(add_exchanges(tables), work, transfer=durations.transfer)
     placed = [made]
+    # A stage without layers may take no time at all.
+    least_forward = min(filter(None, durations.of_opcode[FORWARD]))
     for patience in _PATIENCE:
         again, steady_then = place_by_clock(
             timeline,
@@ -166,7 +168,7 @@ def _fastest(made: Compiled, steady: SteadyPhase | None, durations: Durations) -
 
     def time_of(tables: Tables) -> float:
         work = durations.work(tables)
-        work[tables.opcode == IDLE] = _IDLE_TICK * min(durations.of_opcode[FORWARD])
+        work[tables.opcode == IDLE] = _IDLE_TICK * least_forward
         return float(replay(tables, work, transfer=durations.transfer).max())
 
     candidates = []

@@ -27,7 +27,7 @@ class LayerAction(NamedTuple):
     """Names one action of one layer of the stage.
 
     Attributes:
-      action: `"F"`, `"I"` or `"W"`.
+      action: `"F"`, `"I"`, `"W"`, or `"IW"` for both at once.
       layer: The layer's index in the stage.
       waits_for: `"send"` or `"receive"` for a W that waits for the start or for the end of the
         beat's transfers, else empty.
@@ -96,6 +96,27 @@ def in_a_row(num_layers: int) -> Order:
     forward = [LayerAction("F", layer) for layer in range(num_layers)]
     backward = [LayerAction(act, layer) for layer in reversed(range(num_layers)) for act in "IW"]
     return (*forward, *backward, SEND, RECEIVE)
+
+
+def join_backwards(order: Order, *, num_always: int) -> Order:
+    """Joins I and W of the layers that some stages do not have, at the place of I.
+
+    A rank runs both or neither, so that nothing passes from one to the other where neither runs.
+
+    >>> print(write(join_backwards(side_by_side(3, num_held=1), num_always=2)))
+    IW2 F0 I1 F1 W1 I0 F2 send W0@send receive
+
+    Args:
+      order: An order of unrolled layers.
+      num_always: The layers, the stage's first ones, that all stages have.
+    """
+    joined: list[LayerAction | Loop | str] = []
+    for item in order:
+        if isinstance(item, LayerAction) and item.layer >= num_always and item.action != "F":
+            joined += [item._replace(action="IW")] if item.action == "I" else []
+        else:
+            joined.append(item)
+    return tuple(joined)
 
 
 def write(order: Order) -> str:

@@ -4,7 +4,7 @@ An I and its W run split, in a tick each, unless the options refine them:
 - deferred, with `defers`: a W that does not directly follow its I reads slots of the deferred kind.
 - a full backward, with `full_backward`: where a W directly follows its I, the I's tick runs both
   for the stage's last layers, the W's tick both for the first ones. So a neighbour gets its
-  cotangent after W's tick. Where it reads that sooner, and where a stage has a single layer, I's
+  cotangent after W's tick. Where it reads that sooner, and where a stage has one layer or none, I's
   tick runs all of it. I and W of the steady phase stay split, since W hides a transfer there.
 
 Two ranks of zb-h1, of which rank 1 defers its first weight grad:

@@ -16,10 +16,12 @@ MOST_LAYERS = 10**12
 def stage_sizes(
     value: Any, *, num_stages: int, where: str
 ) -> tuple[int, ...] | Literal["balanced"] | None:
-    """Requires a positive number of layers for each stage, `"balanced"`, or None.
+    """Requires a number of layers for each stage, `"balanced"`, or None.
 
-    >>> stage_sizes([3, 3, 2], num_stages=3, where="")
-    (3, 3, 2)
+    A stage without layers passes x on: the first one has the embedding alone, the last the head.
+
+    >>> stage_sizes([3, 3, 0], num_stages=3, where="")
+    (3, 3, 0)
 
     Args:
       value: The user's `layers_per_stage`.
@@ -27,7 +29,7 @@ def stage_sizes(
       where: Words of a message that follow "for each of the stages".
 
     Raises:
-      ValueError: If there are too many or too few, or one is not positive.
+      ValueError: If there are too many or too few, one is negative, or all are zero.
       TypeError: If it is no sequence of integers.
     """
     if value is None:
@@ -59,14 +61,19 @@ def stage_sizes(
             "as there are stages"
         )
     raise_all(
-        f"layers_per_stage={brief(value)}: every stage must have at least one layer, and at most "
-        f"{MOST_LAYERS:,}; give it one of another's, or use fewer stages",
+        f"layers_per_stage={brief(value)}: every stage must have at least 0 layers, and at most "
+        f"{MOST_LAYERS:,}; change the number of each of these",
         (
             f"stage {stage} has {size}"
             for stage, size in enumerate(sizes)
-            if not 1 <= size <= MOST_LAYERS
+            if not 0 <= size <= MOST_LAYERS
         ),
     )
+    if not any(sizes):
+        raise ValueError(
+            f"layers_per_stage={brief(value)}: at least one stage must have a layer, but all have "
+            "0; give the layers of the model to the stages"
+        )
     return tuple(sizes)
 
 
@@ -77,6 +84,24 @@ def upper_layers(num_layers: Any) -> Any:
     (2, 3)
     """
     return (num_layers + 1) // 2
+
+
+def is_lower(index: Any, num_layers: Any) -> Any:
+    """Whether a layer is in the lower half of a full backward of a stage of so many layers.
+
+    >>> [is_lower(index, 5) for index in range(6)]
+    [True, True, False, False, False, False]
+    """
+    return index < num_layers - upper_layers(num_layers)
+
+
+def is_upper(index: Any, num_layers: Any) -> Any:
+    """Whether a layer is in the upper half.
+
+    >>> [is_upper(index, 5) for index in range(6)]
+    [False, False, True, True, True, False]
+    """
+    return (num_layers - upper_layers(num_layers) <= index) & (index < num_layers)
 
 
 def spread_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:

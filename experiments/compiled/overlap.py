@@ -22,6 +22,7 @@ QUESTIONS = {
     "permutes": "Are the steady loop's permutes hidden?",
     "experts": "Are a mixture of experts' all-to-alls?",
     "efficiency": "What does the steady loop cost beside an unpipelined step?",
+    "unlike": "What does a last stage with fewer layers cost the steady loop?",
     "size": "Does the program grow with the pipeline?",
     "gpu": "Does each collective have a matmul beside it on eight H100s?",
 }
@@ -53,6 +54,9 @@ def cases(question: str, *, widths: tuple[int, ...], layers: tuple[int, ...]) ->
                 for family, remat in kinds
                 for width in widths
             ]
+        case "unlike":
+            ours = replace(over_4, layers=many), replace(over_4, schedule="dualpipev")
+            return [replace(case, shorter=1) for case in ours]
         case "size":
             few_chips = replace(over_4, topology="tpu:v5p:2x2x1")
             return [few_chips, replace(few_chips, topology="tpu:v5p:4x4x4", ranks=16, beside=4)]
@@ -69,8 +73,9 @@ class Row:
 
     Counts are of the collectives of a trip. Hidden are those that are asynchronous and cost no
     time; covered those with a matmul between start and done. Cycles are the compiler's estimates
-    for one layer and one microbatch, forward and backward, without embedding and head; those of the
-    unpipelined step are the reference's. None: not asked, or not known.
+    for one layer of the largest stage and one microbatch, forward and backward, without embedding
+    and head; the reference's are those of the unpipelined step, or of stages that are alike. None:
+    not asked, or not known.
     """
 
     question: str
@@ -80,6 +85,7 @@ class Row:
     family: str
     width: int
     layers: int
+    shorter: int
     tokens: int
     schedule: str
     overlap: bool | None
@@ -106,6 +112,8 @@ class Row:
         """Makes the row of one case."""
         permutes, exchanges = figures.count(PERMUTE), figures.count(EXCHANGE)
         is_steady, is_gpu = figures.loop == "steady", question == "gpu"
+        is_pipelined = reference is not None and reference.loop == "steady"
+        in_reference = _MICROBATCHES_A_TRIP if is_pipelined else 1
         per_layer = figures.cycles_of_layers / (_MICROBATCHES_A_TRIP * case.layers)
         names = {field.name for field in fields(cls)}
         of_case: Any = {name: value for name, value in asdict(case).items() if name in names}
@@ -124,7 +132,7 @@ class Row:
             cycles=per_layer if is_steady and not is_gpu else None,
             reference_cycles=None
             if reference is None
-            else reference.cycles_of_layers / case.layers,
+            else reference.cycles_of_layers / (in_reference * case.layers),
             instructions=figures.instructions,
             code_bytes=figures.code_bytes,
             compile_seconds=figures.compile_seconds,
@@ -138,7 +146,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Cycles of a layer over those of the unpipelined step."""
+        """Cycles of a layer over those of the reference."""
         if self.cycles is None or self.reference_cycles is None:
             return None
         return self.cycles / self.reference_cycles
@@ -159,7 +167,8 @@ def _microseconds(seconds: float | None) -> float | None:
 def describe(row: Row) -> str:
     """Gives the row's first figures as a line."""
     hidden, number = row.permutes_hidden + row.exchanges_hidden, row.permutes + row.exchanges
-    ratio = "" if row.ratio is None else f"; {row.ratio:.3f} x the cycles of the unpipelined step"
+    of = "stages that are alike" if row.shorter else "the unpipelined step"
+    ratio = "" if row.ratio is None else f"; {row.ratio:.3f} x the cycles of {of}"
     return (
         f"{row.question:11}{row.name}, {row.layers} layers a stage, remat {row.remat}: {hidden} of "
         f"{number} collectives hidden{ratio}; compiled in {row.compile_seconds:.0f} s"
@@ -191,6 +200,15 @@ SUBJECTS: dict[str, tables.Columns] = {
         "unpipelined, cycles": lambda row: f"{row.reference_cycles:,.0f}",
         "ratio": lambda row: f"{row.ratio:.3f}",
     },
+    "unlike": {
+        "step": lambda row: row.name,
+        "layers a stage": lambda row: row.layers,
+        "of the last": lambda row: row.layers - row.shorter,
+        "permutes hidden": lambda row: _of(row.permutes_hidden, row.permutes),
+        "cycles": lambda row: f"{row.cycles:,.0f}",
+        "alike, cycles": lambda row: f"{row.reference_cycles:,.0f}",
+        "ratio": lambda row: f"{row.ratio:.3f}",
+    },
     "size": {
         "step": lambda row: row.name,
         "instructions": lambda row: f"{row.instructions:,}",
@@ -209,11 +227,12 @@ SUBJECTS: dict[str, tables.Columns] = {
 
 def make_tables(rows: Sequence[Row]) -> dict[str, str]:
     """Writes a table for each subject that the rows have."""
-    efficiency = [row for row in rows if row.ratio is not None]
+    efficiency = [row for row in rows if row.ratio is not None and not row.shorter]
     efficiency.sort(key=lambda row: (row.family, row.remat, row.width, row.layers))
     of_subject = {
         "transfers": [row for row in rows if row.question in ("permutes", "experts")],
         "efficiency": efficiency,
+        "unlike": [row for row in rows if row.question == "unlike"],
         "size": [row for row in rows if row.question == "size"],
         "gpu": [row for row in rows if row.question == "gpu"],
     }
@@ -253,6 +272,8 @@ def main(
             if question in ("permutes", "efficiency") and case.ranks == 4 and case.overlap:
                 # The same layers without a pipeline.
                 reference = compiles(replace(case, has_pipeline=False))
+            elif case.shorter:
+                reference = compiles(replace(case, shorter=0))
             rows.append(Row.of(question, case, figures, reference))
             tables.write_csv(rows, output / "overlap.csv", form=".6g")
             if verbose:

@@ -47,6 +47,7 @@ class Case:
       family: One of `models.FAMILIES`.
       width: The size of the residual stream.
       layers: A stage.
+      shorter: How many layers fewer the last stage has.
       tokens: A microbatch has, on one device.
       schedule: One of `dpj.schedules.names()`.
       overlap: As `dpj.Execution` takes it.
@@ -63,6 +64,7 @@ class Case:
     family: str = "mlp"
     width: int = 1024
     layers: int = 2
+    shorter: int = 0
     tokens: int = 4096
     schedule: str = "dualpipe"
     overlap: bool | None = True
@@ -75,6 +77,14 @@ class Case:
     def num_microbatches(self) -> int:
         """Enough for a steady state: four a rank."""
         return 4 * self.ranks
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """The layers of each stage of the schedule."""
+        schedule = dpj.schedules.make(
+            self.schedule, num_ranks=self.ranks, num_microbatches=self.num_microbatches
+        )
+        return (self.layers,) * (schedule.num_stages - 1) + (self.layers - self.shorter,)
 
     def make(self) -> Step:
         """Makes the step."""
@@ -108,16 +118,19 @@ def _pipelined(case: Case) -> Step:
         mesh=mesh,
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
+        layers_per_stage=case.layers_per_stage,
         remat=case.remat,
         execution=dpj.Execution(overlap=case.overlap, split_backward=case.split_backward),
         **more,
     )
-    params = family.avals(case.width, case.layers * case.ranks)
+    params = family.avals(case.width, sum(case.layers_per_stage))
+    # JAX has no uneven shards.
+    stacked = ("pipe",) if sum(case.layers_per_stage) % case.ranks == 0 else ()
     tokens = case.num_microbatches * case.beside * case.tokens
     shape = (tokens,) if family.window is None else (tokens // family.window, family.window)
     batch_spec = PartitionSpec(other) if case.beside > 1 else PartitionSpec()
     avals = params, jax.ShapeDtypeStruct(shape, jnp.int32)
-    args = lay(avals, (family.specs("pipe"), batch_spec), mesh)
+    args = lay(avals, (family.specs(*stacked), batch_spec), mesh)
     return Step(fn=jax.jit(grad_fn), args=args, mesh=mesh)
 
 

@@ -1,5 +1,6 @@
 """The loop over a stage's layers: each layer once, in model order, whatever the kinds."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ def test_each_layer_runs_once_in_order(name: str, reverse: bool) -> None:
         entry = jnp.array([numbers[layer.kind], layer.index, layer.entry, layer.position])
         # Only buffers of the layer's own kind are passed.
         own = tuple(each.at[layer.index].add(layer.position + 1) for each in mine)
-        return (write(seen, entry, count), count + 1), own
+        ran = (write(seen, entry, count), count + 1), own
+        return jax.tree.map(partial(jnp.where, layer.is_there), ran, (carry, mine))
 
     @jax.jit
     def run(stage: jax.Array, is_on: jax.Array) -> Any:
@@ -57,7 +59,8 @@ def test_each_layer_runs_once_in_order(name: str, reverse: bool) -> None:
         for i, kind in enumerate(mine):
             stack = layout.stacks[kind]
             place = kinds[: position + i].count(kind)  # in the stack
-            slab = place - int(stack.first_layers[stage]) + int(stack.offset_of(stage))
+            offset = 0 if layout.is_unrolled else int(stack.offset_of(stage))
+            slab = place - int(stack.first_layers[stage]) + offset
             want.append([numbers[kind], mine[:i].count(kind), slab, position + i])
             assert slab < stack.max_layers
         np.testing.assert_array_equal(seen[:count], want[::-1] if reverse else want)

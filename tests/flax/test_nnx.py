@@ -239,7 +239,9 @@ def test_dropout_is_keyed_by_microbatch_and_layer(is_stack: bool) -> None:
 def test_dropout_under_a_pipeline_is_that_of_the_sequential_model() -> None:
     net, tokens, key = Net(nnx.Rngs(0), rate=0.5), tokens_of(8), jax.random.key(3)
     model = model_of(net)
-    grad_fn = dpj.nnx.value_and_grad(model, mesh=mesh_of(), num_microbatches=4)
+    grad_fn = dpj.nnx.value_and_grad(
+        model, mesh=mesh_of(), num_microbatches=4, layers_per_stage=(LAYERS, 0)
+    )
     loss_fn = dpj.sequential(model, num_microbatches=4)
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(model.params(net), tokens, rng=key)
     assert_close(nnx.jit(grad_fn)(net, tokens, rng=key), (loss, model.state(grads)))
