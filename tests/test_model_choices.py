@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 
 import dualpipe_jax as dpj
 from dualpipe_jax._predict.memory import parse_bytes
+from dualpipe_jax._schedule.named import base_name
 from tests.models import (
     assert_close,
     make_batch,
@@ -51,7 +52,7 @@ def choices() -> Any:
 
 
 def test_every_schedule_with_remat_and_without_in_order(choices: Any) -> None:
-    assert {choice.schedule for choice in choices} == set(NAMES)
+    assert {base_name(choice.schedule) for choice in choices} == set(NAMES)
     assert {choice.remat for choice in choices} == {"none", "block"}
     makespans = [choice.simulation.makespan for choice in choices]
     np.testing.assert_allclose(makespans, sorted(makespans), rtol=1e-9)
@@ -95,6 +96,7 @@ def test_the_step_is_the_one_that_is_simulated(choices: Any) -> None:
             costs=choice.costs,
             transfer=0.1,
             num_layers=8,
+            layers_per_stage=choice.layers_per_stage,
             execution=choice.execution,
         )
         assert again == choice.simulation
@@ -170,7 +172,11 @@ def test_sizes_are_read() -> None:
 
 def test_schedules_that_cannot_run_are_left_out_and_named() -> None:
     made = dpj.choose(MODEL, *shapes_of(5), **WHERE, remat="none")
-    two_a_rank = {"dualpipev", "interleaved-1f1b", "v-half"}
+    two_a_rank = {
+        name
+        for name in NAMES
+        if dpj.schedules.make(name, num_ranks=4, num_microbatches=8).num_stages == 8
+    }
     assert {choice.schedule for choice in made} == set(NAMES) - two_a_rank
     assert set(made.left_out) == two_a_rank
     assert all("5 layers" in reason for reason in made.left_out.values())

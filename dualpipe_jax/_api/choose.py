@@ -1,7 +1,7 @@
 """`choose`: from a model's shapes to its schedules, ranked by predicted step time and memory."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -41,6 +41,7 @@ from dualpipe_jax._predict import (
 from dualpipe_jax._predict.costs import as_number
 from dualpipe_jax._predict.memory import parse_bytes
 from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.named import read_name, variants_of
 from dualpipe_jax._schedule.stage_sizes import BALANCED, LayersPerStage, stage_sizes
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule, make, names
@@ -108,7 +109,8 @@ def choose(
       memory: The bytes of a device, or a text such as `"80GiB"`.
       headroom: The share of the memory that is left to the compiler's own temporaries, from 0 to 1.
       optimizer: An optax transformation, whose state counts as sharded by `shardings`.
-      schedules: A name or a Schedule, or several; None for all names.
+      schedules: A name or a Schedule, or several; None for all names. Names without options are
+        tried with several: two and four stages a rank, r and 2r deferred weight grads.
       remat: The values to try as `value_and_grad(remat=)`.
       costs: The durations of actions, with a single remat and number of microbatches; None counts
         the work of the model's functions, with the forward of a rank's layers as the unit.
@@ -143,7 +145,7 @@ def choose(
     )
     raise_all(
         f"schedules: must be some of {', '.join(map(repr, names()))}, or Schedules",
-        (show(value) for value in chosen if isinstance(value, str) and value not in names()),
+        (show(value) for value in chosen if isinstance(value, str) and read_name(value) is None),
     )
     numbers: tuple[Any, ...] = (num_microbatches,)
     if not isinstance(num_microbatches, Integral):
@@ -198,7 +200,7 @@ def choose(
     for number in numbers:
         for one_remat in remats:
             setting = _Setting(given, num_microbatches=number, remat=one_remat, unit=unit)
-            for named in chosen:
+            for named in given.variants(chosen):
                 try:
                     choices += setting.choices(named)
                 except ValueError as error:
@@ -234,6 +236,15 @@ class _Given:
     def num_ranks(self) -> int:
         """The ranks of the pipeline."""
         return self.axes.mesh.shape[self.axes.axis]
+
+    def variants(self, schedules: Sequence[str | Schedule]) -> Iterator[str | Schedule]:
+        """Yields the schedules, and names also with the options that are worth a try."""
+        num_layers = call_checks.num_layers(self.params, self.model.layout)
+        for schedule in schedules:
+            if isinstance(schedule, str):
+                yield from variants_of(schedule, num_ranks=self.num_ranks, num_layers=num_layers)
+            else:
+                yield schedule
 
     def on_avals(self, function: Callable[..., Any], *more: Any) -> Any:
         """Calls a function with tracers of params, batch and rng, which keep their shardings."""

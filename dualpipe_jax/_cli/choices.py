@@ -8,10 +8,12 @@ from dualpipe_jax._cli.options import show_overlap
 from dualpipe_jax._cli.table import print_call, print_table, print_text
 from dualpipe_jax._predict import Choice, Costs, LayerBytes, ParameterBytes, Transformer
 from dualpipe_jax._predict.memory import format_bytes
+from dualpipe_jax._schedule.named import short_name
 
 _HEAD = ("", "schedule", "overlap", "step", "against best", "idle", "memory", "why")
 _FULL = "full backwards"
 _NOTES = (
+    "in brackets: stages a rank, if not 2, and weight grads that rank r defers, if not r;",
     "uneven: ranks with less work than the busiest; bubble: the busiest waits for values it needs;",
     "false waits: for values not needed yet, or never; recomputed: for deferred weight grads;",
     "full backwards: weight grads run with the input grads that they follow, layer by layer",
@@ -23,7 +25,9 @@ def to_object(choice: Choice) -> dict[str, object]:
     made = choice.simulation
     return {
         "schedule": made.schedule,
+        "microbatches": made.num_microbatches,
         "execution": asdict(choice.execution),
+        "layers_per_stage": choice.layers_per_stage,
         "fits": choice.fits,
         "tight": choice.is_tight,
         "makespan": made.makespan,
@@ -62,11 +66,13 @@ def print_choices(
         if term.num_bytes:
             print_text(term.why, after=f"  {term.name:15}  {format_bytes(term.num_bytes):>8}  ")
     if best.fits or best.is_tight:
+        split = best.layers_per_stage
         arguments = [
             "model",
             "mesh=mesh",
             f"num_microbatches={made.num_microbatches}",
             f'schedule="{made.schedule}"',
+            *([] if split is None else [f"layers_per_stage={split}"]),
             f'remat="{model.remat}"',
             f"execution=dpj.{best.execution!r}",
         ]
@@ -79,7 +85,7 @@ def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
     slower = made.makespan / best.simulation.makespan - 1
     return (
         str(place) if choice.fits else "tight" if choice.is_tight else "-",
-        made.schedule,
+        short_name(made.schedule),
         show_overlap(choice.execution),
         f"{made.makespan:.4g}",
         f"{slower:+.1%}" if choice is not best else "",

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import click
 from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
 from dualpipe_jax._cli.choices import print_choices, to_object
-from dualpipe_jax._cli.quantities import Size, parse_costs, read_costs
+from dualpipe_jax._cli.quantities import Numbers, Size, parse_costs, read_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._predict import (
     HEADROOM,
@@ -29,7 +29,8 @@ from dualpipe_jax._predict import (
 )
 from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._predict.transformer import ATTENTIONS, REMATS
-from dualpipe_jax._schedule.stage_sizes import BALANCED
+from dualpipe_jax._schedule.named import variants_of
+from dualpipe_jax._schedule.stage_sizes import BALANCED, stage_sizes
 
 _HEADS = 32
 _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "working")
@@ -37,15 +38,16 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
 
 @click.command(cls=Command)
 @options.ranks
-@options.microbatches
-@click.option("--layers", type=int, default=64, show_default=True, help="Layers of the model.")
 @click.option(
-    "--layers-per-stage",
-    type=click.Choice([BALANCED, "even"]),
-    default=BALANCED,
+    "--microbatches",
+    type=Numbers(),
+    default="20",
     show_default=True,
-    help="balanced: the split with which the step is the fastest, and fits.",
+    help="Microbatches of a step; several numbers, with commas, share out the windows of the "
+    "first one's.",
 )
+@click.option("--layers", type=int, default=64, show_default=True, help="Layers of the model.")
+@options.layers_per_stage(default=BALANCED)
 @click.option(
     "--memory",
     type=Size(),
@@ -153,9 +155,9 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
 )
 def choose(
     ranks: int,
-    microbatches: int,
+    microbatches: tuple[int, ...],
     layers: int,
-    layers_per_stage: str,
+    layers_per_stage: Any,
     memory: float,
     headroom: float,
     costs: str | None,
@@ -182,63 +184,106 @@ def choose(
         sizes["heads"] = math.gcd(_HEADS, sizes["width"])
     if not 0 <= headroom < 1:
         raise Refusal(f"--headroom {headroom}: must be a share, at least 0 and less than 1")
-    try:
-        model = Transformer(layers=layers, **sizes)
-        all_costs = _costs(model, ranks, costs, costs_from, embed=embed, head=head)
-        parameters = ParameterBytes(
-            layer=model.layer_parameters if layer_parameters is None else layer_parameters,
-            ends=model.ends_parameters if ends_parameters is None else ends_parameters,
-            parameter=parameter_bytes,
-            gradient=gradient_bytes,
-            optimizer=optimizer_bytes,
+    if len(microbatches) > 1 and any(value is not None for value in given_bytes.values()):
+        raise Refusal(
+            f"--microbatches {','.join(map(str, microbatches))}: must be one number where the "
+            "bytes of a microbatch are given"
         )
-    except ValueError as error:
-        raise Refusal(str(error)) from error
-    layer = _layer_bytes(model, given_bytes)
-    transfer = all_costs.forward * TRANSFER if transfer is None else transfer
+    windows = microbatches[0] * sizes.pop("microbatch_size")
     choices: list[Choice] = []
-    left_out = []
-    for name in schedules.names():
+    left_out: list[tuple[str, str]] = []
+    settings: list[_Setting] = []
+    for number in microbatches:
+        if windows % number:
+            raise Refusal(
+                f"--microbatches {number}: must divide the {windows} windows of a step, which are "
+                "the first number of microbatches x --microbatch-size"
+            )
         try:
-            schedule = schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
-            choices += choices_of(
-                Candidate(
-                    schedule=schedule,
-                    num_layers=layers,
-                    layers_per_stage=BALANCED if layers_per_stage == BALANCED else None,
-                    remat=model.remat,
-                    costs=all_costs,
-                    transfer=transfer,
-                ),
-                terms_of=partial(memory_of, layer=layer, parameters=parameters),
-                limit=memory,
-                headroom=headroom,
+            model = Transformer(layers=layers, microbatch_size=windows // number, **sizes)
+            all_costs = _costs(model, ranks, costs, costs_from, embed=embed, head=head)
+            parameters = ParameterBytes(
+                layer=model.layer_parameters if layer_parameters is None else layer_parameters,
+                ends=model.ends_parameters if ends_parameters is None else ends_parameters,
+                parameter=parameter_bytes,
+                gradient=gradient_bytes,
+                optimizer=optimizer_bytes,
             )
         except ValueError as error:
-            left_out.append((name, " ".join(str(error).split())))
+            raise Refusal(str(error)) from error
+        setting = _Setting(
+            model=model,
+            layer=_layer_bytes(model, given_bytes),
+            parameters=parameters,
+            costs=_scaled(all_costs, microbatches[0] / number),
+            transfer=all_costs.forward * TRANSFER if transfer is None else transfer,
+            is_one_of_several=len(microbatches) > 1,
+        )
+        settings.append(setting)
+        for known in schedules.names():
+            for name in variants_of(known, num_ranks=ranks, num_layers=layers):
+                try:
+                    made = schedules.make(name, num_ranks=ranks, num_microbatches=number)
+                    choices += setting.choices(
+                        made, layers_per_stage, limit=memory, headroom=headroom
+                    )
+                except ValueError as error:
+                    left_out.append((name, " ".join(str(error).split())))
     if not choices:
         raise Refusal(left_out[0][1])
     choices = in_order(choices)
+    first = settings[0]
     if output_format == "json":
         result = {
             "ranks": ranks,
-            "microbatches": microbatches,
+            "microbatches": microbatches[0] if len(microbatches) == 1 else microbatches,
             "layers": layers,
             "memory": memory,
             "headroom": headroom,
-            "costs": vars(all_costs),
-            "transfer": transfer,
-            "layer_bytes": vars(layer),
-            "parameters": vars(parameters),
+            "costs": vars(first.costs),
+            "transfer": first.transfer,
+            "layer_bytes": vars(first.layer),
+            "parameters": vars(first.parameters),
             "choices": [to_object(choice) for choice in choices],
         }
         click.echo(json.dumps(result, indent=2))
     else:
-        print_choices(choices, model, layer, parameters, all_costs, transfer)
+        print_choices(
+            choices, first.model, first.layer, first.parameters, first.costs, first.transfer
+        )
     for name, reason in left_out:
         click.echo(f"left out: {name}: {reason}", err=True)
     if not (choices[0].fits or choices[0].is_tight):
-        raise _nothing_fits(choices, memory, model.remat)
+        raise _nothing_fits(choices, memory, first.model.remat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """Holds a model with one number of microbatches, and predicts its schedules."""
+
+    model: Transformer
+    layer: LayerBytes
+    parameters: ParameterBytes
+    costs: Costs
+    transfer: float
+    is_one_of_several: bool
+
+    def choices(
+        self, schedule: schedules.Schedule, layers_per_stage: Any, *, limit: float, headroom: float
+    ) -> list[Choice]:
+        """Predicts a schedule's time and memory."""
+        sizes = stage_sizes(layers_per_stage, num_stages=schedule.num_stages, where="")
+        candidate = Candidate(
+            schedule=schedule,
+            num_layers=self.model.layers,
+            layers_per_stage=sizes,
+            remat=self.model.remat,
+            costs=self.costs,
+            transfer=self.transfer,
+        )
+        terms_of = partial(memory_of, layer=self.layer, parameters=self.parameters)
+        found = choices_of(candidate, terms_of=terms_of, limit=limit, headroom=headroom)
+        return [replace(each, is_one_of_several=self.is_one_of_several) for each in found]
 
 
 def _layer_bytes(model: Transformer, given: dict[str, float | None]) -> LayerBytes:
@@ -286,3 +331,8 @@ def _costs(
     costs = Costs(**by_sizes)
     # A deferred W repeats the work of I, its forward included.
     return replace(costs, recompute=costs.input_grad if model.remat == "block" else 0.0)
+
+
+def _scaled(costs: Costs, factor: float) -> Costs:
+    """Multiplies all costs."""
+    return Costs.of(None if number is None else number * factor for number in costs.numbers)

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from dualpipe_jax._api.value_and_grad import value_and_grad
 from dualpipe_jax._model.types import Context, Model
 from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.stage_sizes import LayersPerStage
 from dualpipe_jax.schedules import Schedule
 
 _AXIS = "pipe"
@@ -122,6 +123,7 @@ def make_step(
     *,
     schedule: Schedule,
     overlap: bool | Literal["two-tick"] | None,
+    layers_per_stage: LayersPerStage = None,
     microbatch: int,
     remat: str,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -131,6 +133,7 @@ def make_step(
       gpt: The model.
       schedule: The schedule, for as many devices as it has ranks.
       overlap: As for `Execution`.
+      layers_per_stage: As for `value_and_grad`.
       microbatch: Windows of text in a microbatch.
       remat: `"none"` or `"block"`.
 
@@ -145,6 +148,7 @@ def make_step(
         num_microbatches=microbatches,
         schedule=schedule,
         execution=Execution(overlap=overlap),
+        layers_per_stage=layers_per_stage,
         axis=_AXIS,
         remat=remat,
     )

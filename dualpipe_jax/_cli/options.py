@@ -1,6 +1,6 @@
 """The options that several commands share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -9,6 +9,7 @@ from dualpipe_jax import schedules
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.named import options_of
+from dualpipe_jax._schedule.stage_sizes import BALANCED
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 # The options of a replay, and their defaults.
@@ -82,6 +83,37 @@ def overlap(*, default: str | None) -> Callable[[_Command], _Command]:
         help="yes: there is a steady phase, in which every rank runs a pair. no: every action runs "
         "as soon as it can. two-tick, for GPUs: a rank reads a neighbour's value in the second "
         f"tick after it is made.{left_out}",
+    )
+
+
+class LayersPerStage(click.ParamType):
+    """Converts `even`, `balanced` or `9,8,8,7` to the `layers_per_stage` of a step."""
+
+    name = "even|balanced|N,N,.."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Sequence[int] | str | None:
+        """Reads one of the three."""
+        if value in (None, "even"):
+            return None
+        if value == BALANCED or not isinstance(value, str):
+            return value
+        try:
+            return tuple(map(int, value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not even, balanced, or numbers with commas.", param, ctx)
+
+
+def layers_per_stage(*, default: str) -> Callable[[_Command], _Command]:
+    """Makes the option."""
+    return click.option(
+        "--layers-per-stage",
+        type=LayersPerStage(),
+        default=default,
+        show_default=True,
+        help="How the layers are cut into stages: evenly; balanced, so that the step is the "
+        "fastest by simulation; or as many as named, in model order.",
     )
 
 

@@ -39,6 +39,7 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
 @options.stages_per_rank
 @options.overlap(default=None)
 @click.option("--layers", type=_SIZE, default=16, show_default=True, help="Layers of the model.")
+@options.layers_per_stage(default="even")
 @click.option("--width", type=_SIZE, default=1024, show_default=True)
 @click.option("--heads", type=_SIZE, default=8, show_default=True, help="Heads of attention.")
 @click.option("--context", type=_SIZE, default=512, show_default=True, help="Tokens of a window.")

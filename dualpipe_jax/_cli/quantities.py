@@ -31,6 +31,24 @@ class Size(click.ParamType):
             self.fail(f"{error}.")
 
 
+class Numbers(click.ParamType):
+    """Converts one positive integer, or several with commas."""
+
+    name = "N,N,.."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """As `click.ParamType.convert`."""
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+            self.fail(f"{value!r} is not positive integers with commas, each once.", param, ctx)
+        return numbers
+
+
 def parse_costs(text: str) -> dict[str, Any]:
     """Reads `F=1,I=1,W=1,B=2`, each once or not at all.
 

@@ -55,6 +55,7 @@ _NOTES = (
     type=int,
     help="Layers of the model; the first stages get one more. By default all stages are equal.",
 )
+@options.layers_per_stage(default="even")
 @click.option(
     "--format",
     "output_format",
@@ -75,6 +76,7 @@ def simulate(
     head: float,
     split_backward: bool,
     layers: int | None,
+    layers_per_stage: Any,
     output_format: str,
 ) -> None:
     """Replay schedules with the costs of your model.
@@ -104,6 +106,7 @@ def simulate(
                     costs=all_costs,
                     transfer=transfer,
                     num_layers=layers,
+                    layers_per_stage=layers_per_stage,
                     execution=Execution(overlap=overlap, split_backward=split_backward),
                     rendezvous=rendezvous,
                 )

@@ -56,10 +56,12 @@ class MemoryReport:
     Attributes:
       terms: Each kind of array.
       execution: How the schedule's order becomes this program, all decided.
+      layers_per_stage: The layers of each stage, in model order.
     """
 
     terms: tuple[Term, ...]
     execution: Execution
+    layers_per_stage: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -88,7 +90,8 @@ class MemoryReport:
             f"{name:{widths[0]}}  {count:{widths[1]}}  {size:>{widths[2]}}  {phase}".rstrip()
             for name, count, size, phase in rows
         )
-        return "\n".join((f"execution: {self.execution}", *lines))
+        layers = " ".join(map(str, self.layers_per_stage))
+        return "\n".join((f"execution: {self.execution}; layers per stage: {layers}", *lines))
 
 
 def _sum(terms: Iterable[Term]) -> int:
@@ -132,7 +135,7 @@ def report_memory(
     terms += _sum_terms(functions, gradients, arguments, stages)
     working = max(block.working_bytes for block in gradients.block.values())
     terms.append(Term("working set, estimated", "1 layer", working))
-    return MemoryReport(tuple(terms), execution)
+    return MemoryReport(tuple(terms), execution, stages.sizes)
 
 
 def _slot_terms(

@@ -24,8 +24,9 @@ import numpy as np
 from dualpipe_jax._predict.costs import Costs
 from dualpipe_jax._predict.decide import replay_decided
 from dualpipe_jax._predict.layers import StageLayers, cumulated
-from dualpipe_jax._predict.simulation import compile_for
+from dualpipe_jax._predict.simulation import Simulation
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Opcode
+from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.replay import replay_dependencies
 from dualpipe_jax._schedule.stage_sizes import spread_evenly
@@ -38,6 +39,11 @@ _POWER = 16
 # are alike (where they differ the program waits for more), ranks that end early, and a small
 # largest stage, for which every rank has memory.
 _ALIKE, _EARLY, _SMALL = 0.1, 0.01, 0.01
+# The least gain, as a share of the step, for which stages are worth being unlike: their surplus
+# layers cost some cycles (experiments/compiled).
+_LEAST_GAIN = 0.01
+# Models of more layers are spread evenly: a descent moves one layer at a time.
+_MOST_LAYERS = 4096
 # The most numbers, 8 bytes each, in a replay of all moves. Larger steps are balanced by arithmetic.
 _MOST_NUMBERS = 50_000_000
 
@@ -70,27 +76,33 @@ def balance(
 
     Returns:
       The layers of each stage, in model order, of which some may be none. They are spread evenly
-      if no other split is found to be faster.
+      if no other split is found to be faster, or if there are more than 4,096 layers.
     """
+    even = spread_evenly(num_layers, schedule.num_stages)
+    if num_layers > _MOST_LAYERS:
+        return even
     costs = replace(costs, layer=None)  # which are in the layers' weights
     weights = cumulated(layer_weights, num_layers=num_layers)
     splits = _Splits(schedule, costs=costs, transfer=transfer, weights=weights)
     most = num_layers if most is None else most
-    even = np.array(spread_evenly(num_layers, schedule.num_stages))
-    found = [even, _descend(even, splits.unevenness, most=most)]
+    found = [_descend(np.array(even), splits.unevenness, most=most)]
     if splits.size <= _MOST_NUMBERS:
-        ends = [_descend(start, splits.makespans, most=most) for start in found]
-        found.append(min(ends, key=lambda sizes: splits.makespans(sizes[None])[0]))
+        ends = [_descend(start, splits.makespans, most=most) for start in (np.array(even), *found)]
+        found.append(min(ends, key=splits.makespan))
+    least = splits.makespan(np.array(even)) * (1 - _LEAST_GAIN)
+    better = (tuple(sizes.tolist()) for sizes in found if splits.makespan(sizes) < least)
+    candidates = [even, *dict.fromkeys(better)]
+    if len(candidates) == 1:
+        return candidates[0]
 
-    def makespan(sizes: tuple[int, ...]) -> float:
+    def replayed(sizes: tuple[int, ...], execution: Execution) -> Simulation:
         layers = StageLayers.cut(sizes, layer_weights)
-        replayed = replay_decided(
-            schedule, execution, costs=costs, transfer=transfer, layers=layers
-        )
-        # Sums in different orders differ in their last bits.
-        return float(f"{replayed.makespan:.9g}")
+        return replay_decided(schedule, execution, costs=costs, transfer=transfer, layers=layers)
 
-    return min(dict.fromkeys(tuple(sizes.tolist()) for sizes in found), key=makespan)
+    # All are compared in the execution that the last one is run in.
+    decided = replayed(candidates[-1], execution).execution
+    # Sums in different orders differ in their last bits.
+    return min(candidates, key=lambda each: float(f"{replayed(each, decided).makespan:.9g}"))
 
 
 class _Splits:
@@ -105,18 +117,9 @@ class _Splits:
 
     def __init__(self, schedule: Schedule, *, costs: Costs, transfer: float, weights: np.ndarray):
         self._costs, self._transfer, self._weights = costs, transfer, weights
-        # The order of actions does not depend on the layers of the stages, and nor do the slots.
-        self._tables, _ = compile_for(
-            schedule,
-            Execution(
-                overlap=False,
-                split_backward=True,
-                deferred="recompute" if costs.recompute else "store",
-            ),
-            costs=costs,
-            transfer=transfer,
-            layers=None,
-        )
+        # The order of actions does not depend on the layers of the stages.
+        stash_deferred = not costs.recompute
+        self._tables = compile_program(schedule.program, stash_deferred=stash_deferred).tables
         units = schedule.program.units
         # int[num_ranks, num_stages], the microbatches that a rank runs through a stage.
         self._runs = np.zeros((schedule.num_ranks, schedule.num_stages), int)
@@ -145,6 +148,10 @@ class _Splits:
         largest = sizes.max(axis=1) / sizes.mean(axis=1)
         second = _ALIKE * _variance(_of_stages(cost)) + _SMALL * largest
         return end.max(axis=0) + _EARLY * end.mean(axis=0) + self._time * second
+
+    def makespan(self, sizes: np.ndarray) -> float:
+        """Simulates the step of one split, int64[num_stages]."""
+        return float(self.makespans(sizes[None])[0])
 
     def _costs_of(self, sizes: np.ndarray) -> np.ndarray:
         """Finds how long actions take: float64[num_opcodes, num_stages, num_splits]."""

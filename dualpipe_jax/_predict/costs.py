@@ -48,7 +48,17 @@ def is_cost(number: float) -> bool:
     return 0 <= number <= _MOST
 
 
-COST = f"a cost must be a finite number, 0 or more and at most {_MOST:g}"
+_COST = f"a cost must be a finite number, 0 or more and at most {_MOST:g}"
+
+
+def require_cost(name: str, number: float) -> None:
+    """Requires a number that is neither negative nor too large.
+
+    Raises:
+      ValueError: if it is.
+    """
+    if not is_cost(number):
+        raise ValueError(f"{name}={brief(number)}: {_COST}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +116,7 @@ class Costs:
                 stated[name] = number
         wrong = [f"{name}={brief(value)}" for name, value in stated.items() if not is_cost(value)]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)}: {COST}")
+            raise ValueError(f"{', '.join(wrong)}: {_COST}")
         if not self.forward * _MOST >= 1:
             raise ValueError(
                 f"forward={brief(self.forward)}: a forward must cost more than 0, and at least "
@@ -255,7 +265,7 @@ def _costs_of_kinds(layer: Any) -> dict[Hashable, float]:
     costs = {kind: as_number(f"layer[{brief(kind)}]", cost) for kind, cost in layer.items()}
     wrong = [f"layer[{brief(k)}]={brief(c)}" for k, c in costs.items() if not is_cost(c)]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: {COST}")
+        raise ValueError(f"{', '.join(wrong)}: {_COST}")
     return costs
 
 

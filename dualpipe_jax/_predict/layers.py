@@ -43,6 +43,9 @@ class StageLayers:
           layer_weights: The relative cost of every layer, in model order; None if all cost the
             same.
         """
+        if layer_weights is None:
+            uppers = (upper_layers(size) / size if size else 0.5 for size in sizes)
+            return cls(tuple(map(int, sizes)), tuple(map(float, sizes)), tuple(uppers))
         ends = np.cumsum([0, *sizes])
         costs = cumulated(layer_weights, num_layers=int(ends[-1]))
         weights = np.diff(costs[ends])

@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from dualpipe_jax._predict.balance import balance
-from dualpipe_jax._predict.costs import Costs
+from dualpipe_jax._predict.costs import Costs, require_cost
 from dualpipe_jax._predict.decide import has_pairs, has_steady_state, replay_decided
 from dualpipe_jax._predict.layers import StageLayers
 from dualpipe_jax._predict.memory import MemoryTerm, format_bytes
 from dualpipe_jax._predict.simulation import Simulation, compile_for
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.stage_sizes import BALANCED, spread_evenly
+from dualpipe_jax._schedule.stage_sizes import (
+    BALANCED,
+    require_layers,
+    require_sum,
+    spread_evenly,
+)
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
@@ -42,6 +47,16 @@ class Candidate:
     remat: Any
     costs: Costs
     transfer: float
+
+    def __post_init__(self) -> None:
+        """Requires a layer for each stage, unless their sizes are given, and a cost."""
+        require_cost("transfer", self.transfer)
+        if isinstance(self.layers_per_stage, tuple):
+            require_sum(self.layers_per_stage, self.num_layers)
+        else:
+            schedule = self.schedule
+            where = f" of schedule {schedule.name!r} on {schedule.num_ranks} ranks"
+            require_layers(self.num_layers, num_stages=schedule.num_stages, where=where)
 
     @property
     def recomputes(self) -> bool:

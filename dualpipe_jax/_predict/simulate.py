@@ -7,15 +7,15 @@ import numpy as np
 
 from dualpipe_jax._errors import brief
 from dualpipe_jax._predict.balance import balance
-from dualpipe_jax._predict.costs import COST, Costs, as_number, is_cost
+from dualpipe_jax._predict.costs import Costs, as_number, require_cost
 from dualpipe_jax._predict.decide import replay_decided
 from dualpipe_jax._predict.layers import StageLayers, weights_by_kind
 from dualpipe_jax._predict.simulation import Simulation
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.stage_sizes import (
     BALANCED,
-    MOST_LAYERS,
     LayersPerStage,
+    require_layers,
     require_sum,
     spread_evenly,
     stage_sizes,
@@ -77,8 +77,7 @@ def simulate(
         placed_by=placed_by,
     )
     costs, transfer = costs or Costs(), as_number("transfer", transfer)
-    if not is_cost(transfer):
-        raise ValueError(f"transfer={brief(transfer)}: {COST}")
+    require_cost("transfer", transfer)
     layers = _layers(
         schedule,
         layers_per_stage,
@@ -121,24 +120,17 @@ def _layers(
 ) -> StageLayers | None:
     """Cuts the model into stages; None if no layers are given."""
     num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
-    sizes = stage_sizes(
-        layers_per_stage,
-        num_stages=num_stages,
-        where=f" of schedule {schedule.name!r} on {num_ranks} ranks",
-    )
+    where = f" of schedule {schedule.name!r} on {num_ranks} ranks"
+    sizes = stage_sizes(layers_per_stage, num_stages=num_stages, where=where)
     if num_layers is None:
         if sizes == BALANCED:
             raise ValueError(
                 'layers_per_stage="balanced": must come with num_layers, or with the layout'
             )
         return None if sizes is None else StageLayers.cut(sizes)
-    least = num_stages if sizes is None else 1
-    if not least <= num_layers <= MOST_LAYERS:
-        raise ValueError(
-            f"num_layers={brief(num_layers)}: must be at least the {num_stages} stages of schedule "
-            f"{schedule.name!r} on {num_ranks} ranks, and at most {MOST_LAYERS:,}; for stages "
-            "without layers name the layers of each stage: layers_per_stage"
-        )
+    if sizes is None or sizes == BALANCED:
+        least = num_stages if sizes is None else 1
+        require_layers(num_layers, num_stages=least, where=where)
     if sizes == BALANCED:
         sizes = balance(schedule, num_layers=num_layers, layer_weights=layer_weights, **costs)
     require_sum(sizes, num_layers)

@@ -20,6 +20,10 @@ from dualpipe_jax._schedule.ir import Program
 _NAME = re.compile(r"([\w-]+)(?:\((.*)\))?")
 _OPTION = re.compile(r"(\w+)=(\w+|\([0-9, ]*\))")
 _INTEGER = re.compile("[0-9]{1,18}")
+_STAGES = "num_stages_per_rank"
+# The values that `choose` tries: more stages a rank wait less and transfer more; as many deferred
+# weight grads as twice the rank pay where input grads take longer than forwards.
+_WORTH_A_TRY: dict[str, tuple[Any, ...]] = {_STAGES: (2, 4), "num_deferred": ("r", "2r")}
 
 
 def generate(name: str, **arguments: Any) -> Program:
@@ -44,6 +48,32 @@ def options_of(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
+def variants_of(name: str, *, num_ranks: int, num_layers: int) -> tuple[str, ...]:
+    """Lists a schedule with each of the options that are worth a try, its defaults first.
+
+    >>> variants_of("interleaved-1f1b", num_ranks=8, num_layers=64)
+    ('interleaved-1f1b', 'interleaved-1f1b(num_stages_per_rank=4)')
+    >>> variants_of("interleaved-1f1b(num_stages_per_rank=3)", num_ranks=8, num_layers=64)
+    ('interleaved-1f1b(num_stages_per_rank=3)',)
+
+    Args:
+        name: A name, which is not varied if it has options.
+        num_ranks: The ranks.
+        num_layers: The layers of the model: no variant has more stages.
+    """
+    if name not in GENERATORS:
+        return (name,)
+    found: list[dict[str, Any]] = [{}]
+    for option, values in _WORTH_A_TRY.items():
+        if option in options_of(name):
+            found = [{**options, option: value} for options in found for value in values]
+    return tuple(
+        _write_name(name, options)
+        for options in found
+        if options in ({}, found[0]) or options.get(_STAGES, 1) * num_ranks <= num_layers
+    )
+
+
 def require_options(name: str, options: Mapping[str, Any]) -> None:
     """Requires options that a schedule has.
 
@@ -65,6 +95,15 @@ def require_options(name: str, options: Mapping[str, Any]) -> None:
 def base_name(name: str) -> str:
     """Leaves out the options of a name."""
     return name.partition("(")[0]
+
+
+def short_name(name: str) -> str:
+    """Leaves the names of options out of a name, for narrow tables.
+
+    >>> short_name("interleaved-zb(num_stages_per_rank=4, num_deferred=2r)"), short_name("zb-h1")
+    ('interleaved-zb(4,2r)', 'zb-h1')
+    """
+    return re.sub(r"\w+=| ", "", name)
 
 
 def read_name(name: Any) -> tuple[str, dict[str, Any]] | None:

@@ -114,6 +114,25 @@ def spread_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return (fewest + 1,) * rest + (fewest,) * (num_stages - rest)
 
 
+def require_layers(num_layers: int, *, num_stages: int, where: str) -> None:
+    """Requires a layer for every stage, and no more layers than integers count.
+
+    Args:
+      num_layers: The layers of the model.
+      num_stages: The stages.
+      where: Words of a message that follow "the stages".
+
+    Raises:
+      ValueError: If there are fewer, or too many.
+    """
+    if not num_stages <= num_layers <= MOST_LAYERS:
+        raise ValueError(
+            f"num_layers={brief(num_layers)}: must be at least the {num_stages} stages{where}, and "
+            f"at most {MOST_LAYERS:,}; for stages without layers name the layers of each stage: "
+            "layers_per_stage"
+        )
+
+
 def require_sum(sizes: tuple[int, ...] | None, num_layers: int) -> None:
     """Requires the stages to have all layers of the model."""
     if sizes is not None and sum(sizes) != num_layers:

@@ -26,6 +26,7 @@ FOLDER = "runs/deepseek_mini"
 
 @flags.script("deepseek_mini")
 @click.option("--schedule", type=click.Choice(dpj.schedules.names()), default="dualpipe")
+@flags.layers_per_stage
 @click.option("--ranks", type=POSITIVE, default=2, help="Devices of the pipeline.")
 @click.option("--expert-devices", type=POSITIVE, default=2, help="Over which experts are spread.")
 @click.option(
@@ -121,6 +122,8 @@ def main(ctx: click.Context, *, topology: str | None, **given: Any) -> None:
         num_microbatches=settings.microbatches,
         bias_rate=given["bias_rate"],
         context=settings.context,
+        batch_size=settings.batch_size,
+        balanced=given["layers_per_stage"],
     )
     with run.ending(folder, console) as requests:
         outcome = run.train(

@@ -6,6 +6,7 @@ After each update the routers' biases move by the loads of the step.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,6 +14,7 @@ import dualpipe_jax as dpj
 from experiments.deepseek_mini import dispatch, model
 from experiments.deepseek_mini.model import DeepSeekMini
 from experiments.deepseek_mini.report import columns, to_row
+from experiments.train_lm import flags
 from experiments.train_lm.trainer.mesh import PIPE, batch_axes, with_fsdp
 from experiments.train_lm.trainer.run import Job
 
@@ -27,6 +29,8 @@ def make_job(
     num_microbatches: int,
     bias_rate: float,
     context: int,
+    batch_size: int,
+    balanced: flags.Balanced = None,
 ) -> Job:
     """Makes the job.
 
@@ -37,6 +41,8 @@ def make_job(
       num_microbatches: Microbatches of a step, on each shard of the batch.
       bias_rate: By how much a step moves a router's bias.
       context: Bytes of a window.
+      batch_size: Windows of a step.
+      balanced: Whether layers are cut into stages by their costs.
     """
     shapes = jax.eval_shape(sizes.init, jax.random.key(0))
     options: Any = {
@@ -46,12 +52,17 @@ def make_job(
         "batch_axes": batch_axes(mesh),
         "manual_axes": EXPERT,
         "param_specs": with_fsdp(sizes.param_specs(shapes, EXPERT), shapes, mesh),
+        "layers_per_stage": balanced,
     }
     platform = mesh.devices.flat[0].platform
     pipelined = sizes.for_pipeline(EXPERT, is_ragged=dispatch.has_ragged(platform))
     value_and_grad = dpj.value_and_grad(
         pipelined, schedule=schedule, trainable=model.is_trained, **options
     )
+    stages = ""
+    if balanced:
+        batch = jax.ShapeDtypeStruct((batch_size, context + 1), jnp.int32)
+        stages = flags.show_layers(value_and_grad.memory(shapes, batch).layers_per_stage)
     evaluate = dpj.evaluate(pipelined, **options)
     # Metrics are sums over all of them.
     num_parts = num_microbatches * int(np.prod([mesh.shape[name] for name in batch_axes(mesh)]))
@@ -72,7 +83,7 @@ def make_job(
         param_specs=options["param_specs"],
         grad_fn=grad_fn,
         held_out_loss=lambda params, batch: evaluate(params, batch)[1].head["main"] / num_parts,
-        describe=f"layers: {', '.join(sizes.layout)}",
+        describe=f"layers: {', '.join(sizes.layout)}{stages}",
         flops_per_token=sizes.flops_per_token(context),
         columns=columns(sizes.experts),
         to_row=to_row,

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -107,6 +107,29 @@ def require_multiples(*sizes: tuple[str, int, int], why: str) -> None:
     """
     wrong = [f"{flag} {n}: must be a multiple of {count}" for flag, n, count in sizes if n % count]
     refuse({f"{'; '.join(wrong)}, {why}": wrong})
+
+
+# The `layers_per_stage` of a step, as the flag gives it.
+Balanced = Literal["balanced"] | None
+
+
+def _to_argument(ctx: click.Context, param: click.Parameter, value: str) -> Balanced:
+    return "balanced" if value == "balanced" else None
+
+
+layers_per_stage = click.option(
+    "--layers-per-stage",
+    type=click.Choice(["even", "balanced"]),
+    default="even",
+    callback=_to_argument,
+    help="How layers are cut into stages: evenly, or so that the step is the fastest by simulation "
+    "at the costs that are counted from the model.",
+)
+
+
+def show_layers(sizes: Sequence[int]) -> str:
+    """Writes the layers of each stage, to follow other words."""
+    return f"; layers per stage: {' '.join(map(str, sizes))}"
 
 
 def adding(*flags: Callable[..., Any]) -> Callable[..., Any]:

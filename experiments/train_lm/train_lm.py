@@ -34,6 +34,7 @@ FOLDER = "runs/train_lm"
     type=POSITIVE,
     help="Stages that each rank holds, by default 2, for the interleaved schedules.",
 )
+@flags.layers_per_stage
 @click.option(
     "--ranks",
     type=POSITIVE,
@@ -115,7 +116,9 @@ def main(ctx: click.Context, **given: Any) -> None:
 
     if processes.is_first():
         dpj.plot_timeline(timeline, path=folder.path / "timetable.png")
-    job, pipeline = _make_job(model, plan, mesh, settings, name=given["dtype"])
+    job, pipeline = _make_job(
+        model, plan, mesh, settings, name=given["dtype"], balanced=given["layers_per_stage"]
+    )
     with run.ending(folder, console) as requests:
         outcome = run.train(
             job, settings, place, folder, config, requests=requests, at_stop=at_stop
@@ -165,7 +168,13 @@ def _find_ranks(
 
 
 def _make_job(
-    model: LanguageModel, plan: Any, mesh: Any, settings: Settings, *, name: str
+    model: LanguageModel,
+    plan: Any,
+    mesh: Any,
+    settings: Settings,
+    *,
+    name: str,
+    balanced: flags.Balanced,
 ) -> tuple[run.Job, dict[str, Any]]:
     """Makes the job, and how the pipeline runs."""
     shapes = _shapes(model)
@@ -176,9 +185,15 @@ def _make_job(
         "axis": PIPE,
         "batch_axes": batch_axes(mesh),
         "param_specs": specs,
+        "layers_per_stage": balanced,
     }
     value_and_grad = dpj.value_and_grad(model.for_pipeline(), schedule=plan, **pipeline)
     has_rng = model.dropout > 0
+    stages = ""
+    if balanced:
+        batch = jax.ShapeDtypeStruct((settings.batch_size, settings.context + 1), jnp.int32)
+        key = jax.random.key(0) if has_rng else None
+        stages = flags.show_layers(value_and_grad.memory(shapes, batch, rng=key).layers_per_stage)
 
     def grad_fn(params: Any, batch: jax.Array, key: jax.Array) -> Any:
         loss, grads = value_and_grad(params, batch, rng=key if has_rng else None)
@@ -190,7 +205,7 @@ def _make_job(
         param_specs=specs,
         grad_fn=grad_fn,
         held_out_loss=dpj.evaluate(model.for_pipeline(), **pipeline),
-        describe=f"{model.layers} layers of width {model.width}, {name}",
+        describe=f"{model.layers} layers of width {model.width}, {name}{stages}",
         flops_per_token=model.flops_per_token(settings.context),
     )
     return job, pipeline

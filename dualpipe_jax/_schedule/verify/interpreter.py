@@ -71,6 +71,8 @@ class _Interpreter:
         # before; the last stage's F makes its own cotangent, of the loss, and an upper half one
         # that stays in the stage.
         makes_dx = np.isin(opcode, _MAKES_DX)
+        self.is_f, self.makes_dx, self.is_lower = is_f, makes_dx, is_lower
+        self.is_i, self.is_w = (np.isin(opcode, of) for of in (OF_I, OF_W))
         ends = (is_f & is_last & tables.forward_only) | (makes_dx & (stage == 0))
         self.output = np.select(
             [ends, is_f & is_last, is_f, is_upper, makes_dx],
@@ -96,10 +98,10 @@ class _Interpreter:
             if not tables.is_lazy:
                 self._store_arrivals(tick, arrived)
             opcode, local = tables.opcode[tick], self.local[tick]
-            is_f, is_i, is_w = (np.isin(opcode, of) for of in (Opcode.FORWARD, OF_I, OF_W))
+            is_f, is_i, is_w = self.is_f[tick], self.is_i[tick], self.is_w[tick]
             self._load(tick, "read", self.expected[tick], free=opcode != Opcode.IDLE)
-            is_dx, is_lower = np.isin(opcode, _MAKES_DX), opcode == Opcode.BACKWARD_LOWER
-            self._load(tick, "residual", local, of=is_i | is_lower, free=is_dx)
+            of = is_i | self.is_lower[tick]
+            self._load(tick, "residual", local, of=of, free=self.makes_dx[tick])
             self._load(tick, "weight_residual", local, of=is_i | is_w, free=is_w)
             self._load(tick, "stash", local, of=is_w, free=is_w)
             self._load(tick, DEFERRED, local, of=is_w, free=is_w)

@@ -32,6 +32,7 @@ _FREE = {
     "ranks",
     "schedule",
     "stages-per-rank",
+    "layers-per-stage",
     "microbatches",
     "data-devices",
     "fsdp-devices",
