@@ -1,8 +1,9 @@
 """One beat: a forward and a backward on every rank, straight-line code without choices.
 
-In even beats chunk 0 is forward and chunk 1 backward, in odd ones the other way round. So weights
-and sums are fixed, never selected, and the values that a beat sends go between fixed pairs of ranks
-and are the next beat's input.
+Beats repeat after a period: in beat b of it chunk b is forward and chunk `Steady.backward[b]` is
+backward. So weights and sums are fixed, never selected, and the values that a beat sends go between
+fixed pairs of ranks. They are the next beat's input or, on a rank where values wait, that of a beat
+a fixed number later.
 
 The order of F, I and W of the layers, and of the transfers, is a list of `layer_order`. In
 straight-line code data alone orders the work: XLA is free to run F of a layer beside I of another,
@@ -14,10 +15,12 @@ waits for the other.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dualpipe_jax import _scopes
@@ -49,12 +52,13 @@ _MAX_PAIRS = 6
 _TOUCHES = (*RESIDUALS, "stash", "grads")
 
 
-def after_beat(row: Row, state: State, cotangent: list[jax.Array]) -> Row:
+def after_beat(row: Row, state: State, cotangents: list[list[jax.Array]]) -> Row:
     """Makes the slots that F writes known only after all reads of the beat before.
 
     Every value that a beat reads goes into a weight grad, or into the cotangent that it sends.
     """
-    zero = barriers.zero_after((state.block_grads, state.ends_grads, state.shared_grads, cotangent))
+    made = state.block_grads, state.ends_grads, state.shared_grads, cotangents
+    zero = barriers.zero_after(made)
     return {**row, **{name: row[name] + zero for name in RESIDUALS}}
 
 
@@ -67,15 +71,16 @@ class _Transfers:
 
 
 class Beat:
-    """Runs one beat: the forward of chunk `parity`, the backward of the other one.
+    """Runs one beat of a period, `number`: the forward of a chunk, the backward of a chunk.
 
     The backward's row is that of the input grad's tick; the weight grad's names the same slots.
     """
 
-    def __init__(self, rank: Rank, steady: Steady, parity: int, f_row: Row, i_row: Row):
+    def __init__(self, rank: Rank, steady: Steady, number: int, f_row: Row, i_row: Row):
         self.rank, self.f_row, self.i_row = rank, f_row, i_row
-        self.forward, self.backward = parity, 1 - parity
-        self.pairs = steady.x_pairs[parity], steady.cotangent_pairs[parity]
+        self.forward, self.backward = number, steady.backward[number]
+        self.pairs = steady.x_pairs[number], steady.cotangent_pairs[number]
+        self.waits = steady.x_wait, steady.cotangent_wait
         is_unrolled = rank.stages.is_unrolled
         self.work = LayerWork(
             rank=rank,
@@ -87,15 +92,17 @@ class Beat:
         )
 
     def run(
-        self, state: State, x: PyTree, cotangent: list[jax.Array]
-    ) -> tuple[State, PyTree, list[jax.Array]]:
-        """Runs the beat, and returns the values that the next one reads.
+        self, state: State, xs: list[PyTree], cotangents: list[list[jax.Array]]
+    ) -> tuple[State, list[PyTree], list[list[jax.Array]]]:
+        """Runs the beat, and returns the values that the next ones read.
 
         Args:
           state: The rank's state.
-          x: The x that the forward reads, except on the first stage.
-          cotangent: The cotangents that the input grad reads, of the leaves that have one.
+          xs: The x that the forward reads, except on the first stage; behind it those that wait for
+            the next beats, as many as the most that a value waits.
+          cotangents: The same for the input grad, of the leaves that have a cotangent.
         """
+        (x, *later_xs), (cotangent, *later_cotangents) = xs, cotangents
         rank, stages = self.rank, self.rank.stages
         stage_of, f_row, i_row = stages.stage_of, self.f_row, self.i_row
         if (stage_of[self.forward] == 0).any():
@@ -107,6 +114,10 @@ class Beat:
             of_w = rank.gradients.index["W"]
             grads = state.take(("grads",), self.backward, of_w), state.take_shared(of_w)
             next_x, next_cotangent = barriers.wait_for((next_x, next_cotangent), grads)
+        next_xs = self._upcoming(self.waits[0], later_xs, next_x)
+        next_cotangent, *next_cotangents = self._upcoming(
+            self.waits[1], later_cotangents, next_cotangent
+        )
         if (stage_of[self.backward] == 0).any():
             state = when(
                 i_row["stage"] == 0, lambda state: embed_grad(rank, state, dx, i_row), state
@@ -122,7 +133,23 @@ class Beat:
         if rank.settings.poison:
             names = (*RESIDUALS, "stash")
             state = state.with_slots({n: buffers.poison(state.slots[n], i_row[n]) for n in names})
-        return state, next_x, next_cotangent
+        return state, next_xs, [next_cotangent, *next_cotangents]
+
+    def _upcoming(self, wait: np.ndarray, later: list[PyTree], arrived: PyTree) -> list[PyTree]:
+        """Puts the value that has arrived behind those that are read before it.
+
+        Args:
+          wait: int[num_ranks], how many beats a value waits on each rank.
+          later: The values for the beats after this one, without the last.
+          arrived: The value.
+        """
+        upcoming = []
+        for number, value in enumerate(later):
+            if (wait == number).any():
+                is_here = jnp.asarray(wait == number)[lax.axis_index(self.rank.stages.axis)]
+                value = jax.tree.map(partial(jnp.where, is_here), arrived, value)
+            upcoming.append(value)
+        return [*upcoming, arrived]
 
     def _embed(self, x: PyTree) -> PyTree:
         is_first = self.f_row["stage"] == 0

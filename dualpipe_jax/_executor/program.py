@@ -5,6 +5,7 @@ straight-line code on all ranks, a scan of its own runs it, at its place among t
 size does not depend on their lengths.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,14 +83,14 @@ def run(
 
 
 def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], State]:
-    """Makes the function that runs all beats, two in a trip of one `lax.scan`.
+    """Makes the function that runs all beats, a period in a trip of one `lax.scan`.
 
     Args:
       rank: The rank.
       steady: The beats.
       rows: This rank's rows of the tables, int32[num_ticks] for each column.
     """
-    ticks_per_trip, poison = 2 * TICKS_PER_BEAT, rank.settings.poison
+    ticks_per_trip, poison = steady.period * TICKS_PER_BEAT, rank.settings.poison
     # (A beat's transfers are those of `Steady`.)
     in_steady = {n: column[steady.ticks] for n, column in rows.items() if n != "exchange"}
     trips = {name: column.reshape(-1, ticks_per_trip) for name, column in in_steady.items()}
@@ -97,25 +98,40 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
     def tick_of(rows: Row, tick: int) -> Row:
         return {name: column[tick] for name, column in rows.items()}
 
-    def two_beats(carry: tuple[State, PyTree, list], rows: Row) -> tuple[Any, None]:
-        state, x, cotangent = carry
-        for parity in range(2):
-            with jax.named_scope(_scopes.of_beat(parity)), jax.named_scope(_scopes.STEADY):
-                f_row, i_row = (tick_of(rows, TICKS_PER_BEAT * parity + i) for i in range(2))
-                if parity == 1 and not rank.settings.runs_side_by_side:
-                    f_row = after_beat(f_row, state, cotangent)
-                beat = Beat(rank, steady, parity, f_row, i_row)
-                state, x, cotangent = beat.run(state, x, cotangent)
-        return (state, x, cotangent), None
+    def one_period(carry: tuple[State, list, list], rows: Row) -> tuple[Any, None]:
+        state, xs, cotangents = carry
+        for number in range(steady.period):
+            with jax.named_scope(_scopes.of_beat(number)), jax.named_scope(_scopes.STEADY):
+                f_row, i_row = (tick_of(rows, TICKS_PER_BEAT * number + i) for i in range(2))
+                if number > 0 and not rank.settings.runs_side_by_side:
+                    f_row = after_beat(f_row, state, cotangents)
+                beat = Beat(rank, steady, number, f_row, i_row)
+                state, xs, cotangents = beat.run(state, xs, cotangents)
+        return (state, xs, cotangents), None
+
+    def entry_slots(state: State, wait: np.ndarray, rows: list[Row]) -> list[jax.Array]:
+        """Finds the slots of the values that the first beats read, and that came before."""
+        # A rank that embeds needs no x, and reads the last slot, the spare.
+        slots = [spare_slots(state, rows[0], "read")["read"]]
+        for beat, row in enumerate(rows[1:], start=1):  # for ranks on which values wait
+            is_here = jnp.asarray(wait >= beat)[lax.axis_index(rank.stages.axis)]
+            read = jnp.where(is_here, row["read"], -1)
+            slots.append(spare_slots(state, {"read": read}, "read")["read"])
+        return slots
 
     def run(state: State) -> State:
-        first = tick_of(in_steady, 0), tick_of(in_steady, 1)
-        state = store_arrivals(state, first[0], state.messages)
-        # A rank that embeds needs no x, and reads the last slot, the spare.
-        slots = [spare_slots(state, row, "read")["read"] for row in first]
-        x, cotangent = (buffers.read(state.received, slot) for slot in slots)
+        waits = steady.x_wait, steady.cotangent_wait
+        first = [
+            [tick_of(in_steady, TICKS_PER_BEAT * beat + tick) for beat in range(1 + wait.max())]
+            for tick, wait in enumerate(waits)
+        ]
+        state = store_arrivals(state, first[0][0], state.messages)
+        slots = [entry_slots(state, wait, rows) for wait, rows in zip(waits, first, strict=True)]
+        xs, cotangents = (
+            [buffers.read(state.received, slot) for slot in of_kind] for of_kind in slots
+        )
         if poison:
-            for slot in slots:
+            for slot in itertools.chain(*slots):
                 state = state._replace(received=buffers.poison(state.received, slot))
         # An idle buffer takes no memory in the beats: it ends here, and is made again after them.
         idle = {name: state.slots[name] for name in rank.stages.idle_in(steady)}
@@ -127,14 +143,13 @@ def make_steady(rank: Rank, steady: Steady, rows: Row) -> Callable[[State], Stat
             # In the beats alone: in ticks W of a layer runs right after its I.
             idle["stash"] = state.slots["stash"]
             stash = one_stash(rank.gradients, rank.stages, state.slots["stash"])
-            in_beats["stash"] = empty_after(stash, after=(x, cotangent), poison=poison)
+            in_beats["stash"] = empty_after(stash, after=(xs, cotangents), poison=poison)
         state = state.with_slots(in_beats)
-        (state, x, cotangent), _ = lax.scan(
-            two_beats, (_laid_out(state), x, pick(cotangent)), trips
-        )
+        carry = _laid_out(state), xs, [pick(cotangent) for cotangent in cotangents]
+        (state, xs, cotangents), _ = lax.scan(one_period, carry, trips)
         state = _laid_out(state)
-        state = state.with_slots(empty_after(idle, after=(x, cotangent), poison=poison))
-        return _leave(rank, steady, state, x, cotangent)
+        state = state.with_slots(empty_after(idle, after=(xs, cotangents), poison=poison))
+        return _leave(rank, steady, state, xs, cotangents)
 
     return run
 
@@ -144,17 +159,19 @@ def _laid_out(state: State) -> State:
     return state._replace(slots=lay_out(state.slots))
 
 
-def _leave(rank: Rank, steady: Steady, state: State, x: PyTree, cotangent: list) -> State:
-    """Stores the values that the last beat sent where the tables have them."""
+def _leave(
+    rank: Rank, steady: Steady, state: State, xs: list[PyTree], cotangents: list[list]
+) -> State:
+    """Stores the values that are read after the last beat where the tables have them."""
     last = jax.tree.leaves(state.received)[0].shape[0] - 1
     me = lax.axis_index(rank.stages.axis)
-
-    def slot(slots: np.ndarray) -> jax.Array:
-        return jnp.asarray(np.where(slots < 0, last, slots), jnp.int32)[me]
-
-    received = buffers.write(state.received, x, slot(steady.x_slot))
-    received = buffers.write(received, put_leaves(x, cotangent), slot(steady.cotangent_slot))
-    nothing = buffers.allocate(x, poison=rank.settings.poison)
+    received = state.received
+    of_cotangents = [put_leaves(xs[0], cotangent) for cotangent in cotangents]
+    for values, slots in ((xs, steady.x_slot), (of_cotangents, steady.cotangent_slot)):
+        for value, of_ranks in zip(values, slots, strict=True):
+            slot = jnp.asarray(np.where(of_ranks < 0, last, of_ranks), jnp.int32)[me]
+            received = buffers.write(received, value, slot)
+    nothing = buffers.allocate(xs[0], poison=rank.settings.poison)
     return state._replace(received=received, messages=(nothing, nothing))
 
 

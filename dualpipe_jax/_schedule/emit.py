@@ -23,7 +23,7 @@ import numpy as np
 
 from dualpipe_jax._schedule.actions import DEFERRED, FORWARD, IDLE, opcodes_with
 from dualpipe_jax._schedule.find_steady import SteadyPhase
-from dualpipe_jax._schedule.ir import Allocation, LiveRanges, Timeline
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Allocation, LiveRanges, Timeline
 from dualpipe_jax._schedule.tables import Steady, Tables
 
 
@@ -31,7 +31,7 @@ def emit(timeline: Timeline, allocation: Allocation, steady: SteadyPhase | None 
     """Emits the tables of an allocated timeline, its steady phase among them.
 
     With a steady phase, each rank's chunks are numbered by their roles in it: chunk 0 runs forward
-    in even beats.
+    in the first beat of a period.
     """
     program = timeline.program
     units, tick_of, num_ranks = program.units, timeline.tick_of, program.num_ranks
@@ -43,8 +43,8 @@ def emit(timeline: Timeline, allocation: Allocation, steady: SteadyPhase | None 
     columns["opcode"][:] = timeline.grid(units.opcode, idle=IDLE)
     chunk, stage_of = program.chunk_of[direction, units.stage], program.stage_of
     if steady is not None:
-        chunk = chunk ^ steady.first_chunk[units.rank]
-        stage_of = np.where(steady.first_chunk, stage_of[::-1], stage_of)
+        chunk = steady.role_of[chunk, units.rank]
+        stage_of = np.take_along_axis(stage_of, np.argsort(steady.role_of, axis=0), axis=0)
     columns["chunk"][here] = chunk
     columns["stage"][here] = units.stage
     columns["microbatch"][here] = units.microbatch
@@ -93,16 +93,23 @@ def emit(timeline: Timeline, allocation: Allocation, steady: SteadyPhase | None 
 
 
 def _steady(timeline: Timeline, allocation: Allocation, steady: SteadyPhase) -> Steady:
-    """Finds the slots of the values that the steady phase's last beat sends."""
+    """Finds the slots of the values that are on their way, or wait, after the last beat."""
     units, tick_of = timeline.program.units, timeline.tick_of
     live, slot = allocation.live_ranges["received"], allocation.slot_of["received"]
-    of_x, of_cotangent = (np.full(timeline.num_ranks, -1, np.int32) for _ in range(2))
-    is_last = (tick_of[live.producer] == steady.last_tick) | (
-        tick_of[live.producer] == steady.last_tick + 1
-    )
+    made_in = (tick_of[live.producer] - steady.first_tick) // TICKS_PER_BEAT
+    is_upcoming = (made_in >= 0) & (made_in < steady.num_beats)
+    is_upcoming &= tick_of[live.consumer] >= steady.stop
     is_x = units.opcode[live.consumer] == FORWARD
-    of_x[live.rank[is_last & is_x]] = slot[is_last & is_x]
-    of_cotangent[live.rank[is_last & ~is_x]] = slot[is_last & ~is_x]
+    from_head = ~is_x & (units.opcode[live.producer] == FORWARD)
+
+    def slots(mask: np.ndarray, wait: np.ndarray) -> np.ndarray:
+        found = np.full((1 + wait.max(), timeline.num_ranks), -1, np.int32)
+        here = np.flatnonzero(mask & is_upcoming)
+        rank = live.rank[here]
+        waits = np.where(from_head[here], 0, wait[rank])
+        found[waits - (steady.num_beats - 1 - made_in[here]), rank] = slot[here]
+        return found
+
     idle = [
         name
         for name in ("stash", DEFERRED)
@@ -111,10 +118,13 @@ def _steady(timeline: Timeline, allocation: Allocation, steady: SteadyPhase) -> 
     return Steady(
         first_tick=steady.first_tick,
         num_beats=steady.num_beats,
+        backward=steady.backward,
         x_pairs=steady.x_pairs,
         cotangent_pairs=steady.cotangent_pairs,
-        x_slot=of_x,
-        cotangent_slot=of_cotangent,
+        x_wait=steady.x_wait.astype(np.int32),
+        cotangent_wait=steady.cotangent_wait.astype(np.int32),
+        x_slot=slots(is_x, steady.x_wait),
+        cotangent_slot=slots(~is_x, steady.cotangent_wait),
         idle=tuple(idle),
     )
 

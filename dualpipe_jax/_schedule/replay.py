@@ -155,7 +155,7 @@ def replay(
     for beat in range(steady.num_beats):
         forward = steady.first_tick + TICKS_PER_BEAT * beat
         input_grad, weight_grad = forward + 1, forward + 2
-        x, cotangent = sends_x[beat % 2], sends_cotangent[beat % 2]
+        x, cotangent = sends_x[beat % steady.period], sends_cotangent[beat % steady.period]
         end[forward] = np.maximum(ready, x_over) + work[forward]
         ready = np.maximum(x.begun(end[forward]), cotangent_over)
         end[input_grad] = ready + work[input_grad]

@@ -27,19 +27,29 @@ Exchange = tuple[Pairs, Pairs]
 class Steady:
     """Describes the steady phase: beats in which all ranks run the same straight-line code.
 
-    Its beat b is ticks `first_tick + 3 b` to `first_tick + 3 b + 2`: every rank runs the forward of
-    its chunk b % 2 and the backward of the other one, and sends between the same ranks as in beat
-    b + 2. A value that is sent is read in the beat after, and so needs no slot in between; those
-    that the last beat sends go to the received slots `x_slot` and `cotangent_slot`.
+    Its beat b is ticks `first_tick + 3 b` to `first_tick + 3 b + 2`. Beats repeat after a period,
+    the number of chunks v: every rank runs the forward of its chunk b % v and the backward of its
+    chunk `backward[b % v]`, and sends between the same ranks as in beat b + v. A value that is sent
+    is read in the beat after, or waits a number of beats more that is the same for all values that
+    reach the rank; so it needs no slot in between. A head's cotangent never waits.
+
+    At the phase's ends values are in received slots. In beat b a rank with b <= `x_wait` reads an x
+    that the tables store before the phase, from the slot of the tables. Those that a rank reads
+    next after the last beat, and in the ticks after that, go to `x_slot[0]`, `x_slot[1]`, up to the
+    wait of the rank. Cotangents have the same.
 
     Attributes:
       first_tick: The first tick of the steady phase.
-      num_beats: How many beats it has, an even number.
-      x_pairs: For even and odd beats, the ranks between which the x's that forwards made travel; a
-        rank may be its own neighbour.
+      num_beats: How many beats it has, a multiple of the period.
+      backward: The chunk that each beat of a period runs backwards.
+      x_pairs: For each beat of a period, the ranks between which the x's that forwards made travel;
+        a rank may be its own neighbour.
       cotangent_pairs: The same for the cotangents that input grads made. (The cotangent that a
         head's gradient gives stays on its rank.)
-      x_slot: For each rank the slot, -1 for none.
+      x_wait: How many beats x's wait on each rank after the beat in which they could be read.
+      cotangent_wait: The same.
+      x_slot: int32[1 + most wait, num_ranks], the slots for x's that are read after the last beat,
+        in the order in which they are read; -1 for none.
       cotangent_slot: The same.
       idle: Those of `stash` and `deferred` in which no rank has a slot in use when the phase begins
         or ends. Its W's follow their I's, so that they may do without.
@@ -47,11 +57,19 @@ class Steady:
 
     first_tick: int
     num_beats: int
-    x_pairs: tuple[Pairs, Pairs]
-    cotangent_pairs: tuple[Pairs, Pairs]
-    x_slot: Int32[np.ndarray, " num_ranks"]
-    cotangent_slot: Int32[np.ndarray, " num_ranks"]
+    backward: tuple[int, ...]
+    x_pairs: tuple[Pairs, ...]
+    cotangent_pairs: tuple[Pairs, ...]
+    x_wait: Int32[np.ndarray, " num_ranks"]
+    cotangent_wait: Int32[np.ndarray, " num_ranks"]
+    x_slot: Int32[np.ndarray, "num_upcoming num_ranks"]
+    cotangent_slot: Int32[np.ndarray, "num_upcoming num_ranks"]
     idle: tuple[str, ...]
+
+    @property
+    def period(self) -> int:
+        """After how many beats they repeat."""
+        return len(self.backward)
 
     @property
     def ticks(self) -> slice:

@@ -12,6 +12,7 @@ from dualpipe_jax._schedule.generators.dualpipev import dualpipev
 from dualpipe_jax._schedule.generators.forward_only import forward_only as forward_only
 from dualpipe_jax._schedule.generators.gpipe import gpipe
 from dualpipe_jax._schedule.generators.interleaved_one_f_one_b import interleaved_one_f_one_b
+from dualpipe_jax._schedule.generators.interleaved_paired import interleaved_paired
 from dualpipe_jax._schedule.generators.interleaved_zb import interleaved_zb
 from dualpipe_jax._schedule.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax._schedule.generators.v_half import v_half
@@ -25,6 +26,7 @@ GENERATORS: dict[str, Callable[..., Program]] = {
     "interleaved-1f1b": interleaved_one_f_one_b,
     "zb-h1": zb_h1,
     "interleaved-zb": interleaved_zb,
+    "interleaved-paired": interleaved_paired,
     "chimera": chimera,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
