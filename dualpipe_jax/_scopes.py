@@ -43,21 +43,21 @@ def read_layers(op_name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def of_beat(parity: int) -> str:
-    """Names the even (0) or the odd (1) beat of a trip of the steady loop, around `STEADY`.
+def of_beat(number: int) -> str:
+    """Names a beat of a trip of the steady loop, around `STEADY`; its forward is that of a chunk.
 
-    Its forward is that of chunk `parity`, its backward that of the other one.
+    A trip has as many beats as a rank has chunks, and the beat the number of its forward's chunk.
     """
-    return f"dualpipe.beat.{parity}"
+    return f"dualpipe.beat.{number}"
 
 
 def read_beat(op_name: str) -> int | None:
-    """Reads the parity of a beat from an instruction's name; None outside of beats.
+    """Reads the number of a beat from an instruction's name; None outside of beats.
 
     >>> read_beat("jit(step)/while/body/dualpipe.beat.1/dualpipe.steady/dualpipe.forward/dot")
     1
     """
-    found = re.search(r"dualpipe\.beat\.([01])/", op_name)
+    found = re.search(r"dualpipe\.beat\.(\d+)/", op_name)
     return int(found[1]) if found else None
 
 

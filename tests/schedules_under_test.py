@@ -9,7 +9,7 @@ from dualpipe_jax._schedule.generators import GENERATORS, forward_only
 
 NAMES = schedules.names()
 # Schedules of pairs, which have a steady phase.
-PAIRED = ("dualpipe", "dualpipev")
+PAIRED = ("interleaved-paired", "dualpipe", "dualpipev")
 
 # Odd and even, fewer microbatches than ranks, as many, twice as many, more.
 WIDE_SIZES = tuple((P, N) for P in range(1, 10) for N in range(1, 3 * P + 3))
@@ -31,6 +31,11 @@ RUN_SIZES = [
     ("dualpipev", 2, 5),
     ("dualpipev", 3, 9),
     ("dualpipev", 4, 10),
+    # Values wait where the number of ranks is even.
+    ("interleaved-paired", 1, 5),
+    ("interleaved-paired", 2, 7),
+    ("interleaved-paired", 3, 9),
+    ("interleaved-paired", 4, 16),
 ]
 
 

@@ -1,6 +1,6 @@
 """The steady loop, or the scan over ticks, of a compiled step -> the costs of its actions.
 
-The body of the steady loop holds two beats in straight-line code: each action's cycles are summed
+The body of the steady loop holds a few beats in straight-line code: each action's cycles are summed
 up by the names in the program. In the body of the scan over ticks every action has a part of its
 own, a loop or a conditional that ranks with another action pass over; a full backward in
 straight-line halves has two. The instructions beside the parts, such as those that store received
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dualpipe_jax import _scopes
 from dualpipe_jax._predict import Costs
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
-from dualpipe_jax._preflight.loops import BEATS_PER_TRIP, FoundLoop
+from dualpipe_jax._preflight.loops import FoundLoop, beats_per_trip
 from dualpipe_jax._preflight.timing import Collective
 from dualpipe_jax._preflight.work import (
     OTHER,
@@ -93,19 +93,19 @@ def _costs_of_beats(
     if not cycles.get(_scopes.FORWARD):
         return None
     # Instructions without an action's name (copies, reads and writes of slots) count for all.
-    scale = total / named
+    scale, num_beats = total / named, beats_per_trip(module, loop)
 
-    def of_beat(action: str, num_beats: float) -> float:
-        return cycles.get(action, 0.0) * scale / num_beats
+    def of_beat(action: str, num_parts: float) -> float:
+        return cycles.get(action, 0.0) * scale / num_parts
 
     forward, input_grad, weight_grad = (
-        of_beat(action, BEATS_PER_TRIP) * stages_per_rank
+        of_beat(action, num_beats) * stages_per_rank
         for action in (_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD)
     )
     # The ends belong to few ranks: they have a part in some beats of a trip, not in all.
     embed, head = (
         sum(
-            of_beat(action, count_parts(module, loop.body, action) or BEATS_PER_TRIP)
+            of_beat(action, count_parts(module, loop.body, action) or num_beats)
             for action in actions
         )
         for actions in ((_scopes.EMBED, _scopes.EMBED_GRAD), (_scopes.HEAD,))

@@ -14,9 +14,6 @@ from dualpipe_jax._preflight.collectives import holds_collective, is_collective
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.work import WorkCounter, trip_count
 
-# The steady loop runs two beats in a trip: two forwards, input grads and weight grads a rank.
-BEATS_PER_TRIP = 2
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FoundLoop:
@@ -56,6 +53,12 @@ def find_loop(module: Module, counter: WorkCounter) -> FoundLoop | None:
             trips = trip_count(module, instruction, where)
             return FoundLoop(kind=kind, instruction=instruction, body=body, num_trips=trips)
     return None
+
+
+def beats_per_trip(module: Module, loop: FoundLoop) -> int:
+    """Counts the beats of a trip of the steady loop, as many as the forwards of a rank in it."""
+    beats = (_scopes.read_beat(inner.op_name) for inner in module.within(loop.body))
+    return 1 + max((beat for beat in beats if beat is not None), default=1)
 
 
 def _loops(module: Module) -> Iterator[_Loop]:

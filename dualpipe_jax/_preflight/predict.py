@@ -13,7 +13,7 @@ from dualpipe_jax._predict.waits import Waits, explain_waits
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.links import Network, source_target_pairs
 from dualpipe_jax._preflight.loop_costs import costs_of_loop
-from dualpipe_jax._preflight.loops import BEATS_PER_TRIP, FoundLoop
+from dualpipe_jax._preflight.loops import FoundLoop
 from dualpipe_jax._preflight.timing import Collective, exposed_seconds
 from dualpipe_jax._preflight.work import WorkCounter
 from dualpipe_jax._schedule.execution import Execution
@@ -162,7 +162,7 @@ def find_num_trips(module: Module, loop: FoundLoop) -> int | None:
         return loop.num_trips
     schedule = _find_schedule(instruction.op_name for instruction in module.within(module.entry))
     steady = None if schedule is None else schedule.compiled(overlap=True).tables.steady
-    return None if steady is None else steady.num_beats // BEATS_PER_TRIP
+    return None if steady is None else steady.num_beats // steady.period
 
 
 def count_runs_of_branches(

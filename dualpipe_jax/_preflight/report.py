@@ -29,7 +29,7 @@ from dualpipe_jax._preflight.work import ActionWork
 from dualpipe_jax._schedule.execution import Execution
 
 _LOOPS = {
-    "steady": "the steady state, two beats a trip",
+    "steady": "the steady state, a beat for each stage of a rank a trip",
     "ramp": "the scan over ticks, one a trip: there is no steady state",
     "other": "the outermost with collectives: the program has none of a pipelined step",
     "plain": "the outermost of most work: no loop has collectives",

@@ -208,11 +208,12 @@ def _spans(step: Step, rank: int, device: int) -> list[Span]:
     trips: list[float] = []
     if steady is not None and parts.beats is not None:
         trips = starts_of_trips(events, parts.stands_in(parts.beats))
-    num_trips = 0 if steady is None else steady.num_beats // 2
+    per_trip = 1 if steady is None else steady.period
+    num_trips = 0 if steady is None else steady.num_beats // per_trip
     if len(trips) != num_trips:
         raise ValueError(
-            f"{where} ran {2 * len(trips)} beats in this step, and the timetable has "
-            f"{2 * num_trips}: the profile is not that of this release's program"
+            f"{where} ran {per_trip * len(trips)} beats in this step, and the timetable has "
+            f"{per_trip * num_trips}: the profile is not that of this release's program"
         )
     spans: list[Span] = []
     last: dict[int, Action] = {}
@@ -234,7 +235,7 @@ def _spans(step: Step, rank: int, device: int) -> list[Span]:
                 tick = ramp[number]
             else:
                 assert steady is not None
-                beat = 2 * number + part.beat
+                beat = steady.period * number + part.beat
                 tick = steady.first_tick + TICKS_PER_BEAT * beat + "FIW".index(kind)
             action = last[group] = Action(tick, kind, name)
         elif action is None:

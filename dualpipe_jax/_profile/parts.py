@@ -7,7 +7,7 @@ name: XLA moves instructions out of loops, and these have the names of actions, 
 - ticks: the body of the loop over ticks is the innermost that holds a forward and a backward of the
   ramp. An instruction is an action's if it is in a loop or a branch inside, which only the ranks
   run that have the action. All else (slots, look-ups in tables) is no action's.
-- beats: the body of the loop over beats is the innermost that holds forwards of both beats.
+- beats: the body of the loop over beats is the innermost that holds forwards of two beats.
 """
 
 import re
@@ -37,7 +37,7 @@ class Part(NamedTuple):
     Attributes:
       scope: One of `_scopes.ACTIONS`; "" for an instruction without one that runs among those of an
         action, such as a write to a slot.
-      beat: 0 or 1 in beats; None in ticks.
+      beat: The number of the beat in its trip; None in ticks.
     """
 
     scope: str
@@ -107,7 +107,7 @@ class Parts:
             if instruction.opcode in CONTAINERS:
                 continue
             if self.is_in_beats(name):
-                # An instruction of both beats has the name of one.
+                # An instruction of several beats has the name of one.
                 beat = _scopes.read_beat(instruction.op_name) or 0
                 parts[name] = Part(_scope(instruction, _scopes.STEADY), beat)
             elif self.is_in_ticks(name):

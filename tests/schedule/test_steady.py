@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualpipe_jax import schedules
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Opcode, letter_of
 from dualpipe_jax._schedule.compile import compile_program
@@ -119,29 +120,46 @@ def run_with_steady(tables: Tables) -> Counter[str]:
         first = steady.first_tick
         for rank in ranks:
             assert not [buffer for buffer, _ in saved[rank] if buffer in steady.idle], rank
-        x = [received[rank].get(cell(first, rank)["read"]) for rank in ranks]
-        cotangent = [received[rank].pop(cell(first + 1, rank)["read"]) for rank in ranks]
+        # For the next beats the values that each rank reads, and those that wait behind them.
+        waits = steady.x_wait.tolist(), steady.cotangent_wait.tolist()
+        xs, cotangents = (
+            [
+                [
+                    received[r].get(cell(first + 3 * b + after, r)["read"])
+                    for b in range(1 + wait[r])
+                ]
+                for r in ranks
+            ]
+            for after, wait in enumerate(waits)
+        )
+        for rank in ranks:
+            for after, read in enumerate((xs, cotangents)):
+                for beat, _ in enumerate(read[rank]):
+                    received[rank].pop(cell(first + 3 * beat + after, rank)["read"], None)
         for beat in range(steady.num_beats):
-            tick, parity = first + TICKS_PER_BEAT * beat, beat % 2
+            tick, number = first + TICKS_PER_BEAT * beat, beat % len(steady.backward)
             made, made_cotangent = [], []
             for rank in ranks:
-                mine = [int(tables.stage_of[chunk, rank]) for chunk in (parity, 1 - parity)]
+                chunks = number, steady.backward[number]
+                mine = [int(tables.stage_of[chunk, rank]) for chunk in chunks]
                 f_row, i_row = cell(tick, rank), cell(tick + 1, rank)
-                made.append(forward(rank, f_row, mine[0], x[rank]))
-                made_cotangent.append(input_grad(rank, i_row, mine[1], cotangent[rank]))
+                made.append(forward(rank, f_row, mine[0], xs[rank].pop(0)))
+                made_cotangent.append(input_grad(rank, i_row, mine[1], cotangents[rank].pop(0)))
                 weight_grad(rank, i_row, mine[1])
-            is_last = [int(tables.stage_of[parity, rank]) == last for rank in ranks]
-            x = [None for _ in ranks]
-            cotangent = [own if here else None for own, here in zip(made, is_last, strict=True)]
-            for source, target in steady.x_pairs[parity]:
-                x[target] = made[source]
-            for source, target in steady.cotangent_pairs[parity]:
-                if not is_last[target]:
-                    cotangent[target] = made_cotangent[source]
-        for slots, values in ((steady.x_slot, x), (steady.cotangent_slot, cotangent)):
+                xs[rank].append(None)
+                cotangents[rank].append(None)
+            for source, target in steady.x_pairs[number]:
+                xs[target][-1] = made[source]
+            for source, target in steady.cotangent_pairs[number]:
+                cotangents[target][-1] = made_cotangent[source]
             for rank in ranks:
-                if slots[rank] >= 0:
-                    received[rank][int(slots[rank])] = values[rank]
+                if int(tables.stage_of[number, rank]) == last:
+                    cotangents[rank][0] = made[rank]
+        for slots, values in ((steady.x_slot, xs), (steady.cotangent_slot, cotangents)):
+            for rank in ranks:
+                for after, slot in enumerate(slots[:, rank].tolist()):
+                    if slot >= 0:
+                        received[rank][slot] = values[rank][after]
                 assert not [buffer for buffer, _ in saved[rank] if buffer in steady.idle], rank
 
     tick, sent = 0, [None for _ in ranks]
@@ -178,6 +196,9 @@ def every_action_once(tables: Tables) -> Counter[str]:
         ("dualpipe", 16, 128, 96),
         ("dualpipev", 1, 4, 4),
         ("dualpipev", 4, 16, 16),
+        ("interleaved-paired", 2, 8, 8),
+        ("interleaved-paired", 4, 16, 16),
+        ("interleaved-paired", 8, 32, 32),
     ],
 )
 def test_length(name: str, num_ranks: int, num_microbatches: int, num_beats: int) -> None:
@@ -207,7 +228,7 @@ def pairs_of_cells(program: Any) -> set[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_a_run_is_pairs_in_alternate_roles(name: str) -> None:
+def test_a_run_is_pairs_in_roles_that_repeat(name: str) -> None:
     """Read off the cells of the timeline, by directions and stages instead of chunks."""
     num_runs = 0
     for _, P, N in [case for case in WIDE_GRID if case[0] == name][::3]:
@@ -231,6 +252,27 @@ def test_a_run_is_pairs_in_alternate_roles(name: str) -> None:
         for before, after in itertools.pairwise(roles):
             assert before == after[::-1]  # who ran forward runs backward, and the other way round
     assert num_runs > 5
+
+
+@pytest.mark.parametrize("num_stages_per_rank", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
+def test_any_number_of_chunks(num_ranks: int, num_stages_per_rank: int) -> None:
+    """Values wait at the end of a round as long as chunks and ranks demand it."""
+    P, v, num_runs = num_ranks, num_stages_per_rank, 0
+    for N in (1, 2 * P, 4 * P + 1, 6 * P):
+        schedule = schedules.interleaved_paired(
+            num_ranks=P, num_microbatches=N, num_stages_per_rank=v
+        )
+        tables = schedule.compiled(overlap=True).tables
+        assert run_with_steady(tables) == every_action_once(tables)
+        if tables.steady is None:
+            continue
+        num_runs += 1
+        assert tables.steady.num_beats % v == 0
+        wait = (1 - P) % v
+        assert tables.steady.x_wait.tolist() == [wait] + [0] * (P - 1)
+        assert tables.steady.cotangent_wait.tolist() == [0] * (P - 1) + [wait]
+    assert num_runs >= 2
 
 
 @pytest.mark.parametrize("name", PAIRED)
@@ -361,8 +403,8 @@ def late_cotangent(column: str, tick: int) -> Tables:
 
 def with_slot(field: str, rank: int, slot: int) -> Tables:
     slots = getattr(STEADY, field).copy()
-    assert slots[rank] != slot
-    slots[rank] = slot
+    assert slots[0, rank] != slot
+    slots[0, rank] = slot
     return change(TABLES, **{field: slots})
 
 
@@ -371,7 +413,7 @@ SHORT_PAIRS = SHORT.steady.x_pairs[0]
 FAULTS = {
     "no beats": (change(TABLES, num_beats=0), "a steady phase has beats"),
     "fewer than none": (change(TABLES, num_beats=-2), "a steady phase has beats"),
-    "odd": (change(TABLES, num_beats=STEADY.num_beats - 1), "as many even beats as odd"),
+    "odd": (change(TABLES, num_beats=STEADY.num_beats - 1), "has whole periods"),
     "before all ticks": (change(TABLES, first_tick=-3), "a steady phase is in its tables"),
     "past all ticks": (change(TABLES, num_beats=40), "a steady phase is in its tables"),
     "a tick early": (change(TABLES, first_tick=FIRST - 1), "the action of all ranks"),
@@ -381,7 +423,7 @@ FAULTS = {
     "other chunks": (renumber_chunks(), "on rank 2 .*the action of all ranks"),
     "another W": (exchange_weight_grads(), "must follow the input grad of its microbatch"),
     "no stash": (deferred_in_run(), "the action of all ranks"),
-    "kept late": (late_cotangent("keep", FIRST), "its cotangent before the first beat"),
+    "kept late": (late_cotangent("keep", FIRST), "its value before the first beat"),
     "from the left late": (late_cotangent("from_left", FIRST + 1), "before the first beat"),
     "from the right late": (late_cotangent("from_right", FIRST + 1), "before the first beat"),
     "x to another": (change(TABLES, x_pairs=(swap(even), odd)), "does not get its x"),
@@ -406,7 +448,7 @@ FAULTS = {
         change_cell(TABLES, "from_right", LAST + 1, 1, 0)
         if TABLES.from_right[LAST + 1, 1] < 0
         else change_cell(TABLES, "from_left", LAST + 1, 1, 0),
-        "stores two values for later",
+        "leaves another value than the tables store",
     ),
     "from a weight grad": (
         change_cell(TABLES, "from_left", STOP, 1, 0),
@@ -456,8 +498,18 @@ def changed(draw) -> Tables:
         return change(tables, num_beats=draw(st.integers(-2, tables.num_ticks // 3)))
     if name in ("x_slot", "cotangent_slot"):
         slots = getattr(steady, name).copy()
-        slots[draw(ranks)] = draw(st.integers(-1, tables.num_slots["received"] - 1))
+        entry = draw(st.integers(0, len(slots) - 1)), draw(ranks)
+        slots[entry] = draw(st.integers(-1, tables.num_slots["received"] - 1))
         return change(tables, **{name: slots})
+    if name in ("x_wait", "cotangent_wait"):
+        # No longer than the most: as many values wait.
+        waits = getattr(steady, name).copy()
+        waits[draw(ranks)] = draw(st.integers(0, int(waits.max())))
+        return change(tables, **{name: waits})
+    if name == "backward":
+        roles = list(steady.backward)
+        roles[draw(st.integers(0, len(roles) - 1))] = draw(st.integers(0, len(roles) - 1))
+        return change(tables, backward=tuple(roles))
     if name == "idle":
         names = st.lists(st.sampled_from(["stash", "deferred"]), unique=True)
         return change(tables, idle=tuple(draw(names)))

@@ -169,6 +169,7 @@ def _check_exit(tables: Tables, steady: Steady) -> None:
         if last + TICKS_PER_BEAT < tables.num_ticks:
             late = column[last + TICKS_PER_BEAT] >= 0
             _fail_where(tables, last + TICKS_PER_BEAT, late, "stores a value of a weight grad")
+    _check_stores(tables, steady)
     num_due = len(steady.x_slot), len(steady.cotangent_slot)
     for after in range(max(num_due)):
         x, cotangent, _ = _due(tables, steady, steady.num_beats + after)
@@ -182,7 +183,6 @@ def _check_exit(tables: Tables, steady: Steady) -> None:
             _fail_where(
                 tables, last, wrong, "leaves its last values in other slots than the tables"
             )
-    _check_stores(tables, steady)
 
 
 def _stored(tables: Tables, steady: Steady, number: int, due: np.ndarray) -> np.ndarray:
