@@ -5,12 +5,13 @@ schedule that was made with others than the defaults has them in its name, which
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any, Literal, Protocol
 
+from dualpipe_jax._costs import Costs
 from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.execution import timetable_of
@@ -184,6 +185,94 @@ def names() -> tuple[str, ...]:
     return tuple(GENERATORS)
 
 
+def search(
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    costs: Costs | None = None,
+    transfer: float = 0.0,
+    placement: Literal["linear", "v", "interleaved", "bidirectional"] = "linear",
+    num_stages_per_rank: int | None = None,
+    layers_per_stage: Sequence[int] | None = None,
+    max_activations: float | None = None,
+    keep_beats: bool = True,
+    waits: Literal["program", "values"] = "program",
+    moves: int = 200_000,
+    seed: int = 0,
+) -> Schedule:
+    """Searches for an order of actions that is fast at these costs, within a limit of memory.
+
+    It begins with the named schedules of the placement that fit, and with list schedules by random
+    scores; it anneals the best three: an action moves along its rank's row, mostly one of the
+    critical path. Each order is timed as if ranks waited for nothing but the values that they read
+    (`Simulation.dependency_makespan`). A search ends when no order can be faster. The same
+    arguments give the same schedule. (docs/search.md)
+
+    >>> made = search(num_ranks=2, num_microbatches=4, placement="v", max_activations=1.5, moves=99)
+    >>> made.name, made.num_stages
+    ('search-v', 4)
+
+    With Numba (`pip install dualpipe-jax[search]`) it tries some 20,000 moves a second over 8
+    ranks with 32 microbatches, and without it a hundredth of that.
+
+    Args:
+        num_ranks: The number of ranks.
+        num_microbatches: The number of microbatches of a step.
+        costs: How long actions take; by default 1 each. Weight grads that do not follow their input
+            grads take `Costs.recompute` in addition.
+        transfer: How long a value travels to another rank.
+        placement: The ranks of the stages. `"linear"`: down the ranks, as in 1F1B. `"v"`: down and
+            up again, as in DualPipeV. `"interleaved"`: round and round. `"bidirectional"`: half of
+            the microbatches down and half up, as in DualPipe.
+        num_stages_per_rank: The stages of each rank, for `"interleaved"` only; by default 2.
+        layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`; by
+            default all stages are equal.
+        max_activations: The most activations that a rank holds between F and W, in shares of a
+            rank's layers: 1 is that of one microbatch in `num_layers / num_ranks` layers. By
+            default as many as the fastest named schedule of the placement holds.
+        keep_beats: Whether beats are kept: if a named schedule with a steady phase has the
+            placement and fits (the fastest of several), each rank's actions of that phase stay as
+            they are, paired, and only those before and after it move. At most the first and the
+            last beat are lost, where their values come from, or go to, actions outside. Without
+            such a schedule, and with False, all actions may move, and none are paired.
+        waits: The time by which the best of the found orders and the named ones are compared in the
+            end. `"program"`: each rank waits as the compiled program does, for the ranks with which
+            it exchanges values in a tick too; so no named schedule that fits is faster. `"values"`:
+            only for values that it reads.
+        moves: How many moves are tried.
+        seed: Of the random numbers, 0 or more.
+
+    Raises:
+        ValueError: if a size is not a positive integer, placement or waits are none of these,
+            layers_per_stage does not fit, or max_activations is less than one microbatch needs.
+        TypeError: if an argument has a wrong type.
+    """
+    from dualpipe_jax._search import arguments
+    from dualpipe_jax._search.search import search as run
+
+    problem = arguments.make_problem(
+        num_ranks=num_ranks,
+        num_microbatches=num_microbatches,
+        costs=costs,
+        transfer=transfer,
+        placement=placement,
+        num_stages_per_rank=num_stages_per_rank,
+        layers_per_stage=layers_per_stage,
+        max_activations=max_activations,
+    )
+    arguments.require_flag("keep_beats", keep_beats)
+    arguments.require_one_of("waits", waits, arguments.WAITS)
+    program = run(
+        problem,
+        name=f"search-{placement}",
+        keep_beats=keep_beats,
+        waits=waits,
+        moves=arguments.as_count("moves", moves),
+        seed=arguments.as_count("seed", seed),
+    )
+    return Schedule(program)
+
+
 class _Factory(Protocol):
     """Makes a schedule of some size, as `make` does."""
 
@@ -209,7 +298,7 @@ _FACTORIES = {
 }
 globals().update(_FACTORIES)
 
-__all__ = ["Schedule", "Timeline", "make", "names", *_FACTORIES]
+__all__ = ["Schedule", "Timeline", "make", "names", "search", *_FACTORIES]
 
 
 def __getattr__(name: str) -> _Factory:

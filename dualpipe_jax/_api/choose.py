@@ -13,6 +13,7 @@ from dualpipe_jax._api.choices import Choices
 from dualpipe_jax._api.count_costs import costs_of
 from dualpipe_jax._api.shardings import shardings
 from dualpipe_jax._api.value_and_grad import value_and_grad
+from dualpipe_jax._costs import as_number
 from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._executor import Step, Work
 from dualpipe_jax._model import call_checks, checks
@@ -38,7 +39,6 @@ from dualpipe_jax._predict import (
     usual_costs,
     weights_by_kind,
 )
-from dualpipe_jax._predict.costs import as_number
 from dualpipe_jax._predict.memory import parse_bytes
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.named import read_name, variants_of

@@ -9,18 +9,18 @@ as a program's name), `published` (the papers' bubbles); and to rank schedules, 
 The replay, which waits as the program does, belongs to the schedule compiler.
 """
 
+from dualpipe_jax._costs import FULL_BACKWARD as FULL_BACKWARD
+from dualpipe_jax._costs import TRANSFER as TRANSFER
+from dualpipe_jax._costs import Costs as Costs
+from dualpipe_jax._costs import StageLayers as StageLayers
+from dualpipe_jax._costs import of_transformer as of_transformer
+from dualpipe_jax._costs import weights_by_kind as weights_by_kind
 from dualpipe_jax._predict.balance import balance as balance
-from dualpipe_jax._predict.costs import FULL_BACKWARD as FULL_BACKWARD
-from dualpipe_jax._predict.costs import TRANSFER as TRANSFER
-from dualpipe_jax._predict.costs import Costs as Costs
-from dualpipe_jax._predict.costs import of_transformer as of_transformer
 from dualpipe_jax._predict.decide import decide as decide
 from dualpipe_jax._predict.decide import has_pairs as has_pairs
 from dualpipe_jax._predict.decide import has_steady_state as has_steady_state
 from dualpipe_jax._predict.decide import replay_decided as replay_decided
 from dualpipe_jax._predict.decide import usual_costs as usual_costs
-from dualpipe_jax._predict.layers import StageLayers as StageLayers
-from dualpipe_jax._predict.layers import weights_by_kind as weights_by_kind
 from dualpipe_jax._predict.memory import LayerBytes as LayerBytes
 from dualpipe_jax._predict.memory import MemoryTerm as MemoryTerm
 from dualpipe_jax._predict.memory import ParameterBytes as ParameterBytes

@@ -21,9 +21,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from dualpipe_jax._predict.costs import Costs
+from dualpipe_jax._costs import Costs, StageLayers, cumulated
 from dualpipe_jax._predict.decide import replay_decided
-from dualpipe_jax._predict.layers import StageLayers, cumulated
 from dualpipe_jax._predict.simulation import Simulation
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Opcode
 from dualpipe_jax._schedule.compile import compile_program

@@ -8,9 +8,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from dualpipe_jax._costs import Costs, StageLayers, of_transformer
 from dualpipe_jax._errors import ScheduleError
-from dualpipe_jax._predict.costs import Costs, of_transformer
-from dualpipe_jax._predict.layers import StageLayers
 from dualpipe_jax._predict.simulation import Simulation, replay_schedule
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.execution import Execution

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, fields
 
 from dualpipe_jax import _scopes
-from dualpipe_jax._predict.costs import Costs
-from dualpipe_jax._predict.layers import StageLayers
+from dualpipe_jax._costs import Costs, StageLayers
 from dualpipe_jax._schedule.execution import Execution
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from dualpipe_jax._predict.costs import Costs
+from dualpipe_jax._costs import Costs
 from dualpipe_jax._schedule.named import base_name
 from dualpipe_jax.schedules import Schedule
 

@@ -5,11 +5,16 @@ from typing import Any
 
 import numpy as np
 
+from dualpipe_jax._costs import (
+    Costs,
+    StageLayers,
+    as_number,
+    require_cost,
+    weights_by_kind,
+)
 from dualpipe_jax._errors import brief
 from dualpipe_jax._predict.balance import balance
-from dualpipe_jax._predict.costs import Costs, as_number, require_cost
 from dualpipe_jax._predict.decide import replay_decided
-from dualpipe_jax._predict.layers import StageLayers, weights_by_kind
 from dualpipe_jax._predict.simulation import Simulation
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.stage_sizes import (

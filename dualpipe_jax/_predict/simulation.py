@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from dualpipe_jax._predict.costs import TRANSFER, Costs
-from dualpipe_jax._predict.layers import StageLayers
+from dualpipe_jax._costs import TRANSFER, Costs, StageLayers
 from dualpipe_jax._predict.published import published_bubble
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.durations import Durations

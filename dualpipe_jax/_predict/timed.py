@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualpipe_jax._predict.costs import Costs
-from dualpipe_jax._predict.layers import StageLayers
+from dualpipe_jax._costs import Costs, StageLayers
 from dualpipe_jax._predict.simulation import compile_for
 from dualpipe_jax._schedule.actions import IDLE, Opcode, letter_of
 from dualpipe_jax._schedule.execution import Execution

@@ -13,8 +13,8 @@ test compares them). In units of one x, tokens x width:
 
 from dataclasses import dataclass
 
+from dualpipe_jax._costs import Costs, of_transformer
 from dualpipe_jax._errors import brief
-from dualpipe_jax._predict.costs import Costs, of_transformer
 from dualpipe_jax._predict.memory import LayerBytes
 
 ATTENTIONS = ("fused", "plain")

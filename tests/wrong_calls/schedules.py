@@ -13,6 +13,7 @@ from dualpipe_jax import schedules
 from tests.wrong_calls.mistakes import (
     Mistake,
     always,
+    amounts,
     but,
     counts,
     flags,
@@ -26,6 +27,7 @@ from tests.wrong_calls.oracle import Target
 _CSV = schedules.make("1f1b", num_ranks=2, num_microbatches=2).to_csv()
 SCHEDULE = schedules.make("dualpipe", num_ranks=2, num_microbatches=4)
 _SIZES: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 4}
+PLACEMENTS = ("linear", "v", "interleaved", "bidirectional")
 OVERLAPS = (True, False, "two-tick")
 
 
@@ -98,7 +100,7 @@ def _factories() -> list[Target]:
     made = []
     for name in schedules.__all__:
         factory = getattr(schedules, name)
-        if name in ("Schedule", "Timeline", "make", "names"):
+        if name in ("Schedule", "Timeline", "make", "names", "search"):
             continue
         mistakes = {"num_ranks": _sizes(), "num_microbatches": _sizes()}
         options = inspect.signature(factory).parameters
@@ -125,6 +127,26 @@ def _counts_of_ranks() -> list[Mistake]:
         mistake("negative number", [0, -1], (-1, -1)),
         mistake("number far too large", [0, 10**30], "999999999r", legal=always),
     ]
+
+
+def _search_mistakes() -> dict[str, list[Mistake]]:
+    return {
+        "num_ranks": _sizes(),
+        "num_microbatches": _sizes(),
+        "costs": [wrong_type(lambda value: value is None)],
+        "transfer": amounts(),
+        "placement": [*but(names(PLACEMENTS), "argument left out")],
+        "num_stages_per_rank": [mistake("for another placement", 2, 3)],
+        "layers_per_stage": [mistake("too few", [1], [])],
+        "max_activations": [
+            wrong_type(lambda value: value is None or isinstance(value, int | float)),
+            mistake("too little", 0.5, -1.0, float("nan")),
+        ],
+        "keep_beats": flags(),
+        "waits": [wrong_type(), mistake("unknown name", "programs", "")],
+        "moves": [wrong_type(), mistake("out of range", -1, 10**12)],
+        "seed": [wrong_type(lambda value: type(value) is int), mistake("out of range", -1)],
+    }
 
 
 def _with_schedule(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,6 +206,12 @@ def targets() -> list[Target]:
             call=_with_schedule(schedules.Schedule.to_csv),
             valid={},
             mistakes={},
+        ),
+        Target(
+            name="schedules.search",
+            call=schedules.search,
+            valid={**_SIZES, "moves": 3},
+            mistakes=_search_mistakes(),
         ),
         *_factories(),
     ]

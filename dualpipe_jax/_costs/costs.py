@@ -6,8 +6,8 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from dualpipe_jax._costs.layers import StageLayers
 from dualpipe_jax._errors import brief, show
-from dualpipe_jax._predict.layers import StageLayers
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD
 from dualpipe_jax._schedule.durations import Durations
 

@@ -1,0 +1,11 @@
+"""How long actions take: `Costs`, and `StageLayers`, the layers of stages by their cost."""
+
+from dualpipe_jax._costs.costs import FULL_BACKWARD as FULL_BACKWARD
+from dualpipe_jax._costs.costs import TRANSFER as TRANSFER
+from dualpipe_jax._costs.costs import Costs as Costs
+from dualpipe_jax._costs.costs import as_number as as_number
+from dualpipe_jax._costs.costs import of_transformer as of_transformer
+from dualpipe_jax._costs.costs import require_cost as require_cost
+from dualpipe_jax._costs.layers import StageLayers as StageLayers
+from dualpipe_jax._costs.layers import cumulated as cumulated
+from dualpipe_jax._costs.layers import weights_by_kind as weights_by_kind

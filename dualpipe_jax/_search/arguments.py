@@ -1,0 +1,120 @@
+"""The arguments of a search, as a user gives them -> a `Problem`."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dualpipe_jax._costs import Costs, as_number, require_cost
+from dualpipe_jax._errors import brief
+from dualpipe_jax._schedule.generators.sizes import check_sizes
+from dualpipe_jax._schedule.stage_sizes import BALANCED, stage_sizes
+from dualpipe_jax._search.problem import PLACEMENTS, Problem, routes_of
+from dualpipe_jax._search.seeds import named_seeds
+
+WAITS = ("program", "values")
+_MOST_MOVES = 10**9
+
+
+def make_problem(
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    costs: Costs | None,
+    transfer: float,
+    placement: str,
+    num_stages_per_rank: int | None,
+    layers_per_stage: Sequence[int] | None,
+    max_activations: float | None,
+) -> Problem:
+    """Checks sizes, costs, placement and limit.
+
+    The arguments are those of `schedules.search`.
+
+    Raises:
+      ValueError: As `schedules.search`.
+      TypeError: As `schedules.search`.
+    """
+    require_one_of("placement", placement, PLACEMENTS)
+    if num_stages_per_rank is not None and placement != "interleaved":
+        raise ValueError(
+            f"num_stages_per_rank={brief(num_stages_per_rank)}: is for placement='interleaved', "
+            f"not for {placement!r}; leave it out"
+        )
+    num_ranks, num_microbatches, per_rank = check_sizes(
+        num_ranks=num_ranks,
+        num_microbatches=num_microbatches,
+        num_stages_per_rank=2 if num_stages_per_rank is None else num_stages_per_rank,
+    )
+    if not isinstance(costs, Costs | None):
+        raise TypeError(f"costs={brief(costs)}: must be a dualpipe_jax.Costs, or None")
+    transfer = as_number("transfer", transfer)
+    require_cost("transfer", transfer)
+    routes, microbatches = routes_of(
+        placement,
+        num_ranks=num_ranks,
+        num_microbatches=num_microbatches,
+        num_stages_per_rank=per_rank,
+    )
+    where = f" of placement {placement!r} on {num_ranks} ranks"
+    layers = stage_sizes(layers_per_stage, num_stages=len(routes[0]), where=where)
+    if layers == BALANCED:
+        raise ValueError(
+            'layers_per_stage="balanced": must be numbers, as layers are balanced for a given '
+            "order; take those that `choose` found for a named one"
+        )
+    problem = Problem(
+        num_ranks=num_ranks,
+        routes=routes,
+        microbatches=microbatches,
+        costs=costs or Costs(),
+        transfer=transfer,
+        layers_of_stage=layers or (1,) * len(routes[0]),
+    )
+    return _limited(problem, max_activations)
+
+
+def _limited(problem: Problem, max_activations: float | None) -> Problem:
+    """Limits activations to the number that is given, or that the fastest named order holds."""
+    if max_activations is None:
+        fastest, *_ = named_seeds(problem, keep_beats=False)
+        return replace(problem, max_activations=problem.peak_of(fastest.rows))
+    limit = as_number("max_activations", max_activations)
+    least = problem.peak_of(problem.rows_one_by_one())
+    if not limit >= least - 1e-9:  # not <, so that NaN is wrong
+        raise ValueError(
+            f"max_activations={brief(max_activations)}: must be at least {least:g}, which a rank "
+            "holds of a single microbatch; raise it, or use more ranks"
+        )
+    # Beyond all activations no limit differs from another.
+    most = float(np.bincount(problem.lanes.rank, problem.lanes.count * problem.lanes.size).max())
+    return replace(problem, max_activations=min(limit, most))
+
+
+def require_one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    """Requires one of the known names."""
+    if not isinstance(value, str) or value not in known:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name}={brief(value)}: must be {', '.join(map(repr, known))}")
+
+
+def require_flag(name: str, value: Any) -> None:
+    """Requires a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={brief(value)}: must be True or False")
+
+
+def as_count(name: str, value: Any, *, most: int = _MOST_MOVES) -> int:
+    """Converts an integer from 0 up to a most."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    must = f"must be an integer, 0 or more and at most {most:,}"
+    if number is None:
+        raise TypeError(f"{name}={brief(value)}: {must}")
+    if not 0 <= number <= most:
+        raise ValueError(f"{name}={brief(value)}: {must}")
+    return number
