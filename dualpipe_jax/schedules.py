@@ -197,7 +197,7 @@ def search(
     max_activations: float | None = None,
     keep_beats: bool = True,
     waits: Literal["program", "values"] = "program",
-    moves: int = 200_000,
+    moves: int = 100_000,
     seed: int = 0,
 ) -> Schedule:
     """Searches for an order of actions that is fast at these costs, within a limit of memory.

@@ -21,6 +21,8 @@ if metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # errors only, none of XLA's chatter
+# Searches of a few moves: compiling their loops would take longer than running them.
+os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 import chex
 import jax

@@ -7,6 +7,7 @@ from dualpipe_jax._cli.choose import choose
 from dualpipe_jax._cli.measured import measured
 from dualpipe_jax._cli.preflight import preflight
 from dualpipe_jax._cli.refusal import Group
+from dualpipe_jax._cli.search import search
 from dualpipe_jax._cli.simulate import simulate
 from dualpipe_jax._cli.timeline import timeline
 
@@ -20,5 +21,6 @@ def main() -> None:
 main.add_command(timeline)
 main.add_command(simulate)
 main.add_command(choose)
+main.add_command(search)
 main.add_command(preflight)
 main.add_command(measured)

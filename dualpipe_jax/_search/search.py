@@ -39,12 +39,12 @@ class _Round(NamedTuple):
 
 
 _FIRST_ROUNDS = (
-    _Round(0.22, 0.6, 0.01, 8),
-    _Round(0.22, 0.6, 0.01, 8),
+    _Round(0.22, 0.3, 0.01, 8),
+    _Round(0.22, 0.3, 0.01, 8),
     _Round(0.16, 0.6, 0.01, 8),
 )
 # It goes on from the best.
-_LAST_ROUND = _Round(0.4, 0.3, 0.005, 8)
+_LAST_ROUND = _Round(0.4, 0.15, 0.005, 6)
 # Moves between two signs of progress.
 _MOVES_AT_ONCE = 2000
 _MOVES_A_TRIAL = 50
