@@ -547,3 +547,25 @@ def test_grad_dtype_and_accumulation_in_float32() -> None:
         np.asarray(exact["blocks"]["up"].astype(jnp.bfloat16), np.float32)
         != np.asarray(exact["blocks"]["up"])
     ).mean() > 0.5
+
+
+@pytest.mark.slow
+def test_a_found_order_is_as_exact() -> None:
+    """Below the memory of every named order, with a W that follows another I than its own."""
+    schedule = dpj.schedules.search(
+        num_ranks=4,
+        num_microbatches=5,
+        placement="v",
+        costs=dpj.Costs(input_grad=2.08, weight_grad=0.923),
+        transfer=0.1,
+        max_activations=2,
+        waits="values",
+        moves=300,
+    )
+    schedule = dpj.Schedule.from_csv(schedule.to_csv())
+    model, params, batch = make_model(), make_params(11), make_batch(5)
+    grad_fn = dpj.value_and_grad(
+        model, mesh=make_mesh(4), num_microbatches=5, schedule=schedule, remat="block"
+    )
+    got = jax.jit(grad_fn)(params, batch)
+    assert_close(got, sequential_value_and_grad(model, 5)(params, batch))

@@ -33,18 +33,35 @@ from experiments.train_lm.flags import POSITIVE, PositiveFloat
     default=dpj.schedules.names(),
     text="To measure.",
 )
+@click.option(
+    "--csv",
+    "paths",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="An order to measure instead of the named schedules, of as many ranks as --ranks.",
+)
 @click.option("--repeats", type=POSITIVE, default=3, help="Measured steps of each.")
 @click.option(
     "--scale", type=PositiveFloat(), default=1.0, help="By which all sleeps are multiplied."
 )
 @flags.output("runs/by_the_clock", results="the figures, the table and the picture")
 def main(
-    *, ranks: tuple[int, ...], names: tuple[str, ...], repeats: int, scale: float, output: Path
+    *,
+    ranks: tuple[int, ...],
+    names: tuple[str, ...],
+    paths: tuple[Path, ...],
+    repeats: int,
+    scale: float,
+    output: Path,
 ) -> None:
     """Time a step of every schedule by the clock, and compare it with its prediction.
 
     Every rank is a process that sleeps for as long as its work is to take; sleeping needs no core.
     """
+    flags.refuse(
+        {f"--csv {path}: must end with {tasks.CSV}": path.suffix != tasks.CSV for path in paths}
+    )
+    names = tuple(str(path.resolve()) for path in paths) or names
     ranks, names = tuple(sorted(set(ranks))), tuple(dict.fromkeys(names))
     with flags.refusing(f"--ranks {max(ranks)}"):
         all_tasks = [
@@ -110,7 +127,7 @@ def make_rows(
                 report.Row(
                     ranks=num_ranks,
                     costs=name,
-                    schedule=schedule,
+                    schedule=str(tasks.Program(schedule=schedule, overlap=False)),
                     overlap=overlap,
                     full_backward=not simulation.execution.split_backward,
                     clock=medians[schedule, overlap, name],

@@ -22,6 +22,7 @@ from experiments.by_the_clock.tasks import (
     Measured,
     Program,
     Task,
+    make_schedule,
     predict,
 )
 
@@ -89,7 +90,7 @@ def make_step(
             make_model(device),
             mesh=mesh,
             num_microbatches=num_microbatches,
-            schedule=program.schedule,
+            schedule=make_schedule(program.schedule, num_ranks=mesh.size),
             execution=predict(program, costs, num_ranks=mesh.size).execution,
             costs=costs,
         )

@@ -6,6 +6,7 @@ The driver gives a Task to its workers and gets a Measured for each program and 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dualpipe_jax as dpj
@@ -13,6 +14,7 @@ import dualpipe_jax as dpj
 MICROBATCHES_A_RANK = 4
 # Schedules with two stages a rank get one layer a stage, the others two.
 LAYERS_A_RANK = 2
+CSV = ".csv"
 ACTIONS = ("forward", "input_grad", "weight_grad")
 # Seconds of a rank's whole share of the layers. A transformer's attention, two matmuls of
 # activations, has no weight grad and twice the input grad: so I is longer than F, and W shorter.
@@ -29,14 +31,18 @@ _MANY_RANKS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A schedule, with the steady phase that overlaps its pairs or without."""
+    """A schedule, with the steady phase that overlaps its pairs or without.
+
+    The schedule is a name, or the path of a CSV.
+    """
 
     schedule: str
     overlap: bool
 
     def __str__(self) -> str:
         """Names it."""
-        return f"{self.schedule} (overlap)" if self.overlap else self.schedule
+        name = self.schedule.removesuffix(CSV).rpartition("/")[2]
+        return f"{name} (overlap)" if self.overlap else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +124,7 @@ def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> dpj.Simula
     """
     replays = [
         dpj.simulate(
-            _make(program.schedule, num_ranks=num_ranks),
+            make_schedule(program.schedule, num_ranks=num_ranks),
             costs=costs,
             transfer=0.0,
             num_layers=LAYERS_A_RANK * num_ranks,
@@ -132,11 +138,24 @@ def predict(program: Program, costs: dpj.Costs, *, num_ranks: int) -> dpj.Simula
 
 def _overlaps(name: str, *, num_ranks: int) -> tuple[bool, ...]:
     """Lists those that differ: without a steady phase nothing overlaps."""
-    has_beats = len(_make(name, num_ranks=num_ranks).timeline(overlap=True).beats) > 0
+    has_beats = len(make_schedule(name, num_ranks=num_ranks).timeline(overlap=True).beats) > 0
     return (False, True) if has_beats else (False,)
 
 
-def _make(name: str, *, num_ranks: int) -> dpj.Schedule:
-    return dpj.schedules.make(
-        name, num_ranks=num_ranks, num_microbatches=MICROBATCHES_A_RANK * num_ranks
-    )
+def make_schedule(name: str, *, num_ranks: int) -> dpj.Schedule:
+    """Makes the schedule of a name, or reads the one whose path the name is.
+
+    Raises:
+      ValueError: If a file has no schedule of these sizes.
+    """
+    num_microbatches = MICROBATCHES_A_RANK * num_ranks
+    if not name.endswith(CSV):
+        return dpj.schedules.make(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    path = Path(name)
+    schedule = dpj.Schedule.from_csv(path.read_text(), path.stem)
+    if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, num_microbatches):
+        raise ValueError(
+            f"--csv {name}: has {schedule.num_ranks} ranks and {schedule.num_microbatches} "
+            f"microbatches, must have {num_ranks} and {num_microbatches}"
+        )
+    return schedule

@@ -1,4 +1,4 @@
-"""Searches for orders beside the named schedules: time of a step with either waits, and of a search.
+"""Searches for orders beside named schedules: times of steps, with either waits, and of searches.
 
 In: flags. Out, in a folder: search.csv, search.md. See docs/search.md.
 """

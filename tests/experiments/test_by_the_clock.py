@@ -193,6 +193,23 @@ def test_programs_are_those_that_differ_and_sleeps_are_a_layers() -> None:
     assert tasks.Task.from_dict(json.loads(json.dumps(tasks.to_dict(task)))) == task
 
 
+def test_orders_of_files_are_measured(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    path = tmp_path / "found.csv"
+    made = dpj.schedules.zb_h1(num_ranks=2, num_microbatches=8)
+    path.write_text(made.to_csv())
+    (program,) = tasks.make_task([str(path)], num_ranks=2, scale=1.0, repeats=1).programs
+    assert str(program) == "found"
+    costs = tasks.COSTS["with remat"]
+    named = tasks.Program(schedule="zb-h1", overlap=False)
+    found, expected = (tasks.predict(each, costs, num_ranks=2) for each in (program, named))
+    assert dataclasses.replace(found, schedule="", published_bubble=None) == dataclasses.replace(
+        expected, schedule="", published_bubble=None
+    )
+    arguments = ["--csv", str(path), "--ranks", "4", "--output", str(tmp_path / "out")]
+    printed = refusal(main, arguments, name="by_the_clock")
+    assert "has 2 ranks and 8 microbatches, must have 4 and 16" in printed
+
+
 def measured() -> Iterator[tasks.Measured]:
     for overlap, seconds in ((False, [9.0, 5.0, 4.0]), (True, [4.0, 4.0, 4.1])):
         made = tasks.Measured(
