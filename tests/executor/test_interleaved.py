@@ -125,18 +125,40 @@ def test_transfers_hidden_by_weight_grads_change_no_value(
 
 
 @pytest.mark.parametrize(
-    ("platform", "most_times", "order"),
+    ("platform", "most_times", "layers", "orders"),
     [
-        ("cpu", 0, "F0 F1 F2 F3 I3 W3 I2 W2 I1 W1 I0 W0 send receive"),
-        ("tpu", 0, "I3 F0 I2 F1 I1 F2 I0 F3 send W3@send W2@send W1@send W0@send receive"),
-        ("tpu", 2, "I3 F0 W3 I2 F1 W2 I1 F2 I0 F3 send W1 W0@receive"),
-        ("tpu", 2.5, "I3 F0 W3 I2 F1 W2 I1 F2 W1 I0 F3 send W0@receive"),
+        ("cpu", 0, (4, 4), {"F0 F1 F2 F3 I3 W3 I2 W2 I1 W1 I0 W0 send receive"}),
+        (
+            "tpu",
+            0,
+            (4, 4),
+            {"I3 F0 I2 F1 I1 F2 I0 F3 send W3@send W2@send W1@send W0@send receive"},
+        ),
+        ("tpu", 2, (4, 4), {"I3 F0 W3 I2 F1 W2 I1 F2 I0 F3 send W1 W0@receive"}),
+        ("tpu", 2.5, (4, 4), {"I3 F0 W3 I2 F1 W2 I1 F2 W1 I0 F3 send W0@receive"}),
+        # Ranks of one direction have both stages, so that some have fewer layers than others.
+        (
+            "cpu",
+            0,
+            (1, 1, 2, 0),
+            {"F0 F1 IW1 I0 W0 send receive", "F0 F1 IW1 IW0 send receive"},
+        ),
+        (
+            "tpu",
+            0,
+            (2, 2, 1, 2),
+            {"IW1 F0 I0 F1 send W0@send receive", "I1 F0 I0 F1 send W1@send W0@send receive"},
+        ),
     ],
 )
 def test_weight_grads_follow_their_layer(
-    monkeypatch: pytest.MonkeyPatch, platform: str, most_times: float, order: str
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    most_times: float,
+    layers: tuple[int, ...],
+    orders: set[str],
 ) -> None:
-    """But for those of the last layers, which hide the transfers."""
+    """But for those of the last layers, which hide the transfers, if all ranks have them."""
     monkeypatch.setattr(rank, "platform_of", lambda mesh: platform)
     monkeypatch.setattr(beats, "_can_hide", lambda *_, times: times <= most_times)
     found = set()
@@ -147,14 +169,16 @@ def test_weight_grads_follow_their_layer(
         return run_order(self, order, *args)
 
     monkeypatch.setattr(beats.Beat, "_run_order", spy)
+    num_microbatches = 4 * len(layers)
     grad_fn = dpj.value_and_grad(
         make_model(frozenset()),
-        mesh=make_mesh(2),
-        num_microbatches=8,
+        mesh=make_mesh(len(layers)),
+        num_microbatches=num_microbatches,
+        layers_per_stage=layers,
         execution=dpj.Execution(overlap=True),
     )
-    jax.jit(grad_fn).trace(make_params(8), make_batch(8))
-    assert found == {order}
+    jax.jit(grad_fn).trace(make_params(sum(layers)), make_batch(num_microbatches))
+    assert found == orders
 
 
 @pytest.mark.slow
@@ -164,7 +188,7 @@ def test_weight_grads_follow_their_layer(
         ("DDMMDMSM", 4, 10, {}, 3),  # stages of one kind, and of two
         # One stage has two layers more than the others: some meet nothing.
         ("DMMMMM", 2, 8, {"layers_per_stage": (4, 2), "remat": "block"}, 3),
-        ("MMMMMM", 2, 8, {"layers_per_stage": (4, 2)}, 2),
+        ("MMMMMMMM", 2, 8, {"layers_per_stage": (5, 3)}, 2),
     ],
 )
 def test_layers_of_unlike_stages_stand_beside_each_other(
