@@ -1,6 +1,6 @@
 """Interleaved 1F1B in pairs: F of one chunk runs beside B of another, which hides all-to-alls.
 
-Megatron-LM (combined 1F1B) and Kimi K2's report (arXiv:2507.20534, section 2.4) pair them with one
+Megatron-LM (combined 1F1B) and Kimi K2's report (arXiv:2507.20534) pair them with one
 more warm-up microbatch than interleaved 1F1B, and one copy of the parameters. Here the order is
 also such that the steady phase is straight-line code: beats in which all ranks run a pair.
 
