@@ -109,6 +109,18 @@ def test_json_has_the_timeline() -> None:
     }
 
 
+def test_stages_per_rank() -> None:
+    sizes = ["--ranks", "2", "--microbatches", "3"]
+    output = run("--schedule", "interleaved-zb", *sizes, "--stages-per-rank", "3").output
+    name = output.splitlines()[-1].partition(":")[0]
+    assert name == "interleaved-zb(num_stages_per_rank=3)"
+    # The name that is shown makes the schedule again.
+    assert run("--schedule", name, *sizes).output == output
+    result = run("--schedule", "1f1b", *sizes, "--stages-per-rank", "3")
+    assert result.exit_code == 2
+    assert "num_stages_per_rank=3: must be an option of schedule '1f1b'" in result.output
+
+
 def test_aligned_is_another_timetable_of_the_same_order() -> None:
     aligned = [*SIZES, "--overlap", "yes"]
     timeline = MADE.timeline(overlap=True)
@@ -117,6 +129,8 @@ def test_aligned_is_another_timetable_of_the_same_order() -> None:
     assert made["actions"] == [list(row) for row in timeline.actions]
     output = run(*aligned).output
     assert f"31 ticks, 3.2% idle, aligned: {len(timeline.beats)} beats; slots" in output
+    few = ["--schedule", "interleaved-paired", "--ranks", "4", "--microbatches", "4"]
+    assert "aligned: no steady phase; slots" in run(*few, "--overlap", "yes").output
     assert output != run(*SIZES).output
     assert run(*aligned, "--format", "csv").output == MADE.to_csv()
 

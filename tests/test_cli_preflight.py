@@ -115,6 +115,7 @@ def test_terminal_gets_a_colored_table() -> None:
         (["--topology", "tpu:v9:2x4"], "topology='tpu:v9:2x4': must be one of tpu:v5e:2x4"),
         (["--width", "10", "--heads", "4"], "width=10: must be a multiple of heads=4"),
         (["--schedule", "bogus"], "schedule='bogus': must be one of 'gpipe'"),
+        (["--stages-per-rank", "2"], "num_stages_per_rank=2: must be an option of schedule 'dual"),
         (["--layers", "0"], "Invalid value for '--layers'"),
     ],
 )

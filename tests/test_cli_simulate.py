@@ -52,6 +52,15 @@ def test_fastest_is_the_default_and_named() -> None:
                 assert m["makespan"] >= made[m["schedule"]]["makespan"]
 
 
+def test_stages_per_rank_of_all_schedules_that_have_them() -> None:
+    made = json.loads(run("--ranks", "2", "--stages-per-rank", "3", "--format", "json").output)
+    names = [
+        f"{name}(num_stages_per_rank=3)" if name.startswith("interleaved") else name
+        for name in schedules.names()
+    ]
+    assert [m["schedule"] for m in made] == names
+
+
 def test_all_is_the_default_and_goes_over_every_schedule() -> None:
     lines = run().output.splitlines()
     assert [line.split()[0] for line in lines[1 : lines.index("")]] == list(schedules.names())

@@ -18,6 +18,7 @@ from dualpipe_jax._errors import brief, show
 from dualpipe_jax._plot.geometry import Bands, Boxes, boxes_of, fold_into_bands
 from dualpipe_jax._plot.legend import FACES, IDLE, INKS
 from dualpipe_jax._plot.sheet import Sheet
+from dualpipe_jax._schedule.find_steady import find_steady
 from dualpipe_jax.schedules import Schedule, Timeline
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ def summarize(timeline: Timeline) -> str:
     program = timeline.program
     idle = (timeline.opcode == 0).mean()
     name = "" if timeline.timetable == "shortest" else f", {timeline.timetable}"
-    beats = f": {_count(len(timeline.beats), 'beat')}" if timeline.timetable == "aligned" else ""
+    beats = ""
+    if timeline.timetable == "aligned":
+        has_steady = find_steady(timeline) is not None
+        beats = f": {_count(len(timeline.beats), 'beat')}" if has_steady else ": no steady phase"
     return (
         f"{program.name}: {_count(timeline.num_ranks, 'rank')}, "
         f"{_count(program.num_microbatches, 'microbatch', 'es')}, "
