@@ -134,9 +134,16 @@ class Stack(Spread):
 
     def offset_of(self, stage: Any) -> Any:
         """Finds where in its slab `[max_layers, ...]` a stage's first layer is."""
-        if self.is_even or self.is_sharded:
+        if self._has_no_offsets:
             return 0
         return self.first_layer_of(stage) - self._slab_start(stage)
+
+    @property
+    def _has_no_offsets(self) -> bool:
+        return self.is_even or self.is_sharded
+
+    def _offset_of_chunk(self, chunk: int) -> Any:
+        return 0 if self._has_no_offsets else self.offset_of(self._stage_of_rank(chunk))
 
     def fetch(self, stack: PyTree) -> list[PyTree]:
         """Brings each chunk's layers `[max_layers, ...]` to this rank.
@@ -150,7 +157,7 @@ class Stack(Spread):
 
     def unstack(self, chunk: int, slab: PyTree) -> tuple[PyTree, ...]:
         """Cuts a chunk's layers `[max_layers, ...]` apart, the first layer of its stage first."""
-        offset = self.offset_of(self._stage_of_rank(chunk))
+        offset = self._offset_of_chunk(chunk)
 
         def layer(index: int) -> PyTree:
             if isinstance(offset, int):
@@ -165,7 +172,7 @@ class Stack(Spread):
 
     def _join_layers(self, chunk: int, layers: list[jax.Array]) -> jax.Array:
         """Joins a chunk's sums, one for each layer, to an array with the entries of its slab."""
-        offset, slab = self.offset_of(self._stage_of_rank(chunk)), jnp.stack(layers)
+        offset, slab = self._offset_of_chunk(chunk), jnp.stack(layers)
         return slab if isinstance(offset, int) else jnp.roll(slab, offset, axis=0)
 
     def _take(self, leaf: jax.Array) -> list[jax.Array]:

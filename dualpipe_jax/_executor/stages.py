@@ -135,8 +135,7 @@ class Stages:
     @property
     def can_unroll(self) -> bool:
         """Whether each stage has the same kinds of layers in the same order, as far as it goes."""
-        most = self._kinds_of_largest
-        return all(kinds == most[: len(kinds)] for kinds in self._kinds_of_stages)
+        return all(kinds == self._kinds_of_largest[: len(kinds)] for kinds in self._kinds_of_stages)
 
     @property
     def _kinds_of_largest(self) -> tuple[Kind, ...]:
@@ -361,10 +360,9 @@ class Stages:
         """Describes the unrolled layers of a stage, in order: as many as the largest stage has.
 
         Args:
-          stage: The stage, an int32 scalar.
+          stage: The stage.
           chunk: The chunk as which ranks hold it; None for any.
-          is_in: A function of a layer's index in its stage and of the layers of each stage, that
-            tells which stages have the layer: bool[num_stages].
+          is_in: `(index, layers of each stage) ->` which stages have that layer, bool[num_stages].
         """
         stages = self.stage_of if chunk is None else self.stage_of[chunk]
         sizes, kinds = np.diff(self._layers.first_layers), self._kinds_of_largest
@@ -375,7 +373,9 @@ class Stages:
             is_there = (
                 found.pop() if len(found) == 1 else slot_buffers.read(jnp.asarray(of_stage), stage)
             )
-            layer = self._layer(stage, kind, index, in_kind)
+            layer = Layer(kind, in_kind, in_kind, None)
+            if is_there is not False:
+                layer = self._layer(stage, kind, index, in_kind)
             layers.append(layer._replace(is_there=is_there))
         return layers
 

@@ -26,8 +26,8 @@ QUESTIONS = {
     "size": "Does the program grow with the pipeline?",
     "gpu": "Does each collective have a matmul beside it on eight H100s?",
 }
-# The compiler for GPUs is 5 GB: it is asked by name only.
-DEFAULT_QUESTIONS = tuple(name for name in QUESTIONS if name != "gpu")
+# The compiler for GPUs is 5 GB, and unlike stages take minutes each: they are asked by name only.
+DEFAULT_QUESTIONS = tuple(name for name in QUESTIONS if name not in ("gpu", "unlike"))
 _MICROBATCHES_A_TRIP = 2  # two beats, each a forward, an input grad and a weight grad
 
 
