@@ -3,19 +3,16 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from dualpipe_jax._errors import ScheduleError
-from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.ir import Program
-from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._search import loops
 from dualpipe_jax._search.bounds import lower_bound
 from dualpipe_jax._search.problem import Problem
+from dualpipe_jax._search.programs import Compiled, Compiler
 from dualpipe_jax._search.seeds import Seed, list_seeds, named_seeds
 
 # The annealed value is the makespan plus this share of the mean of all ranks' ends, which tells
@@ -45,12 +42,13 @@ _FIRST_ROUNDS = (
 )
 # It goes on from the best.
 _LAST_ROUND = _Round(0.4, 0.15, 0.005, 6)
+# With the program's waits steps follow, each of a few moves and a compilation.
+_STEP = _Round(1.0, 0.05, 0.05, 8)
+_MOVES_A_STEP, _MOVES_OF_STEPS = 1000, (20, 60, 180, 540)
 # Moves between two signs of progress.
 _MOVES_AT_ONCE = 2000
 _MOVES_A_TRIAL = 50
 _ROUNDING = 1e-9
-# As the first and the last beat of a kept run may read, or be read by, another neighbour then.
-_BEATS_LOST = 2
 
 
 def search(
@@ -74,7 +72,33 @@ def search(
         tried = list_seeds(problem, rng, num_tried=max(1, moves // _MOVES_A_TRIAL))
         seeds = sorted([*named, *tried], key=lambda seed: seed.makespan)[: len(_FIRST_ROUNDS)]
     found = [*named, *_anneal_rounds(problem, seeds, rng, moves)]
-    return _fastest_program(problem, found, name, waits)
+    compiler = Compiler(problem, name)
+    compiled = [compiler.compile(seed) for seed in found]
+    # A named order comes first, if any fits.
+    num_beats = compiled[0].num_beats
+    best = min(
+        (made for made in compiled if made.num_beats >= num_beats),
+        key=lambda made: made.times(waits),
+    )
+    if waits == "program":
+        best = _descend(compiler, best, rng, num_beats, num_steps=moves // _MOVES_A_STEP)
+    return best.program
+
+
+def _descend(
+    compiler: Compiler, best: Compiled, rng: np.random.Generator, num_beats: int, *, num_steps: int
+) -> Compiled:
+    """Anneals a few moves at a time, and keeps them if the program does not get slower by them."""
+    problem = compiler.problem
+    bound = lower_bound(problem)
+    for _ in range(num_steps):
+        moves = int(rng.choice(_MOVES_OF_STEPS))
+        seed = _anneal(problem, best.seed, rng, moves, _STEP, bound, lambda number: None)
+        if (seed.rows != best.seed.rows).any():
+            made = compiler.compile(seed)
+            if made.num_beats >= num_beats and made.makespan <= best.makespan:
+                best = made
+    return best
 
 
 def _anneal_rounds(
@@ -144,62 +168,6 @@ def _begin(problem: Problem, start: Seed) -> loops.Walk:
         figures=np.zeros(3),
         counts=np.zeros(1, np.int64),
     )
-
-
-@dataclass(frozen=True)
-class _Programmed:
-    """A program, how long it takes with either waits, and its beats."""
-
-    program: Program
-    by_program: float
-    by_values: float
-    num_beats: int
-
-    def times(self, waits: str) -> tuple[float, float]:
-        """Gives the time that counts, and the one that decides between equal ones."""
-        times = self.by_program, self.by_values
-        return times if waits == "program" else times[::-1]
-
-
-def _fastest_program(problem: Problem, found: list[Seed], name: str, waits: str) -> Program:
-    """Compiles the found orders, and takes the fastest: the one that waits least."""
-    of_stages = slice(problem.num_stages)
-    cost, recompute = problem.lanes.cost[:, of_stages], problem.lanes.recompute[of_stages]
-    durations = Durations(
-        of_opcode=tuple(map(tuple, [0 * recompute, *cost])),
-        recompute=tuple(recompute.tolist()),
-        upper_share=(0.5,) * problem.num_stages,
-        full_backward=None,
-        embed_grad=problem.costs.embed_grad,
-        transfer=problem.transfer,
-    )
-    compiled = [
-        made
-        for seed in found
-        for made in _compile(problem, seed, name, durations)
-        if made.num_beats >= seed.num_beats - _BEATS_LOST
-    ]
-    return min(compiled, key=lambda made: made.times(waits)).program
-
-
-def _compile(
-    problem: Problem, seed: Seed, name: str, durations: Durations
-) -> Iterator[_Programmed]:
-    """Makes the tables of an order, with and without beats, and replays them."""
-    program = problem.program_of(seed.rows, name=name, pairs=seed.pairs)
-    for timetable in ("shortest", "aligned") if seed.pairs else ("shortest",):
-        try:
-            tables = compile_program(
-                program,
-                timetable=timetable,
-                stash_deferred=not any(durations.recompute),
-                durations=durations,
-            ).tables
-        except ScheduleError:  # it cannot be aligned
-            continue
-        ends = replay(tables, durations.work(tables), transfer=durations.transfer)
-        num_beats = 0 if tables.steady is None else tables.steady.num_beats
-        yield _Programmed(program, float(ends.max()), seed.makespan, num_beats)
 
 
 @contextmanager
