@@ -1,6 +1,6 @@
 """Schedule, costs, layers -> the number of layers of each stage with which a step is the fastest.
 
-Two descents, in each of which the best move of one layer from any stage to any other follows the
+Two kinds of descents, in which the best move of one layer from any stage to any other follows the
 best, until none helps. The first makes the busiest rank's work least, by arithmetic. The second
 makes the step short, by simulation: it replays the schedule after every move at once, each rank
 waiting only for the values that it reads. Between their results and an even split the replay of the
@@ -15,6 +15,7 @@ Eight layers, and a head as expensive as two of them, over four ranks:
 (3, 2, 2, 1)
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -38,9 +39,9 @@ _POWER = 16
 # are alike (where they differ the program waits for more), ranks that end early, and a small
 # largest stage, for which every rank has memory.
 _ALIKE, _EARLY, _SMALL = 0.1, 0.01, 0.01
-# The least gain, as a share of the step, for which stages are worth being unlike: their surplus
-# layers cost some cycles (experiments/compiled).
-_LEAST_GAIN = 0.01
+# The least gain, as a share of the step, that another split is worth; and where an even one has
+# stages that are alike: in unlike ones the layers cost up to 4 % more (experiments/compiled).
+_LEAST_GAIN, _LEAST_GAIN_OF_ALIKE = 0.01, 0.05
 # Models of more layers are spread evenly: a descent moves one layer at a time.
 _MOST_LAYERS = 4096
 # The most numbers, 8 bytes each, in a replay of all moves. Larger steps are balanced by arithmetic.
@@ -82,15 +83,18 @@ def balance(
         return even
     costs = replace(costs, layer=None)  # which are in the layers' weights
     weights = cumulated(layer_weights, num_layers=num_layers)
-    splits = _Splits(schedule, costs=costs, transfer=transfer, weights=weights)
+    splits = Splits(schedule, costs=costs, transfer=transfer, weights=weights)
     most = num_layers if most is None else most
     found = [_descend(np.array(even), splits.unevenness, most=most)]
     if splits.size <= _MOST_NUMBERS:
-        ends = [_descend(start, splits.makespans, most=most) for start in (np.array(even), *found)]
-        found.append(min(ends, key=splits.makespan))
-    least = splits.makespan(np.array(even)) * (1 - _LEAST_GAIN)
-    better = (tuple(sizes.tolist()) for sizes in found if splits.makespan(sizes) < least)
-    candidates = [even, *dict.fromkeys(better)]
+        starts = np.array(even), np.array(even[::-1]), *found
+        ends = [_descend(start, splits.aims, most=most) for start in starts]
+        found.append(min(ends, key=lambda sizes: splits.aims(sizes[None])[0]))
+    candidates = [even, *dict.fromkeys(tuple(sizes.tolist()) for sizes in found)]
+    gain = _LEAST_GAIN if len(set(even)) > 1 else _LEAST_GAIN_OF_ALIKE
+    times = splits.makespans(*candidates)
+    worth = [time < (1 - gain) * times[0] for time in times]
+    candidates = [even, *itertools.compress(candidates, worth)]
     if len(candidates) == 1:
         return candidates[0]
 
@@ -104,7 +108,7 @@ def balance(
     return min(candidates, key=lambda each: float(f"{replayed(each, decided).makespan:.9g}"))
 
 
-class _Splits:
+class Splits:
     """Judges splits of a model's layers over the stages of a schedule.
 
     Args:
@@ -139,18 +143,21 @@ class _Splits:
         busiest = np.mean((work / work.mean(axis=0)) ** _POWER, axis=0) ** (1 / _POWER)
         return busiest + _ALIKE * _variance(cost)
 
-    def makespans(self, sizes: np.ndarray) -> np.ndarray:
-        """Simulates the step of each split, second aims included: float64[num_splits]."""
-        cost = self._costs_of(sizes)
-        work = cost[self._tables.opcode, self._tables.stage]
-        end = replay_dependencies(self._tables, work, transfer=self._transfer)[-1]
+    def aims(self, sizes: np.ndarray) -> np.ndarray:
+        """Simulates the step of each split, and adds the second aims: float64[num_splits]."""
+        cost, end = self._costs_of(sizes), self._ends(sizes)
         largest = sizes.max(axis=1) / sizes.mean(axis=1)
         second = _ALIKE * _variance(_of_stages(cost)) + _SMALL * largest
         return end.max(axis=0) + _EARLY * end.mean(axis=0) + self._time * second
 
-    def makespan(self, sizes: np.ndarray) -> float:
-        """Simulates the step of one split, int64[num_stages]."""
-        return float(self.makespans(sizes[None])[0])
+    def makespans(self, *splits: tuple[int, ...]) -> list[float]:
+        """Simulates the step of each split, ranks waiting for nothing but values."""
+        return self._ends(np.array(splits)).max(axis=0).tolist()
+
+    def _ends(self, sizes: np.ndarray) -> np.ndarray:
+        """Finds when each rank ends: float64[num_ranks, num_splits]."""
+        work = self._costs_of(sizes)[self._tables.opcode, self._tables.stage]
+        return replay_dependencies(self._tables, work, transfer=self._transfer)[-1]
 
     def _costs_of(self, sizes: np.ndarray) -> np.ndarray:
         """Finds how long actions take: float64[num_opcodes, num_stages, num_splits]."""
