@@ -117,6 +117,9 @@ def test_a_report_may_leave_out_the_ends(tmp_path: Path) -> None:
     assert made["transfer"] == pytest.approx(0.2)
 
 
+DEFERRING = ("zb-h1", "interleaved-zb", "dualpipe", "dualpipev")
+
+
 def test_remat_recomputes_deferred_weight_grads_and_takes_less_memory() -> None:
     plain, remat = (
         choices_of("--memory", "1TiB"),

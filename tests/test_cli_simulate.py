@@ -10,6 +10,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax import _cli, schedules
 from dualpipe_jax._predict import Costs, simulate
 from tests.commands import broken_words, cpu_seconds, in_terminal, modules_after
+from tests.schedules_under_test import PAIRED
 
 
 def run(*arguments: str) -> Result:
@@ -43,7 +44,7 @@ def test_fastest_is_the_default_and_named() -> None:
     made = {m["schedule"]: m for m in json.loads(run(*sizes).output)}
     assert {name: m["execution"]["overlap"] for name, m in made.items()} == {
         **dict.fromkeys(schedules.names(), False),
-        **dict.fromkeys(("dualpipe", "dualpipev"), True),
+        **dict.fromkeys(PAIRED, True),
     }
     for name, overlap in (("yes", True), ("no", False), ("two-tick", "two-tick")):
         for m in json.loads(run(*sizes, "--overlap", name).output):

@@ -46,7 +46,8 @@ def cases(question: str, *, widths: tuple[int, ...], layers: tuple[int, ...]) ->
             return [*ours, replace(over_4, schedule="1f1b", overlap=None)]
         case "experts":
             ours = replace(over_8, ranks=4, beside=2, family="experts")
-            return [ours, replace(ours, schedule="1f1b", overlap=None)]
+            paired = replace(ours, schedule="interleaved-paired")
+            return [ours, paired, replace(ours, schedule="1f1b", overlap=None)]
         case "efficiency":
             kinds = ("transformer", "block"), ("transformer", "none"), ("mlp", "block")
             return [

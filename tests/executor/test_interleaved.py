@@ -43,6 +43,11 @@ def assert_equals_sequential(grad_fn: Any, model: dpj.Model, params: Any, batch:
         ("tpu", "dualpipe", 3, 9, 5, "block", {"split_backward": False}),
         ("tpu", "dualpipe", 2, 8, 4, "none", {"split_backward": False}),
         ("tpu", "dualpipev", 2, 8, 12, "none", {"split_backward": False, "unroll": 2}),
+        ("tpu", "interleaved-paired", 2, 8, 4, "none", {}),
+        ("tpu", "interleaved-paired", 2, 8, 8, "block", {"unroll": False}),
+        # Values wait for three beats; F and B of one chunk, and no wait.
+        ("tpu", "interleaved-paired(num_stages_per_rank=4)", 2, 10, 8, "none", {}),
+        ("tpu", "interleaved-paired(num_stages_per_rank=3)", 1, 5, 3, "none", {}),
     ],
 )
 def test_interleaved_beats_equal_the_sequential_model(

@@ -9,9 +9,9 @@ from dualpipe_jax._schedule.find_steady import SteadyPhase, find_steady
 from dualpipe_jax._schedule.ir import Timeline
 from dualpipe_jax._schedule.release import release
 from dualpipe_jax._schedule.verify import verify_timeline
-from tests.schedules_under_test import WIDE_GRID, compiled
+from tests.schedules_under_test import PAIRED, WIDE_GRID, compiled
 
-PAIRED = [case for case in WIDE_GRID if case[0] in ("dualpipe", "dualpipev")]
+CASES = [case for case in WIDE_GRID if case[0] in PAIRED]
 
 
 def released(
@@ -48,7 +48,7 @@ def test_dualpipev_has_its_run_in_the_fewest_ticks(num_ranks: int) -> None:
 
 def test_the_run_and_all_before_it_stay_as_they_were() -> None:
     has_steady = 0
-    for case in PAIRED:
+    for case in CASES:
         aligned, timeline, run = released(*case)
         if run is None:
             continue
@@ -64,7 +64,7 @@ def test_the_run_and_all_before_it_stay_as_they_were() -> None:
 
 
 def test_no_action_after_the_steady_phase_could_come_earlier() -> None:
-    for case in PAIRED[::3]:
+    for case in CASES[::3]:
         _, timeline, run = released(*case)
         verify_timeline(timeline)
         units, tick_of = timeline.program.units, timeline.tick_of.tolist()

@@ -8,7 +8,13 @@ import pytest
 from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._schedule.generators import GENERATORS
 
-TWICE_P_STAGES = ("interleaved-1f1b", "interleaved-zb", "dualpipev", "v-half")
+TWICE_P_STAGES = (
+    "interleaved-1f1b",
+    "interleaved-zb",
+    "interleaved-paired",
+    "dualpipev",
+    "v-half",
+)
 
 
 def test_names_and_functions_agree():
@@ -19,6 +25,7 @@ def test_names_and_functions_agree():
         "interleaved-1f1b": schedules.interleaved_one_f_one_b,
         "zb-h1": schedules.zb_h1,
         "interleaved-zb": schedules.interleaved_zb,
+        "interleaved-paired": schedules.interleaved_paired,
         "chimera": schedules.chimera,
         "dualpipe": schedules.dualpipe,
         "dualpipev": schedules.dualpipev,
@@ -88,7 +95,7 @@ def test_other_options_are_refused():
     sizes = {"num_ranks": 2, "num_microbatches": 2}
     text = (
         r"^num_stages_per_rank=4: must be an option of schedule 'zb-h1', which has none; take "
-        r"schedule 'interleaved-1f1b' or 'interleaved-zb', or leave it out$"
+        r"schedule 'interleaved-1f1b' or 'interleaved-zb' or 'interleaved-paired', or leave it out$"
     )
     with pytest.raises(ValueError, match=text):
         schedules.make("zb-h1", **sizes, num_stages_per_rank=4)

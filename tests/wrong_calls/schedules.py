@@ -106,6 +106,8 @@ def _factories() -> list[Target]:
         options = inspect.signature(factory).parameters
         if "num_stages_per_rank" in options:
             mistakes["num_stages_per_rank"] = but(_sizes(), "argument left out")
+            if name == "interleaved_paired":
+                mistakes["num_stages_per_rank"].append(mistake("number far too small", 1))
         if "num_deferred" in options:
             mistakes["num_deferred"] = _counts_of_ranks()
         made.append(Target(name=f"schedules.{name}", call=factory, valid=_SIZES, mistakes=mistakes))
