@@ -1,23 +1,11 @@
 """Interleaved 1F1B in pairs: F of one chunk runs beside B of another, which hides all-to-alls.
 
-Megatron-LM (combined 1F1B) and Kimi K2's report (arXiv:2507.20534) pair them with one
-more warm-up microbatch than interleaved 1F1B, and one copy of the parameters. Here the order is
-also such that the steady phase is straight-line code: beats in which all ranks run a pair.
-
-A beat moves a value by one stage: its F makes an x that the next rank's F reads in the next beat.
-So a microbatch is on its way for at least 3 ticks a stage, there and back, and a rank that runs a
-pair in each beat holds about 2P activations on a line of stages, (1 + 1/v) P in shares of a rank's
-layers with v stages a rank, and P where the stages go down the ranks and up again (DualPipeV).
-
-In which beat which chunk: code that is the same on all ranks needs chunks that alternate beat by
-beat. Let rank r run F of chunk (t - r) mod v in beat t. A microbatch enters every v beats, and goes
-on by a rank in each. From the last rank back to the first it waits w = (1 - P) mod v beats more
-until the next chunk has its turn: one beat if v divides P. B's go the same way back, the first one
-a beat after the last stage's F. So rank 0 holds (v + 1) P + (v - 1) w activations, each of one
-stage: with two stages a rank and even P that is 3P + 1, where interleaved 1F1B holds 3P - 1.
-
-Groups of P microbatches, as interleaved 1F1B has them, change chunks on one rank after the other:
-then each beat would have to choose its weights.
+Megatron-LM (combined 1F1B) and Kimi K2's report (arXiv:2507.20534) pair them with one more warm-up
+microbatch than interleaved 1F1B, and one copy of the parameters. Here the steady phase is straight-
+line code too: beats in which all ranks run a pair. A beat moves a value by one stage at most, from
+its F to the next rank's F in the next beat. So a rank that runs a pair in each beat holds about 2P
+activations on a line of stages, (1 + 1/v) P, in shares of a rank's layers, where microbatches go
+round v times as here, and P where they go down the ranks and up again (DualPipeV).
 """
 
 from dualpipe_jax._errors import brief
@@ -30,9 +18,11 @@ def interleaved_paired(
 ) -> Program:
     """Makes interleaved 1F1B in pairs, F beside B of another microbatch, with a steady phase.
 
-    Rank r holds the stages r, P + r, 2P + r and so on. Its steady phase is about half of all beats
-    with four times as many microbatches as ranks; few microbatches have none. It suits an even
-    number of ranks, best a multiple of `num_stages_per_rank`: others hold more activations.
+    Rank r holds the stages r, P + r, 2P + r and so on. The steady phase is about half of all beats
+    with four times as many microbatches as ranks; few microbatches have none. Rank 0 holds
+    (v + 1) P + (v - 1) w activations of its v stages, and w = (1 - P) mod v: with two stages and an
+    even P that is 3P + 1, where interleaved 1F1B holds 3P - 1. With more stages a multiple of v
+    suits P best, where w is 1.
 
     >>> for row in interleaved_paired(num_ranks=2, num_microbatches=2).to_csv().splitlines():
     ...     print(*row.split(","))
@@ -60,6 +50,13 @@ def interleaved_paired(
     return Program("interleaved-paired", num_ranks, num_stages, num_microbatches, rows)
 
 
+# In which beat which chunk: code that is the same on all ranks needs chunks that alternate beat by
+# beat. (Groups of P microbatches, as interleaved 1F1B has them, change chunks on one rank after
+# the other: then each beat would have to choose its weights.) So rank r runs F of chunk
+# (t - r) mod v in beat t, a microbatch enters every v beats, and it goes on by a rank in each. From
+# the last rank to the first one it waits w = (1 - P) mod v beats more, until the next chunk has its
+# turn: one beat if v divides P. B's go the same way back, the first one a beat after the last
+# stage's F. If v is odd, F and B are of one chunk in one beat of v.
 def _row(rank: int, num_ranks: int, num_microbatches: int, num_stages_per_rank: int) -> Row:
     # A round of a microbatch, from a rank back to it, and the beat of its first B.
     num_beats = num_ranks + (1 - num_ranks) % num_stages_per_rank
