@@ -48,7 +48,7 @@ def test_table() -> None:
     assert (done.exit_code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "device   cpu:2, CPU; mesh pipe 2"
-    assert any(line.startswith("loop     the steady state, two beats a trip") for line in lines)
+    assert any(line.startswith("loop     the steady state, 2 beats a trip") for line in lines)
     assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
 
 

@@ -7,7 +7,7 @@ from dualpipe_jax._preflight.copies import Copy, find_copies
 from dualpipe_jax._preflight.hlo import Module
 from dualpipe_jax._preflight.kernels import Kernels
 from dualpipe_jax._preflight.links import Network
-from dualpipe_jax._preflight.loops import FoundLoop, find_loop
+from dualpipe_jax._preflight.loops import FoundLoop, beats_per_trip, find_loop
 from dualpipe_jax._preflight.predict import (
     Prediction,
     count_runs_of_branches,
@@ -81,6 +81,7 @@ def _loop(
         kind=found.kind,
         name=found.instruction.name,
         num_trips=num_trips,
+        num_beats=beats_per_trip(module, found) if found.kind == "steady" else None,
         flops=total.flops,
         cycles=total.cycles if has_cycles else None,
         compute_seconds=replay.seconds(total),

@@ -29,7 +29,7 @@ from dualpipe_jax._preflight.work import ActionWork
 from dualpipe_jax._schedule.execution import Execution
 
 _LOOPS = {
-    "steady": "the steady state, a beat for each stage of a rank a trip",
+    "steady": "the steady state, {num_beats} beats a trip",
     "ramp": "the scan over ticks, one a trip: there is no steady state",
     "other": "the outermost with collectives: the program has none of a pipelined step",
     "plain": "the outermost of most work: no loop has collectives",
@@ -92,6 +92,8 @@ class LoopTrip:
         loop has any, the outermost of most work.
       name: The instruction's name.
       num_trips: How often it runs; None if the program does not say.
+      num_beats: The beats of a trip of the steady loop, one for each chunk of a rank; None of
+        another loop.
       flops: FLOPs of the matmuls of one trip, on the rank that has most.
       cycles: The compiler's estimate of its cycles; None without.
       compute_seconds: How long they take; None where neither cycles nor a peak are known.
@@ -105,6 +107,7 @@ class LoopTrip:
     kind: str
     name: str
     num_trips: int | None
+    num_beats: int | None
     flops: float
     cycles: float | None
     compute_seconds: float | None
@@ -256,7 +259,7 @@ def _loop_lines(loop: LoopTrip) -> list[str]:
     beside = f", {number} beside another that is exposed" if number else ""
     cycles = "" if loop.cycles is None else f"{show_number(loop.cycles)} cycles, "
     return [
-        f"{_LOOPS[loop.kind]}; {trips} trips",
+        f"{_LOOPS[loop.kind].format(num_beats=loop.num_beats)}; {trips} trips",
         (
             f"a trip: {cycles}{show_flops(loop.flops)} of matmuls, "
             f"{show_time(loop.compute_seconds)} of compute, "

@@ -145,7 +145,7 @@ def test_report_is_text() -> None:
     lines = str(dpj.preflight(make_step(mesh), make_args(mesh), "cpu:2")).splitlines()
     assert lines[0] == "device   cpu:2, CPU; mesh pipe 2"
     assert re.fullmatch(r"memory   .* KiB a device: capacity not known", lines[3])
-    assert "loop     the steady state, two beats a trip; 2 trips" in lines
+    assert "loop     the steady state, 2 beats a trip; 2 trips" in lines
     assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
 
 
