@@ -162,12 +162,13 @@ def _pairs_of(tables: Tables, tick: int) -> tuple[list[tuple[int, int]], list[tu
         ]
         right, left = ([pair for each in exchanges for pair in each[side]] for side in (0, 1))
         return right, left
-    assert not tables.wraps, "steady phases are on a line of ranks"
     beat, phase = divmod(tick - steady.first_tick, 3)
     if phase == 2:  # nothing follows a W
         return [], []
-    pairs = (steady.x_pairs, steady.cotangent_pairs)[phase][beat % 2]
+    pairs = (steady.x_pairs, steady.cotangent_pairs)[phase][beat % steady.period]
     # A value that a rank sends itself is kept, by the tables.
-    right = [(source, target) for source, target in pairs if target == source + 1]
-    left = [(source, target) for source, target in pairs if target == source - 1]
+    # Two ranks alone do not wrap: rank 1 sends to the left.
+    ends = (tables.num_ranks - 1, 0) if tables.num_ranks > 2 else None
+    right = [pair for pair in pairs if pair[1] == pair[0] + 1 or pair == ends]
+    left = [pair for pair in pairs if pair[1] == pair[0] - 1 or pair[::-1] == ends]
     return right, left

@@ -131,6 +131,8 @@ def report_memory(
     if tables.steady is not None or tables.is_lazy:
         phase = "" if tables.is_lazy else "beats"
         terms.append(Term("arriving while others leave", "2 x and cotangents", 2 * x, phase))
+    if tables.steady is not None and (num := tables.steady.num_waiting):
+        terms.append(Term("waiting for a later beat", f"{num} x and cotangents", num * x, "beats"))
     terms += _weight_terms(gradients, arguments, stages, rounds=rounds)
     terms += _sum_terms(functions, gradients, arguments, stages)
     working = max(block.working_bytes for block in gradients.block.values())

@@ -72,6 +72,11 @@ class Steady:
         return len(self.backward)
 
     @property
+    def num_waiting(self) -> int:
+        """How many values a rank has room for that wait for a later beat than the next one."""
+        return int(self.x_wait.max() + self.cotangent_wait.max())
+
+    @property
     def ticks(self) -> slice:
         """The ticks of the steady phase."""
         return slice(self.first_tick, self.first_tick + TICKS_PER_BEAT * self.num_beats)

@@ -77,7 +77,7 @@ def test_dualpipe_takes_the_published_time(num_ranks: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_aligned_tables_compute_loss_and_grads(name: str, num_ranks: int) -> None:
     cases = [case for case in WIDE_GRID if case[:2] == (name, num_ranks)]
-    # Schedules without pairs are not changed: some sizes will do.
+    # Some sizes of the others will do: most have no pairs, and are not changed.
     for case in cases if name in ("dualpipe", "dualpipev") else cases[::5]:
         result = compiled(*case, "aligned")  # passes all verifiers, or raises
         shortest = compiled(*case)
