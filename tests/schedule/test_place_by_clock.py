@@ -161,10 +161,14 @@ def test_equal_durations_leave_ticks_as_they_were(name: str) -> None:
             plain = compile_program(program, timetable=timetable)
             equal = make_durations(program.num_stages)
             placed = compile_program(program, timetable=timetable, durations=equal)
-            # Alignment costs ticks before a steady phase of odd sizes; placement by the clock
-            # gives these back.
-            odd_run = plain.tables.steady is not None and (num_ranks % 2 or num_microbatches % 2)
-            if odd_run and placed.timeline.num_ticks < plain.timeline.num_ticks:
+            # Alignment costs ticks before a steady phase of odd sizes, or of rounds of the ranks;
+            # placement by the clock gives these back.
+            is_odd = num_ranks % 2 or num_microbatches % 2 or name == "interleaved-paired"
+            if (
+                plain.tables.steady is not None
+                and is_odd
+                and placed.timeline.num_ticks < plain.timeline.num_ticks
+            ):
                 continue
             assert (placed.timeline.tick_of == plain.timeline.tick_of).all(), (num_ranks, timetable)
             assert len(placed.tables.exchanges) == 1
