@@ -66,7 +66,7 @@ def search(**given: Any) -> dpj.Schedule:
     return schedules.search(**arguments)
 
 
-@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("costs", ["remat", "recomputing"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_replay_is_that_of_the_library(placement: str, costs: str) -> None:
     for P, N in SIZES:
@@ -109,8 +109,9 @@ def test_every_named_schedule_has_a_placement() -> None:
 def test_found_orders_keep_the_limit_and_are_as_fast_as_the_named(
     placement: str, limit: float, waits: str
 ) -> None:
-    for costs, (of_actions, transfer) in COSTS.items():
-        sizes = {"num_ranks": 3, "num_microbatches": 6, "placement": placement}
+    for costs in ("remat", "recomputing"):
+        of_actions, transfer = COSTS[costs]
+        sizes = {"num_ranks": 3, "num_microbatches": 6, "placement": placement, "moves": 100}
         sizes |= {"costs": of_actions, "transfer": transfer}
         made = search(**sizes, max_activations=limit, waits=waits)
         assert made == search(**sizes, max_activations=limit, waits=waits)

@@ -103,6 +103,15 @@ def _that_run() -> list[Experiment]:
             },
         ),
         Experiment(
+            module="experiments.compare.search",
+            valid=valid,
+            flags={
+                "moves": of.counts(),
+                "only": [*of.counts(), mistake("number far too large", "99")],
+                "output": output,
+            },
+        ),
+        Experiment(
             module="experiments.compare.schedules",
             valid={**valid, "ranks": "2", "schedule": "1f1b", "microbatches": "4"},
             flags={
