@@ -232,9 +232,10 @@ def search(
             default as many as the fastest named schedule of the placement holds.
         keep_beats: Whether beats are kept: if a named schedule with a steady phase has the
             placement and fits (the fastest of several), each rank's actions of that phase stay as
-            they are, paired, and only those before and after it move. The schedule then has at
-            least as many beats as the named one, both placed by these costs. Without such a named
-            schedule, and with False, all actions may move, and none are paired.
+            they are, paired, and only those before and after it move. Placed by these costs, the
+            order then has at least four fifths of the phase's beats: those at its edges may be
+            lost. Without such a named schedule, and with False, all actions may move, and those of
+            found orders are not paired.
         waits: The time by which the best of the found orders and the named ones are compared in the
             end. `"program"`: each rank waits as the compiled program does, for the ranks with which
             it exchanges values in a tick too; so no named schedule that fits is faster, and the

@@ -141,7 +141,8 @@ class Problem:
         Args:
           rows: The tokens.
           name: The program's name.
-          pairs: For each rank, the places of F, I, W, F, I, W .. of the pairs to be kept.
+          pairs: For each rank, the places in which an F, an I of another lane and its W become a
+            pair.
         """
         kept = pairs or [range(0)] * self.num_ranks
         made = tuple(
@@ -191,12 +192,12 @@ def routes_of(
 
 
 def _join(actions: list[Action], pairs: range) -> Row:
-    """Joins each I and the W of it that follows to a B, and the kept F, I, W to pairs."""
+    """Joins each I and the W of it that follows to a B, and that to a pair with the F before."""
     cells: list[Cell] = []
     place = 0
     while place < len(actions):
         action, after = actions[place], actions[place + 1 : place + 3]
-        if place in pairs:
+        if place in pairs and _is_pair(action, after):
             cells.append(Pair(action, after[0]._replace(kind="B")))
             place += 3
         elif action.kind == "I" and after[:1] == [action._replace(kind="W")]:
@@ -206,3 +207,10 @@ def _join(actions: list[Action], pairs: range) -> Row:
             cells.append(action)
             place += 1
     return tuple(cells)
+
+
+def _is_pair(forward: Action, after: list[Action]) -> bool:
+    """Whether an F is followed by the I and W of another microbatch."""
+    if forward.kind != "F" or [action.kind for action in after] != ["I", "W"]:
+        return False
+    return after[0][1:] == after[1][1:] and after[0].microbatch != forward.microbatch

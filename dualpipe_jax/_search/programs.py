@@ -1,6 +1,7 @@
 """Seed -> its program, and how long that takes as ranks wait in it."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +13,8 @@ from dualpipe_jax._schedule.ir import Program
 from dualpipe_jax._schedule.replay import replay
 from dualpipe_jax._search.problem import Problem
 from dualpipe_jax._search.seeds import Seed
+
+_LEAST_BEATS = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +32,14 @@ class Compiled:
     program: Program
     makespan: float
     num_beats: int
+
+    @property
+    def has_enough_beats(self) -> bool:
+        """Whether it has most of the beats that are to be kept: costs decide over those at edges.
+
+        A named order may lose as many by its own placement.
+        """
+        return self.num_beats >= _LEAST_BEATS * self.seed.num_beats
 
     def times(self, waits: str) -> tuple[float, float]:
         """Gives the time that counts, and the one that decides between equal ones."""
@@ -58,11 +69,25 @@ class Compiler:
         )
 
     def compile(self, seed: Seed) -> Compiled:
-        """Makes the tables of an order, with and without beats, and replays them."""
-        durations = self._durations
-        program = self.problem.program_of(seed.rows, name=self.name, pairs=seed.pairs)
-        makespan, num_beats = np.inf, 0
-        for timetable in ("shortest", "aligned") if seed.pairs else ("shortest",):
+        """Takes the fastest program of an order, of those with enough beats if any has them."""
+        tried = [self._compile(seed, program) for program in self._programs(seed)]
+        return min(tried, key=lambda made: (not made.has_enough_beats, made.makespan))
+
+    def _programs(self, seed: Seed) -> Iterator[Program]:
+        """Writes the order: as it is named, or with pairs in beats, and outside of them too."""
+        if seed.program is not None:
+            yield replace(seed.program, name=self.name)
+            return
+        yield self.problem.program_of(seed.rows, name=self.name, pairs=seed.pairs)
+        if seed.pairs:
+            everywhere = [range(len(row)) for row in seed.rows]
+            yield self.problem.program_of(seed.rows, name=self.name, pairs=everywhere)
+
+    def _compile(self, seed: Seed, program: Program) -> Compiled:
+        """Makes the tables, with and without beats, and replays them."""
+        durations, makespan, num_beats = self._durations, np.inf, 0
+        has_pairs = (program.units.pair >= 0).any()
+        for timetable in ("shortest", "aligned") if has_pairs else ("shortest",):
             try:
                 tables = compile_program(
                     program,

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -74,19 +73,15 @@ def search(
     found = [*named, *_anneal_rounds(problem, seeds, rng, moves)]
     compiler = Compiler(problem, name)
     compiled = [compiler.compile(seed) for seed in found]
-    # A named order comes first, if any fits.
-    num_beats = compiled[0].num_beats
-    best = min(
-        (made for made in compiled if made.num_beats >= num_beats),
-        key=lambda made: made.times(waits),
-    )
+    enough = [made for made in compiled if made.has_enough_beats]
+    best = min(enough or compiled[:1], key=lambda made: made.times(waits))
     if waits == "program":
-        best = _descend(compiler, best, rng, num_beats, num_steps=moves // _MOVES_A_STEP)
+        best = _descend(compiler, best, rng, num_steps=moves // _MOVES_A_STEP)
     return best.program
 
 
 def _descend(
-    compiler: Compiler, best: Compiled, rng: np.random.Generator, num_beats: int, *, num_steps: int
+    compiler: Compiler, best: Compiled, rng: np.random.Generator, *, num_steps: int
 ) -> Compiled:
     """Anneals a few moves at a time, and keeps them if the program does not get slower by them."""
     problem = compiler.problem
@@ -96,7 +91,7 @@ def _descend(
         seed = _anneal(problem, best.seed, rng, moves, _STEP, bound, lambda number: None)
         if (seed.rows != best.seed.rows).any():
             made = compiler.compile(seed)
-            if made.num_beats >= num_beats and made.makespan <= best.makespan:
+            if made.has_enough_beats and made.makespan <= best.makespan:
                 best = made
     return best
 
@@ -149,7 +144,7 @@ def _anneal(
             walk, lanes, times, draws, allowed, _MEAN_WEIGHT, plan.farthest, bound + _ROUNDING
         )
         advance(len(now))
-    return replace(start, rows=walk.best_rows, makespan=float(walk.figures[2]))
+    return Seed(rows=walk.best_rows, makespan=float(walk.figures[2]), pairs=start.pairs)
 
 
 def _begin(problem: Problem, start: Seed) -> loops.Walk:

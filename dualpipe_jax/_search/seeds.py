@@ -10,7 +10,7 @@ from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._schedule.compile import compile_program
 from dualpipe_jax._schedule.generators import GENERATORS
 from dualpipe_jax._schedule.ir import Program
-from dualpipe_jax._search import loops
+from dualpipe_jax._search import list_loops, loops
 from dualpipe_jax._search.problem import Problem
 
 # Scores of about this size decide between kinds of actions.
@@ -38,11 +38,13 @@ class Seed:
       rows: Its tokens.
       makespan: If ranks wait only for values that they read.
       pairs: For each rank, the places of its beats, which are to be kept; empty for none.
+      program: The named program that it is, if it is one.
     """
 
     rows: np.ndarray
     makespan: float
     pairs: tuple[range, ...] = ()
+    program: Program | None = None
 
     @property
     def num_beats(self) -> int:
@@ -81,7 +83,7 @@ def named_seeds(problem: Problem, *, keep_beats: bool) -> list[Seed]:
         ):
             makespan = loops.replay(rows, problem.lanes, times, loops.NEVER, 0.0)
             pairs = _places_of_beats(program) if keep_beats else ()
-            found.append(Seed(rows=rows, makespan=makespan, pairs=pairs))
+            found.append(Seed(rows=rows, makespan=makespan, pairs=pairs, program=program))
     found.sort(key=lambda seed: seed.makespan)
     return [seed for seed in found if seed.pairs] or found
 
@@ -123,7 +125,7 @@ def list_seeds(problem: Problem, rng: np.random.Generator, *, num_tried: int) ->
             _, by_equal, old = best[rng.integers(len(best))]
             scores = np.where(rng.random(len(scores)) < 0.2, scores, old)
         by = equal if by_equal else lanes
-        if not loops.list_schedule(rows, by, problem.depth, scores, times.end):
+        if not list_loops.list_schedule(rows, by, problem.depth, scores, times.end):
             continue
         makespan = loops.replay(rows, lanes, times, loops.NEVER, 0.0)
         if all(abs(makespan - seed.makespan) > 1e-9 for seed, _, _ in best):
@@ -139,4 +141,4 @@ def _draw_scores(rng: np.random.Generator, problem: Problem, mean_cost: float) -
     drawn |= {name: float(rng.choice(values)) for name, values in _RANDOM.items()}
     drawn["patience"] *= mean_cost
     drawn["most_live"] *= problem.num_stages
-    return np.array([drawn[name] for name in loops.SCORES])
+    return np.array([drawn[name] for name in list_loops.SCORES])

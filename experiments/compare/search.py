@@ -39,6 +39,7 @@ class Case:
       limit: `max_activations`.
       sizes: Ranks and microbatches.
       layers: `layers_per_stage`, with a head of three layers; None without either.
+      keep_beats: Whether the steady phase of a named schedule of the placement stays.
       more: By which the number of moves is multiplied.
     """
 
@@ -47,16 +48,24 @@ class Case:
     limit: float
     sizes: tuple[int, int] = (8, 32)
     layers: tuple[int, ...] | None = None
+    keep_beats: bool = True
     more: int = 1
 
 
 CASES = (
     Case(named="v-half", placement="v", limit=5, more=4),
     Case(named="dualpipe", placement="bidirectional", limit=9),
-    Case(named="dualpipev", placement="v", limit=8.5, more=2),
-    Case(named="interleaved-1f1b", placement="interleaved", limit=11.5),
+    Case(named="dualpipev", placement="v", limit=8.5, more=4),
+    Case(named="interleaved-1f1b", placement="interleaved", limit=11.5, keep_beats=False),
     Case(named="zb-h1", placement="linear", limit=4, sizes=(4, 8)),
-    Case(named="interleaved-1f1b", placement="interleaved", limit=12.5, layers=_LAYERS),
+    Case(
+        named="interleaved-1f1b",
+        placement="interleaved",
+        limit=14.2,
+        layers=_LAYERS,
+        keep_beats=False,
+        more=4,
+    ),
     Case(named="dualpipev", placement="v", limit=16.5, sizes=(16, 64)),
 )
 
@@ -107,6 +116,7 @@ def run(case: Case, name: str, *, moves: int) -> Row:
         placement=case.placement,
         layers_per_stage=case.layers,
         max_activations=case.limit,
+        keep_beats=case.keep_beats,
         waits="values",
         moves=case.more * moves,
     )
