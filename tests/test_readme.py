@@ -143,3 +143,7 @@ def test_examples_of_models_run_and_have_the_costs_of_the_page() -> None:
 def test_example_of_preflight_runs() -> None:
     last = run(example(ROOT / "docs" / "preflight.md")).splitlines()[-1]
     assert last == "True 16 True"
+
+
+def test_example_of_the_search() -> None:
+    assert run(example(ROOT / "docs" / "search.md")) == "search-v 8\n"
