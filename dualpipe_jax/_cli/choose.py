@@ -240,7 +240,7 @@ def choose(
             "layers": layers,
             "memory": memory,
             "headroom": headroom,
-            "costs": vars(first.costs),
+            "costs": {n: cost for n, cost in vars(first.costs).items() if n != "layer"},
             "transfer": first.transfer,
             "layer_bytes": vars(first.layer),
             "parameters": vars(first.parameters),

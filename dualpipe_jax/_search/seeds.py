@@ -62,6 +62,8 @@ def named_programs(problem: Problem) -> list[Program]:
     made = []
     for generate in GENERATORS.values():
         taken = inspect.signature(generate).parameters
+        if "num_stages_per_rank" in taken and sizes["num_stages_per_rank"] == 1:
+            continue  # for several only
         program = generate(**{name: size for name, size in sizes.items() if name in taken})
         if program.routes == problem.routes:
             made.append(program)
