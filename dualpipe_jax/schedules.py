@@ -194,6 +194,7 @@ def search(
     placement: Literal["linear", "v", "interleaved", "bidirectional"] = "linear",
     num_stages_per_rank: int | None = None,
     layers_per_stage: Sequence[int] | None = None,
+    layout: Sequence[str] | None = None,
     max_activations: float | None = None,
     keep_beats: bool = True,
     waits: Literal["program", "values"] = "program",
@@ -227,6 +228,7 @@ def search(
         num_stages_per_rank: The stages of each rank, for `"interleaved"` only; by default 2.
         layers_per_stage: The layers of each stage, in model order, as for `value_and_grad`; by
             default all stages are equal.
+        layout: The kind of every layer, as `Model.layout`, where `costs.layer` has a cost for each.
         max_activations: The most activations that a rank holds between F and W, in shares of a
             rank's layers: 1 is that of one microbatch in `num_layers / num_ranks` layers. By
             default as many as the fastest named schedule of the placement holds.
@@ -260,6 +262,7 @@ def search(
         placement=placement,
         num_stages_per_rank=num_stages_per_rank,
         layers_per_stage=layers_per_stage,
+        layout=layout,
         max_activations=max_activations,
     )
     arguments.require_flag("keep_beats", keep_beats)

@@ -19,6 +19,8 @@ rank 1, ticks 1-2: slot 0
 rank 1, ticks 4-5: slot 0
 """
 
+from heapq import heappop, heappush
+
 import numpy as np
 
 from dualpipe_jax._schedule.dependencies import find_live_ranges
@@ -29,42 +31,28 @@ def allocate(timeline: Timeline) -> Allocation:
     """Allocates a slot to every value of a timeline."""
     live_ranges = find_live_ranges(timeline.program, timeline.tick_of, timeline.sent_in)
     slot_of = {
-        buffer: _lowest_free_slots(
-            live,
-            num_slots=timeline.num_slots[buffer],
-            num_ranks=timeline.num_ranks,
-            num_ticks=timeline.num_ticks,
-        )
+        buffer: _lowest_free_slots(live, num_ranks=timeline.num_ranks)
         for buffer, live in live_ranges.items()
     }
     num_slots = {buffer: int(slots.max(initial=-1)) + 1 for buffer, slots in slot_of.items()}
     return Allocation(live_ranges, slot_of, num_slots)
 
 
-def _lowest_free_slots(
-    live: LiveRanges, *, num_slots: int, num_ranks: int, num_ticks: int
-) -> np.ndarray:
-    """Walks the ticks, all ranks at once: first ends free their slots, then starts take some."""
+def _lowest_free_slots(live: LiveRanges, *, num_ranks: int) -> np.ndarray:
+    """Gives the values of each rank their slots in the order in which they start."""
     slot_of = np.empty(len(live.rank), np.int64)
-    # Up to three values start on a rank in one tick (from left, from right, kept). Each goes into
-    # a wave of its own, so that a rank occurs once a wave and indexing by rank is safe.
-    by_start = np.lexsort((live.rank, live.start))
-    rank_tick = live.start[by_start] * num_ranks + live.rank[by_start]
-    wave = np.arange(len(by_start)) - np.searchsorted(rank_tick, rank_tick)
-    waves = [by_start[wave == w] for w in range(wave.max(initial=-1) + 1)]
-    by_end = np.argsort(live.end, kind="stable")
-
-    ticks = np.arange(num_ticks + 1)
-    first_ending = np.searchsorted(live.end[by_end], ticks)
-    first_starting = [np.searchsorted(live.start[order], ticks) for order in waves]
-    free = np.ones((num_ranks, num_slots), bool)
-    for tick in range(num_ticks):
-        if tick:
-            ended = by_end[first_ending[tick - 1] : first_ending[tick]]
-            free[live.rank[ended], slot_of[ended]] = True
-        for order, first in zip(waves, first_starting, strict=True):
-            started = order[first[tick] : first[tick + 1]]
-            rank = live.rank[started]
-            slot_of[started] = slot = free[rank].argmax(axis=1)
-            free[rank, slot] = False
+    in_use: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]  # (end, slot)
+    free: list[list[int]] = [[] for _ in range(num_ranks)]
+    num_slots = [0] * num_ranks
+    ranks, starts, ends = live.rank.tolist(), live.start.tolist(), live.end.tolist()
+    for value in np.argsort(live.start, kind="stable").tolist():
+        rank, start = ranks[value], starts[value]
+        of_rank, freed = in_use[rank], free[rank]
+        while of_rank and of_rank[0][0] < start:
+            heappush(freed, heappop(of_rank)[1])
+        if not freed:
+            freed.append(num_slots[rank])
+            num_slots[rank] += 1
+        slot_of[value] = slot = heappop(freed)
+        heappush(of_rank, (ends[value], slot))
     return slot_of

@@ -209,10 +209,11 @@ def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) ->
     came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1, *more))
     # When the value that each rank sends was made.
     sent = np.zeros((tables.num_ranks, *more))
+    left, right = (ranks - 1) % tables.num_ranks, (ranks + 1) % tables.num_ranks
     sends_output = (tables.send < 0).reshape(*tables.send.shape, *(1 for _ in more))
     for tick, took in enumerate(work):
-        came[ranks, tables.from_left[tick]] = np.roll(sent, 1, axis=0) + transfer
-        came[ranks, tables.from_right[tick]] = np.roll(sent, -1, axis=0) + transfer
+        came[ranks, tables.from_left[tick]] = sent[left] + transfer
+        came[ranks, tables.from_right[tick]] = sent[right] + transfer
         came[:, -1] = 0
         end[tick + 1] = np.maximum(end[tick], came[ranks, tables.read[tick]]) + took
         came[ranks, tables.keep[tick]] = end[tick + 1]

@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from dualpipe_jax._costs import Costs, as_number, require_cost
+from dualpipe_jax._costs import Costs, StageLayers, as_number, require_cost, weights_by_kind
 from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.generators.sizes import check_sizes
-from dualpipe_jax._schedule.stage_sizes import BALANCED, stage_sizes
+from dualpipe_jax._schedule.stage_sizes import (
+    BALANCED,
+    require_layers,
+    require_sum,
+    spread_evenly,
+    stage_sizes,
+)
 from dualpipe_jax._search.problem import PLACEMENTS, Problem, routes_of
 from dualpipe_jax._search.seeds import named_seeds
 
@@ -27,6 +33,7 @@ def make_problem(
     placement: str,
     num_stages_per_rank: int | None,
     layers_per_stage: Sequence[int] | None,
+    layout: Sequence[str] | None,
     max_activations: float | None,
 ) -> Problem:
     """Checks sizes, costs, placement and limit.
@@ -65,13 +72,19 @@ def make_problem(
             'layers_per_stage="balanced": must be numbers, as layers are balanced for a given '
             "order; take those that `choose` found for a named one"
         )
+    num_stages, costs = len(routes[0]), costs or Costs()
+    weights = weights_by_kind(costs.layer, layout)
+    if layout is not None:
+        require_sum(layers, len(layout))
+        require_layers(len(layout), num_stages=1 if layers else num_stages, where=where)
+        layers = layers or spread_evenly(len(layout), num_stages)
     problem = Problem(
         num_ranks=num_ranks,
         routes=routes,
         microbatches=microbatches,
-        costs=costs or Costs(),
+        costs=replace(costs, layer=None),  # which are in the layers' weights
         transfer=transfer,
-        layers_of_stage=layers or (1,) * len(routes[0]),
+        layers=StageLayers.cut(layers or (1,) * num_stages, weights),
     )
     return _limited(problem, max_activations)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dualpipe_jax._costs import Costs
+from dualpipe_jax._costs import Costs, StageLayers
 from dualpipe_jax._schedule.generators.sizes import both_directions
 from dualpipe_jax._schedule.ir import Action, Cell, Pair, Program, Row
 from dualpipe_jax._search.loops import FORWARD, INPUT_GRAD, Lanes, Times
@@ -26,7 +26,7 @@ class Problem:
       microbatches: For each direction, its microbatches in the order in which they enter.
       costs: How long actions take.
       transfer: How long a value travels to another rank.
-      layers_of_stage: The layers of each stage.
+      layers: The layers of the stages.
       max_activations: How much a rank may hold between F and W, in shares of a rank's layers.
     """
 
@@ -35,7 +35,7 @@ class Problem:
     microbatches: tuple[Sequence[int], ...]
     costs: Costs
     transfer: float
-    layers_of_stage: tuple[int, ...]
+    layers: StageLayers
     max_activations: float = np.inf
 
     @property
@@ -60,9 +60,9 @@ class Problem:
         rank = np.array([rank for route in self.routes for rank in route], np.int64)
         number = np.arange(len(rank))
         stage = number % num_stages
-        layers = np.array(self.layers_of_stage)
-        share = layers * (self.num_ranks / layers.sum())
-        cost = self.costs.of_stages(layers, num_ranks=self.num_ranks)[1:]
+        weights, sizes = np.array(self.layers.weights), np.array(self.layers.sizes)
+        work_share, share = (each * (self.num_ranks / each.sum()) for each in (weights, sizes))
+        cost = self.costs.of_stages(weights, num_ranks=self.num_ranks)[1:]
         count = np.repeat([len(entering) for entering in self.microbatches], num_stages)
         size = np.tile(share, num_directions)
         is_deeper = (rank == rank[:, None]) & (
@@ -79,7 +79,7 @@ class Problem:
             after=np.where(stage + 1 < num_stages, number + 1, -1),
             count=count.astype(np.int64),
             cost=np.ascontiguousarray(cost),
-            recompute=self.costs.recompute * size,
+            recompute=np.tile(self.costs.recompute * work_share, num_directions),
             size=size,
             reserve=(is_deeper * size).sum(axis=1),
             of_rank=np.array([each + [-1] * (most - len(each)) for each in of_rank], np.int64),

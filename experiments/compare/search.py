@@ -24,9 +24,10 @@ COSTS = {
     "remat": dpj.Costs(input_grad=2.08, weight_grad=0.923),
 }
 TRANSFER = 0.1
-# 61 layers and a head of three, over 16 stages.
+# 61 layers, of which three cost half, and a head of three, over 16 stages.
 _LAYERS = (5, 4, 4, 4, 4, 4, 4, 3, 4, 4, 4, 4, 4, 4, 4, 1)
-_HEAD = 3 * 8 / 61
+_LAYOUT = ("dense",) * 3 + ("moe",) * 58
+_HEAD = 3 * 8 / 59.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Case:
       placement: As `schedules.search` takes it.
       limit: `max_activations`.
       sizes: Ranks and microbatches.
-      layers: `layers_per_stage`, with a head of three layers; None without either.
+      layers: `layers_per_stage`, with unlike layers and a head; None without either.
       keep_beats: Whether the steady phase of a named schedule of the placement stays.
       more: By which the number of moves is multiplied.
     """
@@ -106,15 +107,19 @@ def run(case: Case, name: str, *, moves: int) -> Row:
     costs = COSTS[name]
     if case.layers:
         fields = {kind: getattr(costs, kind) for kind in ("input_grad", "weight_grad")}
-        costs = dpj.Costs(**fields, head=_HEAD)
+        costs = dpj.Costs(**fields, head=_HEAD, layer={"dense": 0.5, "moe": 1.0})
     sizes = {"num_ranks": ranks, "num_microbatches": microbatches}
+    layers: dict[str, Any] = {
+        "layers_per_stage": case.layers,
+        "layout": _LAYOUT if case.layers else None,
+    }
     since = time.perf_counter()
     found = dpj.schedules.search(
         **sizes,
         costs=costs,
         transfer=TRANSFER,
         placement=case.placement,
-        layers_per_stage=case.layers,
+        **layers,
         max_activations=case.limit,
         keep_beats=case.keep_beats,
         waits="values",
@@ -122,10 +127,7 @@ def run(case: Case, name: str, *, moves: int) -> Row:
     )
     seconds = time.perf_counter() - since
     both = dpj.schedules.make(case.named, **sizes), found
-    replays = [
-        dpj.simulate(each, costs=costs, transfer=TRANSFER, layers_per_stage=case.layers)
-        for each in both
-    ]
+    replays = [dpj.simulate(each, costs=costs, transfer=TRANSFER, **layers) for each in both]
     beats = [_num_beats(each) for each in both]
     return Row(
         placement=case.placement,

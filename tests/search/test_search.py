@@ -34,6 +34,7 @@ def problem_of(placement: str, P: int, N: int, costs: str = "unit", **more: Any)
     arguments = {
         "num_stages_per_rank": None,
         "layers_per_stage": None,
+        "layout": None,
         "max_activations": None,
         **more,
     }
@@ -90,6 +91,27 @@ def test_replay_is_that_of_the_library(placement: str, costs: str) -> None:
             expected = simulated(problem, schedule).dependency_makespan
             assert seed.makespan == pytest.approx(expected, rel=1e-12)
             assert seed.makespan >= lower_bound(problem) - 1e-9
+
+
+def test_layers_of_kinds_have_their_costs_and_all_take_memory() -> None:
+    layers = {"layers_per_stage": (4, 1, 3), "layout": ("dense",) * 3 + ("moe",) * 5}
+    costs = dpj.Costs(recompute=0.5, layer={"dense": 0.25, "moe": 1.0})
+    made = schedules.zb_h1(num_ranks=3, num_microbatches=5)
+    problem = make_problem(
+        num_ranks=3,
+        num_microbatches=5,
+        costs=costs,
+        transfer=0.1,
+        placement="linear",
+        num_stages_per_rank=None,
+        max_activations=None,
+        **layers,
+    )
+    execution = dpj.Execution(split_backward=True)
+    expected = dpj.simulate(made, costs=costs, transfer=0.1, execution=execution, **layers)
+    rows = problem.rows_of(made.program)
+    assert replayed(problem, rows) == pytest.approx(expected.dependency_makespan)
+    assert problem.peak_of(rows) == pytest.approx(3 * 4 * 3 / 8)  # of three microbatches
 
 
 def test_every_named_schedule_has_a_placement() -> None:

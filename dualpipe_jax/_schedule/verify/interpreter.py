@@ -6,6 +6,8 @@ sends the values of its pairs, and nothing else. In lazy tables every neighbour'
 the steady phase it is at hand, as `verify_steady` holds `Steady` to the tables.
 """
 
+from functools import partial
+
 import numpy as np
 
 from dualpipe_jax._schedule.actions import BUFFERS, DEFERRED, Opcode
@@ -50,6 +52,24 @@ def run_with_tokens(tables: Tables) -> None:
     _Interpreter(tables).run()
 
 
+class _Entries:
+    """Finds the ranks of each tick that name a slot in a column, where `of` holds."""
+
+    def __init__(self, tables: Tables, column: str, *, of: np.ndarray | bool = True):
+        slot = getattr(tables, column)
+        ticks, self._ranks = np.nonzero((slot >= 0) & of)
+        self._slots = slot[ticks, self._ranks]
+        self._first = np.searchsorted(ticks, np.arange(tables.num_ticks + 1)).tolist()
+        self.column, self.buffer = column, BUFFER_OF[column]
+
+    def of_tick(self, tick: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Gives the ranks and their slots; None if there are none."""
+        first, end = self._first[tick : tick + 2]
+        if first == end:
+            return None
+        return self._ranks[first:end], self._slots[first:end]
+
+
 class _Interpreter:
     """Runs tables on all ranks at once, a token in every slot; -1 is a free one."""
 
@@ -60,6 +80,8 @@ class _Interpreter:
             for buffer in (*BUFFERS, DEFERRED)
         }
         self.is_target = _find_targets(tables)
+        ranks = np.arange(tables.num_ranks)
+        self.neighbours = np.stack([ranks - 1, ranks + 1]) % tables.num_ranks
         opcode, stage, microbatch = tables.opcode, tables.stage, tables.microbatch
         is_f = opcode == Opcode.FORWARD
         is_upper, is_lower = opcode == Opcode.BACKWARD_UPPER, opcode == Opcode.BACKWARD_LOWER
@@ -71,8 +93,28 @@ class _Interpreter:
         # before; the last stage's F makes its own cotangent, of the loss, and an upper half one
         # that stays in the stage.
         makes_dx = np.isin(opcode, _MAKES_DX)
-        self.is_f, self.makes_dx, self.is_lower = is_f, makes_dx, is_lower
-        self.is_i, self.is_w = (np.isin(opcode, of) for of in (OF_I, OF_W))
+        is_i, is_w = (np.isin(opcode, of) for of in (OF_I, OF_W))
+        named = partial(_Entries, tables)
+        # What is read, and where for the last time; what is written; and values that travel.
+        self.loads = [
+            (named("read"), self.expected, opcode != Opcode.IDLE),
+            (named("residual", of=is_i | is_lower), self.local, makes_dx),
+            *(
+                (named(name, of=of), self.local, is_w)
+                for name, of in (
+                    ("weight_residual", is_i | is_w),
+                    ("stash", is_w),
+                    (DEFERRED, is_w),
+                )
+            ),
+        ]
+        self.without_stash = named(DEFERRED, of=is_i | is_w)
+        self.stores = [
+            *(named(name, of=is_f) for name in ("residual", "weight_residual")),
+            *(named(name, of=is_i) for name in ("stash", DEFERRED)),
+        ]
+        self.kept, self.sent = named("keep"), named("send")
+        self.arrivals = named("from_left"), named("from_right")
         ends = (is_f & is_last & tables.forward_only) | (makes_dx & (stage == 0))
         self.output = np.select(
             [ends, is_f & is_last, is_f, is_upper, makes_dx],
@@ -97,21 +139,12 @@ class _Interpreter:
         for tick in range(tables.num_ticks):
             if not tables.is_lazy:
                 self._store_arrivals(tick, arrived)
-            opcode, local = tables.opcode[tick], self.local[tick]
-            is_f, is_i, is_w = self.is_f[tick], self.is_i[tick], self.is_w[tick]
-            self._load(tick, "read", self.expected[tick], free=opcode != Opcode.IDLE)
-            of = is_i | self.is_lower[tick]
-            self._load(tick, "residual", local, of=of, free=self.makes_dx[tick])
-            self._load(tick, "weight_residual", local, of=is_i | is_w, free=is_w)
-            self._load(tick, "stash", local, of=is_w, free=is_w)
-            self._load(tick, DEFERRED, local, of=is_w, free=is_w)
-            self._expect_no_stash(tick, of=(is_i | is_w) & (tables.deferred[tick] >= 0))
-            self._store(tick, "residual", local, of=is_f)
-            self._store(tick, "weight_residual", local, of=is_f)
-            self._store(tick, "stash", local, of=is_i)
-            self._store(tick, DEFERRED, local, of=is_i)
-
-            self._store(tick, "keep", self.output[tick])
+            for entries, tokens, free in self.loads:
+                self._load(tick, entries, tokens[tick], free=free[tick])
+            self._expect_no_stash(tick)
+            for entries in self.stores:
+                self._store(tick, entries, self.local[tick])
+            self._store(tick, self.kept, self.output[tick])
             sent = self._sent(tick)
             if tables.is_lazy:
                 self._store_arrivals(tick, arrived)
@@ -124,76 +157,68 @@ class _Interpreter:
                 fail_at(tables, tables.num_ticks - 1, rank, f"{fault} after the last tick")
 
     def _store_arrivals(self, tick: int, arrived: np.ndarray) -> None:
-        for column, tokens in zip(("from_left", "from_right"), arrived, strict=True):
-            self._store(tick, column, tokens)
+        for entries, tokens in zip(self.arrivals, arrived, strict=True):
+            self._store(tick, entries, tokens)
 
     def _sent(self, tick: int) -> np.ndarray:
         """Finds the value that each rank sends: this tick's output, or one kept until now."""
-        slot = self.tables.send[tick]
-        ranks = np.flatnonzero(slot >= 0)
-        if not ranks.size:
+        named = self.sent.of_tick(tick)
+        if named is None:
             return self.output[tick]
         received, sent = self.slots["received"], self.output[tick].copy()
-        sent[ranks] = received[ranks, slot[ranks]]
-        for rank in ranks[sent[ranks] < 0].tolist():
-            fail_at(self.tables, tick, rank, f"sends received slot {slot[rank]}, which is free")
-        received[ranks, slot[ranks]] = -1
+        ranks, slot = named
+        sent[ranks] = received[named]
+        for rank, number in zip(ranks.tolist(), slot.tolist(), strict=True):
+            if sent[rank] < 0:
+                fail_at(self.tables, tick, rank, f"sends received slot {number}, which is free")
+        received[named] = -1
         return sent
 
     def _exchange(self, tick: int, sent: np.ndarray) -> np.ndarray:
         """Delivers the sent values: int64[2, num_ranks], from the left and from the right."""
-        from_neighbours = np.stack([np.roll(sent, 1), np.roll(sent, -1)])
+        from_neighbours = sent[self.neighbours]
         if (self.tables.exchange[tick] < 0).all():
             return from_neighbours
         return np.where(self.is_target[tick], from_neighbours, -1)
 
-    def _store(
-        self, tick: int, column: str, tokens: np.ndarray, *, of: np.ndarray | bool = True
-    ) -> None:
-        """Stores tokens in free slots, on the ranks `of` that name one in `column`."""
-        slot = getattr(self.tables, column)[tick]
-        ranks = np.flatnonzero((slot >= 0) & of)
-        if not ranks.size:
+    def _store(self, tick: int, entries: _Entries, tokens: np.ndarray) -> None:
+        """Stores the tokens of ranks in the slots that they name, which must be free."""
+        named = entries.of_tick(tick)
+        if named is None:
             return
-        slots, at = self.slots[BUFFER_OF[column]], (ranks, slot[ranks])
-        if (slots[at] >= 0).any() or (tokens[ranks] < 0).any():
-            for rank in ranks.tolist():
-                fault = f"{column} stores in {BUFFER_OF[column]} slot {slot[rank]}"
+        slots, stored = self.slots[entries.buffer], tokens[named[0]]
+        if slots[named].max() >= 0 or stored.min() < 0:
+            for rank, slot in zip(*(each.tolist() for each in named), strict=True):
+                fault = f"{entries.column} stores in {entries.buffer} slot {slot}"
                 if tokens[rank] < 0:
                     fail_at(self.tables, tick, rank, f"{fault}, but nothing was sent")
-                if slots[rank, slot[rank]] >= 0:
-                    still = self._describe(BUFFER_OF[column], slots[rank, slot[rank]])
+                if slots[rank, slot] >= 0:
+                    still = self._describe(entries.buffer, slots[rank, slot])
                     fail_at(self.tables, tick, rank, f"{fault}, where {still} is still to be read")
-        slots[at] = tokens[ranks]
+        slots[named] = stored
 
-    def _load(
-        self,
-        tick: int,
-        column: str,
-        tokens: np.ndarray,
-        *,
-        of: np.ndarray | bool = True,
-        free: np.ndarray,
-    ) -> None:
-        """Expects tokens in the slots of the ranks `of`; on the ranks `free` for the last time."""
-        slot = getattr(self.tables, column)[tick]
-        ranks = np.flatnonzero((slot >= 0) & of)
-        if not ranks.size:
+    def _load(self, tick: int, entries: _Entries, tokens: np.ndarray, *, free: np.ndarray) -> None:
+        """Expects the tokens of ranks in the slots that they name; frees those of `free` ranks."""
+        named = entries.of_tick(tick)
+        if named is None:
             return
-        slots, at = self.slots[BUFFER_OF[column]], (ranks, slot[ranks])
-        if (slots[at] != tokens[ranks]).any():
-            rank = int(ranks[slots[at] != tokens[ranks]][0])
-            buffer = BUFFER_OF[column]
-            found = self._describe(buffer, slots[rank, slot[rank]])
+        (ranks, slot), buffer = named, entries.buffer
+        slots = self.slots[buffer]
+        is_wrong = slots[named] != tokens[ranks]
+        if is_wrong.any():
+            first = int(is_wrong.argmax())
+            rank, number = int(ranks[first]), int(slot[first])
+            found = self._describe(buffer, slots[rank, number])
             wanted = self._describe(buffer, tokens[rank])
-            where = f"{buffer} slot {slot[rank]}"
+            where = f"{buffer} slot {number}"
             fail_at(self.tables, tick, rank, f"expects {wanted} in {where} and finds {found}")
-        freed = ranks[free[ranks]]
-        slots[freed, slot[freed]] = -1
+        is_freed = free[ranks]
+        slots[ranks[is_freed], slot[is_freed]] = -1
 
-    def _expect_no_stash(self, tick: int, *, of: np.ndarray) -> None:
-        """Expects all stashes free on the ranks `of`, where executors overwrite or end them."""
-        for rank in np.flatnonzero(of).tolist():
+    def _expect_no_stash(self, tick: int) -> None:
+        """Expects all stashes free where executors overwrite or end them."""
+        named = self.without_stash.of_tick(tick)
+        for rank in () if named is None else named[0].tolist():
             for slot, token in enumerate(self.slots["stash"][rank].tolist()):
                 if token >= 0:
                     fault = f"names a slot in deferred while stash slot {slot} holds"
