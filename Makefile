@@ -25,7 +25,7 @@ WRONG_CALLS ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help train deepseek test faults wrong-calls test-outside test-gpu lint format clean \
-	compare idle search clock benchmark overlap backwards memory ends zero balance precision
+	compare idle table search clock benchmark overlap backwards memory ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -78,6 +78,9 @@ compare: $(READY)  ## train one small model with every schedule: losses, memory,
 
 idle: $(READY)  ## replay every schedule over many sizes: idle time
 	@$(BIN)/python -m experiments.compare.idle $(ARGS)
+
+table: $(READY)  ## all schedules in one table, and even splits of layers beside balanced ones
+	@$(BIN)/python -m experiments.compare.all_schedules $(ARGS)
 
 search: $(READY)  ## search for orders beside the named schedules (minutes)
 	@$(BIN)/python -m experiments.compare.search $(ARGS)

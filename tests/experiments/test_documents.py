@@ -15,6 +15,7 @@ PLACES = [
         for name in ("transfers", "efficiency", "size", "ticks", "times", "beats", "memory")
     ),
     ("docs/mesh_axes.md", "zero"),
+    *(("docs/which_schedule.md", name) for name in ("schedules", "splits")),
 ]
 
 
