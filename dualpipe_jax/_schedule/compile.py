@@ -153,7 +153,7 @@ def _fastest(made: Compiled, steady: SteadyPhase | None, durations: Durations) -
     ends = replay(add_exchanges(tables), work, transfer=durations.transfer)
     placed = [made]
     # A stage without layers may take no time at all.
-    least_forward = min(filter(None, durations.of_opcode[FORWARD]))
+    least_forward = min(filter(None, durations.of_opcode[FORWARD]), default=0.0)
     for patience in _PATIENCE:
         again, steady_then = place_by_clock(
             timeline,

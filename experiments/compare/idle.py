@@ -29,6 +29,8 @@ LOOKS = {
     "gpipe": ("#6a6a6a", "x"),
     "1f1b": ("#8cc4ef", "o"),
     "interleaved-1f1b": ("#3d86c6", "s"),
+    "interleaved-zb": ("#1f5e96", "d"),
+    "interleaved-paired": ("#7d5ba6", "X"),
     "zb-h1": ("#0a2c52", "^"),
     "chimera": ("#f2b266", "v"),
     "dualpipe": ("#bd4400", "D"),
