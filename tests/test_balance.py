@@ -176,7 +176,7 @@ def test_layers_of_kinds_share_a_ranks_costs() -> None:
         ({"costs": COSTS, "num_layers": 8}, ValueError, "must come with the kind of every layer"),
         ({"costs": COSTS, "layout": ("moe", "dense", "x", "y")}, ValueError, "none for 'x', 'y'"),
         ({"layout": ("moe",) * 4, "num_layers": 5}, ValueError, "the 4 layers whose kinds"),
-        ({"layout": "moe"}, TypeError, "the name of the kind of every layer"),
+        ({"layout": "moe"}, TypeError, "the name of the kind of every layer, in a list"),
     ],
 )
 def test_wrong_arguments_are_refused(

@@ -8,4 +8,5 @@ from dualpipe_jax._costs.costs import of_transformer as of_transformer
 from dualpipe_jax._costs.costs import require_cost as require_cost
 from dualpipe_jax._costs.layers import StageLayers as StageLayers
 from dualpipe_jax._costs.layers import cumulated as cumulated
+from dualpipe_jax._costs.layers import require_layout as require_layout
 from dualpipe_jax._costs.layers import weights_by_kind as weights_by_kind

@@ -106,7 +106,7 @@ class Costs:
         stated = {
             name: value
             for name, value in vars(self).items()
-            if name != "layer" and (name, value) != ("full_backward", None)
+            if name != "layer" and not (name == "full_backward" and value is None)
         }
         for name, value in stated.items():
             number = as_number(name, value)

@@ -7,6 +7,7 @@ stages, from which the durations of their actions follow.
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,20 @@ def cumulated(layer_weights: Sequence[float] | None, *, num_layers: int) -> np.n
         return np.arange(num_layers + 1.0)
     costs = np.cumsum([0.0, *layer_weights])
     return costs * (num_layers / costs[-1])
+
+
+def require_layout(layout: Any) -> None:
+    """Requires the kind of every layer, or None.
+
+    Raises:
+      TypeError: If it is neither.
+    """
+    is_sequence = isinstance(layout, list | tuple)
+    if layout is not None and not (is_sequence and all(isinstance(each, str) for each in layout)):
+        raise TypeError(
+            f"layout={brief(layout)}: must be the name of the kind of every layer, in a list or a "
+            "tuple, or None"
+        )
 
 
 def weights_by_kind(

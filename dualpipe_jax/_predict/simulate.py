@@ -10,6 +10,7 @@ from dualpipe_jax._costs import (
     StageLayers,
     as_number,
     require_cost,
+    require_layout,
     weights_by_kind,
 )
 from dualpipe_jax._errors import brief
@@ -76,17 +77,18 @@ def simulate(
         schedule=schedule,
         costs=costs,
         num_layers=num_layers,
-        layout=layout,
         execution=execution,
         rendezvous=rendezvous,
         placed_by=placed_by,
     )
+    require_layout(layout)
     costs, transfer = costs or Costs(), as_number("transfer", transfer)
     require_cost("transfer", transfer)
     layers = _layers(
         schedule,
         layers_per_stage,
         num_layers=_num_layers(num_layers, layout),
+        argument="num_layers" if layout is None else "len(layout)",
         layer_weights=weights_by_kind(costs.layer, layout),
         execution=execution,
         costs=costs,
@@ -120,6 +122,7 @@ def _layers(
     layers_per_stage: LayersPerStage,
     *,
     num_layers: int | None,
+    argument: str,
     layer_weights: tuple[float, ...] | None,
     **costs: Any,
 ) -> StageLayers | None:
@@ -135,7 +138,7 @@ def _layers(
         return None if sizes is None else StageLayers.cut(sizes)
     if sizes is None or sizes == BALANCED:
         least = num_stages if sizes is None else 1
-        require_layers(num_layers, num_stages=least, where=where)
+        require_layers(num_layers, num_stages=least, where=where, argument=argument)
     if sizes == BALANCED:
         sizes = balance(schedule, num_layers=num_layers, layer_weights=layer_weights, **costs)
     require_sum(sizes, num_layers)
@@ -149,16 +152,13 @@ def _require_types(**arguments: Any) -> None:
         "schedule": ((Schedule,), "a dualpipe_jax.Schedule"),
         "costs": costs,
         "num_layers": ((int, np.integer, type(None)), "an integer, or None"),
-        "layout": ((list, tuple, type(None)), "the name of the kind of every layer, or None"),
         "execution": ((Execution,), "a dualpipe_jax.Execution"),
         "rendezvous": ((bool,), "True or False"),
         "placed_by": costs,
     }
     for name, value in arguments.items():
         types, must = wanted[name]
-        is_bool = name == "num_layers" and isinstance(value, bool)
-        is_layout = name != "layout" or all(isinstance(kind, str) for kind in value or ())
-        if isinstance(value, types) and not is_bool and is_layout:
+        if isinstance(value, types) and not (name == "num_layers" and isinstance(value, bool)):
             continue
         fix = ""
         if isinstance(value, str) and name == "schedule":

@@ -114,20 +114,23 @@ def spread_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return (fewest + 1,) * rest + (fewest,) * (num_stages - rest)
 
 
-def require_layers(num_layers: int, *, num_stages: int, where: str) -> None:
+def require_layers(
+    num_layers: int, *, num_stages: int, where: str, argument: str = "num_layers"
+) -> None:
     """Requires a layer for every stage, and no more layers than integers count.
 
     Args:
       num_layers: The layers of the model.
       num_stages: The stages.
       where: Words of a message that follow "the stages".
+      argument: The argument that says how many layers there are.
 
     Raises:
       ValueError: If there are fewer, or too many.
     """
     if not num_stages <= num_layers <= MOST_LAYERS:
         raise ValueError(
-            f"num_layers={brief(num_layers)}: must be at least the {num_stages} stages{where}, and "
+            f"{argument}={brief(num_layers)}: must be at least the {num_stages} stages{where}, and "
             f"at most {MOST_LAYERS:,}; for stages without layers name the layers of each stage: "
             "layers_per_stage"
         )

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from dualpipe_jax._costs import Costs, StageLayers, as_number, require_cost, weights_by_kind
+from dualpipe_jax._costs import (
+    Costs,
+    StageLayers,
+    as_number,
+    require_cost,
+    require_layout,
+    weights_by_kind,
+)
 from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.generators.sizes import check_sizes
 from dualpipe_jax._schedule.stage_sizes import (
@@ -72,11 +79,13 @@ def make_problem(
             'layers_per_stage="balanced": must be numbers, as layers are balanced for a given '
             "order; take those that `choose` found for a named one"
         )
+    require_layout(layout)
     num_stages, costs = len(routes[0]), costs or Costs()
     weights = weights_by_kind(costs.layer, layout)
     if layout is not None:
         require_sum(layers, len(layout))
-        require_layers(len(layout), num_stages=1 if layers else num_stages, where=where)
+        least = 1 if layers else num_stages
+        require_layers(len(layout), num_stages=least, where=where, argument="len(layout)")
         layers = layers or spread_evenly(len(layout), num_stages)
     problem = Problem(
         num_ranks=num_ranks,

@@ -149,7 +149,13 @@ def sizes_mistakes() -> list[Mistake]:
         mistake("number far too large", (10**13, 1), (10**400, 1), (2**63, 2)),
         mistake("set or dict for a sequence", {2}, {0: 2, 1: 2}, {1, 3}),
         mistake("another form", [1, 3], (4, 0), np.array([2, 2]), range(1, 4, 2), legal=always),
+        mistake("word for a sequence", "even", "balance", "Balanced", b"balanced"),
     ]
+
+
+def costs_of_kinds() -> Mistake:
+    """Costs of kinds, beside no layout that names them."""
+    return mistake("costs without a layout", dpj.Costs(layer={"dense": 1.0}))
 
 
 def schedule_mistakes() -> list[Mistake]:
@@ -158,6 +164,16 @@ def schedule_mistakes() -> list[Mistake]:
     fits = {"num_ranks": 2, "num_microbatches": 2}
     return [
         *names(dpj.schedules.names(), extra=lambda v: isinstance(v, dpj.Schedule)),
+        mistake(
+            "unknown option",
+            *("1f1b(num_stages_per_rank=2)", "interleaved-1f1b(stages=2)", "zb-h1(num_deferred=r)"),
+            *(
+                "interleaved-1f1b(",
+                "interleaved-1f1b()x",
+                "interleaved-1f1b(num_stages_per_rank=0)",
+            ),
+            "interleaved-paired(num_stages_per_rank=1)",
+        ),
         mistake(
             "schedule of another size",
             make("1f1b", num_ranks=3, num_microbatches=2),
@@ -305,6 +321,6 @@ def choose_mistakes() -> dict[str, list[Mistake]]:
             mistake("empty", (), []),
             mistake("another form", ("none", "block"), ["block"], legal=always),
         ],
-        "costs": of_type(dpj.Costs(), None),
+        "costs": [*of_type(dpj.Costs(), None), costs_of_kinds()],
         "trainable": mask_mistakes(),
     }

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 from hypothesis import strategies as st
 
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
-from tests.wrong_calls.arguments import of_type, sizes_mistakes
+from tests.wrong_calls.arguments import costs_of_kinds, of_type, sizes_mistakes
 from tests.wrong_calls.mistakes import (
     Mistake,
     always,
@@ -49,9 +50,24 @@ def _execution_fields() -> dict[str, list[Mistake]]:
     }
 
 
+def _mistakes_of_kinds() -> list[Mistake]:
+    """Mistakes in the cost of a layer of each kind."""
+    return [
+        wrong_type(lambda v: v is None or (isinstance(v, dict) and bool(v))),
+        mistake("empty", {}),
+        mistake("negative number", {"a": -1}, {"a": 1.0, "b": -1e-9}),
+        mistake("NaN", {"a": float("nan")}),
+        mistake("infinite", {"a": float("inf")}, {"a": 1, "b": float("-inf")}),
+        mistake("number far too large", {"a": 1e101}, {"a": 10**400}),
+        mistake("wrong type inside", {"a": "1"}, {"a": None}, {"a": True}, {"a": [1.0]}),
+        mistake("another form", {"a": 1}, {None: 0.5, 3: np.float32(2)}, legal=always),
+    ]
+
+
 def _stage_mistakes() -> list[Mistake]:
     """Mistakes in the layers of each of two stages, where no model says how many there are."""
-    return [*but(sizes_mistakes(), "wrong sum")]
+    balanced = mistake("balanced without layers", "balanced")
+    return [*but(sizes_mistakes(), "wrong sum"), balanced]
 
 
 def _paths() -> list[Mistake]:
@@ -81,7 +97,9 @@ def _of_costs() -> list[Target]:
             name="Costs",
             call=dpj.Costs,
             valid={},
-            mistakes=_cost_fields(full_backward=but(amounts(), "wrong type")),
+            mistakes=_cost_fields(
+                full_backward=but(amounts(), "wrong type"), layer=_mistakes_of_kinds()
+            ),
             weight=2,
         ),
         Target(
@@ -98,8 +116,14 @@ def _of_costs() -> list[Target]:
                     mistake("name for a schedule", "dualpipe", "1f1b"),
                     mistake("program for a schedule", SCHEDULE.program),
                 ],
-                "costs": costs,
+                "costs": [*costs, costs_of_kinds()],
                 "transfer": amounts(),
+                "layout": [
+                    wrong_type(lambda v: v is None or (isinstance(v, list | tuple) and len(v) > 1)),
+                    mistake("text for a sequence", "ab", b"ab"),
+                    mistake("fewer layers than stages", ("a",), ()),
+                    mistake("wrong type inside", ("a", 1), [None, None], [("a",), "b"]),
+                ],
                 "num_layers": [
                     *but(counts(most=10**13, optional=True), "zero"),
                     mistake("zero", 0),

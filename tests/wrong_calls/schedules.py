@@ -139,7 +139,15 @@ def _search_mistakes() -> dict[str, list[Mistake]]:
         "transfer": amounts(),
         "placement": [*but(names(PLACEMENTS), "argument left out")],
         "num_stages_per_rank": [mistake("for another placement", 2, 3)],
-        "layers_per_stage": [mistake("too few", [1], [])],
+        "layers_per_stage": [
+            mistake("too few", [1], []),
+            mistake("balanced without an order", "balanced"),
+        ],
+        "layout": [
+            mistake("text for a sequence", "ab", b"ab"),
+            mistake("fewer layers than stages", ("a",), ()),
+            mistake("wrong type inside", ("a", 1), [None, None], [("a",), "b"]),
+        ],
         "max_activations": [
             wrong_type(lambda value: value is None or isinstance(value, int | float)),
             mistake("too little", 0.5, -1.0, float("nan")),

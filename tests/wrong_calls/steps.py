@@ -143,7 +143,7 @@ def _training() -> list[Target]:
         "trainable": of.mask_mistakes(),
         "overwrite": of.mask_mistakes(),
         "execution": of.of_type(dpj.Execution(), dpj.Execution(overlap=False)),
-        "costs": of.of_type(dpj.Costs(), None),
+        "costs": [*of.of_type(dpj.Costs(), None), of.costs_of_kinds()],
     }
     called = _called(loss_scale=tensors.scale_mistakes())
     plain = {"params": PARAMS, "batch": BATCH}
