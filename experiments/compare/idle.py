@@ -150,7 +150,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         row[0].set_ylim(0, 1.04 * max(panel.dataLim.ymax for panel in row))
     panels[0, 0].set_ylabel("idle, F = I = W\n(hollow, dashed: published)")
     panels[1, 0].set_ylabel("idle, transformer's FLOPs,\nhead and transfers")
-    pictures.legend_below(figure, panels[1, 0])
+    pictures.legend_below(figure, panels[1, 0], columns=5)
     figure.savefig(path)
 
 
