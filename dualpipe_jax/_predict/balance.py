@@ -87,8 +87,8 @@ def balance(
     most = num_layers if most is None else most
     found = [_descend(np.array(even), splits.unevenness, most=most)]
     if splits.size <= _MOST_NUMBERS:
-        starts = np.array(even), np.array(even[::-1]), *found
-        ends = [_descend(start, splits.aims, most=most) for start in starts]
+        starts = dict.fromkeys((even, even[::-1], tuple(found[0].tolist())))
+        ends = [_descend(np.array(start), splits.aims, most=most) for start in starts]
         found.append(min(ends, key=lambda sizes: splits.aims(sizes[None])[0]))
     candidates = [even, *dict.fromkeys(tuple(sizes.tolist()) for sizes in found)]
     gain = _LEAST_GAIN if len(set(even)) > 1 else _LEAST_GAIN_OF_ALIKE

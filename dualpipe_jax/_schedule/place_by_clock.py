@@ -47,6 +47,7 @@ from dualpipe_jax._schedule.ir import Timeline
 # Instants that differ by less than this share of the longest action are one: sums in different
 # orders differ in their last bits.
 _SAME_INSTANT = 1e-9
+_NEVER = math.inf
 
 
 def place_by_clock(
@@ -158,10 +159,10 @@ class _Walk:
                 ranks.add(heapq.heappop(events)[1])
             for rank in sorted(ranks):
                 self._end(rank, now)
-            near = ranks.union(*(self.neighbours[rank] for rank in ranks))
+            near = sorted(ranks.union(*(self.neighbours[rank] for rank in ranks)))
             for rank in self._hand_over(near, now):
                 heapq.heappush(events, (self.free[rank], rank))
-            for rank in sorted(near):
+            for rank in near:
                 if self._begins(rank, now):
                     heapq.heappush(events, (self.ends[rank], rank))
         num_left = sum(map(len, self.rows)) - sum(self.next) + sum(map(len, self.made))
@@ -170,7 +171,7 @@ class _Walk:
 
     def _is_between(self, rank: int, now: float) -> bool:
         """Whether a rank is between two actions, and in no transfer."""
-        return self.ends[rank] == math.inf and self.free[rank] <= now + self.same
+        return self.ends[rank] == _NEVER and self.free[rank] <= now + self.same
 
     def _end(self, rank: int, now: float) -> None:
         """Ends the action that a rank runs, if its time has come."""
@@ -188,24 +189,26 @@ class _Walk:
         else:
             self.made[rank].insert(0, action)
 
-    def _hand_over(self, near: set[int], now: float) -> set[int]:
+    def _hand_over(self, near: list[int], now: float) -> set[int]:
         """Sends values between ranks that are between two actions, one of a rank at a time.
 
         Returns:
             The ranks that took part.
         """
         met: set[int] = set()
+        made, receiver = self.made, self.receiver
+        senders = [rank for rank in near if made[rank]]
         while True:
             moves = []
-            for rank in sorted(near):
-                if not self.made[rank] or not self._is_between(rank, now):
+            for rank in senders:
+                if not made[rank] or not self._is_between(rank, now):
                     continue
-                ready = (v for v in self.made[rank] if self._is_between(self.receiver[v], now))
-                value = next(ready, None)
-                if value is not None:
-                    # In the tick in which it was made, if nothing has happened since.
-                    is_late = self.action[rank] != (value, False) or bool(self.since[rank])
-                    moves.append((value, is_late))
+                for value in made[rank]:
+                    if self._is_between(receiver[value], now):
+                        # In the tick in which it was made, if nothing has happened since.
+                        is_late = self.action[rank] != (value, False) or bool(self.since[rank])
+                        moves.append((value, is_late))
+                        break
             for move in moves:
                 met.update(self._send(move))
             for rank in met:
@@ -232,24 +235,25 @@ class _Walk:
 
     def _begins(self, rank: int, now: float) -> bool:
         """Begins a rank's next action, if it is free, has all values, and need not wait."""
-        row, following = self.rows[rank], self.next[rank]
-        if not self._is_between(rank, now) or following == len(row):
+        ends, receiver = self.ends, self.receiver
+        if ends[rank] != _NEVER or self.free[rank] > now + self.same:
             return False
-        if not self.is_there[self.payload[row[following]]]:
+        row, following = self.rows[rank], self.next[rank]
+        if following == len(row) or not self.is_there[self.payload[row[following]]]:
             return False
         end = now + self.took[row[following]]
         for value in self.made[rank]:
             # A neighbour that takes part in a transfer is between two actions right after it.
-            other = self.receiver[value]
-            if self.ends[other] == math.inf or self._is_worth_waiting(value, other, now, end):
+            other = receiver[value]
+            if ends[other] == _NEVER or self._is_worth_waiting(value, other, now, end):
                 return False
         for other in self.neighbours[rank]:
-            if self.ends[other] < math.inf:
+            if ends[other] < _NEVER:
                 value = self.rows[other][self.next[other]]
-                is_mine = self.receiver[value] == rank
+                is_mine = receiver[value] == rank
                 if is_mine and self._is_worth_waiting(value, other, now, end):
                     return False
-        self.ends[rank] = end
+        ends[rank] = end
         return True
 
     def _is_worth_waiting(self, value: int, other: int, now: float, end: float) -> bool:
@@ -259,8 +263,10 @@ class _Walk:
         receiver runs, or is about to begin.
         """
         comes, receiver = self.ends[other], self.receiver[value]
-        following = self.rows[receiver][self.next[receiver] + 1 :][:1]
-        if comes >= end - self.same or not following or self.payload[following[0]] != value:
+        if comes >= end - self.same:
+            return False
+        row, following = self.rows[receiver], self.next[receiver] + 1
+        if following >= len(row) or self.payload[row[following]] != value:
             return False
         return end - comes > self.patience * (comes - now) + self.same
 
