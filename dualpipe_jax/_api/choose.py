@@ -12,7 +12,7 @@ from dualpipe_jax._api.build import StepAxes, check_axes, check_remat
 from dualpipe_jax._api.choices import Choices
 from dualpipe_jax._api.count_costs import costs_of
 from dualpipe_jax._api.shardings import shardings
-from dualpipe_jax._api.value_and_grad import value_and_grad
+from dualpipe_jax._api.value_and_grad import GradFunction, value_and_grad
 from dualpipe_jax._costs import as_number
 from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._executor import Step, Work
@@ -285,16 +285,23 @@ class _Setting:
         if isinstance(schedule, str):
             sizes = {"num_ranks": given.num_ranks, "num_microbatches": self._num_microbatches}
             schedule = make(schedule, **sizes)
-        # The sizes of stages are checked, and counted, in a step without the schedule's own ones.
-        step = self._step(schedule=schedule)
-        costs = self._costs = self._costs or self._count(step)
+        self._grad_fn(schedule=schedule)  # or raises
+        where = f" of schedule {schedule.name!r} over {schedule.num_ranks} ranks"
+        sizes = stage_sizes(
+            given.options["layers_per_stage"], num_stages=schedule.num_stages, where=where
+        )
+        num_layers = call_checks.num_layers(
+            given.params,
+            given.model.layout,
+            num_stages=1 if isinstance(sizes, tuple) else schedule.num_stages,
+            where=where,
+        )
+        costs = self._costs = self._costs or self._count(schedule)
         candidate = Candidate(
             schedule=schedule,
-            num_layers=step.num_layers,
+            num_layers=num_layers,
             layer_weights=weights_by_kind(costs.layer, given.model.layout),
-            layers_per_stage=stage_sizes(
-                given.options["layers_per_stage"], num_stages=schedule.num_stages, where=""
-            ),
+            layers_per_stage=sizes,
             remat=self._remat,
             costs=costs,
             transfer=TRANSFER * costs.forward,
@@ -313,8 +320,8 @@ class _Setting:
 
         return choices_of(candidate, terms_of=terms_of, limit=given.limit, headroom=given.headroom)
 
-    def _step(self, **more_options: Any) -> Step:
-        """Makes a step, and checks its arguments."""
+    def _grad_fn(self, **more_options: Any) -> GradFunction:
+        """Makes a step's function, and checks its options."""
         given = self._given
         options: dict[str, Any] = {
             **vars(given.axes),
@@ -322,17 +329,25 @@ class _Setting:
             "remat": self._remat,
             **more_options,
         }
-        if options["layers_per_stage"] == BALANCED:
-            options["layers_per_stage"] = None
-        grad_fn = value_and_grad(given.model, num_microbatches=self._num_microbatches, **options)
-        return given.on_avals(grad_fn.build.traced)
+        return value_and_grad(given.model, num_microbatches=self._num_microbatches, **options)
 
-    def _count(self, step: Step) -> Costs:
+    def _step(self, **more_options: Any) -> Step:
+        """Makes a step, and checks its arguments."""
+        return self._given.on_avals(self._grad_fn(**more_options).build.traced)
+
+    def _count(self, schedule: Schedule) -> Costs:
         """Counts the work of a step; the unit is the forward of a rank's layers."""
-        work: Work = self._given.on_avals(step.work, self._traces, self._recomputes)
-        num_ranks = self._given.num_ranks
-        self.unit = self.unit or work.all_layers.forward / num_ranks
-        counted = costs_of(work, num_ranks=num_ranks, unit=self.unit)
+        given = self._given
+        # All splits and executions have the same work.
+        sizes = given.options["layers_per_stage"]
+        step = self._step(
+            schedule=schedule,
+            layers_per_stage=None if isinstance(sizes, str) else sizes,
+            execution=Execution(overlap=False, split_backward=True),
+        )
+        work: Work = given.on_avals(step.work, self._traces, self._recomputes)
+        self.unit = self.unit or work.all_layers.forward / given.num_ranks
+        counted = costs_of(work, num_ranks=given.num_ranks, unit=self.unit)
         return counted or usual_costs(recomputes=self._recomputes)
 
 
