@@ -305,6 +305,37 @@ def test_tensor_parallel(
     assert all(activation in line for line in sums), sums
 
 
+def test_work_is_the_same_whether_an_axis_is_manual() -> None:
+    """Rows alone are sharded: `choose` counts the same, and balanced layers are found."""
+    mesh = jax.sharding.AbstractMesh((2, 2), ("pipe", "data"))
+    model, params, batch = model_of(tensor_sequential), make_params(**TENSOR_SHAPES), make_batch(8)
+    where: dict[str, Any] = {"mesh": mesh, "num_microbatches": 4, "batch_axes": "data"}
+    found = [
+        dpj.choose(model, params, batch, **where, manual_axes=axes, schedules="1f1b")
+        for axes in ((), "data")
+    ]
+    assert [c.simulation for c in found[0]] == [c.simulation for c in found[1]]
+    assert found[0][0].costs.head > 0
+
+
+@pytest.mark.parametrize("axis", ["expert", "model"])
+def test_layers_are_balanced_under_manual_axes(axis: str) -> None:
+    """By costs of functions with collectives, on avals that vary over the axis."""
+    options: dict[str, Any] = {"num_microbatches": 4, "manual_axes": axis}
+    if axis == "expert":
+        shapes, block, specs, size = EXPERT_SHAPES, expert_parallel, EXPERT_SPECS, EXPERTS
+        options["batch_axes"] = axis
+    else:
+        shapes, block, specs, size = TENSOR_SHAPES, tensor_parallel, TENSOR_SPECS, 2
+    mesh = jax.sharding.AbstractMesh((2, size), ("pipe", axis))
+    options |= {"mesh": mesh, "param_specs": {**specs, "ends": P()}}
+    model = model_of(block, block_has_aux=axis == "expert")
+    params, batch = make_params(**shapes), make_batch(4 * EXPERTS)
+    for remat in ("none", "block"):
+        grad_fn = dpj.value_and_grad(model, **options, remat=remat, layers_per_stage="balanced")
+        assert sum(grad_fn.memory(params, batch).layers_per_stage) == LAYERS
+
+
 @pytest.mark.slow
 def test_manual_axis_beside_one_left_to_the_partitioner() -> None:
     """The block sums over the first by name, and opens a shard_map over the second."""

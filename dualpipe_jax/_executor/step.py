@@ -150,7 +150,12 @@ class Step(Settings):
         step = self._in_context
         recomputes = step.recomputes if recomputes is None else recomputes
         traced, arguments = step._shared(traces, params, batch, rng, recomputes)
-        return step._inside(lambda: count_work(traced, arguments, step.stages.kinds), step.mesh)
+        return varying.inside(
+            lambda: count_work(traced, arguments, step.stages.kinds),
+            mesh=step.mesh,
+            outer=step._hidden_axes.union(step.manual_axes),
+            manual=(),
+        )
 
     def _shared(
         self,

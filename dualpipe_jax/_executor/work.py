@@ -4,7 +4,7 @@ In: the traced functions, and the kind of every layer. Out: `Work`, in FLOPs tha
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 
 from dualpipe_jax._executor.trace import Arguments, Functions
 from dualpipe_jax._leaves.pick import pick
+from dualpipe_jax._model import varying
 from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._split_vjp import SplitVjp, time_in_flops
 
@@ -73,26 +74,24 @@ def count_work(functions: Functions, arguments: Arguments, kinds: Iterable[Kind]
     gradients, outs = functions.gradients, functions.outputs
     outside, x = arguments.outside, outs.x
     ctx = replace(outs.ctx, layer=None)
-    embed, head = time_in_flops(functions.embed, outside, ctx), 0
+    embed, head = _time(functions.embed, outside, ctx), 0
     if gradients is not None:
         layer = {
             kind: _of_block(block, kind, functions, arguments)
             for kind, block in gradients.block.items()
         }
-        embed += time_in_flops(gradients.embed, outside, ctx, pick(x))
-        head = time_in_flops(gradients.head, outside, x, ctx, outs.loss)
+        embed += _time(gradients.embed, outside, ctx, pick(x))
+        head = _time(gradients.head, outside, x, ctx, outs.loss)
     else:
         layer = {
             kind: LayerWork(
-                forward=time_in_flops(
-                    block, (arguments.layers[kind], outside.get("shared")), x, outs.ctx
-                )
+                forward=_time(block, (arguments.layers[kind], outside.get("shared")), x, outs.ctx)
             )
             for kind, block in functions.block.items()
         }
         end = functions.head or functions.output
         assert end is not None
-        head = time_in_flops(end, outside, x, ctx)
+        head = _time(end, outside, x, ctx)
     return Work(layer=layer, num_layers=dict(Counter(kinds)), embed=embed, head=head)
 
 
@@ -104,15 +103,22 @@ def _of_block(block: SplitVjp, kind: Kind, functions: Functions, arguments: Argu
     residual, weight_residual = block.residual, block.weight_residual
     dy, daux = pick(outs.x), outs.aux[kind].loss
     return LayerWork(
-        forward=time_in_flops(block.forward, given, outs.x, ctx),
-        input_grad=time_in_flops(block.input_grad, given, ctx, residual, weight_residual, dy, daux),
-        weight_grad=time_in_flops(block.weight_grad, given, ctx, weight_residual, block.stash),
-        deferred=time_in_flops(
-            block.deferred_weight_grad, given, ctx, weight_residual, block.deferred
-        ),
+        forward=_time(block.forward, given, outs.x, ctx),
+        input_grad=_time(block.input_grad, given, ctx, residual, weight_residual, dy, daux),
+        weight_grad=_time(block.weight_grad, given, ctx, weight_residual, block.stash),
+        deferred=_time(block.deferred_weight_grad, given, ctx, weight_residual, block.deferred),
     )
 
 
 def _casts_of(block: SplitVjp, params: Any) -> list[Any]:
-    leaves = jax.tree.leaves(params)
+    leaves = jax.tree.leaves(_untyped(params))
     return jax.eval_shape(lambda leaves: block.cast(leaves, range(len(leaves))), leaves)
+
+
+def _time(function: Callable[..., Any], *args: Any) -> int:
+    """Counts the work of a function as the step runs it: without types of varying values."""
+    return time_in_flops(function, *_untyped(args))
+
+
+def _untyped(avals: Any) -> Any:
+    return jax.tree.map(varying.aval, avals)
