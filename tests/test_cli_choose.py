@@ -57,6 +57,20 @@ def test_table_ranks_explains_and_ends_with_the_call() -> None:
     assert f"memory of a rank, {best}, {execution}:" in lines
 
 
+def test_numbers_of_microbatches_are_compared_in_one_unit() -> None:
+    """Half as many are twice as large: costs and transfers take twice as long."""
+    sizes = ["--ranks", "4", "--layers", "16", "--width", "1024", "--context", "1024"]
+    both = choices_of(*sizes, "--microbatches", "16,8")["choices"]
+    alone = choices_of(*sizes, "--microbatches", "8", "--microbatch-size", "2")["choices"]
+    times = [choice["makespan"] for choice in alone if choice["schedule"] == "zb-h1"]
+    of_eight = [c for c in both if (c["schedule"], c["microbatches"]) == ("zb-h1", 8)]
+    assert [choice["makespan"] for choice in of_eight] == pytest.approx([2 * t for t in times])
+    result = run(*sizes, "--microbatches", "16,8")
+    heading, *rows = result.output.splitlines()
+    column = heading.split().index("microbatches") + 1
+    assert {row.split()[column] for row in rows[: rows.index("")]} == {"16", "8"}
+
+
 def test_full_backwards_are_named() -> None:
     """1f1b's are the faster by a transformer's costs, and take less memory."""
     sizes = ["--ranks", "8", "--microbatches", "32", "--memory", "1TiB"]

@@ -119,6 +119,19 @@ def test_a_limit_divides_and_a_text_is_printed(choices: Any) -> None:
     eval(lines[-1], {"dpj": dpj, "model": MODEL, "mesh": WHERE["mesh"]})
 
 
+def test_the_table_tells_numbers_of_microbatches_apart() -> None:
+    where: dict[str, Any] = {**WHERE, "num_microbatches": (8, 16)}
+    some = dpj.choose(MODEL, *shapes_of(), **where, schedules="1f1b", remat="none")
+    heading, *rows = str(some).splitlines()[: len(some) + 1]
+    column = heading.split().index("microbatches")
+    numbers = [row.split()[column + 1] for row in rows]  # behind the place
+    assert numbers == [str(choice.simulation.num_microbatches) for choice in some]
+    assert set(numbers) == {"8", "16"}
+    eval(str(some).splitlines()[-1], {"dpj": dpj, "model": MODEL, "mesh": WHERE["mesh"]})
+    with pytest.raises(ValueError, match=r"num_microbatches=\(8, 8\): must name each number once"):
+        dpj.choose(MODEL, *shapes_of(), **(where | {"num_microbatches": (8, 8)}))
+
+
 @pytest.mark.slow
 def test_its_arguments_make_an_exact_step() -> None:
     model, params, batch = make_model(frozenset(["pytree"])), make_params(5), make_batch(4)

@@ -5,6 +5,13 @@ from dualpipe_jax._predict import Choice, Costs
 from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._schedule.execution import Execution
 
+_SEVERAL = "microbatches"  # a column where choices differ in it
+_HEAD = (
+    *("", "schedule", "remat", _SEVERAL, "step", "against best", "idle", "memory"),
+    *("execution", "why"),
+)
+_LEFT = ("", "schedule", "remat", "execution", "why")
+
 
 class Choices(tuple[Choice, ...]):
     """Holds choices in order: those that fit, the fastest first; then tight ones; then all others.
@@ -24,12 +31,12 @@ class Choices(tuple[Choice, ...]):
     def _table(self) -> list[str]:
         """Writes the heading, a row for each choice, and the schedules that cannot run."""
         best = self[0].simulation.makespan
-        heading = ("", "schedule", "remat", "step", "", "idle", "memory", "execution", "why")
         rows = [
             (
                 str(rank) if choice.fits else "tight" if choice.is_tight else "-",
                 choice.schedule,
                 _show_remat(choice.remat),
+                str(choice.simulation.num_microbatches),
                 f"{choice.simulation.makespan:.4g}",
                 f"{choice.simulation.makespan / best - 1:+.1%}",
                 f"{choice.simulation.idle_share:.1%}",
@@ -39,14 +46,13 @@ class Choices(tuple[Choice, ...]):
             )
             for rank, choice in enumerate(self, start=1)
         ]
-        widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if index in (0, 1, 2, 7, 8) else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in (heading, *rows)
-        ]
+        columns = []
+        for title, *cells in zip(_HEAD, *rows, strict=True):
+            if title == _SEVERAL and not self[0].is_one_of_several:
+                continue
+            side, width = "<" if title in _LEFT else ">", max(map(len, (title, *cells)))
+            columns.append([f"{cell:{side}{width}}" for cell in (title, *cells)])
+        lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
         return [*lines, *(f"left out: {name}: {why}" for name, why in self.left_out.items())]
 
     def _first(self) -> list[str]:
@@ -56,12 +62,12 @@ class Choices(tuple[Choice, ...]):
             f"  {term.name:{width}}  {format_bytes(term.num_bytes):>8}  {term.why}".rstrip()
             for term in self[0].terms
         ]
+        number = self[0].simulation.num_microbatches
         arguments = (
             f"{name}={'dpj.' * isinstance(value, Execution | Costs)}{value!r}"
-            for name, value in self[0].arguments.items()
+            for name, value in {"num_microbatches": number, **self[0].arguments}.items()
         )
-        number = self[0].simulation.num_microbatches
-        call = ", ".join(("model", "mesh=mesh", f"num_microbatches={number}", *arguments))
+        call = ", ".join(("model", "mesh=mesh", *arguments))
         return ["memory of the first:", *terms, "", f"dpj.value_and_grad({call})"]
 
 

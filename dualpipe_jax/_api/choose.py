@@ -156,6 +156,8 @@ def choose(
             raise ValueError(f"{argument}=(): must hold at least one")
     for number in numbers:
         checks.positive_int("num_microbatches", number)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"num_microbatches={brief(numbers)}: must name each number once")
     for one_remat in remats:
         check_remat(one_remat)
     if not isinstance(costs, Costs | None):

@@ -10,7 +10,9 @@ from dualpipe_jax._predict import Choice, Costs, LayerBytes, ParameterBytes, Tra
 from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._schedule.named import short_name
 
-_HEAD = ("", "schedule", "overlap", "step", "against best", "idle", "memory", "why")
+_SEVERAL = "microbatches"  # a column where choices differ in it
+_HEAD = ("", "schedule", _SEVERAL, "overlap", "step", "against best", "idle", "memory", "why")
+_LEFT = ("schedule", "overlap", "why")
 _FULL = "full backwards"
 _NOTES = (
     "in brackets: stages a rank, if not 2, and weight grads that rank r defers, if not r;",
@@ -51,11 +53,12 @@ def print_choices(
     best = choices[0]
     notes = _sizes_and_costs(best, model, layer, parameters, costs, transfer)
     rows = [_row(choice, place, best) for place, choice in enumerate(choices, start=1)]
+    shown = [title for title in _HEAD if title != _SEVERAL or best.is_one_of_several]
     print_table(
-        _HEAD,
-        rows,
+        shown,
+        [[row[_HEAD.index(title)] for title in shown] for row in rows],
         notes=(*notes, *_NOTES),
-        left=(1, 2, 7),
+        left=[shown.index(title) for title in _LEFT],
         optional=("against best", "idle", "memory", "overlap"),
         last_below=True,
     )
@@ -86,6 +89,7 @@ def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
     return (
         str(place) if choice.fits else "tight" if choice.is_tight else "-",
         short_name(made.schedule),
+        str(made.num_microbatches),
         show_overlap(choice.execution),
         f"{made.makespan:.4g}",
         f"{slower:+.1%}" if choice is not best else "",

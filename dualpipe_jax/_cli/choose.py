@@ -192,7 +192,7 @@ def choose(
     windows = microbatches[0] * sizes.pop("microbatch_size")
     choices: list[Choice] = []
     left_out: list[tuple[str, str]] = []
-    settings: list[_Setting] = []
+    settings: dict[int, _Setting] = {}
     for number in microbatches:
         if windows % number:
             raise Refusal(
@@ -211,15 +211,18 @@ def choose(
             )
         except ValueError as error:
             raise Refusal(str(error)) from error
+        # In the unit of the first number; a value that travels is as much larger.
+        factor = microbatches[0] / number
+        travels = all_costs.forward * TRANSFER if transfer is None else transfer
         setting = _Setting(
             model=model,
             layer=_layer_bytes(model, given_bytes),
             parameters=parameters,
-            costs=_scaled(all_costs, microbatches[0] / number),
-            transfer=all_costs.forward * TRANSFER if transfer is None else transfer,
+            costs=_scaled(all_costs, factor),
+            transfer=travels * factor,
             is_one_of_several=len(microbatches) > 1,
         )
-        settings.append(setting)
+        settings[number] = setting
         for known in schedules.names():
             for name in variants_of(known, num_ranks=ranks, num_layers=layers):
                 try:
@@ -228,11 +231,12 @@ def choose(
                         made, layers_per_stage, limit=memory, headroom=headroom
                     )
                 except ValueError as error:
-                    left_out.append((name, " ".join(str(error).split())))
+                    where = f", {number} microbatches" if len(microbatches) > 1 else ""
+                    left_out.append((name + where, " ".join(str(error).split())))
     if not choices:
         raise Refusal(left_out[0][1])
     choices = in_order(choices)
-    first = settings[0]
+    first = settings[microbatches[0]]
     if output_format == "json":
         result = {
             "ranks": ranks,
@@ -248,8 +252,14 @@ def choose(
         }
         click.echo(json.dumps(result, indent=2))
     else:
+        of_best = settings[choices[0].simulation.num_microbatches]
         print_choices(
-            choices, first.model, first.layer, first.parameters, first.costs, first.transfer
+            choices,
+            of_best.model,
+            of_best.layer,
+            of_best.parameters,
+            of_best.costs,
+            of_best.transfer,
         )
     for name, reason in left_out:
         click.echo(f"left out: {name}: {reason}", err=True)
