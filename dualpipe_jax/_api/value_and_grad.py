@@ -94,8 +94,7 @@ def value_and_grad(
         Every rank allocates as many layers as the largest stage has. `"balanced"`: those with which
         the step is the fastest by simulation, at the costs of each kind of layer, of embedding and
         of head, as given by `costs`, else counted from the model's functions; the same in every
-        process. None spreads them evenly, the
-        first stages having one more if they do not divide.
+        process. None spreads them evenly, the first stages having one more if they do not divide.
       remat: Which values a block keeps for its backward: `"none"` recomputes nothing costly,
         `"block"` keeps the block's input only, a `jax.checkpoint` policy decides itself.
 

@@ -30,7 +30,8 @@ class Execution:
         second tick after it was made or later, so that a whole action hides each transfer.
       unroll: How many layers of a stage the body of the loop over them has, as in `jax.lax.scan`:
         True for all, without a loop, which XLA schedules better; False, or 1, for one, which
-        compiles sooner. By default all of up to four where stages are alike, else one.
+        compiles sooner. By default all of up to four where all stages have the same kinds of
+        layers in the same order, as far as they go, else one.
       split_backward: True: the input grad (I) of a stage and its weight grad (W) are two actions,
         so that a neighbour gets its cotangent sooner. False: where W follows its I outside of the
         steady phase, the two run as a full backward, the last layers in I's tick and the first ones

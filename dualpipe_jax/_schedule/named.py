@@ -18,7 +18,7 @@ from dualpipe_jax._schedule.ir import Program
 
 # A name, and options in brackets; an option, whose value is a word or integers in brackets.
 _NAME = re.compile(r"([\w-]+)(?:\((.*)\))?")
-_OPTION = re.compile(r"(\w+)=(\w+|\([0-9, ]*\))")
+_OPTION = re.compile(r"(\w+)=(\w+|\([0-9]+(?:, ?[0-9]+)*\))")
 _INTEGER = re.compile("[0-9]{1,18}")
 _STAGES = "num_stages_per_rank"
 # The values that `choose` tries: more stages a rank wait less and transfer more; as many deferred
@@ -111,10 +111,11 @@ def read_name(name: Any) -> tuple[str, dict[str, Any]] | None:
     found = _NAME.fullmatch(name) if isinstance(name, str) else None
     if found is None or found[1] not in GENERATORS:
         return None
-    written = found[2] or ""
-    if _OPTION.sub("", written).strip(", "):
+    texts = dict(_OPTION.findall(found[2] or ""))
+    known = ",".join(f"{option}={text}" for option, text in texts.items())
+    if known.replace(" ", "") != (found[2] or "").replace(" ", ""):
         return None
-    return found[1], {option: _read(text) for option, text in _OPTION.findall(written)}
+    return found[1], {option: _read(text) for option, text in texts.items()}
 
 
 def _read(text: str) -> Any:

@@ -104,7 +104,12 @@ def test_other_options_are_refused():
     text = "^bogus=1: must be .* which has num_stages_per_rank, num_deferred; leave it out$"
     with pytest.raises(ValueError, match=text):
         schedules.make("interleaved-zb", **sizes, bogus=1)
-    for name in ("1f1b(", "1f1b()x", "1f1b(x)", "interleaved-zb(num_deferred=2r]"):
+    twice = "interleaved-zb(num_stages_per_rank=3, num_stages_per_rank=4)"
+    separators = ("zb-h1(,,)", "interleaved-zb(num_deferred=(1 2))")
+    for name in (
+        *("1f1b(", "1f1b()x", "1f1b(x)", "interleaved-zb(num_deferred=2r]"),
+        *(twice, *separators),
+    ):
         with pytest.raises(ValueError, match="must be one of 'gpipe'"):
             schedules.make(name, **sizes)
 
