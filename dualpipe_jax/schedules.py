@@ -174,6 +174,11 @@ def make(name: str, *, num_ranks: int, num_microbatches: int, **options: Any) ->
             f"schedule={brief(name)}: must be one of {known}, or a dualpipe_jax.Schedule{hint}"
         )
     base, given = found
+    for option, value in given.items():
+        if options.get(option, value) != value:
+            raise ValueError(
+                f"{option}={brief(options[option])}: must be that of schedule={name!r}, or left out"
+            )
     options = {**given, **options}
     require_options(base, options)
     sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}

@@ -2,24 +2,8 @@
 
 import os
 import pty
-import resource
 import subprocess
 import sys
-
-
-def cpu_seconds(*args: str) -> float:
-    """Runs `python -m dualpipe_jax *args`, and returns the CPU time of the quickest of three runs.
-
-    CPU time, not time on the clock: other work on the machine slows a run down.
-    """
-    seconds = []
-    for _ in range(3):
-        start = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "dualpipe_jax", *args]
-        subprocess.run(command, check=True, capture_output=True)
-        end = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime)
-    return min(seconds)
 
 
 def in_terminal(*arguments: str, columns: int, command: str = "timeline") -> tuple[str, int]:

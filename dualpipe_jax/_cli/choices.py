@@ -78,6 +78,7 @@ def print_choices(
             *([] if split is None else [f"layers_per_stage={split}"]),
             f'remat="{model.remat}"',
             f"execution=dpj.{best.execution!r}",
+            f"costs=dpj.{best.costs!r}",
         ]
         click.echo()
         print_call("dpj.value_and_grad", arguments)

@@ -43,8 +43,8 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
     type=Numbers(),
     default="20",
     show_default=True,
-    help="Microbatches of a step; several numbers, with commas, share out the windows of the "
-    "first one's.",
+    help="Microbatches of a step. Of several numbers, with commas, each divides the windows of the "
+    "first one; --microbatch-size, --costs and --transfer are those of the first.",
 )
 @click.option("--layers", type=int, default=64, show_default=True, help="Layers of the model.")
 @options.layers_per_stage(default=BALANCED)

@@ -105,6 +105,7 @@ def report_memory(
     tables: Tables,
     *,
     slots: dict[str, int],
+    layers_per_stage: tuple[int, ...],
     execution: Execution,
     recomputes: bool,
     rounds: bool,
@@ -117,6 +118,7 @@ def report_memory(
       stages: Which layers each rank has.
       tables: The tables.
       slots: The slots of each buffer, spare ones included.
+      layers_per_stage: The layers of each stage.
       execution: How the tables are run, all decided.
       recomputes: Whether deferred weight gradients recompute their operands.
       rounds: Whether contractions round float32 to bfloat16, which XLA then does once a step.
@@ -137,7 +139,7 @@ def report_memory(
     terms += _sum_terms(functions, gradients, arguments, stages)
     working = max(block.working_bytes for block in gradients.block.values())
     terms.append(Term("working set, estimated", "1 layer", working))
-    return MemoryReport(tuple(terms), execution, stages.sizes)
+    return MemoryReport(tuple(terms), execution, layers_per_stage)
 
 
 def _slot_terms(

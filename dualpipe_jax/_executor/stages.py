@@ -83,11 +83,6 @@ class Stages:
             return Spread(first_layers=spread(self.num_layers, self.num_stages))
         return Spread(first_layers=np.cumsum([0, *self.layers_per_stage]))
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The layers of each stage."""
-        return tuple(np.diff(self._layers.first_layers).tolist())
-
     @cached_property
     def stacks(self) -> dict[Kind, Stack]:
         """The stack of every kind."""

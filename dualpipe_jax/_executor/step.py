@@ -34,6 +34,7 @@ from dualpipe_jax._model.kinds import (
     with_values,
 )
 from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._schedule.stage_sizes import spread_evenly
 
 # A model's functions as one device runs them, and avals of their arguments.
 Traced = tuple[Functions, Arguments]
@@ -129,6 +130,8 @@ class Step(Settings):
             step.stages,
             step.tables,
             slots=step.slots,
+            layers_per_stage=step.layers_per_stage
+            or spread_evenly(step.num_layers, step.tables.num_stages),
             execution=replace(step.execution, unroll=step.stages.unrolled_by),
             recomputes=step.recomputes,
             rounds=step.platform == "tpu",

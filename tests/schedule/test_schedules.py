@@ -104,6 +104,8 @@ def test_other_options_are_refused():
     text = "^bogus=1: must be .* which has num_stages_per_rank, num_deferred; leave it out$"
     with pytest.raises(ValueError, match=text):
         schedules.make("interleaved-zb", **sizes, bogus=1)
+    with pytest.raises(ValueError, match=r"num_stages_per_rank=4: must be that of schedule="):
+        schedules.make("interleaved-zb(num_stages_per_rank=3)", **sizes, num_stages_per_rank=4)
     twice = "interleaved-zb(num_stages_per_rank=3, num_stages_per_rank=4)"
     separators = ("zb-h1(,,)", "interleaved-zb(num_deferred=(1 2))")
     for name in (

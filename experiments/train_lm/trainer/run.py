@@ -4,7 +4,7 @@ import contextlib
 import functools
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import click
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 import dualpipe_jax as dpj
@@ -24,12 +24,15 @@ from .checkpoints import Checkpoints, SaveError
 from .clock import Clock
 from .devices import find_devices
 from .flags import Settings
+from .job import Job as Job
+from .job import Outcome as Outcome
+from .job import Place as Place
 from .log import Log, NoLog, Row
 from .loop import Loop, TooManySkipsError
 from .mesh import PIPE, batch_axes
 from .profile import Profile
 from .signals import Requests
-from .state import Figures, GradFn, PyTree, State
+from .state import Figures, PyTree, State
 
 COLUMNS = (
     "step",
@@ -43,65 +46,6 @@ COLUMNS = (
     "mfu",
     "seconds",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The devices of a run, and its text.
-
-    Attributes:
-      console: Prints on process 0.
-      devices: Those of all processes.
-      which: A line about them.
-      text: Both sides.
-    """
-
-    console: Console
-    devices: list[jax.Device]
-    which: str
-    text: data.Text
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What an experiment trains.
-
-    Attributes:
-      mesh: The mesh; rows of a batch are spread over all axes but the pipeline's.
-      init: Makes the parameters of a key.
-      param_specs: Their specs over other axes than the pipeline's.
-      grad_fn: Gives loss, figures and gradients.
-      held_out_loss: Of parameters and a batch, a scalar.
-      describe: A line about the model.
-      flops_per_token: Those of the model, forward and backward.
-      columns: Columns of the log that the experiment adds.
-      to_row: Makes them of the figures.
-      after_update: As for `state.make_step`.
-    """
-
-    mesh: Mesh
-    init: Callable[[jax.Array], PyTree]
-    param_specs: PyTree
-    grad_fn: GradFn
-    held_out_loss: Callable[[PyTree, jax.Array], jax.Array]
-    describe: str
-    flops_per_token: float
-    columns: Sequence[str] = ()
-    to_row: Callable[[Figures], Row] = lambda figures: {}
-    after_update: Callable[[PyTree, Figures, jax.Array], PyTree] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """A run that is complete.
-
-    Attributes:
-      params: The parameters, sharded.
-      rows: The rows of its log.
-    """
-
-    params: PyTree
-    rows: list[Row]
 
 
 def find_place(settings: Settings, *, count: int | None, flag: str, fake: int) -> Place:
