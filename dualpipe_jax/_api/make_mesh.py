@@ -5,7 +5,7 @@ The pipeline, which sends least, goes across the groups; `_grid` lays the device
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -133,9 +133,12 @@ def _require_types(
 
 def _require_devices(devices: Sequence[Any] | None, sizes: dict[str, int]) -> list[Any]:
     """Requires as many devices as the mesh has, or more of which the first can be used alone."""
-    if devices is not None and not isinstance(devices, Iterable):
-        raise TypeError(f"devices={brief(devices)}: must be a sequence of jax.Devices, or None")
-    found = list(jax.devices() if devices is None else devices)
+    try:
+        found = list(jax.devices() if devices is None else devices)
+    except TypeError:  # also of an array without dims
+        raise TypeError(
+            f"devices={brief(devices)}: must be a sequence of jax.Devices, or None"
+        ) from None
     strange = [one for one in found if not isinstance(getattr(one, "device_kind", None), str)]
     if strange:
         raise TypeError(

@@ -175,7 +175,12 @@ def make_table(rows: Sequence[Row]) -> str:
 
 
 @flags.script("search")
-@click.option("--moves", type=POSITIVE, default=100_000, help="Moves of a search; of some, more.")
+@click.option(
+    "--moves",
+    type=click.IntRange(1, 10**8),
+    default=100_000,
+    help="Moves of a search; of some, more.",
+)
 @click.option("--only", type=POSITIVE, multiple=True, help="The number of a case, from 1.")
 @flags.output("runs/search", results="the figures and the table")
 def main(*, moves: int, only: tuple[int, ...], output: Path) -> None:

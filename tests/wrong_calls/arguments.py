@@ -78,7 +78,7 @@ def mesh_mistakes() -> list[Mistake]:
             "another kind of mesh",
             abstract,
             users.make_mesh(2),
-            users.make_mesh(1, 2),
+            users.make_mesh(2, 2),
             legal=always,
         ),
     ]
@@ -173,6 +173,7 @@ def schedule_mistakes() -> list[Mistake]:
                 "interleaved-1f1b(num_stages_per_rank=0)",
             ),
             "interleaved-paired(num_stages_per_rank=1)",
+            also=("num_stages_per_rank",),
         ),
         mistake(
             "schedule of another size",

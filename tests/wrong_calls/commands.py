@@ -188,9 +188,13 @@ def targets() -> list[Target]:
                 "microbatches": of.counts("num_microbatches"),
                 "costs": of.costs_texts(),
                 **{name: of.amounts() for name in ("transfer", "embed", "head")},
-                "max-activations": [mistake("too little", "0.5", "-1", "nan", "x")],
+                "max-activations": [
+                    mistake("too little", "0.5", "-1", "nan", "x", also=("max_activations",))
+                ],
                 "layers-per-stage": [mistake("malformed", "1;2", "", "x", "1,2,3", "0.5,1")],
-                "stages-per-rank": [mistake("for another placement", "2", "x")],
+                "stages-per-rank": [
+                    mistake("for another placement", "2", "x", also=("num_stages_per_rank",))
+                ],
                 "waits": of.choices(("program", "values")),
                 "moves": [mistake("out of range", "-1", "x", "99999999999999")],
                 "seed": [mistake("out of range", "-1", "x")],

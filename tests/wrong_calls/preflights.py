@@ -19,6 +19,12 @@ from tests.wrong_calls.mistakes import (
 from tests.wrong_calls.oracle import Target
 
 
+def _is_cost(entry: tuple[Any, Any]) -> bool:
+    """Whether an entry of `kernel_costs` is the FLOPs of a kernel by its name."""
+    name, flops = entry
+    return isinstance(name, str) and isinstance(flops, int | float) and flops >= 0
+
+
 def _step(x: Any) -> Any:
     return x * 2
 
@@ -73,7 +79,9 @@ def _mistakes() -> dict[str, list[Mistake]]:
             mistake("mesh of another size", "cpu:3", "cpu:5"),
         ],
         "compiler_options": [
-            wrong_type(lambda v: v is None or (isinstance(v, dict) and not v)),
+            wrong_type(
+                lambda v: v is None or (isinstance(v, dict) and all(map(_is_cost, v.items())))
+            ),
             mistake("unknown name", {"xla_no_such": 1}, {"": 1}, {"x\n": "y"}),
             mistake("number for a name", {3: 1}, {None: True}),
             mistake(
@@ -94,7 +102,9 @@ def _mistakes() -> dict[str, list[Mistake]]:
             ),
         ],
         "kernel_costs": [
-            wrong_type(lambda v: v is None or (isinstance(v, dict) and not v)),
+            wrong_type(
+                lambda v: v is None or (isinstance(v, dict) and all(map(_is_cost, v.items())))
+            ),
             mistake("number for a name", {3: 1}, {None: 1.0}),
             mistake("text for a number", {"kernel": "1"}, {"kernel": ""}),
             mistake(
