@@ -241,12 +241,21 @@ class _Given:
 
     def variants(self, schedules: Sequence[str | Schedule]) -> Iterator[str | Schedule]:
         """Yields the schedules, and names also with the options that are worth a try."""
-        num_layers = call_checks.num_layers(self.params, self.model.layout)
+        num_layers = self.num_layers()
         for schedule in schedules:
             if isinstance(schedule, str):
                 yield from variants_of(schedule, num_ranks=self.num_ranks, num_layers=num_layers)
             else:
                 yield schedule
+
+    def num_layers(self, **stages: Any) -> int:
+        """Counts the layers; `stages` are as `call_checks.num_layers` takes them."""
+
+        def count(params: Params, *more: Any) -> int:
+            del more
+            return call_checks.num_layers(params, self.model.layout, **stages)
+
+        return self.on_avals(count)
 
     def on_avals(self, function: Callable[..., Any], *more: Any) -> Any:
         """Calls a function with tracers of params, batch and rng, which keep their shardings."""
@@ -292,11 +301,8 @@ class _Setting:
         sizes = stage_sizes(
             given.options["layers_per_stage"], num_stages=schedule.num_stages, where=where
         )
-        num_layers = call_checks.num_layers(
-            given.params,
-            given.model.layout,
-            num_stages=1 if isinstance(sizes, tuple) else schedule.num_stages,
-            where=where,
+        num_layers = given.num_layers(
+            num_stages=1 if isinstance(sizes, tuple) else schedule.num_stages, where=where
         )
         costs = self._costs = self._costs or self._count(schedule)
         candidate = Candidate(

@@ -11,7 +11,7 @@ from typing import Any
 import dualpipe_jax as dpj
 from dualpipe_jax.__main__ import main as dualpipe_jax_main
 from tests.wrong_calls import flags as of
-from tests.wrong_calls.mistakes import Mistake, mistake
+from tests.wrong_calls.mistakes import Mistake, but, mistake
 from tests.wrong_calls.oracle import Target
 
 _MOST_IN_LINE = 3000
@@ -191,14 +191,17 @@ def targets() -> list[Target]:
                 "max-activations": [
                     mistake("too little", "0.5", "-1", "nan", "x", also=("max_activations",))
                 ],
-                "layers-per-stage": [mistake("malformed", "1;2", "", "x", "1,2,3", "0.5,1")],
+                "layers-per-stage": [
+                    mistake("malformed", "1;2", "", "x", "0.5,1"),
+                    mistake("too many", "1,2,3", also=("layers_per_stage",)),
+                ],
                 "stages-per-rank": [
                     mistake("for another placement", "2", "x", also=("num_stages_per_rank",))
                 ],
                 "waits": of.choices(("program", "values")),
                 "moves": [mistake("out of range", "-1", "x", "99999999999999")],
                 "seed": [mistake("out of range", "-1", "x")],
-                "output": of.outputs(),
+                "output": but(of.outputs(), "unknown suffix"),
             },
         ),
         _choose(),

@@ -131,6 +131,10 @@ def _counts_of_ranks() -> list[Mistake]:
     ]
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+
+
 def _search_mistakes() -> dict[str, list[Mistake]]:
     return {
         "num_ranks": _sizes(),
@@ -149,13 +153,13 @@ def _search_mistakes() -> dict[str, list[Mistake]]:
             mistake("wrong type inside", ("a", 1), [None, None], [("a",), "b"]),
         ],
         "max_activations": [
-            wrong_type(lambda value: value is None or isinstance(value, int | float)),
+            wrong_type(lambda value: value is None or isinstance(value, int | float | np.number)),
             mistake("too little", 0.5, -1.0, float("nan")),
         ],
         "keep_beats": flags(),
         "waits": [wrong_type(), mistake("unknown name", "programs", "")],
-        "moves": [wrong_type(), mistake("out of range", -1, 10**12)],
-        "seed": [wrong_type(lambda value: type(value) is int), mistake("out of range", -1)],
+        "moves": [wrong_type(_is_count), mistake("out of range", -1, 10**12)],
+        "seed": [wrong_type(_is_count), mistake("out of range", -1)],
     }
 
 
