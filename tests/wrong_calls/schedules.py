@@ -132,7 +132,7 @@ def _counts_of_ranks() -> list[Mistake]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
 
 
 def _search_mistakes() -> dict[str, list[Mistake]]:
