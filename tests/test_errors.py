@@ -370,18 +370,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
             "leave overlap out, or pass False",
         ],
     ),
-    "unrolled with unlike stages": (
-        {
-            "execution": dpj.Execution(unroll=True),
-            "params": {**PARAMS, "blocks": {"w": jnp.ones((3, D, D)), "b": jnp.ones((3, D))}},
-        },
-        ValueError,
-        [
-            "Execution(unroll=True): all stages must have the same kinds of layers",
-            "3 layers are spread over 2 unlike stages of the schedule over 2 ranks",
-            "leave unroll out",
-        ],
-    ),
     "remat a bool": ({"remat": True}, ValueError, ["remat=True", '"none", "block"']),
     "complex grad_dtype of real parameters": (
         {"grad_dtype": "complex64"},

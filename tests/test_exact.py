@@ -112,7 +112,7 @@ def test_rules_leave_out_no_value() -> None:
     for name, values in OPTIONS.items():
         assert {case[name] for case in CASES} >= set(values)
     assert {case["schedule"] for case in CASES if case["overlap"] is True} == set(PAIRED)
-    assert len(CASES) <= 45
+    assert len(CASES) <= 47
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from dualpipe_jax._api import build
 from dualpipe_jax._executor import Step
 from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._executor.stages import Stages
-from dualpipe_jax._predict import TRANSFER, usual_costs
+from dualpipe_jax._predict import TRANSFER, StageLayers, compile_for, decide, usual_costs
 from dualpipe_jax._predict.simulation import durations_of
 from dualpipe_jax._schedule.actions import Opcode
 from dualpipe_jax._schedule.compile import compile_program
@@ -117,17 +117,24 @@ def test_one_executable_with_permutes_both_ways(compiled: Any) -> None:
 
 @pytest.mark.slow
 def test_program_size_does_not_grow_with_microbatches(compiled: Any) -> None:
-    """But for exchanges, whose sets of pairs are others where actions are placed otherwise."""
-    assert compiled["lines"][MANY] == pytest.approx(compiled["lines"][FEW], rel=0.01)
+    """But for exchanges, whose sets of pairs are others where actions are placed otherwise.
+
+    (interleaved-paired has 2.1 % more lines with twice as many microbatches: more sets of pairs.)
+    """
+    assert compiled["lines"][MANY] == pytest.approx(compiled["lines"][FEW], rel=0.03)
 
 
 @pytest.mark.slow
 def test_buffers_are_updated_in_place(compiled: Any) -> None:
     """No loop copies a slot buffer, an accumulator or a stage's weights."""
     made = dpj.schedules.make(compiled["name"], num_ranks=NUM_RANKS, num_microbatches=FEW)
-    num_slots = made.compiled().tables.num_slots
-    slots = {num_slots[name] for name in ("residual", "weight_residual", "stash")}
-    _assert_in_place(compiled[FEW].as_text(), slots)
+    costs = usual_costs(recomputes=False)
+    options: dict[str, Any] = {"costs": costs, "transfer": TRANSFER * costs.forward}
+    options["layers"] = StageLayers.cut((STAGE_LAYERS,) * made.num_stages)
+    execution = decide(made, FULL, recomputes=False, **options)
+    num_slots = compile_for(made, execution, **options)[0].num_slots
+    names = ("residual", "weight_residual", "deferred")
+    _assert_in_place(compiled[FEW].as_text(), {num_slots[n] for n in names if n in num_slots})
 
 
 @pytest.mark.slow
@@ -451,7 +458,7 @@ def test_poison_is_found_when_a_run_leaves_a_value_elsewhere(field: str) -> None
     schedule = dpj.schedules.make("dualpipe", num_ranks=2, num_microbatches=6)
     tables = schedule.compiled(overlap=True).tables
     assert tables.steady is not None
-    nowhere: dict[str, Any] = {field: np.full(2, -1)}
+    nowhere: dict[str, Any] = {field: np.full_like(getattr(tables.steady, field), -1)}
     wrong = dataclasses.replace(tables, steady=dataclasses.replace(tables.steady, **nowhere))
     step = make_step(schedule, tables=wrong, num_layers=2, poison=True)
     _, grads = jax.jit(step)(make_params(2), make_batch(6), None)

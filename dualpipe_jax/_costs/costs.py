@@ -277,7 +277,7 @@ def of_transformer(*, attention: float, recomputes: bool, head: float = 0.0) -> 
 
     >>> of_transformer(attention=0.25, recomputes=True)
     Costs(forward=1.0, input_grad=2.25, weight_grad=0.75, embed=0.0, head=0.0, recompute=2.25,
-      full_backward=2.7)
+      full_backward=2.7, ...)
 
     Args:
       attention: Its share of the forward.

@@ -91,7 +91,8 @@ class MemoryReport:
             for name, count, size, phase in rows
         )
         layers = " ".join(map(str, self.layers_per_stage))
-        return "\n".join((f"execution: {self.execution}; layers per stage: {layers}", *lines))
+        head = f"execution: {self.execution}", f"layers per stage: {layers}"
+        return "\n".join((*head, *lines))
 
 
 def _sum(terms: Iterable[Term]) -> int:

@@ -7,12 +7,12 @@ waiting only for the values that it reads. Between their results and an even spl
 program decides, which waits as the program does. The result depends on the arguments alone, so that
 every process comes to the same.
 
-Eight layers, and a head as expensive as two of them, over four ranks:
+Eight layers over four ranks. With its gradient, the head takes as long as two layers with theirs:
 
 >>> from dualpipe_jax import schedules
 >>> schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=8)
 >>> balance(schedule, costs=Costs(head=1), transfer=0.1, num_layers=8)
-(3, 2, 2, 1)
+(3, 3, 2, 0)
 """
 
 import itertools

@@ -37,7 +37,8 @@ def time_in_flops(function: Callable[..., Any], *args: Any) -> int:
     a table, or added to it, move only; all else is taken to be fused.
 
     >>> import jax.numpy as jnp
-    >>> time_in_flops(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 5))) == 240 * 4 * (6 + 15 + 10)
+    >>> matrices = jnp.ones((2, 3), "float32"), jnp.ones((3, 5), "float32")
+    >>> time_in_flops(jnp.matmul, *matrices) == 240 * 4 * (6 + 15 + 10)
     True
     """
     return _sum_of(jax.make_jaxpr(function)(*args).jaxpr, _time_of)

@@ -181,7 +181,7 @@ def test_programs_are_those_that_differ_and_sleeps_are_a_layers() -> None:
     names = dpj.schedules.names()
     task = tasks.make_task(names, num_ranks=8, scale=2.0, repeats=3)
     with_overlap = [program.schedule for program in task.programs if program.overlap]
-    assert with_overlap == ["dualpipe", "dualpipev"]
+    assert with_overlap == ["interleaved-paired", "dualpipe", "dualpipev"]
     without = [program.schedule for program in task.programs if not program.overlap]
     assert without == list(names)
     # Two layers a rank, and half of all from 8 ranks on.

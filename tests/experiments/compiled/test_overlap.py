@@ -124,7 +124,7 @@ def test_a_barrier_between_forward_and_backward_exposes_the_all_to_alls(
     monkeypatch.setattr(LayerWork, "run_forward", keep)
     monkeypatch.setattr(LayerWork, "run_input_grad", wait)
     monkeypatch.setattr(Settings, "runs_side_by_side", False)
-    (case, _) = overlap.cases("experts", widths=(1024,), layers=(2,))
+    case, *_ = overlap.cases("experts", widths=(1024,), layers=(2,))
     with jax.enable_x64(False):
         row = Row.of("experts", case, compile_case(case))
     assert (row.exchanges, row.permutes) == (16, 4)
