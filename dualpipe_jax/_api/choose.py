@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -35,7 +36,7 @@ from dualpipe_jax._predict import (
     Costs,
     MemoryTerm,
     choices_of,
-    in_order,
+    rank,
     usual_costs,
     weights_by_kind,
 )
@@ -135,6 +136,56 @@ def choose(
     limit = _bytes_of(memory)
     if not 0 <= as_number("headroom", headroom) < 1:
         raise ValueError(f"headroom={brief(headroom)}: must be a share, at least 0 and less than 1")
+    if optimizer is not None and not callable(getattr(optimizer, "init", None)):
+        raise TypeError(f"optimizer={brief(optimizer)}: must be an optax transformation, or None")
+    tried = _values_to_try(schedules, remat, num_microbatches, costs=costs)
+    axes = check_axes(
+        model,
+        mesh=mesh,
+        num_microbatches=tried.numbers[0],
+        axis=axis,
+        batch_axes=batch_axes,
+        manual_axes=manual_axes,
+    )
+    call_checks.arguments(params, batch, rng)
+    given = _Given(
+        model=model,
+        params=params,
+        batch=batch,
+        rng=rng,
+        axes=axes,
+        options={
+            "param_specs": param_specs,
+            "layers_per_stage": layers_per_stage,
+            "trainable": trainable,
+        },
+        costs=costs,
+        limit=limit,
+        headroom=headroom,
+        terms_outside=_terms_outside(params, batch, optimizer, axes=axes, param_specs=param_specs),
+    )
+    choices, errors = rank(_cases(given, tried), is_one_of_several=len(tried.numbers) > 1)
+    ordered = Choices(choices)
+    ordered.left_out = {name: " ".join(str(error).split()) for name, error in errors.items()}
+    return ordered
+
+
+class _Tried(NamedTuple):
+    """Holds the values of which every combination is tried."""
+
+    schedules: tuple[str | Schedule, ...]
+    remats: tuple[Remat, ...]
+    numbers: tuple[int, ...]
+
+
+def _values_to_try(
+    schedules: str | Schedule | Iterable[str | Schedule] | None,
+    remat: Remat | Sequence[Remat],
+    num_microbatches: int | Sequence[int],
+    *,
+    costs: Costs | None,
+) -> _Tried:
+    """Checks the arguments that may have several values."""
     remats = _as_tuple("remat", remat, 'of "none", "block" and policies')
     chosen = names() if schedules is None else schedules
     chosen = _as_tuple("schedules", chosen, "of names and Schedules, or None")
@@ -162,61 +213,25 @@ def choose(
         check_remat(one_remat)
     if not isinstance(costs, Costs | None):
         raise TypeError(f"costs={brief(costs)}: must be a dualpipe_jax.Costs, or None")
-    if optimizer is not None and not callable(getattr(optimizer, "init", None)):
-        raise TypeError(f"optimizer={brief(optimizer)}: must be an optax transformation, or None")
-    if costs is not None and len(remats) != 1:
-        raise ValueError(f"costs: must come with the one remat that they hold for, not {remat!r}")
-    if costs is not None and len(numbers) != 1:
-        raise ValueError(
-            "costs: must come with the one num_microbatches that they hold for, not "
-            f"{brief(numbers)}"
-        )
-    axes = check_axes(
-        model,
-        mesh=mesh,
-        num_microbatches=numbers[0],
-        axis=axis,
-        batch_axes=batch_axes,
-        manual_axes=manual_axes,
-    )
-    call_checks.arguments(params, batch, rng)
-    given = _Given(
-        model=model,
-        params=params,
-        batch=batch,
-        rng=rng,
-        axes=axes,
-        options={
-            "param_specs": param_specs,
-            "layers_per_stage": layers_per_stage,
-            "trainable": trainable,
-        },
-        costs=costs,
-        limit=limit,
-        headroom=headroom,
-        terms_outside=_terms_outside(params, batch, optimizer, axes=axes, param_specs=param_specs),
-    )
-    choices: list[Choice] = []
-    refusals: dict[str, ValueError] = {}
+    for argument, values in {"remat": remats, "num_microbatches": numbers}.items():
+        if costs is not None and len(values) != 1:
+            raise ValueError(
+                f"costs: must come with the one {argument} that they hold for, not {brief(values)}"
+            )
+    return _Tried(chosen, remats, numbers)
+
+
+def _cases(given: "_Given", tried: _Tried) -> Iterator[tuple[str, Callable[[], list[Choice]]]]:
+    """Yields the name of each schedule in each setting, and a function that predicts its steps."""
     unit = None
-    for number in numbers:
-        for one_remat in remats:
-            setting = _Setting(given, num_microbatches=number, remat=one_remat, unit=unit)
-            for named in given.variants(chosen):
-                try:
-                    choices += setting.choices(named)
-                except ValueError as error:
-                    name = named if isinstance(named, str) else named.name
-                    where = f", {number} microbatches" if len(numbers) > 1 else ""
-                    refusals[name + where] = error
+    for number in tried.numbers:
+        where = f", {number} microbatches" if len(tried.numbers) > 1 else ""
+        for remat in tried.remats:
+            setting = _Setting(given, num_microbatches=number, remat=remat, unit=unit)
+            for schedule in given.variants(tried.schedules):
+                name = schedule if isinstance(schedule, str) else schedule.name
+                yield name + where, partial(setting.choices, schedule)
             unit = unit or setting.unit
-    if not choices:
-        raise next(iter(refusals.values()))
-    if len(numbers) > 1:
-        choices = [replace(choice, is_one_of_several=True) for choice in choices]
-    ordered = Choices(in_order(choices))
-    ordered.left_out = {name: " ".join(str(e).split()) for name, e in refusals.items()}
-    return ordered
 
 
 @dataclass(frozen=True, kw_only=True)

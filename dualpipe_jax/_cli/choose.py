@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from dualpipe_jax._predict import (
     ParameterBytes,
     Transformer,
     choices_of,
-    in_order,
     memory_of,
+    rank,
 )
 from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._predict.transformer import ATTENTIONS, REMATS
@@ -190,52 +191,30 @@ def choose(
             "bytes of a microbatch are given"
         )
     windows = microbatches[0] * sizes.pop("microbatch_size")
-    choices: list[Choice] = []
-    left_out: list[tuple[str, str]] = []
-    settings: dict[int, _Setting] = {}
-    for number in microbatches:
-        if windows % number:
-            raise Refusal(
-                f"--microbatches {number}: must divide the {windows} windows of a step, which are "
-                "the first number of microbatches x --microbatch-size"
-            )
-        try:
-            model = Transformer(layers=layers, microbatch_size=windows // number, **sizes)
-            all_costs = _costs(model, ranks, costs, costs_from, embed=embed, head=head)
-            parameters = ParameterBytes(
+
+    def setting_of(number: int) -> _Setting:
+        model = Transformer(layers=layers, microbatch_size=_share_of(windows, number), **sizes)
+        return _Setting.make(
+            model,
+            costs=_costs(model, ranks, costs, costs_from, embed=embed, head=head),
+            parameters=ParameterBytes(
                 layer=model.layer_parameters if layer_parameters is None else layer_parameters,
                 ends=model.ends_parameters if ends_parameters is None else ends_parameters,
                 parameter=parameter_bytes,
                 gradient=gradient_bytes,
                 optimizer=optimizer_bytes,
-            )
-        except ValueError as error:
-            raise Refusal(str(error)) from error
-        # In the unit of the first number; a value that travels is as much larger.
-        factor = microbatches[0] / number
-        travels = all_costs.forward * TRANSFER if transfer is None else transfer
-        setting = _Setting(
-            model=model,
+            ),
             layer=_layer_bytes(model, given_bytes),
-            parameters=parameters,
-            costs=_scaled(all_costs, factor),
-            transfer=travels * factor,
-            is_one_of_several=len(microbatches) > 1,
+            transfer=transfer,
+            factor=microbatches[0] / number,  # to the unit of the first number
         )
-        settings[number] = setting
-        for known in schedules.names():
-            for name in variants_of(known, num_ranks=ranks, num_layers=layers):
-                try:
-                    made = schedules.make(name, num_ranks=ranks, num_microbatches=number)
-                    choices += setting.choices(
-                        made, layers_per_stage, limit=memory, headroom=headroom
-                    )
-                except ValueError as error:
-                    where = f", {number} microbatches" if len(microbatches) > 1 else ""
-                    left_out.append((name + where, " ".join(str(error).split())))
-    if not choices:
-        raise Refusal(left_out[0][1])
-    choices = in_order(choices)
+
+    try:
+        settings = {number: setting_of(number) for number in microbatches}
+        cases = _cases(settings, layers_per_stage, ranks=ranks, limit=memory, headroom=headroom)
+        choices, errors = rank(cases, is_one_of_several=len(settings) > 1)
+    except ValueError as error:
+        raise Refusal(" ".join(str(error).split())) from error
     first = settings[microbatches[0]]
     if output_format == "json":
         result = {
@@ -261,10 +240,20 @@ def choose(
             of_best.costs,
             of_best.transfer,
         )
-    for name, reason in left_out:
-        click.echo(f"left out: {name}: {reason}", err=True)
+    for name, error in errors.items():
+        click.echo(f"left out: {name}: {' '.join(str(error).split())}", err=True)
     if not (choices[0].fits or choices[0].is_tight):
         raise _nothing_fits(choices, memory, first.model.remat)
+
+
+def _share_of(windows: int, number: int) -> int:
+    """Divides the windows of a step into microbatches."""
+    if windows % number:
+        raise Refusal(
+            f"--microbatches {number}: must divide the {windows} windows of a step, which are "
+            "the first number of microbatches x --microbatch-size"
+        )
+    return windows // number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,24 +265,54 @@ class _Setting:
     parameters: ParameterBytes
     costs: Costs
     transfer: float
-    is_one_of_several: bool
+
+    @classmethod
+    def make(
+        cls, model: Transformer, *, costs: Costs, transfer: float | None, factor: float, **more: Any
+    ) -> "_Setting":
+        """Makes it of a model, with all times multiplied by a factor."""
+        travels = costs.forward * TRANSFER if transfer is None else transfer
+        return cls(model=model, costs=_scaled(costs, factor), transfer=travels * factor, **more)
 
     def choices(
-        self, schedule: schedules.Schedule, layers_per_stage: Any, *, limit: float, headroom: float
+        self,
+        name: str,
+        num_microbatches: int,
+        ranks: int,
+        layers_per_stage: Any,
+        *,
+        limit: float,
+        headroom: float,
     ) -> list[Choice]:
         """Predicts a schedule's time and memory."""
-        sizes = stage_sizes(layers_per_stage, num_stages=schedule.num_stages, where="")
+        sizes = {"num_ranks": ranks, "num_microbatches": num_microbatches}
+        schedule = schedules.make(name, **sizes)
         candidate = Candidate(
             schedule=schedule,
             num_layers=self.model.layers,
-            layers_per_stage=sizes,
+            layers_per_stage=stage_sizes(
+                layers_per_stage, num_stages=schedule.num_stages, where=""
+            ),
             remat=self.model.remat,
             costs=self.costs,
             transfer=self.transfer,
         )
         terms_of = partial(memory_of, layer=self.layer, parameters=self.parameters)
-        found = choices_of(candidate, terms_of=terms_of, limit=limit, headroom=headroom)
-        return [replace(each, is_one_of_several=self.is_one_of_several) for each in found]
+        return choices_of(candidate, terms_of=terms_of, limit=limit, headroom=headroom)
+
+
+def _cases(
+    settings: dict[int, _Setting], layers_per_stage: Any, *, ranks: int, **limits: float
+) -> Iterator[tuple[str, Callable[[], list[Choice]]]]:
+    """Yields the name of each schedule in each setting, and a function that predicts its steps."""
+    for number, setting in settings.items():
+        where = f", {number} microbatches" if len(settings) > 1 else ""
+        for known in schedules.names():
+            for name in variants_of(known, num_ranks=ranks, num_layers=setting.model.layers):
+                yield (
+                    name + where,
+                    partial(setting.choices, name, number, ranks, layers_per_stage, **limits),
+                )
 
 
 def _layer_bytes(model: Transformer, given: dict[str, float | None]) -> LayerBytes:

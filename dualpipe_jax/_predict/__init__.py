@@ -31,6 +31,7 @@ from dualpipe_jax._predict.ranking import Candidate as Candidate
 from dualpipe_jax._predict.ranking import Choice as Choice
 from dualpipe_jax._predict.ranking import choices_of as choices_of
 from dualpipe_jax._predict.ranking import in_order as in_order
+from dualpipe_jax._predict.ranking import rank as rank
 from dualpipe_jax._predict.simulate import simulate as simulate
 from dualpipe_jax._predict.simulation import Simulation as Simulation
 from dualpipe_jax._predict.simulation import compile_for as compile_for

@@ -1,7 +1,7 @@
 """Schedules, costs and bytes -> choices, in order: those that fit by step time, then the others."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from dualpipe_jax._costs import Costs, StageLayers, require_cost
@@ -282,6 +282,31 @@ def _choices_of_split(
         first, *others = sorted(found, key=_time_and_memory)
         choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
     return choices
+
+
+def rank(
+    cases: Iterable[tuple[str, Callable[[], list[Choice]]]], *, is_one_of_several: bool
+) -> tuple[list[Choice], dict[str, ValueError]]:
+    """Collects the choices of all schedules that can run, in order, and why the others cannot.
+
+    Args:
+      cases: The name of each schedule, and a function that predicts its choices or raises.
+      is_one_of_several: Whether choices differ in their number of microbatches.
+
+    Raises:
+      ValueError: if none can run: that of the first.
+    """
+    choices: list[Choice] = []
+    errors: dict[str, ValueError] = {}
+    for name, predict in cases:
+        try:
+            choices += predict()
+        except ValueError as error:
+            errors[name] = error
+    if not choices:
+        raise next(iter(errors.values()))
+    choices = [replace(choice, is_one_of_several=is_one_of_several) for choice in choices]
+    return in_order(choices), errors
 
 
 def in_order(choices: Iterable[Choice]) -> list[Choice]:

@@ -67,11 +67,9 @@ def variants_of(name: str, *, num_ranks: int, num_layers: int) -> tuple[str, ...
     for option, values in _WORTH_A_TRY.items():
         if option in options_of(name):
             found = [{**options, option: value} for options in found for value in values]
-    return tuple(
-        _write_name(name, options)
-        for options in found
-        if options in ({}, found[0]) or options.get(_STAGES, 1) * num_ranks <= num_layers
-    )
+    defaults, *others = found
+    fitting = (each for each in others if each[_STAGES] * num_ranks <= num_layers)
+    return tuple(_write_name(name, options) for options in (defaults, *fitting))
 
 
 def require_options(name: str, options: Mapping[str, Any]) -> None:
