@@ -89,8 +89,8 @@ class Placement(NamedTuple):
 
     Attributes:
       costs: The costs of actions.
-      stages: For each stage the number of layers, their cost in layers of mean cost, and the share
-        of it in the upper half of a full backward.
+      stages: For each stage the number of layers, their cost in layers of mean cost, and the part
+        in the upper half of a full backward, as a share.
       execution: How the order became a program.
     """
 

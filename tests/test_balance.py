@@ -162,7 +162,7 @@ def test_layers_of_kinds_share_a_ranks_costs() -> None:
     schedule = schedules.make("1f1b", num_ranks=2, num_microbatches=3)
     costs = dpj.Costs(forward=1, input_grad=2, weight_grad=3, layer={"a": 1, "b": 3})
     made = dpj.simulate(schedule, costs=costs, layout=["a", "a", "b", "a"])
-    # Of all layers, 12 a microbatch, the first two are a third.
+    # All layers take 12 a microbatch, and the first two are a third of them.
     assert made.work == pytest.approx((3 * 4, 3 * 8))
     alike = dpj.simulate(schedule, costs=dpj.Costs(layer={"a": 7}), layout=("a",) * 4)
     assert alike.makespan == dpj.simulate(schedule, num_layers=4).makespan

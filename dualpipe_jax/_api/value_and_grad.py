@@ -91,10 +91,11 @@ def value_and_grad(
         `choose` ranks them for your model and memory.
       layers_per_stage: The number of layers of each of the schedule's stages, in model order; fewer
         for the last one, say, whose head takes time, too, or 0, so that it runs the head alone.
-        Every rank allocates as many layers as the largest stage has. `"balanced"`: those with which
-        the step is the fastest by simulation, at the costs of each kind of layer, of embedding and
-        of head, as given by `costs`, else counted from the model's functions; the same in every
-        process. None spreads them evenly, the first stages having one more if they do not divide.
+        Every rank allocates as many layers as the largest stage has. `"balanced"` takes the split
+        with which the step is the fastest by simulation. Each kind of layer, the embedding and the
+        head have the costs that `costs` gives, or else those counted from the model's functions;
+        every process comes to the same split. None spreads the layers evenly, the first stages
+        having one more if they do not divide.
       remat: Which values a block keeps for its backward: `"none"` recomputes nothing costly,
         `"block"` keeps the block's input only, a `jax.checkpoint` policy decides itself.
 

@@ -17,7 +17,7 @@ from dualpipe_jax._schedule.stage_sizes import upper_layers
 
 @dataclass(frozen=True)
 class StageLayers:
-    """Says how many layers each stage has, and what part of the model's work they are.
+    """Counts the layers of each stage, and their share of the model's work.
 
     >>> StageLayers.cut((2, 1), layer_weights=[1.0, 1.0, 4.0])
     StageLayers(sizes=(2, 1), weights=(1.0, 2.0), upper_shares=(0.5, 1.0))

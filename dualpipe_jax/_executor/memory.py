@@ -2,8 +2,8 @@
 
 In: the traced functions, tables, stages. Out: a `MemoryReport` of slots, copies of weights and
 accumulators, all that a step holds beside its arguments. All but two terms are exact: the sizes of
-the arrays that the executor carries from tick to tick. The working set is an estimate, and copies
-of weights are counted as XLA keeps them. No term grows with the number of microbatches.
+the arrays that the executor carries from tick to tick. The working set is an estimate, and weights
+are assumed to be copied as XLA copies them. No term grows with the number of microbatches.
 """
 
 import math

@@ -83,8 +83,7 @@ class Walk(NamedTuple):
     """Holds the state of an annealing: `rows`, the best of them, and the critical path.
 
     Places from `first_kept` up to `end_kept` of each row stay. `figures` are the current value, the
-    best value, the best order's makespan; `counts` the length of the critical path and the number
-    of moves that were tried.
+    best value and the best order's makespan; `counts` is the length of the critical path.
     """
 
     rows: np.ndarray

@@ -18,7 +18,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """States what an order is searched for.
+    """Holds the sizes, costs and limit for which an order is searched.
 
     Attributes:
       num_ranks: The ranks.

@@ -22,9 +22,9 @@ _RANDOM = {
     "weight_grad_by_depth": (0, 3, 10, -10),
     "weight_grad_by_waiting": (0, 0, 1, 3, 10, 30),
     "weight_grad_if_full": (0, 0, 5, 10, 20),
-    # Of a mean action.
+    # In mean actions.
     "patience": (0, 0, 0.15, 0.3, 0.6, 1),
-    # Of the activations of a stage that keep all stages busy.
+    # As a share of the activations with which a stage keeps all stages busy.
     "most_live": (99, 99, 0.5, 0.6, 0.75, 1, 1, 1.25, 1.5, 2, 2),
 }
 _KINDS = ("forward", "input_grad", "weight_grad")

@@ -1,7 +1,7 @@
 """All schedules in one table, and even splits of a model's layers beside balanced ones.
 
-In: flags, and the measured and compiled figures of by_the_clock and compiled. Out: the two tables
-of docs/which_schedule.md.
+In: flags, and the figures that by_the_clock measured and compiled read off a compiler. Out: the two
+tables in docs/which_schedule.md.
 """
 
 from collections.abc import Iterable, Sequence

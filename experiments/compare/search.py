@@ -32,7 +32,7 @@ _HEAD = 3 * 8 / 59.5
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is searched for, and the fastest named schedule of its placement and limit.
+    """Holds the arguments of a search, and the fastest named schedule that they allow.
 
     Attributes:
       named: That schedule's name.

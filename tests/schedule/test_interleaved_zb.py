@@ -100,7 +100,7 @@ def test_gradients_are_exact(num_stages_per_rank, num_deferred):
 
 def test_a_number_for_each_rank():
     rows = made((2, 3), 1, num_deferred=[2, 9]).to_csv().splitlines()
-    # Of three backwards rank 1 defers all but the last.
+    # Rank 1 has three backwards, and defers all but the last.
     assert rows == ["0F0,0F1,0I0,0F2,0I1,0B2,0W0,0W1", "1F0,1I0,1F1,1I1,1F2,1B2,1W0,1W1"]
     assert made((4, 8), 2, num_deferred=range(0, 8, 2)).program.rows == (
         made((4, 8), 2, num_deferred="2r").program.rows

@@ -95,7 +95,7 @@ class _Interpreter:
         makes_dx = np.isin(opcode, _MAKES_DX)
         is_i, is_w = (np.isin(opcode, of) for of in (OF_I, OF_W))
         named = partial(_Entries, tables)
-        # What is read, and where for the last time; what is written; and values that travel.
+        # The reads, with the ranks that free their slots; the writes; and the values that travel.
         self.loads = [
             (named("read"), self.expected, opcode != Opcode.IDLE),
             (named("residual", of=is_i | is_lower), self.local, makes_dx),

@@ -12,9 +12,9 @@ from dualpipe_jax._schedule.verify.interpreter import OF_W
 def verify_steady(tables: Tables) -> None:
     """Checks the steady phase of verified tables, if there is one.
 
-    - It has a multiple of its period of beats, all within the tables; in beat b every rank runs F
-      of its chunk b modulo the period, then I and W of the chunk of `backward` and of one
-      microbatch, split and not deferred.
+    - Its beats are a multiple of its period, all within the tables. In beat b every rank runs the F
+      of its chunk b modulo the period, then I and W of one microbatch of the chunk in `backward`,
+      split and not deferred.
     - The values that the first beat reads, and those that were waiting when it began, are in their
       slots when the phase begins.
     - Every later x and cotangent was sent to that rank by the beat before, or by an earlier one if
