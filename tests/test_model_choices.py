@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import dualpipe_jax as dpj
-from dualpipe_jax._predict.memory import parse_bytes
+from dualpipe_jax._costs import parse_bytes
 from dualpipe_jax._schedule.named import base_name
 from tests.models import (
     assert_close,

@@ -1,8 +1,8 @@
 """Holds the ranked schedules that `choose` returns, and prints them as a table."""
 
+from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._model.types import Remat
 from dualpipe_jax._predict import Choice, Costs
-from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._schedule.execution import Execution
 
 _SEVERAL = "microbatches"  # a column where choices differ in it

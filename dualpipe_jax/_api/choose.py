@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,7 +14,7 @@ from dualpipe_jax._api.choices import Choices
 from dualpipe_jax._api.count_costs import costs_of
 from dualpipe_jax._api.shardings import shardings
 from dualpipe_jax._api.value_and_grad import GradFunction, value_and_grad
-from dualpipe_jax._costs import as_number
+from dualpipe_jax._costs import as_bytes, as_number
 from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._executor import Step, Work
 from dualpipe_jax._model import call_checks, checks
@@ -40,7 +40,6 @@ from dualpipe_jax._predict import (
     usual_costs,
     weights_by_kind,
 )
-from dualpipe_jax._predict.memory import parse_bytes
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.named import read_name, variants_of
 from dualpipe_jax._schedule.stage_sizes import BALANCED, LayersPerStage, stage_sizes
@@ -133,7 +132,7 @@ def choose(
       ValueError: If an argument has a bad value, or no schedule can run.
       TypeError: If an argument has a wrong type.
     """
-    limit = _bytes_of(memory)
+    limit = as_bytes("memory", memory)
     if not 0 <= as_number("headroom", headroom) < 1:
         raise ValueError(f"headroom={brief(headroom)}: must be a share, at least 0 and less than 1")
     if optimizer is not None and not callable(getattr(optimizer, "init", None)):
@@ -411,14 +410,3 @@ def _as_tuple(argument: str, value: Any, of: str) -> tuple[Any, ...]:
         return tuple(value)
     except TypeError:
         raise TypeError(f"{argument}={brief(value)}: must be a sequence {of}") from None
-
-
-def _bytes_of(memory: float | str) -> float:
-    if not isinstance(memory, str | Real):
-        raise TypeError(f"memory={brief(memory)}: must be a number of bytes, or such as '80GiB'")
-    if memory == math.inf:
-        return math.inf
-    try:
-        return parse_bytes(memory)
-    except ValueError as error:
-        raise ValueError(f"memory={brief(memory)}: {error}") from error

@@ -6,8 +6,8 @@ import click
 
 from dualpipe_jax._cli.options import show_overlap
 from dualpipe_jax._cli.table import print_call, print_table, print_text
+from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._predict import Choice, Costs, LayerBytes, ParameterBytes, Transformer
-from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._schedule.named import short_name
 
 _SEVERAL = "microbatches"  # a column where choices differ in it

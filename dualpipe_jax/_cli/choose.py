@@ -15,6 +15,7 @@ from dualpipe_jax._cli import options
 from dualpipe_jax._cli.choices import print_choices, to_object
 from dualpipe_jax._cli.quantities import Numbers, Size, parse_costs, read_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._predict import (
     HEADROOM,
     TRANSFER,
@@ -28,7 +29,6 @@ from dualpipe_jax._predict import (
     memory_of,
     rank,
 )
-from dualpipe_jax._predict.memory import format_bytes
 from dualpipe_jax._predict.transformer import ATTENTIONS, REMATS
 from dualpipe_jax._schedule.named import variants_of
 from dualpipe_jax._schedule.stage_sizes import BALANCED, stage_sizes

@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from dualpipe_jax._cli.refusal import Refusal
-from dualpipe_jax._costs import as_number
+from dualpipe_jax._costs import as_number, parse_bytes
 from dualpipe_jax._errors import brief
-from dualpipe_jax._predict.memory import parse_bytes
 
 _FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad", "B": "full_backward"}
 _OPTIONAL = ("full_backward", "embed", "head")

@@ -1,4 +1,4 @@
-"""How long actions take: `Costs`, and `StageLayers`, the layers of stages by their cost."""
+"""How long actions take: `Costs`, and `StageLayers`, the layers of stages; sizes in bytes."""
 
 from dualpipe_jax._costs.costs import FULL_BACKWARD as FULL_BACKWARD
 from dualpipe_jax._costs.costs import TRANSFER as TRANSFER
@@ -10,3 +10,6 @@ from dualpipe_jax._costs.layers import StageLayers as StageLayers
 from dualpipe_jax._costs.layers import cumulated as cumulated
 from dualpipe_jax._costs.layers import require_layout as require_layout
 from dualpipe_jax._costs.layers import weights_by_kind as weights_by_kind
+from dualpipe_jax._costs.sizes import as_bytes as as_bytes
+from dualpipe_jax._costs.sizes import format_bytes as format_bytes
+from dualpipe_jax._costs.sizes import parse_bytes as parse_bytes

@@ -9,17 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{prefix}iB": 2 ** (10 * i) for i, prefix in enumerate("KMGT", start=1)},
-    **{f"{prefix}B": 10 ** (3 * i) for i, prefix in enumerate("KMGT", start=1)},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,45 +141,6 @@ def memory_of(
         of_slots(DEFERRED, layer.stash if execution.deferred == "store" else layer.deferred),
         MemoryTerm("working", layer.working, "the largest value in no buffer"),
     )
-
-
-def parse_bytes(value: object) -> float:
-    """Reads a size, with or without a unit.
-
-    >>> parse_bytes("80 GiB") == 80 * 2**30, parse_bytes("1.5MB"), parse_bytes(512)
-    (True, 1500000.0, 512.0)
-
-    Raises:
-      ValueError: if it is no size.
-    """
-    try:
-        text = str(value).strip()
-    except ValueError:  # an integer of more digits than Python writes
-        text = brief(value)
-    digits = text.rstrip("BKMGTi ")
-    try:
-        number = float(digits)
-    except ValueError:
-        number = math.nan
-    unit = text[len(digits) :].strip()
-    if not 0 <= number < math.inf or unit not in _UNITS:
-        raise ValueError(
-            f"{brief(text)} is not a size: a number of bytes, or such as 80GiB or 1.5MB"
-        )
-    return number * _UNITS[unit]
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Writes a size with three digits and a unit.
-
-    >>> format_bytes(512), format_bytes(1.5 * 2**20), format_bytes(80 * 2**30)
-    ('512 B', '1.5 MiB', '80 GiB')
-    """
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if num_bytes >= 2 ** (10 * power):
-            number = num_bytes / 2 ** (10 * power)
-            return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def _count(number: int, noun: str) -> str:

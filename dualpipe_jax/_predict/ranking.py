@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from dualpipe_jax._costs import Costs, StageLayers, require_cost
+from dualpipe_jax._costs import Costs, StageLayers, format_bytes, require_cost
 from dualpipe_jax._predict.balance import balance
 from dualpipe_jax._predict.decide import has_pairs, has_steady_state, replay_decided
-from dualpipe_jax._predict.memory import MemoryTerm, format_bytes
+from dualpipe_jax._predict.memory import MemoryTerm
 from dualpipe_jax._predict.simulation import Simulation, compile_for
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.stage_sizes import (

@@ -7,7 +7,7 @@ several branches share a row. Waits are written tick by tick, and summed up by r
 import re
 from collections.abc import Iterable, Sequence
 
-from dualpipe_jax._predict.memory import format_bytes
+from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._predict.waits import EARLY, MERGED, NEXT, RECEIVER, TRANSFER, Tick, Wait, Waits
 from dualpipe_jax._preflight.copies import Copy
 from dualpipe_jax._preflight.kernels import Kernel
