@@ -19,6 +19,7 @@ class Device:
       peak_flops: Dense bfloat16 FLOPs a second.
       clock: Cycles a second, the unit of the compiler's estimates; None without such estimates.
       link: Bytes a second over one link, in one direction.
+      host_link: Bytes a second between the device and its host's memory, in one direction.
       is_switched: Whether a switch connects all devices, each with all of `link`, instead of a grid
         that connects neighbours.
     """
@@ -29,13 +30,18 @@ class Device:
     peak_flops: float
     clock: float | None
     link: float
+    host_link: float
     is_switched: bool = False
 
     def __post_init__(self) -> None:
-        assert min(self.memory, self.peak_flops, self.link) > 0, self
+        assert min(self.memory, self.peak_flops, self.link, self.host_link) > 0, self
 
 
 _GIB = 2**30
+# PCI Express, 16 lanes, one direction, as NVIDIA's datasheets round it. Google publishes no figure
+# for the link between a TPU and its host: PCI Express 4 is an assumption, and chips of a host may
+# share it.
+_PCIE_4, _PCIE_5 = 32e9, 64e9
 
 # docs.cloud.google.com/tpu/docs/v5e, v5p, v6e: bfloat16 peak, HBM, and "bidirectional inter-chip
 # interconnect (ICI) bandwidth (per chip)". A link in one direction is that by the ports and by 2:
@@ -52,6 +58,7 @@ V5E = Device(
     peak_flops=197e12,
     clock=197e12 / (4 * _MXU_128),
     link=400e9 / 4 / 2,
+    host_link=_PCIE_4,
 )
 V5P = Device(
     name="TPU v5p",
@@ -60,6 +67,7 @@ V5P = Device(
     peak_flops=459e12,
     clock=459e12 / (8 * _MXU_128),
     link=1200e9 / 6 / 2,
+    host_link=_PCIE_4,
 )
 V6E = Device(
     name="TPU v6e",
@@ -68,6 +76,7 @@ V6E = Device(
     peak_flops=918e12,
     clock=918e12 / (4 * _MXU_256),
     link=800e9 / 4 / 2,
+    host_link=_PCIE_4,
 )
 # docs.cloud.google.com/tpu/docs/v4: peak and HBM; the link is that of Jouppi et al., "TPU v4: An
 # Optically Reconfigurable Supercomputer" (ISCA 2023), table 4: 6 links of 50 GB/s. 2 cores of 4
@@ -79,10 +88,19 @@ V4 = Device(
     peak_flops=275e12,
     clock=275e12 / (8 * _MXU_128),
     link=50e9,
+    host_link=_PCIE_4,
 )
 
 
-def _gpu(*, name: str, kind: str, gigabytes: int, tera_flops: float, nvlink: float) -> Device:
+def _gpu(
+    *,
+    name: str,
+    kind: str,
+    gigabytes: int,
+    tera_flops: float,
+    nvlink: float,
+    host_link: float = _PCIE_5,
+) -> Device:
     """Holds the figures of a GPU's datasheet: NVLink's are bytes a second in both directions.
 
     A switch joins the GPUs of a host.
@@ -94,6 +112,7 @@ def _gpu(*, name: str, kind: str, gigabytes: int, tera_flops: float, nvlink: flo
         peak_flops=tera_flops * 1e12,
         clock=None,
         link=nvlink / 2,
+        host_link=host_link,
         is_switched=True,
     )
 
@@ -107,6 +126,7 @@ A100 = _gpu(
     gigabytes=80,
     tera_flops=312,
     nvlink=600e9,
+    host_link=_PCIE_4,
 )
 H100 = _gpu(
     name="H100 SXM", kind="NVIDIA H100 80GB HBM3", gigabytes=80, tera_flops=989, nvlink=900e9
@@ -135,7 +155,8 @@ def device_figures(device: Any) -> Device | None:
 
     Returns:
       `memory` in bytes, `peak_flops` in FLOPs a second (two for a multiply-add), `link` in bytes a
-      second (of a GPU, all NVLinks together), `is_switched`, `clock` in cycles a second; None for
+      second (of a GPU, all NVLinks together), `host_link` in bytes a second each way (PCI Express;
+      of a TPU an assumption), `is_switched`, `clock` in cycles a second; None for
       devices that are not in the table, such as CPUs. The table has TPU v4, v5e, v5p and v6e, and
       NVIDIA's A100 (SXM, 80 GB), H100 (SXM), H200 (SXM) and B200.
 

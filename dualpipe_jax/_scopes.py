@@ -107,7 +107,9 @@ def of_placement(placement: Placement) -> str:
     'dualpipe.placed.1.0_0.75_none.2x2w2.0u0.5_1x1w0.5u1.0.true_3_false_store'
     """
     costs = "_".join("none" if cost is None else repr(float(cost)) for cost in placement.costs)
-    choices = "_".join(str(choice).lower() for choice in placement.execution)
+    choices = "_".join(
+        choice if isinstance(choice, str) else str(choice).lower() for choice in placement.execution
+    )
     runs = [(stage, len(list(run))) for stage, run in itertools.groupby(placement.stages)]
     stages = "_".join(
         f"{count}x{size}w{weight!r}u{upper!r}" for (size, weight, upper), count in runs
@@ -118,14 +120,15 @@ def of_placement(placement: Placement) -> str:
 def read_placement(op_name: str) -> Placement | None:
     """Reads costs, the layers of stages and the execution from an instruction's name.
 
-    >>> placement = Placement((1.0, None), ((2, 2.5, 0.5), (0, 0.0, 0.5)), ("two-tick", 3, False))
+    >>> choices = ("two-tick", 3, False, "1.5GiB")
+    >>> placement = Placement((1.0, None), ((2, 2.5, 0.5), (0, 0.0, 0.5)), choices)
     >>> read_placement(f"jit(step)/{of_placement(placement)}/shard_map/while") == placement
     True
     """
     number = r"[\d.]+(?:e[+-]?\d+)?"
     stage = rf"\d+x\d+w{number}u{number}"
     found = re.search(
-        rf"dualpipe\.placed\.([^/)]+?)\.({stage}(?:_{stage})*)\.([\w-]+)(?:[/)]|$)", op_name
+        rf"dualpipe\.placed\.([^/)]+?)\.({stage}(?:_{stage})*)\.([\w.-]+)(?:[/)]|$)", op_name
     )
     if found is None:
         return None

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 import dualpipe_jax as dpj
-from tests.models import WIDTH, keep, make_model
+from tests.models import OFFLOADED, WIDTH, keep, make_model
 from tests.models import make_params as make_params_of_one_kind
 
 NUM_EXPERTS, HIDDEN = 3, 6
@@ -23,6 +24,7 @@ def dense(params: Any, x: Any, ctx: dpj.Context) -> Any:
     inner = jnp.tanh(x @ params["up"]) * (1 + 0.01 * ctx.layer)
     if ctx.rng is not None:
         inner *= keep(ctx.rng, 0.7, inner.shape)
+    inner = checkpoint_name(inner, OFFLOADED)
     # Another dtype than the other kind's.
     return x + inner @ params["down"], jnp.square(inner).mean().astype(jnp.float32)
 

@@ -6,11 +6,24 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 import dualpipe_jax as dpj
 
 WIDTH, VOCABULARY, LENGTH, ROWS = 4, 7, 3, 2
+# The name of the value of a block that a policy may offload.
+OFFLOADED = "inner"
 FEATURES = ("dropout", "weight", "block_has_aux", "has_aux", "pytree")
+
+
+def offload_policy() -> Any:
+    """Makes a policy of `jax.checkpoint` that offloads one value of each block."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[OFFLOADED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def keep(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
@@ -49,6 +62,7 @@ def make_model(features: frozenset[str] = frozenset()) -> dpj.Model:
         # The layer's index and the microbatch's own data both matter.
         assert ctx.layer is not None
         inner = inner * (1 + 0.01 * ctx.layer) + 0.01 * ctx.microbatch["side"].mean()
+        inner = checkpoint_name(inner, OFFLOADED)
         # The kind of weight that is used twice.
         out = hidden + inner @ params["down"] + jnp.sin(inner @ params["down"]) * 0.1
         y = {**x, "hidden": out} if "pytree" in features else out

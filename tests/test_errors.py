@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P
-from jax.ad_checkpoint import checkpoint_name
 
 import dualpipe_jax as dpj
 from tests.mappings import MAPPINGS
@@ -832,27 +831,25 @@ def test_steps_have_names_and_need_jit():
         step(PARAMS, BATCH)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["x"],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-        jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-    ],
-)
-def test_policies_that_offload_are_refused(policy):
-    def block(layer, x, ctx):
-        return x + checkpoint_name(jnp.tanh(x @ layer), "x") @ layer
+def test_a_policy_that_offloads_in_a_loop_is_refused():
+    policy = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
 
-    def own(layer, x, ctx):
-        return jax.checkpoint(lambda layer, x: block(layer, x, ctx), policy=policy)(layer, x)
+    def block(layer, x, ctx):
+        step = jax.checkpoint(lambda x, _: (jnp.tanh(x @ layer), None), policy=policy)
+        return jax.lax.scan(step, x, length=2)[0]
 
     params = {"ends": jnp.ones(3), "blocks": jnp.ones((2, 3, 3))}
     parts = {"embed": lambda e, c: c.microbatch * e, "head": lambda e, x, c: (x * e).mean()}
-    for made, options in ((block, {"remat": policy}), (own, {})):
-        with pytest.raises(ValueError, match=r"to the host's memory.*not one that offloads"):
-            trace(dpj.Model(block=made, **parts), params, jnp.ones((4, 3)), **options)
+    with pytest.raises(ValueError, match=r"'scan' has a value in the host's memory; .* policy"):
+        trace(dpj.Model(block=block, **parts), params, jnp.ones((4, 3)))
+
+
+def test_a_block_that_computes_on_the_host_is_refused():
+    def block(layer, x, ctx):
+        there = jax.device_put(jax.lax.stop_gradient(x), jax.memory.Space.Host)
+        return x + jax.device_put(there * 2, jax.memory.Space.Device)
+
+    params = {"ends": jnp.ones(3), "blocks": jnp.ones((2, 3, 3))}
+    parts = {"embed": lambda e, c: c.microbatch * e, "head": lambda e, x, c: (x * e).mean()}
+    with pytest.raises(ValueError, match="has a value in the host's memory"):
+        trace(dpj.Model(block=block, **parts), params, jnp.ones((4, 3)))

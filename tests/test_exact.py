@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
+from dualpipe_jax._executor import offload
 from dualpipe_jax._model.kinds import blocks_of
 from dualpipe_jax._predict import StageLayers, simulate, simulation, usual_costs
 from dualpipe_jax._predict.simulation import durations_of
@@ -31,6 +32,7 @@ from tests.models import (
     make_model,
     make_params,
     make_shared,
+    offload_policy,
     sequential_value_and_grad,
 )
 from tests.pairwise import cover
@@ -46,7 +48,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "kinds": ("one", "by turns", "one after the other"),
     "overlap": (False, True, "two-tick"),
     "unroll": (None, False, 2),
-    "remat": ("none", "block", "dots"),
+    "remat": ("none", "block", "dots", "offload"),
+    "slots_on_device": (None, 1),
     "split_backward": (False, True),
     "deferred": (None, "store"),
     "frozen": (False, True),
@@ -115,9 +118,13 @@ def test_rules_leave_out_no_value() -> None:
     assert len(CASES) <= 47
 
 
+REMATS = {"dots": jax.checkpoint_policies.dots_saveable, "offload": offload_policy()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_equals_sequential(case: dict[str, Any]) -> None:
+def test_equals_sequential(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     P, N = case["num_ranks"], num_microbatches(case["num_ranks"], case["microbatches"])
     schedule = dpj.schedules.make(case["schedule"], num_ranks=P, num_microbatches=N)
     stages = layers_of_stages(case["layers"], schedule.num_stages)
@@ -145,10 +152,10 @@ def test_equals_sequential(case: dict[str, Any]) -> None:
         mesh=make_mesh(P, **({"data": num_shards} if num_shards > 1 else {})),
         num_microbatches=N,
         schedule=schedule,
-        remat=jax.checkpoint_policies.dots_saveable if case["remat"] == "dots" else case["remat"],
+        remat=REMATS.get(case["remat"], case["remat"]),
         trainable=trainable,
         execution=dpj.Execution(
-            **{name: case[name] for name in ("overlap", "unroll", "split_backward", "deferred")}
+            **{name: case[name] for name in dpj.Execution.__dataclass_fields__}
         ),
         **more,
     )

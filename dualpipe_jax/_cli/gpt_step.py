@@ -126,6 +126,7 @@ def make_step(
     layers_per_stage: LayersPerStage = None,
     microbatch: int,
     remat: str,
+    slots_on_device: int | str | None = None,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """Makes loss, gradients and AdamW's update of a GPT: a jitted step, and avals of its arguments.
 
@@ -136,6 +137,7 @@ def make_step(
       layers_per_stage: As for `value_and_grad`.
       microbatch: Windows of text in a microbatch.
       remat: `"none"` or `"block"`.
+      slots_on_device: As for `Execution`.
 
     Raises:
       ValueError: If sizes do not fit each other.
@@ -147,7 +149,7 @@ def make_step(
         mesh=mesh,
         num_microbatches=microbatches,
         schedule=schedule,
-        execution=Execution(overlap=overlap),
+        execution=Execution(overlap=overlap, slots_on_device=slots_on_device),
         layers_per_stage=layers_per_stage,
         axis=_AXIS,
         remat=remat,

@@ -86,6 +86,31 @@ def overlap(*, default: str | None) -> Callable[[_Command], _Command]:
     )
 
 
+class Slots(click.ParamType):
+    """Converts a number, or a size, to the `slots_on_device` of an `Execution`."""
+
+    name = "N|size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Reads either."""
+        slots = int(value) if str(value).isdigit() else value
+        try:
+            Execution(slots_on_device=slots)
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+        return slots
+
+
+slots_on_device = click.option(
+    "--slots-on-device",
+    type=Slots(),
+    help="How many of a rank's activations, from F to W, have room on the device, or bytes for "
+    "them, such as 12GiB; the others wait in the host's memory. By default all.",
+)
+
+
 class LayersPerStage(click.ParamType):
     """Converts `even`, `balanced` or `9,8,8,7` to the `layers_per_stage` of a step."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from dualpipe_jax import schedules
-from dualpipe_jax._cli import options
+from dualpipe_jax._cli import options, quantities
 from dualpipe_jax._cli.refusal import Command, Refusal
 
 _SIZE = click.IntRange(min=1)
@@ -55,6 +55,13 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
     show_default=True,
     help="The dtype in which layers compute; parameters are float32.",
 )
+@options.slots_on_device
+@click.option(
+    "--host-link",
+    type=quantities.Rate(),
+    help="Bytes a second between a device and its host, each way, such as 32GB/s; by default what "
+    "the device's maker says, or 32GB/s of a TPU, whose maker says nothing.",
+)
 @click.option(
     "--options/--no-options",
     "has_options",
@@ -70,7 +77,12 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
     show_default=True,
 )
 def preflight(
-    topology: str, schedule: str, output_format: str, has_options: bool, **options_of_step: Any
+    topology: str,
+    schedule: str,
+    output_format: str,
+    host_link: float | None,
+    has_options: bool,
+    **options_of_step: Any,
 ) -> None:
     """Compile the training step of a GPT for hardware that need not be there.
 
@@ -95,7 +107,13 @@ def preflight(
         of_schedule = {name: options_of_step.pop(name) for name in _OF_SCHEDULE}
         made = options.make_schedule(schedule, **of_schedule)
         step, args = gpt_step.make_step(gpt, schedule=made, **options_of_step)
-        report = compile_ahead(step, args, topology, compiler_options=None if has_options else {})
+        report = compile_ahead(
+            step,
+            args,
+            topology,
+            compiler_options=None if has_options else {},
+            host_link=host_link,
+        )
     except (ValueError, ModuleNotFoundError) as error:
         raise Refusal(" ".join(str(error).split())) from error
     if output_format == "json":
@@ -106,6 +124,8 @@ def preflight(
     else:
         click.echo(str(report))
         _print_reasons(platform if has_options else "cpu")
+    if report.faults:
+        sys.exit(1)
 
 
 def _print_reasons(platform: str) -> None:
@@ -122,7 +142,8 @@ def _print_in_color(report: Any) -> None:
 
     console = Console(highlight=False)
     for line in report.summary():
-        console.print(line, style="red" if "NOT FIT" in line else None, markup=False)
+        is_bad = "NOT FIT" in line or line.startswith("FAULT")
+        console.print(line, style="red" if is_bad else None, markup=False)
     for head, rows in report.tables():
         table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
         for index, title in enumerate(head):

@@ -30,6 +30,24 @@ class Size(click.ParamType):
             self.fail(f"{error}.")
 
 
+class Rate(click.ParamType):
+    """Converts bytes a second, such as `32GB/s`."""
+
+    name = "rate"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As `click.ParamType.convert`."""
+        try:
+            rate = parse_bytes(str(value).removesuffix("/s"))
+        except ValueError:
+            rate = 0.0
+        if rate <= 0:
+            self.fail(f"{value!r} is not bytes a second, such as 32GB/s.", param, ctx)
+        return rate
+
+
 class Numbers(click.ParamType):
     """Converts one positive integer, or several with commas."""
 

@@ -10,6 +10,6 @@ from dualpipe_jax._costs.layers import StageLayers as StageLayers
 from dualpipe_jax._costs.layers import cumulated as cumulated
 from dualpipe_jax._costs.layers import require_layout as require_layout
 from dualpipe_jax._costs.layers import weights_by_kind as weights_by_kind
-from dualpipe_jax._costs.sizes import as_bytes as as_bytes
-from dualpipe_jax._costs.sizes import format_bytes as format_bytes
-from dualpipe_jax._costs.sizes import parse_bytes as parse_bytes
+from dualpipe_jax._sizes import as_bytes as as_bytes
+from dualpipe_jax._sizes import format_bytes as format_bytes
+from dualpipe_jax._sizes import parse_bytes as parse_bytes

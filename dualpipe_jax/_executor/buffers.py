@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax._executor import barriers
-from dualpipe_jax._model.types import PyTree
+from dualpipe_jax._executor import barriers, host
+from dualpipe_jax._model.types import PyTree, is_on_host
 from dualpipe_jax._schedule.actions import EFFECTS, Opcode
 from dualpipe_jax._split_vjp import SplitVjp
 
@@ -51,16 +51,18 @@ class SlotBuffer:
     """Holds the values that the layers of one kind keep in slots, `[slot, layer, ...]` each.
 
     Where layers are unrolled each has arrays of its own, `[slot, ...]`, so that no layer waits for
-    another's.
+    another's. Some arrays may be in the host's memory, with their values packed (`host`).
 
     Attributes:
       arrays: The array of each value; with unrolled layers such a tuple for each layer.
+      shapes: The shape of each value.
       memory_orders: The order in memory of each value's dims.
       parts: For each value the parts, along its first dim, in which straight-line code reads it.
       is_unrolled: Whether each layer has arrays of its own.
     """
 
     arrays: tuple[Any, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = field(default=(), metadata={"static": True})
     memory_orders: tuple[MemoryOrder, ...] = field(default=(), metadata={"static": True})
     parts: tuple[int, ...] = field(default=(), metadata={"static": True})
     is_unrolled: bool = field(default=False, metadata={"static": True})
@@ -79,17 +81,36 @@ class SlotBuffer:
             neither where the readers want the parts.
         """
         arrays, index = self._entry(layer, slot)
-        if not in_parts:
-            return read(arrays, *index)
+        if not arrays:
+            return ()
         return tuple(
-            _read_parts(array, index, parts)
-            for array, parts in zip(arrays, self.parts, strict=True)
+            host.from_host(read(array, *index), shape)
+            if is_on_host(array)
+            else _read_parts(array, index, parts if in_parts else 1)
+            for array, shape, parts in zip(arrays, self.shapes, self.parts, strict=True)
         )
 
     def write(self, layer: Any, slot: Any, values: Sequence[jax.Array]) -> "SlotBuffer":
         """Returns the buffer with a layer's values in a slot; in place inside a loop."""
         arrays, index = self._entry(layer, slot)
-        return self._replace(layer, write(arrays, tuple(values), *index))
+        values = tuple(
+            host.to_host(value) if is_on_host(array) else value
+            for array, value in zip(arrays, values, strict=True)
+        )
+        return self._replace(layer, write(arrays, values, *index))
+
+    def keep_fetched(
+        self, layer: Any, fetched: Sequence[jax.Array], read: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """Returns values as they are read now, but those in the host's memory as `fetched` before.
+
+        So none is fetched twice.
+        """
+        arrays, _ = self._entry(layer, 0)
+        return tuple(
+            old if is_on_host(array) else new
+            for array, old, new in zip(arrays, fetched, read, strict=True)
+        )
 
     def take_layer(self, layer: int) -> "SlotBuffer":
         """Returns the buffer with the arrays of one unrolled layer alone."""
@@ -141,6 +162,7 @@ def allocate_slots(
     num_layers: int,
     is_unrolled: bool,
     size_of_x: int,
+    on_host: Sequence[Sequence[bool]],
     poison: bool,
 ) -> SlotBuffer:
     """Makes an empty slot buffer.
@@ -152,23 +174,36 @@ def allocate_slots(
       num_layers: The layers of the kind that a stage has.
       is_unrolled: Whether each layer gets arrays of its own.
       size_of_x: Bytes of the largest leaf of x.
+      on_host: For each value whether its slots are in the host's memory; with unrolled layers such
+        a list for each layer, else one for all.
       poison: Whether the slots start as values that spread, in tests.
     """
     if block is None:
         return SlotBuffer()
     avals = tuple(getattr(block, name))
     buffer = SlotBuffer(
+        shapes=tuple(aval.shape for aval in avals),
         memory_orders=_memory_orders(block, name, size_of_x),
         parts=getattr(block, f"{name}_parts", (1,) * len(avals)),
         is_unrolled=is_unrolled,
     )
     if not num_slots:
         return buffer
+
+    def arrays(lead: tuple[int, ...], are_on_host: Sequence[bool]) -> tuple[jax.Array, ...]:
+        fill = [_poison(aval.dtype) if poison else 0 for aval in avals]
+        return tuple(
+            host.full((*lead, *host.packed_shape(aval.shape)), value, aval.dtype)
+            if is_there
+            else jnp.full((*lead, *aval.shape), value, aval.dtype)
+            for aval, value, is_there in zip(avals, fill, are_on_host, strict=True)
+        )
+
     if is_unrolled:
-        arrays = tuple(allocate(avals, num_slots, poison=poison) for _ in range(num_layers))
-    else:
-        arrays = allocate(avals, num_slots, num_layers, poison=poison)
-    return buffer.with_arrays(arrays)
+        return buffer.with_arrays(
+            tuple(arrays((num_slots,), on_host[n]) for n in range(num_layers))
+        )
+    return buffer.with_arrays(arrays((num_slots, num_layers), on_host[0]))
 
 
 def _memory_orders(block: SplitVjp, name: str, size_of_x: int) -> tuple[MemoryOrder, ...]:
@@ -204,7 +239,7 @@ def _orders_of(buffer: SlotBuffer) -> list[MemoryOrder]:
     layers = buffer.arrays if buffer.is_unrolled else [buffer.arrays]
 
     def behind(array: jax.Array, order: MemoryOrder) -> MemoryOrder:
-        if order is None:
+        if order is None or is_on_host(array):
             return None
         lead = array.ndim - len(order)
         return (*range(lead), *(lead + dim for dim in order))
@@ -247,8 +282,12 @@ def write(arrays: PyTree, values: PyTree, *index: Any) -> PyTree:
 
 def poison(arrays: PyTree, *index: Any) -> PyTree:
     """Overwrites entry `[*index]` with values that spread, to find reads that come too late."""
-    old = read(arrays, *index)
-    return write(arrays, jax.tree.map(lambda a: jnp.full_like(a, _poison(a.dtype)), old), *index)
+
+    def dead(entry: jax.Array) -> jax.Array:
+        make = host.full if is_on_host(entry) else jnp.full
+        return make(entry.shape, _poison(entry.dtype), entry.dtype)
+
+    return write(arrays, jax.tree.map(dead, read(arrays, *index)), *index)
 
 
 def when(predicate: Any, body: Callable[[Any], Any], carry: Any) -> Any:

@@ -188,10 +188,12 @@ class LayerWork:
             weight_residual = self._read(name, layer, buffers, row)
             operands = self._read(self.source, layer, buffers, row)
         elif self.is_straight:
+            read = self._read(name, layer, buffers, row)
             weight_residual = barriers.copied_or_read(
-                held.weight_residual,
-                self._read(name, layer, buffers, row),
-                small=rank.functions.size_of_x,
+                held.weight_residual, read, small=rank.functions.size_of_x
+            )
+            weight_residual = buffers.slots[name].keep_fetched(
+                layer.index, held.weight_residual, weight_residual
             )
             operands = held.stash
         else:

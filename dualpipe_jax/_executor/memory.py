@@ -7,7 +7,7 @@ are assumed to be copied as XLA copies them. No term grows with the number of mi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpipe_jax._executor.buffers import SLOTS
+from dualpipe_jax._executor.host import padded_bytes
+from dualpipe_jax._executor.offload import OnHost
 from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._executor.trace import Arguments, Functions, Gradients
 from dualpipe_jax._leaves.gradient import pick_accumulated
 from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._model import semantics
+from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
@@ -38,20 +41,23 @@ class Term:
       num_bytes: Bytes of all of them on one device.
       phase: `"beats"` if they exist in the steady phase only, `"ticks"` if in the ticks before and
         after it only; empty if always.
+      where: Whether they are in the device's memory or in the host's.
     """
 
     name: str
     count: str
     num_bytes: int
     phase: Literal["", "beats", "ticks"] = ""
+    where: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True)
 class MemoryReport:
     """Lists the arrays that a step holds on one device beside its arguments.
 
-    `num_bytes` adds up all that exist at once, in the steady phase or in the ticks around it,
-    whichever is more; the gradients that the step returns come after, when slots are free again.
+    `num_bytes` adds up all that exist at once in the device's memory, in the steady phase or in the
+    ticks around it, whichever is more; the gradients that the step returns come after, when slots
+    are free again. `host_bytes` are those in the host's memory.
 
     Attributes:
       terms: Each kind of array.
@@ -65,14 +71,20 @@ class MemoryReport:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all terms that exist at once."""
+        """Bytes of all terms that exist at once in the device's memory."""
         return _sum(self.fullest)
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of the terms in the host's memory, for each device."""
+        return _sum(term for term in self.terms if term.where == "host")
+
+    @property
     def fullest(self) -> tuple[Term, ...]:
-        """The terms that exist at once, in beats or in other ticks, whichever are more."""
+        """The device's terms that exist at once, in beats or in other ticks, whichever are more."""
+        on_device = [term for term in self.terms if term.where == "device"]
         in_beats, in_ticks = (
-            tuple(term for term in self.terms if term.phase in ("", phase))
+            tuple(term for term in on_device if term.phase in ("", phase))
             for phase in ("beats", "ticks")
         )
         return max(in_beats, in_ticks, key=_sum)
@@ -85,6 +97,9 @@ class MemoryReport:
         at_once = "at the most" if any(t.phase for t in self.terms) else ""
         total = f"{self.num_bytes / 2**20:,.1f} MiB"
         rows.append(("total beside the arguments", "", total, at_once))
+        if self.host_bytes:
+            total = f"{self.host_bytes / 2**20:,.1f} MiB"
+            rows.append(("total in the host's memory", "", total, ""))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = (
             f"{name:{widths[0]}}  {count:{widths[1]}}  {size:>{widths[2]}}  {phase}".rstrip()
@@ -106,6 +121,7 @@ def report_memory(
     tables: Tables,
     *,
     slots: dict[str, int],
+    on_host: OnHost,
     layers_per_stage: tuple[int, ...],
     execution: Execution,
     recomputes: bool,
@@ -119,6 +135,7 @@ def report_memory(
       stages: Which layers each rank has.
       tables: The tables.
       slots: The slots of each buffer, spare ones included.
+      on_host: Which of them are in the host's memory.
       layers_per_stage: The layers of each stage.
       execution: How the tables are run, all decided.
       recomputes: Whether deferred weight gradients recompute their operands.
@@ -126,7 +143,9 @@ def report_memory(
     """
     gradients = functions.gradients
     assert gradients is not None
-    terms = _slot_terms(functions, stages, tables, slots=slots, recomputes=recomputes)
+    terms = _slot_terms(
+        functions, stages, tables, slots=slots, on_host=on_host, recomputes=recomputes
+    )
     terms += _stash_terms(gradients, stages, tables, full_backward=not execution.split_backward)
     x = _bytes(functions.outputs.x)
     between = 1 if tables.is_lazy else 2
@@ -149,6 +168,7 @@ def _slot_terms(
     tables: Tables,
     *,
     slots: dict[str, int],
+    on_host: OnHost,
     recomputes: bool,
 ) -> list[Term]:
     """Lists the slot buffers."""
@@ -163,12 +183,31 @@ def _slot_terms(
         DEFERRED: "inputs of deferred W that recompute" if recomputes else "stashes for deferred W",
     }
     for buffer in SLOTS:
+        count = f"{slots.get(buffer, 0)} slots x {_num_layers(stages)} layers"
+        of_slot = _bytes_of_slot(functions.gradients, stages, buffer, on_host[buffer])
+        here, there = (size * slots.get(buffer, 0) for size in of_slot)
         name = names.get(buffer, buffer)
-        size = slots.get(buffer, 0) * _bytes_of_layers(functions.gradients, stages, buffer)
-        if size:
-            count = f"{slots[buffer]} slots x {_num_layers(stages)} layers"
-            terms.append(Term(name, count, size, "ticks" if buffer in idle else ""))
+        if here:
+            terms.append(Term(name, count, here, "ticks" if buffer in idle else ""))
+        if there:
+            terms.append(Term(f"{name}, on the host", count, there, where="host"))
     return terms
+
+
+def _bytes_of_slot(
+    gradients: Gradients, stages: Stages, buffer: str, on_host: Mapping[Kind, Any]
+) -> tuple[int, int]:
+    """Counts the bytes of a slot of a buffer, on the device and in the host's memory."""
+    here = there = 0
+    for kind, block in gradients.block.items():
+        rows, num_layers = on_host[kind], stages.stacks[kind].max_layers
+        for row in rows if stages.is_unrolled else rows * num_layers:
+            for aval, is_there in zip(getattr(block, buffer), row, strict=True):
+                if is_there:
+                    there += padded_bytes(aval)
+                else:
+                    here += _bytes(aval)
+    return here, there
 
 
 def _stash_terms(

@@ -236,6 +236,7 @@ def start(
         stages,
         params,
         slots=settings.slots,
+        on_host=settings.on_host(traced),
         delivery=settings.delivery,
         is_lazy=tables.is_lazy,
         poison=settings.poison,

@@ -15,6 +15,7 @@ from jax import lax
 from dualpipe_jax._executor import barriers, buffers
 from dualpipe_jax._executor.buffers import SLOTS, SlotBuffer, allocate_slots
 from dualpipe_jax._executor.deliver import Delivery, Mail
+from dualpipe_jax._executor.offload import OnHost
 from dualpipe_jax._executor.stages import Layer, Stages
 from dualpipe_jax._executor.trace import Functions, Gradients
 from dualpipe_jax._leaves.gradient import GradIndex, accumulated, pick_accumulated
@@ -239,6 +240,7 @@ def empty_state(
     params: PyTree,
     *,
     slots: dict[str, int],
+    on_host: OnHost,
     delivery: Delivery | None,
     is_lazy: bool,
     poison: bool,
@@ -250,6 +252,7 @@ def empty_state(
       stages: Where the layers are.
       params: The parameters of this device.
       slots: The slots of each buffer.
+      on_host: Which of them are in the host's memory.
       delivery: Where outputs go, in a program that returns outputs.
       is_lazy: Whether the tables are lazy.
       poison: Whether slots start as values that spread, in tests.
@@ -266,6 +269,7 @@ def empty_state(
                 num_layers=stack.max_layers,
                 is_unrolled=stages.is_unrolled,
                 size_of_x=functions.size_of_x,
+                on_host=on_host.get(name, {}).get(kind, ()),
                 poison=poison,
             )
             for kind, stack in stages.stacks.items()

@@ -125,11 +125,14 @@ class Step(Settings):
         Steps of one model that differ in nothing but their schedule may share their `traces`.
         """
         step = self._in_context
+        functions, arguments = step._shared(traces, params, batch, rng, step.recomputes)
         return report_memory(
-            *step._shared(traces, params, batch, rng, step.recomputes),
+            functions,
+            arguments,
             step.stages,
             step.tables,
             slots=step.slots,
+            on_host=step.on_host(functions),
             layers_per_stage=step.layers_per_stage
             or spread_evenly(step.num_layers, step.tables.num_stages),
             execution=replace(step.execution, unroll=step.stages.unrolled_by),

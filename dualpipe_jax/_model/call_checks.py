@@ -14,7 +14,7 @@ from jax.tree_util import keystr
 
 from dualpipe_jax._errors import brief, is_array, raise_all, short, show
 from dualpipe_jax._model import semantics
-from dualpipe_jax._model.types import Batch, Mesh, Params, PyTree
+from dualpipe_jax._model.types import Batch, Mesh, Params, PyTree, is_on_host
 
 
 def key(rng: Any, *, argument: str = "rng", is_optional: bool = True) -> None:
@@ -171,6 +171,15 @@ def arrays(tree: PyTree, name: str) -> None:
             if not _is_of_jax(leaf)
         ),
         error=TypeError,
+    )
+    raise_all(
+        f"{name}: must be on the devices; copy it there in the step, before this call, with "
+        f"jax.device_put({name}, jax.memory.Space.Device)",
+        (
+            f"{name}{keystr(path)} is {short(leaf)} in the host's memory"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if is_on_host(leaf)
+        ),
     )
 
 

@@ -16,7 +16,16 @@ from jax.tree_util import keystr
 from dualpipe_jax._errors import is_array, raise_all, short, show
 from dualpipe_jax._model import semantics, varying
 from dualpipe_jax._model.kinds import Kind, block_name, blocks_of
-from dualpipe_jax._model.types import Aux, Batch, Block, Context, Model, Output, PyTree
+from dualpipe_jax._model.types import (
+    Aux,
+    Batch,
+    Block,
+    Context,
+    Model,
+    Output,
+    PyTree,
+    is_on_host,
+)
 from dualpipe_jax._model.users_call import call
 
 
@@ -313,7 +322,20 @@ def _require_arrays(name: str, part: str, value: Any) -> Any:
         ),
         error=TypeError,
     )
+    _require_on_device(name, part, value)
     return value
+
+
+def _require_on_device(name: str, part: str, value: PyTree) -> None:
+    """Requires arrays on the device."""
+    raise_all(
+        f"{name}: must return values on the device; take jax.device_put to the host out of it",
+        (
+            f"{part}{keystr(path)} is {short(leaf)} in the host's memory"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(value)
+            if is_on_host(leaf)
+        ),
+    )
 
 
 def _require_summable(name: str, part: str, metrics: PyTree) -> None:
@@ -342,6 +364,7 @@ def _require_scalar(
         raise TypeError(f"{name}: must return {requirement}, got {show(value)}; {fix}")
     if value.shape or not any(jnp.issubdtype(value.dtype, kind) for kind in dtypes):
         raise ValueError(f"{name}: must return {requirement}, got {short(value)}; {fix}")
+    _require_on_device(name, "it", value)
 
 
 def _is_pair(value: Any) -> bool:

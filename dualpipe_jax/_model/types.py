@@ -20,6 +20,12 @@ Remat: TypeAlias = str | Callable[..., Any]
 ParamsMask: TypeAlias = PyTree | Callable[[Params], PyTree]
 
 
+def is_on_host(value: Any) -> bool:
+    """Whether an array, or an aval of one, is in the host's memory: its type says so."""
+    aval = jax.typeof(value) if isinstance(value, jax.Array) else value
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Context:

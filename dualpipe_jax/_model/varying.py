@@ -229,6 +229,7 @@ def _untyped(jaxpr: Any) -> Any:
                     known.dtype,
                     weak_type=known.weak_type,
                     sharding=known.sharding,
+                    memory_space=known.memory_space,
                 )
             )
         return env[var]

@@ -95,7 +95,8 @@ def _loop(
             for name, of_action in order
             if of_action != CompiledWork()
         ),
-        collectives=tuple(collectives),
+        collectives=tuple(one for one in collectives if not one.is_host_copy),
+        host_copies=tuple(one for one in collectives if one.is_host_copy),
     )
 
 

@@ -1,4 +1,6 @@
-"""Finds the collectives of a program: their kinds, where they start, and where they are awaited.
+"""Finds the transfers of a program: their kinds, where they start, and where they are awaited.
+
+They are collectives, and copies between the memories of a device and its host.
 
 Asynchronous ones have three forms in the text: `all-to-all-start` and `all-to-all-done`;
 `async-start` and `async-done`, which call a computation; and, on TPUs, fusions that hold an
@@ -21,21 +23,24 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+# Copies to the host's memory and from it, of whole arrays or of entries.
+TO_HOST, FROM_HOST = "to host", "from host"
+_HOST_COPIES = ("copy", "dynamic-slice", "dynamic-update-slice")
 _START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FoundCollective:
-    """Tells where a collective starts and ends in a computation.
+    """Tells where a collective, or a copy to or from the host, starts and ends in a computation.
 
     Attributes:
-      kind: One of `KINDS`.
+      kind: One of `KINDS`, `TO_HOST` or `FROM_HOST`.
       start: The instruction that starts it; for a synchronous one, the only one.
       done: The instruction that waits for it, or None for a synchronous one.
       collective: The instruction that names the devices.
       num_bytes: Bytes of a device's operands; for an all-gather those of its result; for a ragged
         all-to-all those of the smaller of its two buffers, which is the most that may move where no
-        row goes to two devices.
+        row goes to two devices; for a copy the bytes that it moves, padding included.
     """
 
     kind: str
@@ -73,7 +78,8 @@ def find_global_permutes(module: Module) -> dict[str, str]:
 def find_collectives(module: Module, where: Computation) -> list[FoundCollective]:
     """Lists the collectives of a computation and of its fusions, in the order of their starts.
 
-    Collectives in the bodies of its loops and the branches of its conditionals are left out.
+    Copies to the host and from it are among them. Those in the bodies of its loops and the branches
+    of its conditionals are left out.
     """
     found = []
     dones = _dones(module, where)
@@ -100,11 +106,33 @@ def _kind(opcode: str) -> str | None:
     return opcode if opcode in KINDS else None
 
 
+def _kind_of_copy(where: Computation, instruction: Instruction) -> str | None:
+    """Names the kind of a copy to the host or from it."""
+    if instruction.opcode.removesuffix("-start") not in _HOST_COPIES:
+        return None
+    source, target = _ends_of_copy(where, instruction)
+    if source.is_on_host == target.is_on_host:
+        return None
+    return TO_HOST if target.is_on_host else FROM_HOST
+
+
+def _ends_of_copy(where: Computation, copy: Instruction) -> tuple[Shape, Shape]:
+    """Finds the array that a copy reads, and the one that it writes: entries, not whole buffers."""
+    operands = [shape for operand in where.operands_of(copy) for shape in operand.shapes[:1]]
+    # (operands, result, the platform's own) of a start; a copy's start has its result first.
+    result = copy.shapes[0]
+    if copy.opcode == "dynamic-slice-start":
+        result = copy.shapes[len(operands)]
+    if "update" in copy.opcode:
+        return operands[1], operands[0]
+    return operands[0], result
+
+
 def _begun(
     module: Module, where: Computation, instruction: Instruction
 ) -> tuple[str, Instruction, Computation] | None:
     """Finds the collective that an instruction starts or is, and the computation around it."""
-    kind = _kind(instruction.opcode)
+    kind = _kind(instruction.opcode) or _kind_of_copy(where, instruction)
     if kind is not None:
         return kind, instruction, where
     if instruction.opcode not in ("fusion", "async-start", "call"):
@@ -165,6 +193,9 @@ def _start_of(module: Module, where: Computation, done: Instruction) -> Instruct
 
 
 def _num_bytes(kind: str, collective: Instruction, home: Computation) -> int:
+    if kind in (TO_HOST, FROM_HOST):
+        source, target = _ends_of_copy(home, collective)
+        return min(source.padded_bytes, target.padded_bytes)
     operands = [shape for operand in home.operands_of(collective) for shape in operand.shapes]
     if kind == "ragged-all-to-all":
         # One buffer is sent from, the other received into. The program does not say how many bytes

@@ -6,7 +6,8 @@ the executor are such, `[slot, ...]` and `[slot, layer, ...]`. A copy is an inst
 of a loop, or in a computation called there, whose result has the shape of a buffer, that reads as
 many elements, and that is no write in place: a copy, a transpose, a select, or a fusion. Moves into
 fast memory and out of it that keep the layout do not count, as they run beside compute; nor do
-buffers smaller than `LEAST_BYTES`.
+buffers smaller than `LEAST_BYTES`. A copy of a whole buffer between the host's memory and the
+device's is one, whatever the layouts: it takes longer than all else in a trip.
 
 >>> from dualpipe_jax._preflight.hlo import parse
 >>> module = parse('''
@@ -64,6 +65,7 @@ class Copy:
       num_bytes: Its size.
       count: How many of them a trip makes, or for `"once"` a step, on a rank whose action it is.
       cycles: The cycles of all of these, as the compiler estimates; None without estimates.
+      is_over_host_link: Whether they are between the memories of the device and of its host.
     """
 
     where: str
@@ -72,10 +74,13 @@ class Copy:
     num_bytes: int
     count: int
     cycles: float | None
+    is_over_host_link: bool = False
 
 
 def find_copies(module: Module, counter: WorkCounter, loop: FoundLoop | None) -> tuple[Copy, ...]:
-    """Lists the copies of whole buffers in loops, those of most cycles, then of most bytes first.
+    """Lists the copies of whole buffers in loops.
+
+    Those over the link to the host come first, then those of most cycles, then of most bytes.
 
     Args:
       module: The program.
@@ -83,12 +88,13 @@ def find_copies(module: Module, counter: WorkCounter, loop: FoundLoop | None) ->
       loop: The steady loop, or the scan over ticks; None if there is neither.
     """
     buffers = _find_buffers(module)
-    found: dict[tuple[str, str, Shape], tuple[int, float]] = {}
+    found: dict[tuple[str, str, Shape, bool], tuple[int, float]] = {}
     for instruction, times, where, action in _in_loops(module, loop):
         for shape in _copied(module, instruction, buffers):
             cycles = counter.of(instruction, module.entry).cycles
-            count, total = found.get((where, action, shape), (0, 0.0))
-            found[where, action, shape] = count + times, total + times * cycles
+            key = where, action, shape, _is_over_host_link(instruction)
+            count, total = found.get(key, (0, 0.0))
+            found[key] = count + times, total + times * cycles
     copies = (
         Copy(
             where=where,
@@ -97,10 +103,20 @@ def find_copies(module: Module, counter: WorkCounter, loop: FoundLoop | None) ->
             num_bytes=shape.num_bytes,
             count=count,
             cycles=cycles or None,
+            is_over_host_link=is_over_host_link,
         )
-        for (where, action, shape), (count, cycles) in found.items()
+        for (where, action, shape, is_over_host_link), (count, cycles) in found.items()
     )
-    return tuple(sorted(copies, key=lambda copy: (-(copy.cycles or 0), -copy.num_bytes)))
+    order = lambda copy: (not copy.is_over_host_link, -(copy.cycles or 0), -copy.num_bytes)  # noqa: E731
+    return tuple(sorted(copies, key=order))
+
+
+def _is_over_host_link(instruction: Instruction) -> bool:
+    """Whether the start of a copy has its target and its source in different memories."""
+    if instruction.opcode != "copy-start":
+        return False
+    target, source = instruction.shapes[:2]
+    return target.is_on_host != source.is_on_host
 
 
 def _find_buffers(module: Module) -> set[Shape]:
@@ -110,7 +126,7 @@ def _find_buffers(module: Module) -> set[Shape]:
         for instruction in where.instructions:
             if instruction.opcode == "while":
                 carried.update(instruction.shapes)
-            elif instruction.opcode == "dynamic-update-slice":
+            elif instruction.opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
                 buffer, update, *indices = where.operands_of(instruction)
                 sizes = zip(buffer.shapes[0].dims, update.shapes[0].dims, indices, strict=True)
                 if any(a > b == 1 and i.opcode != "constant" for a, b, i in sizes):
@@ -173,7 +189,8 @@ def _copied(module: Module, instruction: Instruction, buffers: set[Shape]) -> li
         return []
     if instruction.opcode == "copy-start":
         target, source = instruction.shapes[:2]
-        return [target] if target in buffers and target.layout != source.layout else []
+        is_move = target.layout == source.layout and not _is_over_host_link(instruction)
+        return [target] if target in buffers and not is_move else []
     if instruction.opcode != "fusion":
         return [shape for shape in instruction.shapes if shape in buffers]
     (fused,) = module.callees(instruction)

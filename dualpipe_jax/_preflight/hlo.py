@@ -18,7 +18,7 @@ computation is the order in which a device starts them. Only the parts in use he
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NoReturn
 
@@ -30,6 +30,8 @@ _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _MEMORY_SPACE = re.compile(r"S\(\d+\)")
+_HOST = "S(5)"
+_LANES = 128
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
@@ -51,11 +53,13 @@ class Shape:
       dims: Its dims.
       layout: Its memory layout, as in the text but for the memory space. Shapes are equal whatever
         their layouts.
+      is_on_host: Whether the array is in the host's memory.
     """
 
     dtype: str
     dims: tuple[int, ...]
     layout: str = field(default="", compare=False)
+    is_on_host: bool = field(default=False, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -65,6 +69,13 @@ class Shape:
             width = _WIDTH.match(self.dtype)
             bits = int(width[1]) if width else 0
         return math.ceil(math.prod(self.dims) * bits / 8)
+
+    @property
+    def padded_bytes(self) -> int:
+        """Counts its bytes with its last dim padded to a TPU's width, as it travels to the host."""
+        *rows, columns = self.dims or (1,)
+        padded = replace(self, dims=(*rows, -(-columns // _LANES) * _LANES))
+        return padded.num_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +281,7 @@ def _instruction(name: str, rest: str) -> Instruction:
             dtype,
             tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim),
             _MEMORY_SPACE.sub("", layout),
+            is_on_host=_HOST in layout,
         )
         for dtype, dims, layout in _SHAPE.findall(rest[:end])
     )

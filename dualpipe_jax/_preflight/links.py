@@ -30,10 +30,12 @@ class Network:
     Attributes:
       axes: The sizes of the mesh axes, by name, outermost first.
       device: The device; None if nothing is published of its links.
+      host_link: Bytes a second between a device and its host, each way; None if not known.
     """
 
     axes: dict[str, int]
     device: Device | None
+    host_link: float | None = None
 
     @property
     def num_devices(self) -> int:

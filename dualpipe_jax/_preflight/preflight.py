@@ -1,6 +1,7 @@
 """Compiles a step ahead of time for a topology, and reports on the compiled program."""
 
 import inspect
+import math
 import re
 import time
 import warnings
@@ -33,6 +34,7 @@ def preflight(
     compiler_options: dict[str, bool | int | str] | None = None,
     mesh: Any = None,
     kernel_costs: Mapping[str, KernelCost] | None = None,
+    host_link: float | None = None,
 ) -> Report:
     """Compiles a training step for hardware that need not be there, and reports on the program.
 
@@ -72,6 +74,8 @@ def preflight(
         (`jax.ShapeDtypeStruct`s). Other kernels count as they estimate themselves
         (`pl.CostEstimate`), the flash and splash attention that come with JAX by their matmuls; the
         report names the kernels whose cost is not known, which are not in its times.
+      host_link: Bytes a second of a device's link to its host, each way; None for the default of
+        the device (`dualpipe_jax.device_figures`).
 
     Returns:
       The report, frozen dataclasses; `print` shows it.
@@ -81,11 +85,13 @@ def preflight(
         arguments lie on more than one mesh, or on none and the step maps over none, or the compiler
         does not know its options.
       TypeError: If `step_fn` is no function, `args` no tuple, `mesh` no mesh, `compiler_options` no
-        dict of values by name, or `kernel_costs` not of numbers and functions by name.
+        dict of values by name, `kernel_costs` not of numbers and functions by name, or `host_link`
+        no number above 0.
       ModuleNotFoundError: If the compiler for the topology is not installed.
     """
     _check_step(step_fn, args)
     kernels = Kernels(_check_kernel_costs(kernel_costs))
+    _check_host_link(host_link)
     found = find_topology(topology)
     axes = find_axes(step_fn, tuple(args), mesh)
     on = make_mesh(found, axes.sizes, axes.types)
@@ -115,9 +121,12 @@ def preflight(
         )
     module = parse(compiled.as_text() or "")
     memory = compiled.memory_analysis()
+    if host_link is None and found.device is not None:
+        host_link = found.device.host_link
+    network = Network(axes=axes.sizes, device=found.device, host_link=host_link)
     return Report(
         **common,
-        **analyze(module, Network(axes=axes.sizes, device=found.device), kernels)._asdict(),
+        **analyze(module, network, kernels)._asdict(),
         memory=_memory(found, memory),
         program=_program_size(module, memory),
         kernels=kernels.list_calls(module),
@@ -178,6 +187,17 @@ def _check_kernel_costs(kernel_costs: Any) -> Mapping[str, KernelCost]:
                 "of its operands, by the name of a kernel"
             )
     return kernel_costs
+
+
+def _check_host_link(host_link: Any) -> None:
+    """Requires bytes a second, or None."""
+    if host_link is None:
+        return
+    is_number = isinstance(host_link, int | float) and not isinstance(host_link, bool)
+    if not is_number or not 0 < host_link < math.inf:
+        raise TypeError(
+            f"host_link={brief(host_link)}: must be bytes a second, a number above 0, or None"
+        )
 
 
 def _lower(
@@ -253,6 +273,7 @@ def _memory(topology: Topology, analysis: Any) -> Memory:
         outputs=outputs,
         aliased=aliased,
         temporaries=temporaries,
+        host_temporaries=analysis.host_temp_size_in_bytes,
         # The CPU's compiler gives a number that leaves the temporaries out.
         peak=None if topology.platform == "cpu" else analysis.peak_memory_in_bytes,
         needed=needed,

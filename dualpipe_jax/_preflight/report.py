@@ -13,6 +13,7 @@ from dualpipe_jax._preflight.text import (
     branch_lines,
     collective_rows,
     copies_lines,
+    host_lines,
     kernel_line,
     prediction_line,
     quiet_ticks,
@@ -47,6 +48,8 @@ class Memory:
       outputs: Its results.
       aliased: The part of the outputs that takes the place of (donated) arguments.
       temporaries: The space reserved for all other values.
+      host_temporaries: The same in the host's memory; 0 where the compiler does not tell the two
+        memories apart, as on CPUs.
       peak: The most in use at one time, as the compiler counts it; None where it does not. A TPU's
         includes values in the chip's fast memory, so that in a small program it is more than
         `needed`.
@@ -60,6 +63,7 @@ class Memory:
     outputs: int | None = None
     aliased: int | None = None
     temporaries: int | None = None
+    host_temporaries: int | None = None
     peak: int | None = None
     needed: int | None = None
     capacity: int | None = None
@@ -102,6 +106,7 @@ class LoopTrip:
         where it is not known how many trips take which.
       actions: The work of each action.
       collectives: The collectives.
+      host_copies: The copies between the memories of the device and of its host, each way.
     """
 
     kind: str
@@ -114,6 +119,7 @@ class LoopTrip:
     exposed_seconds: float | None
     actions: tuple[ActionWork, ...]
     collectives: tuple[Collective, ...]
+    host_copies: tuple[Collective, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +163,17 @@ class Report:
     kernels: tuple[Kernel, ...] = ()
     failure: str = ""
 
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Says what no program should do: copy whole slot buffers over the link to the host."""
+        return tuple(
+            f"{copy.shape} is copied over the link to the host {copy.count} times in a loop "
+            f"({copy.where}, {copy.action}), where one slot should be: this takes longer than all "
+            "else in the loop; choose other values to offload"
+            for copy in self.copies
+            if copy.is_over_host_link
+        )
+
     def __str__(self) -> str:
         """Writes the report as plain text."""
         tables = [text_table(head, rows) for head, rows in self.tables()]
@@ -179,6 +196,7 @@ class Report:
             ("step", [prediction_line(self.prediction)]),
             ("loop", ["none with matmuls"] if self.loop is None else _loop_lines(self.loop)),
             ("copies", [] if self.program is None else copies_lines(self.copies)),
+            ("FAULT", list(self.faults)),
         ]
         if self.apart:
             parts.append(
@@ -215,6 +233,9 @@ class Report:
         tables: list[_Table] = [(("action", "cycles", "matmuls"), actions)]
         if self.loop.collectives:
             tables.append((COLLECTIVES_HEAD, collective_rows(self.loop.collectives)))
+        if self.loop.host_copies:
+            head = ("copy", *COLLECTIVES_HEAD[1:])
+            tables.append((head, collective_rows(self.loop.host_copies)))
         if self.waits is not None:
             seconds = self.prediction.loop_seconds or 0.0
             tables += [ticks_table(self.waits), sums_table(self.waits, seconds)]
@@ -236,6 +257,8 @@ def _memory_lines(memory: Memory) -> list[str]:
             + ", fast memory included"
             * ((memory.peak or 0) > (memory.needed or 0))
         )
+    if memory.host_temporaries:
+        lines.append(f"temporaries in the host's memory {show_bytes(memory.host_temporaries)}")
     return lines
 
 
@@ -267,4 +290,5 @@ def _loop_lines(loop: LoopTrip) -> list[str]:
         ),
         f"{hidden} of {len(loop.collectives)} collectives hidden{beside}",
         *branch_lines(loop.collectives),
+        *host_lines(loop.host_copies),
     ]

@@ -12,7 +12,7 @@ from dualpipe_jax._predict.waits import EARLY, MERGED, NEXT, RECEIVER, TRANSFER,
 from dualpipe_jax._preflight.copies import Copy
 from dualpipe_jax._preflight.kernels import Kernel
 from dualpipe_jax._preflight.predict import Prediction
-from dualpipe_jax._preflight.timing import Collective
+from dualpipe_jax._preflight.timing import Collective, exposed_seconds
 
 _WHERE = {
     "steady": "a trip of the steady loop",
@@ -107,6 +107,23 @@ def branch_lines(collectives: Sequence[Collective]) -> list[str]:
     return [number, "branch; counted as exposed is the mean over the step's trips"]
 
 
+def host_lines(copies: Sequence[Collective]) -> list[str]:
+    """Writes how many copies to and from the host there are, and how long they are exposed."""
+    if not copies:
+        return []
+    number = sum(copy.count for copy in copies)
+    hidden = sum(copy.count for copy in copies if copy.is_hidden)
+    each_way = (
+        f"{show_bytes(sum(copy.num_bytes * copy.count for copy in way))} {words}"
+        for words in ("to host", "from host")
+        if (way := [copy for copy in copies if copy.kind == words])
+    )
+    return [
+        f"{hidden} of {number} copies to and from the host hidden, {', '.join(each_way)}, "
+        f"{show_time(exposed_seconds(copies))} exposed"
+    ]
+
+
 def collective_rows(collectives: Sequence[Collective]) -> list[Sequence[str]]:
     """Makes a row for each collective, and one for all alike ones in branches."""
     alike: dict[tuple[str, ...], list[Collective]] = {}
@@ -185,8 +202,9 @@ def copies_lines(copies: Sequence[Copy]) -> list[str]:
 def _copy_line(copy: Copy) -> str:
     action = "" if copy.action == "other" else f", in {copy.action}"
     cycles = "" if copy.cycles is None else f", {copy.cycles:,.0f} cycles"
+    over = " over the link to the host" if copy.is_over_host_link else ""
     return (
-        f"{copy.count} of a whole slot buffer {_WHERE[copy.where]}{action}: {copy.shape}, "
+        f"{copy.count} of a whole slot buffer{over} {_WHERE[copy.where]}{action}: {copy.shape}, "
         f"{show_bytes(copy.num_bytes)}{cycles}"
     )
 

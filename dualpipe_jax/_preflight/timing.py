@@ -2,7 +2,8 @@
 
 Compute takes the compiler's estimate of cycles, or its FLOPs at the published peak where there is
 no estimate. Asynchronous collectives that go the same way along a mesh axis share its links and go
-one after the other. A loop inside counts as often as it runs.
+one after the other; so do copies to the host, and copies from it, on the link to the host. A loop
+inside counts as often as it runs.
 
 The exposed time is that for which compute stands still: all of a synchronous collective's, and the
 part of an asynchronous one's link time beyond the compute between its start and its done.
@@ -20,7 +21,12 @@ from dataclasses import dataclass, replace
 
 from dualpipe_jax import _scopes
 from dualpipe_jax._devices import Device
-from dualpipe_jax._preflight.collectives import FoundCollective, find_collectives
+from dualpipe_jax._preflight.collectives import (
+    FROM_HOST,
+    TO_HOST,
+    FoundCollective,
+    find_collectives,
+)
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module
 from dualpipe_jax._preflight.kernels import Kernels
 from dualpipe_jax._preflight.links import Lane, Network
@@ -31,13 +37,15 @@ from dualpipe_jax._preflight.work import CompiledWork, WorkCounter, action_of, t
 class Collective:
     """Tells how long a collective takes in a trip of a loop, and how much of it is hidden.
 
+    Or a copy to the host's memory or from it.
+
     FLOPs, cycles and times between its start and its done are those of a rank that acts.
 
     Attributes:
-      kind: `"collective-permute"`, `"all-to-all"`, ...
+      kind: `"collective-permute"`, `"all-to-all"`, ..., `"to host"`, `"from host"`.
       name: The name of the instruction that starts it.
       op_name: The JAX functions and scopes that it stands for.
-      axes: The mesh axes along which it moves data.
+      axes: The mesh axes along which it moves data; none of a copy.
       count: How often it runs in a trip of the loop; if in a branch, in a trip that takes it.
       conditional: The name of the conditional in one of whose branches it runs, of which a trip
         takes one; None outside of branches.
@@ -73,6 +81,11 @@ class Collective:
     link_seconds: float | None
     exposed_seconds: float | None
     most_exposed_seconds: float | None
+
+    @property
+    def is_host_copy(self) -> bool:
+        """Whether it is a copy to the host's memory or from it."""
+        return self.kind in _WAY_TO_HOST
 
     @property
     def is_hidden(self) -> bool | None:
@@ -136,6 +149,8 @@ def exposed_seconds(
     return total + sum(choose(of_branch.values()) for of_branch in branches.values())
 
 
+# The ways of copies on the link to the host, which carries as much each way.
+_WAY_TO_HOST = {TO_HOST: 1, FROM_HOST: -1}
 # The actions that every rank runs: its optional parts. Few ranks have the ends.
 _OF_ALL_RANKS = {_scopes.FORWARD, _scopes.INPUT_GRAD, _scopes.WEIGHT_GRAD}
 
@@ -247,7 +262,7 @@ class Replay:
             elif name in started:
                 one = started[name]
                 seconds = self._link_seconds(one) or 0.0
-                lanes = self._network.lanes_of(one.collective)
+                lanes = self._lanes(one)
                 arrives = max([clock, *(free.get(lane, 0.0) for lane in lanes)]) + seconds
                 free |= dict.fromkeys(lanes, arrives)
                 flights[name] = arrives, done_work
@@ -293,7 +308,14 @@ class Replay:
             out += [replace(inner, count=inner.count * trips) for inner in self.run(callee)]
         return out
 
+    def _lanes(self, found: FoundCollective) -> set[Lane]:
+        way = _WAY_TO_HOST.get(found.kind)
+        return self._network.lanes_of(found.collective) if way is None else {("", way)}
+
     def _link_seconds(self, found: FoundCollective) -> float | None:
+        if found.kind in _WAY_TO_HOST:
+            link = self._network.host_link
+            return None if link is None else found.num_bytes / link
         return self._network.seconds(found.kind, found.collective, found.num_bytes)
 
     def _collective(
@@ -306,7 +328,7 @@ class Replay:
             kind=found.kind,
             name=found.start.name,
             op_name=found.collective.op_name or found.start.op_name,
-            axes=self._network.axes_of(found.collective),
+            axes=() if found.kind in _WAY_TO_HOST else self._network.axes_of(found.collective),
             count=1,
             is_async=found.done is not None,
             num_bytes=found.num_bytes,

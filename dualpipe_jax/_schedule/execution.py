@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dualpipe_jax._errors import brief, show
+from dualpipe_jax._sizes import parse_bytes
 
 _TWO_TICK = "two-tick"
 
@@ -40,6 +41,11 @@ class Execution:
         `"recompute"`, its blocks' inputs and cotangents only, so that zero-bubble schedules do not
         take the memory that `remat` saves; `"store"`, all that it needs. By default it recomputes;
         without rematerialisation there is nothing to recompute.
+      slots_on_device: How many of the activations that a rank keeps from F to W, over all its
+        stages, have room on the device; or bytes for them, such as "12GiB". Values of the first
+        layers of each stage then wait in the host's memory, copied there and back beside compute
+        (docs/offload.md). None: all stay on the device, but those that a policy of
+        `jax.checkpoint` offloads.
 
     Raises:
       ValueError: If a value is none of these.
@@ -50,6 +56,7 @@ class Execution:
     unroll: bool | int | None = None
     split_backward: bool | None = None
     deferred: Literal["recompute", "store"] | None = None
+    slots_on_device: int | str | None = None
 
     def __post_init__(self) -> None:
         _require_one_of("overlap", self.overlap, True, False, _TWO_TICK)
@@ -63,6 +70,10 @@ class Execution:
                 raise ValueError(f"unroll={self.unroll}: {must}, at least 1")
             if self.unroll == 1:  # as True does
                 object.__setattr__(self, "unroll", self.unroll is True)
+        if self.slots_on_device is not None:
+            _require_slots(self.slots_on_device)
+        if isinstance(self.slots_on_device, str):  # a program's name has it
+            object.__setattr__(self, "slots_on_device", "".join(self.slots_on_device.split()))
 
     def __str__(self) -> str:
         """Names all decided choices in a line."""
@@ -82,6 +93,9 @@ class Execution:
             else words[name][value]
             for name, value in given.items()
         ]
+        if self.slots_on_device is not None:
+            of = " of" if isinstance(self.slots_on_device, str) else ""
+            found.append(f"{self.slots_on_device}{of} slots on the device")
         return ", ".join(found) or "decided for you"
 
     def __repr__(self) -> str:
@@ -108,6 +122,19 @@ def timetable_of(overlap: Any) -> str:
     if overlap == _TWO_TICK:
         return _TWO_TICK
     return "aligned" if overlap else "shortest"
+
+
+def _require_slots(value: Any) -> None:
+    must = "must be a number of activations, a size such as '12GiB', or None"
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"slots_on_device={brief(value)}: {must}; got {show(value)}")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"slots_on_device={value}: {must}, at least 1")
+    if isinstance(value, str):
+        try:
+            parse_bytes(value)
+        except ValueError as error:
+            raise ValueError(f"slots_on_device={brief(value)}: {must}") from error
 
 
 def _require_one_of(name: str, value: Any, *known: Any) -> None:

@@ -3,6 +3,8 @@
 `jit`, `jax.checkpoint`, `custom_jvp` and `custom_vjp` disappear: their equations stand in the graph
 as if the block had written them out. Scans, conditionals and `shard_map`s become one node each,
 which `bodies.split_bodies` splits later; every other equation becomes a node that is never opened.
+Copies to the host's memory and back, which policies of `jax.checkpoint` add, disappear too: the
+graph notes which values they copy (`Graph.offloaded`), and the slots of these are there.
 
 >>> import jax, jax.numpy as jnp
 >>> from dualpipe_jax._split_vjp.graph import show
@@ -26,9 +28,18 @@ import jax
 from jax.extend import core as jcore
 from jax.extend.core import primitives
 
+from dualpipe_jax._model.types import is_on_host
 from dualpipe_jax._split_vjp.bodies import Body
 from dualpipe_jax._split_vjp.cond import Cond
-from dualpipe_jax._split_vjp.graph import Atom, Constant, Graph, Inner, Node, When
+from dualpipe_jax._split_vjp.graph import (
+    Atom,
+    Constant,
+    Graph,
+    Inner,
+    Node,
+    When,
+    numbers,
+)
 from dualpipe_jax._split_vjp.primitives import CONTRACTIONS, KEEP_ZERO
 from dualpipe_jax._split_vjp.scan import Scan
 from dualpipe_jax._split_vjp.shard_map import ShardMap
@@ -62,7 +73,7 @@ def append(
 
     Raises:
       TypeError: If an equation reads or writes a mutable array.
-      ValueError: If an equation moves a value to the host's memory.
+      ValueError: If an equation computes with a value in the host's memory.
     """
     env: dict[Any, Atom] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
@@ -80,6 +91,10 @@ def append(
                 in_backward=in_backward or when is When.BACKWARD,
                 scope="/".join(filter(None, names)),
             )
+        elif eqn.primitive is primitives.device_put_p and _is_any_on_host(eqn):
+            outs = list(ins)
+            to_host = (i for i, v in zip(ins, eqn.outvars, strict=True) if is_on_host(v.aval))
+            graph.offloaded.update(numbers(to_host))
         else:
             if in_backward and when is When.FORWARD:
                 when = When.BACKWARD
@@ -151,20 +166,23 @@ def _node(
 
 
 def _require_values(eqn: jcore.JaxprEqn, effects: set[str]) -> None:
-    """Refuses mutable arrays and values in the host's memory."""
+    """Refuses mutable arrays, and computations with values in the host's memory."""
     if effects & _REF_EFFECTS or eqn.primitive.name == "new_ref":
         raise TypeError(
             "model: embed, block and head must not read or write mutable arrays (jax.new_ref; here "
             f"by {eqn.primitive.name!r}), as their parts run at different times; pass on values"
         )
-    if any("Host" in str(getattr(var.aval, "memory_space", "")) for var in eqn.outvars):
+    if _is_any_on_host(eqn):
         raise ValueError(
-            f"model: the block moves values of type {eqn.outvars[0].aval} to the host's memory (by "
-            f"{eqn.primitive.name!r}), which slots cannot hold; in remat=, or in the block's own "
-            "jax.checkpoint, take a policy that saves or recomputes "
-            "(save_only_these_names), not one that offloads (save_and_offload_only_these_names, "
-            "offload_dot_with_no_batch_dims)"
+            f"model: {eqn.primitive.name!r} has a value in the host's memory; embed, block and "
+            "head may only copy values there and back, as policies of jax.checkpoint that offload "
+            "do, and neither in a loop (jax.lax.scan) nor in a branch: put the jax.checkpoint "
+            "around it, or take a policy that saves or recomputes"
         )
+
+
+def _is_any_on_host(eqn: jcore.JaxprEqn) -> bool:
+    return any(is_on_host(v.aval) for v in (*eqn.invars, *eqn.outvars))
 
 
 def _inner(eqn: jcore.JaxprEqn, inputs: tuple[Atom, ...]) -> Inner | None:

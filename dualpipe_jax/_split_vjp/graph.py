@@ -90,13 +90,19 @@ class Node:
 class Graph:
     """Nodes in an order in which they can run, and the abstract value and time of each value.
 
-    `zeros` are the values known to be zero: the gradients of inputs that no output depends on.
+    Attributes:
+      nodes: The nodes.
+      avals: The abstract value of each value.
+      when: When each value is known.
+      zeros: The values known to be zero: the gradients of inputs that no output depends on.
+      offloaded: The values that are to wait in the host's memory, if they wait at all.
     """
 
     nodes: list[Node] = field(default_factory=list)
     avals: list[Any] = field(default_factory=list)
     when: list[When] = field(default_factory=list)
     zeros: set[int] = field(default_factory=set)
+    offloaded: set[int] = field(default_factory=set)
 
     def new_value(self, aval: Any, when: When) -> int:
         """Numbers a new value."""

@@ -4,7 +4,9 @@ from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Module, parse
 from dualpipe_jax._preflight.links import Network
 
-TOY = Device(name="toy", kind="toy", memory=1000, peak_flops=2.0, clock=1.0, link=1.0)
+TOY = Device(
+    name="toy", kind="toy", memory=1000, peak_flops=2.0, clock=1.0, link=1.0, host_link=1.0
+)
 
 
 def network(**axes: int) -> Network:

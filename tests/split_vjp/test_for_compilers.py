@@ -112,7 +112,11 @@ def test_reading_in_parts_reads_the_same(is_unrolled: bool) -> None:
         for shape in ((6, 2), (3,), ())
     )
     buffer = SlotBuffer(
-        (arrays, arrays) if is_unrolled else arrays, (None,) * 3, (3, 1, 1), is_unrolled
+        (arrays, arrays) if is_unrolled else arrays,
+        shapes=((6, 2), (3,), ()),
+        memory_orders=(None,) * 3,
+        parts=(3, 1, 1),
+        is_unrolled=is_unrolled,
     )
     whole, parts = (buffer.read(1, jnp.int32(2), in_parts=is_on) for is_on in (False, True))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, parts))
@@ -124,7 +128,13 @@ def test_a_value_read_in_parts_is_not_put_together() -> None:
 
     def text(reader: Callable[..., Any]) -> str:
         def read(buffer: jax.Array, slot: jax.Array) -> jax.Array:
-            layers = SlotBuffer(((buffer,),), (None,), (3,), is_unrolled=True)
+            layers = SlotBuffer(
+                ((buffer,),),
+                shapes=((3, 8, 8),),
+                memory_orders=(None,),
+                parts=(3,),
+                is_unrolled=True,
+            )
             (value,) = layers.read(0, slot, in_parts=True)
             return reader(value)
 

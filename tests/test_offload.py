@@ -1,0 +1,136 @@
+"""Slots in the host's memory: which values wait there, and what is refused.
+
+That steps with such slots are exact is for test_exact.py, and that no dead one is read for
+test_program.py; what compilers make of the copies, for preflight/test_tpu.py and experiments.
+"""
+
+from typing import Any
+
+import jax
+import pytest
+
+import dualpipe_jax as dpj
+from dualpipe_jax._executor import offload, program
+from tests.models import make_batch, make_mesh, make_model, make_params, offload_policy
+
+NUM_MICROBATCHES = 16
+HOST = jax.memory.Space.Host
+ARGS = make_params(8), make_batch(NUM_MICROBATCHES)
+
+
+@pytest.fixture
+def all_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 0)
+
+
+def make(slots_on_device: int | str | None = None, **options: Any) -> Any:
+    """Makes a step of five slots, two layers a stage."""
+    unroll = options.pop("unroll", None)
+    return dpj.value_and_grad(
+        make_model(),
+        mesh=make_mesh(4),
+        num_microbatches=NUM_MICROBATCHES,
+        execution=dpj.Execution(unroll=unroll, slots_on_device=slots_on_device),
+        **options,
+    )
+
+
+def slots_at_start(monkeypatch: pytest.MonkeyPatch, grad_fn: Any) -> dict[str, Any]:
+    """Finds the types of a step's slots: by buffer, with unrolled layers a tuple for each layer."""
+    found = []
+    start = program.start
+
+    def spy(*args: Any) -> Any:
+        rank, state, weight = start(*args)
+        for name, of_kinds in state.slots.items():
+            (buffer,) = of_kinds.values()
+            found.append((name, jax.tree.map(jax.typeof, buffer.arrays)))
+        return rank, state, weight
+
+    monkeypatch.setattr(program, "start", spy)
+    jax.eval_shape(grad_fn, *ARGS)
+    return dict(found)
+
+
+def slot_bytes(grad_fn: Any) -> tuple[int, int]:
+    """Adds up the bytes of residuals, on the device and on the host."""
+    terms = [term for term in grad_fn.memory(*ARGS).terms if "residuals" in term.name]
+    here, there = (
+        sum(term.num_bytes for term in terms if term.where == where) for where in ("device", "host")
+    )
+    return here, there
+
+
+@pytest.mark.usefixtures("all_may_leave")
+def test_no_more_stay_on_the_device_than_asked_for() -> None:
+    all_here, none_there = slot_bytes(make())
+    assert none_there == 0
+    by_number = [slot_bytes(make(number)) for number in range(1, 6)]
+    for number, (here, there) in enumerate(by_number, start=1):
+        assert here <= number * all_here / 5
+        assert (there > 0) == (number < 5)
+    assert [here for here, _ in by_number] == sorted(here for here, _ in by_number)
+    assert by_number[-1] == (all_here, 0)
+    # Bytes of two slots.
+    assert slot_bytes(make(f"{2 * all_here // 5}B")) == by_number[1]
+    report = make(2).memory(*ARGS)
+    assert report.host_bytes == by_number[1][1]
+    assert str(report).splitlines()[-1].startswith("total in the host's memory")
+    assert "2 slots on the device" in str(report)
+
+
+@pytest.mark.usefixtures("all_may_leave")
+def test_the_first_layers_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = slots_at_start(monkeypatch, make(2))
+    first, second = (
+        [aval.memory_space == HOST for name in offload.RESIDUALS for aval in slots[name][layer]]
+        for layer in (0, 1)
+    )
+    assert all(first)
+    assert 0 < sum(second) < len(second)
+    assert not any(aval.memory_space == HOST for aval in jax.tree.leaves(slots["stash"]))
+
+
+@pytest.mark.usefixtures("all_may_leave")
+def test_looped_layers_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = slots_at_start(monkeypatch, make(3, unroll=False))
+    there = [
+        aval for name in offload.RESIDUALS for aval in slots[name] if aval.memory_space == HOST
+    ]
+    assert there
+    assert all(aval.shape[:2] == (5, 2) for aval in there)  # [slot, layer, ...]
+
+
+def test_a_policy_moves_its_values_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = slots_at_start(monkeypatch, make(remat=offload_policy()))
+    for layer in slots["weight_residual"]:
+        there = [aval.shape for aval in layer if aval.memory_space == HOST]
+        assert there == [(5, 2, 3, 5)]  # the value of width 5, in rows of 2 and a length of 3
+
+
+def test_small_values_stay_and_are_the_least() -> None:
+    all_here, _ = slot_bytes(make())
+    with pytest.raises(ValueError, match=r"slots_on_device=2: must be at least 5, or .*1 MiB"):
+        make(2).memory(*ARGS)
+    with pytest.raises(ValueError, match=r"slots_on_device='1KiB': must be at least 5"):
+        jax.eval_shape(make("1KiB"), *ARGS)
+    assert slot_bytes(make(5)) == (all_here, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_may_leave")
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("options", [{}, {"schedule": "zb-h1"}, {"remat": offload_policy()}])
+def test_programs_for_accelerators_have_them(platform: str, options: dict[str, Any]) -> None:
+    """Where beats interleave, values wait for each other, and layouts are asked for."""
+    options = {"schedule": "dualpipe", **options}
+    traced = jax.jit(make(2, **options)).trace(*ARGS)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "pinned_host" in text
+
+
+@pytest.mark.usefixtures("all_may_leave")
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "much", b"1GiB"])
+def test_wrong_numbers_are_refused(value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"slots_on_device=.*must be a number of"):
+        dpj.Execution(slots_on_device=value)
