@@ -53,7 +53,8 @@ def test_devices_change_nothing(schedule: str, num_layers: int, remat: str) -> N
     )
     assert fake == absent
     assert str(fake) == str(absent)
-    assert None not in vars(fake.execution).values()
+    decided = {**vars(fake.execution), "slots_on_device": 0}  # never decided for you
+    assert None not in decided.values()
     assert str(fake).startswith(f"execution: {fake.execution}\n")
 
 

@@ -51,10 +51,15 @@ class SlotBuffer:
     """Holds the values that the layers of one kind keep in slots, `[slot, layer, ...]` each.
 
     Where layers are unrolled each has arrays of its own, `[slot, ...]`, so that no layer waits for
-    another's. Some arrays may be in the host's memory, with their values packed (`host`).
+    another's.
+
+    Values may wait in the host's memory, packed (`host`). Each chunk has an array of its own for
+    them, as XLA starts no access to such an array before the one before has ended: in a beat one
+    chunk's is written, and another's is read.
 
     Attributes:
-      arrays: The array of each value; with unrolled layers such a tuple for each layer.
+      arrays: The array of each value, or where it waits on the host a tuple of one for each chunk;
+        with unrolled layers such a tuple for each layer.
       shapes: The shape of each value.
       memory_orders: The order in memory of each value's dims.
       parts: For each value the parts, along its first dim, in which straight-line code reads it.
@@ -71,12 +76,15 @@ class SlotBuffer:
         """Returns the buffer with other arrays; without any for a loop that does not use it."""
         return replace(self, arrays=arrays)
 
-    def read(self, layer: Any, slot: Any, *, in_parts: bool = False) -> tuple[jax.Array, ...]:
+    def read(
+        self, layer: Any, slot: Any, chunk: int = 0, *, in_parts: bool = False
+    ) -> tuple[jax.Array, ...]:
         """Reads the values that a slot holds for a layer.
 
         Args:
           layer: The layer.
           slot: The slot.
+          chunk: The chunk whose values they are.
           in_parts: Whether to read each value in its `parts` and to join them again: XLA does
             neither where the readers want the parts.
         """
@@ -84,20 +92,25 @@ class SlotBuffer:
         if not arrays:
             return ()
         return tuple(
-            host.from_host(read(array, *index), shape)
-            if is_on_host(array)
+            host.from_host(read(array[chunk], *index), shape)
+            if isinstance(array, tuple)
             else _read_parts(array, index, parts if in_parts else 1)
             for array, shape, parts in zip(arrays, self.shapes, self.parts, strict=True)
         )
 
-    def write(self, layer: Any, slot: Any, values: Sequence[jax.Array]) -> "SlotBuffer":
+    def write(
+        self, layer: Any, slot: Any, values: Sequence[jax.Array], chunk: int = 0
+    ) -> "SlotBuffer":
         """Returns the buffer with a layer's values in a slot; in place inside a loop."""
         arrays, index = self._entry(layer, slot)
-        values = tuple(
-            host.to_host(value) if is_on_host(array) else value
-            for array, value in zip(arrays, values, strict=True)
-        )
-        return self._replace(layer, write(arrays, values, *index))
+
+        def one(array: Any, value: jax.Array) -> Any:
+            if not isinstance(array, tuple):
+                return write(array, value, *index)
+            written = write(array[chunk], host.to_host(value), *index)
+            return (*array[:chunk], written, *array[chunk + 1 :])
+
+        return self._replace(layer, tuple(map(one, arrays, values)))
 
     def keep_fetched(
         self, layer: Any, fetched: Sequence[jax.Array], read: Sequence[jax.Array]
@@ -108,7 +121,7 @@ class SlotBuffer:
         """
         arrays, _ = self._entry(layer, 0)
         return tuple(
-            old if is_on_host(array) else new
+            old if isinstance(array, tuple) else new
             for array, old, new in zip(arrays, fetched, read, strict=True)
         )
 
@@ -126,15 +139,32 @@ class SlotBuffer:
 
         If the next loop took it from before this one, both would be alive, and XLA would copy it.
         For the same reason the next write in straight-line code has to come `after` the values that
-        were computed from the entry that was read.
+        were computed from the entry that was read; in the host's memory `after_fetch` says so.
         """
         arrays, _ = self._entry(layer, 0)
-        if not arrays:
+        is_here = [not (after and isinstance(array, tuple)) for array in arrays]
+        handed = [array for array, here in zip(arrays, is_here, strict=True) if here]
+        if not handed:
             return self
-        # One entry of each is enough, and leaves XLA its fusions and layouts.
-        entries = [value[(0,) * value.ndim] for value in jax.tree.leaves(after) if value.size]
-        arrays, _ = lax.optimization_barrier((arrays, entries))
+        handed = iter(_barrier(handed, after))
+        arrays = tuple(
+            next(handed) if here else array for array, here in zip(arrays, is_here, strict=True)
+        )
         return self._replace(layer, arrays)
+
+    def after_fetch(self, layer: Any, fetched: Sequence[jax.Array], chunk: int = 0) -> "SlotBuffer":
+        """Has the next writes of a chunk in the host's memory come after the values fetched there.
+
+        They need not wait for the values that are computed from them.
+        """
+        arrays, _ = self._entry(layer, 0)
+
+        def one(array: Any, value: jax.Array) -> Any:
+            if not isinstance(array, tuple):
+                return array
+            return (*array[:chunk], _barrier(array[chunk], value), *array[chunk + 1 :])
+
+        return self._replace(layer, tuple(map(one, arrays, fetched)))
 
     def in_memory_order(self, values: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Returns a slot's values; on TPUs they get the layout of the buffer's entries.
@@ -160,6 +190,7 @@ def allocate_slots(
     *,
     num_slots: int,
     num_layers: int,
+    num_chunks: int,
     is_unrolled: bool,
     size_of_x: int,
     on_host: Sequence[Sequence[bool]],
@@ -172,6 +203,7 @@ def allocate_slots(
       name: Which of its values: one of `SLOTS`.
       num_slots: The slots; none for a buffer without arrays.
       num_layers: The layers of the kind that a stage has.
+      num_chunks: The chunks of a rank.
       is_unrolled: Whether each layer gets arrays of its own.
       size_of_x: Bytes of the largest leaf of x.
       on_host: For each value whether its slots are in the host's memory; with unrolled layers such
@@ -190,14 +222,15 @@ def allocate_slots(
     if not num_slots:
         return buffer
 
-    def arrays(lead: tuple[int, ...], are_on_host: Sequence[bool]) -> tuple[jax.Array, ...]:
-        fill = [_poison(aval.dtype) if poison else 0 for aval in avals]
-        return tuple(
-            host.full((*lead, *host.packed_shape(aval.shape)), value, aval.dtype)
-            if is_there
-            else jnp.full((*lead, *aval.shape), value, aval.dtype)
-            for aval, value, is_there in zip(avals, fill, are_on_host, strict=True)
-        )
+    def make(lead: tuple[int, ...], aval: Any, is_there: bool) -> Any:
+        fill = _poison(aval.dtype) if poison else 0
+        if not is_there:
+            return jnp.full((*lead, *aval.shape), fill, aval.dtype)
+        shape = (*lead, *host.packed_shape(aval.shape))
+        return tuple(host.full(shape, fill, aval.dtype) for _ in range(num_chunks))
+
+    def arrays(lead: tuple[int, ...], are_there: Sequence[bool]) -> tuple[Any, ...]:
+        return tuple(make(lead, aval, there) for aval, there in zip(avals, are_there, strict=True))
 
     if is_unrolled:
         return buffer.with_arrays(
@@ -239,16 +272,17 @@ def _orders_of(buffer: SlotBuffer) -> list[MemoryOrder]:
     layers = buffer.arrays if buffer.is_unrolled else [buffer.arrays]
 
     def behind(array: jax.Array, order: MemoryOrder) -> MemoryOrder:
-        if order is None or is_on_host(array):
+        if order is None:
             return None
         lead = array.ndim - len(order)
         return (*range(lead), *(lead + dim for dim in order))
 
-    return [
-        behind(array, order)
-        for arrays in layers
-        for array, order in zip(arrays, buffer.memory_orders, strict=True)
-    ]
+    orders: list[MemoryOrder] = []
+    for arrays in layers:
+        for array, order in zip(arrays, buffer.memory_orders, strict=True):
+            on_host = isinstance(array, tuple)
+            orders += [None] * len(array) if on_host else [behind(array, order)]
+    return orders
 
 
 def allocate(avals: PyTree, *lead: int, poison: bool = False) -> PyTree:
@@ -298,6 +332,14 @@ def when(predicate: Any, body: Callable[[Any], Any], carry: Any) -> Any:
     return lax.while_loop(
         lambda loop: loop[0], lambda loop: (jnp.zeros((), bool), body(loop[1])), (predicate, carry)
     )[1]
+
+
+def _barrier(arrays: PyTree, after: PyTree) -> PyTree:
+    """Returns arrays, not before others are known."""
+    # One entry of each is enough, and leaves XLA its fusions and layouts.
+    entries = [value[(0,) * value.ndim] for value in jax.tree.leaves(after) if value.size]
+    arrays, _ = lax.optimization_barrier((arrays, entries))
+    return arrays
 
 
 def _read_parts(array: jax.Array, index: tuple[Any, ...], parts: int) -> jax.Array:

@@ -9,8 +9,9 @@ Ticks and beats, loops over layers and straight-line code all run these. They di
 touch the buffers, and `LayerWork` says how.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -174,7 +175,10 @@ class LayerWork:
             is_choice = "stash" in self.stores
             kept = when(row["is_deferring"], store, kept) if is_choice else store(kept)
             buffers = buffers.with_slots({DEFERRED: kept})
-        buffers = self._hand_on(RESIDUALS, layer, buffers, after=(dx, stash, gradients))
+        fetched = dict(zip(RESIDUALS, (residual, weight_residual), strict=True))
+        buffers = self._hand_on(
+            RESIDUALS, layer, buffers, after=(dx, stash, gradients), fetched=fetched
+        )
         flow, buffers = self._add(layer, flow._replace(dx=dx), buffers, gradients, "I")
         return flow, buffers, Held(weight_residual, stash)
 
@@ -251,7 +255,7 @@ class LayerWork:
         self, name: str, layer: Layer, buffers: LayerBuffers, row: Row, *, is_copied: bool = False
     ) -> tuple[jax.Array, ...]:
         buffer = buffers.slots[name]
-        values = buffer.read(layer.index, row[name], in_parts=self.is_straight)
+        values = buffer.read(layer.index, row[name], self._chunk, in_parts=self.is_straight)
         if not self.is_straight:
             return buffer.in_memory_order(values)
         small = self.rank.functions.size_of_x
@@ -265,17 +269,33 @@ class LayerWork:
         # v5e, a transformer).
         if not self.is_straight and not (self.is_beside and name == "stash"):
             values = buffer.in_memory_order(values)
-        return buffers.with_slots({name: buffer.write(layer.index, row[name], values)})
+        chunk = self.forward if name in RESIDUALS else self.backward
+        assert chunk is not None
+        written = buffer.write(layer.index, row[name], values, chunk[0])
+        return buffers.with_slots({name: written})
 
     def _hand_on(
-        self, names: Sequence[str], layer: Layer, buffers: LayerBuffers, *, after: PyTree = ()
+        self,
+        names: Sequence[str],
+        layer: Layer,
+        buffers: LayerBuffers,
+        *,
+        after: PyTree = (),
+        fetched: Mapping[str, Sequence[jax.Array]] = MappingProxyType({}),
     ) -> LayerBuffers:
-        """Passes buffers that were read to their next writes; in beats, `after` their readers."""
+        """Passes buffers that were read to their next writes; in beats, `after` their readers.
+
+        Or, where they are in the host's memory, after the values `fetched` there.
+        """
         if self.is_straight and not self.is_beside:
             return buffers  # `barriers.zero_after` orders them
-        after = after if self.is_beside else ()
-        slots = buffers.slots
-        return buffers.with_slots({n: slots[n].hand_on(layer.index, after=after) for n in names})
+        handed = {}
+        for name in names:
+            buffer = buffers.slots[name].hand_on(layer.index, after=after if self.is_beside else ())
+            if self.is_beside and name in fetched:
+                buffer = buffer.after_fetch(layer.index, fetched[name], self._chunk)
+            handed[name] = buffer
+        return buffers.with_slots(handed)
 
     def _add(
         self, layer: Layer, flow: Flow, buffers: LayerBuffers, gradients: Any, action: str

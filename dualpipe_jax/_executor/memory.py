@@ -203,8 +203,8 @@ def _bytes_of_slot(
         rows, num_layers = on_host[kind], stages.stacks[kind].max_layers
         for row in rows if stages.is_unrolled else rows * num_layers:
             for aval, is_there in zip(getattr(block, buffer), row, strict=True):
-                if is_there:
-                    there += padded_bytes(aval)
+                if is_there:  # for each chunk
+                    there += len(stages.stage_of) * padded_bytes(aval)
                 else:
                     here += _bytes(aval)
     return here, there

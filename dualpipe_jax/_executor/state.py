@@ -267,6 +267,7 @@ def empty_state(
                 name,
                 num_slots=slots.get(name, 0),
                 num_layers=stack.max_layers,
+                num_chunks=num_chunks,
                 is_unrolled=stages.is_unrolled,
                 size_of_x=functions.size_of_x,
                 on_host=on_host.get(name, {}).get(kind, ()),

@@ -118,10 +118,9 @@ def host_lines(copies: Sequence[Collective]) -> list[str]:
         for words in ("to host", "from host")
         if (way := [copy for copy in copies if copy.kind == words])
     )
-    return [
-        f"{hidden} of {number} copies to and from the host hidden, {', '.join(each_way)}, "
-        f"{show_time(exposed_seconds(copies))} exposed"
-    ]
+    exposed = show_time(exposed_seconds(copies))
+    of = f"{hidden} of {number} copies to and from the host hidden"
+    return [", ".join((of, *each_way, f"{exposed} exposed"))]
 
 
 def collective_rows(collectives: Sequence[Collective]) -> list[Sequence[str]]:
