@@ -201,6 +201,7 @@ def search(
     layers_per_stage: Sequence[int] | None = None,
     layout: Sequence[str] | None = None,
     max_activations: float | None = None,
+    memory: float | str | None = None,
     keep_beats: bool = True,
     waits: Literal["program", "values"] = "program",
     moves: int = 100_000,
@@ -237,6 +238,9 @@ def search(
         max_activations: The most activations that a rank holds between F and W, in shares of a
             rank's layers: 1 is that of one microbatch in `num_layers / num_ranks` layers. By
             default as many as the fastest named schedule of the placement holds.
+        memory: The same limit in bytes, or a text such as `"12GiB"`, by `costs.activation_bytes`
+            and `costs.stash_bytes`: the most that a rank has in slots, which F fills for I and W,
+            and I for W. Every rank has as many slots of either as the fullest one needs.
         keep_beats: Whether beats are kept: if a named schedule with a steady phase has the
             placement and fits (the fastest of several), each rank's actions of that phase stay as
             they are, paired, and only those before and after it move. Placed by these costs, the
@@ -253,7 +257,8 @@ def search(
 
     Raises:
         ValueError: if a size is not a positive integer, placement or waits are none of these,
-            layers_per_stage does not fit, or max_activations is less than one microbatch needs.
+            layers_per_stage does not fit, max_activations or memory is less than one microbatch
+            needs, both are given, or memory without the bytes of an activation.
         TypeError: if an argument has a wrong type.
     """
     from dualpipe_jax._search import arguments
@@ -269,6 +274,7 @@ def search(
         layers_per_stage=layers_per_stage,
         layout=layout,
         max_activations=max_activations,
+        memory=memory,
     )
     arguments.require_flag("keep_beats", keep_beats)
     arguments.require_one_of("waits", waits, arguments.WAITS)

@@ -71,6 +71,26 @@ def test_costs_are_the_models_own(choices: Any) -> None:
         assert choice.costs.input_grad == (1.5 if choice.remat == "block" else 1)
         # With its gradient, counted at the cost of the layers' gradient.
         assert choice.costs.head * (1 + choice.costs.backward) == pytest.approx(3 * head)
+        # x and, if it is not recomputed, the tanh; the cotangents of both.
+        x = 2 * ROWS * WIDTH * 4
+        kept = x if choice.remat == "block" else x + 4 * x
+        assert (choice.costs.activation_bytes, choice.costs.stash_bytes) == (kept, kept)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_a_search_by_bytes_fits_by_the_report_of_its_step(choices: Any, remat: str) -> None:
+    costs = next(choice.costs for choice in choices if choice.remat == remat)
+    memory = 3 * costs.activation_bytes + costs.stash_bytes
+    sizes: dict[str, Any] = {"num_ranks": 4, "num_microbatches": 8, "placement": "v"}
+    found = dpj.schedules.search(**sizes, costs=costs, transfer=0.1, memory=memory, moves=50)
+    execution = dpj.Execution(split_backward=True)
+    grad_fn = dpj.value_and_grad(
+        MODEL, **WHERE, schedule=found, remat=remat, costs=costs, execution=execution
+    )
+    report = grad_fn.memory(*shapes_of())
+    stashes = "stashes for W" if remat == "none" else "inputs of deferred W that recompute"
+    names = ("residuals for I", "residuals for I and W", stashes)
+    assert 0.8 * memory < sum(t.num_bytes for t in report.terms if t.name in names) <= memory
 
 
 def test_memory_is_that_of_the_steps_report_and_its_arguments(choices: Any) -> None:
@@ -162,6 +182,7 @@ def test_its_arguments_make_an_exact_step() -> None:
         ({"schedules": ["1F1B"]}, ValueError, "schedules: must be some of .*'1f1b'.*'1F1B'"),
         ({"remat": "full"}, ValueError, "remat='full'"),
         ({"num_microbatches": 5}, ValueError, "batch"),
+        ({"num_microbatches": {8}}, TypeError, "num_microbatches={8}: must be a sequence of int"),
         ({"schedules": []}, ValueError, "schedules="),
         ({"schedules": 3}, TypeError, "schedules=3: must be a sequence of names and Schedules"),
         ({"schedules": ["1f1b", 3]}, TypeError, "schedules: must be names.*int 3"),

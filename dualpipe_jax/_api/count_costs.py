@@ -1,4 +1,4 @@
-"""The work of a model's functions -> the costs of its actions."""
+"""The work of a model's functions, and the bytes that they keep -> the costs of its actions."""
 
 from dualpipe_jax._executor import Work
 from dualpipe_jax._predict import FULL_BACKWARD, Costs
@@ -33,4 +33,6 @@ def costs_of(work: Work, *, num_ranks: int, unit: float | None = None) -> Costs 
         recompute=max(0.0, deferred - weight_grad),
         full_backward=FULL_BACKWARD * (input_grad + weight_grad),
         layer=of_kinds if len(set(of_kinds.values())) > 1 else None,
+        activation_bytes=layers.activation_bytes / num_ranks or None,
+        stash_bytes=layers.stash_bytes / num_ranks,
     )

@@ -3,7 +3,7 @@
 In: the layers of each stage. Out: `StepTables`, tables and the execution for which they are made.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -93,8 +93,8 @@ class Training:
 
     def compiled(self, layers: StageLayers, costs: Costs) -> StepTables:
         """Decides the execution and compiles the schedule, as `simulate` does with these costs."""
-        # The costs of kinds are in the layers' weights.
-        costs = replace(costs, layer=None)
+        # The costs of kinds are in the layers' weights, and bytes decide nothing here.
+        costs = Costs.of(costs.numbers)
         options: dict[str, Any] = {
             "costs": costs,
             "transfer": TRANSFER * costs.forward,

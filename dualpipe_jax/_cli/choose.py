@@ -223,7 +223,7 @@ def choose(
             "layers": layers,
             "memory": memory,
             "headroom": headroom,
-            "costs": {n: cost for n, cost in vars(first.costs).items() if n != "layer"},
+            "costs": first.costs.times,
             "transfer": first.transfer,
             "layer_bytes": vars(first.layer),
             "parameters": vars(first.parameters),

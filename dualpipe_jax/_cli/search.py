@@ -9,8 +9,9 @@ import click
 from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
 from dualpipe_jax._cli.output import write
-from dualpipe_jax._cli.quantities import parse_costs
+from dualpipe_jax._cli.quantities import Size, parse_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
+from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._predict import Costs, simulate
 from dualpipe_jax._schedule.execution import Execution
 
@@ -61,6 +62,22 @@ class Counts(click.ParamType):
     "fastest named schedule of the placement.",
 )
 @click.option(
+    "--memory",
+    help="The same limit in bytes, such as 12GiB, for activations and stashes; by their bytes.",
+)
+@click.option(
+    "--activation-bytes",
+    type=Size(),
+    help="Bytes of an activation: those that F of a rank's layers keeps of one microbatch.",
+)
+@click.option(
+    "--stash-bytes",
+    type=Size(),
+    default=0,
+    show_default=True,
+    help="Bytes of a stash: those that I of a rank's layers keeps of one microbatch, for W.",
+)
+@click.option(
     "--keep-beats/--no-keep-beats",
     default=True,
     show_default=True,
@@ -89,6 +106,8 @@ def search(
     costs: str,
     embed: float,
     head: float,
+    activation_bytes: float | None,
+    stash_bytes: float,
     transfer: float,
     output: Path | None,
     **more: Any,
@@ -99,7 +118,13 @@ def search(
     give the same order. How long a step takes goes to standard error.
     """
     try:
-        all_costs = Costs(**parse_costs(costs), embed=embed, head=head)
+        all_costs = Costs(
+            **parse_costs(costs),
+            embed=embed,
+            head=head,
+            activation_bytes=activation_bytes,
+            stash_bytes=stash_bytes,
+        )
         made = schedules.search(
             num_ranks=ranks,
             num_microbatches=microbatches,
@@ -119,12 +144,22 @@ def search(
         layers_per_stage=layers_per_stage,
         execution=Execution(split_backward=True),
     )
-    share = simulation.stage_share
     click.echo(
         f"{made.name}: makespan {simulation.makespan:g}, {simulation.dependency_makespan:g} "
-        f"without false waits; a rank holds {simulation.peak_weight_activations} x {share:g} of "
-        "its layers' activations",
+        f"without false waits; a rank holds {_show_slots(made, all_costs)}",
         err=True,
     )
     if importlib.util.find_spec("numba") is None:
         click.echo("pip install dualpipe-jax[search]: a search is much faster with Numba", err=True)
+
+
+def _show_slots(schedule: schedules.Schedule, costs: Costs) -> str:
+    """Writes how many activations and stashes a rank holds, and their bytes if they are known."""
+    slots = schedule.compiled().tables.num_slots
+    share = schedule.num_ranks / schedule.num_stages
+    activations, stashes = slots["weight_residual"], slots["stash"]
+    shown = f"{activations} x {share:g} of its layers' activations, {stashes} x {share:g} stashes"
+    if costs.activation_bytes is None:
+        return shown
+    num_bytes = activations * costs.activation_bytes + stashes * costs.stash_bytes
+    return f"{shown}, {format_bytes(share * num_bytes)}"

@@ -1,4 +1,4 @@
-"""A model's costs -> how long the actions of its stages take."""
+"""A model's costs -> how long the actions of its stages take, and the bytes that they keep."""
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -22,6 +22,8 @@ FULL_BACKWARD = 0.9
 # The largest cost, and the inverse of the least of a forward: their products and sums over all
 # actions of a step are still floats.
 _MOST = 1e100
+# The fields that are no times.
+_NO_TIMES = ("layer", "activation_bytes", "stash_bytes")
 
 
 def as_number(name: str, value: Any) -> float:
@@ -63,7 +65,7 @@ def require_cost(name: str, number: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Holds how long actions take, in any one unit of time.
+    """Holds how long actions take, in any one unit of time, and the bytes that they keep.
 
     A schedule cuts the model into as many stages as there are ranks, or more. The costs are those
     of a rank's whole share of the layers, so that each schedule has the same work to do; a stage
@@ -84,11 +86,15 @@ class Costs:
       layer: The relative cost of one layer of each kind in `Model.layout`, F, I and W together, in
         any unit: `{"dense": 0.5, "moe": 1.0}`; None if all layers cost the same. The costs above
         remain those of the whole model's layers divided by num_ranks.
+      activation_bytes: The bytes of one activation: those that F of num_layers / num_ranks layers
+        keeps of one microbatch on one device, for its I and W; None if not known. Only
+        `schedules.search(memory=)` reads it and the next.
+      stash_bytes: The bytes that I of as many keeps for a W that does not follow it at once.
 
     Raises:
       TypeError: if one is no number, or `layer` no mapping of such.
       ValueError: if one is negative, not finite or larger than 1e100, naming all such; if `forward`
-        is zero, or `full_backward` is not zero where I and W are.
+        is zero or `activation_bytes` less than 1, or `full_backward` is not zero where I and W are.
     """
 
     forward: float = 1.0
@@ -99,6 +105,8 @@ class Costs:
     recompute: float = 0.0
     full_backward: float | None = None
     layer: Mapping[Hashable, float] | None = None
+    activation_bytes: float | None = None
+    stash_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.layer is not None:
@@ -106,7 +114,8 @@ class Costs:
         stated = {
             name: value
             for name, value in vars(self).items()
-            if name != "layer" and not (name == "full_backward" and value is None)
+            if name != "layer"
+            and not (name in ("full_backward", "activation_bytes") and value is None)
         }
         for name, value in stated.items():
             number = as_number(name, value)
@@ -121,6 +130,11 @@ class Costs:
             raise ValueError(
                 f"forward={brief(self.forward)}: a forward must cost more than 0, and at least "
                 f"{1 / _MOST:g}"
+            )
+        if self.activation_bytes is not None and self.activation_bytes < 1:
+            raise ValueError(
+                f"activation_bytes={brief(self.activation_bytes)}: must be at least 1, or None if "
+                "not known"
             )
         if not is_cost(self.embed_grad + self.head * (1 + self.backward / self.forward)):
             raise ValueError(
@@ -139,17 +153,23 @@ class Costs:
             )
 
     def __hash__(self) -> int:
-        return hash((self.numbers, None if self.layer is None else frozenset(self.layer.items())))
+        layer = None if self.layer is None else frozenset(self.layer.items())
+        return hash((self.numbers, layer, self.activation_bytes, self.stash_bytes))
+
+    @property
+    def times(self) -> dict[str, float | None]:
+        """All but `layer` and the bytes, by the names of the fields."""
+        return {name: value for name, value in vars(self).items() if name not in _NO_TIMES}
 
     @property
     def numbers(self) -> tuple[float | None, ...]:
-        """All but `layer`, in the order of the fields: `Costs.of(numbers)` has the same."""
-        return tuple(value for name, value in vars(self).items() if name != "layer")
+        """The times, in the order of the fields: `Costs.of(numbers)` has the same."""
+        return tuple(self.times.values())
 
     @classmethod
     def of(cls, numbers: Iterable[Any]) -> "Costs":
         """Makes costs of the `numbers` of others."""
-        names = (field.name for field in fields(cls) if field.name != "layer")
+        names = (field.name for field in fields(cls) if field.name not in _NO_TIMES)
         return cls(**dict(zip(names, numbers, strict=True)))
 
     @classmethod

@@ -23,6 +23,7 @@ unrolled layers too, beats took 8 to 10 % more cycles. Where layers are a loop, 
 do have these layouts in beats: the loops of I and W copied whole buffers between them there too.)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -363,3 +364,8 @@ def _poison(dtype: Any) -> Any:
 
 def _starts(start: Sequence[Any]) -> list[Any]:
     return [jnp.asarray(i, jnp.int32) for i in start]
+
+
+def bytes_of(avals: PyTree) -> int:
+    """Counts the bytes of all arrays of a tree."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(avals))

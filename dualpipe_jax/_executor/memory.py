@@ -7,7 +7,7 @@ are assumed to be copied as XLA copies them. No term grows with the number of mi
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax._executor.buffers import SLOTS
+from dualpipe_jax._executor.buffers import SLOTS, bytes_of
 from dualpipe_jax._executor.host import padded_bytes
 from dualpipe_jax._executor.offload import OnHost
 from dualpipe_jax._executor.stages import Stages
@@ -147,7 +147,7 @@ def report_memory(
         functions, stages, tables, slots=slots, on_host=on_host, recomputes=recomputes
     )
     terms += _stash_terms(gradients, stages, tables, full_backward=not execution.split_backward)
-    x = _bytes(functions.outputs.x)
+    x = bytes_of(functions.outputs.x)
     between = 1 if tables.is_lazy else 2
     terms.append(Term("between ranks", f"{between} x and cotangents", between * x))
     if tables.steady is not None or tables.is_lazy:
@@ -174,7 +174,7 @@ def _slot_terms(
     """Lists the slot buffers."""
     assert functions.gradients is not None
     idle, received = stages.idle_in(tables.steady), slots["received"]
-    size = received * _bytes(functions.outputs.x)
+    size = received * bytes_of(functions.outputs.x)
     terms = [Term("received x and cotangents", f"{received} slots", size)]
     names = {
         "residual": "residuals for I",
@@ -206,7 +206,7 @@ def _bytes_of_slot(
                 if is_there:  # for each chunk
                     there += len(stages.stage_of) * padded_bytes(aval)
                 else:
-                    here += _bytes(aval)
+                    here += bytes_of(aval)
     return here, there
 
 
@@ -215,7 +215,7 @@ def _stash_terms(
 ) -> list[Term]:
     """Lists the stashes that have no slot, or have one in beats only."""
     steady, terms = tables.steady, []
-    of_one = max((_bytes(block.stash) for block in gradients.block.values()), default=0)
+    of_one = max((bytes_of(block.stash) for block in gradients.block.values()), default=0)
     of_all = f"{_num_layers(stages)} layers", _bytes_of_layers(gradients, stages, "stash")
     if steady is not None and stages.is_unrolled:
         phase = "beats" if full_backward or "stash" in stages.idle_in(steady) else ""
@@ -245,7 +245,7 @@ def _weight_terms(
     are_gathered = [bool(leaf.gather_dims) for leaf in jax.tree.leaves(arguments.leaves)]
     gathered = pick({**arguments.outside, "blocks": blocks}, are_gathered)
     if gathered:
-        terms.append(Term("parameters gathered from other devices", "", _bytes(gathered)))
+        terms.append(Term("parameters gathered from other devices", "", bytes_of(gathered)))
     return terms
 
 
@@ -281,7 +281,7 @@ def _num_layers(stages: Stages) -> int:
 def _bytes_of_layers(gradients: Gradients, stages: Stages, buffer: str) -> int:
     """Counts the bytes of a slot of a buffer."""
     blocks = gradients.block.items()
-    return sum(stages.stacks[kind].max_layers * _bytes(getattr(b, buffer)) for kind, b in blocks)
+    return sum(stages.stacks[kind].max_layers * bytes_of(getattr(b, buffer)) for kind, b in blocks)
 
 
 def _copies(
@@ -307,7 +307,7 @@ def _copies(
     casts = sum(math.prod(leaf.shape) * np.dtype(dtype).itemsize for leaf, dtype in cast)
     # The rank's own shard is no copy, if it is used as it is.
     num_copies = num_chunks if is_unrolled else num_chunks - 1
-    return num_chunks * casts + num_copies * _bytes(pick(leaves, read))
+    return num_chunks * casts + num_copies * bytes_of(pick(leaves, read))
 
 
 def _accumulator_bytes(leaves: Iterable[Any]) -> int:
@@ -315,8 +315,3 @@ def _accumulator_bytes(leaves: Iterable[Any]) -> int:
         math.prod(leaf.shape) * np.dtype(semantics.accumulator_dtype(leaf.dtype)).itemsize
         for leaf in leaves
     )
-
-
-def _bytes(avals: PyTree | Sequence[Any]) -> int:
-    leaves = jax.tree.leaves(avals)
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)

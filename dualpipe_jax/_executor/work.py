@@ -1,6 +1,7 @@
 """Counts the work of a step's actions on one device, before any compiler is asked.
 
-In: the traced functions, and the kind of every layer. Out: `Work`, in FLOPs that take as long.
+In: the traced functions, and the kind of every layer. Out: `Work`, in FLOPs that take as long, and
+the bytes that the layers keep between actions.
 """
 
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 
+from dualpipe_jax._executor.buffers import bytes_of
 from dualpipe_jax._executor.trace import Arguments, Functions
 from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._model import varying
@@ -19,19 +21,23 @@ from dualpipe_jax._split_vjp import SplitVjp, time_in_flops
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWork:
-    """Holds the work of one layer for one microbatch, in FLOPs that take as long.
+    """Holds the work of one layer for one microbatch, in FLOPs that take as long, and its bytes.
 
     Attributes:
       forward: F.
       input_grad: I; 0 for forwards alone, as the next two.
       weight_grad: W.
       deferred: W where it recomputes.
+      activation_bytes: The bytes that F keeps for I and for W.
+      stash_bytes: The bytes that I keeps for a deferred W.
     """
 
     forward: int
     input_grad: int = 0
     weight_grad: int = 0
     deferred: int = 0
+    activation_bytes: int = 0
+    stash_bytes: int = 0
 
     def __add__(self, other: "LayerWork") -> "LayerWork":
         return LayerWork(**{name: value + vars(other)[name] for name, value in vars(self).items()})
@@ -58,7 +64,7 @@ class Work:
 
     @property
     def all_layers(self) -> LayerWork:
-        """The work of all layers of the model."""
+        """The work of all layers of the model, and their bytes."""
         each = (work * self.num_layers[kind] for kind, work in self.layer.items())
         return sum(each, start=LayerWork(forward=0))
 
@@ -107,6 +113,8 @@ def _of_block(block: SplitVjp, kind: Kind, functions: Functions, arguments: Argu
         input_grad=_time(block.input_grad, given, ctx, residual, weight_residual, dy, daux),
         weight_grad=_time(block.weight_grad, given, ctx, weight_residual, block.stash),
         deferred=_time(block.deferred_weight_grad, given, ctx, weight_residual, block.deferred),
+        activation_bytes=bytes_of((residual, weight_residual)),
+        stash_bytes=bytes_of(block.deferred),
     )
 
 

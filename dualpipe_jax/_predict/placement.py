@@ -18,7 +18,7 @@ class Placement:
     True
 
     Attributes:
-      costs: The costs of actions, those of kinds aside, which are in the layers' weights.
+      costs: The costs of actions: their times. (Those of kinds are in the layers' weights.)
       layers: The layers of the stages.
       execution: How the order became a program.
     """

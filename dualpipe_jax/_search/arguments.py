@@ -1,5 +1,6 @@
 """The arguments of a search, as a user gives them -> a `Problem`."""
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,9 @@ import numpy as np
 from dualpipe_jax._costs import (
     Costs,
     StageLayers,
+    as_bytes,
     as_number,
+    format_bytes,
     require_cost,
     require_layout,
     weights_by_kind,
@@ -29,6 +32,7 @@ from dualpipe_jax._search.seeds import named_seeds
 
 WAITS = ("program", "values")
 _MOST_MOVES = 10**9
+_ROUNDING = 1e-9
 
 
 def make_problem(
@@ -42,6 +46,7 @@ def make_problem(
     layers_per_stage: Sequence[int] | None,
     layout: Sequence[str] | None,
     max_activations: float | None,
+    memory: float | str | None,
 ) -> Problem:
     """Checks sizes, costs, placement and limit.
 
@@ -64,6 +69,7 @@ def make_problem(
     )
     if not isinstance(costs, Costs | None):
         raise TypeError(f"costs={brief(costs)}: must be a dualpipe_jax.Costs, or None")
+    _require_one_limit(max_activations, memory, costs)
     transfer = as_number("transfer", transfer)
     require_cost("transfer", transfer)
     routes, microbatches = routes_of(
@@ -95,7 +101,45 @@ def make_problem(
         transfer=transfer,
         layers=StageLayers.cut(layers or (1,) * num_stages, weights),
     )
+    if memory is not None:
+        return _limited_by_bytes(problem, memory)
     return _limited(problem, max_activations)
+
+
+def _require_one_limit(
+    max_activations: float | None, memory: float | str | None, costs: Costs | None
+) -> None:
+    """Requires one limit at the most, and for bytes those of an activation."""
+    if memory is None:
+        return
+    if max_activations is not None:
+        raise ValueError(
+            f"memory={brief(memory)}, max_activations={brief(max_activations)}: must not both be "
+            "given, as both limit the activations, memory in bytes; leave one of them out"
+        )
+    if costs is None or costs.activation_bytes is None:
+        raise ValueError(
+            f"memory={brief(memory)}: must come with the bytes of an activation, in "
+            "costs=Costs(activation_bytes=...) (--activation-bytes): state them, or pass the costs "
+            "that dualpipe_jax.choose counts from a model; or give max_activations= instead, which "
+            "needs no bytes"
+        )
+
+
+def _limited_by_bytes(problem: Problem, memory: float | str) -> Problem:
+    """Limits the bytes of activations, and of stashes."""
+    limit, costs = as_bytes("memory", memory), problem.costs
+    assert costs.activation_bytes is not None
+    problem = replace(problem, stash=costs.stash_bytes / costs.activation_bytes)
+    least = problem.peak_of(problem.rows_one_by_one())
+    if limit / costs.activation_bytes < least - _ROUNDING:
+        num_bytes = math.ceil(least * costs.activation_bytes)
+        raise ValueError(
+            f"memory={brief(memory)}: must be at least {num_bytes:,} bytes "
+            f"({format_bytes(num_bytes)}), which a rank holds of a single microbatch; raise it, "
+            "make microbatches smaller, or use more ranks"
+        )
+    return _at_most(problem, limit / costs.activation_bytes)
 
 
 def _limited(problem: Problem, max_activations: float | None) -> Problem:
@@ -105,13 +149,18 @@ def _limited(problem: Problem, max_activations: float | None) -> Problem:
         return replace(problem, max_activations=problem.peak_of(fastest.rows))
     limit = as_number("max_activations", max_activations)
     least = problem.peak_of(problem.rows_one_by_one())
-    if not limit >= least - 1e-9:  # not <, so that NaN is wrong
+    if not limit >= least - _ROUNDING:  # not <, so that NaN is wrong
         raise ValueError(
             f"max_activations={brief(max_activations)}: must be at least {least:g}, which a rank "
             "holds of a single microbatch; raise it, or use more ranks"
         )
-    # Beyond all activations no limit differs from another.
-    most = float(np.bincount(problem.lanes.rank, problem.lanes.count * problem.lanes.size).max())
+    return _at_most(problem, limit)
+
+
+def _at_most(problem: Problem, limit: float) -> Problem:
+    """Sets the limit; beyond all activations none differs from another."""
+    lanes = problem.lanes
+    most = (1 + lanes.stash) * float(np.bincount(lanes.rank, lanes.count * lanes.size).max())
     return replace(problem, max_activations=min(limit, most))
 
 

@@ -15,21 +15,21 @@ def lower_bound(problem: Problem) -> float:
     """Computes the bound of the makespan."""
     lanes = problem.lanes
     x_comes, cotangent_comes, residence = _one_microbatch(problem)
-    largest = 0.0
+    largest, most_held = 0.0, problem.max_activations - problem.stash * lanes.least[1]
     for rank in range(problem.num_ranks):
         mine = np.flatnonzero(lanes.rank == rank)
         first, work = x_comes[mine].min(), float(lanes.work[rank])
         largest = max(largest, float(first) + work)
-        if not np.isfinite(problem.max_activations):
+        if not np.isfinite(most_held):
             continue
         cost, size = lanes.cost[0, mine], lanes.size[mine]
         if (size > 0).all():
             backward = cotangent_comes[mine].min()
-            longest = problem.max_activations * (cost / size).max()
+            longest = most_held * (cost / size).max()
             before = min(backward - first, longest)
             largest = max(largest, float(backward - before) + work)
         held = float((lanes.count[mine] * residence[mine] * size).sum())
-        largest = max(largest, held / problem.max_activations)
+        largest = max(largest, held / most_held)
     return largest
 
 

@@ -84,13 +84,16 @@ def list_schedule(
     counts = np.zeros((3, lanes.rank.shape[0]), np.int64)
     reached = np.zeros(num_ranks, np.int64)
     free, wakes = np.zeros(num_ranks), np.zeros(num_ranks)
-    held = np.zeros(num_ranks)
+    held, stashed = np.zeros(num_ranks), np.zeros(num_ranks)
+    # The slots that ranks need so far, those reserved for deeper lanes included.
+    most_held, most_stashed = lanes.least[0], lanes.least[1]
     left = lanes.length.sum()
     while left:
         rank = wakes.argmin()
         if wakes[rank] == NEVER:
             return False
         best, best_arrival, best_token, next_arrival = -NEVER, 0.0, -1, NEVER
+        room = lanes.limit - lanes.stash * most_stashed
         for lane in lanes.of_rank[rank]:
             if lane < 0:
                 continue
@@ -101,13 +104,18 @@ def list_schedule(
                 if kind == FORWARD:
                     live = counts[FORWARD, lane] - counts[INPUT_GRAD, lane]
                     most = max(1.0, scores[10] * (1.0 - depth[lane]))
-                    if held[rank] + size + lanes.reserve[lane] > lanes.limit or live >= most:
+                    if held[rank] + size + lanes.reserve[lane] > room or live >= most:
+                        continue
+                elif kind == INPUT_GRAD:
+                    # If there is no room for one more stash, a W frees one.
+                    stashes = max(most_stashed, stashed[rank] + size)
+                    if most_held + lanes.stash * stashes > lanes.limit:
                         continue
                 comes = arrival(kind, lane, lanes, counts, end)
                 if comes > wakes[rank] + scores[9]:
                     next_arrival = min(next_arrival, comes)
                     continue
-                is_full = held[rank] + size > lanes.limit
+                is_full = held[rank] + size > room
                 value = score(kind, lane, depth[lane], is_full, counts, scores)
                 if value > best:
                     best, best_arrival, best_token = value, comes, 3 * lane + kind
@@ -124,8 +132,13 @@ def list_schedule(
         free[rank] = wakes[rank] = ends
         if kind == FORWARD:
             held[rank] += lanes.size[lane]
-        elif kind == WEIGHT_GRAD:
+            most_held = max(most_held, held[rank] + lanes.reserve[lane])
+        elif kind == INPUT_GRAD:
+            stashed[rank] += lanes.size[lane]
+            most_stashed = max(most_stashed, stashed[rank])
+        else:
             held[rank] -= lanes.size[lane]
+            stashed[rank] -= lanes.size[lane]
         target = -1
         if kind == FORWARD:
             target = lanes.after[lane]

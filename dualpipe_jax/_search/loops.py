@@ -42,11 +42,13 @@ class Lanes(NamedTuple):
       recompute: float64[num_lanes], how long a W takes in addition if it does not follow its I.
       size: float64[num_lanes], of an activation, in shares of a rank's layers.
       reserve: float64[num_lanes], of one activation of each deeper lane of the rank.
+      stash: The size of a stash, from I to W, over that of an activation; 0 if stashes are free.
+      least: float64[2], the most that some rank holds and stashes in every order.
       of_rank: int64[num_ranks, most], the lanes of each rank; -1 for fewer.
       length: int64[num_ranks], how many tokens each row has.
       work: float64[num_ranks], how long each rank acts if no W recomputes.
       transfer: How long a value travels to another rank.
-      limit: How much a rank may hold of activations between F and W.
+      limit: How much the slots of a rank may hold, of activations and of stashes.
     """
 
     rank: np.ndarray
@@ -57,6 +59,8 @@ class Lanes(NamedTuple):
     recompute: np.ndarray
     size: np.ndarray
     reserve: np.ndarray
+    stash: float
+    least: np.ndarray
     of_rank: np.ndarray
     length: np.ndarray
     work: np.ndarray
@@ -82,12 +86,14 @@ class Times(NamedTuple):
 class Walk(NamedTuple):
     """Holds the state of an annealing: `rows`, the best of them, and the critical path.
 
+    `peaks`, float64[num_ranks, 2], are the most that each row holds, of activations and stashes.
     Places from `first_kept` up to `end_kept` of each row stay. `figures` are the current value, the
     best value and the best order's makespan; `counts` is the length of the critical path.
     """
 
     rows: np.ndarray
     best_rows: np.ndarray
+    peaks: np.ndarray
     first_kept: np.ndarray
     end_kept: np.ndarray
     critical_rank: np.ndarray
@@ -97,10 +103,14 @@ class Walk(NamedTuple):
 
 
 @compiled
-def is_legal(row: np.ndarray, length: int, lanes: Lanes) -> bool:
-    """Whether each F, I and W of a row are in this order, and its activations within the limit."""
+def is_legal(row: np.ndarray, length: int, lanes: Lanes, peaks: np.ndarray) -> bool:
+    """Whether each F, I and W of a row are in this order, and its activations within the limit.
+
+    `peaks`, float64[2], becomes the most that it holds between F and W, and between I and W.
+    """
     count = np.zeros((3, lanes.rank.shape[0]), np.int64)
-    held = 0.0
+    held, stashed = 0.0, 0.0
+    peaks[:] = 0.0
     for place in range(length):
         token = row[place]
         lane, kind = token // 3, token % 3
@@ -111,9 +121,20 @@ def is_legal(row: np.ndarray, length: int, lanes: Lanes) -> bool:
             held += lanes.size[lane]
             if held > lanes.limit:
                 return False
-        elif kind == WEIGHT_GRAD:
+            peaks[0] = max(peaks[0], held)
+        elif kind == INPUT_GRAD:
+            stashed += lanes.size[lane]
+            peaks[1] = max(peaks[1], stashed)
+        else:
             held -= lanes.size[lane]
+            stashed -= lanes.size[lane]
     return True
+
+
+@compiled
+def fits(peaks: np.ndarray, lanes: Lanes) -> bool:
+    """Whether the slots are within the limit: all ranks have as many as the fullest needs."""
+    return peaks[:, 0].max() + lanes.stash * peaks[:, 1].max() <= lanes.limit
 
 
 @compiled
@@ -276,11 +297,12 @@ def anneal(
         if passes_its_like(row, start, stop):
             continue
         move(row, start, stop)
-        value = NEVER
-        if is_legal(row, lanes.length[rank], lanes):
+        value, peaks = NEVER, walk.peaks[rank].copy()
+        if is_legal(row, lanes.length[rank], lanes, walk.peaks[rank]) and fits(walk.peaks, lanes):
             value = replay(walk.rows, lanes, times, current + allowed[number], weight)
         if value > current + allowed[number]:
             move(row, stop, start)
+            walk.peaks[rank] = peaks
             continue
         current = value
         find_critical_path(walk, lanes, times)

@@ -27,7 +27,9 @@ class Problem:
       costs: How long actions take.
       transfer: How long a value travels to another rank.
       layers: The layers of the stages.
-      max_activations: How much a rank may hold between F and W, in shares of a rank's layers.
+      max_activations: How much the slots of a rank may hold, in activations of a rank's layers.
+      stash: The size of a stash, which is held between I and W, over that of an activation, which
+        is held between F and W; 0 if stashes are free.
     """
 
     num_ranks: int
@@ -37,6 +39,7 @@ class Problem:
     transfer: float
     layers: StageLayers
     max_activations: float = np.inf
+    stash: float = 0.0
 
     @property
     def num_stages(self) -> int:
@@ -65,9 +68,10 @@ class Problem:
         cost = self.costs.of_stages(weights, num_ranks=self.num_ranks)[1:]
         count = np.repeat([len(entering) for entering in self.microbatches], num_stages)
         size = np.tile(share, num_directions)
+        direction = number // num_stages
         is_deeper = (rank == rank[:, None]) & (
-            num_directions * stage[:, None] + number[:, None] // num_stages
-            < num_directions * stage + number // num_stages
+            num_directions * stage[:, None] + direction[:, None]
+            < num_directions * stage + direction
         )
         of_rank = [number[rank == r].tolist() for r in range(self.num_ranks)]
         most = max(map(len, of_rank))
@@ -82,6 +86,10 @@ class Problem:
             recompute=np.tile(self.costs.recompute * work_share, num_directions),
             size=size,
             reserve=(is_deeper * size).sum(axis=1),
+            stash=float(self.stash),
+            least=np.array(
+                [np.bincount(rank + self.num_ranks * direction, size).max(), size.max()]
+            ),
             of_rank=np.array([each + [-1] * (most - len(each)) for each in of_rank], np.int64),
             length=np.bincount(rank, 3 * count, minlength=self.num_ranks).astype(np.int64),
             work=np.bincount(rank, work, minlength=self.num_ranks),
@@ -103,12 +111,23 @@ class Problem:
         )
 
     def peak_of(self, rows: np.ndarray) -> float:
-        """Finds the most that a rank holds between F and W, in shares of a rank's layers."""
-        keeps = np.array([1.0, 0.0, -1.0])
-        return max(
-            float(np.cumsum(keeps[row[:length] % 3] * self.lanes.size[row[:length] // 3]).max())
-            for row, length in zip(rows, self.lanes.length.tolist(), strict=True)
+        """Finds the most that the slots of a rank hold, in activations of a rank's layers."""
+        held, stashed = self.peaks_of(rows).max(axis=0).tolist()
+        return held + self.stash * stashed
+
+    def peaks_of(self, rows: np.ndarray) -> np.ndarray:
+        """Finds the most that each rank holds between F and W, and between I and W.
+
+        Returns:
+          float64[num_ranks, 2], in shares of a rank's layers.
+        """
+        size, length = self.lanes.size, self.lanes.length.tolist()
+        keeps = np.array([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]])
+        held = (
+            np.cumsum(keeps[:, row[:n] % 3] * size[row[:n] // 3], axis=1).max(axis=1)
+            for row, n in zip(rows, length, strict=True)
         )
+        return np.array(list(held))
 
     def rows_one_by_one(self) -> np.ndarray:
         """Runs each microbatch when the one before is done: nothing holds fewer activations."""

@@ -156,6 +156,7 @@ def _begin(problem: Problem, start: Seed) -> loops.Walk:
     return loops.Walk(
         rows=start.rows.copy(),
         best_rows=start.rows.copy(),
+        peaks=problem.peaks_of(start.rows),
         first_kept=first,
         end_kept=end,
         critical_rank=np.zeros(start.rows.size, np.int64),

@@ -79,10 +79,7 @@ def named_seeds(problem: Problem, *, keep_beats: bool) -> list[Seed]:
     times = problem.make_times()
     for program in named_programs(problem):
         rows = problem.rows_of(program)
-        if all(
-            loops.is_legal(row, length, problem.lanes)
-            for row, length in zip(rows, problem.lanes.length, strict=True)
-        ):
+        if problem.peak_of(rows) <= problem.lanes.limit:
             makespan = loops.replay(rows, problem.lanes, times, loops.NEVER, 0.0)
             pairs = _places_of_beats(program) if keep_beats else ()
             found.append(Seed(rows=rows, makespan=makespan, pairs=pairs, program=program))

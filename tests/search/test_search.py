@@ -21,9 +21,11 @@ from dualpipe_jax._search.bounds import lower_bound
 from dualpipe_jax._search.problem import PLACEMENTS, Problem, routes_of
 from dualpipe_jax._search.seeds import list_seeds, named_programs, named_seeds
 
+BYTES = dpj.Costs(activation_bytes=100, stash_bytes=60)
 COSTS = {
     "unit": (dpj.Costs(), 0.0),
     "remat": (dpj.Costs(input_grad=2.08, weight_grad=0.923, head=0.3, embed=0.1), 0.1),
+    "bytes": (BYTES, 0.0),
     "recomputing": (dpj.Costs(input_grad=2.0, weight_grad=0.9, recompute=2.0), 0.2),
 }
 SIZES = ((1, 3), (2, 1), (3, 4), (4, 8))
@@ -36,6 +38,7 @@ def problem_of(placement: str, P: int, N: int, costs: str = "unit", **more: Any)
         "layers_per_stage": None,
         "layout": None,
         "max_activations": None,
+        "memory": None,
         **more,
     }
     return make_problem(
@@ -105,6 +108,7 @@ def test_layers_of_kinds_have_their_costs_and_all_take_memory() -> None:
         placement="linear",
         num_stages_per_rank=None,
         max_activations=None,
+        memory=None,
         **layers,
     )
     execution = dpj.Execution(split_backward=True)
@@ -168,7 +172,12 @@ def test_no_order_holds_less_than_one_by_one() -> None:
         rows = problem.rows_one_by_one()
         dpj.Schedule.from_csv(problem.program_of(rows, name="x").to_csv())
         assert problem.peak_of(rows) == 1
-        made = search(num_ranks=3, num_microbatches=4, placement=placement, max_activations=1)
+        # An activation of all stages of a rank, and the stash of one.
+        sizes = {"num_ranks": 3, "num_microbatches": 4, "placement": placement}
+        memory = 100 + 60 * 3 // problem.num_stages
+        made = search(**sizes, costs=BYTES, memory=f"{memory}B")
+        with pytest.raises(ValueError, match=rf"memory={memory - 1}: must be at least {memory} b"):
+            search(**sizes, costs=BYTES, memory=memory - 1)
         assert simulated(problem, made).peak_weight_activations * problem.num_ranks == (
             problem.num_stages
         )
@@ -251,6 +260,17 @@ def test_bounds_meet_the_optimum_where_it_is_known() -> None:
         ({"transfer": -1}, ValueError, "transfer=-1.0: a cost must be"),
         ({"max_activations": 0.9}, ValueError, "must be at least 1, which a rank holds of a si"),
         ({"max_activations": float("nan")}, ValueError, "max_activations=nan: must be at least"),
+        (
+            {"memory": "1GiB"},
+            ValueError,
+            "memory='1GiB': must come with the bytes of an ac",
+        ),
+        (
+            {"memory": 1, "max_activations": 2},
+            ValueError,
+            "memory=1, max_activations=2: must not",
+        ),
+        ({"memory": "1XB", "costs": BYTES}, ValueError, "memory='1XB': '1XB' is not a size"),
         ({"layers_per_stage": [1]}, ValueError, "of placement 'linear' on 4 ranks"),
         ({"keep_beats": 1}, TypeError, "keep_beats=1: must be True or False"),
         ({"waits": "ideal"}, ValueError, "waits='ideal': must be 'program', 'values'"),
@@ -264,12 +284,26 @@ def test_mistakes_are_explained(change: dict[str, Any], error: type, message: st
         search(**change)
 
 
+def test_slots_are_those_of_the_fullest_rank_of_each_buffer() -> None:
+    # Rank 0 holds two activations, rank 1 two stashes: 2 x 100 + 2 x 60 bytes.
+    rows = np.array([[0, 0, 1, 2, 1, 2], [3, 4, 3, 4, 5, 5]])
+    for memory, is_within in ((320, True), (319, False)):
+        problem = problem_of("linear", 2, 2, costs="bytes", memory=memory)
+        peaks = np.zeros((2, 2))
+        for rank in range(2):
+            assert loops.is_legal(rows[rank], 6, problem.lanes, peaks[rank])
+        assert peaks.tolist() == problem.peaks_of(rows).tolist() == [[2, 1], [2, 2]]
+        assert problem.peak_of(rows) == pytest.approx(3.2)
+        assert loops.fits(peaks, problem.lanes) == is_within
+
+
 def test_illegal_rows_are_refused_by_the_loops() -> None:
     problem = problem_of("linear", 2, 2, max_activations=1)
     rows = problem.rows_one_by_one()
-    assert loops.is_legal(rows[0], 6, problem.lanes)
+    peaks = problem.peaks_of(rows)
+    assert loops.is_legal(rows[0], 6, problem.lanes, peaks[0])
     for order in ([1, 0, 2, 0, 1, 2], [0, 2, 1, 0, 1, 2], [0, 0, 1, 2, 1, 2]):
-        assert not loops.is_legal(np.array(order), 6, problem.lanes)
+        assert not loops.is_legal(np.array(order), 6, problem.lanes, peaks[0])
     crossed = np.array([[0, 1, 2, 0, 1, 2], [3, 3, 4, 5, 4, 5]])
     assert replayed(problem, crossed) == loops.NEVER
     with pytest.raises(ScheduleError):
@@ -301,8 +335,11 @@ def test_command_writes_the_order(tmp_path: Path) -> None:
     )
     assert path.read_text() == made.to_csv()
     assert result.stderr.startswith("search-v: makespan ")
-    printed = CliRunner().invoke(_cli.main, f"{command} {costs}".split())
+    # The same limit in bytes.
+    in_bytes = command.replace("--max-activations 1.5", "--memory 1.5GiB --activation-bytes 1GiB")
+    printed = CliRunner().invoke(_cli.main, f"{in_bytes} {costs}".split())
     assert printed.stdout == made.to_csv()
+    assert printed.stderr.startswith(result.stderr.splitlines()[0] + ", 1.5 GiB\n")
     refused = CliRunner().invoke(_cli.main, [*command.split(), "--layers-per-stage", "1;2"])
     assert (refused.exit_code, refused.stdout) == (2, "")
 

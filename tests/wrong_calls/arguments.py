@@ -20,6 +20,7 @@ from tests.wrong_calls.mistakes import (
     counts,
     functions,
     left_out,
+    memories,
     mistake,
     names,
     wrong_type,
@@ -284,15 +285,7 @@ def choose_mistakes() -> dict[str, list[Mistake]]:
     return {
         "memory": [
             wrong_type(lambda v: isinstance(v, int | float | np.number)),
-            mistake("unknown unit", "80XB", "GiB", "80 80", "1e3e3GiB", "8,0GiB", "80GiBGiB"),
-            mistake("NaN", float("nan"), "nan", "nanGiB"),
-            mistake("infinite", float("-inf"), "inf", "-inf GiB", "1e400"),
-            mistake("negative number", -1, "-80GiB", -0.5),
-            mistake("number beyond all floats", "1" * 5000, "9" * 400 + "GiB", 10**400),
-            mistake(
-                "odd characters", st.text(max_size=8).filter(lambda t: not t.strip()[:1].isdigit())
-            ),
-            mistake("bool for a number", True, False),
+            *memories(),
             mistake("another form", 0, "0", "1e3 MiB", float("inf"), np.float64(1e9), legal=always),
         ],
         "headroom": [

@@ -181,7 +181,7 @@ def targets() -> list[Target]:
         ),
         _command(
             "search",
-            {**_SIZES, "moves": "5"},
+            {**_SIZES, "moves": "5", "activation-bytes": "1MiB"},
             mistakes={
                 "placement": of.choices(("linear", "v", "interleaved", "bidirectional")),
                 "ranks": of.counts("num_ranks"),
@@ -191,6 +191,15 @@ def targets() -> list[Target]:
                 "max-activations": [
                     mistake("too little", "0.5", "-1", "nan", "x", also=("max_activations",))
                 ],
+                "memory": [
+                    *of.sizes_in_bytes(),
+                    mistake("too little", "0", "1KiB", "1023.9KiB"),
+                ],
+                "activation-bytes": [
+                    *of.sizes_in_bytes("activation_bytes"),
+                    mistake("too little", "0", "0.5B", also=("activation_bytes",)),
+                ],
+                "stash-bytes": of.sizes_in_bytes("stash_bytes"),
                 "layers-per-stage": [
                     mistake("malformed", "1;2", "", "x", "0.5,1"),
                     mistake("too many", "1,2,3", also=("layers_per_stage",)),

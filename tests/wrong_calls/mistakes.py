@@ -146,6 +146,19 @@ def amounts(*, least: float = 0.0, is_open: bool = False, most: float = 1e100) -
     ]
 
 
+def memories() -> list[Mistake]:
+    """Mistakes in a number of bytes, or a text with a unit."""
+    return [
+        mistake("unknown unit", "80XB", "GiB", "80 80", "1e3e3GiB", "8,0GiB", "80GiBGiB"),
+        mistake("NaN", math.nan, "nan", "nanGiB"),
+        mistake("infinite", -math.inf, "inf", "-inf GiB", "1e400"),
+        mistake("negative number", -1, "-80GiB", -0.5),
+        mistake("number beyond all floats", "1" * 5000, "9" * 400 + "GiB", 10**400),
+        mistake("odd characters", _TEXTS.filter(lambda text: not text.strip()[:1].isdigit())),
+        mistake("bool for a number", True, False),
+    ]
+
+
 def names(
     known: Iterable[str], *, optional: bool = False, extra: Accepts = never, **more: Any
 ) -> list[Mistake]:

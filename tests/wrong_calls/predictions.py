@@ -64,12 +64,6 @@ def _mistakes_of_kinds() -> list[Mistake]:
     ]
 
 
-def _stage_mistakes() -> list[Mistake]:
-    """Mistakes in the layers of each of two stages, where no model says how many there are."""
-    balanced = mistake("balanced without layers", "balanced")
-    return [*but(sizes_mistakes(), "wrong sum"), balanced]
-
-
 def _paths() -> list[Mistake]:
     """Mistakes in the file of a picture."""
     here = Path(__file__)
@@ -98,7 +92,10 @@ def _of_costs() -> list[Target]:
             call=dpj.Costs,
             valid={},
             mistakes=_cost_fields(
-                full_backward=but(amounts(), "wrong type"), layer=_mistakes_of_kinds()
+                full_backward=but(amounts(), "wrong type"),
+                layer=_mistakes_of_kinds(),
+                activation_bytes=but(amounts(least=1), "wrong type"),
+                stash_bytes=amounts(),
             ),
             weight=2,
         ),
@@ -129,7 +126,8 @@ def _of_costs() -> list[Target]:
                     mistake("zero", 0),
                     mistake("fewer layers than stages", 1),
                 ],
-                "layers_per_stage": _stage_mistakes(),
+                # No model says how many layers there are.
+                "layers_per_stage": but(sizes_mistakes(), "wrong sum"),
                 "execution": of_type(dpj.Execution(overlap=False)),
                 "rendezvous": flags(),
                 "placed_by": costs,

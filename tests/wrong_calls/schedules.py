@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+import dualpipe_jax as dpj
 from dualpipe_jax import schedules
 from tests.wrong_calls.mistakes import (
     Mistake,
@@ -18,6 +19,7 @@ from tests.wrong_calls.mistakes import (
     counts,
     flags,
     left_out,
+    memories,
     mistake,
     names,
     wrong_type,
@@ -27,6 +29,7 @@ from tests.wrong_calls.oracle import Target
 _CSV = schedules.make("1f1b", num_ranks=2, num_microbatches=2).to_csv()
 SCHEDULE = schedules.make("dualpipe", num_ranks=2, num_microbatches=4)
 _SIZES: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 4}
+_BYTES = dpj.Costs(activation_bytes=100, stash_bytes=60)
 PLACEMENTS = ("linear", "v", "interleaved", "bidirectional")
 OVERLAPS = (True, False, "two-tick")
 
@@ -156,6 +159,12 @@ def _search_mistakes() -> dict[str, list[Mistake]]:
             wrong_type(lambda value: value is None or isinstance(value, int | float | np.number)),
             mistake("too little", 0.5, -1.0, float("nan")),
         ],
+        "memory": [
+            *memories(),
+            wrong_type(lambda v: v is None or isinstance(v, int | float | np.number)),
+            mistake("too little", 0, "99B", 159.9),
+            mistake("another form", "160", "1e3 MiB", float("inf"), np.float64(1e9), legal=always),
+        ],
         "keep_beats": flags(),
         "waits": [wrong_type(), mistake("unknown name", "programs", "")],
         "moves": [wrong_type(_is_count), mistake("out of range", -1, 10**12)],
@@ -224,7 +233,7 @@ def targets() -> list[Target]:
         Target(
             name="schedules.search",
             call=schedules.search,
-            valid={**_SIZES, "moves": 3},
+            valid={**_SIZES, "moves": 3, "costs": _BYTES},
             mistakes=_search_mistakes(),
         ),
         *_factories(),
