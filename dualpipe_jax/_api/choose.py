@@ -1,7 +1,7 @@
 """`choose`: from a model's shapes to its schedules, ranked by predicted step time and memory."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -199,7 +199,10 @@ def _values_to_try(
     )
     numbers: tuple[Any, ...] = (num_microbatches,)
     if not isinstance(num_microbatches, Integral):
-        numbers = _as_tuple("num_microbatches", num_microbatches, "of integers, or one")
+        of = "of integers, or one"
+        if isinstance(num_microbatches, Set):  # which has no first one
+            raise TypeError(f"num_microbatches={brief(num_microbatches)}: must be a sequence {of}")
+        numbers = _as_tuple("num_microbatches", num_microbatches, of)
     tried = {"schedules": chosen, "remat": remats, "num_microbatches": numbers}
     for argument, values in tried.items():
         if not values:

@@ -115,7 +115,7 @@ def test_a_number_for_each_rank():
 
 @pytest.mark.parametrize(
     "wrong",
-    ["", "r2", "2", "-1r", 2, None, True, [0], [0, 1, 2], [0, -1], [0, True], [0, 1.0], {0, 1}],
+    ["", "r2", "-1r", 2, None, [0], [0, 1, 2], [0, -1], [0, True], [0, 1.0], {0, 1}, np.array(1)],
 )
 def test_wrong_numbers_are_refused(wrong):
     text = "must be 'r' or '2r', .* or 2 integers of at least 0, one for each of the 2 ranks"

@@ -62,9 +62,10 @@ def _counts(num_deferred: str | Sequence[int], num_ranks: int) -> list[int]:
     if isinstance(num_deferred, str):
         if found := re.fullmatch(r"(\d{0,9})r", num_deferred):
             return [int(found[1] or 1) * rank for rank in range(num_ranks)]
-    elif isinstance(num_deferred, Sequence | np.ndarray) and len(num_deferred) == num_ranks:
-        with suppress(TypeError):  # of a count that is no integer
-            counts = [-1 if isinstance(n, bool) else operator.index(n) for n in num_deferred]
+    elif isinstance(num_deferred, Sequence | np.ndarray):
+        with suppress(TypeError):  # of an array without dims, or a count that is no integer
+            if len(num_deferred) == num_ranks:
+                counts = [-1 if isinstance(n, bool) else operator.index(n) for n in num_deferred]
     if not counts or min(counts) < 0:
         raise ValueError(
             f"num_deferred={brief(num_deferred)}: must be 'r' or '2r', for the number of each rank "
