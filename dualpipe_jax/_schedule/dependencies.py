@@ -17,6 +17,7 @@ Between two ranks with one microbatch there are two transfers, and every other v
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,9 +30,10 @@ from dualpipe_jax._schedule.actions import (
     MIDDLE,
     Opcode,
     X,
+    is_one_of,
     opcodes_that,
 )
-from dualpipe_jax._schedule.ir import LiveRanges, Program, Timeline
+from dualpipe_jax._schedule.ir import LiveRanges, Program, Timeline, UnitActions
 
 # The tick of an action that is never run.
 NEVER = int(np.iinfo(np.int64).max)
@@ -56,22 +58,27 @@ def find_dependencies(program: Program) -> Dependencies:
     In an illegal program a producer may be missing, as if nothing were needed, or occur twice; then
     it is the first one.
     """
-    units = program.units
+    return _find_dependencies(program.units, program.num_stages, program.num_microbatches)
+
+
+# Every pass asks for those of the same few programs.
+@lru_cache(maxsize=8)
+def _find_dependencies(units: UnitActions, num_stages: int, num_microbatches: int) -> Dependencies:
     opcode, stage, microbatch = units.opcode, units.stage, units.microbatch
-    last = program.num_stages - 1
+    last = num_stages - 1
 
     def find(opcodes: tuple[Opcode, ...], stage: np.ndarray | int) -> np.ndarray:
         """Finds, for each action, one of these opcodes at a stage of the same microbatch."""
-        return _index(program, opcodes)[stage, microbatch]
+        return _index(units, opcodes, shape=(num_stages, num_microbatches))[stage, microbatch]
 
     units_followed = FORWARD, INPUT_GRAD
     own = np.select(
-        [np.isin(opcode, opcodes_that(follows=unit)) for unit in units_followed],
+        [is_one_of(opcode, opcodes_that(follows=unit)) for unit in units_followed],
         [find(opcodes_that(unit=unit), stage) for unit in units_followed],
         -1,
     )
     takes_x, takes_cotangent, takes_middle = (
-        np.isin(opcode, opcodes_that(takes=value)) for value in (X, COTANGENT, MIDDLE)
+        is_one_of(opcode, opcodes_that(takes=value)) for value in (X, COTANGENT, MIDDLE)
     )
     payload = np.select(
         [takes_x & (stage > 0), takes_cotangent & (stage == last), takes_cotangent, takes_middle],
@@ -86,11 +93,12 @@ def find_dependencies(program: Program) -> Dependencies:
     return Dependencies(payload, own)
 
 
-def _index(program: Program, opcodes: tuple[Opcode, ...]) -> np.ndarray:
+def _index(
+    units: UnitActions, opcodes: tuple[Opcode, ...], *, shape: tuple[int, int]
+) -> np.ndarray:
     """Finds the first action of some opcodes: int64[num_stages, num_microbatches], -1 for none."""
-    units = program.units
-    here = np.flatnonzero(np.isin(units.opcode, opcodes))
-    first = np.full((program.num_stages, program.num_microbatches), len(units))
+    here = np.flatnonzero(is_one_of(units.opcode, opcodes))
+    first = np.full(shape, len(units))
     np.minimum.at(first, (units.stage[here], units.microbatch[here]), here)
     return np.where(first < len(units), first, -1)
 
@@ -151,11 +159,11 @@ def find_live_ranges(
     made, it lives on its producer's rank until then. A value of another buffer lives from the
     action that writes it to the one that frees it.
     """
-    units = program.units
+    units, shape = program.units, (program.num_stages, program.num_microbatches)
     live = {"received": _find_received(program, tick_of, sent_in)}
     for buffer in (*BUFFERS[1:], DEFERRED):
-        producer_of = _index(program, opcodes_that(writes=buffer))
-        consumer = np.flatnonzero(np.isin(units.opcode, opcodes_that(frees=buffer)))
+        producer_of = _index(units, opcodes_that(writes=buffer), shape=shape)
+        consumer = np.flatnonzero(is_one_of(units.opcode, opcodes_that(frees=buffer)))
         producer = producer_of[units.stage[consumer], units.microbatch[consumer]]
         if buffer != DEFERRED or consumer.size:
             ticks = tick_of[producer], tick_of[consumer]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dualpipe_jax._schedule.actions import DEFERRED, FORWARD, IDLE, opcodes_with
+from dualpipe_jax._schedule.actions import DEFERRED, FORWARD, IDLE, is_one_of, opcodes_with
 from dualpipe_jax._schedule.find_steady import SteadyPhase
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Allocation, LiveRanges, Timeline
 from dualpipe_jax._schedule.tables import Steady, Tables
@@ -73,7 +73,7 @@ def emit(timeline: Timeline, allocation: Allocation, steady: SteadyPhase | None 
         consumer = allocation.live_ranges[name].consumer
         slots = np.full((program.num_stages, program.num_microbatches), -1)
         slots[units.stage[consumer], units.microbatch[consumer]] = slot
-        acts = np.flatnonzero(np.isin(units.opcode, opcodes_with(name)))
+        acts = np.flatnonzero(is_one_of(units.opcode, opcodes_with(name)))
         of_acts = slots[units.stage[acts], units.microbatch[acts]]
         columns[name][tick_of[acts], units.rank[acts]] = of_acts
 

@@ -16,7 +16,7 @@ from dualpipe_jax._schedule.actions import (
     opcodes_with,
     unit_of,
 )
-from dualpipe_jax._schedule.verify.interpreter import OF_I, OF_W
+from dualpipe_jax._schedule.verify.tokens import OF_I, OF_W
 
 
 @pytest.mark.parametrize(("input_grad", "weight_grad"), list(zip(OF_I, OF_W, strict=True)))

@@ -6,7 +6,7 @@ from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD
 from dualpipe_jax._schedule.excerpt import fail_at
 from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
 from dualpipe_jax._schedule.tables import Pairs, Steady, Tables
-from dualpipe_jax._schedule.verify.interpreter import OF_W
+from dualpipe_jax._schedule.verify.tokens import OF_W
 
 
 def verify_steady(tables: Tables) -> None:

@@ -3,10 +3,10 @@
 import numpy as np
 
 from dualpipe_jax._errors import ScheduleError
-from dualpipe_jax._schedule.actions import IDLE, Opcode
+from dualpipe_jax._schedule.actions import IDLE, Opcode, is_one_of
 from dualpipe_jax._schedule.excerpt import fail_at
 from dualpipe_jax._schedule.tables import MOST_SETS, Tables
-from dualpipe_jax._schedule.verify.interpreter import BUFFER_OF, OF_I, OF_W, run_with_tokens
+from dualpipe_jax._schedule.verify.tokens import BUFFER_OF, OF_I, OF_W, follow_tokens
 
 
 def verify_tables(tables: Tables) -> None:
@@ -39,7 +39,7 @@ def verify_tables(tables: Tables) -> None:
     _check_actions(tables)
     _check_columns(tables)
     _check_exchanges(tables)
-    run_with_tokens(tables)
+    follow_tokens(tables)
 
 
 def _check_shapes(tables: Tables) -> None:
@@ -78,7 +78,7 @@ def _check_actions(tables: Tables) -> None:
 
     place = tables.stage, tables.microbatch
     for letter, opcodes in (("F", (Opcode.FORWARD,)), ("I", OF_I), ("W", OF_W)):
-        is_one = np.isin(tables.opcode, opcodes)
+        is_one = is_one_of(tables.opcode, opcodes)
         count = np.zeros((tables.num_stages, tables.num_microbatches), np.int64)
         np.add.at(count, (tables.stage[is_one], tables.microbatch[is_one]), 1)
         wanted = 0 if tables.forward_only and letter != "F" else 1
@@ -93,13 +93,13 @@ def _check_actions(tables: Tables) -> None:
         for number, opcode in enumerate(opcodes):
             here = tables.opcode == opcode
             form[of, tables.stage[here], tables.microbatch[here]] = number
-    is_w = np.isin(tables.opcode, OF_W)
+    is_w = is_one_of(tables.opcode, OF_W)
     other = is_w & (form[0] != form[1])[place]
     _fail_where(tables, other, "is not the weight grad of its input grad")
 
 
 def _check_columns(tables: Tables) -> None:
-    is_f, is_i, is_w = (np.isin(tables.opcode, of) for of in (Opcode.FORWARD, OF_I, OF_W))
+    is_f, is_i, is_w = (is_one_of(tables.opcode, of) for of in ((Opcode.FORWARD,), OF_I, OF_W))
     is_upper, is_lower = (
         tables.opcode == half for half in (Opcode.BACKWARD_UPPER, Opcode.BACKWARD_LOWER)
     )
@@ -109,8 +109,8 @@ def _check_columns(tables: Tables) -> None:
         "read": (is_f & (tables.stage > 0)) | is_i | is_lower,
         "residual": saves | is_i | is_lower,
         "weight_residual": saves | is_i | is_w,
-        "stash": np.isin(tables.opcode, (OF_I[0], OF_W[0])),
-        "deferred": np.isin(tables.opcode, (OF_I[1], OF_W[1])),
+        "stash": is_one_of(tables.opcode, (OF_I[0], OF_W[0])),
+        "deferred": is_one_of(tables.opcode, (OF_I[1], OF_W[1])),
     }
     for column, mask in used.items():
         named = getattr(tables, column) >= 0
