@@ -92,15 +92,12 @@ def place_by_clock(
     return placed_timeline, steady
 
 
-# An action, or the sending of its value in a later tick.
-_Move = tuple[int, bool]
-
-
 class _Walk:
     """Walks ranks through some of a program's actions, by the clock.
 
-    A rank runs an action or is between two; it is free at an instant, up to which it takes part in
-    a transfer. It sends the values that it has made for other ranks when they meet.
+    A rank runs an action or is between two; then it is free from an instant on, up to which it
+    takes part in a transfer. It sends the values that it has made for other ranks when they meet.
+    Ticks are found on the way: the earliest ones in which each transfer meets the same actions.
     """
 
     def __init__(
@@ -120,7 +117,7 @@ class _Walk:
         reads = np.flatnonzero(needs.payload >= 0)
         receiver[needs.payload[reads]] = units.rank[reads]
         receiver[receiver == units.rank] = -1
-        self.receiver, self.rank_of = receiver.tolist(), units.rank.tolist()
+        self.receiver = receiver.tolist()
         self.took, self.transfer, self.patience = took.tolist(), transfer, patience
         self.payload = needs.payload.tolist()
         self.neighbours = [{(r - 1) % num_ranks, (r + 1) % num_ranks} for r in range(num_ranks)]
@@ -130,18 +127,15 @@ class _Walk:
         self.is_there = [*is_over.tolist(), True]
         self.rows = [np.flatnonzero(here & (units.rank == r)).tolist() for r in range(num_ranks)]
         self.next = [0] * num_ranks
-        self.ends = [math.inf] * num_ranks  # when the action ends that a rank runs, if it does
+        self.ends = [_NEVER] * num_ranks  # when the action ends that a rank runs, if it does
         # The actions whose values a rank has to send, the latest one first.
         self.made: list[list[int]] = [[] for _ in range(num_ranks)]
-        # Which ticks come before which: for each move those before it, and by how many ticks.
-        self.before: dict[_Move, list[tuple[_Move, int]]] = {}
-        # With which move each action's value is sent.
-        self.sent_with: dict[int, _Move] = {}
-        # The latest action of each rank, the latest move with which it sent, and all moves since
-        # that action in which it took part.
-        self.action: list[_Move | None] = [None] * num_ranks
-        self.send: list[_Move | None] = [None] * num_ranks
-        self.since: list[list[_Move]] = [[] for _ in range(num_ranks)]
+        # The tick of each action, and that in which its value is sent.
+        self.acts, self.sends = [0] * len(units), [0] * len(units)
+        # The latest action of each rank, its tick, and that of the latest transfer or action.
+        self.latest, self.tick, self.last_tick = ([-1] * num_ranks for _ in range(3))
+        # The tick in which each rank sent last, and whether it was in a transfer since its action.
+        self.sent, self.has_met = [-1] * num_ranks, [False] * num_ranks
 
     def run(self, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Walks, from the instants on at which ranks are free.
@@ -150,40 +144,35 @@ class _Walk:
             For each action that was walked its tick, from 0 on, and that in which its value is
             sent: int64[num_actions] both.
         """
-        self.free = free.tolist()
+        self.free, ends = free.tolist(), self.ends
         events = [(instant, rank) for rank, instant in enumerate(self.free)]
         heapq.heapify(events)
         while events:
             now, ranks = events[0][0], set()
-            while events and events[0][0] <= now + self.same:
-                ranks.add(heapq.heappop(events)[1])
-            for rank in sorted(ranks):
-                self._end(rank, now)
-            near = sorted(ranks.union(*(self.neighbours[rank] for rank in ranks)))
+            until = now + self.same
+            while events and events[0][0] <= until:
+                rank = heapq.heappop(events)[1]
+                if ends[rank] <= until:
+                    self._end(rank, now)
+                ranks.update(self.neighbours[rank], (rank,))
+            near = sorted(ranks)
             for rank in self._hand_over(near, now):
                 heapq.heappush(events, (self.free[rank], rank))
             for rank in near:
-                if self._begins(rank, now):
-                    heapq.heappush(events, (self.ends[rank], rank))
+                if self.free[rank] <= until and self._begins(rank, now):
+                    heapq.heappush(events, (ends[rank], rank))
         num_left = sum(map(len, self.rows)) - sum(self.next) + sum(map(len, self.made))
         assert not num_left, "a legal program runs to its end"
-        return self._find_ticks()
-
-    def _is_between(self, rank: int, now: float) -> bool:
-        """Whether a rank is between two actions, and in no transfer."""
-        return self.ends[rank] == _NEVER and self.free[rank] <= now + self.same
+        return np.array(self.acts, np.int64), np.array(self.sends, np.int64)
 
     def _end(self, rank: int, now: float) -> None:
-        """Ends the action that a rank runs, if its time has come."""
-        if self.ends[rank] > now + self.same:
-            return
+        """Ends the action that a rank runs, in the tick after its latest transfer."""
         action = self.rows[rank][self.next[rank]]
         self.next[rank] += 1
-        self.ends[rank] = math.inf
-        self.free[rank] = now
-        move, last = (action, False), self.action[rank]
-        self.before[move] = [(first, 1) for first in (last, *self.since[rank]) if first is not None]
-        self.action[rank], self.since[rank] = move, []
+        self.ends[rank], self.free[rank] = _NEVER, now
+        self.last_tick[rank] = self.tick[rank] = tick = self.last_tick[rank] + 1
+        self.acts[action] = self.sends[action] = tick
+        self.latest[rank], self.has_met[rank] = action, False
         if self.receiver[action] < 0:
             self.is_there[action] = True
         else:
@@ -195,49 +184,55 @@ class _Walk:
         Returns:
             The ranks that took part.
         """
+        made, receiver, free = self.made, self.receiver, self.free
         met: set[int] = set()
-        made, receiver = self.made, self.receiver
-        senders = [rank for rank in near if made[rank]]
+        senders, until = [rank for rank in near if made[rank]], now + self.same
         while True:
             moves = []
             for rank in senders:
-                if not made[rank] or not self._is_between(rank, now):
-                    continue
-                for value in made[rank]:
-                    if self._is_between(receiver[value], now):
-                        # In the tick in which it was made, if nothing has happened since.
-                        is_late = self.action[rank] != (value, False) or bool(self.since[rank])
-                        moves.append((value, is_late))
-                        break
-            for move in moves:
-                met.update(self._send(move))
-            for rank in met:
-                self.free[rank] = now + self.transfer
+                if free[rank] <= until:
+                    for value in made[rank]:
+                        other = receiver[value]
+                        if free[other] <= until:
+                            moves.append((value, rank, other))
+                            break
             if not moves:
                 return met
+            self._send(moves)
+            for _, *both in moves:
+                met.update(both)
+            for rank in met:
+                free[rank] = now + self.transfer
 
-    def _send(self, move: _Move) -> tuple[int, int]:
-        """Sends a value, not before its ranks' latest actions; returns sender and receiver."""
-        value, _ = move
-        sender = self.rank_of[value]
-        both = sender, self.receiver[value]
-        before = self.before.setdefault(move, [])
-        latest = (self.action[rank] for rank in both)
-        before += [(first, 0) for first in latest if first is not None and first != move]
-        if (last := self.send[sender]) is not None:
-            before.append((last, 1))
-        self.made[sender].remove(value)
-        self.is_there[value] = True
-        self.send[sender] = self.sent_with[value] = move
-        for rank in both:
-            self.since[rank].append(move)
-        return both
+    def _send(self, moves: list[tuple[int, int, int]]) -> None:
+        """Sends values at one instant, each between ranks: (value, sender, receiver).
+
+        A value is sent not before the latest actions of both ranks, and after the one that the
+        sender sent last. It is sent in the tick in which it was made if its rank has done nothing
+        since: then its action may have to move to a later tick, and so others of the same instant.
+        """
+        tick, sent = self.tick, self.sent
+        is_settled = False
+        on_time = [m for m in moves if self.latest[m[1]] == m[0] and not self.has_met[m[1]]]
+        while not is_settled:
+            is_settled = True
+            for value, sender, receiver in on_time:
+                soonest = max(tick[receiver], sent[sender] + 1)
+                if soonest > tick[sender]:
+                    tick[sender] = self.acts[value] = soonest
+                    is_settled = False
+        for value, sender, receiver in moves:
+            then = max(tick[sender], tick[receiver], sent[sender] + 1)
+            self.sends[value] = sent[sender] = then
+            self.made[sender].remove(value)
+            self.is_there[value] = True
+            for rank in (sender, receiver):
+                self.has_met[rank] = True
+                self.last_tick[rank] = max(self.last_tick[rank], then)
 
     def _begins(self, rank: int, now: float) -> bool:
-        """Begins a rank's next action, if it is free, has all values, and need not wait."""
+        """Begins the next action of a free rank, if it has all values and need not wait."""
         ends, receiver = self.ends, self.receiver
-        if ends[rank] != _NEVER or self.free[rank] > now + self.same:
-            return False
         row, following = self.rows[rank], self.next[rank]
         if following == len(row) or not self.is_there[self.payload[row[following]]]:
             return False
@@ -253,7 +248,7 @@ class _Walk:
                 is_mine = receiver[value] == rank
                 if is_mine and self._is_worth_waiting(value, other, now, end):
                     return False
-        ends[rank] = end
+        ends[rank], self.free[rank] = end, _NEVER
         return True
 
     def _is_worth_waiting(self, value: int, other: int, now: float, end: float) -> bool:
@@ -269,26 +264,3 @@ class _Walk:
         if following >= len(row) or self.payload[row[following]] != value:
             return False
         return end - comes > self.patience * (comes - now) + self.same
-
-    def _find_ticks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the earliest ticks in which each transfer meets the same actions."""
-        ticks = dict.fromkeys(self.before, 0)
-        # Moves are in the order of time, so that a sweep settles all of them but those that wait
-        # for a later one of the same instant.
-        is_settled = False
-        while not is_settled:
-            is_settled = True
-            for move, before in self.before.items():
-                tick = 0
-                for first, gap in before:  # quicker than max()
-                    if ticks[first] + gap > tick:
-                        tick = ticks[first] + gap
-                if tick != ticks[move]:
-                    ticks[move], is_settled = tick, False
-        acts = np.zeros(len(self.receiver), np.int64)
-        sends = acts.copy()
-        for (action, is_late), tick in ticks.items():
-            if not is_late:
-                acts[action] = tick
-                sends[action] = ticks[self.sent_with.get(action, (action, False))]
-        return acts, sends
