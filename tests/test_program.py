@@ -132,7 +132,7 @@ def test_buffers_are_updated_in_place(compiled: Any) -> None:
     options: dict[str, Any] = {"costs": costs, "transfer": TRANSFER * costs.forward}
     options["layers"] = StageLayers.cut((STAGE_LAYERS,) * made.num_stages)
     execution = decide(made, FULL, recomputes=False, **options)
-    num_slots = compile_for(made, execution, **options)[0].num_slots
+    num_slots = compile_for(made, execution, **options)[0].tables.num_slots
     names = ("residual", "weight_residual", "deferred")
     _assert_in_place(compiled[FEW].as_text(), {num_slots[n] for n in names if n in num_slots})
 

@@ -102,12 +102,13 @@ def test_reasons_are_those_of_the_tables(name: str, num_parts: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_false_waits_nothing_is_slower_than_dependencies(name: str) -> None:
-    tables = compiled(name, 4, 8).tables
+    made = compiled(name, 4, 8)
+    tables = made.tables
     for work in (random_work(tables), (tables.opcode != IDLE).astype(float)):
-        made = explain_waits(tables, work, transfer=0.0).by_reason()
-        false_waits = made[EARLY] + made[RECEIVER] + made[MERGED]
+        waits = explain_waits(tables, work, transfer=0.0).by_reason()
+        false_waits = waits[EARLY] + waits[RECEIVER] + waits[MERGED]
         makespan = replay(tables, work, transfer=0.0).max()
-        least = replay_dependencies(tables, work, transfer=0.0).max()
+        least = replay_dependencies(made.timeline, work, transfer=0.0).max()
         assert makespan == least if false_waits == 0 else makespan >= least
 
 

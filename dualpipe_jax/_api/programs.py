@@ -15,8 +15,8 @@ from dualpipe_jax._predict import (
     decide,
     usual_costs,
 )
-from dualpipe_jax._schedule.compile import compile_program
-from dualpipe_jax._schedule.execution import Execution
+from dualpipe_jax._schedule.compile import compile_program, place_program
+from dualpipe_jax._schedule.execution import Execution, timetable_of
 from dualpipe_jax._schedule.generators.forward_only import forward_only
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
@@ -85,7 +85,8 @@ class Training:
 
     def __post_init__(self) -> None:
         overlap = self.execution.overlap
-        self.schedule.compiled(overlap=False if overlap is None else overlap)  # or raises
+        timetable = timetable_of(False if overlap is None else overlap)
+        place_program(self.schedule.program, timetable=timetable)  # or raises
 
     def usual_costs(self) -> Costs:
         """Gives the costs of a transformer, with those of recomputing where blocks do."""
@@ -101,8 +102,8 @@ class Training:
             "layers": layers,
         }
         execution = decide(self.schedule, self.execution, recomputes=self.recomputes, **options)
-        tables, _ = compile_for(self.schedule, execution, **options)
-        return StepTables(tables=tables, execution=execution, costs=costs)
+        made, _ = compile_for(self.schedule, execution, **options)
+        return StepTables(tables=made.tables, execution=execution, costs=costs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ import numpy as np
 from dualpipe_jax._costs import Costs, StageLayers, cumulated
 from dualpipe_jax._predict.decide import replay_decided
 from dualpipe_jax._predict.simulation import Simulation
-from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Opcode
-from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.actions import FORWARD, IDLE, INPUT_GRAD, WEIGHT_GRAD, Opcode
+from dualpipe_jax._schedule.compile import place_program
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.replay import replay_dependencies
 from dualpipe_jax._schedule.stage_sizes import spread_evenly
@@ -85,11 +85,11 @@ def balance(
     weights = cumulated(layer_weights, num_layers=num_layers)
     splits = Splits(schedule, costs=costs, transfer=transfer, weights=weights)
     most = num_layers if most is None else most
-    found = [_descend(np.array(even), splits.unevenness, most=most)]
+    found = [_descend(np.array(even), splits.unevenness, most=most)[0]]
     if splits.size <= _MOST_NUMBERS:
         starts = dict.fromkeys((even, even[::-1], tuple(found[0].tolist())))
         ends = [_descend(np.array(start), splits.aims, most=most) for start in starts]
-        found.append(min(ends, key=lambda sizes: splits.aims(sizes[None])[0]))
+        found.append(min(ends, key=lambda end: end[1])[0])
     candidates = [even, *dict.fromkeys(tuple(sizes.tolist()) for sizes in found)]
     gain = _LEAST_GAIN if len(set(even)) > 1 else _LEAST_GAIN_OF_ALIKE
     times = splits.makespans(*candidates)
@@ -122,7 +122,9 @@ class Splits:
         self._costs, self._transfer, self._weights = costs, transfer, weights
         # The order of actions does not depend on the layers of the stages.
         stash_deferred = not costs.recompute
-        self._tables = compile_program(schedule.program, stash_deferred=stash_deferred).tables
+        timeline, _ = place_program(schedule.program, stash_deferred=stash_deferred)
+        self._timeline = timeline
+        self._opcode = timeline.grid(timeline.program.units.opcode, idle=IDLE)
         units = schedule.program.units
         # int[num_ranks, num_stages], the microbatches that a rank runs through a stage.
         self._runs = np.zeros((schedule.num_ranks, schedule.num_stages), int)
@@ -134,7 +136,7 @@ class Splits:
     @property
     def size(self) -> int:
         """The numbers in a replay of every move of a layer at once."""
-        return self._tables.num_stages**2 * self._tables.opcode.size
+        return self._timeline.program.num_stages**2 * self._opcode.size
 
     def unevenness(self, sizes: np.ndarray) -> np.ndarray:
         """Divides the busiest ranks' work by the mean, nearly: float64[num_splits]."""
@@ -156,17 +158,17 @@ class Splits:
 
     def _ends(self, sizes: np.ndarray) -> np.ndarray:
         """Finds when each rank ends: float64[num_ranks, num_splits]."""
-        work = self._costs_of(sizes)[self._tables.opcode, self._tables.stage]
-        return replay_dependencies(self._tables, work, transfer=self._transfer)[-1]
+        work = self._costs_of(sizes)[self._opcode, self._timeline.stage]
+        return replay_dependencies(self._timeline, work, transfer=self._transfer)[-1]
 
     def _costs_of(self, sizes: np.ndarray) -> np.ndarray:
         """Finds how long actions take: float64[num_opcodes, num_stages, num_splits]."""
-        tables, costs = self._tables, self._costs
+        program, costs = self._timeline.program, self._costs
         ends = np.cumsum(np.pad(sizes, ((0, 0), (1, 0))), axis=1)
         weights = np.diff(self._weights[ends], axis=1).T
-        num_ranks, cost = tables.num_ranks, np.zeros((max(Opcode) + 1, *weights.shape))
+        num_ranks, cost = program.num_ranks, np.zeros((max(Opcode) + 1, *weights.shape))
         cost[: WEIGHT_GRAD + 1] = costs.of_stages(
-            weights, num_ranks=num_ranks, forward_only=tables.forward_only
+            weights, num_ranks=num_ranks, forward_only=program.forward_only
         )
         recompute = costs.recompute * num_ranks / self._weights[-1] * weights
         cost[Opcode.INPUT_GRAD_DEFERRING] = cost[INPUT_GRAD]
@@ -184,19 +186,20 @@ def _variance(cost: np.ndarray) -> np.ndarray:
     return np.var(cost / cost.mean(axis=0), axis=0)
 
 
-def _descend(sizes: np.ndarray, aim: _Aim, *, most: int) -> np.ndarray:
-    """Moves one layer after the other between stages, each by the best move, until none helps."""
-    (now,) = aim(sizes[None])
+def _descend(sizes: np.ndarray, aim: _Aim, *, most: int) -> tuple[np.ndarray, float]:
+    """Moves one layer after the other between stages, each by the best move, until none helps.
+
+    Returns:
+      The split at the end, and its figure.
+    """
     while True:
-        splits = _moved(sizes, most=most)
-        if not len(splits):
-            return sizes
+        splits = np.concatenate([sizes[None], _moved(sizes, most=most)])
         figures = aim(splits)
         best = figures.argmin()
         # Sums in different orders differ in their last bits. No split comes twice.
-        if not figures[best] < now * (1 - 1e-12):
-            return sizes
-        sizes, now = splits[best], figures[best]
+        if not figures[best] < figures[0] * (1 - 1e-12):
+            return sizes, figures[0]
+        sizes = splits[best]
 
 
 def _moved(sizes: np.ndarray, *, most: int) -> np.ndarray:

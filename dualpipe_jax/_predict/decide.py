@@ -11,7 +11,7 @@ from typing import Any
 from dualpipe_jax._costs import Costs, StageLayers, of_transformer
 from dualpipe_jax._errors import ScheduleError
 from dualpipe_jax._predict.simulation import Simulation, replay_schedule
-from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.compile import place_program
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax.schedules import Schedule
 
@@ -157,4 +157,5 @@ def has_steady_state(schedule: Schedule) -> bool:
     Raises:
       ValueError: if they cannot be aligned.
     """
-    return compile_program(schedule.program, timetable="aligned").tables.steady is not None
+    _, steady = place_program(schedule.program, timetable="aligned")
+    return steady is not None

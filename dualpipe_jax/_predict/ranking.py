@@ -96,10 +96,10 @@ class Candidate:
 
     def tables(self, layers: StageLayers, execution: Execution) -> Tables:
         """Compiles the schedule for this split, in a decided execution."""
-        tables, _ = compile_for(
+        made, _ = compile_for(
             self.schedule, execution, layers=layers, costs=self.costs, transfer=self.transfer
         )
-        return tables
+        return made.tables
 
 
 @dataclass(frozen=True, kw_only=True)

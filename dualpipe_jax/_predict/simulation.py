@@ -4,11 +4,10 @@ from dataclasses import dataclass, replace
 
 from dualpipe_jax._costs import TRANSFER, Costs, StageLayers
 from dualpipe_jax._predict.published import published_bubble
-from dualpipe_jax._schedule.compile import compile_program
+from dualpipe_jax._schedule.compile import Compiled, compile_program
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.replay import replay, replay_dependencies
-from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
 
@@ -90,8 +89,8 @@ def compile_for(
     transfer: float,
     layers: StageLayers | None,
     placed_by: Costs | None = None,
-) -> tuple[Tables, Durations]:
-    """Compiles a schedule as for a step with these costs; gives tables and durations of actions.
+) -> tuple[Compiled, Durations]:
+    """Compiles a schedule as for a step with these costs; gives that and the durations of actions.
 
     Args:
       schedule: The schedule.
@@ -126,7 +125,7 @@ def compile_for(
         whole_stages=frozenset(s for s, size in enumerate(sizes) if size <= 1),
         durations=placed,
     )
-    return compiled.tables, durations
+    return compiled, durations
 
 
 def replay_schedule(
@@ -144,7 +143,7 @@ def replay_schedule(
     The arguments are those of `compile_for` and `simulate`.
     """
     num_ranks, num_stages = schedule.num_ranks, schedule.num_stages
-    tables, durations = compile_for(
+    made, durations = compile_for(
         schedule,
         execution,
         costs=costs,
@@ -152,6 +151,7 @@ def replay_schedule(
         layers=layers,
         placed_by=placed_by,
     )
+    tables, timeline = made.tables, made.timeline
     work, recomputed = durations.work(tables), durations.recomputed(tables)
     makespan = float(replay(tables, work, transfer=transfer, rendezvous=rendezvous).max())
     # Where nobody idles, sums in different orders differ in their last bit.
@@ -165,7 +165,7 @@ def replay_schedule(
         execution=execution,
         rendezvous=rendezvous,
         makespan=makespan,
-        dependency_makespan=float(replay_dependencies(tables, work, transfer=transfer).max()),
+        dependency_makespan=float(replay_dependencies(timeline, work, transfer=transfer).max()),
         work=tuple(work.sum(axis=0).tolist()),
         recomputed=float(recomputed.sum()) / num_ranks,
         idle_share=bubble / makespan,

@@ -76,7 +76,7 @@ def timed_actions(
       rendezvous: Whether a sender waits for its receiver.
       placed_by: As `simulate`.
     """
-    tables, durations = compile_for(
+    made, durations = compile_for(
         schedule,
         execution,
         costs=costs,
@@ -84,7 +84,7 @@ def timed_actions(
         layers=layers,
         placed_by=placed_by,
     )
-    work = durations.work(tables)
+    tables, work = made.tables, durations.work(made.tables)
     end = replay(tables, work, transfer=transfer, rendezvous=rendezvous)
     found = []
     for rank, tick in np.argwhere(tables.opcode.T != IDLE).tolist():

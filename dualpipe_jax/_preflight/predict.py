@@ -138,7 +138,7 @@ def predict(
     )
     if loop.kind == "steady":
         return prediction, None
-    tables, durations = compile_for(
+    made, durations = compile_for(
         schedule,
         simulation.execution,
         costs=costs,
@@ -146,7 +146,10 @@ def predict(
         **{"layers": None, **placed},
     )
     return prediction, Timetable(
-        tables=tables, work=durations.work(tables), transfer=transfer, clock=device.clock
+        tables=made.tables,
+        work=durations.work(made.tables),
+        transfer=transfer,
+        clock=device.clock,
     )
 
 

@@ -34,7 +34,7 @@ class Plan:
     @cached_property
     def tables(self) -> Tables:
         """The tables that the step runs."""
-        tables, _ = compile_for(
+        made, _ = compile_for(
             self.schedule,
             self.placement.execution,
             costs=self.placement.costs,
@@ -42,7 +42,7 @@ class Plan:
             layers=self.placement.layers,
             placed_by=self.placement.costs,
         )
-        return tables
+        return made.tables
 
     @cached_property
     def ramp(self) -> np.ndarray:

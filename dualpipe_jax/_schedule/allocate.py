@@ -27,11 +27,19 @@ from dualpipe_jax._schedule.dependencies import find_live_ranges
 from dualpipe_jax._schedule.ir import Allocation, LiveRanges, Timeline
 
 
-def allocate(timeline: Timeline) -> Allocation:
-    """Allocates a slot to every value of a timeline."""
+def allocate(timeline: Timeline, other: Allocation | None = None) -> Allocation:
+    """Allocates a slot to every value of a timeline.
+
+    Args:
+        timeline: The timeline.
+        other: The allocation of the same program in other ticks. Values that stay on their rank
+            have the same slots there, as the order of its actions is the same.
+    """
     live_ranges = find_live_ranges(timeline.program, timeline.tick_of, timeline.sent_in)
     slot_of = {
-        buffer: _lowest_free_slots(live, num_ranks=timeline.num_ranks)
+        buffer: other.slot_of[buffer]
+        if other is not None and buffer != "received"
+        else _lowest_free_slots(live, num_ranks=timeline.num_ranks)
         for buffer, live in live_ranges.items()
     }
     num_slots = {buffer: int(slots.max(initial=-1)) + 1 for buffer, slots in slot_of.items()}

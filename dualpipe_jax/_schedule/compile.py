@@ -10,7 +10,7 @@ from dualpipe_jax._schedule.align import align
 from dualpipe_jax._schedule.allocate import allocate
 from dualpipe_jax._schedule.durations import Durations
 from dualpipe_jax._schedule.emit import emit
-from dualpipe_jax._schedule.exchanges import add_exchanges, has_merged
+from dualpipe_jax._schedule.exchanges import add_exchanges
 from dualpipe_jax._schedule.find_steady import SteadyPhase, find_steady
 from dualpipe_jax._schedule.ir import TIMETABLES, Allocation, Program, Timeline
 from dualpipe_jax._schedule.place import place_shortest
@@ -103,26 +103,7 @@ def _compile(
     whole_stages: frozenset[int],
     durations: Durations | None,
 ) -> Compiled:
-    verify_program(program)
-    options = {
-        "defers": not stash_deferred,
-        "full_backward": full_backward,
-        "whole_stages": whole_stages,
-    }
-    steady = None
-    if timetable != "aligned":
-        program = refine_opcodes(program, **options)
-        timeline = place_shortest(program, timetable=timetable)
-    else:
-        timeline = place_shortest(program)
-        verify_timeline(timeline)
-        timeline = align(timeline)
-        verify_timeline(timeline)
-        verify_pairs(timeline)
-        steady = find_steady(timeline)
-        program = refine_opcodes(program, **options, aligned=timeline, steady=steady)
-        timeline = release(timeline, steady, program)
-    verify_timeline(timeline)
+    timeline, steady = _place(program, timetable, stash_deferred, full_backward, whole_stages)
     made = _lower(timeline, steady)
     if durations is None or made.tables.is_lazy or len(program.units) > _MOST_PLACED:
         made = replace(made, tables=add_exchanges(made.tables))
@@ -135,9 +116,59 @@ def _compile(
     return made
 
 
-def _lower(timeline: Timeline, steady: SteadyPhase | None) -> Compiled:
-    """Makes tables of a timeline, without exchanges."""
-    allocation = allocate(timeline)
+def place_program(
+    program: Program, *, timetable: str = "shortest", stash_deferred: bool = True
+) -> tuple[Timeline, SteadyPhase | None]:
+    """Gives each action a tick, without durations, and finds the steady phase; makes no tables.
+
+    Arguments and errors are those of `compile_program`, which begins with this.
+    """
+    require_timetable(timetable)
+    return _place(program, timetable, stash_deferred, False, frozenset())
+
+
+# Compilations with several durations share them.
+@lru_cache(maxsize=64)
+def _place(
+    program: Program,
+    timetable: str,
+    stash_deferred: bool,
+    full_backward: bool,
+    whole_stages: frozenset[int],
+) -> tuple[Timeline, SteadyPhase | None]:
+    verify_program(program)
+    options = {
+        "defers": not stash_deferred,
+        "full_backward": full_backward,
+        "whole_stages": whole_stages,
+    }
+    steady = None
+    if timetable != "aligned":
+        timeline = place_shortest(refine_opcodes(program, **options), timetable=timetable)
+    else:
+        aligned, steady = _align(program)
+        refined = refine_opcodes(program, **options, aligned=aligned, steady=steady)
+        timeline = release(aligned, steady, refined)
+    verify_timeline(timeline)
+    return timeline, steady
+
+
+@lru_cache(maxsize=64)
+def _align(program: Program) -> tuple[Timeline, SteadyPhase | None]:
+    """Aligns the pairs of a program, and finds its steady phase."""
+    timeline = place_shortest(program)
+    verify_timeline(timeline)
+    timeline = align(timeline)
+    verify_timeline(timeline)
+    verify_pairs(timeline)
+    return timeline, find_steady(timeline)
+
+
+def _lower(
+    timeline: Timeline, steady: SteadyPhase | None, other: Allocation | None = None
+) -> Compiled:
+    """Makes tables of a timeline, without exchanges; `other` is as for `allocate`."""
+    allocation = allocate(timeline, other)
     return Compiled(timeline.program, timeline, allocation, emit(timeline, allocation, steady))
 
 
@@ -149,9 +180,11 @@ def _is_same(one: Timeline, other: Timeline) -> bool:
 def _fastest(made: Compiled, steady: SteadyPhase | None, durations: Durations) -> Compiled:
     """Places actions by the clock, in several ways, and takes the tables that replay fastest."""
     timeline, tables = made.timeline, made.tables
-    work = durations.work(tables)
-    ends = replay(add_exchanges(tables), work, transfer=durations.transfer)
-    placed = [made]
+    work, placed = durations.work(tables), [made]
+    after_steady = np.zeros(tables.num_ranks)
+    if steady is not None:
+        ends = replay(add_exchanges(tables), work, transfer=durations.transfer)
+        after_steady = ends[steady.stop - 1]
     # A stage without layers may take no time at all.
     least_forward = min(filter(None, durations.of_opcode[FORWARD]), default=0.0)
     for patience in _PATIENCE:
@@ -159,28 +192,27 @@ def _fastest(made: Compiled, steady: SteadyPhase | None, durations: Durations) -
             timeline,
             steady,
             took=work[timeline.tick_of, timeline.program.units.rank],
-            after_steady=ends[0 if steady is None else steady.stop - 1],
+            after_steady=after_steady,
             transfer=durations.transfer,
             patience=patience,
         )
         if not any(_is_same(again, other.timeline) for other in placed):
-            placed.append(_lower(again, steady_then))
+            placed.append(_lower(again, steady_then, made.allocation))
 
-    def time_of(tables: Tables) -> float:
-        work = durations.work(tables)
-        work[tables.opcode == IDLE] = _IDLE_TICK * least_forward
+    def time_of(tables: Tables, work: np.ndarray) -> float:
         return float(replay(tables, work, transfer=durations.transfer).max())
 
-    candidates = []
+    fastest, least = made, np.inf
     for placement in placed:
+        tables = placement.tables
+        work = durations.work(tables)
+        work[tables.opcode == IDLE] = _IDLE_TICK * least_forward
+        # Merged sets of pairs, in however many parts, wait for no less than the pairs alone do.
+        alone = time_of(add_exchanges(tables, most_sets=tables.num_ticks), work)
         for num_parts in _PARTS:
-            tables = add_exchanges(placement.tables, num_parts=num_parts)
-            candidates.append(replace(placement, tables=tables))
-            if not has_merged(tables):  # parts only spare merging
+            if alone >= _WORTH * least:
                 break
-    fastest, least = candidates[0], time_of(candidates[0].tables)
-    for candidate in candidates[1:]:
-        time = time_of(candidate.tables)
-        if time < _WORTH * least:
-            fastest, least = candidate, time
+            tables = add_exchanges(placement.tables, num_parts=num_parts)
+            if (time := time_of(tables, work)) < _WORTH * least:
+                fastest, least = replace(placement, tables=tables), time
     return fastest

@@ -38,10 +38,11 @@ gives the cotangent:
 """
 
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 
-from dualpipe_jax._schedule.tables import MOST_SETS, Exchange, Pairs, Tables
+from dualpipe_jax._schedule.tables import MOST_SETS, Exchange, Tables
 
 # The most frequent sets, the candidates to be kept: more take time and change nothing.
 _MOST_CANDIDATES = 256
@@ -78,20 +79,6 @@ def add_exchanges(tables: Tables, *, num_parts: int = 1, most_sets: int = MOST_S
     return replace(tables, exchange=exchange, exchanges=tuple(exchanges))
 
 
-def has_merged(tables: Tables) -> bool:
-    """Whether there are pairs in ticks in which their target stores nothing."""
-    num_pairs = 0
-    for part, exchanges in enumerate(tables.exchanges):
-        sizes = np.array([len(right) + len(left) for right, left in exchanges])
-        numbers = tables.exchange[:, part]
-        num_pairs += int(sizes[numbers[numbers >= 0]].sum())
-    is_ramp = (tables.exchange[:-1] >= 0).all(axis=1)
-    stored = sum(
-        int((side[1:][is_ramp] >= 0).sum()) for side in (tables.from_left, tables.from_right)
-    )
-    return num_pairs > stored
-
-
 def _number(
     used: np.ndarray, part: np.ndarray, num_ranks: int
 ) -> tuple[np.ndarray, tuple[Exchange, ...]]:
@@ -100,12 +87,14 @@ def _number(
     if rows[:1].any():
         rows, which = np.concatenate([np.zeros_like(rows[:1]), rows]), which + 1
 
-    def pairs(row: np.ndarray, step: int) -> Pairs:
-        ends = ((int(link), int(link + 1) % num_ranks) for link in part[row])
-        return tuple((left, right) if step > 0 else (right, left) for left, right in ends)
-
-    both = zip(*np.split(rows, 2, axis=1), strict=True)
-    return which, tuple((pairs(right, 1), pairs(left, -1)) for right, left in both)
+    to_right = [(link, (link + 1) % num_ranks) for link in part.tolist()]
+    to_left = [(target, source) for source, target in to_right]
+    right, left = (side.tolist() for side in np.split(rows, 2, axis=1))
+    exchanges = (
+        (tuple(compress(to_right, of_right)), tuple(compress(to_left, of_left)))
+        for of_right, of_left in zip(right, left, strict=True)
+    )
+    return which, tuple(exchanges)
 
 
 def _merge(used: np.ndarray, most_sets: int) -> np.ndarray:
@@ -132,10 +121,14 @@ def _merge(used: np.ndarray, most_sets: int) -> np.ndarray:
 
 def _distinct(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds the distinct rows in order, the number of each row among them, and their counts."""
-    # As bits, which sort faster.
+    # As the bits of integers: a single one a row sorts fastest.
+    num_rows, width = used.shape
+    padded = np.zeros((num_rows, 64 * (width // 64 + 1)), bool)
+    padded[:, :width] = used
+    words = np.packbits(padded, axis=1).view(">u8")
     _, first, which, count = np.unique(
-        np.packbits(used, axis=1),
-        axis=0,
+        words,
+        axis=0 if words.shape[1] > 1 else None,
         return_index=True,
         return_inverse=True,
         return_counts=True,

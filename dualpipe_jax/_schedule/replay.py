@@ -19,7 +19,7 @@ Lazy tables (`Tables.is_lazy`) have two permutes a tick between all neighbours, 
 its action and are awaited after it. As a rendezvous they make every rank wait for its neighbours at
 the start of every tick.
 
-A second replay waits for stored values only, and only where they are read: no program that keeps
+A second replay waits for values only, and only where they are read: no program that keeps
 each rank's order can be faster. Sending takes no time from a rank, and a value may arrive before
 its receiver is ready for it.
 
@@ -28,7 +28,8 @@ Two ranks, three microbatches, forwards that cost three. Where each tick ends: `
 
 >>> from dualpipe_jax import schedules
 >>> from dualpipe_jax._schedule.actions import letter_of
->>> tables = schedules.make("zb-h1", num_ranks=2, num_microbatches=3).compiled().tables
+>>> made = schedules.make("zb-h1", num_ranks=2, num_microbatches=3).compiled()
+>>> tables = made.tables
 >>> work = np.array([0.0, 3, 1, 1])[tables.opcode]
 >>> def show(end):
 ...     for opcodes, ends in zip(tables.opcode.T, end.T, strict=True):
@@ -37,19 +38,20 @@ Two ranks, three microbatches, forwards that cost three. Where each tick ends: `
 >>> show(replay(tables, work, transfer=0))
 F3 F6 .6 I8 W9 F14 I15 W16 I19 W20
 .0 F6 I7 F10 I11 W12 F17 I18 W19 W20
->>> show(replay_dependencies(tables, work, transfer=0))
+>>> show(replay_dependencies(made.timeline, work, transfer=0))
 F3 F6 .6 I8 W9 F12 I13 W14 I17 W18
 .0 F6 I7 F10 I11 W12 F15 I16 W17 W18
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
 
-from dualpipe_jax._schedule.actions import Opcode
-from dualpipe_jax._schedule.ir import TICKS_PER_BEAT
-from dualpipe_jax._schedule.tables import Tables
+from dualpipe_jax._schedule.actions import Opcode, is_one_of
+from dualpipe_jax._schedule.dependencies import find_dependencies
+from dualpipe_jax._schedule.ir import TICKS_PER_BEAT, Timeline
+from dualpipe_jax._schedule.tables import Pairs, Tables
 
 
 def as_full_backwards(
@@ -95,7 +97,7 @@ def as_full_backwards(
     work = work.copy()
     for rank, opcode in enumerate(tables.opcode.T):
         acts = np.flatnonzero(opcode)
-        is_first = np.isin(opcode[acts], (Opcode.BACKWARD_UPPER, Opcode.BACKWARD))
+        is_first = is_one_of(opcode[acts], (Opcode.BACKWARD_UPPER, Opcode.BACKWARD))
         before, here = acts[is_first], acts[np.flatnonzero(is_first) + 1]
         stage, in_halves = tables.stage[here, rank], opcode[before] == Opcode.BACKWARD_UPPER
         embedding = np.where(stage == 0, embed_grad, 0.0)
@@ -121,101 +123,120 @@ def replay(
       float64[num_ticks, num_ranks].
     """
     end = np.empty(work.shape)
-    permutes = partial(_Permutes, num_ranks=tables.num_ranks, transfer=transfer, meet=rendezvous)
-    exchanges = [
-        [permutes([*right, *left]) for right, left in of_part] for of_part in tables.exchanges
-    ]
+    permutes = partial(
+        _Permutes, num_ranks=tables.num_ranks, transfer=transfer, rendezvous=rendezvous
+    )
+    parts, exchange = [permutes(of_part) for of_part in tables.exchanges], tables.exchange.tolist()
 
     def run_ramp(ticks: Iterable[int], ready: np.ndarray) -> np.ndarray:
         for tick in ticks:
             ready = end[tick] = ready + work[tick]
-            for part, number in enumerate(tables.exchange[tick].tolist()):
+            for part, number in zip(parts, exchange[tick], strict=True):
                 if number:
-                    ready = np.maximum(ready, exchanges[part][number].over(ready))
+                    ready = part.over(number, ready)
         return ready
 
     # When each rank is free and has all that it awaits.
     ready = np.zeros(tables.num_ranks)
     if tables.is_lazy:
-        right, left = tables.neighbours
-        lazy = permutes([*right, *left])
+        lazy = permutes([tables.neighbours])
         for tick in range(tables.num_ticks):
-            end[tick] = lazy.begun(ready) + work[tick]
-            ready = np.maximum(end[tick], lazy.over(ready))
+            end[tick] = lazy.begun(0, ready) + work[tick]
+            ready = np.maximum(end[tick], lazy.over(0, ready))
         return end
     steady = tables.steady
     if steady is None:
         run_ramp(range(tables.num_ticks), ready)
         return end
     ready = run_ramp(range(steady.ticks.start), ready)
-    sends_x, sends_cotangent = (
-        [permutes(pairs) for pairs in both] for both in (steady.x_pairs, steady.cotangent_pairs)
+    x, cotangent = (
+        permutes([(pairs,) for pairs in both]) for both in (steady.x_pairs, steady.cotangent_pairs)
     )
     x_over = cotangent_over = ready
     for beat in range(steady.num_beats):
-        forward = steady.first_tick + TICKS_PER_BEAT * beat
+        forward, number = steady.first_tick + TICKS_PER_BEAT * beat, beat % steady.period
         input_grad, weight_grad = forward + 1, forward + 2
-        x, cotangent = sends_x[beat % steady.period], sends_cotangent[beat % steady.period]
         end[forward] = np.maximum(ready, x_over) + work[forward]
-        ready = np.maximum(x.begun(end[forward]), cotangent_over)
+        ready = np.maximum(x.begun(number, end[forward]), cotangent_over)
         end[input_grad] = ready + work[input_grad]
-        end[weight_grad] = cotangent.begun(end[input_grad]) + work[weight_grad]
+        end[weight_grad] = cotangent.begun(number, end[input_grad]) + work[weight_grad]
         ready = end[weight_grad]
-        x_over, cotangent_over = x.over(end[forward]), cotangent.over(end[input_grad])
+        x_over = x.over(number, end[forward])
+        cotangent_over = cotangent.over(number, end[input_grad])
     ready = np.maximum(ready, np.maximum(x_over, cotangent_over))
     run_ramp(range(steady.ticks.stop, tables.num_ticks), ready)
     return end
 
 
 class _Permutes:
-    """Finds which ranks wait for which in permutes that run together."""
+    """Finds which ranks wait for which in permutes that run together, one set of them at a time.
+
+    A rank waits for itself and its two neighbours: those are the rows of float64[3, num_ranks]
+    that say how long after each of the three it goes on, -inf where it does not wait for one.
+    """
 
     def __init__(
-        self, pairs: Iterable[tuple[int, int]], *, num_ranks: int, transfer: float, meet: bool
+        self,
+        sets: Sequence[Iterable[Pairs]],
+        *,
+        num_ranks: int,
+        transfer: float,
+        rendezvous: bool,
     ):
-        pairs = np.array(list(pairs), np.int64).reshape(-1, 2)
-        self._source, self._target = pairs.T
-        self._transfer = np.where(self._source == self._target, 0.0, transfer)
-        self._num_ranks, self._meet = num_ranks, meet
+        pairs = [(n, *pair) for n, sides in enumerate(sets) for side in sides for pair in side]
+        number, source, target = np.array(pairs, np.int64).reshape(-1, 3).T
+        # The row in which a sender has its receiver, and a receiver its sender: 0 is the left
+        # neighbour, 1 the rank itself, 2 the right neighbour. (A rank that sends to itself is in no
+        # other pair of the set.)
+        is_own, goes_right = source == target, (target - source) % num_ranks == 1
+        of_target = np.where(is_own, 1, np.where(goes_right, 2, 0))
+        of_source = 2 - of_target
+        travels = np.where(is_own, 0.0, transfer)
+        self._begun = np.full((len(sets), 3, num_ranks), -np.inf)
+        self._begun[:, 1] = 0.0
+        self._over = self._begun.copy()
+        self._over[number, of_source, target] = travels
+        if rendezvous:
+            self._begun[number, of_target, source] = 0.0
+            self._over[number, of_target, source] = travels
+            self._over[number, 1, source] = self._over[number, 1, target] = travels
+        ranks = np.arange(num_ranks)
+        self._nearby = np.stack([ranks - 1, ranks, ranks + 1]) % num_ranks
 
-    def begun(self, end: np.ndarray) -> np.ndarray:
+    def begun(self, number: int, end: np.ndarray) -> np.ndarray:
         """Finds when ranks that come at `end`, float64[num_ranks], go on beside the transfer."""
-        begun = end.copy()
-        if self._meet:
-            np.maximum.at(begun, self._source, end[self._target])
-        return begun
+        return np.maximum.reduce(end[self._nearby] + self._begun[number])
 
-    def over(self, end: np.ndarray) -> np.ndarray:
-        """Finds when each rank's transfers are over, float64[num_ranks]; 0 for a rank in none."""
-        over = np.zeros(self._num_ranks)
-        if not self._meet:
-            np.maximum.at(over, self._target, end[self._source] + self._transfer)
-            return over
-        met = np.maximum(end[self._source], end[self._target]) + self._transfer
-        np.maximum.at(over, self._source, met)
-        np.maximum.at(over, self._target, met)
-        return over
+    def over(self, number: int, end: np.ndarray) -> np.ndarray:
+        """Finds when they go on if they await the transfer."""
+        return np.maximum.reduce(end[self._nearby] + self._over[number])
 
 
-def replay_dependencies(tables: Tables, work: np.ndarray, *, transfer: float) -> np.ndarray:
+def replay_dependencies(timeline: Timeline, work: np.ndarray, *, transfer: float) -> np.ndarray:
     """Finds when each tick ends if ranks wait only for values that they read, as they read them.
 
-    Arguments and result are those of `replay`; `work` and the result may have more dims, for the
-    same order with other durations.
+    Args:
+      timeline: The actions in ticks: the order of each rank's actions is all that counts.
+      work: As for `replay`; it and the result may have more dims, for the same order with other
+        durations.
+      transfer: As for `replay`.
+
+    Returns:
+      float64[num_ticks, num_ranks].
     """
-    ranks, more = np.arange(tables.num_ranks), work.shape[2:]
-    end = np.zeros((tables.num_ticks + 1, tables.num_ranks, *more))
-    # When the value in each received slot came; one slot more, for -1: values that nobody reads.
-    came = np.zeros((tables.num_ranks, tables.num_slots["received"] + 1, *more))
-    # When the value that each rank sends was made.
-    sent = np.zeros((tables.num_ranks, *more))
-    left, right = (ranks - 1) % tables.num_ranks, (ranks + 1) % tables.num_ranks
-    sends_output = (tables.send < 0).reshape(*tables.send.shape, *(1 for _ in more))
+    num_ticks, num_ranks = timeline.index.shape
+    payload, rank = find_dependencies(timeline.program).payload, timeline.program.units.rank
+    # The place of each action among the ticks of all ranks, and that of the one whose value it
+    # reads: a tick before the first one if it reads none.
+    place = (timeline.tick_of + 1) * num_ranks + rank
+    made_at = np.zeros((num_ticks, num_ranks), np.int64)
+    made_at[timeline.tick_of, rank] = np.where(payload < 0, 0, place[payload])
+    is_sent = (made_at > 0) & (made_at % num_ranks != np.arange(num_ranks))
+    more = work.shape[2:]
+    travels = transfer * is_sent.reshape(*is_sent.shape, *(1 for _ in more))
+    end = np.zeros((num_ticks + 1, num_ranks, *more))
+    made = end.reshape(-1, *more)
     for tick, took in enumerate(work):
-        came[ranks, tables.from_left[tick]] = sent[left] + transfer
-        came[ranks, tables.from_right[tick]] = sent[right] + transfer
-        came[:, -1] = 0
-        end[tick + 1] = np.maximum(end[tick], came[ranks, tables.read[tick]]) + took
-        came[ranks, tables.keep[tick]] = end[tick + 1]
-        sent = np.where(sends_output[tick], end[tick + 1], came[ranks, tables.send[tick]])
+        comes = made[made_at[tick]] + travels[tick]
+        end[tick + 1] = np.maximum(end[tick], comes) + took
     return end[1:]

@@ -93,7 +93,7 @@ def assert_only_waits_less(program: Program, durations: Durations, **options: An
     assert seconds(placed, durations, idle=idle) <= seconds(plain, durations, idle=idle) + 1e-9
     # With the same order all values can be there as soon as without.
     least = [
-        replay_dependencies(m.tables, durations.work(m.tables), transfer=durations.transfer).max()
+        replay_dependencies(m.timeline, durations.work(m.tables), transfer=durations.transfer).max()
         for m in (plain, placed)
     ]
     np.testing.assert_allclose(*least, rtol=1e-12)
