@@ -374,6 +374,11 @@ class Stages:
             layers.append(layer._replace(is_there=is_there))
         return layers
 
+    def sizes_of(self, chunk: int) -> set[int]:
+        """Collects the numbers of layers of the stages that ranks hold as a chunk."""
+        stages = self.stage_of[chunk]
+        return set(np.diff(self._layers.first_layers)[stages[stages >= 0]].tolist())
+
     def layer_of_only_kind(self, stage: Any, index: Any) -> Layer:
         """Describes the layer of a stage that has this index, where there is one kind only."""
         return self._layer(stage, self.kinds[0], index, index)

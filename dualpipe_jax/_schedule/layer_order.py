@@ -30,7 +30,7 @@ class LayerAction(NamedTuple):
       action: `"F"`, `"I"`, `"W"`, or `"IW"` for both at once.
       layer: The layer's index in the stage.
       waits_for: `"send"` or `"receive"` for a W that waits for the start or for the end of the
-        beat's transfers, else empty.
+        beat's transfers, `"I"` for an F that waits for the input grads before it, else empty.
     """
 
     action: str
@@ -117,6 +117,20 @@ def join_backwards(order: Order, *, num_always: int) -> Order:
         else:
             joined.append(item)
     return tuple(joined)
+
+
+def hold_last_forward(order: Order, *, num_forward: int) -> Order:
+    """Has the last F wait for the input grads before it.
+
+    >>> print(write(hold_last_forward(side_by_side(2, num_held=1), num_forward=2)))
+    I1 F0 W1 I0 F1@I send W0@send receive
+
+    Args:
+      order: An order of unrolled layers.
+      num_forward: The layers of the stage that runs forwards.
+    """
+    last = LayerAction("F", num_forward - 1)
+    return tuple(last._replace(waits_for="I") if item == last else item for item in order)
 
 
 def write(order: Order) -> str:

@@ -57,7 +57,7 @@ def cases(question: str, *, widths: tuple[int, ...], layers: tuple[int, ...]) ->
             ]
         case "unlike":
             ours = replace(over_4, layers=many), replace(over_4, schedule="dualpipev")
-            return [replace(case, shorter=1) for case in ours]
+            return [replace(case, shorter=1, width=width) for width in widths for case in ours]
         case "size":
             few_chips = replace(over_4, topology="tpu:v5p:2x2x1")
             return [few_chips, replace(few_chips, topology="tpu:v5p:4x4x4", ranks=16, beside=4)]

@@ -152,7 +152,7 @@ def test_transfers_hidden_by_weight_grads_change_no_value(
             "tpu",
             0,
             (2, 2, 1, 2),
-            {"IW1 F0 I0 F1 send W0@send receive", "I1 F0 I0 F1 send W1@send W0@send receive"},
+            {"IW1 F0 I0 F1@I send W0@send receive", "I1 F0 I0 F1@I send W1@send W0@send receive"},
         ),
     ],
 )
@@ -163,7 +163,10 @@ def test_weight_grads_follow_their_layer(
     layers: tuple[int, ...],
     orders: set[str],
 ) -> None:
-    """But for those of the last layers, which hide the transfers, if all ranks have them."""
+    """But for those of the last layers, which hide the transfers, if all ranks have them.
+
+    The last F waits for I where a layer of either stage is run or skipped.
+    """
     monkeypatch.setattr(rank, "platform_of", lambda mesh: platform)
     monkeypatch.setattr(beats, "_can_hide", lambda *_, times: times <= most_times)
     found = set()
