@@ -6,7 +6,9 @@ test_program.py; what compilers make of the copies, for preflight/test_tpu.py an
 
 from typing import Any
 
+import chex
 import jax
+import optax
 import pytest
 
 import dualpipe_jax as dpj
@@ -139,3 +141,40 @@ def test_programs_for_accelerators_have_them(platform: str, options: dict[str, A
 def test_wrong_numbers_are_refused(value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"slots_on_device=.*must be a number of"):
         dpj.Execution(slots_on_device=value)
+
+
+@pytest.mark.slow
+def test_state_waits_on_the_host_as_the_docs_have_it() -> None:
+    mesh = jax.make_mesh(
+        (4,), ("pipe",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    keep = {"ends": ("table", "scale"), "blocks": ("up", "bias", "down")}
+    whole, batch = ARGS
+    params = {part: {name: whole[part][name] for name in names} for part, names in keep.items()}
+    optimizer = optax.adamw(1e-2)
+    grad_fn = dpj.value_and_grad(make_model(), mesh=mesh, num_microbatches=NUM_MICROBATCHES)
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        loss, grads = grad_fn(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    def step_from_host(params: Any, state: Any, batch: Any) -> Any:
+        params, state = jax.device_put((params, state), jax.memory.Space.Device)
+        params, state, loss = step(params, state, batch)
+        return *jax.device_put((params, state), jax.memory.Space.Host), loss
+
+    trees = params, optimizer.init(params)
+    shardings = dpj.shardings(trees, mesh=mesh)
+    host = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
+    here, there = jax.device_put(trees, shardings), jax.device_put(trees, host)
+    steps = jax.jit(step), jax.jit(step_from_host, donate_argnums=(0, 1))
+    for _ in range(2):
+        *here, loss = steps[0](*here, batch)
+        *there, same = steps[1](*there, batch)
+        assert loss == same
+    chex.assert_trees_all_equal(tuple(here), tuple(jax.device_put(there, list(shardings))))
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there)}
+    assert kinds == {"pinned_host"}
+    with pytest.raises(ValueError, match=r"must be on the devices.*Space.Device"):
+        grad_fn(there[0], batch)

@@ -23,6 +23,7 @@ from experiments.compiled.steps import Step
 from experiments.train_lm.flags import Refusal
 
 PERMUTE, EXCHANGE = "collective-permute", "all-to-all"
+TO_HOST, FROM_HOST = "to host", "from host"
 # FLOPs a second as published, by the generation in a topology's name.
 PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
 _ENDS = {"embed", "embed_grad", "head"}
@@ -61,19 +62,23 @@ class Figures:
     Attributes:
       loop: The kind of the loop that the next ones describe: `"steady"`, two beats a trip, or
         another of `preflight`'s.
-      counts: Its collectives, by kind.
+      counts: Its collectives, and its copies to and from the host, by kind.
       cycles: The compiler's cycles of a trip, by action.
       least_cover: The least, over the permutes, of the time that the matmuls between start and done
         take at the published peak, in transfer times.
       exposed_seconds: For how long compute stands still in a trip.
       compute_seconds: How long its compute takes.
-      arguments, temporaries, peak, needed: As in preflight's `Memory`, bytes of a device.
+      arguments, temporaries, host_temporaries, peak, needed: As in preflight's `Memory`, bytes of a
+        device.
+      host_bytes: Bytes that a trip's copies move to the host; from there as many.
+      whole_buffers: The copies of whole slot buffers over the link to the host in loops.
       fits: Whether the compiler took the step.
       instructions: The number in the program.
       code_bytes: The size of the program.
       compile_seconds: How long the compiler took.
       predicted_seconds: A step, as preflight predicts.
       terms: The sum of the library's own account of the step's memory, in bytes.
+      slots: The part of it that residuals take on the device.
       account: That account as text.
       text: Preflight's whole report.
     """
@@ -86,14 +91,18 @@ class Figures:
     compute_seconds: float | None
     arguments: int | None
     temporaries: int | None
+    host_temporaries: int | None
     peak: int | None
     needed: int | None
     fits: bool
+    host_bytes: int
+    whole_buffers: int
     instructions: int
     code_bytes: int | None
     compile_seconds: float
     predicted_seconds: float | None
     terms: int | None
+    slots: int | None
     account: str
     text: str = field(repr=False)
 
@@ -110,7 +119,7 @@ class Figures:
     def of(cls, report: Any, account: Any = None) -> "Figures":
         """Reads preflight's report, beside the library's account of the step's memory."""
         loop, memory = report.loop, report.memory
-        collectives = () if loop is None else loop.collectives
+        collectives = () if loop is None else (*loop.collectives, *loop.host_copies)
         return cls(
             loop=None if loop is None else loop.kind,
             counts=count(collectives),
@@ -120,17 +129,27 @@ class Figures:
             compute_seconds=None if loop is None else loop.compute_seconds,
             arguments=memory.arguments,
             temporaries=memory.temporaries,
+            host_temporaries=memory.host_temporaries,
             peak=memory.peak,
             needed=memory.needed,
             fits=not report.failure,
+            host_bytes=sum(each.num_bytes for each in collectives if each.kind == TO_HOST),
+            whole_buffers=len(report.faults),
             instructions=0 if report.program is None else report.program.num_instructions,
             code_bytes=None if report.program is None else report.program.code_bytes,
             compile_seconds=report.compile_seconds,
             predicted_seconds=report.prediction.seconds,
             terms=None if account is None else account.num_bytes,
+            slots=None if account is None else _slots(account),
             account="" if account is None else str(account),
             text=str(report),
         )
+
+
+def _slots(account: Any) -> int:
+    """Adds up the residuals' slots on the device, by the library's account."""
+    slots = (term for term in account.terms if term.name.startswith("residuals"))
+    return sum(term.num_bytes for term in slots if term.where == "device")
 
 
 def count(collectives: Any) -> dict[str, Count]:

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 from jax.sharding import PartitionSpec
 
 import dualpipe_jax as dpj
 
 DTYPE, VOCABULARY, HEAD_SIZE, CONTEXT, EXPERTS = jnp.bfloat16, 1024, 128, 1024, 2
+OFFLOADED = "offloaded"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -59,6 +62,24 @@ def transformer(params: Any, x: jax.Array, ctx: Any) -> jax.Array:
     attended = jnp.einsum("bhts,bhsk->bthk", attention, value)
     out = jnp.einsum("bthk,hkd->btd", attended, params["out"].astype(DTYPE))
     return mlp(params, x + out.reshape(x.shape), ctx)
+
+
+def flash(params: Any, x: jax.Array, ctx: Any) -> jax.Array:
+    """The transformer with an attention kernel, which keeps no scores.
+
+    Names the values that a policy offloads.
+    """
+    windows = norm(x, params["gain_1"]).reshape(-1, min(CONTEXT, len(x)), x.shape[-1])
+    query, key, value = jnp.einsum("btd,dchk->cbhtk", windows, params["qkv"].astype(DTYPE))
+    attended = flash_attention(
+        query, key, value, causal=True, sm_scale=float(1 / np.sqrt(HEAD_SIZE))
+    )
+    attended = checkpoint_name(attended, OFFLOADED)
+    out = jnp.einsum("bhtk,hkd->btd", attended, params["out"].astype(DTYPE))
+    x = x + out.reshape(x.shape)
+    hidden = norm(x, params["gain"]) @ params["up"].astype(DTYPE)
+    hidden = jax.nn.gelu(checkpoint_name(hidden, OFFLOADED))
+    return x + hidden @ params["down"].astype(DTYPE)
 
 
 def experts(params: Any, x: jax.Array, ctx: Any) -> jax.Array:
@@ -146,6 +167,7 @@ _SPREAD = ("up", "down")
 FAMILIES = {
     "mlp": Family(mlp, lambda width: {"gain": (width,), **_kernels(width)}),
     "transformer": Family(transformer, _transformer_shapes),
+    "flash": Family(flash, _transformer_shapes),
     "experts": Family(
         experts,
         lambda w: {"gain": (w,), "router": (w, EXPERTS), **_kernels(w, EXPERTS)},

@@ -51,7 +51,8 @@ class Case:
       tokens: A microbatch has, on one device.
       schedule: One of `dpj.schedules.names()`.
       overlap: As `dpj.Execution` takes it.
-      remat: `"none"` or `"block"`.
+      remat: `"none"`, `"block"`, or `"policy"`: one that offloads what the block names.
+      slots_on_device: As `dpj.Execution` takes it.
       split_backward: As `dpj.Execution` takes it.
       has_pipeline: Whether the step has a pipeline; else it is gradient accumulation over one
         stage's layers, on every device the same.
@@ -69,6 +70,7 @@ class Case:
     schedule: str = "dualpipe"
     overlap: bool | None = True
     remat: str = "none"
+    slots_on_device: int | None = None
     split_backward: bool | None = None
     has_pipeline: bool = True
     has_options: bool = True
@@ -119,8 +121,12 @@ def _pipelined(case: Case) -> Step:
         num_microbatches=case.num_microbatches,
         schedule=case.schedule,
         layers_per_stage=case.layers_per_stage,
-        remat=case.remat,
-        execution=dpj.Execution(overlap=case.overlap, split_backward=case.split_backward),
+        remat=_policy() if case.remat == "policy" else case.remat,
+        execution=dpj.Execution(
+            overlap=case.overlap,
+            split_backward=case.split_backward,
+            slots_on_device=case.slots_on_device,
+        ),
         **more,
     )
     params = family.avals(case.width, sum(case.layers_per_stage))
@@ -131,7 +137,16 @@ def _pipelined(case: Case) -> Step:
     batch_spec = PartitionSpec(other) if case.beside > 1 else PartitionSpec()
     avals = params, jax.ShapeDtypeStruct(shape, jnp.int32)
     args = lay(avals, (family.specs(*stacked), batch_spec), mesh)
-    return Step(fn=jax.jit(grad_fn), args=args, mesh=mesh)
+    return Step(fn=jax.jit(grad_fn), args=args, mesh=mesh, memory=grad_fn.memory(*args))
+
+
+def _policy() -> Any:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[models.OFFLOADED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def _unpipelined(case: Case) -> Step:

@@ -10,7 +10,7 @@ TOY = Device(
 
 
 def network(**axes: int) -> Network:
-    return Network(axes=axes or {"pipe": 2}, device=TOY)
+    return Network(axes=axes or {"pipe": 2}, device=TOY, host_link=512.0)
 
 
 def program(body: str, *others: str) -> Module:

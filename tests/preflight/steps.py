@@ -24,6 +24,7 @@ def make_step(
     schedule: str = "dualpipe",
     overlap: bool | Literal["two-tick"] = True,
     num_microbatches: int = 8,
+    slots_on_device: int | None = None,
 ) -> Callable[..., Any]:
     def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
         return x + jnp.tanh(x @ params["up"]) @ params["down"]
@@ -38,7 +39,7 @@ def make_step(
         mesh=mesh,
         num_microbatches=num_microbatches,
         schedule=schedule,
-        execution=dpj.Execution(overlap=overlap),
+        execution=dpj.Execution(overlap=overlap, slots_on_device=slots_on_device),
     )
 
 

@@ -72,6 +72,38 @@ def test_two_at_once_on_different_axes_do_not() -> None:
     assert (first.exposed_seconds, second.exposed_seconds) == (0, 0)
 
 
+# A buffer of two slots in the host's memory; a slot is padded to 128 columns, 512 bytes: a second.
+SLOTS = "f32[2,1,96]{2,1,0:T(1,128)S(5)}"
+HOST = f"  %slots = {SLOTS} parameter(1)"
+
+
+def fetch(name: str) -> str:
+    shape = f"(({SLOTS}, s32[]), f32[1,1,96]{{2,1,0}}, u32[])"
+    return f"  %{name} = {shape} dynamic-slice-start(%slots, %i), dynamic_slice_sizes={{1,1,96}}"
+
+
+def spill(name: str) -> str:
+    shape = f"(({SLOTS}, f32[1,1,96]{{2,1,0}}, s32[]), {SLOTS}, u32[])"
+    return f"  %{name} = {shape} dynamic-update-slice-start(%slots, %entry, %i)"
+
+
+def test_copies_to_and_from_the_host_share_its_link_one_way() -> None:
+    entry = "  %entry = f32[1,1,96]{2,1,0} parameter(2)\n  %i = s32[] parameter(3)"
+    module = lines(
+        *(HOST, entry, spill("s"), fetch("f"), fetch("g"), work("w", 1)),
+        "  %h = f32[1,1,96]{2,1,0} dynamic-slice-done(%f)",
+        f"  %t = {SLOTS} dynamic-update-slice-done(%s)",
+        "  %k = f32[1,1,96]{2,1,0} dynamic-slice-done(%g)",
+    )
+    found = {copy.name: copy for copy in replay(module)}
+    assert {copy.kind for copy in found.values()} == {"to host", "from host"}
+    assert {copy.num_bytes for copy in found.values()} == {512}
+    assert {copy.axes for copy in found.values()} == {()}
+    assert all(copy.is_async and copy.is_host_copy for copy in found.values())
+    # The second fetch waits for the first one, and not for the spill.
+    assert {name: copy.exposed_seconds for name, copy in found.items()} == {"s": 0, "f": 0, "g": 1}
+
+
 def test_a_wait_for_one_gives_the_other_time() -> None:
     other = start("t").replace(SWAP, "source_target_pairs={{0,2},{2,0}}")
     module = lines(start("s"), other, done("d", "s"), done("e", "t"))

@@ -1,5 +1,6 @@
 """Steps compiled for TPUs, with the compiler that makes programs for real ones."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import dualpipe_jax as dpj
 from dualpipe_jax import schedules
 from dualpipe_jax._cli.gpt_step import GPT
+from dualpipe_jax._executor import offload
 from dualpipe_jax._preflight.report import Report
 from experiments.train_lm.model import LanguageModel
 from tests.preflight.steps import make_args, make_mesh, make_step
@@ -165,6 +167,30 @@ def test_no_loop_copies_a_slot_buffer(
     assert report.loop is not None
     assert report.loop.cycles is not None
     assert sum(each.cycles or 0 for each in report.copies) < 0.1 * report.loop.cycles
+
+
+@pytest.mark.slow
+def test_slots_on_the_host_are_copied_beside_compute(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 0)
+    mesh = make_mesh(4)
+    args = make_args(mesh, width=512, num_layers=8, rows=16 * 4, length=32)
+    grad_fn = make_step(mesh, num_microbatches=16, slots_on_device=2)
+    spilled = dpj.preflight(grad_fn, args, "tpu:v5e:2x2")
+    assert (report.faults, spilled.faults) == ((), ())
+    assert not [copy for copy in spilled.copies if copy.where != "once"]
+    assert report.loop is not None
+    assert spilled.loop is not None
+    assert report.loop.host_copies == ()
+    kinds = Counter(copy.kind for copy in spilled.loop.host_copies)
+    assert kinds["to host"] == kinds["from host"] > 0
+    assert all(copy.is_async for copy in spilled.loop.host_copies)
+    assert all(each.is_async for each in spilled.loop.collectives)
+    account = grad_fn.memory(*args)
+    assert spilled.memory.host_temporaries == account.host_bytes > 0
+    assert (spilled.memory.temporaries or 0) < (report.memory.temporaries or 0)
+    assert "copies to and from the host hidden" in str(spilled)
 
 
 @pytest.mark.slow
