@@ -132,9 +132,11 @@ def _require_slots(value: Any) -> None:
         raise ValueError(f"slots_on_device={value}: {must}, at least 1")
     if isinstance(value, str):
         try:
-            parse_bytes(value)
-        except ValueError as error:
-            raise ValueError(f"slots_on_device={brief(value)}: {must}") from error
+            is_size = parse_bytes(value) > 0 and value.strip().endswith("B")
+        except ValueError:
+            is_size = False
+        if not is_size:  # a number without a unit would be activations, or bytes
+            raise ValueError(f"slots_on_device={brief(value)}: {must}")
 
 
 def _require_one_of(name: str, value: Any, *known: Any) -> None:

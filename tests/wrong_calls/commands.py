@@ -129,6 +129,12 @@ def _preflight() -> Target:
                 mistake("number far too large", "cpu:99999", "tpu:v5e:99999x99999"),
             ],
             **{name: of.counts(too_large=False) for name in (*tiny, "microbatch")},
+            "slots-on-device": [
+                *of.sizes_in_bytes(),
+                mistake("zero", "0"),
+                mistake("float for an integer", "1.5", "-1.5"),
+            ],
+            "host-link": [*of.sizes_in_bytes(), mistake("zero", "0", "0GB/s")],
             "remat": of.choices(("none", "block")),
             "dtype": of.choices(("bfloat16", "float32")),
             "format": _TABLE_OR_JSON,

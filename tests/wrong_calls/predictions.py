@@ -47,6 +47,19 @@ def _execution_fields() -> dict[str, list[Mistake]]:
         ],
         "split_backward": flags(optional=True),
         "deferred": names(("recompute", "store"), optional=True),
+        "slots_on_device": [
+            wrong_type(lambda v: v is None or (isinstance(v, int) and v > 0)),
+            mistake("zero", 0),
+            mistake("negative number", st.integers(max_value=-1), "-1GiB"),
+            mistake("bool for a number", True, False),
+            mistake("float for an integer", 1.0, 2.5, float("nan"), float("inf")),
+            mistake(
+                "unknown unit", "80XB", "GiB", "80 80", "eighty", "80GiBGiB", "12", "x" * 50_000
+            ),
+            mistake("NaN", "nan", "nanGiB"),
+            mistake("infinite", "inf", "1e400"),
+            mistake("another form", 1, 10**9, "12GiB", " 1.5 GB ", None, legal=always),
+        ],
     }
 
 

@@ -115,6 +115,15 @@ def _mistakes() -> dict[str, list[Mistake]]:
             ),
             mistake("bool for a number", {"kernel": True}),
         ],
+        "host_link": [
+            wrong_type(lambda v: v is None or (isinstance(v, int | float) and v > 0)),
+            mistake("zero", 0, 0.0),
+            mistake("negative number", -1, -32e9),
+            mistake("NaN", float("nan")),
+            mistake("infinite", float("inf"), float("-inf")),
+            mistake("bool for a number", True),
+            mistake("text for a number", "32e9", "32GB/s"),
+        ],
     }
 
 
