@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax import _scopes
@@ -291,7 +292,11 @@ class LayerWork:
             return buffers  # `barriers.zero_after` orders them
         handed = {}
         for name in names:
-            buffer = buffers.slots[name].hand_on(layer.index, after=after if self.is_beside else ())
+            buffer = buffers.slots[name].hand_on(
+                layer.index,
+                after=after if self.is_beside else (),
+                at=jnp.minimum(self._row["microbatch"], 0),
+            )
             if self.is_beside and name in fetched:
                 buffer = buffer.after_fetch(layer.index, fetched[name], self._chunk)
             handed[name] = buffer
