@@ -185,9 +185,10 @@ class Beat:
                 ),
             )
             sizes = [stages.sizes_of(chunk) for chunk in (self.forward, self.backward)]
-            if max(map(len, sizes)) > 1:
+            if max(map(len, sizes)) > 1 and not _one_hides(rank, flops, x):
                 # Around a loop of one trip or none XLA runs all of F first, and I, whose values
                 # fill fast memory, takes long (TPU v5e, an MLP of width 1024: 2.4 % more cycles).
+                # Where one W hides the transfers, waiting costs 1.5 % (width 2048).
                 order = layer_order.hold_last_forward(order, num_forward=max(sizes[0]))
         return layer_order.join_backwards(order, num_always=len(always))
 
@@ -382,7 +383,7 @@ def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTr
     """
     if not layers or len({layer.kind for layer in layers}) > 1:
         return len(layers)
-    if _can_hide(flops[-1], (x,), rank.settings.device_kind, times=2.5):
+    if _one_hides(rank, flops, x):
         return 1
     enough = (
         held
@@ -390,6 +391,11 @@ def _num_held(rank: Rank, layers: Sequence[Layer], flops: Sequence[int], x: PyTr
         if _can_hide((held - 1) * flops[-1], (x,), rank.settings.device_kind, times=2)
     )
     return next(enough, len(layers))
+
+
+def _one_hides(rank: Rank, flops: Sequence[int], x: PyTree) -> bool:
+    """Whether the weight grad of a stage's last layer hides the transfers alone."""
+    return bool(flops) and _can_hide(flops[-1], (x,), rank.settings.device_kind, times=2.5)
 
 
 def _can_hide(flops: int, arrivals: PyTree, device_kind: str | None, *, times: float) -> bool:

@@ -154,6 +154,12 @@ def test_transfers_hidden_by_weight_grads_change_no_value(
             (2, 2, 1, 2),
             {"IW1 F0 I0 F1@I send W0@send receive", "I1 F0 I0 F1@I send W1@send W0@send receive"},
         ),
+        (
+            "tpu",
+            2.5,
+            (2, 2, 1, 2),
+            {"IW1 F0 I0 F1 send W0@receive", "I1 F0 W1 I0 F1 send W0@receive"},
+        ),
     ],
 )
 def test_weight_grads_follow_their_layer(
@@ -165,7 +171,7 @@ def test_weight_grads_follow_their_layer(
 ) -> None:
     """But for those of the last layers, which hide the transfers, if all ranks have them.
 
-    The last F waits for I where a layer of either stage is run or skipped.
+    The last F waits for I where a layer of either stage is run or skipped, unless one W hides them.
     """
     monkeypatch.setattr(rank, "platform_of", lambda mesh: platform)
     monkeypatch.setattr(beats, "_can_hide", lambda *_, times: times <= most_times)
