@@ -135,7 +135,7 @@ class SlotBuffer:
         """Returns the buffer with the arrays of a layer as in a buffer from `take_layer`."""
         return self._replace(layer, changed.arrays[layer]) if self.arrays else self
 
-    def hand_on(self, layer: Any, *, after: PyTree = (), at: Any = 0) -> "SlotBuffer":
+    def hand_on(self, layer: Any, *, after: PyTree = ()) -> "SlotBuffer":
         """Passes a buffer that was only read to its next write, as if it had been written.
 
         If the next loop took it from before this one, both would be alive, and XLA would copy it.
@@ -147,7 +147,7 @@ class SlotBuffer:
         handed = [array for array, here in zip(arrays, is_here, strict=True) if here]
         if not handed:
             return self
-        handed = iter(_barrier(handed, after, at))
+        handed = iter(_barrier(handed, after))
         arrays = tuple(
             next(handed) if here else array for array, here in zip(arrays, is_here, strict=True)
         )
@@ -335,14 +335,10 @@ def when(predicate: Any, body: Callable[[Any], Any], carry: Any) -> Any:
     )[1]
 
 
-def _barrier(arrays: PyTree, after: PyTree, at: Any = 0) -> PyTree:
+def _barrier(arrays: PyTree, after: PyTree) -> PyTree:
     """Returns arrays, not before others are known."""
     # One entry of each is enough, and leaves XLA its fusions and layouts.
-    entries = [
-        lax.dynamic_slice(value, (at,) * value.ndim, (1,) * value.ndim).reshape(())
-        for value in jax.tree.leaves(after)
-        if value.size
-    ]
+    entries = [value[(0,) * value.ndim] for value in jax.tree.leaves(after) if value.size]
     arrays, _ = lax.optimization_barrier((arrays, entries))
     return arrays
 

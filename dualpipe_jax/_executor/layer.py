@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax import _scopes
@@ -292,11 +291,7 @@ class LayerWork:
             return buffers  # `barriers.zero_after` orders them
         handed = {}
         for name in names:
-            buffer = buffers.slots[name].hand_on(
-                layer.index,
-                after=after if self.is_beside else (),
-                at=jnp.minimum(self._row["microbatch"], 0),
-            )
+            buffer = buffers.slots[name].hand_on(layer.index, after=after if self.is_beside else ())
             if self.is_beside and name in fetched:
                 buffer = buffer.after_fetch(layer.index, fetched[name], self._chunk)
             handed[name] = buffer
