@@ -207,10 +207,7 @@ class LayerWork:
         if held is None:
             buffers = self._hand_on((name, self.source), layer, buffers)
         elif self.is_beside:
-            assert buffers.grads is not None
-            numbers = rank.gradients.index["W"][layer.kind].layer
-            sums = [buffers.grads[number][layer.entry] for number in numbers]
-            buffers = self._hand_on((name,), layer, buffers, after=sums)
+            buffers = self._hand_on_with_sums(name, layer, buffers)
         return flow, buffers
 
     def end_turn(self, layer: Layer, flow: Flow, buffers: LayerBuffers) -> Flow:
@@ -296,6 +293,12 @@ class LayerWork:
                 buffer = buffer.after_fetch(layer.index, fetched[name], self._chunk)
             handed[name] = buffer
         return buffers.with_slots(handed)
+
+    def _hand_on_with_sums(self, name: str, layer: Layer, buffers: LayerBuffers) -> LayerBuffers:
+        """Passes a buffer that W has read to its next write, once all of W's sums are known."""
+        own = buffers.take_layer(("grads",), layer)
+        slots, own = buffers.slots[name].hand_on_with(layer.index, own)
+        return buffers.with_slots({name: slots}).put_layer(own, layer)
 
     def _add(
         self, layer: Layer, flow: Flow, buffers: LayerBuffers, gradients: Any, action: str

@@ -17,7 +17,7 @@ from experiments.compiled.steps import Case
 from experiments.train_lm.flags import POSITIVE, script, several
 
 # The slots that each schedule keeps on the device, of all that a rank of eight has: about half.
-SLOTS = {"dualpipe": (5, 9), "dualpipev": (9, 17)}
+SLOTS = {"dualpipe": (5, 9), "dualpipev": (9, 17), "1f1b": (4, 8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ COLUMNS: tables.Columns = {
     "temporaries, MiB": lambda row: tables.number(row.figures.temporaries, ",.0f", unit=2**20),
     "on the host, MiB": lambda row: tables.number(row.figures.host_temporaries, ",.0f", unit=2**20),
     "copies hidden": lambda row: row.hidden,
+    "compute, us": lambda row: tables.number(row.figures.compute_seconds, ",.0f", unit=1e-6),
     "exposed, us": lambda row: tables.number(row.figures.exposed_seconds, ",.0f", unit=1e-6),
     "cycles": lambda row: tables.number(row.cycles, ".3f"),
     "step, ms": lambda row: tables.number(row.figures.predicted_seconds, ",.0f", unit=1e-3),
@@ -75,6 +76,7 @@ def cases(schedule: str, *, width: int, layers: int) -> Iterator[Case]:
         width=width,
         layers=layers,
         schedule=schedule,
+        overlap=None if schedule == "1f1b" else True,
     )
     few, _ = SLOTS[schedule]
     yield plain

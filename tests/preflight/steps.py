@@ -1,6 +1,5 @@
 """Small steps over fake devices, of shapes alone."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -25,7 +24,7 @@ def make_step(
     overlap: bool | Literal["two-tick"] = True,
     num_microbatches: int = 8,
     slots_on_device: int | None = None,
-) -> Callable[..., Any]:
+) -> Any:
     def block(params: Any, x: jax.Array, ctx: dpj.Context) -> jax.Array:
         return x + jnp.tanh(x @ params["up"]) @ params["down"]
 
