@@ -739,3 +739,41 @@ def test_costs_are_numbers_of_some_size() -> None:
             Costs(forward=value)  # pyrefly: ignore
     with pytest.raises(ValueError, match="input_grad: must be finite"):
         Costs(input_grad=10**400)
+
+
+def test_copies_to_the_host_hide_behind_one_action_in_a_tick() -> None:
+    schedule = schedules.make("1f1b", num_ranks=4, num_microbatches=16)
+
+    def makespan(slots: int | str | None, **costs: Any) -> float:
+        execution = Execution(overlap=False, split_backward=True, slots_on_device=slots)
+        return simulate(schedule, costs=Costs(**costs), execution=execution).makespan
+
+    # Half of an activation, as two of four slots stay.
+    assert makespan(2, spill=2, fill=2) == makespan(None)
+    assert makespan(4, spill=99, fill=99) == makespan(None)
+    assert makespan(2, spill=3, fill=2) == makespan(None, forward=1.5)
+    assert makespan(2, spill=2, fill=4) == makespan(None, input_grad=2, weight_grad=2)
+    assert makespan("8B", spill=3, activation_bytes=4) == makespan(2, spill=3)
+
+
+def test_copies_to_the_host_hide_behind_three_actions_in_a_beat() -> None:
+    schedule = schedules.make("dualpipe", num_ranks=4, num_microbatches=16)
+    tables = schedule.compiled(overlap=True).tables
+    assert tables.steady is not None
+
+    def beats(**costs: Any) -> np.ndarray:
+        durations = durations_of(schedule, Costs(**costs), transfer=0, slots_on_device=2)
+        return durations.work(tables)[tables.steady.ticks].reshape(-1, 3, 4).sum(axis=1)
+
+    # Two of five slots stay.
+    np.testing.assert_allclose(beats(spill=4, fill=5), 3)
+    np.testing.assert_allclose(beats(spill=4, fill=10), 6)
+    np.testing.assert_allclose(beats(spill=12, fill=10), 7.2)
+
+
+def test_copies_of_unknown_bytes_are_refused() -> None:
+    schedule = schedules.make("1f1b", num_ranks=2, num_microbatches=4)
+    execution = Execution(slots_on_device="1GiB")
+    assert simulate(schedule, execution=execution).makespan > 0  # no copy takes time
+    with pytest.raises(ValueError, match=r"slots_on_device='1GiB'.*activation_bytes"):
+        simulate(schedule, costs=Costs(spill=1), execution=execution)

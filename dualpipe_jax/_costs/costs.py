@@ -9,7 +9,8 @@ import numpy as np
 from dualpipe_jax._costs.layers import StageLayers
 from dualpipe_jax._errors import brief, show
 from dualpipe_jax._schedule.actions import FORWARD, INPUT_GRAD
-from dualpipe_jax._schedule.durations import Durations
+from dualpipe_jax._schedule.durations import Copies, Durations
+from dualpipe_jax._sizes import parse_bytes
 
 # The length of a transfer, as a share of a rank's forward, where it is not given: at a width of
 # 1024 or more an activation takes up to about a tenth of it over today's links. (Without transfers
@@ -90,6 +91,9 @@ class Costs:
         keeps of one microbatch on one device, for its I and W; None if not known. Only
         `schedules.search(memory=)` reads it and the next.
       stash_bytes: The bytes that I of as many keeps for a W that does not follow it at once.
+      spill: How long the copy of one activation, of num_layers / num_ranks layers, takes to the
+        host's memory. `Execution(slots_on_device=)` says which part of it leaves.
+      fill: The same back to the device.
 
     Raises:
       TypeError: if one is no number, or `layer` no mapping of such.
@@ -107,6 +111,8 @@ class Costs:
     layer: Mapping[Hashable, float] | None = None
     activation_bytes: float | None = None
     stash_bytes: float = 0.0
+    spill: float = 0.0
+    fill: float = 0.0
 
     def __post_init__(self) -> None:
         if self.layer is not None:
@@ -170,7 +176,8 @@ class Costs:
     def of(cls, numbers: Iterable[Any]) -> "Costs":
         """Makes costs of the `numbers` of others."""
         names = (field.name for field in fields(cls) if field.name not in _NO_TIMES)
-        return cls(**dict(zip(names, numbers, strict=True)))
+        # Programs of earlier versions have no times of copies.
+        return cls(**dict(zip(names, numbers, strict=False)))
 
     @classmethod
     def with_whole_ends(
@@ -247,6 +254,7 @@ class Costs:
         transfer: float,
         full_backward: bool,
         forward_only: bool = False,
+        slots_on_device: int | str | None = None,
     ) -> Durations:
         """Spreads the costs over stages, as the schedule's compiler takes them.
 
@@ -256,10 +264,16 @@ class Costs:
           transfer: How long a value travels to a neighbour.
           full_backward: Whether weight grads run with the input grads that they follow.
           forward_only: Whether there are no gradients.
+          slots_on_device: As of `Execution`.
+
+        Raises:
+          ValueError: if slots_on_device is in bytes, and those of an activation are not known.
         """
         weights = np.array(layers.weights)
         of_opcode = self.of_stages(weights, num_ranks=num_ranks, forward_only=forward_only)
-        recompute = self.recompute * _share(weights, num_ranks)
+        share = _share(weights, num_ranks)
+        recompute = self.recompute * share
+        has_copies = slots_on_device is not None and (self.spill or self.fill)
         return Durations(
             of_opcode=tuple(map(tuple, of_opcode.tolist())),
             recompute=tuple(recompute.tolist()),
@@ -267,6 +281,25 @@ class Costs:
             full_backward=self.full_backward_share if full_backward else None,
             embed_grad=self.embed_grad,
             transfer=transfer,
+            copies=self._copies(slots_on_device, share) if has_copies else None,
+        )
+
+    def _copies(self, slots_on_device: int | str, share: np.ndarray) -> Copies:
+        """Finds how long the copies of each stage take, and how many activations stay."""
+        stay: float
+        if isinstance(slots_on_device, int):
+            stay = slots_on_device
+        elif self.activation_bytes is None:
+            raise ValueError(
+                f"slots_on_device={slots_on_device!r}: a number of activations, or costs with the "
+                "bytes of one (dpj.Costs(activation_bytes=)), must say how much of one leaves"
+            )
+        else:
+            stay = parse_bytes(slots_on_device) / (self.activation_bytes * share.mean())
+        return Copies(
+            spill=tuple((self.spill * share).tolist()),
+            fill=tuple((self.fill * share).tolist()),
+            slots_on_device=stay,
         )
 
 

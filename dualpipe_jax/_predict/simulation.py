@@ -62,6 +62,7 @@ def durations_of(
     transfer: float,
     layers: StageLayers | None = None,
     full_backward: bool = False,
+    slots_on_device: int | str | None = None,
 ) -> Durations:
     """Spreads costs over a schedule's stages, as its compiler takes them to place actions.
 
@@ -71,6 +72,7 @@ def durations_of(
       transfer: How long a value travels to a neighbour.
       layers: The layers of the stages; None if they are alike, and have two equal halves.
       full_backward: Whether W runs with the I that it follows, where it follows one.
+      slots_on_device: As of `Execution`.
     """
     return costs.durations(
         layers or StageLayers.cut((2,) * schedule.num_stages),
@@ -78,6 +80,7 @@ def durations_of(
         transfer=transfer,
         full_backward=full_backward,
         forward_only=schedule.program.forward_only,
+        slots_on_device=slots_on_device,
     )
 
 
@@ -110,6 +113,7 @@ def compile_for(
             transfer=transfer,
             layers=layers,
             full_backward=not execution.split_backward,
+            slots_on_device=execution.slots_on_device,
         )
 
     sizes = () if layers is None else layers.sizes

@@ -26,7 +26,7 @@ from tests.wrong_calls.schedules import OVERLAPS, SCHEDULE
 
 def _cost_fields(**more: list[Mistake]) -> dict[str, list[Mistake]]:
     open_at_zero = amounts(is_open=True)
-    fields = ("input_grad", "weight_grad", "embed", "head", "recompute")
+    fields = ("input_grad", "weight_grad", "embed", "head", "recompute", "spill", "fill")
     return {"forward": open_at_zero, **{name: amounts() for name in fields}, **more}
 
 
