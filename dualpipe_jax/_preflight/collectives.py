@@ -3,10 +3,11 @@
 They are collectives, and copies between the memories of a device and its host.
 
 Asynchronous ones have three forms in the text: `all-to-all-start` and `all-to-all-done`;
-`async-start` and `async-done`, which call a computation; and, on TPUs, fusions that hold an
-`AsyncCollectiveStart` and an `AsyncCollectiveDone`, with fusions between them that compute while
-the collective goes on. On GPUs a start that the scheduler found nothing to run beside is marked
-`is_sync`: it runs between the computations like a synchronous one.
+`async-start` and `async-done`, or for copies on GPUs `fusion-start` and `fusion-done`, which call a
+computation; and, on TPUs, fusions that hold an `AsyncCollectiveStart` and an `AsyncCollectiveDone`,
+with fusions between them that compute while the collective goes on. On GPUs a start that the
+scheduler found nothing to run beside is marked `is_sync`: it runs between the computations like a
+synchronous one.
 """
 
 from collections.abc import Iterable
@@ -135,7 +136,7 @@ def _begun(
     kind = _kind(instruction.opcode) or _kind_of_copy(where, instruction)
     if kind is not None:
         return kind, instruction, where
-    if instruction.opcode not in ("fusion", "async-start", "call"):
+    if instruction.opcode not in ("fusion", "fusion-start", "async-start", "call"):
         return None
     for callee in module.callees(instruction):
         if _is_between(callee) or _targets(callee, _DONE):

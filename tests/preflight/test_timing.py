@@ -104,6 +104,22 @@ def test_copies_to_and_from_the_host_share_its_link_one_way() -> None:
     assert {name: copy.exposed_seconds for name, copy in found.items()} == {"s": 0, "f": 0, "g": 1}
 
 
+def test_copies_on_gpus_are_asynchronous_fusions() -> None:
+    fused = f"""%copied (p: f32[2,1,96], i: s32[]) -> f32[1,1,96] {{
+  %p = {SLOTS} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %entry = f32[1,1,96]{{2,1,0}} dynamic-slice(%p, %j, %j, %j), dynamic_slice_sizes={{1,1,96}}
+}}"""
+    module = lines(
+        *(HOST, "  %i = s32[] parameter(3)"),
+        f"  %s = (({SLOTS}, s32[]), f32[1,1,96]{{2,1,0}}) fusion-start(%slots, %i), calls=%copied",
+        *(work("w", 1), "  %d = f32[1,1,96]{2,1,0} fusion-done(%s)"),
+        others=(fused,),
+    )
+    (copy,) = replay(module)
+    assert (copy.kind, copy.is_async, copy.exposed_seconds) == ("from host", True, 0)
+
+
 def test_a_wait_for_one_gives_the_other_time() -> None:
     other = start("t").replace(SWAP, "source_target_pairs={{0,2},{2,0}}")
     module = lines(start("s"), other, done("d", "s"), done("e", "t"))
