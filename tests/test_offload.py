@@ -27,12 +27,12 @@ def all_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(slots_on_device: int | str | None = None, **options: Any) -> Any:
     """Makes a step of five slots, two layers a stage."""
-    unroll = options.pop("unroll", None)
+    how = {name: options.pop(name) for name in ("unroll", "overlap") if name in options}
     return dpj.value_and_grad(
         make_model(),
         mesh=make_mesh(4),
         num_microbatches=NUM_MICROBATCHES,
-        execution=dpj.Execution(unroll=unroll, slots_on_device=slots_on_device),
+        execution=dpj.Execution(slots_on_device=slots_on_device, **how),
         **options,
     )
 
@@ -85,6 +85,16 @@ def test_no_more_stay_on_the_device_than_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("all_may_leave")
+def test_without_beats_chunks_share_an_array() -> None:
+    """A tick runs one action: nothing is read while another chunk is written."""
+    with_beats, without = (
+        make(1, schedule="dualpipe", overlap=overlap).memory(*ARGS).host_bytes
+        for overlap in (True, False)
+    )
+    assert with_beats == 2 * without
+
+
+@pytest.mark.usefixtures("all_may_leave")
 def test_the_first_layers_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slots_at_start(monkeypatch, make(2))
     first, second = (
@@ -104,7 +114,7 @@ def test_looped_layers_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slots_at_start(monkeypatch, make(3, unroll=False))
     there = [aval for name in offload.RESIDUALS for aval in slots[name] if isinstance(aval, tuple)]
     assert there
-    assert all(aval.shape[:2] == (5, 2) for aval in jax.tree.leaves(there))  # [slot, layer, ...]
+    assert all(aval.shape[0] == 5 * 2 for aval in jax.tree.leaves(there))  # [slot * layer, ...]
 
 
 def test_a_policy_moves_its_values_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,11 +127,13 @@ def test_a_policy_moves_its_values_whatever_their_size(monkeypatch: pytest.Monke
 
 def test_small_values_stay_and_are_the_least() -> None:
     all_here, _ = slot_bytes(make())
-    with pytest.raises(ValueError, match=r"slots_on_device=2: must be at least 5, or .*1 MiB"):
+    least = rf"must be at least 5, or '{all_here}B': .*1 MiB"
+    with pytest.raises(ValueError, match=f"slots_on_device=2: {least}"):
         make(2).memory(*ARGS)
-    with pytest.raises(ValueError, match=r"slots_on_device='1KiB': must be at least 5"):
+    with pytest.raises(ValueError, match=f"slots_on_device='1KiB': {least}"):
         jax.eval_shape(make("1KiB"), *ARGS)
-    assert slot_bytes(make(5)) == (all_here, 0)
+    for enough in 5, f"{all_here}B":
+        assert slot_bytes(make(enough)) == (all_here, 0)
 
 
 @pytest.mark.slow

@@ -95,8 +95,9 @@ class Slots(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | str:
         """Reads either."""
-        slots = int(value) if str(value).isdigit() else value
+        text = str(value).strip()
         try:
+            slots = int(text) if text.isdecimal() else text
             Execution(slots_on_device=slots)
         except ValueError as error:
             self.fail(f"{error}.", param, ctx)

@@ -117,7 +117,7 @@ def preflight(
     except (ValueError, ModuleNotFoundError) as error:
         raise Refusal(" ".join(str(error).split())) from error
     if output_format == "json":
-        click.echo(json.dumps(asdict(report), indent=2))
+        click.echo(json.dumps({**asdict(report), "faults": report.faults}, indent=2))
     elif sys.stdout.isatty():
         _print_in_color(report)
         _print_reasons(platform if has_options else "cpu")

@@ -132,7 +132,10 @@ class Beat:
             state, next_cotangent = when(is_last, run_head, (state, next_cotangent))
         if rank.settings.poison:
             names = (*RESIDUALS, "stash")
-            state = state.with_slots({n: buffers.poison(state.slots[n], i_row[n]) for n in names})
+            slots = state.slots
+            state = state.with_slots(
+                {n: {kind: of.poison(i_row[n]) for kind, of in slots[n].items()} for n in names}
+            )
         return state, next_xs, [next_cotangent, *next_cotangents]
 
     def _upcoming(self, wait: np.ndarray, later: list[PyTree], arrived: PyTree) -> list[PyTree]:

@@ -54,17 +54,19 @@ class SlotBuffer:
     Where layers are unrolled each has arrays of its own, `[slot, ...]`, so that no layer waits for
     another's.
 
-    Values may wait in the host's memory, packed (`host`). Each chunk has an array of its own for
-    them, as XLA starts no access to such an array before the one before has ended: in a beat one
-    chunk's is written, and another's is read.
+    Values may wait in the host's memory, packed (`host`), in `[slot * layer, ...]`: a TPU copies
+    entries along one dim only. In a program with beats each chunk has an array of its own for them,
+    as XLA starts no access to such an array before the one before has ended, and a beat writes one
+    chunk's values while it reads another's.
 
     Attributes:
-      arrays: The array of each value, or where it waits on the host a tuple of one for each chunk;
-        with unrolled layers such a tuple for each layer.
+      arrays: The array of each value, or where it waits on the host a tuple of one for each chunk,
+        or of one for all; with unrolled layers such a tuple for each layer.
       shapes: The shape of each value.
       memory_orders: The order in memory of each value's dims.
       parts: For each value the parts, along its first dim, in which straight-line code reads it.
       is_unrolled: Whether each layer has arrays of its own.
+      num_layers: The layers that others have.
     """
 
     arrays: tuple[Any, ...] = ()
@@ -72,6 +74,7 @@ class SlotBuffer:
     memory_orders: tuple[MemoryOrder, ...] = field(default=(), metadata={"static": True})
     parts: tuple[int, ...] = field(default=(), metadata={"static": True})
     is_unrolled: bool = field(default=False, metadata={"static": True})
+    num_layers: int = field(default=1, metadata={"static": True})
 
     def with_arrays(self, arrays: tuple[Any, ...] = ()) -> "SlotBuffer":
         """Returns the buffer with other arrays; without any for a loop that does not use it."""
@@ -93,7 +96,7 @@ class SlotBuffer:
         if not arrays:
             return ()
         return tuple(
-            host.from_host(read(array[chunk], *index), shape)
+            host.from_host(read(array[chunk % len(array)], self._row(index)), shape)
             if isinstance(array, tuple)
             else _read_parts(array, index, parts if in_parts else 1)
             for array, shape, parts in zip(arrays, self.shapes, self.parts, strict=True)
@@ -108,8 +111,9 @@ class SlotBuffer:
         def one(array: Any, value: jax.Array) -> Any:
             if not isinstance(array, tuple):
                 return write(array, value, *index)
-            written = write(array[chunk], host.to_host(value), *index)
-            return (*array[:chunk], written, *array[chunk + 1 :])
+            n = chunk % len(array)
+            written = write(array[n], host.to_host(value), self._row(index))
+            return (*array[:n], written, *array[n + 1 :])
 
         return self._replace(layer, tuple(map(one, arrays, values)))
 
@@ -125,6 +129,19 @@ class SlotBuffer:
             old if isinstance(array, tuple) else new
             for array, old, new in zip(arrays, fetched, read, strict=True)
         )
+
+    def poison(self, slot: Any) -> "SlotBuffer":
+        """Overwrites a slot of all layers with values that spread, to find late reads."""
+
+        def one(array: jax.Array) -> jax.Array:
+            if not is_on_host(array):
+                return poison(array, slot)
+            rows = (self.num_layers, *array.shape[1:])
+            dead = host.full(rows, _poison(array.dtype), array.dtype)
+            start = (slot * self.num_layers, *(0,) * (array.ndim - 1))
+            return lax.dynamic_update_slice(array, dead, _starts(start))
+
+        return self.with_arrays(jax.tree.map(one, self.arrays))
 
     def take_layer(self, layer: int) -> "SlotBuffer":
         """Returns the buffer with the arrays of one unrolled layer alone."""
@@ -176,7 +193,8 @@ class SlotBuffer:
         def one(array: Any, value: jax.Array) -> Any:
             if not isinstance(array, tuple):
                 return array
-            return (*array[:chunk], _barrier(array[chunk], value), *array[chunk + 1 :])
+            n = chunk % len(array)
+            return (*array[:n], _barrier(array[n], value), *array[n + 1 :])
 
         return self._replace(layer, tuple(map(one, arrays, fetched)))
 
@@ -191,6 +209,11 @@ class SlotBuffer:
         if self.is_unrolled:
             return (self.arrays[layer] if self.arrays else ()), (slot,)
         return self.arrays, (slot, layer)
+
+    def _row(self, index: tuple[Any, ...]) -> Any:
+        """Finds an entry in an array in the host's memory."""
+        slot, *layers = index
+        return slot if not layers else slot * self.num_layers + layers[0]
 
     def _replace(self, layer: Any, arrays: tuple[Any, ...]) -> "SlotBuffer":
         if self.is_unrolled:
@@ -217,7 +240,7 @@ def allocate_slots(
       name: Which of its values: one of `SLOTS`.
       num_slots: The slots; none for a buffer without arrays.
       num_layers: The layers of the kind that a stage has.
-      num_chunks: The chunks of a rank.
+      num_chunks: The chunks of a rank that have arrays of their own on the host.
       is_unrolled: Whether each layer gets arrays of its own.
       size_of_x: Bytes of the largest leaf of x.
       on_host: For each value whether its slots are in the host's memory; with unrolled layers such
@@ -232,6 +255,7 @@ def allocate_slots(
         memory_orders=_memory_orders(block, name, size_of_x),
         parts=getattr(block, f"{name}_parts", (1,) * len(avals)),
         is_unrolled=is_unrolled,
+        num_layers=1 if is_unrolled else num_layers,
     )
     if not num_slots:
         return buffer
@@ -240,7 +264,7 @@ def allocate_slots(
         fill = _poison(aval.dtype) if poison else 0
         if not is_there:
             return jnp.full((*lead, *aval.shape), fill, aval.dtype)
-        shape = (*lead, *host.packed_shape(aval.shape))
+        shape = (math.prod(lead), *host.packed_shape(aval.shape))
         return tuple(host.full(shape, fill, aval.dtype) for _ in range(num_chunks))
 
     def arrays(lead: tuple[int, ...], are_there: Sequence[bool]) -> tuple[Any, ...]:
@@ -330,12 +354,8 @@ def write(arrays: PyTree, values: PyTree, *index: Any) -> PyTree:
 
 def poison(arrays: PyTree, *index: Any) -> PyTree:
     """Overwrites entry `[*index]` with values that spread, to find reads that come too late."""
-
-    def dead(entry: jax.Array) -> jax.Array:
-        make = host.full if is_on_host(entry) else jnp.full
-        return make(entry.shape, _poison(entry.dtype), entry.dtype)
-
-    return write(arrays, jax.tree.map(dead, read(arrays, *index)), *index)
+    old = read(arrays, *index)
+    return write(arrays, jax.tree.map(lambda a: jnp.full_like(a, _poison(a.dtype)), old), *index)
 
 
 def when(predicate: Any, body: Callable[[Any], Any], carry: Any) -> Any:

@@ -186,6 +186,8 @@ def _slot_terms(
         count = f"{slots.get(buffer, 0)} slots x {_num_layers(stages)} layers"
         of_slot = _bytes_of_slot(functions.gradients, stages, buffer, on_host[buffer])
         here, there = (size * slots.get(buffer, 0) for size in of_slot)
+        if tables.steady is not None:  # an array for each chunk
+            there *= len(stages.stage_of)
         name = names.get(buffer, buffer)
         if here:
             terms.append(Term(name, count, here, "ticks" if buffer in idle else ""))
@@ -203,8 +205,8 @@ def _bytes_of_slot(
         rows, num_layers = on_host[kind], stages.stacks[kind].max_layers
         for row in rows if stages.is_unrolled else rows * num_layers:
             for aval, is_there in zip(getattr(block, buffer), row, strict=True):
-                if is_there:  # for each chunk
-                    there += len(stages.stage_of) * padded_bytes(aval)
+                if is_there:
+                    there += padded_bytes(aval)
                 else:
                     here += bytes_of(aval)
     return here, there

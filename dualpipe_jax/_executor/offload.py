@@ -7,7 +7,8 @@ straight-line code: a copy starts when F has made the value, and another one bef
 If the slots of residuals are to fit into a limit on the device, those of the first layers of a
 stage go: F makes them first, and I reads them last, so that both copies have the other layers'
 work beside them. Within a layer, or where layers are a loop, the largest values go first. Small
-values stay (`LEAST_BYTES`): many short copies would take link time for few bytes.
+values stay (`LEAST_BYTES`): many short copies would take link time for few bytes. Values of one
+element stay whatever a policy says: a TPU copies none.
 """
 
 import math
@@ -104,7 +105,7 @@ def _spilled(values: list[_Value], there: set[_Place], slots_on_device: int | st
             spilled.add(value.place)
             left -= value.num_bytes * value.num_slots
     if left > limit:
-        least = f"{math.ceil(left / one)}, or {format_bytes(left)}"
+        least = f"{math.ceil(left / one)}, or '{left}B'"
         raise ValueError(
             f"slots_on_device={slots_on_device!r}: must be at least {least}: values of fewer than "
             f"{format_bytes(LEAST_BYTES)} a layer, and random keys, do not leave the device"
@@ -116,7 +117,7 @@ def _values(
     block: Mapping[Kind, SplitVjp], stages: Stages, slots: Mapping[str, int]
 ) -> list[_Value]:
     """Lists the values that residuals have, in the order in which they are to leave the device."""
-    values = []
+    values: list[_Value] = []
     for kind, entry in _layers(stages):
         num_layers = 1 if stages.is_unrolled else stages.stacks[kind].max_layers
         of_layer = [
@@ -124,14 +125,19 @@ def _values(
                 place=(name, kind, entry, number),
                 num_bytes=num_layers * aval.size * aval.dtype.itemsize,
                 num_slots=slots.get(name, 0),
-                may_leave=aval.size * aval.dtype.itemsize >= LEAST_BYTES
+                may_leave=aval.size > 1
+                and aval.size * aval.dtype.itemsize >= LEAST_BYTES
                 and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended),
             )
             for name in RESIDUALS
             for number, aval in enumerate(getattr(block[kind], name))
         ]
-        values += sorted(of_layer, key=lambda value: -value.num_bytes)
-    return values
+        values += sorted(of_layer, key=_largest_first)
+    return values if stages.is_unrolled else sorted(values, key=_largest_first)
+
+
+def _largest_first(value: _Value) -> int:
+    return -value.num_bytes
 
 
 def _layers(stages: Stages) -> list[tuple[Kind, int]]:
@@ -143,6 +149,6 @@ def _layers(stages: Stages) -> list[tuple[Kind, int]]:
 
 def _offloaded(block: SplitVjp, name: str) -> tuple[bool, ...]:
     """Whether a policy offloads each value of a buffer."""
-    if name in RESIDUALS:
-        return getattr(block, f"{name}_offloaded")
-    return (False,) * len(getattr(block, name))
+    avals = getattr(block, name)
+    flags = getattr(block, f"{name}_offloaded") if name in RESIDUALS else (False,) * len(avals)
+    return tuple(flag and aval.size > 1 for flag, aval in zip(flags, avals, strict=True))

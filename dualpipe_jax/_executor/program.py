@@ -237,6 +237,7 @@ def start(
         params,
         slots=settings.slots,
         on_host=settings.on_host(traced),
+        has_beats=tables.steady is not None,
         delivery=settings.delivery,
         is_lazy=tables.is_lazy,
         poison=settings.poison,

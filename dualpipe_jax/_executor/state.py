@@ -241,6 +241,7 @@ def empty_state(
     *,
     slots: dict[str, int],
     on_host: OnHost,
+    has_beats: bool,
     delivery: Delivery | None,
     is_lazy: bool,
     poison: bool,
@@ -253,6 +254,7 @@ def empty_state(
       params: The parameters of this device.
       slots: The slots of each buffer.
       on_host: Which of them are in the host's memory.
+      has_beats: Whether the program has beats.
       delivery: Where outputs go, in a program that returns outputs.
       is_lazy: Whether the tables are lazy.
       poison: Whether slots start as values that spread, in tests.
@@ -267,7 +269,7 @@ def empty_state(
                 name,
                 num_slots=slots.get(name, 0),
                 num_layers=stack.max_layers,
-                num_chunks=num_chunks,
+                num_chunks=num_chunks if has_beats else 1,
                 is_unrolled=stages.is_unrolled,
                 size_of_x=functions.size_of_x,
                 on_host=on_host.get(name, {}).get(kind, ()),

@@ -126,7 +126,8 @@ class Step(Settings):
         """
         step = self._in_context
         functions, arguments = step._shared(traces, params, batch, rng, step.recomputes)
-        return report_memory(
+        report = partial(
+            report_memory,
             functions,
             arguments,
             step.stages,
@@ -139,6 +140,7 @@ class Step(Settings):
             recomputes=step.recomputes,
             rounds=step.platform == "tpu",
         )
+        return step._inside(report, step.mesh)  # where XLA shards a value, it lies as it is
 
     def work(
         self,

@@ -276,7 +276,11 @@ def _poison_dead(
 
     def overwrite(name: str) -> PyTree:
         is_dead = _is_one_of(opcodes_that(frees=name), tables, row)
-        return when(is_dead, lambda slots: buffers.poison(slots, row[name]), state.slots[name])
+        return when(
+            is_dead,
+            lambda of_kinds: {kind: slots.poison(row[name]) for kind, slots in of_kinds.items()},
+            state.slots[name],
+        )
 
     names = ["residual", "weight_residual"]
     names += ["stash"] * (not rank.settings.full_backward) + [DEFERRED] * rank.settings.defers

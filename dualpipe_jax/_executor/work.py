@@ -28,7 +28,8 @@ class LayerWork:
       input_grad: I; 0 for forwards alone, as the next two.
       weight_grad: W.
       deferred: W where it recomputes.
-      activation_bytes: The bytes that F keeps for I and for W.
+      activation_bytes: The bytes that F keeps for I and for W on the device: without those that a
+        policy offloads.
       stash_bytes: The bytes that I keeps for a deferred W.
     """
 
@@ -113,7 +114,12 @@ def _of_block(block: SplitVjp, kind: Kind, functions: Functions, arguments: Argu
         input_grad=_time(block.input_grad, given, ctx, residual, weight_residual, dy, daux),
         weight_grad=_time(block.weight_grad, given, ctx, weight_residual, block.stash),
         deferred=_time(block.deferred_weight_grad, given, ctx, weight_residual, block.deferred),
-        activation_bytes=bytes_of((residual, weight_residual)),
+        activation_bytes=bytes_of(
+            (
+                pick(residual, [not there for there in block.residual_offloaded]),
+                pick(weight_residual, [not there for there in block.weight_residual_offloaded]),
+            )
+        ),
         stash_bytes=bytes_of(block.deferred),
     )
 

@@ -196,6 +196,8 @@ def _copied(module: Module, instruction: Instruction, buffers: set[Shape]) -> li
     (fused,) = module.callees(instruction)
     root = fused.root
     results = fused.operands_of(root) if root.opcode == "tuple" else [root]
+    if len(results) < len(instruction.shapes):  # a kernel's, of several
+        return []
     sizes = {
         _size(parameter)
         for parameter in fused.instructions

@@ -94,8 +94,9 @@ class Execution:
             for name, value in given.items()
         ]
         if self.slots_on_device is not None:
-            of = " of" if isinstance(self.slots_on_device, str) else ""
-            found.append(f"{self.slots_on_device}{of} slots on the device")
+            of = {True: " of slots", False: " slot" if self.slots_on_device == 1 else " slots"}
+            is_size = isinstance(self.slots_on_device, str)
+            found.append(f"{self.slots_on_device}{of[is_size]} on the device")
         return ", ".join(found) or "decided for you"
 
     def __repr__(self) -> str:

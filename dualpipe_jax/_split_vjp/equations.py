@@ -174,10 +174,10 @@ def _require_values(eqn: jcore.JaxprEqn, effects: set[str]) -> None:
         )
     if _is_any_on_host(eqn):
         raise ValueError(
-            f"model: {eqn.primitive.name!r} has a value in the host's memory; embed, block and "
-            "head may only copy values there and back, as policies of jax.checkpoint that offload "
-            "do, and neither in a loop (jax.lax.scan) nor in a branch: put the jax.checkpoint "
-            "around it, or take a policy that saves or recomputes"
+            f"model: {eqn.primitive.name!r} has a value in the host's memory; values that a policy "
+            "of jax.checkpoint offloads must stand outside of loops (jax.lax.scan) and branches "
+            "of the block, and nothing may compute with them there: name others, or take a policy "
+            "that saves or recomputes"
         )
 
 

@@ -70,8 +70,6 @@ class Figures:
       compute_seconds: How long its compute takes.
       arguments, temporaries, host_temporaries, peak, needed: As in preflight's `Memory`, bytes of a
         device.
-      host_bytes: Bytes that a trip's copies move to the host; from there as many.
-      whole_buffers: The copies of whole slot buffers over the link to the host in loops.
       fits: Whether the compiler took the step.
       instructions: The number in the program.
       code_bytes: The size of the program.
@@ -95,8 +93,6 @@ class Figures:
     peak: int | None
     needed: int | None
     fits: bool
-    host_bytes: int
-    whole_buffers: int
     instructions: int
     code_bytes: int | None
     compile_seconds: float
@@ -133,8 +129,6 @@ class Figures:
             peak=memory.peak,
             needed=memory.needed,
             fits=not report.failure,
-            host_bytes=sum(each.num_bytes for each in collectives if each.kind == TO_HOST),
-            whole_buffers=len(report.faults),
             instructions=0 if report.program is None else report.program.num_instructions,
             code_bytes=None if report.program is None else report.program.code_bytes,
             compile_seconds=report.compile_seconds,

@@ -170,12 +170,13 @@ def test_no_loop_copies_a_slot_buffer(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [8, 20])  # a stage has two in a row, and five in a loop
 def test_slots_on_the_host_are_copied_beside_compute(
-    report: Report, monkeypatch: pytest.MonkeyPatch
+    num_layers: int, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     mesh = make_mesh(4)
-    args = make_args(mesh, width=512, num_layers=8, rows=16 * 4, length=32)
+    args = make_args(mesh, width=512, num_layers=num_layers, rows=16 * 4, length=32)
     grad_fn = make_step(mesh, num_microbatches=16, slots_on_device=2)
     spilled = dpj.preflight(grad_fn, args, "tpu:v5e:2x2")
     assert (report.faults, spilled.faults) == ((), ())
@@ -184,12 +185,14 @@ def test_slots_on_the_host_are_copied_beside_compute(
     assert spilled.loop is not None
     assert report.loop.host_copies == ()
     kinds = Counter(copy.kind for copy in spilled.loop.host_copies)
-    assert kinds["to host"] == kinds["from host"] > 0
+    # Loops of I and of W each fetch what they read.
+    assert kinds["from host"] == kinds["to host"] * (1 if num_layers == 8 else 2) > 0
     assert all(copy.is_async for copy in spilled.loop.host_copies)
     assert all(each.is_async for each in spilled.loop.collectives)
     account = grad_fn.memory(*args)
     assert spilled.memory.host_temporaries == account.host_bytes > 0
-    assert (spilled.memory.temporaries or 0) < (report.memory.temporaries or 0)
+    if num_layers == 8:
+        assert (spilled.memory.temporaries or 0) < (report.memory.temporaries or 0)
     assert "copies to and from the host hidden" in str(spilled)
 
 
