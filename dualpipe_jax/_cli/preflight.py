@@ -59,8 +59,8 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
 @click.option(
     "--host-link",
     type=quantities.Rate(),
-    help="Bytes a second between a device and its host, each way, such as 32GB/s; by default what "
-    "the device's maker says, or 32GB/s of a TPU, whose maker says nothing.",
+    help="Bytes a second between a device and its host, each way, such as 32GB/s; by default "
+    "that of the device's maker, or 32GB/s for a TPU, whose maker gives none.",
 )
 @click.option(
     "--options/--no-options",

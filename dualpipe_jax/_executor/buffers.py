@@ -168,9 +168,9 @@ class SlotBuffer:
     def hand_on_with(self, layer: Any, values: PyTree) -> tuple["SlotBuffer", PyTree]:
         """Has the next write come after all of the values, and returns these for their readers.
 
-        Of a value that `hand_on` waits for, XLA may compute the entry by itself and the rest later,
-        and then copies all slots for the reads that this needs. (TPU v5e, a transformer with a
-        flash attention kernel, eight ranks: a trip of `dualpipev` took 25 % more cycles.)
+        Where `hand_on` waits for an entry of a value, XLA may compute that by itself and the rest
+        later, and then copies all slots for the reads that this needs. (TPU v5e, a transformer with
+        a flash attention kernel, eight ranks: a trip of `dualpipev` took 25 % more cycles.)
         """
         arrays, _ = self._entry(layer, 0)
         handed = [n for n, array in enumerate(arrays) if not isinstance(array, tuple)]

@@ -165,7 +165,7 @@ class Report:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Says what no program should do: copy whole slot buffers over the link to the host."""
+        """Lists the copies of whole slot buffers over the link to the host, which no step has."""
         return tuple(
             f"{copy.shape} is copied over the link to the host {copy.count} times in a loop "
             f"({copy.where}, {copy.action}), where one slot should be: this takes longer than all "

@@ -72,7 +72,7 @@ class Durations:
         """Adds the time by which copies take longer than the actions beside which they run.
 
         In a tick that is one action: F writes a part of its activation, I reads it, and so does a W
-        in a tick of its own. In a beat it is F, I and W, and W has what I has read.
+        in a tick of its own. In a beat it is F, I and W, and I hands on the part that it has read.
         """
         num_slots = tables.num_slots.get("weight_residual", 0)
         part = max(0.0, 1 - copies.slots_on_device / max(num_slots, 1))

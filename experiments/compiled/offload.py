@@ -30,7 +30,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Says what is done."""
+        """Names the way in which memory is saved."""
         remat, slots = self.case.remat, self.case.slots_on_device
         done = {"none": "nothing", "block": '`remat="block"`', "policy": "a policy"}[remat]
         if slots is None:

@@ -51,7 +51,8 @@ class Case:
       tokens: A microbatch has, on one device.
       schedule: One of `dpj.schedules.names()`.
       overlap: As `dpj.Execution` takes it.
-      remat: `"none"`, `"block"`, or `"policy"`: one that offloads what the block names.
+      remat: `"none"`, `"block"`, or `"policy"`: one that offloads the values that
+        the block names.
       slots_on_device: As `dpj.Execution` takes it.
       split_backward: As `dpj.Execution` takes it.
       has_pipeline: Whether the step has a pipeline; else it is gradient accumulation over one

@@ -103,7 +103,7 @@ class _Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class _Use:
-    """Says what the entries of a column do with their slots.
+    """Tells how the entries of a column use their slots.
 
     Attributes:
       column: The column.
