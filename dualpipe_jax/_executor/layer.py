@@ -11,7 +11,6 @@ touch the buffers, and `LayerWork` says how.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -278,7 +277,7 @@ class LayerWork:
         buffers: LayerBuffers,
         *,
         after: PyTree = (),
-        fetched: Mapping[str, Sequence[jax.Array]] = MappingProxyType({}),
+        fetched: Mapping[str, Sequence[jax.Array]] | None = None,
     ) -> LayerBuffers:
         """Passes buffers that were read to their next writes; in beats, `after` their readers.
 
@@ -289,7 +288,7 @@ class LayerWork:
         handed = {}
         for name in names:
             buffer = buffers.slots[name].hand_on(layer.index, after=after if self.is_beside else ())
-            if self.is_beside and name in fetched:
+            if self.is_beside and fetched is not None:
                 buffer = buffer.after_fetch(layer.index, fetched[name], self._chunk)
             handed[name] = buffer
         return buffers.with_slots(handed)
