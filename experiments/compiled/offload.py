@@ -17,7 +17,7 @@ from experiments.compiled.steps import Case
 from experiments.train_lm.flags import POSITIVE, script, several
 
 # The slots that each schedule keeps on the device, of all that a rank of eight has: about half.
-SLOTS = {"dualpipe": (5, 9), "dualpipev": (9, 17), "1f1b": (4, 8)}
+SLOTS = {"dualpipe": (4, 9), "dualpipev": (8, 17), "1f1b": (4, 8)}
 
 
 @dataclass(frozen=True, kw_only=True)
