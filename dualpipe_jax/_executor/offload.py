@@ -6,9 +6,9 @@ straight-line code: a copy starts when F has made the value, and another one bef
 
 If the slots of residuals are to fit into a limit on the device, those of the first layers of a
 stage go: F makes them first, and I reads them last, so that both copies have the other layers'
-work beside them. Within a layer, or where layers are a loop, the largest values go first. Small
-values stay (`LEAST_BYTES`): many short copies would take link time for few bytes. Values of one
-element stay whatever a policy says: a TPU copies none.
+work beside them. Within a layer, or where layers are a loop, those go first that F makes first,
+for the same reason. Small values stay (`LEAST_BYTES`): many short copies would take link time for
+few bytes. Values of one element stay whatever a policy says: a TPU copies none.
 """
 
 import math
@@ -120,8 +120,8 @@ def _values(
     values: list[_Value] = []
     for kind, entry in _layers(stages):
         num_layers = 1 if stages.is_unrolled else stages.stacks[kind].max_layers
-        of_layer = [
-            _Value(
+        of_layer = {
+            made: _Value(
                 place=(name, kind, entry, number),
                 num_bytes=num_layers * aval.size * aval.dtype.itemsize,
                 num_slots=slots.get(name, 0),
@@ -130,14 +130,16 @@ def _values(
                 and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended),
             )
             for name in RESIDUALS
-            for number, aval in enumerate(getattr(block[kind], name))
-        ]
-        values += sorted(of_layer, key=_largest_first)
-    return values if stages.is_unrolled else sorted(values, key=_largest_first)
-
-
-def _largest_first(value: _Value) -> int:
-    return -value.num_bytes
+            for number, (aval, made) in enumerate(
+                zip(
+                    getattr(block[kind], name),
+                    getattr(block[kind], f"{name}_made"),
+                    strict=True,
+                )
+            )
+        }
+        values += [of_layer[made] for made in sorted(of_layer)]
+    return values
 
 
 def _layers(stages: Stages) -> list[tuple[Kind, int]]:

@@ -93,6 +93,8 @@ class SplitVjp:
         `weight_residual_orders`.
       residual_offloaded: For each of `residual` whether a policy of `jax.checkpoint` in the block
         offloads it to the host's memory; so are `weight_residual_offloaded`.
+      residual_made: For each of `residual` a number, in the order in which the forward makes them;
+        so are `weight_residual_made`, in one order with these.
       stash_may_wait: For each of `stash` whether a barrier may hold it up at no cost. See
         `for_compilers.may_wait`.
       made_with_input_grad: For every leaf of params, whether the input grad makes its gradient, by
@@ -125,6 +127,8 @@ class SplitVjp:
     weight_residual_orders: tuple[MemoryOrder, ...]
     residual_offloaded: tuple[bool, ...]
     weight_residual_offloaded: tuple[bool, ...]
+    residual_made: tuple[int, ...]
+    weight_residual_made: tuple[int, ...]
     stash_may_wait: tuple[bool, ...]
     made_with_input_grad: tuple[bool, ...]
     made_with_weight_grad: tuple[bool, ...]
@@ -198,6 +202,8 @@ def split_vjp(
         weight_residual_orders=memory_orders(graph, nodes, weight_residual),
         residual_offloaded=tuple(v in graph.offloaded for v in residual),
         weight_residual_offloaded=tuple(v in graph.offloaded for v in weight_residual),
+        residual_made=residual,
+        weight_residual_made=weight_residual,
         stash_may_wait=may_wait(programs.input_grad, stash, [*trace.dy, *trace.daux]),
         made_with_input_grad=tuple(v is not None for v in programs.made_with_input_grad),
         made_with_weight_grad=tuple(v is not None for v in programs.made_with_weight_grad),
