@@ -102,7 +102,10 @@ def test_options_reach_the_simulation(tmp_path: Path) -> None:
     report.write_text(json.dumps({"costs": COSTS, "more": 1}))
     sizes = ["--ranks", "4", "--microbatches", "8", "--layers", "10", "--transfer", "0.3"]
     made = choices_of(*sizes, "--costs-from", str(report), "--memory", "1TiB")
-    assert made["costs"] == {**COSTS, "recompute": 0.0, "full_backward": None}
+    assert made["costs"] == {
+        **COSTS,
+        **{"recompute": 0.0, "full_backward": None, "spill": 0.0, "fill": 0.0},
+    }
     for choice in made["choices"]:
         expected = simulate(
             schedules.make(choice["schedule"], num_ranks=4, num_microbatches=8),

@@ -29,7 +29,7 @@ def _as_users_compute() -> Iterator[None]:
 def report() -> Report:
     with jax.enable_x64(False):
         mesh = make_mesh(4)
-        args = make_args(mesh, width=512, num_layers=8, rows=16 * 4, length=32)
+        args = make_args(mesh, width=1024, num_layers=8, rows=16 * 4, length=32)
         return dpj.preflight(make_step(mesh, num_microbatches=16), args, "tpu:v5e:2x2")
 
 
@@ -42,8 +42,8 @@ def test_transfers_of_the_steady_loop_are_hidden(report: Report) -> None:
     for each in loop.collectives:
         assert (each.kind, each.axes) == ("collective-permute", ("pipe",))
         assert each.is_async
-        # float32[4, 32, 512] over one link at 50 GB/s
-        assert each.num_bytes == 4 * 32 * 512 * 4
+        # float32[4, 32, 1024] over one link at 50 GB/s
+        assert each.num_bytes == 4 * 32 * 1024 * 4
         assert each.link_seconds == pytest.approx(each.num_bytes / 50e9)
         assert each.flops > 0
         assert each.is_hidden
@@ -56,7 +56,7 @@ def test_transfers_of_the_steady_loop_are_hidden(report: Report) -> None:
 def test_actions_have_their_matmuls_and_cycles(report: Report) -> None:
     assert report.loop is not None
     actions = {action.name: action for action in report.loop.actions}
-    matmul = 2 * 4 * 32 * 512 * 2048
+    matmul = 2 * 4 * 32 * 1024 * 4096
     for name in ("forward", "input_grad", "weight_grad"):
         # Two beats of two layers of two matmuls, which take a cycle for 131,072 FLOPs or more.
         assert actions[name].flops == 2 * 2 * 2 * matmul
@@ -176,7 +176,7 @@ def test_slots_on_the_host_are_copied_beside_compute(
 ) -> None:
     monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     mesh = make_mesh(4)
-    args = make_args(mesh, width=512, num_layers=num_layers, rows=16 * 4, length=32)
+    args = make_args(mesh, width=1024, num_layers=num_layers, rows=16 * 4, length=32)
     grad_fn = make_step(mesh, num_microbatches=16, slots_on_device=2)
     spilled = dpj.preflight(grad_fn, args, "tpu:v5e:2x2")
     assert (report.faults, spilled.faults) == ((), ())
@@ -185,8 +185,8 @@ def test_slots_on_the_host_are_copied_beside_compute(
     assert spilled.loop is not None
     assert report.loop.host_copies == ()
     kinds = Counter(copy.kind for copy in spilled.loop.host_copies)
-    # Loops of I and of W each fetch what they read.
-    assert kinds["from host"] == kinds["to host"] * (1 if num_layers == 8 else 2) > 0
+    # In a loop over layers W fetches again.
+    assert kinds["from host"] >= kinds["to host"] > 0
     assert all(copy.is_async for copy in spilled.loop.host_copies)
     assert all(each.is_async for each in spilled.loop.collectives)
     account = grad_fn.memory(*args)
