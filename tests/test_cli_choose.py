@@ -104,7 +104,10 @@ def test_options_reach_the_simulation(tmp_path: Path) -> None:
     made = choices_of(*sizes, "--costs-from", str(report), "--memory", "1TiB")
     assert made["costs"] == {
         **COSTS,
-        "recompute": 0.0, "full_backward": None, "spill": 0.0, "fill": 0.0,
+        "recompute": 0.0,
+        "full_backward": None,
+        "spill": 0.0,
+        "fill": 0.0,
     }
     for choice in made["choices"]:
         expected = simulate(

@@ -16,8 +16,8 @@ from experiments.compiled.compiles import FROM_HOST, TO_HOST, Figures
 from experiments.compiled.steps import Case
 from experiments.train_lm.flags import POSITIVE, script, several
 
-# The slots that each schedule keeps on the device, of all that a rank of eight has: about half.
-SLOTS = {"dualpipe": (4, 9), "dualpipev": (8, 17), "1f1b": (4, 8)}
+# The slots of a rank of eight, and numbers of them to keep on the device: about half.
+SLOTS = {"dualpipe": (9, (5, 4)), "dualpipev": (17, (9, 8)), "1f1b": (8, (4,))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Row:
         done = {"none": "nothing", "block": '`remat="block"`', "policy": "a policy"}[remat]
         if slots is None:
             return done
-        kept = f"{slots} of {SLOTS[self.case.schedule][1]} slots on the device"
+        kept = f"{slots} of {SLOTS[self.case.schedule][0]} slots on the device"
         return kept if remat == "none" else f"{done}, {kept}"
 
     @property
@@ -78,9 +78,9 @@ def cases(schedule: str, *, width: int, layers: int) -> Iterator[Case]:
         schedule=schedule,
         overlap=None if schedule == "1f1b" else True,
     )
-    few, _ = SLOTS[schedule]
     yield plain
-    yield replace(plain, slots_on_device=few)
+    for few in SLOTS[schedule][1]:
+        yield replace(plain, slots_on_device=few)
     yield replace(plain, remat="policy")
     yield replace(plain, remat="block")
     yield replace(plain, remat="block", slots_on_device=1)
