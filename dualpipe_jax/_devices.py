@@ -156,8 +156,8 @@ def device_figures(device: Any) -> Device | None:
     Returns:
       `memory` in bytes, `peak_flops` in FLOPs a second (two for a multiply-add), `link` in bytes a
       second (of a GPU, all NVLinks together), `host_link` in bytes a second each way (PCI Express;
-      of a TPU an assumption), `is_switched`, `clock` in cycles a second; None for
-      devices that are not in the table, such as CPUs. The table has TPU v4, v5e, v5p and v6e, and
+      for TPUs an assumption), `is_switched`, `clock` in cycles a second; None for devices that are
+      not in the table, such as CPUs. The table has TPU v4, v5e, v5p and v6e, and
       NVIDIA's A100 (SXM, 80 GB), H100 (SXM), H200 (SXM) and B200.
 
     Raises:

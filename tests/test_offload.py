@@ -1,7 +1,7 @@
-"""Slots in the host's memory: which values wait there, and what is refused.
+"""Slots in the host's memory: the values that wait there, and the calls that are refused.
 
-That steps with such slots are exact is for test_exact.py, and that no dead one is read for
-test_program.py; what compilers make of the copies, for preflight/test_tpu.py and experiments.
+Exact gradients with such slots are for test_exact.py, dead ones for test_program.py, and compiled
+copies for preflight/test_tpu.py and experiments.
 """
 
 from typing import Any

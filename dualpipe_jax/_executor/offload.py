@@ -1,7 +1,7 @@
-"""Which slots are in the host's memory: those of values that a policy offloads, and of others.
+"""Decides which values wait in the host's memory: those that a policy offloads, and others.
 
-In: the derivatives of blocks, stages, slots, a limit. Out: for each buffer and kind of layer which
-of its values wait there. A value is there in every slot, so that the program of a beat stays
+In: the derivatives of blocks, stages, slots, a limit. Out: for each buffer and kind of layer the
+values that wait there. Such a value does so in every slot, and the program of a beat stays
 straight-line code: a copy starts when F has made the value, and another one before I needs it.
 
 If the slots of residuals are to fit into a limit on the device, those of the first layers of a

@@ -79,8 +79,8 @@ def find_global_permutes(module: Module) -> dict[str, str]:
 def find_collectives(module: Module, where: Computation) -> list[FoundCollective]:
     """Lists the collectives of a computation and of its fusions, in the order of their starts.
 
-    Copies to the host and from it are among them. Those in the bodies of its loops and the branches
-    of its conditionals are left out.
+    Copies to the host and from it are among them. The bodies of the computation's loops and its
+    conditionals' branches are left out.
     """
     found = []
     dones = _dones(module, where)

@@ -174,10 +174,10 @@ def _require_values(eqn: jcore.JaxprEqn, effects: set[str]) -> None:
         )
     if _is_any_on_host(eqn):
         raise ValueError(
-            f"model: {eqn.primitive.name!r} has a value in the host's memory; values that a policy "
-            "of jax.checkpoint offloads must stand outside of loops (jax.lax.scan) and branches "
-            "of the block, and nothing may compute with them there: name others, or take a policy "
-            "that saves or recomputes"
+            f"model: {eqn.primitive.name!r} has a value in the host's memory; a policy of "
+            "jax.checkpoint must offload no value of the block's loops (jax.lax.scan) or branches, "
+            "and nothing may compute with a value on the host: name others, or take a policy that "
+            "saves or recomputes"
         )
 
 

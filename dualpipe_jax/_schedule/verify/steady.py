@@ -12,8 +12,8 @@ from dualpipe_jax._schedule.verify.tokens import OF_W
 def verify_steady(tables: Tables) -> None:
     """Checks the steady phase of verified tables, if there is one.
 
-    - Its beats are a multiple of its period, all within the tables. In beat b every rank runs the F
-      of its chunk b modulo the period, then I and W of one microbatch of the chunk in `backward`,
+    - Its beats are a multiple of its period, all within the tables. In beat b every rank runs F for
+      its chunk b modulo the period, then I and W of one microbatch for the chunk in `backward`,
       split and not deferred.
     - The values that the first beat reads, and those that were waiting when it began, are in their
       slots when the phase begins.
