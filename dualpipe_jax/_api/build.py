@@ -268,7 +268,7 @@ def _rematerialised(
 
 @jax.custom_jvp
 def without_derivative(tree: PyTree) -> PyTree:
-    """Returns arguments or results of a pipelined step unchanged, and refuses `jax.grad`."""
+    """Returns arguments of a pipelined step unchanged, and refuses `jax.grad`."""
     return tree
 
 

@@ -221,8 +221,7 @@ class GradFunction:
         step = self.build(params, batch, rng)
         call_checks.grad_dtype(self.grad_dtype, params)
         with jax.named_scope(self._scope) if self._scope else nullcontext():
-            result, grads = step(params, batch, rng, loss_scale)
-        return without_derivative(result), grads
+            return step(*without_derivative((params, batch)), rng, loss_scale)
 
     @property
     def _scope(self) -> str:

@@ -107,8 +107,8 @@ class Slots(click.ParamType):
 slots_on_device = click.option(
     "--slots-on-device",
     type=Slots(),
-    help="How many of a rank's activations, from F to W, have room on the device, or bytes for "
-    "them, such as 12GiB; the others wait in the host's memory. By default all.",
+    help="How many slots, each with the values that a microbatch keeps in a stage, have room on "
+    "the device, or bytes for them, such as 12GiB; the others wait on the host. By default all.",
 )
 
 

@@ -30,22 +30,17 @@ class Size(click.ParamType):
             self.fail(f"{error}.")
 
 
-class Rate(click.ParamType):
-    """Converts bytes a second, such as `32GB/s`."""
+class Rate(Size):
+    """Converts bytes a second, more than none, such as `32GB/s`."""
 
     name = "rate"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """As `click.ParamType.convert`."""
-        try:
-            rate = parse_bytes(str(value).removesuffix("/s"))
-        except ValueError:
-            rate = 0.0
-        if rate <= 0:
-            self.fail(f"{value!r} is not bytes a second, such as 32GB/s.", param, ctx)
-        return rate
+        rate = super().convert(str(value).removesuffix("/s"), param, ctx)
+        return rate or self.fail(f"{value!r} is no bandwidth, such as 32GB/s.")
 
 
 class Numbers(click.ParamType):

@@ -24,7 +24,7 @@ do have these layouts in beats: the loops of I and W copied whole buffers betwee
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax._executor import barriers, host
+from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import PyTree, is_on_host
 from dualpipe_jax._schedule.actions import EFFECTS, Opcode
 from dualpipe_jax._split_vjp import SplitVjp
@@ -42,6 +43,9 @@ from dualpipe_jax._split_vjp import SplitVjp
 RESIDUALS = EFFECTS[Opcode.FORWARD].writes
 STASHES = (*EFFECTS[Opcode.INPUT_GRAD].writes, *EFFECTS[Opcode.INPUT_GRAD_DEFERRING].writes)
 SLOTS = (*RESIDUALS, *STASHES)
+# A value in slots: the buffer, the kind of layer, the layer's number among those of its kind in a
+# stage (0 for all where layers are a loop), and the value's number.
+Place = tuple[str, Kind, int, int]
 # The order of a value's dims in memory, the outermost first; None leaves it to XLA.
 MemoryOrder = tuple[int, ...] | None
 
@@ -224,13 +228,14 @@ class SlotBuffer:
 def allocate_slots(
     block: SplitVjp | None,
     name: str,
+    kind: Kind,
     *,
     num_slots: int,
     num_layers: int,
     num_chunks: int,
     is_unrolled: bool,
     size_of_x: int,
-    on_host: Sequence[Sequence[bool]],
+    on_host: Collection[Place],
     poison: bool,
 ) -> SlotBuffer:
     """Makes an empty slot buffer.
@@ -238,13 +243,13 @@ def allocate_slots(
     Args:
       block: The block whose values it holds; None in forward-only programs.
       name: Which of its values: one of `SLOTS`.
+      kind: The block's kind.
       num_slots: The slots; none for a buffer without arrays.
       num_layers: The layers of the kind that a stage has.
       num_chunks: The chunks of a rank that have arrays of their own on the host.
       is_unrolled: Whether each layer gets arrays of its own.
       size_of_x: Bytes of the largest leaf of x.
-      on_host: For each value whether its slots are in the host's memory; with unrolled layers such
-        a list for each layer, else one for all.
+      on_host: The values that wait in the host's memory.
       poison: Whether the slots start as values that spread, in tests.
     """
     if block is None:
@@ -260,21 +265,19 @@ def allocate_slots(
     if not num_slots:
         return buffer
 
-    def make(lead: tuple[int, ...], aval: Any, is_there: bool) -> Any:
+    def make(lead: tuple[int, ...], layer: int) -> tuple[Any, ...]:
+        return tuple(one(lead, aval, layer, number) for number, aval in enumerate(avals))
+
+    def one(lead: tuple[int, ...], aval: Any, layer: int, number: int) -> Any:
         fill = _poison(aval.dtype) if poison else 0
-        if not is_there:
+        if (name, kind, layer, number) not in on_host:
             return jnp.full((*lead, *aval.shape), fill, aval.dtype)
         shape = (math.prod(lead), *host.packed_shape(aval.shape))
         return tuple(host.full(shape, fill, aval.dtype) for _ in range(num_chunks))
 
-    def arrays(lead: tuple[int, ...], are_there: Sequence[bool]) -> tuple[Any, ...]:
-        return tuple(make(lead, aval, there) for aval, there in zip(avals, are_there, strict=True))
-
     if is_unrolled:
-        return buffer.with_arrays(
-            tuple(arrays((num_slots,), on_host[n]) for n in range(num_layers))
-        )
-    return buffer.with_arrays(arrays((num_slots, num_layers), on_host[0]))
+        return buffer.with_arrays(tuple(make((num_slots,), layer) for layer in range(num_layers)))
+    return buffer.with_arrays(make((num_slots, num_layers), 0))
 
 
 def _memory_orders(block: SplitVjp, name: str, size_of_x: int) -> tuple[MemoryOrder, ...]:

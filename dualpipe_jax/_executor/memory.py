@@ -7,7 +7,7 @@ are assumed to be copied as XLA copies them. No term grows with the number of mi
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,15 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax._executor.buffers import SLOTS, bytes_of
+from dualpipe_jax._executor.buffers import SLOTS, Place, bytes_of
 from dualpipe_jax._executor.host import padded_bytes
-from dualpipe_jax._executor.offload import OnHost
 from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._executor.trace import Arguments, Functions, Gradients
 from dualpipe_jax._leaves.gradient import pick_accumulated
 from dualpipe_jax._leaves.pick import pick
 from dualpipe_jax._model import semantics
-from dualpipe_jax._model.kinds import Kind
 from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
@@ -121,7 +119,7 @@ def report_memory(
     tables: Tables,
     *,
     slots: dict[str, int],
-    on_host: OnHost,
+    on_host: Collection[Place],
     layers_per_stage: tuple[int, ...],
     execution: Execution,
     recomputes: bool,
@@ -135,7 +133,7 @@ def report_memory(
       stages: Which layers each rank has.
       tables: The tables.
       slots: The slots of each buffer, spare ones included.
-      on_host: Which of them are in the host's memory.
+      on_host: The values that wait in the host's memory.
       layers_per_stage: The layers of each stage.
       execution: How the tables are run, all decided.
       recomputes: Whether deferred weight gradients recompute their operands.
@@ -168,7 +166,7 @@ def _slot_terms(
     tables: Tables,
     *,
     slots: dict[str, int],
-    on_host: OnHost,
+    on_host: Collection[Place],
     recomputes: bool,
 ) -> list[Term]:
     """Lists the slot buffers."""
@@ -184,7 +182,7 @@ def _slot_terms(
     }
     for buffer in SLOTS:
         count = f"{slots.get(buffer, 0)} slots x {_num_layers(stages)} layers"
-        of_slot = _bytes_of_slot(functions.gradients, stages, buffer, on_host[buffer])
+        of_slot = _bytes_of_slot(functions.gradients, stages, buffer, on_host)
         here, there = (size * slots.get(buffer, 0) for size in of_slot)
         if tables.steady is not None:  # an array for each chunk
             there *= len(stages.stage_of)
@@ -197,15 +195,15 @@ def _slot_terms(
 
 
 def _bytes_of_slot(
-    gradients: Gradients, stages: Stages, buffer: str, on_host: Mapping[Kind, Any]
+    gradients: Gradients, stages: Stages, buffer: str, on_host: Collection[Place] = ()
 ) -> tuple[int, int]:
     """Counts the bytes of a slot of a buffer, on the device and in the host's memory."""
     here = there = 0
     for kind, block in gradients.block.items():
-        rows, num_layers = on_host[kind], stages.stacks[kind].max_layers
-        for row in rows if stages.is_unrolled else rows * num_layers:
-            for aval, is_there in zip(getattr(block, buffer), row, strict=True):
-                if is_there:
+        for layer in range(stages.stacks[kind].max_layers):
+            entry = layer if stages.is_unrolled else 0
+            for number, aval in enumerate(getattr(block, buffer)):
+                if (buffer, kind, entry, number) in on_host:
                     there += padded_bytes(aval)
                 else:
                     here += bytes_of(aval)
@@ -218,7 +216,7 @@ def _stash_terms(
     """Lists the stashes that have no slot, or have one in beats only."""
     steady, terms = tables.steady, []
     of_one = max((bytes_of(block.stash) for block in gradients.block.values()), default=0)
-    of_all = f"{_num_layers(stages)} layers", _bytes_of_layers(gradients, stages, "stash")
+    of_all = f"{_num_layers(stages)} layers", _bytes_of_slot(gradients, stages, "stash")[0]
     if steady is not None and stages.is_unrolled:
         phase = "beats" if full_backward or "stash" in stages.idle_in(steady) else ""
         terms.append(Term("stash of a beat, without a slot", *of_all, phase))
@@ -278,12 +276,6 @@ def _sum_terms(
 def _num_layers(stages: Stages) -> int:
     """Counts the layers of all kinds for which a slot has room."""
     return sum(stack.max_layers for stack in stages.stacks.values())
-
-
-def _bytes_of_layers(gradients: Gradients, stages: Stages, buffer: str) -> int:
-    """Counts the bytes of a slot of a buffer."""
-    blocks = gradients.block.items()
-    return sum(stages.stacks[kind].max_layers * bytes_of(getattr(b, buffer)) for kind, b in blocks)
 
 
 def _copies(

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dualpipe_jax._executor import barriers, buffers
-from dualpipe_jax._executor.buffers import RESIDUALS
+from dualpipe_jax._executor.buffers import RESIDUALS, Place
 from dualpipe_jax._executor.deliver import Delivery
-from dualpipe_jax._executor.offload import OnHost, find_on_host
+from dualpipe_jax._executor.offload import find_on_host
 from dualpipe_jax._executor.stages import Layer, Stages
 from dualpipe_jax._executor.trace import Functions, Gradients
 from dualpipe_jax._leaves.explicit_axes import device_kind_of, platform_of
@@ -130,10 +130,10 @@ class Settings:
         """The slots of each buffer, with a spare one for values that nobody reads."""
         return self.tables.executed_slots(full_backward=self.full_backward)
 
-    def on_host(self, functions: Functions) -> OnHost:
-        """Which slots are in the host's memory."""
+    def on_host(self, functions: Functions) -> frozenset[Place]:
+        """The values that wait in the host's memory."""
         if functions.gradients is None:
-            return {}
+            return frozenset()
         return find_on_host(
             functions.gradients.block,
             self.stages,

@@ -5,7 +5,7 @@ state (`State.take`) and puts them back, so that only these pass through its loo
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualpipe_jax._executor import barriers, buffers
-from dualpipe_jax._executor.buffers import SLOTS, SlotBuffer, allocate_slots
+from dualpipe_jax._executor.buffers import SLOTS, Place, SlotBuffer, allocate_slots
 from dualpipe_jax._executor.deliver import Delivery, Mail
-from dualpipe_jax._executor.offload import OnHost
 from dualpipe_jax._executor.stages import Layer, Stages
 from dualpipe_jax._executor.trace import Functions, Gradients
 from dualpipe_jax._leaves.gradient import GradIndex, accumulated, pick_accumulated
@@ -240,7 +239,7 @@ def empty_state(
     params: PyTree,
     *,
     slots: dict[str, int],
-    on_host: OnHost,
+    on_host: Collection[Place],
     has_beats: bool,
     delivery: Delivery | None,
     is_lazy: bool,
@@ -253,7 +252,7 @@ def empty_state(
       stages: Where the layers are.
       params: The parameters of this device.
       slots: The slots of each buffer.
-      on_host: Which of them are in the host's memory.
+      on_host: The values that wait in the host's memory.
       has_beats: Whether the program has beats.
       delivery: Where outputs go, in a program that returns outputs.
       is_lazy: Whether the tables are lazy.
@@ -267,12 +266,13 @@ def empty_state(
             kind: allocate_slots(
                 None if gradients is None else gradients.block[kind],
                 name,
+                kind,
                 num_slots=slots.get(name, 0),
                 num_layers=stack.max_layers,
                 num_chunks=num_chunks if has_beats else 1,
                 is_unrolled=stages.is_unrolled,
                 size_of_x=functions.size_of_x,
-                on_host=on_host.get(name, {}).get(kind, ()),
+                on_host=on_host,
                 poison=poison,
             )
             for kind, stack in stages.stacks.items()

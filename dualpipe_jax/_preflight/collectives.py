@@ -107,7 +107,7 @@ def _kind(opcode: str) -> str | None:
     return opcode if opcode in KINDS else None
 
 
-def _kind_of_copy(where: Computation, instruction: Instruction) -> str | None:
+def kind_of_copy(where: Computation, instruction: Instruction) -> str | None:
     """Names the kind of a copy to the host or from it."""
     if instruction.opcode.removesuffix("-start") not in _HOST_COPIES:
         return None
@@ -133,7 +133,7 @@ def _begun(
     module: Module, where: Computation, instruction: Instruction
 ) -> tuple[str, Instruction, Computation] | None:
     """Finds the collective that an instruction starts or is, and the computation around it."""
-    kind = _kind(instruction.opcode) or _kind_of_copy(where, instruction)
+    kind = _kind(instruction.opcode) or kind_of_copy(where, instruction)
     if kind is not None:
         return kind, instruction, where
     if instruction.opcode not in ("fusion", "fusion-start", "async-start", "call"):

@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dualpipe_jax import _scopes
+from dualpipe_jax._preflight.collectives import kind_of_copy
 from dualpipe_jax._preflight.hlo import Computation, Instruction, Module, Shape
 from dualpipe_jax._preflight.loops import FoundLoop
 from dualpipe_jax._preflight.work import (
@@ -89,10 +90,11 @@ def find_copies(module: Module, counter: WorkCounter, loop: FoundLoop | None) ->
     """
     buffers = _find_buffers(module)
     found: dict[tuple[str, str, Shape, bool], tuple[int, float]] = {}
-    for instruction, times, where, action in _in_loops(module, loop):
-        for shape in _copied(module, instruction, buffers):
+    for here, instruction, times, where, action in _in_loops(module, loop):
+        is_over_host_link = kind_of_copy(here, instruction) is not None
+        for shape in _copied(module, instruction, buffers, is_over_host_link=is_over_host_link):
             cycles = counter.of(instruction, module.entry).cycles
-            key = where, action, shape, _is_over_host_link(instruction)
+            key = where, action, shape, is_over_host_link
             count, total = found.get(key, (0, 0.0))
             found[key] = count + times, total + times * cycles
     copies = (
@@ -107,16 +109,9 @@ def find_copies(module: Module, counter: WorkCounter, loop: FoundLoop | None) ->
         )
         for (where, action, shape, is_over_host_link), (count, cycles) in found.items()
     )
-    order = lambda copy: (not copy.is_over_host_link, -(copy.cycles or 0), -copy.num_bytes)  # noqa: E731
-    return tuple(sorted(copies, key=order))
-
-
-def _is_over_host_link(instruction: Instruction) -> bool:
-    """Whether the start of a copy has its target and its source in different memories."""
-    if instruction.opcode != "copy-start":
-        return False
-    target, source = instruction.shapes[:2]
-    return target.is_on_host != source.is_on_host
+    return tuple(
+        sorted(copies, key=lambda c: (not c.is_over_host_link, -(c.cycles or 0), -c.num_bytes))
+    )
 
 
 def _find_buffers(module: Module) -> set[Shape]:
@@ -136,12 +131,12 @@ def _find_buffers(module: Module) -> set[Shape]:
 
 def _in_loops(
     module: Module, loop: FoundLoop | None
-) -> Iterator[tuple[Instruction, int, str, str]]:
-    """Yields the instructions in loops: how often each runs, where, and for which action."""
+) -> Iterator[tuple[Computation, Instruction, int, str, str]]:
+    """Yields the instructions in loops: where each stands, how often it runs, in which action."""
 
     def within(
         here: Computation, times: int, where: str, action: str
-    ) -> Iterator[tuple[Instruction, int, str, str]]:
+    ) -> Iterator[tuple[Computation, Instruction, int, str, str]]:
         for instruction in here.instructions:
             if instruction.opcode == "while":
                 body = module.computations[instruction.called["body"][0]]
@@ -153,7 +148,7 @@ def _in_loops(
                 for callee in module.callees(instruction):
                     yield from within(callee, times, where, _action(module, callee, action))
             elif where:
-                yield instruction, times, where, action
+                yield here, instruction, times, where, action
 
     yield from within(module.entry, 1, "", OTHER)
 
@@ -183,13 +178,15 @@ def _action(module: Module, inside: Computation, around: str) -> str:
     return names.pop() if len(names) == 1 else around
 
 
-def _copied(module: Module, instruction: Instruction, buffers: set[Shape]) -> list[Shape]:
+def _copied(
+    module: Module, instruction: Instruction, buffers: set[Shape], *, is_over_host_link: bool
+) -> list[Shape]:
     """Lists the shapes of the buffers that an instruction copies."""
     if instruction.opcode not in _COPIES:
         return []
     if instruction.opcode == "copy-start":
         target, source = instruction.shapes[:2]
-        is_move = target.layout == source.layout and not _is_over_host_link(instruction)
+        is_move = target.layout == source.layout and not is_over_host_link
         return [target] if target in buffers and not is_move else []
     if instruction.opcode != "fusion":
         return [shape for shape in instruction.shapes if shape in buffers]

@@ -41,10 +41,10 @@ class Execution:
         `"recompute"`, its blocks' inputs and cotangents only, so that zero-bubble schedules do not
         take the memory that `remat` saves; `"store"`, all that it needs. By default it recomputes;
         without rematerialisation there is nothing to recompute.
-      slots_on_device: How many of the activations that a rank keeps from F to W, over all its
-        stages, have room on the device; or bytes for them, such as "12GiB". Values of the first
-        layers of each stage then wait in the host's memory, copied there and back beside compute
-        (docs/offload.md). None: all stay on the device, but those that a policy of
+      slots_on_device: How many slots of a rank, each with the values that a microbatch keeps in a
+        stage from F to W, have room on the device; or bytes for them, such as "12GiB". Values of
+        the first layers of each stage then wait in the host's memory, copied there and back beside
+        compute (docs/offload.md). None: all stay on the device, but those that a policy of
         `jax.checkpoint` offloads.
 
     Raises:

@@ -135,6 +135,7 @@ def test_places_are_told_apart() -> None:
 def test_whole_buffers_over_the_link_to_the_host_are_faults() -> None:
     """Though their layouts are the same, as in moves into fast memory and back."""
     on_host = ROWS.replace(")}", ")S(5)}")
-    (found,) = _found(f"%start = ({on_host}, {ROWS}, u32[]) copy-start(%slots)")
-    assert (found.count, found.is_over_host_link) == (1, True)
-    assert "1 of a whole slot buffer over the link to the host" in copies_lines([found])[0]
+    start = f"%start = ({on_host}, {ROWS}, u32[]) copy-start(%slots)"
+    (found,) = _found(start, f"%there = {on_host} copy(%slots)")
+    assert (found.count, found.is_over_host_link) == (2, True)
+    assert "2 of a whole slot buffer over the link to the host" in copies_lines([found])[0]
