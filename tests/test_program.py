@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import dualpipe_jax as dpj
 from dualpipe_jax import _scopes
 from dualpipe_jax._api import build
-from dualpipe_jax._executor import Step
+from dualpipe_jax._executor import Step, offload
 from dualpipe_jax._executor.rank import Rank
 from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._predict import TRANSFER, StageLayers, compile_for, decide, usual_costs
@@ -319,13 +319,28 @@ def assert_dead_values_are_never_read(
         assert_close(grads[part], want_grads[part])
 
 
+# Every other one with some slots on the host, in a loop over layers and without.
+DEAD = [(name, 5, None if number % 2 else 2) for number, name in enumerate(dpj.schedules.names())]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_microbatches"), [(name, 5) for name in dpj.schedules.names()] + [("dualpipe", 8)]
+    ("name", "num_microbatches", "slots_on_device"), [*DEAD, ("dualpipe", 8, 1)]
 )
-def test_dead_values_are_never_read(name: str, num_microbatches: int) -> None:
+def test_dead_values_are_never_read(
+    name: str,
+    num_microbatches: int,
+    slots_on_device: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     assert_dead_values_are_never_read(
-        dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches)
+        dpj.schedules.make(name, num_ranks=4, num_microbatches=num_microbatches),
+        execution=dataclasses.replace(
+            RECOMPUTES_SPLIT,
+            unroll=False if name == "chimera" else None,
+            slots_on_device=slots_on_device,
+        ),
     )
 
 
@@ -406,8 +421,15 @@ def test_dead_values_are_never_read_by_recomputing_weight_grads(
     ],
 )
 def test_dead_values_are_never_read_in_a_run(
-    name: str, num_layers: int, remat: str, unroll: bool | int | None, full_backward: bool
+    name: str,
+    num_layers: int,
+    remat: str,
+    unroll: bool | int | None,
+    full_backward: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In both memories: of five slots or more, three stay on the device."""
+    monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     schedule = dpj.schedules.make(name, num_ranks=4, num_microbatches=10)
     stash_deferred = remat == "none"
     tables = compile_program(
@@ -427,6 +449,7 @@ def test_dead_values_are_never_read_in_a_run(
             unroll=unroll,
             split_backward=not full_backward,
             deferred="store" if stash_deferred else "recompute",
+            slots_on_device=3,
         ),
     )
 
