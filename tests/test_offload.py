@@ -13,6 +13,7 @@ import pytest
 
 import dualpipe_jax as dpj
 from dualpipe_jax._executor import offload, program
+from dualpipe_jax._executor.host import HostSlots
 from tests.models import make_batch, make_mesh, make_model, make_params, offload_policy
 
 NUM_MICROBATCHES = 16
@@ -40,7 +41,7 @@ def make(slots_on_device: int | str | None = None, **options: Any) -> Any:
 def slots_at_start(monkeypatch: pytest.MonkeyPatch, grad_fn: Any) -> dict[str, Any]:
     """Finds the types of a step's slots: by buffer, with unrolled layers a tuple for each layer.
 
-    Where values are in the host's memory, a tuple of an array for each chunk.
+    Those of a value in the host's memory are `HostSlots`.
     """
     found = []
     start = program.start
@@ -55,6 +56,12 @@ def slots_at_start(monkeypatch: pytest.MonkeyPatch, grad_fn: Any) -> dict[str, A
     monkeypatch.setattr(program, "start", spy)
     jax.eval_shape(grad_fn, *ARGS)
     return dict(found)
+
+
+def on_host(slots: Any) -> list[HostSlots]:
+    """Lists the slots in the host's memory."""
+    is_there = lambda leaf: isinstance(leaf, HostSlots)  # noqa: E731
+    return [leaf for leaf in jax.tree.leaves(slots, is_leaf=is_there) if is_there(leaf)]
 
 
 def slot_bytes(grad_fn: Any) -> tuple[int, int]:
@@ -98,21 +105,25 @@ def test_without_beats_chunks_share_an_array() -> None:
 def test_the_first_layers_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slots_at_start(monkeypatch, make(2))
     first, second = (
-        [isinstance(aval, tuple) for name in offload.RESIDUALS for aval in slots[name][layer]]
+        [isinstance(aval, HostSlots) for name in offload.RESIDUALS for aval in slots[name][layer]]
         for layer in (0, 1)
     )
     assert all(first)
     assert 0 < sum(second) < len(second)
     for name in offload.RESIDUALS:
-        for aval in (aval for layer in slots[name] for aval in layer if isinstance(aval, tuple)):
-            assert [each.memory_space for each in aval] == [HOST, HOST]  # of two chunks
-    assert not any(isinstance(aval, tuple) for layer in slots["stash"] for aval in layer)
+        for aval in (
+            aval for layer in slots[name] for aval in layer if isinstance(aval, HostSlots)
+        ):
+            assert [each.memory_space for each in aval.of_chunks] == [HOST, HOST]  # of two chunks
+    assert not on_host(slots["stash"])
 
 
 @pytest.mark.usefixtures("all_may_leave")
 def test_looped_layers_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slots_at_start(monkeypatch, make(3, unroll=False))
-    there = [aval for name in offload.RESIDUALS for aval in slots[name] if isinstance(aval, tuple)]
+    there = [
+        aval for name in offload.RESIDUALS for aval in slots[name] if isinstance(aval, HostSlots)
+    ]
     assert there
     assert all(aval.shape[0] == 5 * 2 for aval in jax.tree.leaves(there))  # [slot * layer, ...]
 
@@ -120,9 +131,9 @@ def test_looped_layers_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_policy_moves_its_values_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slots_at_start(monkeypatch, make(remat=offload_policy()))
     for layer in slots["weight_residual"]:
-        (there,) = (aval for aval in layer if isinstance(aval, tuple))
+        (there,) = on_host(layer)
         # The value of width 5, in rows of 2 and a length of 3, for each of two chunks.
-        assert [aval.shape for aval in there] == [(5, 2, 3, 5)] * 2
+        assert [aval.shape for aval in there.of_chunks] == [(5, 2, 3, 5)] * 2
 
 
 def test_small_values_stay_and_are_the_least() -> None:

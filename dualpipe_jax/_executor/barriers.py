@@ -27,6 +27,14 @@ def wait_for(values: PyTree, others: PyTree) -> PyTree:
     )
 
 
+def after(arrays: PyTree, others: PyTree) -> PyTree:
+    """Returns arrays, not before others are known, where XLA keeps barriers."""
+    # One entry of each is enough, and leaves XLA its fusions and layouts.
+    entries = [value[(0,) * value.ndim] for value in jax.tree.leaves(others) if value.size]
+    arrays, _ = lax.optimization_barrier((arrays, entries))
+    return arrays
+
+
 def copied_out(values: Sequence[Any], *, small: int) -> tuple[Any, ...]:
     """Returns values read from a slot; on GPUs those of at most `small` bytes as copies.
 

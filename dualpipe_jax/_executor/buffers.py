@@ -34,8 +34,9 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax._executor import barriers, host
+from dualpipe_jax._executor.host import HostSlots
 from dualpipe_jax._model.kinds import Kind
-from dualpipe_jax._model.types import PyTree, is_on_host
+from dualpipe_jax._model.types import PyTree
 from dualpipe_jax._schedule.actions import EFFECTS, Opcode
 from dualpipe_jax._split_vjp import SplitVjp
 
@@ -58,14 +59,12 @@ class SlotBuffer:
     Where layers are unrolled each has arrays of its own, `[slot, ...]`, so that no layer waits for
     another's.
 
-    Values may wait in the host's memory, packed (`host`), in `[slot * layer, ...]`: a TPU copies
-    entries along one dim only. In a program with beats each chunk has an array of its own for them,
-    as XLA starts no access to such an array before the one before has ended, and a beat writes one
-    chunk's values while it reads another's.
+    A value that waits in the host's memory has `HostSlots`, `[slot * layer, ...]`: a TPU copies
+    entries along one dim only.
 
     Attributes:
-      arrays: The array of each value, or where it waits on the host a tuple of one for each chunk,
-        or of one for all; with unrolled layers such a tuple for each layer.
+      arrays: The array of each value, or its `HostSlots`; with unrolled layers such a tuple for
+        each layer.
       shapes: The shape of each value.
       memory_orders: The order in memory of each value's dims.
       parts: For each value the parts, along its first dim, in which straight-line code reads it.
@@ -100,8 +99,8 @@ class SlotBuffer:
         if not arrays:
             return ()
         return tuple(
-            host.from_host(read(array[chunk % len(array)], self._row(index)), shape)
-            if isinstance(array, tuple)
+            array.read(self._row(index), shape, chunk)
+            if isinstance(array, HostSlots)
             else _read_parts(array, index, parts if in_parts else 1)
             for array, shape, parts in zip(arrays, self.shapes, self.parts, strict=True)
         )
@@ -113,11 +112,9 @@ class SlotBuffer:
         arrays, index = self._entry(layer, slot)
 
         def one(array: Any, value: jax.Array) -> Any:
-            if not isinstance(array, tuple):
-                return write(array, value, *index)
-            n = chunk % len(array)
-            written = write(array[n], host.to_host(value), self._row(index))
-            return (*array[:n], written, *array[n + 1 :])
+            if isinstance(array, HostSlots):
+                return array.write(self._row(index), value, chunk)
+            return write(array, value, *index)
 
         return self._replace(layer, tuple(map(one, arrays, values)))
 
@@ -130,22 +127,20 @@ class SlotBuffer:
         """
         arrays, _ = self._entry(layer, 0)
         return tuple(
-            old if isinstance(array, tuple) else new
+            old if isinstance(array, HostSlots) else new
             for array, old, new in zip(arrays, fetched, read, strict=True)
         )
 
     def poison(self, slot: Any) -> "SlotBuffer":
         """Overwrites a slot of all layers with values that spread, to find late reads."""
 
-        def one(array: jax.Array) -> jax.Array:
-            if not is_on_host(array):
-                return poison(array, slot)
-            rows = (self.num_layers, *array.shape[1:])
-            dead = host.full(rows, _poison(array.dtype), array.dtype)
-            start = (slot * self.num_layers, *(0,) * (array.ndim - 1))
-            return lax.dynamic_update_slice(array, dead, _starts(start))
+        def one(array: Any) -> Any:
+            if _is_on_host(array):
+                fill = _poison(array.of_chunks[0].dtype)
+                return array.poison(slot * self.num_layers, self.num_layers, fill)
+            return poison(array, slot)
 
-        return self.with_arrays(jax.tree.map(one, self.arrays))
+        return self.with_arrays(jax.tree.map(one, self.arrays, is_leaf=_is_on_host))
 
     def take_layer(self, layer: int) -> "SlotBuffer":
         """Returns the buffer with the arrays of one unrolled layer alone."""
@@ -164,10 +159,10 @@ class SlotBuffer:
         were computed from the entry that was read; in the host's memory `after_fetch` says so.
         """
         arrays, _ = self._entry(layer, 0)
-        handed = [n for n, array in enumerate(arrays) if not (after and isinstance(array, tuple))]
+        handed = [n for n, array in enumerate(arrays) if not (after and _is_on_host(array))]
         if not handed:
             return self
-        return self._with(layer, handed, _barrier([arrays[n] for n in handed], after))
+        return self._with(layer, handed, barriers.after([arrays[n] for n in handed], after))
 
     def hand_on_with(self, layer: Any, values: PyTree) -> tuple["SlotBuffer", PyTree]:
         """Has the next write come after all of the values, and returns these for their readers.
@@ -177,7 +172,7 @@ class SlotBuffer:
         a flash attention kernel, eight ranks: a trip of `dualpipev` took 25 % more cycles.)
         """
         arrays, _ = self._entry(layer, 0)
-        handed = [n for n, array in enumerate(arrays) if not isinstance(array, tuple)]
+        handed = [n for n, array in enumerate(arrays) if not _is_on_host(array)]
         new, values = lax.optimization_barrier(([arrays[n] for n in handed], values))
         return self._with(layer, handed, new), values
 
@@ -195,10 +190,7 @@ class SlotBuffer:
         arrays, _ = self._entry(layer, 0)
 
         def one(array: Any, value: jax.Array) -> Any:
-            if not isinstance(array, tuple):
-                return array
-            n = chunk % len(array)
-            return (*array[:n], _barrier(array[n], value), *array[n + 1 :])
+            return array.after(value, chunk) if isinstance(array, HostSlots) else array
 
         return self._replace(layer, tuple(map(one, arrays, fetched)))
 
@@ -273,7 +265,7 @@ def allocate_slots(
         if (name, kind, layer, number) not in on_host:
             return jnp.full((*lead, *aval.shape), fill, aval.dtype)
         shape = (math.prod(lead), *host.packed_shape(aval.shape))
-        return tuple(host.full(shape, fill, aval.dtype) for _ in range(num_chunks))
+        return HostSlots(tuple(host.full(shape, fill, aval.dtype) for _ in range(num_chunks)))
 
     if is_unrolled:
         return buffer.with_arrays(tuple(make((num_slots,), layer) for layer in range(num_layers)))
@@ -321,8 +313,8 @@ def _orders_of(buffer: SlotBuffer) -> list[MemoryOrder]:
     orders: list[MemoryOrder] = []
     for arrays in layers:
         for array, order in zip(arrays, buffer.memory_orders, strict=True):
-            on_host = isinstance(array, tuple)
-            orders += [None] * len(array) if on_host else [behind(array, order)]
+            is_here = not isinstance(array, HostSlots)
+            orders += [behind(array, order)] if is_here else [None] * len(array.of_chunks)
     return orders
 
 
@@ -371,14 +363,6 @@ def when(predicate: Any, body: Callable[[Any], Any], carry: Any) -> Any:
     )[1]
 
 
-def _barrier(arrays: PyTree, after: PyTree) -> PyTree:
-    """Returns arrays, not before others are known."""
-    # One entry of each is enough, and leaves XLA its fusions and layouts.
-    entries = [value[(0,) * value.ndim] for value in jax.tree.leaves(after) if value.size]
-    arrays, _ = lax.optimization_barrier((arrays, entries))
-    return arrays
-
-
 def _read_parts(array: jax.Array, index: tuple[Any, ...], parts: int) -> jax.Array:
     if parts == 1:
         return read(array, *index)
@@ -390,6 +374,10 @@ def _read_parts(array: jax.Array, index: tuple[Any, ...], parts: int) -> jax.Arr
         return lax.dynamic_slice(array, start, size).reshape(size[len(index) :])
 
     return jnp.concatenate([part(number) for number in range(parts)])
+
+
+def _is_on_host(array: Any) -> bool:
+    return isinstance(array, HostSlots)
 
 
 def _poison(dtype: Any) -> Any:

@@ -13,6 +13,8 @@ On CPUs the host's memory is the device's.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -45,17 +47,56 @@ def padded_bytes(aval: Any) -> int:
     return math.prod(rows) * -(-columns // _LANES) * _LANES * aval.dtype.itemsize
 
 
-def to_host(value: jax.Array) -> jax.Array:
-    """Sends a value to the host's memory, packed."""
-    packed = barriers.row_major(value.reshape(packed_shape(value.shape)))
-    return jax.device_put(packed, _SPACES.Host)
-
-
-def from_host(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Brings a packed value of this shape back to the device."""
-    return barriers.row_major(jax.device_put(packed, _SPACES.Device)).reshape(shape)
-
-
 def full(shape: tuple[int, ...], fill: Any, dtype: Any) -> jax.Array:
     """Makes an array in the host's memory; none is made on the device first."""
     return lax.broadcast(jax.device_put(jnp.full((), fill, dtype), _SPACES.Host), shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HostSlots:
+    """Holds the slots of one value in the host's memory, packed, `[row, ...]`.
+
+    XLA starts no access to such an array before the one before has ended. So in a program with
+    beats each chunk has an array of its own: a beat writes one chunk's values while it reads
+    another's.
+
+    Attributes:
+      of_chunks: The array of each chunk, or one for all.
+    """
+
+    of_chunks: tuple[jax.Array, ...]
+
+    def read(self, row: Any, shape: tuple[int, ...], chunk: int) -> jax.Array:
+        """Brings the value of a row, which has this shape, to the device."""
+        array = self.of_chunks[chunk % len(self.of_chunks)]
+        packed = lax.dynamic_slice_in_dim(array, row, 1).reshape(array.shape[1:])
+        return barriers.row_major(jax.device_put(packed, _SPACES.Device)).reshape(shape)
+
+    def write(self, row: Any, value: jax.Array, chunk: int) -> "HostSlots":
+        """Returns the slots with a value from the device in a row; in place inside a loop."""
+
+        def put(array: jax.Array) -> jax.Array:
+            packed = barriers.row_major(value.reshape(packed_shape(value.shape)))
+            there = jax.device_put(packed, _SPACES.Host).reshape(1, *packed.shape)
+            return lax.dynamic_update_slice_in_dim(array, there, row, 0)
+
+        return self._change(put, chunk)
+
+    def after(self, value: jax.Array, chunk: int) -> "HostSlots":
+        """Has the next write of a chunk come after a value that was read there."""
+        return self._change(lambda array: barriers.after(array, value), chunk)
+
+    def poison(self, row: Any, num_rows: int, fill: Any) -> "HostSlots":
+        """Overwrites rows of all chunks."""
+
+        def put(array: jax.Array) -> jax.Array:
+            dead = full((num_rows, *array.shape[1:]), fill, array.dtype)
+            return lax.dynamic_update_slice_in_dim(array, dead, row, 0)
+
+        return HostSlots(tuple(map(put, self.of_chunks)))
+
+    def _change(self, change: Callable[[jax.Array], jax.Array], chunk: int) -> "HostSlots":
+        n = chunk % len(self.of_chunks)
+        changed = change(self.of_chunks[n])
+        return HostSlots((*self.of_chunks[:n], changed, *self.of_chunks[n + 1 :]))
