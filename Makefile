@@ -24,7 +24,7 @@ FAULTS_ARGS ?= -q
 WRONG_CALLS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help train deepseek test faults wrong-calls test-outside test-gpu lint format clean \
+.PHONY: help train deepseek test faults wrong-calls test-outside test-gpu docs site wheel lint format clean \
 	compare idle table search clock benchmark overlap backwards memory offload ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
@@ -58,6 +58,24 @@ test-gpu:  ## the collectives that compute hides on eight H100s; brings 5 GB of 
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \
 		PYTEST_ARGS="tests/experiments/compiled/gpus.py tests/preflight/test_gpu.py" test
 
+docs:  ## the site of docs/, in docs/_build/html; brings an environment of its own (minutes)
+	@$(MAKE) --no-print-directory VENV=.venv-docs EXTRAS=docs site
+
+site: $(READY)
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+wheel:  ## wheel and sdist in dist/, checked, installed into an empty environment, where the pages' code runs (minutes)
+	rm -rf dist .venv-wheel .venv-installed && $(PYTHON) -m venv .venv-wheel && $(PYTHON) -m venv .venv-installed
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
+		build check-wheel-contents twine
+	.venv-wheel/bin/python -m build --outdir dist .
+	.venv-wheel/bin/twine check --strict dist/*
+	.venv-wheel/bin/check-wheel-contents dist/*.whl
+	.venv-installed/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
+		"$$(ls dist/*.whl)[train,tpu-aot]" ipython
+	.venv-installed/bin/python docs/run_code.py
+
 lint: $(READY)  ## style, types and layers
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'"; exit 1; }
 	@$(BIN)/ruff check --quiet .
@@ -69,7 +87,7 @@ format: $(READY)  ## rewrite the sources in the house's format
 	@$(BIN)/ruff format .
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-docs .venv-wheel .venv-installed dist docs/_build docs/experiments .jax_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 ##@ Laboratory (experiments; options: ARGS="--ranks 4", ARGS="--help")
 

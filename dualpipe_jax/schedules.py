@@ -213,7 +213,7 @@ def search(
     scores; it anneals the best three: an action moves along its rank's row, mostly one of the
     critical path. Each order is timed as if ranks waited for nothing but the values that they read
     (`Simulation.dependency_makespan`). A search ends when no order can be faster. The same
-    arguments give the same schedule. (docs/search.md)
+    arguments give the same schedule. (docs/schedule_search.md)
 
     >>> made = search(num_ranks=2, num_microbatches=4, placement="v", max_activations=1.5, moves=99)
     >>> made.name, made.num_stages

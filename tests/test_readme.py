@@ -146,4 +146,4 @@ def test_example_of_preflight_runs() -> None:
 
 
 def test_example_of_the_search() -> None:
-    assert run(example(ROOT / "docs" / "search.md")) == "search-v 8\n"
+    assert run(example(ROOT / "docs" / "schedule_search.md")) == "search-v 8\n"

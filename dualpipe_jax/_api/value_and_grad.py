@@ -126,18 +126,18 @@ def value_and_grad(
       metrics of blocks sharded over `axis` as their gradients are. `jax.grad` cannot differentiate
       it; it can differentiate `sequential`.
 
-      params: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
+      - `params`: `{"ends": pytree, "blocks": pytree}`, every leaf of blocks `[num_layers, ...]` in
         model order, with any sharding; with `model.layout`, blocks is a dict of such stacks, one
         for each kind of layer, and num_layers counts the layers of that kind. Parameters that all
         blocks use are in `"shared": pytree`, and blocks read them as `ctx.shared`.
-      batch: A pytree of arrays `[B, ...]`; microbatch m is rows `[m B/N, (m+1) B/N)`.
-      rng: A key, or None.
-      loss: A scalar of at least float32.
-      grads: As params in structure, shapes and dtypes, accumulated in float32 or wider; float0
+      - `batch`: A pytree of arrays `[B, ...]`; microbatch m is rows `[m B/N, (m+1) B/N)`.
+      - `rng`: A key, or None.
+      - `loss`: A scalar of at least float32.
+      - `grads`: As params in structure, shapes and dtypes, accumulated in float32 or wider; float0
         zeros for integer leaves, as with `allow_int=True`. Gradients of blocks are sharded over
         `axis` if its size divides num_layers, else replicated: shard the parameters likewise from
         the start (`shardings`), and no update has to move them.
-      loss_scale: A positive scalar, for float16, in which small cotangents underflow: all
+      - `loss_scale`: A positive scalar, for float16, in which small cotangents underflow: all
         cotangents are multiplied by it, and the accumulated gradients divided by it, so that it
         changes neither loss nor gradients. Gradients are not finite if scaled cotangents overflow:
         skip such a step, and lower the scale.

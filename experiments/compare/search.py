@@ -1,6 +1,6 @@
 """Searches for orders beside named schedules: times of steps, with either waits, and of searches.
 
-In: flags. Out, in a folder: search.csv, search.md. See docs/search.md.
+In: flags. Out, in a folder: search.csv, search.md. See docs/schedule_search.md.
 """
 
 import time
@@ -170,7 +170,7 @@ _WORDS = ("placement", "costs", "named")
 
 
 def make_table(rows: Sequence[Row]) -> str:
-    """Makes the table of docs/search.md."""
+    """Makes the table of docs/schedule_search.md."""
     return tables.markdown(COLUMNS, rows, words=_WORDS)
 
 
@@ -197,7 +197,7 @@ def main(*, moves: int, only: tuple[int, ...], output: Path) -> None:
                 rows.append(run(case, name, moves=moves))
                 progress.advance(task)
     tables.write_csv(rows, output / "search.csv", form=".6g")
-    (output / "search.md").write_text(make_table(rows))
+    (output / "schedule_search.md").write_text(make_table(rows))
     console.print(f"written   {output}: search.csv, search.md")
 
 

@@ -11,7 +11,7 @@ FIGURES = ROOT / "experiments" / "compare" / "search.csv"
 
 def test_the_page_has_the_table_of_the_committed_figures(tmp_path: Path) -> None:
     rows = tables.read_csv(Row, FIGURES)
-    assert search.make_table(rows) in (ROOT / "docs" / "search.md").read_text()
+    assert search.make_table(rows) in (ROOT / "docs" / "schedule_search.md").read_text()
     assert [(row.placement, row.costs) for row in rows] == [
         (case.placement, costs) for case in CASES for costs in COSTS
     ]
