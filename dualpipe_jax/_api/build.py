@@ -230,8 +230,8 @@ def check_remat(remat: Any) -> None:
     is_name = isinstance(remat, str) and remat in ("none", "block")
     if not (is_name or callable(remat)):
         raise ValueError(
-            f'remat={brief(remat)}: must be "none", "block" (True, or "full", elsewhere), or a '
-            "policy of jax.checkpoint_policies"
+            f'remat={brief(remat)}: must be "none", "block" (which other libraries call True or '
+            '"full"), or a policy of jax.checkpoint_policies'
         )
 
 
@@ -268,7 +268,10 @@ def _rematerialised(
 
 @jax.custom_jvp
 def without_derivative(tree: PyTree) -> PyTree:
-    """Returns arguments of a pipelined step unchanged, and refuses `jax.grad`."""
+    """Returns arguments or results of a pipelined step unchanged, and refuses `jax.grad`.
+
+    Results too, because a function of the model may close over a value that `jax.grad` varies.
+    """
     return tree
 
 

@@ -145,7 +145,7 @@ def _builder(
 def _run(build: Builder, params: Params, batch: Batch, rng: jax.Array | None) -> Any:
     params, batch = call_checks.values(params, batch)
     step = build(params, batch, rng)
-    return step(without_derivative(params), batch, rng)[0]
+    return without_derivative(step(without_derivative(params), batch, rng)[0])
 
 
 def _last_x(ends: PyTree, x: PyTree, ctx: Context) -> PyTree:

@@ -157,7 +157,10 @@ def value_and_grad(
     )
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
     if not isinstance(execution, Execution):
-        raise TypeError(f"execution={brief(execution)}: must be a dualpipe_jax.Execution")
+        raise TypeError(
+            f"execution={brief(execution)}: must be a dualpipe_jax.Execution, such as "
+            "Execution(overlap=False); leave it out to have all decided for you"
+        )
     block, recomputes = block_of(model, remat), remat != "none"
     _require_costs(costs)
     dtype = None if grad_dtype is None else _float_dtype(grad_dtype)
@@ -221,7 +224,8 @@ class GradFunction:
         step = self.build(params, batch, rng)
         call_checks.grad_dtype(self.grad_dtype, params)
         with jax.named_scope(self._scope) if self._scope else nullcontext():
-            return step(*without_derivative((params, batch)), rng, loss_scale)
+            value, grads = step(*without_derivative((params, batch)), rng, loss_scale)
+        return without_derivative(value), grads
 
     @property
     def _scope(self) -> str:

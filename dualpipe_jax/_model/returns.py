@@ -102,8 +102,8 @@ def check(
             raise
         reason = str(error).split(". ")[0]  # the rest is a fix that does not apply here
         raise ValueError(
-            f"model: one of its functions names an axis that it may not ({reason}); mesh axes must "
-            "be named in manual_axes (dualpipe_jax.sequential knows none: give it a model without)"
+            f"model: its functions may name mesh axes only if manual_axes has them ({reason}); add "
+            "the axis there too (dualpipe_jax.sequential knows none: give it a model without)"
         ) from error
     except (TypeError, AttributeError) as error:
         # Did a function take None for a key?
@@ -119,8 +119,9 @@ def check(
     used = varying.named_axes(jaxpr.jaxpr) & set(hidden_axes)
     if used:
         raise ValueError(
-            f"model: its functions name the mesh axes {sorted(used)}, but may name manual_axes "
-            "only; name them there too (the pipeline axis is the library's own)"
+            f"model: its functions may name mesh axes only if manual_axes has them, but name "
+            f"{sorted(used)}; add these there too (but not the pipeline axis, which is the "
+            "library's own)"
         )
     return varying.with_mesh(outs)
 
