@@ -142,7 +142,7 @@ def test_pictures_go_to_a_pipe(image_format: str, start: bytes) -> None:
     assert result.stdout_bytes.startswith(start)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.svg", "a.png"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.svg", "a.png", "a.html"])
 def test_suffix_of_output_names_the_format(tmp_path: Path, name: str) -> None:
     image_format = {"a.txt": "text"}.get(name, name[2:])
     result = run(*SIZES, "--output", str(tmp_path / name))
@@ -164,6 +164,8 @@ def test_format_is_stronger_than_the_suffix(tmp_path: Path) -> None:
         (["--overlap", "maybe"], ["'maybe'", "'yes'", "'no'", "'two-tick'"]),
         (["--bogus"], ["--bogus"]),
         (["--layers", "4", "--format", "json"], ["--layers 4", "json"]),
+        (["--x-bytes", "8MiB", "--format", "json"], ["--x-bytes", "html", "json"]),
+        (["--layers", "4", "--format", "html"], ["--layers 4", "html"]),
         (["--output", "/nowhere/a.svg"], ["/nowhere/a.svg", "No such file or directory"]),
     ],
 )

@@ -97,5 +97,5 @@ def test_the_suffix_and_options_of_other_formats(tmp_path: Path) -> None:
     result = run("--ranks", "2", *OPTIONS)
     assert result.exit_code == 2
     assert result.stderr == (
-        "Error: --costs, --transfer, --head: only for --format perfetto, not for text\n"
+        "Error: --costs, --transfer, --head: only for --format perfetto and html, not for text\n"
     )

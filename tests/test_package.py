@@ -60,7 +60,7 @@ def test_import_is_lazy() -> None:
     assert "flax" in modules_after("import dualpipe_jax; dualpipe_jax.linen")
 
 
-@pytest.mark.parametrize("image_format", ["text", "csv", "json"])
+@pytest.mark.parametrize("image_format", ["text", "csv", "json", "html"])
 def test_command_line_imports_no_jax(image_format: str) -> None:
     arguments = ["timeline", "--ranks", "2", "--microbatches", "4", "--format", image_format]
     imported = modules_after(

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import click
 
-from dualpipe_jax._cli import perfetto
+from dualpipe_jax._cli import page, perfetto
 from dualpipe_jax._cli.output import find_format, to_file, to_picture, write
+from dualpipe_jax._cli.quantities import x_bytes
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._cli.table import print_table
-from dualpipe_jax._plot import Bar, plot_measured
-from dualpipe_jax._predict import Costs, timed_actions
-from dualpipe_jax._profile import Measured, Segment, Step, find_steps, measure
+from dualpipe_jax._plot import Bar, make_page, plot_measured
+from dualpipe_jax._predict import Costs, TimedAction, timed_actions
+from dualpipe_jax._profile import Measured, Step, find_steps, measure
 
-_FORMATS = ("text", "csv", "perfetto", "svg", "png")
+_FORMATS = ("text", "csv", "perfetto", "html", "svg", "png")
 _HEAD = ("rank", "F", "I", "W", "idle", "of it send", "idle share")
 _NOTES = (
     "milliseconds; F has the embedding, and the head with its gradient, I the embedding's gradient",
@@ -41,11 +42,13 @@ _MILLI, _MICRO = 1e3, 1e6
     "--devices",
     help="The devices of one pipeline, in order of rank: 0,1,2,3. By default all of the profile.",
 )
+@x_bytes
 @to_file(_FORMATS)
 def measured(
     profile: Path,
     number: int | None,
     devices: str | None,
+    x_bytes: float | None,
     output_format: str | None,
     output: Path | None,
 ) -> None:
@@ -53,9 +56,12 @@ def measured(
 
     PROFILE is the folder that jax.profiler.start_trace was given, or an .xplane.pb file in it. text
     sums up the times of each rank; svg and png draw the timetable; csv has a line for each part of
-    an action; perfetto is a trace for ui.perfetto.dev, with the predicted timetable below.
+    an action; perfetto is a trace for ui.perfetto.dev, with the predicted timetable below; html is
+    a file for a browser, to zoom and hover, with the predicted timetable below.
     """
     output_format = find_format(output_format, output, _FORMATS)
+    if x_bytes is not None and output_format != "html":
+        raise Refusal(f"--x-bytes: only for --format html, not for {output_format}")
     try:
         steps = find_steps(profile)
         number = _choose(steps, number)
@@ -75,8 +81,10 @@ def measured(
             content = _to_csv(found).encode()
         case "perfetto":
             content = _to_perfetto(found, title).encode()
+        case "html":
+            content = _to_page(found, title, x_bytes).encode()
         case _:
-            bars, timeline = list(_bars(found)), found.plan.schedule.timeline()
+            bars, timeline = _bars(found), found.plan.schedule.timeline()
             draw = partial(plot_measured, bars, timeline, title=title)
             content = to_picture(draw, output_format)
     write(content, output)
@@ -148,35 +156,59 @@ def _to_csv(found: Measured) -> str:
 
 
 def _to_perfetto(found: Measured, title: str) -> str:
-    plan, predicted = found.plan, found.predicted
-    actions = timed_actions(
-        plan.schedule,
-        predicted.execution,
-        costs=found.costs,
-        layers=plan.placement.layers,
-        placed_by=plan.placement.costs,
-    )
-    below = f"predicted: {predicted.makespan * _MILLI:.4g} ms, {predicted.idle_share:.1%} idle"
     return perfetto.write(
         [
             perfetto.measured(f"measured: {title}", found),
-            perfetto.predicted(below, actions, unit=_MICRO),
+            perfetto.predicted(_name_predicted(found), _replay(found), unit=_MICRO),
         ]
     )
 
 
+def _to_page(found: Measured, title: str, x_bytes: float | None) -> str:
+    actions, program = _replay(found), found.plan.schedule.program
+    below = f"{_name_predicted(found)}, at the measured costs, with transfers that take no time"
+    return make_page(
+        [
+            page.measured("measured", found, actions),
+            page.predicted(below, actions, num_ranks=program.num_ranks, unit=_MILLI),
+        ],
+        title=title,
+        notes=f"{found.plan.placement.execution}; mean costs in microseconds: "
+        f"{_write_costs(found.costs)}",
+        unit="ms",
+        starts=[route[0] for route in program.routes],
+        has_ticks=False,
+        x_bytes=x_bytes,
+    )
+
+
+def _name_predicted(found: Measured) -> str:
+    predicted = found.predicted
+    return f"predicted: {predicted.makespan * _MILLI:.4g} ms, {predicted.idle_share:.1%} idle"
+
+
+def _replay(found: Measured) -> list[TimedAction]:
+    """Replays the step at its measured costs."""
+    placement = found.plan.placement
+    return timed_actions(
+        found.plan.schedule,
+        found.predicted.execution,
+        costs=found.costs,
+        layers=placement.layers,
+        placed_by=placement.costs,
+    )
+
+
 def _bars(found: Measured) -> list[Bar]:
-    """Makes the boxes of the picture: the parts of an action that follow one another are one."""
-    bars: list[Bar] = []
-    for rank in range(found.plan.schedule.num_ranks):
-        before: Segment | None = None
-        for each in (segment for segment in found.segments if segment.rank == rank):
-            # A rank may wait before the first action of any rank, and after the last one.
-            start, end = max(each.start, 0.0) * _MILLI, min(each.end, found.makespan) * _MILLI
-            goes_on = before is not None and before.end == each.start and before.name == each.name
-            if goes_on and bars:
-                bars[-1] = bars[-1]._replace(end=end)
-            elif start < end:
-                bars.append(Bar(rank, each.kind, each.direction or 0, each.microbatch, start, end))
-            before = each
-    return bars
+    """Makes the boxes of the picture."""
+    return [
+        Bar(
+            each.rank,
+            each.kind,
+            each.direction or 0,
+            each.microbatch,
+            each.start * _MILLI,
+            each.end * _MILLI,
+        )
+        for each in found.joined
+    ]

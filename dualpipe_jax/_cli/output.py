@@ -1,4 +1,4 @@
-"""The options `--format` and `--output` of commands that write text, data or pictures."""
+"""The options `--format` and `--output` of commands that write text, data, pictures or pages."""
 
 import io
 import sys
@@ -16,6 +16,7 @@ _SUFFIXES = {
     "csv": ".csv",
     "json": ".json",
     "perfetto": ".perfetto.json",
+    "html": ".html",
     "svg": ".svg",
     "png": ".png",
 }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dualpipe_jax._predict import TimedAction
 from dualpipe_jax._profile import Measured
-from dualpipe_jax._schedule.actions import COTANGENT, EFFECTS, X
+from dualpipe_jax._schedule.actions import EFFECTS
 
 _MICROSECONDS = 1e6  # in a second
 _DIGITS = 6
@@ -126,16 +126,9 @@ def _named(pid: int, kind: str, **args: Any) -> dict[str, Any]:
 
 def _flows(actions: Sequence[TimedAction], unit: float) -> Iterator[Flow]:
     """Yields an arrow for each x and each cotangent that another rank makes."""
-    made: dict[tuple[str, int, int], TimedAction] = {}
-    for action in actions:
-        value = EFFECTS[action.opcode].makes
-        if value in (X, COTANGENT):
-            # That of the stage that reads it.
-            stage = action.stage + (1 if value == X else -1)
-            made[value, stage, action.microbatch] = action
     for reader in actions:
-        value = EFFECTS[reader.opcode].takes
-        maker = made.get((value, reader.stage, reader.microbatch))
-        if maker is not None and maker.rank != reader.rank:
+        if reader.source is not None:
+            maker = actions[reader.source]
             sent = maker.end - _BEFORE_END * (maker.end - maker.start)
+            value = EFFECTS[reader.opcode].takes
             yield Flow((maker.rank, sent * unit), (reader.rank, reader.start * unit), value)

@@ -61,6 +61,11 @@ class Numbers(click.ParamType):
         return numbers
 
 
+x_bytes = click.option(
+    "--x-bytes", type=Size(), help="Bytes of x, shown with each value that is sent. For html."
+)
+
+
 def parse_costs(text: str) -> dict[str, Any]:
     """Reads `F=1,I=1,W=1,B=2`, each once or not at all.
 

@@ -1,4 +1,4 @@
-"""`dualpipe-jax timeline`: shows a schedule as text, data or a picture.
+"""`dualpipe-jax timeline`: shows a schedule as text, data, a picture or a page.
 
 Rich and Matplotlib are imported by the outputs that need them.
 """
@@ -13,16 +13,26 @@ from typing import Any
 import click
 
 from dualpipe_jax import schedules
-from dualpipe_jax._cli import options, perfetto
+from dualpipe_jax._cli import options, page, perfetto
 from dualpipe_jax._cli.output import find_format, to_file, to_picture, write
-from dualpipe_jax._cli.quantities import parse_costs
+from dualpipe_jax._cli.quantities import parse_costs, x_bytes
 from dualpipe_jax._cli.refusal import Command, Refusal
-from dualpipe_jax._plot import FACES, INKS, WORDS, pair_spans, plot_timeline, summarize
-from dualpipe_jax._predict import Costs, simulate, timed_actions
+from dualpipe_jax._plot import (
+    FACES,
+    INKS,
+    WORDS,
+    count,
+    make_page,
+    pair_spans,
+    plot_timeline,
+    summarize,
+)
+from dualpipe_jax._predict import Costs, Simulation, TimedAction, simulate, timed_actions
 from dualpipe_jax._schedule import layer_order
 from dualpipe_jax._schedule.execution import Execution
 
-_FORMATS = ("text", "csv", "json", "svg", "png", "perfetto")
+_FORMATS = ("text", "csv", "json", "svg", "png", "perfetto", "html")
+_BY_CLOCK = ("perfetto", "html")  # the formats with the replay
 # A piece of a line of text and its Rich style, "" for none.
 Piece = tuple[str, str]
 
@@ -43,7 +53,8 @@ Piece = tuple[str, str]
     type=click.IntRange(min=1, max=64),
     help="Layers of a stage: the text adds their order inside a tick and a beat.",
 )
-@options.costs_of_actions(only="perfetto")
+@options.costs_of_actions(only=" and ".join(_BY_CLOCK))
+@x_bytes
 @to_file(_FORMATS)
 def timeline(
     schedule: str,
@@ -52,6 +63,7 @@ def timeline(
     stages_per_rank: int | None,
     overlap: Any,
     layers: int | None,
+    x_bytes: float | None,
     output_format: str | None,
     output: Path | None,
     **of_costs: Any,
@@ -61,6 +73,7 @@ def timeline(
     A forward (F), an input grad (I) and a weight grad (W) of one stage take a tick each. csv is
     PyTorch's pipelining grammar, the order of each rank without the ticks. perfetto is a trace for
     ui.perfetto.dev, by the clock: the actions as `simulate` replays them, at costs in microseconds.
+    html is a file for a browser, to zoom and hover, by the same clock, at costs in any unit.
     """
     try:
         made = options.make_schedule(
@@ -71,9 +84,12 @@ def timeline(
         raise Refusal(" ".join(str(error).split())) from error
     output_format = find_format(output_format, output, _FORMATS)
     given = {name: of_costs[name] for name in options.COSTS if of_costs[name] is not None}
-    if given and output_format != "perfetto":
+    if given and output_format not in _BY_CLOCK:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise Refusal(f"{named}: only for --format perfetto, not for {output_format}")
+        only = " and ".join(_BY_CLOCK)
+        raise Refusal(f"{named}: only for --format {only}, not for {output_format}")
+    if x_bytes is not None and output_format != "html":
+        raise Refusal(f"--x-bytes: only for --format html, not for {output_format}")
     if layers is not None and output_format != "text":
         raise Refusal(f"--layers {layers}: is shown as text, not as {output_format}")
     orders = [] if layers is None else _order_lines(shown, layers)
@@ -93,7 +109,11 @@ def timeline(
         case "json":
             content = _to_json(shown).encode()
         case "perfetto":
-            content = _to_perfetto(made, overlap, **{**options.COSTS, **given}).encode()
+            _, actions = _replay(made, overlap, **{**options.COSTS, **given})
+            process = perfetto.predicted(f"predicted: {made.name}", actions)
+            content = perfetto.write([process]).encode()
+        case "html":
+            content = _to_page(made, overlap, x_bytes, {**options.COSTS, **given}).encode()
         case _:
             content = to_picture(lambda: plot_timeline(shown), output_format)
     write(content, output)
@@ -114,7 +134,7 @@ def _to_json(timeline: schedules.Timeline) -> str:
     return json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "actions": [\n{ticks}\n  ]\n}}\n'
 
 
-def _to_perfetto(
+def _replay(
     schedule: schedules.Schedule,
     overlap: Any,
     *,
@@ -124,8 +144,8 @@ def _to_perfetto(
     head: float,
     rendezvous: bool,
     split_backward: bool,
-) -> str:
-    """Writes the replay as a trace."""
+) -> tuple[Simulation, list[TimedAction]]:
+    """Replays the schedule."""
     try:
         all_costs = Costs(**parse_costs(costs), embed=embed, head=head)
         simulation = simulate(
@@ -144,7 +164,28 @@ def _to_perfetto(
         transfer=transfer,
         rendezvous=rendezvous,
     )
-    return perfetto.write([perfetto.predicted(f"predicted: {schedule.name}", actions)])
+    return simulation, actions
+
+
+def _to_page(
+    schedule: schedules.Schedule, overlap: Any, x_bytes: float | None, of_costs: dict[str, Any]
+) -> str:
+    """Writes the replay as a page."""
+    simulation, actions = _replay(schedule, overlap, **of_costs)
+    numbers = ", ".join(f"{name} {of_costs[name]:g}" for name in ("transfer", "embed", "head"))
+    senders = "wait" if simulation.rendezvous else "do not wait"
+    return make_page(
+        [page.predicted("predicted", actions, num_ranks=schedule.num_ranks)],
+        title=f"{schedule.name}: {count(schedule.num_ranks, 'rank')}, "
+        f"{count(schedule.num_microbatches, 'microbatch', 'es')}, "
+        f"makespan {simulation.makespan:.6g}, {simulation.idle_share:.1%} idle",
+        notes=f"predicted: replayed at costs {of_costs['costs']}, {numbers}; "
+        f"senders {senders} for receivers; {simulation.execution}",
+        unit="",
+        starts=[route[0] for route in schedule.program.routes],
+        has_ticks=True,
+        x_bytes=x_bytes,
+    )
 
 
 def _order_lines(timeline: schedules.Timeline, num_layers: int) -> list[str]:

@@ -113,15 +113,16 @@ def summarize(timeline: Timeline) -> str:
     beats = ""
     if timeline.timetable == "aligned":
         has_steady = find_steady(timeline) is not None
-        beats = f": {_count(len(timeline.beats), 'beat')}" if has_steady else ": no steady phase"
+        beats = f": {count(len(timeline.beats), 'beat')}" if has_steady else ": no steady phase"
     return (
-        f"{program.name}: {_count(timeline.num_ranks, 'rank')}, "
-        f"{_count(program.num_microbatches, 'microbatch', 'es')}, "
-        f"{_count(timeline.num_ticks, 'tick')}, {idle:.1%} idle{name}{beats}"
+        f"{program.name}: {count(timeline.num_ranks, 'rank')}, "
+        f"{count(program.num_microbatches, 'microbatch', 'es')}, "
+        f"{count(timeline.num_ticks, 'tick')}, {idle:.1%} idle{name}{beats}"
     )
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
+def count(number: int, noun: str, plural: str = "s") -> str:
+    """Writes a number of things."""
     return f"{number} {noun}{plural if number != 1 else ''}"
 
 

@@ -3,7 +3,7 @@
 One file an idea: `costs`, `layers` (of each stage, and their cost), `simulation` (the replay of a
 decided execution), `decide` (the fastest execution), `balance` (the fastest split of layers over
 stages), `simulate` (checks, decides, replays), `waits` (for whom ranks wait, and why), `timed`
-(when each action runs), `placement` (all three
+(when each action runs, and its waits), `placement` (all three
 as a program's name), `published` (the papers' bubbles); and to rank schedules, `transformer`
 (sizes -> bytes and costs), `memory` (tables and bytes -> a rank's memory, term by term), `ranking`.
 The replay, which waits as the program does, belongs to the schedule compiler.

@@ -6,7 +6,7 @@ say which stage and microbatch it is; the instructions that ran must be those of
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dualpipe_jax import _scopes
@@ -112,6 +112,31 @@ class Measured:
             layers=self.plan.placement.layers,
             placed_by=self.plan.placement.costs,
         )
+
+    @cached_property
+    def joined(self) -> tuple[Segment, ...]:
+        """The segments rank by rank, the parts of an action that follow one another as one.
+
+        They are cut where the first action of any rank starts, and where the last one ends.
+        """
+        found: list[Segment] = []
+        for rank in range(self.plan.schedule.num_ranks):
+            before: Segment | None = None
+            for each in (segment for segment in self.segments if segment.rank == rank):
+                start, end = max(each.start, 0.0), min(each.end, self.makespan)
+                goes_on = before is not None and (before.end, before.name, before.tick) == (
+                    each.start,
+                    each.name,
+                    each.tick,
+                )
+                if goes_on and found:
+                    parts = found[-1].part.split(", ")
+                    part = ", ".join([*parts, *({each.part} - {*parts})])
+                    found[-1] = replace(found[-1], end=end, part=part)
+                elif start < end:
+                    found.append(replace(each, start=start, end=end))
+                before = each
+        return tuple(found)
 
     def _seconds(self, *, rank: int, kind: str) -> float:
         return sum(

@@ -16,6 +16,7 @@ import dualpipe_jax as dpj
 from dualpipe_jax import _cli
 from dualpipe_jax._profile import find_steps, measure
 from dualpipe_jax._schedule.actions import letter_of
+from tests.pages import Box, page_of
 from tests.profile.profiles import Run, plan_of, runs_of, write_devices, write_host
 
 Write = Callable[[Path, str, list[list[Run]]], Path]
@@ -115,6 +116,31 @@ def test_perfetto_has_the_predicted_timetable_below(tmp_path: Path) -> None:
     ]
     measured, predicted = ([n for n in names if n != "send"] for names in of_process)
     assert measured == predicted == ["F0", "F1", "I0", "W0", "I1", "W1"]
+
+
+def test_a_page_has_both_timetables(tmp_path: Path) -> None:
+    write_host(tmp_path, SCOPE, [runs_of(PLAN)])
+    output = tmp_path / "made.html"
+    assert run(tmp_path, "--output", output).exit_code == 0
+    page = page_of(output.read_text())
+    found, predicted = page.timetables
+    made = measure(find_steps(tmp_path)[0])
+    acts = [box for box in found if box.kind != "send"]
+
+    def actions(boxes: list[Box]) -> list[tuple[object, ...]]:
+        return [(b.rank, b.kind, b.stage, b.microbatch, b.tick) for b in boxes]
+
+    assert actions(acts) == actions(predicted)
+    head = next(box for box in acts if (box.rank, box.kind) == (1, "F"))
+    assert (head.action, head.start) == ("forward, head", pytest.approx(0.01))
+    assert head.end == pytest.approx(0.016)
+    # Rank 0 made its x at 5 us: the rank waits until then, and a tick's rest.
+    assert head.source is not None
+    assert found[head.source][:2] == (0, "F")
+    assert head.waits == [[pytest.approx(0.005), "for rank 0, to make the x of microbatch 0"]]
+    shares = [times.idle / made.makespan for times in made.ranks]
+    assert page.idle_shares[0] == pytest.approx(shares)
+    assert "--x-bytes" in refusal(tmp_path, "--x-bytes", "8MiB")
 
 
 def test_a_profile_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def targets() -> list[Target]:
             mistakes={
                 **of_schedule,
                 "layers": of.counts(),
-                "format": of.choices(("text", "csv", "json", "svg", "png")),
+                "x-bytes": of.sizes_in_bytes(),
+                "format": of.choices(("text", "csv", "json", "svg", "png", "perfetto", "html")),
                 "output": of.outputs(),
             },
             weight=2,

@@ -99,7 +99,7 @@ def outputs(suffix: str = ".svg") -> list[Mistake]:
     paths = (no_folder, f"/proc/x{suffix}", folder(), f"/dev/null/x{suffix}", "/", "/dev/full")
     return [
         mistake("unwritable path", *map(str, paths), "x" * 5000 + suffix),
-        mistake("unknown suffix", *(f"{folder()}/x.{end}" for end in ("docx", "svgz", "html"))),
+        mistake("unknown suffix", *(f"{folder()}/x.{end}" for end in ("docx", "svgz", "htm"))),
         mistake("empty", ""),
         mistake("flag without a value", ALONE),
     ]
