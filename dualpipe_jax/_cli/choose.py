@@ -80,7 +80,7 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
 )
 @click.option(
     "--device",
-    type=click.Choice([device.name for device in KNOWN], case_sensitive=False),
+    type=click.Choice([device.name for device in KNOWN]),
     help="The device, whose published memory, link to the host and peak are meant. Without it "
     f"copies run beside compute at the peak of a {V5E.name}.",
 )

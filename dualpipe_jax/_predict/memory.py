@@ -6,7 +6,7 @@ largest stage. XLA's own temporaries, for its fusions and copies, are not known 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -87,7 +87,8 @@ def memory_of(
 ) -> tuple[MemoryTerm, ...]:
     """Lists the parts of the fullest rank's memory while a step runs, and of its host's.
 
-    Slots leave the device to the byte here; a step moves whole values, and so a little more.
+    Where slots are to wait on the host, values leave whole, in all slots; each is taken to be as
+    large as x.
 
     Args:
       tables: The tables of the schedule, compiled as the step compiles it.
@@ -115,26 +116,23 @@ def memory_of(
     received = slots["received"]
     ends_bytes = parameters.parameter + parameters.gradient + parameters.optimizer
 
-    stay = _share_on_device(execution, slots, layer)
-    # In a steady phase each chunk has an array of its own on the host.
-    arrays = 1 if tables.steady is None else tables.num_chunks
+    stay = _share_on_device(execution, slots, layer, of_stage)
 
     def of_slots(name: str, num_bytes: float, stay: float = 1) -> MemoryTerm:
         count = slots.get(name, 0)
         why = f"{_count(count, 'slot')} x {_count(of_stage, 'layer')} x {format_bytes(num_bytes)}"
         if stay < 1:
-            why = f"{stay * count:.3g} of {why}"
+            why = f"{stay:.0%} of {why}"
         return MemoryTerm(name.replace("_", " "), stay * count * of_stage * num_bytes, why)
 
-    def on_host(term: MemoryTerm) -> MemoryTerm:
-        num_bytes = term.num_bytes * (1 - stay) / stay * arrays
-        why = f"the others, {_count(arrays, 'array')}"
-        return MemoryTerm(f"{term.name} on the host", num_bytes, why, "host")
+    def on_host(name: str, num_bytes: float) -> MemoryTerm:
+        term = of_slots(name, num_bytes, 1 - stay)
+        # In a steady phase each chunk has an array of its own there.
+        arrays = 1 if tables.steady is None else tables.num_chunks
+        name, num_bytes = f"{term.name} on the host", arrays * term.num_bytes
+        return replace(term, name=name, num_bytes=num_bytes, where="host")
 
-    residuals = (
-        of_slots("residual", layer.residual, stay),
-        of_slots("weight_residual", layer.weight_residual, stay),
-    )
+    residuals = {"residual": layer.residual, "weight_residual": layer.weight_residual}
     return (
         MemoryTerm(
             "weights",
@@ -157,18 +155,20 @@ def memory_of(
             (received + 2) * layer.x,
             f"{_count(received, 'slot')} and 2 on their way x {format_bytes(layer.x)}",
         ),
-        *residuals,
+        *(of_slots(name, num_bytes, stay) for name, num_bytes in residuals.items()),
         MemoryTerm("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
         if by_layer
         else of_slots("stash", layer.stash),
         of_slots(DEFERRED, layer.stash if execution.deferred == "store" else layer.deferred),
         MemoryTerm("working", layer.working, "the largest value in no buffer"),
-        *(on_host(term) for term in residuals if stay < 1),
+        *(on_host(name, num_bytes) for name, num_bytes in residuals.items() if stay < 1),
     )
 
 
-def _share_on_device(execution: Execution, slots: Mapping[str, int], layer: LayerBytes) -> float:
-    """Finds the share of the residuals' slots that stays on the device."""
+def _share_on_device(
+    execution: Execution, slots: Mapping[str, int], layer: LayerBytes, num_layers: int
+) -> float:
+    """Finds the share of the residuals that stays on the device, in whole values as large as x."""
     if execution.slots_on_device is None:
         return 1
     assert isinstance(execution.slots_on_device, int)
@@ -179,7 +179,9 @@ def _share_on_device(execution: Execution, slots: Mapping[str, int], layer: Laye
         )
     of_one = layer.residual + layer.weight_residual
     of_all = slots["residual"] * layer.residual + slots["weight_residual"] * layer.weight_residual
-    return min(1, execution.slots_on_device * of_one / of_all) if of_all else 1
+    share = execution.slots_on_device * of_one / of_all if of_all else 1
+    num_values = num_layers * max(1, round(of_one / layer.x))
+    return min(1, math.floor(share * num_values + 1e-9) / num_values)
 
 
 def _count(number: int, noun: str) -> str:
