@@ -109,19 +109,20 @@ def test_slots_on_the_host_leave_in_whole_values(timetable: str, arrays: int) ->
     slots = tables.num_slots
     assert (slots["residual"], slots["weight_residual"]) == (5, 5)
 
-    def residuals(execution: Execution, **sizes: LayerBytes) -> dict[str, float]:
-        terms = memory_of(tables, execution, sizes=(2,) * 4, **{**SIZES, **sizes})
+    def residuals(layer: LayerBytes) -> dict[str, float]:
+        execution = replace(STORE, slots_on_device=3)
+        terms = memory_of(tables, execution, sizes=(2,) * 4, layer=layer, parameters=PARAMETERS)
         return {term.name: term.num_bytes / x for term in terms if "residual" in term.name}
 
     # Six values in two layers: at least 2.4 of them leave, where three of five slots stay.
-    assert residuals(replace(STORE, slots_on_device=3), layer=layer) == {
+    assert residuals(layer) == {
         "residual": 5 * 2 / 2,
         "weight residual": 5 * 4 / 2,
         "residual on the host": arrays * 5 * 2 / 2,
         "weight residual on the host": arrays * 5 * 4 / 2,
     }
     with pytest.raises(ValueError, match="slots_on_device=3: must be left out"):
-        residuals(replace(STORE, slots_on_device=3))
+        residuals(LAYER)
 
 
 @pytest.mark.parametrize("name", NAMES)
