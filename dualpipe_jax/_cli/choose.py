@@ -14,7 +14,7 @@ from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
 from dualpipe_jax._cli.choices import print_choices, to_object
 from dualpipe_jax._cli.host import Host
-from dualpipe_jax._cli.quantities import Numbers, Rate, Size, parse_costs, read_costs
+from dualpipe_jax._cli.quantities import HostMemory, Numbers, Rate, Size, parse_costs, read_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._devices import KNOWN, V5E, device_figures
@@ -66,7 +66,7 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
 )
 @click.option(
     "--host-memory",
-    type=Size(),
+    type=HostMemory(),
     default="0",
     show_default=True,
     help="Memory of the host for each device, such as 256GiB: activations that do not fit on the "

@@ -6,7 +6,6 @@ from dualpipe_jax._cli.refusal import Refusal
 from dualpipe_jax._costs import format_bytes
 from dualpipe_jax._devices import V5E, Device
 from dualpipe_jax._predict import Costs, LayerBytes, Transformer
-from dualpipe_jax._sizes import as_host_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +21,8 @@ class Host:
         """Makes it of the options, and of the device that they name.
 
         Raises:
-          Refusal: if the memory is too small for any value, or the link is not known.
+          Refusal: if there is memory, and the link to it is not known.
         """
-        try:
-            as_host_memory("--host-memory", memory)
-        except ValueError as error:
-            raise Refusal(str(error)) from error
         if link is None and device is not None:
             link = device.host_link
         if memory and link is None:

@@ -64,7 +64,7 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
 )
 @click.option(
     "--host-memory",
-    type=quantities.Size(),
+    type=quantities.HostMemory(),
     help="Memory of the host for each device, such as 64GiB; more temporaries there are a fault. "
     "By default there is no limit.",
 )
