@@ -223,14 +223,10 @@ def choose(
     def setting_of(number: int) -> _Setting:
         model = Transformer(layers=layers, microbatch_size=_share_of(windows, number), **sizes)
         layer = _layer_bytes(model, given_bytes)
+        found = _costs(model, ranks, costs, costs_from, embed=embed, head=head)
         return _Setting.make(
             model,
-            costs=host.with_copies(
-                _costs(model, ranks, costs, costs_from, embed=embed, head=head),
-                model,
-                layer,
-                num_ranks=ranks,
-            ),
+            costs=host.with_copies(found, model, layer, num_ranks=ranks),
             parameters=ParameterBytes(
                 layer=model.layer_parameters if layer_parameters is None else layer_parameters,
                 ends=model.ends_parameters if ends_parameters is None else ends_parameters,
