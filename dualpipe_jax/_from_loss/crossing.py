@@ -1,17 +1,16 @@
 """Chooses the values that cross from each layer to the next, and their slots in x.
 
-Between layers l - 1 and l the values are a minimum cut, in bytes, through the equations of layer
-l - 1: those behind the cut are cheap, and run in layer l as well. No equation that reads parameters
-runs in another layer than theirs. x is a tuple of slots: a value keeps its slot for as long as it
-is needed, and a new one takes an empty slot of its shape and dtype.
+Between layers l - 1 and l the values are a minimum cut, in bytes, through the equations before
+layer l: those behind the cut are cheap, and run in layer l as well. No equation that reads
+parameters runs in another layer than theirs. x is a tuple of slots: a value keeps its slot for as
+long as it is needed, and a new one takes an empty slot of its shape and dtype.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from dualpipe_jax._from_loss.terms import Terms
-from dualpipe_jax._from_loss.values import Node, Value
+from dualpipe_jax._from_loss.values import Node, Operand, Value
 from dualpipe_jax._split_vjp import graph as cut_graph
 from dualpipe_jax._split_vjp.cut import minimum_cut
 from dualpipe_jax._split_vjp.primitives import CHEAP_IN_BACKWARD, MOVES, REDUCTIONS
@@ -76,10 +75,7 @@ def cut(wanted: Iterable[Value], region: Sequence[Node], *, prefer_late: bool) -
         )
         for node in region
     ]
-    can_move = {
-        made.outputs: node.name in _CHEAP and not any(v.is_weights for v in node.reads)
-        for node, made in zip(region, nodes, strict=True)
-    }
+    movable = {made.outputs for node, made in zip(region, nodes, strict=True) if can_move(node)}
 
     def size(number: int) -> int:
         value = values[number]
@@ -89,7 +85,7 @@ def cut(wanted: Iterable[Value], region: Sequence[Node], *, prefer_late: bool) -
         nodes,
         wanted=[numbers[v] for v in wanted],
         can_keep=lambda node: True,
-        can_redo=lambda node: can_move[node.outputs],
+        can_redo=lambda node: node.outputs in movable,
         size=size,
         is_free=lambda number: values[number].is_free,
         prefer_late=prefer_late,
@@ -103,34 +99,54 @@ def _order(value: Value) -> tuple[int, int, str]:
     return -1, 0, str(value.source)
 
 
-def cut_between_layers(nodes: Sequence[Node], terms: Terms, *, prefer_late: bool) -> Slots:
+def cut_between_layers(terms: Terms, *, prefer_late: bool) -> Slots:
     """Cuts between all layers, and gives the values their slots; x_0 and x_L are left empty."""
     num_layers = len(terms.of_layers)
-    wanted: list[dict[Value, None]] = [{} for _ in range(num_layers)]
-
-    def read(value: Any, layer: int) -> None:
-        if isinstance(value, Value) and value.crosses:
-            for boundary in range(max(value.position + 1, 1), layer + 1):
-                wanted[boundary][value] = None
-
-    for node in nodes:
-        for value in node.reads:
-            read(value, position(node))
-    for layer, of_layer in enumerate(terms.of_layers):
-        for term in of_layer:
-            read(term.value, layer)
-    for term in terms.of_head:
-        read(term.value, num_layers - 1)
-
-    by_layer: list[list[Node]] = [[] for _ in range(num_layers)]
-    for node in nodes:
-        if position(node) >= 0:
-            by_layer[position(node)].append(node)
     slots = Slots(num_layers)
+    crossing: list[list[Value]] = [[] for _ in range(num_layers)]
+    after = [term.value for term in terms.of_head]
+    for boundary in reversed(range(1, num_layers)):
+        targets = [*after, *(term.value for term in terms.of_layers[boundary])]
+        wanted = read_before(targets, boundary)
+        crossing[boundary] = cut(wanted, region_of(wanted), prefer_late=prefer_late)
+        after = list(crossing[boundary])
     for boundary in range(1, num_layers):
-        values = cut(wanted[boundary], by_layer[boundary - 1], prefer_late=prefer_late)
-        slots.place(boundary, values, slots.before[boundary - 1])
+        slots.place(boundary, crossing[boundary], slots.before[boundary - 1])
     return slots
+
+
+def read_before(targets: Iterable[Operand], boundary: int) -> dict[Value, None]:
+    """Lists the values from before a boundary that make `targets` behind it."""
+    found: dict[Value, None] = {}
+    seen: set[Node] = set()
+    todo = [v for v in targets if isinstance(v, Value)]
+    while todo:
+        value = todo.pop()
+        if value.position < boundary:
+            if value.crosses:
+                found[value] = None
+        elif value.node is not None and value.node not in seen:
+            seen.add(value.node)
+            todo.extend(value.node.reads)
+    return found
+
+
+def region_of(wanted: Iterable[Value]) -> list[Node]:
+    """Lists the equations that make `wanted`, back to those that may not run behind a cut."""
+    found: set[Node] = set()
+    todo = list(wanted)
+    while todo:
+        node = todo.pop().node
+        if node is not None and node not in found:
+            found.add(node)
+            if can_move(node):
+                todo.extend(v for v in node.reads if not v.is_free)
+    return sorted(found, key=lambda node: node.number)
+
+
+def can_move(node: Node) -> bool:
+    """Whether an equation may run behind the cut: it is cheap, and reads no parameters."""
+    return node.name in _CHEAP and not any(v.is_weights for v in node.reads)
 
 
 def position(node: Node) -> int:

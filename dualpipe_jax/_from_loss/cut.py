@@ -17,7 +17,7 @@ from dualpipe_jax._errors import raise_all
 from dualpipe_jax._from_loss.check import check_kind
 from dualpipe_jax._from_loss.crossing import Slots, cut_between_layers, position
 from dualpipe_jax._from_loss.equality import Equality
-from dualpipe_jax._from_loss.first_and_last import place_first, place_last
+from dualpipe_jax._from_loss.first_and_last import make_alike, place_first, place_last, readers_of
 from dualpipe_jax._from_loss.free import Family, Recipe, recipe
 from dualpipe_jax._from_loss.graph import Graph
 from dualpipe_jax._from_loss.kinds import Kind, group
@@ -94,12 +94,13 @@ class Cut:
     @functools.cached_property
     def shared(self) -> frozenset[str]:
         """The paths of the parameters of the ends that layers read."""
-        targets = [v for kind in self.kinds for layer in kind.layers for v in layer.targets]
-        known = [v for kind in self.kinds for layer in kind.layers for v in layer.x]
-        read = {v for node in needed(targets, known) for v in node.reads}
-        read.update(v for v in targets if isinstance(v, Value))
-        found = [v.source for v in read if v.source is not None and v not in set(known)]
-        return frozenset(source.name for source in found if source.kind == "ends")
+        found: set[str] = set()
+        for layer in (layer for kind in self.kinds for layer in kind.layers):
+            read = {v for node in needed(layer.targets, known=layer.x) for v in node.reads}
+            read.update(v for v in layer.targets if isinstance(v, Value))
+            tokens = [layer.token(v) for v in read]
+            found.update(token[1] for token in tokens if token and token[0] == "ends")
+        return frozenset(found)
 
 
 def find_cut(
@@ -129,11 +130,16 @@ def find_cut(
     """
     program, out = _trace(loss_fn, places, microbatch, key)
     _require_outputs(out, has_aux=has_aux)
-    graph, inputs = Graph(), None
+    graph = Graph()
     inputs, operands = _make_inputs(places, microbatch, key)
     outputs = [
         graph.as_value(a) if isinstance(a, Stack) else a for a in graph.append(program, operands)
     ]
+    if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
+        raise ValueError(
+            "loss_fn: its loss does not depend on the parameters of any layer; name the layers that "
+            "it runs in layers="
+        )
     equality = Equality()
     found: list[Cut] = []
     reasons: list[ValueError] = []
@@ -251,21 +257,16 @@ def _cut(
     nodes = needed(terms.values)
     graph.require_open(nodes)
     _require_own_parameters(nodes, num_layers)
-    slots = cut_between_layers(nodes, terms, prefer_late=prefer_late)
-    place_first(nodes, terms, slots, equality, prefer_late=prefer_late)
+    slots = cut_between_layers(terms, prefer_late=prefer_late)
+    readers = readers_of(nodes)
 
     def layer(index: int) -> Layer:
         types = {name: (v.aval.shape, v.aval.dtype) for name, v in inputs.layers[index].items()}
         return Layer.of(index, slots, terms.of_layers[index], types)
 
-    place_last(
-        nodes,
-        terms,
-        slots,
-        [layer(index) for index in range(num_layers - 1)],
-        inputs.layers[-1],
-        equality,
-    )
+    make_alike(layer, slots, readers, inputs.layers, equality)
+    place_first(terms, slots, equality, prefer_late=prefer_late)
+    place_last(nodes, terms, slots, layer, readers, inputs.layers, equality)
     _require_known_in_head(terms, slots)
     layers = [layer(index) for index in range(num_layers)]
     kinds = group(layers, equality, max_kinds=max_kinds)

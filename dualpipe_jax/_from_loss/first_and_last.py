@@ -1,96 +1,108 @@
 """Finds x_0, which the first layer is given, and x_L, which the last one makes.
 
-Between two layers a minimum cut decides; before the first and behind the last one a neighbour shows
-the way: x_0 is found by walking back from x_1 as another layer walks back from its output, and x_L
-by walking on from x_(L-1) as another layer walks on from its input. Without a like layer x_0 is a
-minimum cut among the equations of the ends, and the head begins where parameters of the ends that
-no layer reads come in.
+Between two layers a minimum cut decides, and where it decides otherwise than for the layer before,
+although the layers are alike, that one's choice is taken. Before the first layer and behind the
+last one a neighbour shows the way: x_0 is found by walking back from x_1 as another layer walks
+back from its output, and x_L by walking on from x_(L-1) as another layer walks on from its input.
+Without a like layer x_0 is a minimum cut among the equations of the ends, and the head begins where
+parameters of the ends that no layer reads come in.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from dualpipe_jax._from_loss.crossing import Slots, cut, position, same_type
-from dualpipe_jax._from_loss.equality import Equality, same_array, same_value
-from dualpipe_jax._from_loss.layers import Layer, same_node
+from dualpipe_jax._from_loss.crossing import (
+    Slots,
+    can_move,
+    cut,
+    position,
+    read_before,
+    region_of,
+)
+from dualpipe_jax._from_loss.equality import Equality
+from dualpipe_jax._from_loss.layers import Layer, Pairs, pair
 from dualpipe_jax._from_loss.terms import Term, Terms
-from dualpipe_jax._from_loss.values import Node, Operand, Value, needed
+from dualpipe_jax._from_loss.values import Node, Value, needed
+from dualpipe_jax._from_loss.walk import Readers, walk_back, walk_on
+
+LayerAt = Callable[[int], Layer]
+Parameters = Sequence[dict[str, Value]]
 
 
-def place_first(
-    nodes: Sequence[Node], terms: Terms, slots: Slots, equality: Equality, *, prefer_late: bool
+def readers_of(nodes: Sequence[Node]) -> Readers:
+    """Lists the nodes that read each value."""
+    readers: Readers = defaultdict(list)
+    for node in nodes:
+        for value in dict.fromkeys(node.reads):
+            readers[value].append(node)
+    return readers
+
+
+def make_alike(
+    layer_at: LayerAt, slots: Slots, readers: Readers, parameters: Parameters, equality: Equality
 ) -> None:
+    """Cuts before and behind a layer as the layer before it, if both are the same program so.
+
+    The last layers may need fewer values than those before: a minimum cut then adds two values up,
+    say, that travel apart elsewhere.
+
+    Args:
+      layer_at: Gives a layer, from the slots as they are.
+      slots: The slots; x_0 and x_L may be missing.
+      readers: The nodes that read each value.
+      parameters: The parameters of each layer, by name.
+      equality: Compares equations.
+    """
+    for target in range(2, len(parameters) - 1):
+        like, wanted = layer_at(target - 1), slots.before[target + 1]
+        if isinstance(pair(like, layer_at(target), equality), Pairs):
+            continue
+        pairs = walk_on(like, target, slots, readers, parameters[target], equality)
+        if pairs is None:
+            continue
+        after = _after(like, slots, pairs)
+        if after is None:
+            continue
+        between = needed(list(wanted), known=after)
+        reads = [v for node in between for v in node.reads if v not in after]
+        made = {v for node in between for v in node.results}
+        is_enough = all(map(can_move, between)) and all(v.is_free or v in made for v in reads)
+        if is_enough and all(v in after or v.node is not None for v in wanted):
+            slots.before[target + 1] = after
+
+
+def _after(like: Layer, slots: Slots, pairs: dict[Value, Value]) -> dict[Value, int] | None:
+    """Gives a layer's outputs the slots that those of the layer `like` have."""
+    after: dict[Value, int] = {}
+    for value, slot in slots.before[like.index + 1].items():
+        found = pairs.get(value)
+        if found is None or found in after:
+            return None
+        after[found] = slot
+    return after
+
+
+def place_first(terms: Terms, slots: Slots, equality: Equality, *, prefer_late: bool) -> None:
     """Gives x_0 its slots."""
     num_layers = len(terms.of_layers)
     for like in range(1, num_layers - 1):
-        found = _walk_back(like, terms, slots, equality)
+        found = walk_back(like, terms, slots, equality)
         if found is not None:
             slots.before[0] = found
             return
-    region = [node for node in nodes if position(node) < 0 and node.results[0].crosses]
-    read = [v for node in nodes if position(node) >= 0 for v in node.reads]
-    outputs = [*terms.of_head, *(term for of_layer in terms.of_layers for term in of_layer)]
-    read += [term.value for term in outputs if isinstance(term.value, Value)]
-    wanted = dict.fromkeys(v for v in read if v.crosses and v.position < 0)
-    if num_layers > 1:
-        wanted |= dict.fromkeys(v for v in slots.before[1] if v.position < 0)
-    values = cut(wanted, region, prefer_late=prefer_late)
+    after = list(slots.before[1]) if num_layers > 1 else [t.value for t in terms.of_head]
+    wanted = read_before([*after, *(term.value for term in terms.of_layers[0])], 0)
+    values = cut(wanted, region_of(wanted), prefer_late=prefer_late)
     slots.place(0, values, slots.before[1] if num_layers > 1 else {})
-
-
-def _walk_back(
-    like: int, terms: Terms, slots: Slots, equality: Equality
-) -> dict[Value, int] | None:
-    """Finds the values that stand in layer 0 where the layer `like` has its x."""
-    own, after, first = slots.before[like], slots.before[like + 1], slots.before[1]
-    if set(own.values()) != set(after.values()) or set(after.values()) != set(first.values()):
-        return None
-    if len(terms.of_layers[like]) != len(terms.of_layers[0]):
-        return None
-    in_first = {slot: v for v, slot in first.items()}
-    todo: list[tuple[Operand, Operand]] = [(v, in_first[slot]) for v, slot in after.items()]
-    todo += [
-        (a.value, b.value) for a, b in zip(terms.of_layers[like], terms.of_layers[0], strict=True)
-    ]
-    found: dict[int, Value] = {}
-    pairs: dict[Value, Value] = {}
-    while todo:
-        a, b = todo.pop()
-        if not isinstance(a, Value) or not isinstance(b, Value):
-            return None
-        if a in pairs:
-            if pairs[a] is not b:
-                return None
-            continue
-        if not same_type(a, b):
-            return None
-        pairs[a] = b
-        if a in own:
-            if b.position >= 0:
-                return None
-            found[own[a]] = b
-        elif a.is_free or b.is_free:
-            if not (a.is_free and b.is_free):
-                return None
-        elif a.source is not None or b.source is not None:
-            if a.source is None or b.source is None or a.source[:2] != b.source[:2]:
-                return None
-        else:
-            assert a.node is not None
-            assert b.node is not None
-            if a.index != b.index or not same_node(a.node, b.node, equality):
-                return None
-            todo.extend(_values(a.node, b.node))
-    before = {v: slot for slot, v in found.items()}
-    return before if len(before) == len(own) else None
 
 
 def place_last(
     nodes: Sequence[Node],
     terms: Terms,
     slots: Slots,
-    layers: Sequence[Layer],
-    parameters: dict[str, Value],
+    layer_at: LayerAt,
+    readers: Readers,
+    parameters: Parameters,
     equality: Equality,
 ) -> None:
     """Gives x_L its slots; terms of the head that belong to the last layer go there.
@@ -99,138 +111,27 @@ def place_last(
       nodes: All nodes.
       terms: The terms.
       slots: The slots, complete but for x_L.
-      layers: All layers but the last one.
-      parameters: The parameters of the last layer, by name.
+      layer_at: Gives a layer, from the slots as they are.
+      readers: The nodes that read each value.
+      parameters: The parameters of each layer, by name.
       equality: Compares equations.
     """
     last = len(terms.of_layers) - 1
-    readers: dict[Value, list[Node]] = defaultdict(list)
-    for node in nodes:
-        for value in dict.fromkeys(node.reads):
-            readers[value].append(node)
-    for like in reversed(layers):
-        pairs = _walk_on(like, slots, readers, parameters, equality)
+    for like in map(layer_at, reversed(range(last))):
+        pairs = walk_on(like, last, slots, readers, parameters[last], equality)
         if pairs is None:
             continue
-        after = {pairs.get(v): slot for v, slot in slots.before[like.index + 1].items()}
+        after = _after(like, slots, pairs)
         moved = _terms_like(like.terms, terms, pairs, last)
-        if moved is None or None in after or len(after) < len(slots.before[like.index + 1]):
+        if moved is None or after is None:
             continue
         terms.of_head = [term for term in terms.of_head if term not in moved]
         terms.of_layers[last] = moved
-        slots.before[last + 1] = {v: slot for v, slot in after.items() if v is not None}
+        slots.before[last + 1] = after
         _add_read_by_head(terms, slots, last)
         return
     values = _cut_by_ends(nodes, terms, last)
     slots.place(last + 1, values, slots.before[last])
-
-
-def _walk_on(
-    like: Layer,
-    slots: Slots,
-    readers: dict[Value, list[Node]],
-    parameters: dict[str, Value],
-    equality: Equality,
-) -> dict[Value, Value] | None:
-    """Pairs the values of the layer `like` with those of the last layer, from x onwards."""
-    last = len(slots.before) - 2
-    of_last = {slot: v for v, slot in slots.before[last].items()}
-    if set(of_last) != set(like.x.values()):
-        return None
-    pairs = {v: of_last[slot] for v, slot in like.x.items()}
-    used: set[int] = set()
-
-    def fits(node: Node, found: Node) -> bool:
-        return (
-            id(found) not in used
-            and position(found) <= last
-            and same_node(node, found, equality)
-            and all(
-                _is_known(a, b, pairs, parameters, equality)
-                for a, b in zip(node.operands, found.operands, strict=True)
-            )
-        )
-
-    for node in needed(like.targets, known=like.x):
-        if position(node) < 0:  # free, or made of parameters that all layers use
-            continue
-        candidates: list[Node] = []
-        for value in node.reads:
-            there = _counterpart(value, pairs, parameters)
-            if there is not None:
-                candidates = readers[there]
-                break
-        matches = [found for found in candidates if fits(node, found)]
-        if not matches:
-            return None
-        found = max(matches, key=lambda found: _num_equal_literals(node, found))
-        used.add(id(found))
-        pairs.update(zip(node.results, found.results, strict=True))
-    return pairs
-
-
-def _counterpart(
-    value: Value, pairs: dict[Value, Value], parameters: dict[str, Value]
-) -> Value | None:
-    """Finds the last layer's value for another layer's, if it can be told by itself."""
-    if value.source is not None and value.source.kind == "layer":
-        return parameters.get(value.source.name)
-    return pairs.get(value)
-
-
-def _is_known(
-    a: Operand,
-    b: Operand,
-    pairs: dict[Value, Value],
-    parameters: dict[str, Value],
-    equality: Equality,
-) -> bool:
-    """Whether an operand of the last layer is the counterpart of another layer's."""
-    if not isinstance(a, Value) or not isinstance(b, Value):
-        return not isinstance(a, Value) and not isinstance(b, Value)
-    there = _counterpart(a, pairs, parameters)
-    if there is not None:
-        return there is b
-    if a.is_free:
-        return b.is_free and same_type(a, b)
-    return a.is_weights and a.position < 0 and same_made(a, b, equality)
-
-
-def same_made(a: Operand, b: Operand, equality: Equality) -> bool:
-    """Whether two values are the same function of the same inputs."""
-    todo = [(a, b)]
-    while todo:
-        a, b = todo.pop()
-        if a is b:
-            continue
-        if not isinstance(a, Value) or not isinstance(b, Value):
-            if isinstance(a, Value) or isinstance(b, Value) or not same_value(a.value, b.value):
-                return False
-            continue
-        if a.source is not None and b.source is not None:
-            arrays = [v.source.array for v in (a, b) if v.source is not None]
-            if any(array is None for array in arrays) or not same_array(*arrays):
-                return False
-            continue
-        if a.node is None or b.node is None or a.index != b.index:
-            return False
-        if not same_node(a.node, b.node, equality):
-            return False
-        todo.extend(zip(a.node.operands, b.node.operands, strict=True))
-    return True
-
-
-def _values(one: Node, other: Node) -> list[tuple[Operand, Operand]]:
-    pairs = zip(one.operands, other.operands, strict=True)
-    return [(a, b) for a, b in pairs if isinstance(a, Value)]
-
-
-def _num_equal_literals(one: Node, other: Node) -> int:
-    pairs = zip(one.operands, other.operands, strict=True)
-    return sum(
-        not isinstance(a, Value) and not isinstance(b, Value) and bool(a.value == b.value)
-        for a, b in pairs
-    )
 
 
 def _terms_like(

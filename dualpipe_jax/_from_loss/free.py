@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpipe_jax._from_loss.equality import Equality, same_array
-from dualpipe_jax._from_loss.first_and_last import same_made
 from dualpipe_jax._from_loss.kinds import Tables, tables_of
 from dualpipe_jax._from_loss.layers import same_node
 from dualpipe_jax._from_loss.values import Node, Operand, Value, is_key
+from dualpipe_jax._from_loss.walk import same_made
 
 Column = tuple[Value, ...]
 
