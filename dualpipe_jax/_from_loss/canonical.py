@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from dualpipe_jax._errors import raise_all
+from dualpipe_jax._errors import raise_all, show
 from dualpipe_jax._from_loss.places import Place, Places
 from dualpipe_jax._model.kinds import group_by_kind, indices_in_stack, replicate_layers_dim
 from dualpipe_jax._model.types import Params, PyTree
@@ -76,11 +76,7 @@ class Conversion:
         """Converts PartitionSpecs, whose leaves may stand for branches of the user's tree."""
         if specs is None:
             return None
-
-        def is_spec(leaf: Any) -> bool:
-            return leaf is None or isinstance(leaf, PartitionSpec)
-
-        leaves = self._spread(argument, specs, is_spec)
+        leaves = self.users_specs(argument, specs)
         stacked = [
             PartitionSpec(None, *(spec or ()))
             if place.layer is not None and not place.num_stacked
@@ -89,6 +85,24 @@ class Conversion:
             for place, spec in zip(self.places.leaves, leaves, strict=True)
         ]
         return self._merge(argument, stacked)
+
+    def users_specs(self, argument: str, specs: PyTree) -> list[PartitionSpec | None]:
+        """Gives every leaf of the user's tree its spec, or None."""
+
+        def is_spec(leaf: Any) -> bool:
+            return leaf is None or isinstance(leaf, PartitionSpec)
+
+        leaves = self._spread(argument, specs, is_spec)
+        raise_all(
+            f"{argument}: must hold PartitionSpecs",
+            (
+                f"that of {place.path} is {show(leaf)}"
+                for place, leaf in zip(self.places.leaves, leaves, strict=True)
+                if not is_spec(leaf)
+            ),
+            error=TypeError,
+        )
+        return leaves
 
     def flags(self, argument: str, flags: PyTree) -> PyTree:
         """Converts bools, whose leaves may stand for branches of the user's tree."""

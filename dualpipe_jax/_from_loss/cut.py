@@ -137,8 +137,8 @@ def find_cut(
     ]
     if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
         raise ValueError(
-            "loss_fn: its loss does not depend on the parameters of any layer; name the layers that "
-            "it runs in layers="
+            "loss_fn: its loss does not depend on the parameters of any layer; name in layers= the "
+            "layers that it runs"
         )
     equality = Equality()
     found: list[Cut] = []
@@ -336,17 +336,18 @@ def _require_known_in_head(terms: Terms, slots: Slots) -> None:
 
 
 def _require_narrow(slots: Slots, layers: Sequence[Layer]) -> None:
-    """Requires x to be no larger than twice the values that one layer reads and writes.
+    """Requires x to be no larger than twice the values that half of the layers read and write.
 
     Raises:
       ValueError: If it is larger.
     """
     total = sum(aval.num_bytes for aval in slots.avals)
-    widest = 0
+    sizes = []
     for layer in layers:
         read = {v for node in needed(layer.targets, known=layer.x) for v in node.reads}
         touched = {slot for v, slot in layer.x.items() if v in read} | set(layer.outputs)
-        widest = max(widest, sum(slots.avals[slot].num_bytes for slot in touched))
+        sizes.append(sum(slots.avals[slot].num_bytes for slot in touched))
+    usual = sorted(sizes)[len(sizes) // 2]
     lines = [
         f"{aval.num_bytes:,} bytes: "
         + "; ".join(
@@ -358,8 +359,8 @@ def _require_narrow(slots: Slots, layers: Sequence[Layer]) -> None:
         for slot, aval in enumerate(slots.avals)
     ]
     raise_all(
-        f"loss_fn: {total:,} bytes cross between layers, more than twice the {widest:,} that any "
-        "layer reads and writes: values of several layers travel to the end, in every transfer; "
+        f"loss_fn: {total:,} bytes cross between layers, more than twice the {usual:,} that half "
+        "of the layers read and write: values of several layers travel to the end in each transfer; "
         "use them in the layer that makes them, or write the model as embed, block and head",
-        lines if total > 2 * widest else (),
+        lines if total > 2 * usual else (),
     )

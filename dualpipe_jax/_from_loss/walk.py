@@ -97,8 +97,8 @@ def walk_on(
         )
 
     for node in needed(like.targets, known=like.x):
-        if position(node) < 0:  # free, or made of parameters that all layers use
-            continue
+        if position(node) < 0 and not node.results[0].crosses:
+            continue  # free, or made of parameters that all layers use
         candidates: list[Node] = []
         for value in node.reads:
             found = _counterpart(value, pairs, parameters)

@@ -374,7 +374,7 @@ CASES: dict[str, Case] = {
         encoder_decoder,
         encoder_decoder_params(),
         ["encoder/{}", "decoder/{}"],
-        options={"max_kinds": 4},
+        options={"max_kinds": 3},
         num_kinds=3,
     ),
     "experts, running sum": Case(experts("running sum"), experts_params()),

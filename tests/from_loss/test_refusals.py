@@ -183,8 +183,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_loss_without_a_pipeline_is_refused(name: str) -> None:
     loss_fn, params, options, words = REFUSED[name]
+    given: dict[str, Any] = {"layers": "w{}", **options}
     with pytest.raises((ValueError, TypeError)) as error:
-        dpj.from_loss(loss_fn, params, MICROBATCH, **{"layers": "w{}", **options})
+        dpj.from_loss(loss_fn, params, MICROBATCH, **given)
     for word in words:
         assert word in str(error.value)
 
