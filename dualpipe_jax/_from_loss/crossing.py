@@ -1,8 +1,8 @@
 """Chooses the values that cross from each layer to the next, and their slots in x.
 
 Between layers l - 1 and l the values are a minimum cut, in bytes, through the equations before
-layer l: those behind the cut are cheap, and run in layer l as well. No equation that reads
-parameters runs in another layer than theirs. x is a tuple of slots: a value keeps its slot for as
+layer l: those behind the cut are cheap, and run in layer l as well. No equation that reads a
+layer's parameters runs in another layer. x is a tuple of slots: a value keeps its slot for as
 long as it is needed, and a new one takes an empty slot of its shape and dtype.
 """
 
@@ -47,7 +47,7 @@ class Slots:
         self.before[boundary] = slots
 
 
-def same_type(one: Value, other: Value) -> bool:
+def same_type(one: Operand, other: Operand) -> bool:
     """Whether two values have the same shape and dtype."""
     return one.aval.shape == other.aval.shape and one.aval.dtype == other.aval.dtype
 
@@ -87,7 +87,7 @@ def cut(wanted: Iterable[Value], region: Sequence[Node], *, prefer_late: bool) -
         can_keep=lambda node: True,
         can_redo=lambda node: node.outputs in movable,
         size=size,
-        is_free=lambda number: values[number].is_free,
+        is_free=lambda number: values[number].is_at_hand,
         prefer_late=prefer_late,
     )
     return sorted((values[number] for number in kept), key=_order)
@@ -140,13 +140,13 @@ def region_of(wanted: Iterable[Value]) -> list[Node]:
         if node is not None and node not in found:
             found.add(node)
             if can_move(node):
-                todo.extend(v for v in node.reads if not v.is_free)
+                todo.extend(v for v in node.reads if not v.is_at_hand)
     return sorted(found, key=lambda node: node.number)
 
 
 def can_move(node: Node) -> bool:
-    """Whether an equation may run behind the cut: it is cheap, and reads no parameters."""
-    return node.name in _CHEAP and not any(v.is_weights for v in node.reads)
+    """Whether an equation may run behind the cut: it is cheap, and reads no layer's parameters."""
+    return node.name in _CHEAP and not any(v.is_weights and not v.is_at_hand for v in node.reads)
 
 
 def position(node: Node) -> int:

@@ -360,7 +360,7 @@ def _require_narrow(slots: Slots, layers: Sequence[Layer]) -> None:
     ]
     raise_all(
         f"loss_fn: {total:,} bytes cross between layers, more than twice the {usual:,} that half "
-        "of the layers read and write: values of several layers travel to the end in each transfer; "
+        "of the layers read and write: values of several layers travel to the end; "
         "use them in the layer that makes them, or write the model as embed, block and head",
         lines if total > 2 * usual else (),
     )

@@ -66,7 +66,7 @@ def make_alike(
         between = needed(list(wanted), known=after)
         reads = [v for node in between for v in node.reads if v not in after]
         made = {v for node in between for v in node.results}
-        is_enough = all(map(can_move, between)) and all(v.is_free or v in made for v in reads)
+        is_enough = all(map(can_move, between)) and all(v.is_at_hand or v in made for v in reads)
         if is_enough and all(v in after or v.node is not None for v in wanted):
             slots.before[target + 1] = after
 

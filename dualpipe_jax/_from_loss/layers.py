@@ -8,7 +8,7 @@ and free values may differ; they become tables, or are made again in the block.
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe_jax._from_loss.crossing import Slots
+from dualpipe_jax._from_loss.crossing import Slots, same_type
 from dualpipe_jax._from_loss.equality import Equality, same_aval
 from dualpipe_jax._from_loss.terms import Term
 from dualpipe_jax._from_loss.values import Node, Operand, Value
@@ -146,10 +146,8 @@ def same_node(one: Node, other: Node, equality: Equality) -> bool:
     kinds = [[isinstance(a, Value) for a in node.operands] for node in (one, other)]
     if kinds[0] != kinds[1] or one.num_lifted != other.num_lifted:
         return False
-    if not all(
-        same_aval(a.aval, b.aval) for a, b in zip(one.operands, other.operands, strict=True)
-    ):
-        # An operand that x brings may have lost its weak type.
+    # The equations themselves know the types of their operands in full.
+    if not all(map(same_type, one.operands, other.operands)):
         return False
     if one.lifted is not None and other.lifted is not None:
         return equality.same_equation(one.lifted, other.lifted)

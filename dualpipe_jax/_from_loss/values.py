@@ -70,6 +70,11 @@ class Value:
         return not self.of_batch and (self.position >= 0 or self.of_ends)
 
     @property
+    def is_at_hand(self) -> bool:
+        """Whether every block can have it without x: free values, and weights of the ends."""
+        return self.is_free or (self.is_weights and self.position < 0)
+
+    @property
     def crosses(self) -> bool:
         """Whether a later layer can have it through x only."""
         return not self.is_free and not self.is_weights
