@@ -57,7 +57,8 @@ class Conversion:
         indices = indices_in_stack(self.kinds)
 
         def layer_of(place: Place, layer: int) -> Any:
-            return stacks[self.kinds[layer]][place.name][indices[layer]]
+            stack = stacks[self.kinds[layer]][place.name]
+            return stack[indices[layer], ...]  # an array also of NumPy's, for integers' gradients
 
         def value(place: Place) -> Any:
             if place.layer is None:
@@ -199,7 +200,9 @@ def _stack(parts: Sequence[tuple[Any, int | None]]) -> Any:
     is_whole = [index for leaf, index in parts if leaf is first] == list(range(len(parts)))
     if is_whole and len(parts) == len(first):
         return first
-    layers = [leaf if index is None else leaf[index] for leaf, index in parts]
+    layers = [
+        leaf if index is None else replicate_layers_dim(leaf)[index, ...] for leaf, index in parts
+    ]
     return _numpy_of(layers).stack(layers)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualpipe_jax._errors import raise_all
+from dualpipe_jax._errors import is_array, raise_all, show
 from dualpipe_jax._from_loss.check import check_kind
 from dualpipe_jax._from_loss.crossing import Slots, cut_between_layers, position
 from dualpipe_jax._from_loss.equality import Equality
@@ -25,6 +25,7 @@ from dualpipe_jax._from_loss.layers import Layer
 from dualpipe_jax._from_loss.places import Place, Places
 from dualpipe_jax._from_loss.terms import Terms, split_outputs
 from dualpipe_jax._from_loss.values import Node, Operand, Source, Stack, Value, needed
+from dualpipe_jax._model import semantics
 from dualpipe_jax._model.types import Batch
 
 
@@ -170,8 +171,22 @@ def _trace(loss_fn: Callable[..., Any], places: Places, microbatch: Batch, key: 
     """Traces loss_fn; returns its program, and the shapes of its outputs."""
     params = places.structure.unflatten(places.avals)
     arguments = (params, microbatch) if key is None else (params, microbatch, key)
+
+    def checked(*arguments: Any) -> Any:
+        out = semantics.as_arrays(semantics.pytree("loss_fn", loss_fn(*arguments)))
+        raise_all(
+            "loss_fn: must return a scalar loss, or (loss, metrics) of arrays with has_aux=True",
+            (
+                f"its result{jax.tree_util.keystr(path)} is {show(leaf)}"
+                for path, leaf in jax.tree_util.tree_leaves_with_path(out)
+                if not is_array(leaf)
+            ),
+            error=TypeError,
+        )
+        return out
+
     try:
-        return jax.make_jaxpr(loss_fn, return_shape=True)(*arguments)
+        return jax.make_jaxpr(checked, return_shape=True)(*arguments)
     except NameError as error:
         if "unbound axis name" not in str(error):
             raise

@@ -16,7 +16,7 @@ from dualpipe_jax._from_loss.places import HOLE, Places, find_places
 from dualpipe_jax._from_loss.report import show_cut
 from dualpipe_jax._model import call_checks, semantics
 from dualpipe_jax._model.checks import positive_int
-from dualpipe_jax._model.kinds import indices_in_stack
+from dualpipe_jax._model.kinds import indices_in_stack, replicate_layers_dim
 from dualpipe_jax._model.types import Batch, Context, Metrics, Model, Params, PyTree, Weight
 from dualpipe_jax._model.users_call import call
 
@@ -148,7 +148,7 @@ class LossModel(Model):
 
     def is_canonical(self, tree: PyTree) -> bool:
         """Whether a tree has the structure that `params` gives."""
-        return jax.tree.structure(tree) == self.conversion.structure
+        return jax.tree.structure(semantics.pytree("canonical", tree)) == self.conversion.structure
 
     def params(self, tree: PyTree) -> Params:
         """Converts a user's parameters to `{"ends": ..., "blocks": ...}`, `"shared"` if needed.
@@ -174,7 +174,7 @@ class LossModel(Model):
         Raises:
           ValueError: If it is not of that form.
         """
-        if not isinstance(canonical, dict) or not {"ends", "blocks"} <= canonical.keys():
+        if not self.is_canonical(canonical):
             raise ValueError(
                 f"canonical: must be as LossModel.params gives it, got {show(canonical)}"
             )
@@ -188,6 +188,7 @@ class LossModel(Model):
         """
         of_head = metrics.head if isinstance(metrics, Metrics) else metrics
         of_blocks = metrics.blocks if isinstance(metrics, Metrics) else {}
+        of_blocks = replicate_layers_dim(of_blocks)
         layout, terms = self.cut.layout, self.cut.terms
         indices = indices_in_stack(layout)
         rows: dict[tuple[int, int | None], Any] = {}

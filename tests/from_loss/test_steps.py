@@ -141,7 +141,7 @@ def test_converted_parameters_are_taken_and_returned_as_such() -> None:
     assert set(canonical["shared"]) == {"scale"}
     sharded = jax.device_put(canonical, dpj.shardings(canonical, mesh=ONLY_PIPE["mesh"]))
     value, grads = jax.jit(dpj.value_and_grad(MODEL, **ONLY_PIPE))(sharded, BATCH, rng=KEY)
-    assert grads["blocks"]["w"].sharding.spec == jax.P("pipe")
+    assert grads["blocks"]["w"].sharding.spec[0] == "pipe"
     wanted = reference(PARAMS, BATCH, num_microbatches=MICROBATCHES)
     assert_equal((value, MODEL.tree(grads)), wanted)
 
@@ -169,7 +169,8 @@ def test_overwritten_parameters_are_found_by_flaxs_collection() -> None:
     _, grads = jax.jit(dpj.value_and_grad(model, **ONLY_PIPE))(params, BATCH)
     parts = [jax.grad(loss)(params, part) for part in jnp.split(BATCH, MICROBATCHES)]
     for layer in params:
-        largest = max(part[layer][name] for part in parts)
+        # The cotangent of each microbatch's loss is 1 / MICROBATCHES.
+        largest = max(part[layer][name] for part in parts) / MICROBATCHES
         np.testing.assert_allclose(grads[layer][name], largest, rtol=1e-12)
 
 
