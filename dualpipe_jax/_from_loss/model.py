@@ -96,7 +96,7 @@ def from_loss(
         raise ValueError("layers=(): must name the layers, such as 'layers_{}'")
     raise_all(
         'layers: each path may have one "{}", for the number of the layer',
-        (repr(pattern) for pattern in patterns if pattern.count(HOLE) > 1),
+        (brief(pattern) for pattern in patterns if pattern.count(HOLE) > 1),
     )
     names = _require_paths("shared", shared)
     call_checks.arrays(semantics.pytree("params", params), "params")
@@ -307,7 +307,7 @@ def _require_paths(argument: str, value: Any) -> tuple[str, ...]:
     paths = require_names(argument, value)
     raise_all(
         f"{argument}: must be paths, keys joined by '/'",
-        (repr(path) for path in paths if not path or path.startswith("/") or path.endswith("/")),
+        (brief(path) for path in paths if not path or path.startswith("/") or path.endswith("/")),
     )
     return paths
 

@@ -90,7 +90,7 @@ def find_places(params: PyTree, layers: Sequence[str], shared: Sequence[str]) ->
     )
     raise_all(
         "shared: must be paths of parameters, or of branches of them",
-        (repr(name) for name in shared if not any(_is_under(path, name) for path in paths)),
+        (brief(name) for name in shared if not any(_is_under(path, name) for path in paths)),
     )
     is_shared = [any(_is_under(path, name) for name in shared) for path in paths]
     places: dict[int, Place] = {}
@@ -103,11 +103,11 @@ def find_places(params: PyTree, layers: Sequence[str], shared: Sequence[str]) ->
         }
         if not found:
             raise ValueError(
-                f"layers={pattern!r}: no parameter has such a path; numbered parts are "
+                f"layers={brief(pattern)}: no parameter has such a path; numbered parts are "
                 f"{_numbered_parts(paths, avals)}"
             )
         raise_all(
-            f"layers={pattern!r}: its parameters must not be those of another pattern",
+            f"layers={brief(pattern)}: its parameters must not be those of another pattern",
             (paths[i] for i in found if i in places),
         )
         if HOLE in pattern:
@@ -152,7 +152,7 @@ def _require_all_numbers(pattern: str, numbers: set[int]) -> int:
     missing = sorted(set(range(max(numbers) + 1)) - numbers)
     if missing:
         raise ValueError(
-            f"layers={pattern!r}: the layers must be counted from 0 without gaps, but of "
+            f"layers={brief(pattern)}: the layers must be counted from 0 without gaps, but of "
             f"{max(numbers) + 1} these are missing: {brief(missing)}; rename them, or leave "
             "the layers before the gap outside by another name"
         )
@@ -163,8 +163,8 @@ def _require_one_size(pattern: str, avals: dict[str, jax.ShapeDtypeStruct]) -> i
     """Requires one leading dim of all leaves of a stack, and returns it."""
     sizes = {aval.shape[:1] for aval in avals.values()}
     raise_all(
-        f"layers={pattern!r}: all leaves of a stack must have the layers as their leading dim (for "
-        f"layers of their own give their number's place, such as {pattern + '_{}'!r})",
+        f"layers={brief(pattern)}: all leaves of a stack must have the layers as their leading dim "
+        f"(for layers of their own give their number's place, such as {pattern + '_{}'!r})",
         (f"{path} of shape {aval.shape}" for path, aval in avals.items())
         if len(sizes) != 1 or sizes == {()}
         else (),

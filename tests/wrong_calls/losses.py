@@ -59,7 +59,7 @@ def _mistakes() -> dict[str, list[Mistake]]:
             mistake("returns another type", _returns(lambda loss: "text"), also=("loss_fn",)),
             mistake("returns nothing", _returns(lambda loss: None)),
             mistake("returns no scalar", _returns(lambda loss: jnp.ones(3) * loss)),
-            mistake("returns a pair", _returns(lambda loss: (loss, loss))),
+            mistake("returns a triple", _returns(lambda loss: (loss, loss, loss))),
             mistake("function that raises", users.raises, raises=UsersError),
             mistake("layers out of order", _backwards),
             mistake("effect", _prints),
