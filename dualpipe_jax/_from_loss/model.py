@@ -103,6 +103,8 @@ def from_loss(
     call_checks.arrays(semantics.pytree("microbatch", microbatch), "microbatch")
     _require_rows(microbatch)
     call_checks.key(rng)
+    if weight is not None:
+        jax.eval_shape(partial(call, "weight", "(microbatch) -> scalar", weight), microbatch)
     finder = Finder(
         loss_fn=loss_fn,
         places=find_places(semantics.as_arrays(params), patterns, names),
