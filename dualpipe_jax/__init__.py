@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dualpipe_jax._api.value_and_grad import value_and_grad as value_and_grad
     from dualpipe_jax._devices import Device as Device
     from dualpipe_jax._devices import device_figures as device_figures
+    from dualpipe_jax._from_loss import LossModel as LossModel
+    from dualpipe_jax._from_loss import from_loss as from_loss
     from dualpipe_jax._model.types import Aux as Aux
     from dualpipe_jax._model.types import Context as Context
     from dualpipe_jax._model.types import Metrics as Metrics
@@ -44,6 +46,7 @@ _HOME = {
     "Costs": "_predict",
     "Device": "_devices",
     "Execution": "_schedule.execution",
+    "LossModel": "_from_loss",
     "Metrics": "_model.types",
     "Model": "_model.types",
     "Schedule": "schedules",
@@ -54,6 +57,7 @@ _HOME = {
     "compiler_options": "_preflight",
     "device_figures": "_devices",
     "evaluate": "_api.evaluate",
+    "from_loss": "_from_loss",
     "linen": None,
     "make_mesh": "_api.make_mesh",
     "nnx": None,

@@ -14,6 +14,7 @@ from dualpipe_jax._api.count_costs import costs_of
 from dualpipe_jax._api.host import Host
 from dualpipe_jax._api.shardings import shardings
 from dualpipe_jax._api.tried import Tried, values_to_try
+from dualpipe_jax._api.users_tree import Options, as_canonical, convert_options, plain
 from dualpipe_jax._api.value_and_grad import GradFunction, value_and_grad
 from dualpipe_jax._costs import as_bytes, as_number
 from dualpipe_jax._errors import brief
@@ -157,23 +158,29 @@ def choose(
         batch_axes=batch_axes,
         manual_axes=manual_axes,
     )
+    options = convert_options(
+        model, Options(param_specs, trainable=trainable), manual_axes=manual_axes
+    )
+    params, _ = as_canonical(model, params)
     call_checks.arguments(params, batch, rng)
     given = _Given(
-        model=model,
+        model=plain(model),
         params=params,
         batch=batch,
         rng=rng,
         axes=axes,
         options={
-            "param_specs": param_specs,
+            "param_specs": options.param_specs,
             "layers_per_stage": layers_per_stage,
-            "trainable": trainable,
+            "trainable": options.trainable,
         },
         costs=costs,
         host=Host.of(mesh, memory=host_memory, link=host_link, costs=costs),
         limit=limit,
         headroom=headroom,
-        terms_outside=_terms_outside(params, batch, optimizer, axes=axes, param_specs=param_specs),
+        terms_outside=_terms_outside(
+            params, batch, optimizer, axes=axes, param_specs=options.param_specs
+        ),
     )
     choices, errors = rank(_cases(given, tried), is_one_of_several=len(tried.numbers) > 1)
     ordered = Choices(choices)

@@ -7,6 +7,7 @@ import jax
 
 from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import ForwardOnly
+from dualpipe_jax._api.users_tree import Form, Options, as_canonical, convert_options
 from dualpipe_jax._errors import brief
 from dualpipe_jax._model import call_checks
 from dualpipe_jax._model.types import (
@@ -60,7 +61,8 @@ def evaluate(
     )
 
     def loss_fn(params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Any:
-        return _run(build, params, batch, rng)
+        params, form = _canonical(model, params, batch)
+        return form.result(_run(build, params, batch, rng))
 
     return loss_fn
 
@@ -115,6 +117,7 @@ def apply(
     )
 
     def apply_fn(params: Params, batch: Batch, *, rng: jax.Array | None = None) -> PyTree:
+        params, _ = _canonical(model, params, batch)
         return _run(build, params, batch, rng)
 
     return apply_fn
@@ -131,15 +134,21 @@ def _builder(
 ) -> Builder:
     axes = check_axes(model, num_microbatches=num_microbatches, **axes_options)
     num_ranks = axes.mesh.shape[axes.axis]
+    options = convert_options(model, Options(param_specs), manual_axes=axes.manual_axes)
     return Builder(
         model,
         axes=axes,
         program=ForwardOnly(num_ranks=num_ranks, num_microbatches=num_microbatches),
         block=block_of(model, "none"),
-        param_specs=param_specs,
+        param_specs=options.param_specs,
         layers_per_stage=stage_sizes(layers_per_stage, num_stages=num_ranks, where=", one a rank"),
         output=output,
     )
+
+
+def _canonical(model: Model, params: PyTree, batch: Batch) -> tuple[Params, Form]:
+    call_checks.have_values(params=params, batch=batch)
+    return as_canonical(model, params)
 
 
 def _run(build: Builder, params: Params, batch: Batch, rng: jax.Array | None) -> Any:

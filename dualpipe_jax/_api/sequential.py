@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dualpipe_jax._api.users_tree import Options, as_canonical, convert_options
 from dualpipe_jax._leaves.specs import find_overwritten
 from dualpipe_jax._model import call_checks, checks, returns, semantics
 from dualpipe_jax._model.kinds import (
@@ -53,12 +54,21 @@ def sequential(
     checks.is_model(model)
     checks.positive_int("num_microbatches", num_microbatches)
 
+    options = convert_options(model, Options(overwrite=overwrite))
+
     def loss_of(params: Params, batch: Batch, rng: jax.Array | None) -> Any:
         return _loss_of(
-            model, params, batch, rng, num_microbatches=num_microbatches, overwrite=overwrite
+            model,
+            params,
+            batch,
+            rng,
+            num_microbatches=num_microbatches,
+            overwrite=options.overwrite,
         )
 
     def loss_fn(params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Any:
+        call_checks.have_values(params=params, batch=batch)
+        params, form = as_canonical(model, params)
         # Arrays of a pipeline may be sharded over Explicit axes, over which a scan cannot step.
         params, batch = call_checks.values(params, batch)
         leaves = jax.tree.leaves((params, batch))
@@ -68,7 +78,7 @@ def sequential(
         if mesh is not None:
             replicated = jax.NamedSharding(mesh, jax.P())
             run = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=replicated)
-        return run(params, batch, rng)
+        return form.result(run(params, batch, rng))
 
     return loss_fn
 

@@ -12,13 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from dualpipe_jax._errors import brief, raise_all, show
+from dualpipe_jax._from_loss import LossModel
+from dualpipe_jax._from_loss.places import Place
 from dualpipe_jax._model import call_checks, checks, semantics
 from dualpipe_jax._model.kinds import PARTS, is_stacked, keys_of
 from dualpipe_jax._model.types import Mesh, PyTree
 
 
 def shardings(
-    tree: PyTree,
+    tree: PyTree | LossModel,
     *,
     mesh: Mesh,
     axis: str = "pipe",
@@ -39,7 +41,10 @@ def shardings(
     (P('pipe',), P())
 
     Args:
-      tree: Arrays or `jax.ShapeDtypeStruct`s: parameters, an optax state, a
+      tree: A model of `from_loss`, for the shardings of the user's own parameters: stacks over
+        `axis` by layers, and each leaf of a layer of its own over `axis` in its first dim that the
+        axis divides (and that param_specs leaves free), so that no device holds all layers. Or
+        arrays or `jax.ShapeDtypeStruct`s: parameters, an optax state, a
         `flax.training.train_state.TrainState`, an `nnx.Module`, an `nnx.Optimizer`. A leaf under
         a key or attribute `blocks` has the layers' dim first, unless a module holds its layers in
         a list.
@@ -63,6 +68,8 @@ def shardings(
     checks.mesh_axis(mesh, axis)
     if not isinstance(blocks, str):
         raise TypeError(f"blocks={brief(blocks)}: must be a name")
+    if isinstance(tree, LossModel):
+        return _of_users_tree(tree, mesh, axis, param_specs)
     _require_specs(param_specs, mesh)
 
     call_checks.arrays(semantics.pytree("tree", tree), "tree")
@@ -107,6 +114,32 @@ def shardings(
         return jax.tree_util.tree_map_with_path(elsewhere, tree, is_leaf=_is_parameters)
 
     return of_any(tree)
+
+
+def _of_users_tree(model: LossModel, mesh: Mesh, axis: str, param_specs: PyTree) -> PyTree:
+    """Gives the shardings of a user's own parameters."""
+    conversion = model.conversion
+    _require_specs(conversion.specs("param_specs", param_specs), mesh)
+
+    def sharding(place: Place, shape: tuple[int, ...], spec: PartitionSpec | None) -> NamedSharding:
+        entries: list[Any] = [
+            _divided(mesh, entry, size)
+            for entry, size in zip((*(spec or ()), *[None] * len(shape)), shape, strict=False)
+        ]
+        taken = {name for entry in entries for name in _names(entry)}
+        dims = range(len(shape)) if place.num_stacked is None else range(1)
+        if place.layer is not None and axis not in taken:
+            free = [d for d in dims if entries[d] is None and shape[d] % mesh.shape[axis] == 0]
+            for dim in free[:1]:
+                entries[dim] = axis
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    specs = conversion.users_specs("param_specs", param_specs)
+    places = zip(conversion.places.leaves, conversion.places.avals, specs, strict=True)
+    leaves = [sharding(place, aval.shape, spec) for place, aval, spec in places]
+    return conversion.places.structure.unflatten(leaves)
 
 
 def _is_parameters(node: Any) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import Training
+from dualpipe_jax._api.users_tree import Options, as_canonical, convert_options
 from dualpipe_jax._errors import brief
 from dualpipe_jax._executor import MemoryReport
 from dualpipe_jax._model import call_checks
@@ -155,6 +156,9 @@ def value_and_grad(
         batch_axes=batch_axes,
         manual_axes=manual_axes,
     )
+    options = convert_options(
+        model, Options(param_specs, grad_specs, trainable, overwrite), manual_axes=manual_axes
+    )
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
     if not isinstance(execution, Execution):
         raise TypeError(
@@ -177,13 +181,10 @@ def value_and_grad(
         program=program,
         layers_per_stage=sizes,
         block=block,
-        param_specs=param_specs,
-        grad_specs=grad_specs,
-        trainable=trainable,
-        overwrite=overwrite,
+        **options._asdict(),
         grad_dtype=dtype,
     )
-    return GradFunction(build=build, schedule=schedule, grad_dtype=dtype)
+    return GradFunction(model=model, build=build, schedule=schedule, grad_dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -191,11 +192,13 @@ class GradFunction:
     """Computes loss and gradients of (params, batch), as `value_and_grad` describes it.
 
     Attributes:
+      model: The model.
       build: Gives the step for the arguments of a call.
       schedule: The schedule.
       grad_dtype: The dtype of gradients; None for that of each parameter.
     """
 
+    model: Model
     build: Builder
     schedule: Schedule
     grad_dtype: jnp.dtype | None
@@ -219,13 +222,15 @@ class GradFunction:
         loss_scale: float | Float[jax.Array, ""] | None = None,
     ) -> tuple[Any, Params]:
         """Returns `(loss, grads)`, or with metrics `((loss, metrics), grads)`."""
+        call_checks.have_values(params=params, batch=batch)
+        params, form = as_canonical(self.model, params)
         params, batch = call_checks.values(params, batch)
         loss_scale = call_checks.loss_scale(loss_scale)
         step = self.build(params, batch, rng)
         call_checks.grad_dtype(self.grad_dtype, params)
         with jax.named_scope(self._scope) if self._scope else nullcontext():
-            value, grads = step(*without_derivative((params, batch)), rng, loss_scale)
-        return without_derivative(value), grads
+            result, grads = step(*without_derivative((params, batch)), rng, loss_scale)
+        return form.result(without_derivative(result)), form.tree(grads)
 
     @property
     def _scope(self) -> str:
@@ -261,6 +266,7 @@ class GradFunction:
         def look(params: Params, batch: Batch, rng: Any) -> None:
             reports.append(self.build.traced(params, batch, rng).memory(params, batch, rng))
 
+        params, _ = as_canonical(self.model, params)
         call_checks.arguments(params, batch, rng)
         jax.eval_shape(look, params, batch, rng)
         return reports[0]

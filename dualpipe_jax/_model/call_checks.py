@@ -199,7 +199,15 @@ def values(params: Params, batch: Batch) -> tuple[Params, Batch]:
 
     Whatever is cheap to find is refused before many scalars become arrays.
     """
-    trees = {"params": params, "batch": batch}
+    have_values(params=params, batch=batch)
+    _parts(params)
+    arrays(batch, "batch")
+    _rows(batch)
+    return semantics.as_arrays(params), semantics.as_arrays(batch)
+
+
+def have_values(**trees: PyTree) -> None:
+    """Requires trees without avals."""
     raise_all(
         "params and batch: must have values, to run a step on them; jax.ShapeDtypeStruct is for "
         "grad_fn.memory, choose, preflight and jax.eval_shape",
@@ -211,10 +219,6 @@ def values(params: Params, batch: Batch) -> tuple[Params, Batch]:
         ),
         error=TypeError,
     )
-    _parts(params)
-    arrays(batch, "batch")
-    _rows(batch)
-    return semantics.as_arrays(params), semantics.as_arrays(batch)
 
 
 def arguments(params: Params, batch: Batch, rng: Any) -> None:

@@ -79,11 +79,19 @@ def context(
       shard: The index of this shard of the batch, folded into the key last; None with one shard.
       shared: `params["shared"]`, if any.
     """
+    own_key = microbatch_key = None
     if key is not None:
-        key = jax.random.fold_in(key, position)
-        key = key if shard is None else jax.random.fold_in(key, shard)
-    layer = jnp.asarray(position, jnp.int32) if is_layer else None
-    return Context(microbatch=microbatch, layer=layer, rng=key, shared=shared)
+        keys = [jax.random.fold_in(key, position), key]
+        own_key, microbatch_key = (
+            k if shard is None else jax.random.fold_in(k, shard) for k in keys
+        )
+    return Context(
+        microbatch=microbatch,
+        layer=jnp.asarray(position, jnp.int32) if is_layer else None,
+        rng=own_key,
+        microbatch_rng=microbatch_key,
+        shared=shared,
+    )
 
 
 def accumulator_dtype(dtype: Any) -> Any:

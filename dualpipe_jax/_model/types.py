@@ -38,6 +38,9 @@ class Context:
       rng: A key for this microbatch and layer, the same in every schedule; None without `rng=`.
         With `k = jax.random.fold_in(rng, m)`, block `l` gets `fold_in(k, l)`, embed
         `fold_in(k, num_layers)` and head `fold_in(k, num_layers + 1)`.
+      microbatch_rng: The key of this microbatch, the same in embed, in all blocks and in head:
+        `fold_in(rng, m)`, with the index of the shard of the batch folded in last if there are
+        several; None without `rng=`. For functions that derive the keys of layers by themselves.
       shared: `params["shared"]`, parameters that all blocks (and embed and head) may use; None if
         params have no `"shared"`. Their gradient is the sum over all uses.
     """
@@ -45,6 +48,7 @@ class Context:
     microbatch: Batch
     layer: jax.Array | None = None
     rng: jax.Array | None = None
+    microbatch_rng: jax.Array | None = None
     shared: PyTree = None
 
 

@@ -20,7 +20,7 @@ from tests.wrong_calls.oracle import Tally, Target, Wrong, problem_of, wrong_cal
 
 GROUPS = (
     *("steps", "schedules", "predictions", "preflights", "meshes"),
-    *("linen_models", "nnx_models", "commands", "experiments", "checkpoints"),
+    *("linen_models", "nnx_models", "losses", "commands", "experiments", "checkpoints"),
 )
 # Calls of a sample for each unit of a callable's weight.
 SAMPLE = 7
@@ -81,7 +81,7 @@ def test_every_public_callable_is_called():
     modules = {"linen", "nnx", "optimizers", "schedules"}
     public = {name for name in dpj.__all__ if name not in modules and name != "__version__"}
     public |= {f"{name}.{inner}" for name in modules for inner in getattr(dpj, name).__all__}
-    classes = {"linen.LinenModel", "nnx.NNXModel", "schedules.names"}
+    classes = {"linen.LinenModel", "nnx.NNXModel", "schedules.names", "LossModel"}
     public -= {"schedules.Schedule", "schedules.Timeline"} | classes | returned
     assert public <= called
 

@@ -1,0 +1,381 @@
+"""Finds the pipeline in a traced loss: `find_cut` is the whole way, in its order.
+
+The loss is traced for one microbatch's shapes and becomes a graph; its outputs become terms of
+layers and of the head; the values that cross between layers get their slots of x; layers that are
+the same program become kinds; and each kind gets recipes for the free values of its block.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dualpipe_jax._errors import is_array, raise_all, show
+from dualpipe_jax._from_loss.check import check_kind
+from dualpipe_jax._from_loss.crossing import Slots, cut_between_layers, position
+from dualpipe_jax._from_loss.equality import Equality
+from dualpipe_jax._from_loss.first_and_last import make_alike, place_first, place_last, readers_of
+from dualpipe_jax._from_loss.free import Family, Recipe, recipe
+from dualpipe_jax._from_loss.graph import Graph
+from dualpipe_jax._from_loss.kinds import Kind, group
+from dualpipe_jax._from_loss.layers import Layer
+from dualpipe_jax._from_loss.places import Place, Places
+from dualpipe_jax._from_loss.terms import Terms, split_outputs
+from dualpipe_jax._from_loss.values import Node, Operand, Source, Stack, Value, needed
+from dualpipe_jax._model import semantics
+from dualpipe_jax._model.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Holds the inputs of a traced loss.
+
+    Attributes:
+      ends: The parameters outside of the layers, by path.
+      layers: The parameters of each layer, by name.
+      batch: The leaves of the microbatch.
+      key: The microbatch's key, or None.
+    """
+
+    ends: dict[str, Value]
+    layers: list[dict[str, Value]]
+    batch: list[Value]
+    key: Value | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Holds the pipeline of a traced loss.
+
+    Attributes:
+      inputs: Its inputs.
+      outputs: Its outputs: the loss, and the leaves of its metrics.
+      structure: The structure of the loss and its metrics.
+      terms: The outputs of layers and head.
+      slots: The values that cross, by slot of x.
+      kinds: The kinds of layers.
+      recipes: For each kind, how its block makes the free values that it reads.
+      families: The families of keys that travel in x, behind the slots.
+      notes: Remarks for the user.
+    """
+
+    inputs: Inputs
+    outputs: list[Operand]
+    structure: Any
+    terms: Terms
+    slots: Slots
+    kinds: list[Kind]
+    recipes: list[list[Recipe]]
+    families: list[Family] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers."""
+        return len(self.inputs.layers)
+
+    @property
+    def layout(self) -> tuple[str | None, ...]:
+        """The name of the kind of every layer; None for layers of one kind."""
+        if len(self.kinds) == 1:
+            return (None,) * self.num_layers
+        names = {i: f"kind_{n}" for n, kind in enumerate(self.kinds) for i in kind.indices}
+        return tuple(names[layer] for layer in range(self.num_layers))
+
+    @property
+    def has_tracers(self) -> bool:
+        """Whether the loss reads values of a trace around it."""
+        read = [v for node in needed(self.outputs) for v in node.reads]
+        arrays = [v.source.array for v in read if v.source is not None]
+        return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+    @functools.cached_property
+    def shared(self) -> frozenset[str]:
+        """The paths of the parameters of the ends that layers read."""
+        found: set[str] = set()
+        for layer in (layer for kind in self.kinds for layer in kind.layers):
+            read = {v for node in needed(layer.targets, known=layer.x) for v in node.reads}
+            read.update(v for v in layer.targets if isinstance(v, Value))
+            tokens = [layer.token(v) for v in read]
+            found.update(token[1] for token in tokens if token and token[0] == "ends")
+        return frozenset(found)
+
+
+def find_cut(
+    loss_fn: Callable[..., Any],
+    places: Places,
+    microbatch: Batch,
+    key: Any,
+    *,
+    has_aux: bool,
+    is_weighted: bool,
+    max_kinds: int | None,
+) -> Cut:
+    """Finds the pipeline in a loss.
+
+    Args:
+      loss_fn: `(params, microbatch)` or `(params, microbatch, key) -> loss`.
+      places: The places of the parameters.
+      microbatch: The shapes of a microbatch.
+      key: The type of a key, or None.
+      has_aux: Whether loss_fn returns `(loss, metrics)`.
+      is_weighted: Whether the loss is divided by a weight.
+      max_kinds: The most kinds of layers; None for the smaller of four and half of the layers.
+
+    Raises:
+      ValueError: If it has no pipeline by the rules of docs/from_loss.md.
+      TypeError: If loss_fn returns a wrong type.
+    """
+    program, out = _trace(loss_fn, places, microbatch, key)
+    _require_outputs(out, has_aux=has_aux)
+    graph = Graph()
+    inputs, operands = _make_inputs(places, microbatch, key)
+    outputs = [
+        graph.as_value(a) if isinstance(a, Stack) else a for a in graph.append(program, operands)
+    ]
+    if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
+        raise ValueError(
+            "loss_fn: its loss does not depend on the parameters of any layer; name in layers= the "
+            "layers that it runs"
+        )
+    equality = Equality()
+    found: list[Cut] = []
+    reasons: list[ValueError] = []
+    for prefer_late in (True, False):
+        try:
+            cut = _cut(
+                graph,
+                inputs,
+                outputs,
+                equality,
+                structure=jax.tree.structure(out),
+                is_weighted=is_weighted,
+                prefer_late=prefer_late,
+                max_kinds=max_kinds,
+            )
+        except ValueError as error:
+            reasons.append(error)
+            continue
+        found.append(cut)
+        if len(cut.kinds) == 1:
+            break
+    if not found:
+        raise reasons[0]
+    return min(found, key=lambda cut: len(cut.kinds))
+
+
+def _trace(loss_fn: Callable[..., Any], places: Places, microbatch: Batch, key: Any) -> Any:
+    """Traces loss_fn; returns its program, and the shapes of its outputs."""
+    params = places.structure.unflatten(places.avals)
+    arguments = (params, microbatch) if key is None else (params, microbatch, key)
+
+    def checked(*arguments: Any) -> Any:
+        out = semantics.as_arrays(semantics.pytree("loss_fn", loss_fn(*arguments)))
+        raise_all(
+            "loss_fn: must return a scalar loss, or (loss, metrics) of arrays with has_aux=True",
+            (
+                f"its result{jax.tree_util.keystr(path)} is {show(leaf)}"
+                for path, leaf in jax.tree_util.tree_leaves_with_path(out)
+                if not is_array(leaf)
+            ),
+            error=TypeError,
+        )
+        return out
+
+    try:
+        return jax.make_jaxpr(checked, return_shape=True)(*arguments)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"loss_fn: names a mesh axis in a collective ({error}), which from_loss cannot trace; "
+            "write the model as embed, block and head with manual_axes="
+        ) from error
+
+
+def _require_outputs(out: Any, *, has_aux: bool) -> None:
+    """Requires a loss, or `(loss, metrics)`.
+
+    Raises:
+      TypeError: If loss_fn returned something else.
+      ValueError: If its loss is no floating-point scalar.
+    """
+    is_pair = isinstance(out, tuple) and len(out) == 2
+    loss = out[0] if has_aux and is_pair else out
+    if has_aux and not is_pair:
+        raise TypeError("loss_fn: with has_aux=True it must return (loss, metrics)")
+    if not jax.tree_util.all_leaves([loss]):
+        raise TypeError(
+            "loss_fn: must return a scalar loss; to return metrics beside it, give has_aux=True"
+        )
+    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"loss_fn: must return a floating-point scalar, got {loss.dtype}{list(loss.shape)}; "
+            "reduce it over the microbatch"
+        )
+
+
+def _make_inputs(places: Places, microbatch: Batch, key: Any) -> tuple[Inputs, list[Any]]:
+    """Makes the inputs of the graph, and the operands of the loss's program."""
+    layers: list[dict[str, Value]] = [{} for _ in range(places.num_layers)]
+    ends: dict[str, Value] = {}
+    operands: list[Any] = []
+
+    def of_layer(place: Place, layer: int, aval: Any) -> Value:
+        source = Source("layer", place.name, layer)
+        layers[layer][place.name] = Value(aval, source=source, position=layer, of_layers=1 << layer)
+        return layers[layer][place.name]
+
+    for place, shape in zip(places.leaves, places.avals, strict=True):
+        aval = jax.core.ShapedArray(shape.shape, shape.dtype)
+        if place.layer is None:
+            ends[place.path] = Value(aval, source=Source("ends", place.path), of_ends=True)
+            operands.append(ends[place.path])
+        elif place.num_stacked is None:
+            operands.append(of_layer(place, place.layer, aval))
+        else:
+            inner = jax.core.ShapedArray(shape.shape[1:], shape.dtype)
+            items = [of_layer(place, layer, inner) for layer in place.layers]
+            operands.append(Stack(items, aval))
+    batch = [
+        Value(
+            jax.core.ShapedArray(leaf.shape, leaf.dtype),
+            source=Source("batch", str(number)),
+            of_batch=True,
+        )
+        for number, leaf in enumerate(jax.tree.leaves(microbatch))
+    ]
+    key_value = None
+    if key is not None:
+        aval = jax.core.ShapedArray(key.shape, key.dtype)
+        key_value = Value(aval, source=Source("key"), of_batch=True)
+    operands += [*batch, *([key_value] if key_value is not None else [])]
+    return Inputs(ends=ends, layers=layers, batch=batch, key=key_value), operands
+
+
+def _cut(
+    graph: Graph,
+    inputs: Inputs,
+    outputs: list[Operand],
+    equality: Equality,
+    *,
+    structure: Any,
+    is_weighted: bool,
+    prefer_late: bool,
+    max_kinds: int | None,
+) -> Cut:
+    num_layers = len(inputs.layers)
+    terms = split_outputs(outputs, num_layers, is_weighted=is_weighted)
+    nodes = needed(terms.values)
+    graph.require_open(nodes)
+    _require_own_parameters(nodes, num_layers)
+    slots = cut_between_layers(terms, prefer_late=prefer_late)
+    readers = readers_of(nodes)
+
+    def layer(index: int) -> Layer:
+        types = {name: (v.aval.shape, v.aval.dtype) for name, v in inputs.layers[index].items()}
+        return Layer.of(index, slots, terms.of_layers[index], types)
+
+    make_alike(layer, slots, readers, inputs.layers, equality)
+    place_first(terms, slots, equality, prefer_late=prefer_late)
+    place_last(nodes, terms, slots, layer, readers, inputs.layers, equality)
+    _require_known_in_head(terms, slots)
+    layers = [layer(index) for index in range(num_layers)]
+    kinds = group(layers, equality, max_kinds=max_kinds)
+    _require_narrow(slots, layers)
+    recipes = [
+        [recipe(column, kind.indices, num_layers, equality) for column in kind.free]
+        for kind in kinds
+    ]
+    for kind, of_kind in zip(kinds, recipes, strict=True):
+        check_kind(kind, of_kind, equality)
+    found = [f for of_kind in recipes for r in of_kind for f in r.families.values() if f.travels]
+    return Cut(
+        inputs=inputs,
+        outputs=outputs,
+        structure=structure,
+        terms=terms,
+        slots=slots,
+        kinds=kinds,
+        recipes=recipes,
+        families=list({family.values: family for family in found}.values()),
+        notes=list(dict.fromkeys(graph.notes)),
+    )
+
+
+def _require_own_parameters(nodes: Sequence[Node], num_layers: int) -> None:
+    """Requires layers in order, each once, with parameters of their own.
+
+    Raises:
+      ValueError: If a layer, or the head, reads parameters of an earlier layer.
+    """
+    for node in nodes:
+        here = position(node)
+        for value in node.reads:
+            if not value.is_weights or not 0 <= value.position < here:
+                continue
+            if node.results[0].is_weights:
+                raise ValueError(
+                    f"loss_fn: the value of {node.name} at {node.where} depends on the parameters "
+                    f"of several layers ({value.position} and {here}), and is no sum over layers; "
+                    "compute it outside of loss_fn (a norm of all parameters, say, beside the "
+                    "optimizer's update)"
+                )
+            reader = f"layer {here}" + (" (or what follows it)" if here == num_layers - 1 else "")
+            raise ValueError(
+                f"loss_fn: {reader} reads parameters of layer {value.position} in {node.name} at "
+                f"{node.where}: {value}; layers must run in the order of their numbers, each once; "
+                "name parameters that several layers use in shared=, and layers that run "
+                "alternately with others by a pattern for each"
+            )
+
+
+def _require_known_in_head(terms: Terms, slots: Slots) -> None:
+    """Requires the head to read parameters of the ends only.
+
+    Raises:
+      ValueError: If it reads a layer's.
+    """
+    targets = [term.value for term in terms.of_head]
+    for node in needed(targets, known=slots.before[-1]):
+        for value in node.reads:
+            if value.source is not None and value.source.kind == "layer":
+                raise ValueError(
+                    f"loss_fn: the head reads a parameter of layer {value.source.layer}, "
+                    f"{value.source.name}, in {node.name} at {node.where}; name it in shared=, or "
+                    "compute the value outside of loss_fn"
+                )
+
+
+def _require_narrow(slots: Slots, layers: Sequence[Layer]) -> None:
+    """Requires x to be no larger than twice the values that half of the layers read and write.
+
+    Raises:
+      ValueError: If it is larger.
+    """
+    total = sum(aval.num_bytes for aval in slots.avals)
+    sizes = []
+    for layer in layers:
+        read = {v for node in needed(layer.targets, known=layer.x) for v in node.reads}
+        touched = {slot for v, slot in layer.x.items() if v in read} | set(layer.outputs)
+        sizes.append(sum(slots.avals[slot].num_bytes for slot in touched))
+    usual = sorted(sizes)[len(sizes) // 2]
+    lines = [
+        f"{aval.num_bytes:,} bytes: "
+        + "; ".join(
+            f"before layer {b} {v}"
+            for b, before in enumerate(slots.before)
+            for v, s in before.items()
+            if s == slot
+        )
+        for slot, aval in enumerate(slots.avals)
+    ]
+    raise_all(
+        f"loss_fn: {total:,} bytes cross between layers, more than twice the {usual:,} that half "
+        "of the layers read and write: values of several layers travel to the end; "
+        "use them in the layer that makes them, or write the model as embed, block and head",
+        lines if total > 2 * usual else (),
+    )

@@ -1,0 +1,135 @@
+"""The functions of a model that a cut gives: embed, a block for each kind, head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualpipe_jax._from_loss.cut import Cut
+from dualpipe_jax._from_loss.evaluate import Arrays, evaluate
+from dualpipe_jax._from_loss.free import Recipe
+from dualpipe_jax._from_loss.terms import Term
+from dualpipe_jax._from_loss.values import Value, is_key
+from dualpipe_jax._model.types import Aux, Context, PyTree
+
+X = tuple[jax.Array, ...]
+
+
+def embed(cut: Cut, ends: PyTree, ctx: Context) -> X:
+    """Computes x_0: the first slots, empty slots of zeros, and the keys of all layers."""
+    arrays = _arrays(cut, ctx, ends)
+    before = cut.slots.before[0]
+    values = dict(zip(before.values(), evaluate(list(before), arrays), strict=True))
+    x = [
+        _pack(values[slot]) if slot in values else _zeros(value.aval)
+        for slot, value in enumerate(cut.slots.avals)
+    ]
+    for family in cut.families:
+        members = evaluate(list(family.values), arrays)
+        x.append(jnp.stack([_pack(member) for member in members]))
+    return tuple(x)
+
+
+def block(cut: Cut, number: int, params: PyTree, x: X, ctx: Context) -> Any:
+    """Computes a layer of the kind `number`."""
+    kind, first = cut.kinds[number], cut.kinds[number].first
+    layer = ctx.layer
+    assert layer is not None
+    base = _arrays(cut, ctx, {})
+    arrays = dict(base)
+    for one in cut.recipes[number]:
+        arrays[one.value] = _make_free(cut, one, base, layer, x)
+    arrays.update((v, _unpack(v, x[slot])) for v, slot in first.x.items())
+    arrays.update((v, params[name]) for name, v in cut.inputs.layers[first.index].items())
+    tables = {key: jnp.asarray(table)[layer] for key, table in kind.tables.items()}
+    values = evaluate(first.targets, arrays, tables)
+    count = len(first.outputs)
+    new = dict(zip(first.outputs, map(_pack, values[:count]), strict=True))
+    y = tuple(new.get(slot, old) for slot, old in enumerate(x))
+    if not first.terms:
+        return y
+    pairs = list(zip(first.terms, values[count:], strict=True))
+    losses = [_scaled(term, value) for term, value in pairs if term.factor is not None]
+    metrics = tuple(value for term, value in pairs if term.factor is None)
+    return y, Aux(loss=sum(losses) if losses else None, metrics=metrics or None)
+
+
+def head(cut: Cut, ends: PyTree, x: X, ctx: Context, *, has_aux: bool) -> Any:
+    """Computes the loss, or `(loss, metrics)`: the metrics that are the head's, in a tuple."""
+    arrays = _arrays(cut, ctx, ends)
+    arrays.update((v, _unpack(v, x[slot])) for v, slot in cut.slots.before[-1].items())
+    values = evaluate([term.value for term in cut.terms.of_head], arrays)
+    pairs = list(zip(cut.terms.of_head, values, strict=True))
+    aval = cut.outputs[0].aval
+    losses = [_scaled(term, value) for term, value in pairs if term.factor is not None]
+    loss = jnp.asarray(sum(losses), aval.dtype)
+    if not has_aux:
+        return loss
+    return loss, tuple(jnp.asarray(value) for term, value in pairs if term.factor is None)
+
+
+def _arrays(cut: Cut, ctx: Context, ends: PyTree) -> Arrays:
+    """Collects the arrays that a function is given."""
+    inputs = cut.inputs
+    arrays: Arrays = dict(zip(inputs.batch, jax.tree.leaves(ctx.microbatch), strict=True))
+    if inputs.key is not None:
+        arrays[inputs.key] = ctx.microbatch_rng
+    given = {**(ctx.shared or {}), **ends}
+    arrays.update((v, given[path]) for path, v in inputs.ends.items() if path in given)
+    return arrays
+
+
+def _make_free(cut: Cut, one: Recipe, base: Arrays, layer: jax.Array, x: X) -> Any:
+    """Makes a free value for a layer."""
+    arrays = dict(base)
+    arrays.update(zip(one.same, evaluate(one.same, base), strict=True))
+    for value, family in one.families.items():
+        index = jnp.asarray(family.index)[layer]
+        if family.travels:
+            position = [f.values for f in cut.families].index(family.values)
+            arrays[value] = _unpack(value, x[len(cut.slots.avals) + position][index])
+        else:
+            arrays[value] = jnp.stack(evaluate(list(family.values), base))[index]
+    for value, table in one.constants.items():
+        arrays[value] = jnp.asarray(table)[layer]
+    tables = {key: jnp.asarray(table)[layer] for key, table in one.tables.items()}
+    return evaluate([one.value], arrays, tables)[0]
+
+
+def _scaled(term: Term, value: Any) -> Any:
+    """Computes a term of a loss."""
+    assert term.factor is not None
+    total = jnp.sum(value) if np.ndim(value) else value
+    return total if term.factor == 1 else term.factor * total
+
+
+def _pack(value: Any) -> Any:
+    """Gives a value as x has it: keys as their words."""
+    return jax.random.key_data(value) if is_key(jnp.asarray(value)) else jnp.asarray(value)
+
+
+def _unpack(value: Value, array: Any) -> Any:
+    """Gives a value of x as the layer has it."""
+    if not is_key(value.aval):
+        return array
+    return jax.random.wrap_key_data(array, impl=_algorithm(value.aval))
+
+
+def _algorithm(aval: Any) -> Any:
+    """Finds the algorithm of a type of keys."""
+    found: list[Any] = []
+
+    def look(key: Any) -> None:
+        found.append(jax.random.key_impl(key))
+
+    jax.eval_shape(look, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    return found[0]
+
+
+def _zeros(aval: Any) -> Any:
+    """Makes an empty slot."""
+    if is_key(aval):
+        shape = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return jnp.zeros(shape.shape, shape.dtype)
+    return jnp.zeros(aval.shape, aval.dtype)

@@ -1,0 +1,325 @@
+"""Makes the graph of a traced loss: jits opened, stacks of layers taken apart.
+
+In: the jaxpr of the loss. Out: `Graph`, its nodes in order. A checkpoint over several layers is
+opened, with a note. A scan over the layers' stack becomes a row of bodies, each on the values of
+one layer; the bodies are the same equations, and the program of a block has them once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as jcore
+from jax.extend.core import primitives
+
+from dualpipe_jax._from_loss.lift import closed, lift_literals, program_of
+from dualpipe_jax._from_loss.run import where
+from dualpipe_jax._from_loss.values import Literal, Node, Operand, Source, Stack, Value
+from dualpipe_jax._model.kinds import as_constants
+from dualpipe_jax._split_vjp.primitives import ELEMENTWISE
+
+Input = Operand | Stack
+
+
+class Graph:
+    """Holds the nodes of a traced loss.
+
+    Attributes:
+      nodes: The nodes, in an order in which they can run.
+      notes: Remarks for the user.
+    """
+
+    def __init__(self):
+        self.nodes: list[Node] = []
+        self.notes: list[str] = []
+        # Programs over several layers, which cannot be opened, and the messages for them.
+        self._closed_programs: dict[int, str] = {}
+        # The calls around the equations that are appended: the last one is the innermost.
+        self._calls: list[jcore.JaxprEqn] = []
+
+    def append(self, program: jcore.ClosedJaxpr, inputs: Sequence[Input]) -> list[Input]:
+        """Appends the equations of a program, and returns its outputs."""
+        jaxpr = program.jaxpr
+        env: dict[Any, Input] = dict(zip(jaxpr.invars, inputs, strict=True))
+        env.update(zip(jaxpr.constvars, map(constant, program.consts), strict=True))
+
+        def read(atom: Any) -> Input:
+            return Literal(atom.val, atom.aval) if isinstance(atom, jcore.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            outs = self._equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def require_open(self, nodes: Sequence[Node]) -> None:
+        """Refuses programs over several layers among `nodes`.
+
+        Raises:
+          ValueError: If there is one.
+        """
+        for node in nodes:
+            if id(node) in self._closed_programs:
+                raise ValueError(self._closed_programs[id(node)])
+
+    def as_value(self, operand: Input) -> Value:
+        """Gives a literal, or a stack, as one value."""
+        if isinstance(operand, Stack):
+            return self._call(lambda *items: jnp.stack(items), operand.items)
+        if isinstance(operand, Literal):
+            return constant(np.asarray(operand.value, operand.aval.dtype))
+        return operand
+
+    def _call(
+        self, f: Callable[..., Any], values: Sequence[Value], of: jcore.JaxprEqn | None = None
+    ) -> Value:
+        """Traces f and appends its equations, as if they stood where `of` stands."""
+        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values]
+        program = jax.make_jaxpr(f)(*avals)
+        if of is not None:
+            eqns = [eqn.replace(source_info=of.source_info) for eqn in program.jaxpr.eqns]
+            program = jcore.ClosedJaxpr(program.jaxpr.replace(eqns=eqns), program.consts)
+        return self.as_value(self.append(program, list(values))[0])
+
+    def _equation(self, eqn: jcore.JaxprEqn, inputs: list[Input]) -> list[Any]:
+        _refuse_effects(eqn)
+        called = program_of(eqn)
+        if called is not None:
+            self._calls.append(eqn)
+            outs = self.append(called, inputs)
+            self._calls.pop()
+            return outs
+        stacks = [a for a in inputs if isinstance(a, Stack)]
+        if stacks and eqn.primitive is primitives.scan_p:
+            return self._scan(eqn, inputs)
+        of_layers = 0
+        for a in inputs:
+            if isinstance(a, Value) and a.is_weights:
+                of_layers |= a.of_layers
+        is_of_several = bool(stacks) or bool(of_layers & (of_layers - 1))
+        if is_of_several and eqn.primitive is primitives.remat_p:
+            self.notes.append(
+                f"{where(eqn)}: jax.checkpoint over several layers is opened; give remat= to "
+                "value_and_grad instead"
+            )
+            return self.append(closed(eqn.params["jaxpr"]), inputs)
+        if stacks:
+            outs = self._by_layer(eqn, inputs, stacks)
+            if outs is not None:
+                return outs
+        operands = [self.as_value(a) if isinstance(a, Stack) else a for a in inputs]
+        node = self._node(eqn, operands, of_layers)
+        if is_of_several and any(_programs(eqn)):
+            self._closed_programs[id(node)] = _cannot_open(eqn)
+        return node.results
+
+    def _node(self, eqn: jcore.JaxprEqn, operands: list[Operand], of_layers: int) -> Node:
+        node = Node(eqn, operands, number=len(self.nodes), calls=tuple(self._calls))
+        values = node.reads
+        if eqn.primitive is primitives.remat_p and not closed(eqn.params["jaxpr"]).consts:
+            node.lifted, literals = lift_literals(eqn)
+            node.operands = [*operands, *(Literal(a.val, a.aval) for a in literals)]
+            node.num_lifted = len(literals)
+        elif eqn.primitive.name == "slice" and all(v.is_free for v in values):
+            starts, strides = eqn.params["start_indices"], eqn.params["strides"]
+            if strides is None or set(strides) <= {1}:
+                aval = jax.core.ShapedArray((), jnp.dtype("int32"))
+                node.operands = [*operands, *(Literal(start, aval) for start in starts)]
+                node.num_lifted = len(starts)
+        is_contracted = any(v.is_contracted for v in values) or _contracts(eqn)
+        node.results = [
+            Value(
+                v.aval,
+                node,
+                index,
+                position=max((v.position for v in values), default=-1),
+                of_ends=any(v.of_ends for v in values),
+                of_batch=any(v.of_batch for v in values),
+                of_layers=of_layers,
+                is_contracted=is_contracted,
+            )
+            for index, v in enumerate(eqn.outvars)
+        ]
+        self.nodes.append(node)
+        return node
+
+    def _scan(self, eqn: jcore.JaxprEqn, inputs: list[Input]) -> list[Input]:
+        """Takes a scan over the layers' stack apart: its body, on the values of each layer."""
+        params, body = eqn.params, eqn.params["jaxpr"]
+        num_xs = _num_stacked(eqn.invars, body.jaxpr.invars)
+        num_carry = len(eqn.outvars) - _num_stacked(eqn.outvars, body.jaxpr.outvars)
+        num_consts = len(inputs) - num_xs - num_carry
+        consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
+        xs = inputs[num_consts + num_carry :]
+        if any(isinstance(a, Stack) for a in (*consts, *carry)):
+            raise ValueError(
+                f"loss_fn: a loop at {where(eqn)} indexes the layers' stack in its body (as "
+                "fori_loop does), so that its layers cannot be told apart; use lax.scan with the "
+                "stack as xs"
+            )
+        if params["reverse"]:
+            raise ValueError(
+                f"loss_fn: the scan at {where(eqn)} runs over the layers' stack from the last to "
+                "the first; store the layers in the order in which they run"
+            )
+        if any(isinstance(a, Stack) and len(a.items) != params["length"] for a in xs):
+            raise ValueError(
+                f"loss_fn: the scan at {where(eqn)} must take one layer of the stack in each step"
+            )
+        rows = []
+        for i in range(params["length"]):
+            at = [a.items[i] if isinstance(a, Stack) else self._entry(a, i, eqn) for a in xs]
+            outs = self.append(body, [*consts, *carry, *at])
+            carry, ys = outs[:num_carry], outs[num_carry:]
+            rows.append([self.as_value(y) for y in ys])
+        stack = lambda *items: jnp.stack(items)  # noqa: E731
+        return [*carry, *(self._call(stack, column, eqn) for column in zip(*rows, strict=True))]
+
+    def _entry(self, operand: Operand, index: int, eqn: jcore.JaxprEqn) -> Value:
+        def entry(value: Any) -> Any:
+            return lax.squeeze(lax.slice_in_dim(value, index, index + 1), (0,))
+
+        return self._call(entry, [self.as_value(operand)], eqn)
+
+    def _by_layer(
+        self, eqn: jcore.JaxprEqn, inputs: list[Input], stacks: list[Stack]
+    ) -> list[Any] | None:
+        """Replaces an equation on stacks by one on each layer's values; None if it cannot be."""
+        name, params, first = eqn.primitive.name, dict(eqn.params), stacks[0]
+        out: Any = eqn.outvars[0].aval
+        count = len(first.items)
+        if any(len(s.items) != count for s in stacks):
+            return None
+        if name in ("slice", "dynamic_slice", "squeeze"):
+            return self._take(eqn, inputs, first)
+        if name == "reduce_sum" and 0 in params["axes"]:
+            axes = tuple(dim - 1 for dim in params["axes"] if dim)
+            total, *parts = (
+                self._call(lambda a: jnp.sum(a, axes), [item], eqn) for item in first.items
+            )
+            for part in parts:
+                total = self._call(lax.add, [total, part], eqn)
+            return [total]
+        keeps_layers = (
+            (
+                (name in ELEMENTWISE or name == "integer_pow")
+                and all(isinstance(a, Stack) or a.aval.shape == () for a in inputs)
+            )
+            or (name == "transpose" and params["permutation"][0] == 0)
+            or (name == "reshape" and params["new_sizes"][0] == count)
+            or name in ("reduce_sum", "reduce_max", "reduce_min")
+            or (name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,))
+        )
+        if not keeps_layers or len(eqn.outvars) != 1 or out.shape[:1] != (count,):
+            return None
+        if params.get("axes") is not None and 0 in params["axes"]:
+            return None
+        for key in ("new_sizes", "shape"):
+            if key in params:
+                params[key] = (1, *params[key][1:])
+        values = [a for a in inputs if not isinstance(a, Literal)]
+
+        def on_layer(*args: Any) -> Any:
+            given = iter(args)
+            full = [
+                a.value
+                if isinstance(a, Literal)
+                else next(given)[None]
+                if isinstance(a, Stack)
+                else next(given)
+                for a in inputs
+            ]
+            result = eqn.primitive.bind(*full, **params)
+            return (result[0] if eqn.primitive.multiple_results else result)[0]
+
+        items = [
+            self._call(on_layer, [a.items[i] if isinstance(a, Stack) else a for a in values], eqn)
+            for i in range(count)
+        ]
+        return [Stack(items, out)]
+
+    def _take(self, eqn: jcore.JaxprEqn, inputs: list[Input], stack: Stack) -> list[Any] | None:
+        """Takes layers out of a stack: a slice of it, one layer, or the only one."""
+        params, shape = eqn.params, stack.aval.shape
+        out: Any = eqn.outvars[0].aval
+        if eqn.primitive.name == "slice":
+            start, limit = params["start_indices"], params["limit_indices"]
+            is_of_layers = (start[1:], limit[1:]) == ((0,) * (len(shape) - 1), shape[1:])
+            if is_of_layers and set(params["strides"] or (1,)) == {1}:
+                return [Stack(stack.items[start[0] : limit[0]], out)]
+            return None
+        if eqn.primitive.name == "dynamic_slice":
+            index, sizes = inputs[1], params["slice_sizes"]
+            if isinstance(index, Literal) and sizes == (1, *shape[1:]):
+                layer = min(max(int(index.value), 0), len(stack.items) - 1)
+                return [Stack([stack.items[layer]], out)]
+            return None
+        if 0 in params["dimensions"] and len(stack.items) == 1:
+            rest = tuple(dim - 1 for dim in params["dimensions"] if dim)
+            item = stack.items[0]
+            return [self._call(lambda a: lax.squeeze(a, rest), [item], eqn) if rest else item]
+        if 0 not in params["dimensions"]:
+            rest = tuple(dim - 1 for dim in params["dimensions"])
+            items = [self._call(lambda a: lax.squeeze(a, rest), [v], eqn) for v in stack.items]
+            return [Stack(items, out)]
+        return None
+
+
+def constant(array: Any) -> Value:
+    """Makes a value of a constant."""
+    array = as_constants(array)
+    return Value(jax.typeof(array), source=Source("const", array=array))
+
+
+def _num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Counts the operands, or results, of a scan that have a dim more than in its body."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
+
+
+def _programs(eqn: jcore.JaxprEqn) -> list[Any]:
+    """Lists the programs within an equation."""
+    found: list[Any] = []
+    for value in eqn.params.values():
+        entries = value if isinstance(value, tuple | list) else (value,)
+        found += [v for v in entries if isinstance(v, jcore.Jaxpr | jcore.ClosedJaxpr)]
+    return found
+
+
+def _contracts(eqn: jcore.JaxprEqn) -> bool:
+    """Whether a contraction is in an equation, so that it is too much work to be done again."""
+    if eqn.primitive.name == "dot_general":
+        (dims, _), _ = eqn.params["dimension_numbers"]
+        return bool(dims)
+    if eqn.primitive.name.startswith(("conv_", "ragged_dot", "pallas_call")):
+        return True
+    programs = [getattr(program, "jaxpr", program) for program in _programs(eqn)]
+    return any(_contracts(inner) for program in programs for inner in program.eqns)
+
+
+def _cannot_open(eqn: jcore.JaxprEqn) -> str:
+    name = eqn.primitive.name
+    cure = "apply it to each layer by itself"
+    if name == "shard_map":
+        cure = "take it off (value_and_grad shards the batch by batch_axes=), or write the model "
+        cure += "as embed, block and head and name its axes in manual_axes="
+    elif name == "while":
+        cure = "use lax.scan, with the layers' stack as xs"
+    return (
+        f"loss_fn: one {name} at {where(eqn)} has several layers in it, and cannot be opened "
+        f"without changing its meaning; {cure}"
+    )
+
+
+def _refuse_effects(eqn: jcore.JaxprEqn) -> None:
+    """Refuses effects: parts of the program run at other times, or on several devices."""
+    names = {type(effect).__name__ for effect in eqn.effects}
+    # JAX counts it as an effect that an equation names a mesh axis.
+    if names - {"NamedAxisEffect"}:
+        raise ValueError(
+            f"loss_fn: {eqn.primitive.name} at {where(eqn)} has an effect "
+            f"({', '.join(sorted(names))}), which would run at other times and on several devices; "
+            "take it out, or return the value as a metric (has_aux=True)"
+        )

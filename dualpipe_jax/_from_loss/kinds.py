@@ -1,0 +1,112 @@
+"""Groups layers into kinds: layers of one kind are the same program up to tables.
+
+In: the layers. Out: `Kind`s, each with a first layer that stands for all, and the literals of each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualpipe_jax._errors import raise_all
+from dualpipe_jax._from_loss.equality import Equality, same_value
+from dualpipe_jax._from_loss.layers import Difference, Layer, Pairs, pair
+from dualpipe_jax._from_loss.values import Literal, Node, Operand, Value
+
+# The literals in which layers differ, by equation and number of the operand: `[num_layers]`, by the
+# index of the layer; zero for layers of other kinds.
+Tables = dict[tuple[Node, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers of one kind.
+
+    Attributes:
+      layers: The layers; the first one's equations are the block.
+      pairs: For each of them, its values by those of the first one.
+      tables: The literals in which they differ.
+      free: The free values that the block reads: for each, those of all layers.
+    """
+
+    layers: list[Layer]
+    pairs: list[Pairs]
+    tables: Tables
+    free: list[tuple[Value, ...]]
+
+    @property
+    def first(self) -> Layer:
+        """The layer that stands for all."""
+        return self.layers[0]
+
+    @property
+    def indices(self) -> list[int]:
+        """The indices of the layers."""
+        return [layer.index for layer in self.layers]
+
+
+def group(layers: Sequence[Layer], equality: Equality, *, max_kinds: int | None) -> list[Kind]:
+    """Groups layers into kinds.
+
+    Args:
+      layers: All layers.
+      equality: Compares equations.
+      max_kinds: The most kinds; None for the smaller of four and half of the layers.
+
+    Raises:
+      ValueError: If there are more kinds.
+    """
+    found: list[tuple[list[Layer], list[Pairs]]] = []
+    differences: list[str] = []
+    for layer in layers:
+        for members, pairs in found:
+            result = pair(members[0], layer, equality)
+            if isinstance(result, Pairs):
+                members.append(layer)
+                pairs.append(result)
+                break
+            differences.append(f"layers {members[0].index} and {layer.index}: {result}")
+        else:
+            own = pair(layer, layer, equality)
+            if isinstance(own, Difference):
+                raise ValueError(f"loss_fn: layer {layer.index} cannot be told apart: {own}")
+            found.append(([layer], [own]))
+    most = max(1, min(4, len(layers) // 2)) if max_kinds is None else max_kinds
+    raise_all(
+        f"loss_fn: its {len(layers)} layers are of {len(found)} kinds, each a program of its own, "
+        f"but may be of {most}; make them alike, or allow more with max_kinds={len(found)}",
+        differences if len(found) > most else (),
+    )
+    num_layers = len(layers)
+    return [
+        Kind(
+            members,
+            pairs,
+            tables_of([m.index for m in members], [p.literals for p in pairs], num_layers),
+            [
+                tuple(p.values[value] for p in pairs)
+                for value in pairs[0].values
+                if members[0].token(value) == ("free",)
+            ],
+        )
+        for members, pairs in found
+    ]
+
+
+def tables_of(
+    indices: Sequence[int],
+    literals: Sequence[dict[tuple[Node, int], Operand]],
+    num_layers: int,
+) -> Tables:
+    """Makes tables of the literals in which some layers, of the given indices, differ."""
+    tables: Tables = {}
+    for key, own in literals[0].items():
+        column = [of_layer[key] for of_layer in literals]
+        assert all(isinstance(a, Literal) for a in (own, *column))
+        values = [a.value for a in column if isinstance(a, Literal)]
+        if all(same_value(value, values[0]) for value in values):
+            continue
+        table = np.zeros(num_layers, own.aval.dtype)
+        table[list(indices)] = values
+        tables[key] = table
+    return tables

@@ -1,0 +1,171 @@
+"""Layers as programs from x to x, and whether two of them are the same program.
+
+Two layers are compared from their outputs backwards, in pairs of values: equations must be the
+same (`equality`), inputs must have the same slots of x and the same names of parameters. Literals
+and free values may differ; they become tables, or are made again in the block.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dualpipe_jax._from_loss.crossing import Slots, same_type
+from dualpipe_jax._from_loss.equality import Equality, same_aval
+from dualpipe_jax._from_loss.terms import Term
+from dualpipe_jax._from_loss.values import Node, Operand, Value
+
+# How a layer knows a value that it does not make: by its slot of x, its parameter's name, ...
+Token = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer.
+
+    Attributes:
+      index: Its index.
+      x: The slot of each value that it is given.
+      outputs: The slot of each value that it puts into x; values that stay in theirs are left out.
+      terms: Its losses and metrics.
+      parameters: The types of its parameters, by name.
+    """
+
+    index: int
+    x: dict[Value, int]
+    outputs: dict[int, Value]
+    terms: list[Term]
+    parameters: dict[str, Any]
+
+    @classmethod
+    def of(cls, index: int, slots: Slots, terms: list[Term], parameters: dict[str, Any]) -> "Layer":
+        """Takes a layer from the slots before and after it."""
+        before, after = slots.before[index], slots.before[index + 1]
+        outputs = {slot: v for v, slot in after.items() if before.get(v) != slot}
+        return cls(index, before, dict(sorted(outputs.items())), terms, parameters)
+
+    @property
+    def targets(self) -> list[Operand]:
+        """All values that it computes."""
+        return [*self.outputs.values(), *(term.value for term in self.terms)]
+
+    def token(self, value: Value) -> Token | None:
+        """Says how the layer knows a value; None if it makes it by an equation.
+
+        Raises:
+          ValueError: If it can neither know nor make it.
+        """
+        if value in self.x:
+            return ("x", self.x[value])
+        if value.is_free:
+            return ("free",)
+        if value.source is None:
+            return None
+        if value.source.kind == "layer" and value.source.layer == self.index:
+            return ("layer", value.source.name)
+        if value.source.kind == "ends":
+            return ("ends", value.source.name)
+        raise ValueError(f"loss_fn: layer {self.index} reads {value}, which it is not given")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Says where two layers differ: the values, and a reason."""
+
+    one: Operand | None
+    other: Operand | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.one is None or self.other is None:
+            return self.reason
+        return f"{_show(self.one)}, and {_show(self.other)}{self.reason}"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs the values of one layer with those of another one that is the same program.
+
+    Attributes:
+      values: The other layer's value for each of the one's.
+      nodes: The other layer's equation for each of the one's.
+      literals: The other layer's operand for each literal of the one: by node and number.
+    """
+
+    values: dict[Value, Value]
+    nodes: dict[Node, Node]
+    literals: dict[tuple[Node, int], Operand]
+
+
+def pair(one: Layer, other: Layer, equality: Equality) -> Pairs | Difference:
+    """Pairs the values of two layers, or finds a difference between them."""
+    shape = [
+        (layer.outputs.keys(), [term.factor for term in layer.terms]) for layer in (one, other)
+    ]
+    if shape[0] != shape[1]:
+        return Difference(None, None, "they put values into other slots of x, or have other losses")
+    if one.parameters != other.parameters:
+        names = sorted(
+            name
+            for name in {*one.parameters, *other.parameters}
+            if one.parameters.get(name) != other.parameters.get(name)
+        )
+        return Difference(None, None, f"their parameters differ: {', '.join(names)}")
+    pairs = Pairs({}, {}, {})
+    todo: list[tuple[Operand, Operand]] = list(zip(one.targets, other.targets, strict=True))[::-1]
+    while todo:
+        a, b = todo.pop()
+        if not isinstance(a, Value) or not isinstance(b, Value):
+            if isinstance(a, Value) or isinstance(b, Value) or a.value is not b.value:
+                return Difference(a, b)
+            continue
+        if a in pairs.values:
+            if pairs.values[a] is not b:
+                return Difference(a, b, " (one value there, two here)")
+            continue
+        known, expected = one.token(a), other.token(b)
+        if known != expected or a.aval.shape != b.aval.shape or a.aval.dtype != b.aval.dtype:
+            return Difference(a, b)
+        pairs.values[a] = b
+        if known is None:
+            assert a.node is not None
+            assert b.node is not None
+            if a.index != b.index or not same_node(a.node, b.node, equality):
+                return Difference(a, b)
+            if a.node in pairs.nodes:
+                if pairs.nodes[a.node] is not b.node:
+                    return Difference(a, b, " (one equation there, two here)")
+                continue
+            pairs.nodes[a.node] = b.node
+            todo.extend(_operands(a.node, b.node, pairs)[::-1])
+    return pairs
+
+
+def same_node(one: Node, other: Node, equality: Equality) -> bool:
+    """Whether two nodes are the same equation; their literals and lifted literals may differ."""
+    if one is other:
+        return True
+    kinds = [[isinstance(a, Value) for a in node.operands] for node in (one, other)]
+    if kinds[0] != kinds[1] or one.num_lifted != other.num_lifted:
+        return False
+    # The equations themselves know the types of their operands in full.
+    if not all(map(same_type, one.operands, other.operands)):
+        return False
+    if one.lifted is not None and other.lifted is not None:
+        return equality.same_equation(one.lifted, other.lifted)
+    if one.num_lifted and one.name == other.name == "slice":
+        return same_aval(one.results[0].aval, other.results[0].aval)
+    return equality.same_equation(one.eqn, other.eqn)
+
+
+def _operands(one: Node, other: Node, pairs: Pairs) -> list[tuple[Operand, Operand]]:
+    """Lists the pairs of operands that are values, and notes those that are literals."""
+    values: list[tuple[Operand, Operand]] = []
+    for number, (a, b) in enumerate(zip(one.operands, other.operands, strict=True)):
+        if isinstance(a, Value):
+            values.append((a, b))
+        else:
+            pairs.literals[one, number] = b
+    return values
+
+
+def _show(operand: Operand) -> str:
+    return str(operand) if isinstance(operand, Value) else f"the literal {operand.value}"

@@ -1,0 +1,449 @@
+"""Models as users write them, through `from_loss` alone: gradients equal `jax.value_and_grad`.
+
+Every model runs under `value_and_grad` on four devices, in float64; the reference is the mean over
+microbatches m of `loss_fn(params, microbatch_m, fold_in(rng, m))`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import dualpipe_jax as dpj
+
+WIDTH, VOCABULARY, LENGTH, LAYERS, ROWS = 8, 7, 6, 4, 2
+MICROBATCHES = 4
+KEY = jax.random.key(3)
+LossFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss, its parameters, and the arguments of `from_loss`."""
+
+    loss_fn: LossFn
+    params: Any
+    layers: Any = "layers_{}"
+    has_rng: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    num_kinds: int = 1
+
+
+def normal(name: str, *shape: int) -> jax.Array:
+    seed = sum(map(ord, name)) + 31 * len(name)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape)) / 3
+
+
+def layer_params(i: int) -> dict[str, jax.Array]:
+    return {
+        "norm": 1 + normal(f"norm{i}", WIDTH),
+        **{name: normal(f"{name}{i}", WIDTH, WIDTH) for name in ("q", "k", "v")},
+        "up": normal(f"up{i}", WIDTH, 2 * WIDTH),
+        "down": normal(f"down{i}", 2 * WIDTH, WIDTH),
+    }
+
+
+def norm(x: jax.Array, scale: Any = 1.0) -> jax.Array:
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def attend(p: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+    q, k, v = (norm(x, p["norm"]) @ p[name] for name in ("q", "k", "v"))
+    scores = jnp.where(mask, jnp.einsum("btd,bsd->bts", q, k), -1e9)
+    return jax.nn.softmax(scores) @ v
+
+
+def transform(p: Any, x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(norm(x) @ p["up"]) @ p["down"]
+
+
+def layer(p: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+    x = x + attend(p, x, mask)
+    return x + transform(p, x)
+
+
+def causal() -> jax.Array:
+    return jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+
+
+def ends_params() -> dict[str, jax.Array]:
+    return {"embed": normal("embed", VOCABULARY, WIDTH), "final": 1 + normal("final", WIDTH)}
+
+
+def cross_entropy(params: Any, x: jax.Array, batch: Any) -> jax.Array:
+    logits = norm(x, params["final"]) @ params["embed"].T
+    scores = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(scores, batch["targets"][..., None], -1).mean()
+
+
+def named_params() -> dict[str, Any]:
+    return {**ends_params(), **{f"layers_{i}": layer_params(i) for i in range(LAYERS)}}
+
+
+def stacked_params() -> dict[str, Any]:
+    layers = [layer_params(i) for i in range(LAYERS)]
+    return {**ends_params(), "blocks": jax.tree.map(lambda *a: jnp.stack(a), *layers)}
+
+
+def over_names(run: Callable[..., jax.Array], *, wrap: Any = lambda f: f) -> LossFn:
+    """Makes a loss whose layers are `run(p, x, mask, i, rng)`."""
+
+    def loss_fn(params: Any, batch: Any, rng: Any = None) -> jax.Array:
+        def all_layers(layers: Any, x: jax.Array) -> jax.Array:
+            for i in range(LAYERS):
+                x = wrap(run)(layers[f"layers_{i}"], x, causal(), i, rng)
+            return x
+
+        x = params["embed"][batch["tokens"]]
+        return cross_entropy(params, all_layers(params, x), batch)
+
+    return loss_fn
+
+
+def plain(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    return layer(p, x, mask)
+
+
+def post_norm(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    return norm(x + transform(p, norm(x + attend(p, x, mask))), p["norm"])
+
+
+def drop(x: jax.Array, key: jax.Array, rate: Any = 0.3) -> jax.Array:
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def with_folded_key(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    return x + drop(layer(p, x, mask), jax.random.fold_in(rng, i))
+
+
+def with_split_key(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    return x + drop(layer(p, x, mask), jax.random.split(rng, LAYERS)[i])
+
+
+def stochastic_depth(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    rate = 0.05 * i
+    keep = jax.random.bernoulli(jax.random.fold_in(rng, i), 1 - rate, (x.shape[0], 1, 1))
+    return x + keep * layer(p, x, mask) / (1 - rate)
+
+
+def windows(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    distance = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)[None]
+    return layer(p, x, mask & (distance < 1 + i))
+
+
+def turns(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    return layer(p, x, mask if i % 2 else jnp.ones_like(mask))
+
+
+def key_chain(params: Any, batch: Any, rng: Any) -> jax.Array:
+    x = params["embed"][batch["tokens"]]
+    for i in range(LAYERS):
+        rng, key = jax.random.split(rng)
+        x = x + drop(layer(params[f"layers_{i}"], x, causal()), key)
+    return cross_entropy(params, x, batch)
+
+
+def scan_with_keys(params: Any, batch: Any, rng: Any) -> jax.Array:
+    def step(x: Any, at: Any) -> Any:
+        p, key = at
+        return x + drop(layer(p, x, causal()), key), None
+
+    keys = jax.random.split(rng, LAYERS)
+    x = lax.scan(step, params["embed"][batch["tokens"]], (params["blocks"], keys))[0]
+    return cross_entropy(params, x, batch)
+
+
+def scan(params: Any, batch: Any) -> jax.Array:
+    x = params["embed"][batch["tokens"]]
+    x = lax.scan(lambda x, p: (layer(p, x, causal()), None), x, params["blocks"])[0]
+    return cross_entropy(params, x, batch)
+
+
+def scan_of_checkpoint(params: Any, batch: Any) -> jax.Array:
+    halved = jax.tree.map(lambda a: a * 0.5, params["blocks"])
+    step = jax.checkpoint(lambda x, p: (layer(p, x, causal()), None))
+    x = lax.scan(step, params["embed"][batch["tokens"]], halved)[0]
+    return cross_entropy(params, x, batch)
+
+
+def indexed_stack(params: Any, batch: Any) -> jax.Array:
+    x = params["embed"][batch["tokens"]]
+    for i in range(LAYERS):
+        x = layer(jax.tree.map(lambda a, i=i: a[i], params["blocks"]), x, causal())
+    return cross_entropy(params, x, batch)
+
+
+def checkpoint_over_all(params: Any, batch: Any) -> jax.Array:
+    @jax.checkpoint
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        for i in range(LAYERS):
+            x = layer(params[f"layers_{i}"], x, causal())
+        return x
+
+    return cross_entropy(params, run(params, params["embed"][batch["tokens"]]), batch)
+
+
+def cast(params: Any, batch: Any) -> jax.Array:
+    params = jax.tree.map(lambda a: (a * 2).astype(jnp.float64) / 2, params)
+    return over_names(plain)(params, batch)
+
+
+def shared_bias(params: Any, batch: Any) -> jax.Array:
+    x = params["embed"][batch["tokens"]]
+    time = jnp.tanh(batch["tokens"].mean(-1, keepdims=True) * params["time"])[:, None]
+    for i in range(LAYERS):
+        x = layer(params[f"layers_{i}"], x + params["bias"] ** 2 + time, causal())
+    return cross_entropy(params, x, batch)
+
+
+def padded(params: Any, batch: Any) -> jax.Array:
+    """Masks that the batch decides, made once before all layers."""
+    x = params["embed"][batch["tokens"]]
+    mask = causal() & (batch["tokens"] > 0)[:, None, :] | jnp.eye(LENGTH, dtype=bool)
+    for i in range(LAYERS):
+        x = layer(params[f"layers_{i}"], x, mask)
+    return cross_entropy(params, x, batch)
+
+
+def contracted_features(params: Any, batch: Any) -> jax.Array:
+    """Features of the batch that a contraction makes travel in x."""
+    x = params["embed"][batch["tokens"]]
+    one_hot = jax.nn.one_hot(batch["tokens"], VOCABULARY, dtype=x.dtype)
+    features = one_hot @ jnp.cos(jnp.arange(VOCABULARY * WIDTH).reshape(VOCABULARY, WIDTH) * 1.0)
+    for i in range(LAYERS):
+        x = layer(params[f"layers_{i}"], x + features, causal())
+    return cross_entropy(params, x, batch)
+
+
+def encoder_decoder_params() -> dict[str, Any]:
+    half = LAYERS // 2
+    decoder = [{**layer_params(half + i), "c": normal(f"c{i}", WIDTH, WIDTH)} for i in range(half)]
+    encoder = [layer_params(i) for i in range(half)]
+    return {**ends_params(), "encoder": encoder, "decoder": decoder, "enc_norm": jnp.ones(WIDTH)}
+
+
+def encoder_decoder(params: Any, batch: Any) -> jax.Array:
+    memory = params["embed"][batch["tokens"]]
+    for p in params["encoder"]:
+        memory = layer(p, memory, jnp.ones((LENGTH, LENGTH), bool))
+    memory = norm(memory, params["enc_norm"])
+    x = params["embed"][batch["targets"]]
+    for p in params["decoder"]:
+        x = layer(p, x, causal()) + memory @ p["c"]
+    return cross_entropy(params, x, batch)
+
+
+def experts_params() -> dict[str, Any]:
+    routers = {f"router{i}": normal(f"router{i}", WIDTH, 2) for i in range(LAYERS)}
+    params = named_params()
+    for i in range(LAYERS):
+        params[f"layers_{i}"] |= {"router": routers[f"router{i}"]}
+    return params
+
+
+def expert_layer(p: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    probabilities = jax.nn.softmax(norm(x) @ p["router"])
+    load = probabilities.mean((0, 1))
+    x = layer(p, x, causal()) * probabilities[..., :1]
+    return x, load
+
+
+def experts(form: str) -> LossFn:
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        x = params["embed"][batch["tokens"]]
+        total, losses = 0.0, []
+        for i in range(LAYERS):
+            x, load = expert_layer(params[f"layers_{i}"], x)
+            losses.append(jnp.square(load).sum())
+            total = total + losses[-1]
+        loss = cross_entropy(params, x, batch)
+        if form == "running sum":
+            return loss + 0.01 * total
+        if form == "sum of a list":
+            return loss + 0.01 * sum(losses)
+        return loss + 0.01 * jnp.stack(losses).mean()
+
+    return loss_fn
+
+
+def experts_in_scan(params: Any, batch: Any) -> jax.Array:
+    def step(carry: Any, p: Any) -> Any:
+        x, total = carry
+        x, load = expert_layer(p, x)
+        return (x, total + jnp.square(load).sum()), jnp.max(load)
+
+    x = params["embed"][batch["tokens"]]
+    (x, total), tops = lax.scan(step, (x, jnp.zeros(())), params["blocks"])
+    return cross_entropy(params, x, batch) + 0.01 * total + 0.1 * tops.mean()
+
+
+def stacked_experts() -> dict[str, Any]:
+    params = experts_params()
+    layers = [params[f"layers_{i}"] for i in range(LAYERS)]
+    return {**ends_params(), "blocks": jax.tree.map(lambda *a: jnp.stack(a), *layers)}
+
+
+def with_metrics(params: Any, batch: Any) -> Any:
+    x = params["embed"][batch["tokens"]]
+    loads = []
+    for i in range(LAYERS):
+        x, load = expert_layer(params[f"layers_{i}"], x)
+        loads.append(load)
+    metrics = {
+        "loads": jnp.stack(loads),
+        "list": [load[0] for load in loads],
+        "norm": jnp.square(x).sum(),
+        "rows": jnp.int32(x.shape[0]),
+    }
+    return cross_entropy(params, x, batch), metrics
+
+
+def penalty(params: Any, batch: Any) -> jax.Array:
+    squares = [jnp.square(a).sum() for a in jax.tree.leaves(params)]
+    return over_names(plain)(params, batch) + 0.01 * sum(squares)
+
+
+def penalty_of_stack(params: Any, batch: Any) -> jax.Array:
+    squares = [jnp.square(a).sum() for a in jax.tree.leaves(params)]
+    return scan(params, batch) + 0.01 * sum(squares)
+
+
+def dense_then_experts_params() -> dict[str, Any]:
+    params = experts_params()
+    for i in range(2):
+        params[f"layers_{i}"].pop("router")
+    return params
+
+
+def dense_then_experts(params: Any, batch: Any) -> jax.Array:
+    x = params["embed"][batch["tokens"]]
+    for i in range(LAYERS):
+        p = params[f"layers_{i}"]
+        x = expert_layer(p, x)[0] if "router" in p else layer(p, x, causal())
+    return cross_entropy(params, x, batch)
+
+
+def weighted(params: Any, batch: Any) -> jax.Array:
+    x = params["embed"][batch["tokens"]]
+    for i in range(LAYERS):
+        x = layer(params[f"layers_{i}"], x, causal())
+    return (jnp.square(x).sum(-1) * (batch["targets"] > 1)).sum()
+
+
+def count_targets(batch: Any) -> jax.Array:
+    return (batch["targets"] > 1).sum()
+
+
+CASES: dict[str, Case] = {
+    "named": Case(over_names(plain), named_params()),
+    "named, post-norm": Case(over_names(post_norm), named_params()),
+    "named, one jit": Case(jax.jit(over_names(plain)), named_params()),
+    "named, checkpoint a layer": Case(
+        over_names(plain, wrap=lambda f: jax.checkpoint(f, static_argnums=3)), named_params()
+    ),
+    "checkpoint over all": Case(checkpoint_over_all, named_params()),
+    "cast first": Case(cast, named_params()),
+    "scan": Case(scan, stacked_params(), "blocks"),
+    "scan of checkpoint, changed stack": Case(scan_of_checkpoint, stacked_params(), "blocks"),
+    "indexed stack": Case(indexed_stack, stacked_params(), "blocks"),
+    "dropout, fold_in": Case(over_names(with_folded_key), named_params(), has_rng=True),
+    "dropout, fold_in in a checkpoint": Case(
+        over_names(with_folded_key, wrap=lambda f: jax.checkpoint(f, static_argnums=3)),
+        named_params(),
+        has_rng=True,
+    ),
+    "dropout, split": Case(over_names(with_split_key), named_params(), has_rng=True),
+    "dropout, chain": Case(key_chain, named_params(), has_rng=True),
+    "dropout, scan over keys": Case(scan_with_keys, stacked_params(), "blocks", has_rng=True),
+    "stochastic depth": Case(over_names(stochastic_depth), named_params(), has_rng=True),
+    "windows": Case(over_names(windows), named_params()),
+    "two masks by turns": Case(over_names(turns), named_params()),
+    "shared bias and time": Case(
+        shared_bias,
+        {**named_params(), "bias": normal("bias", WIDTH), "time": normal("time", WIDTH)},
+        num_kinds=2,
+    ),
+    "mask of the batch": Case(padded, named_params()),
+    "contracted features": Case(contracted_features, named_params()),
+    "encoder and decoder": Case(
+        encoder_decoder,
+        encoder_decoder_params(),
+        ["encoder/{}", "decoder/{}"],
+        options={"max_kinds": 3},
+        num_kinds=3,
+    ),
+    "experts, running sum": Case(experts("running sum"), experts_params()),
+    "experts, sum of a list": Case(experts("sum of a list"), experts_params()),
+    "experts, mean of a stack": Case(experts("mean"), experts_params()),
+    "experts, carry and ys of a scan": Case(experts_in_scan, stacked_experts(), "blocks"),
+    "metrics": Case(with_metrics, experts_params(), options={"has_aux": True}),
+    "penalty on all parameters": Case(penalty, named_params()),
+    "penalty on a stack": Case(penalty_of_stack, stacked_params(), "blocks"),
+    "dense, then experts": Case(dense_then_experts, dense_then_experts_params(), num_kinds=2),
+    "weight": Case(weighted, named_params(), options={"weight": count_targets}),
+}
+
+
+def make_batch() -> dict[str, jax.Array]:
+    generator = np.random.default_rng(0)
+    shape = (ROWS * MICROBATCHES, LENGTH)
+    return {
+        name: jnp.asarray(generator.integers(0, VOCABULARY, shape))
+        for name in ("tokens", "targets")
+    }
+
+
+def reference(case: Case, batch: Any) -> Any:
+    """The meaning: microbatches one after the other."""
+
+    def one(params: Any, microbatch: Any, m: Any) -> Any:
+        key = (jax.random.fold_in(KEY, m),) if case.has_rng else ()
+        out = case.loss_fn(params, microbatch, *key)
+        return out if case.options.get("has_aux") else (out, ())
+
+    @jax.jit
+    def run(params: Any, batch: Any) -> Any:
+        split = jax.tree.map(lambda a: a.reshape(MICROBATCHES, ROWS, *a.shape[1:]), batch)
+        grad_fn = jax.value_and_grad(one, has_aux=True)
+        (losses, metrics), grads = lax.map(
+            lambda at: grad_fn(params, at[0], at[1]), (split, jnp.arange(MICROBATCHES))
+        )
+        weight = case.options.get("weight")
+        total = MICROBATCHES if weight is None else weight(batch)
+        loss, grads = jax.tree.map(lambda a: a.sum(0) / total, (losses, grads))
+        metrics = jax.tree.map(lambda a: a.sum(0), metrics)
+        return ((loss, metrics) if case.options.get("has_aux") else loss), grads
+
+    return run(case.params, batch)
+
+
+def make_model(case: Case, batch: Any) -> Any:
+    microbatch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((ROWS, *a.shape[1:]), a.dtype), batch)
+    key = KEY if case.has_rng else None
+    return dpj.from_loss(
+        case.loss_fn, case.params, microbatch, layers=case.layers, rng=key, **case.options
+    )
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    """Float64 to its last digits: sums are in another order."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13 * max(1, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_loss(name: str) -> None:
+    case, batch = CASES[name], make_batch()
+    model = make_model(case, batch)
+    assert len(model.cut.kinds) == case.num_kinds
+    mesh = jax.make_mesh((4,), ("pipe",), devices=jax.devices()[:4])
+    grad_fn = jax.jit(dpj.value_and_grad(model, mesh=mesh, num_microbatches=MICROBATCHES))
+    found = grad_fn(case.params, batch, rng=KEY if case.has_rng else None)
+    assert_equal(found, reference(case, batch))
