@@ -50,9 +50,9 @@ faults: $(READY)  ## training runs that are killed, pre-empted, short of disk, o
 wrong-calls: $(READY)  ## tens of thousands of wrong calls; their figures go into docs/reliability.md (minutes)
 	@WRONG_CALLS=$(WRONG_CALLS) $(BIN)/python -m pytest tests/wrong_calls/test_wrong_calls.py $(ARGS)
 
-test-outside:  ## a larger published model, too; brings 1 GB of packages in an environment of its own
+test-outside:  ## more published models, too; brings 1 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \
-		PYTEST_ARGS="tests/flax/outside_qwen3.py" test
+		PYTEST_ARGS="tests/flax/outside_qwen3.py tests/from_loss/outside_transformers.py" test
 
 test-gpu:  ## the collectives that compute hides on eight H100s; brings 5 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \
