@@ -105,9 +105,7 @@ def main(ctx: click.Context, **given: Any) -> None:
     path = given["model_path"]
     published = families.read(path)
     _require_fitting(settings, given, vocab_size=published.vocab_size)
-    plan = run.make_schedule(
-        given["schedule"], settings, ranks=settings.ranks or 1, layers=published.num_layers
-    )
+    plan = _make_schedule(settings, given["schedule"], path, layers=published.num_layers)
     place = _find_place(settings, path, vocab_size=published.vocab_size)
     folder = run.open_folder(settings, config, place, default=FOLDER)
     console = place.console
@@ -162,6 +160,17 @@ def _require_fitting(settings: Settings, given: dict[str, Any], *, vocab_size: i
             f"--lora-alpha {alpha}: needs --lora-rank": alpha is not None and rank is None,
         }
     )
+
+
+def _make_schedule(settings: Settings, name: str, path: Path, *, layers: int) -> dpj.Schedule:
+    """Makes the schedule, each stage with a layer."""
+    ranks, microbatches = settings.ranks or 1, settings.microbatches
+    with flags.refusing(f"--ranks {ranks}, --microbatches {microbatches}"):
+        plan = dpj.schedules.make(name, num_ranks=ranks, num_microbatches=microbatches)
+    stages = plan.num_stages
+    few = f"--model {path}: its {layers} layers are fewer than the {stages} stages of {plan.name}"
+    flags.refuse({f"{few} over {ranks} ranks; lower --ranks": layers < stages})
+    return plan
 
 
 def _find_place(settings: Settings, path: Path, *, vocab_size: int) -> run.Place:
