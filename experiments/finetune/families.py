@@ -126,8 +126,9 @@ def read(folder: Path) -> Published:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refusal(f"--model {folder}: config.json: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        text = " ".join(str(error).split())
+        raise Refusal(f"--model {folder}: config.json: {text}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
         raise Refusal(
@@ -150,6 +151,11 @@ def read(folder: Path) -> Published:
     ]
     if missing:
         wrong.append(f"without {', '.join(missing)}")
+    wrong += [
+        f"{name} is {config[name]!r}, not {must}"
+        for name, must in _MUST.items()
+        if config.get(name) is not None and not _is_positive(config[name], must)
+    ]
     if not wrong:
         wrong += _other_problems(kind, config)
     if wrong:
@@ -201,6 +207,11 @@ def _other_problems(kind: str, config: Config) -> list[str]:
     elif scaling is not None and (kind != "llama" or _rope_type(scaling) != "llama3"):
         problems.append(f"rope_scaling {scaling!r} is not supported")
     return problems
+
+
+def _is_positive(value: Any, must: str) -> bool:
+    types = int if must == "an integer above 0" else (int, float)
+    return isinstance(value, types) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _rope_type(scaling: Any) -> Any:
@@ -267,6 +278,12 @@ _REQUIRED = (
     "rope_theta",
     "rms_norm_eps",
 )
+# The type of an entry, positive wherever it is.
+_MUST = {
+    **dict.fromkeys(_REQUIRED[:6], "an integer above 0"),
+    **dict.fromkeys(("head_dim", "sliding_window", "query_pre_attn_scalar"), "an integer above 0"),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "rope_local_base_freq"), "a number above 0"),
+}
 _SILU = {"hidden_act": "silu", "attention_bias": False}
 
 # By `model_type`.
