@@ -30,10 +30,16 @@ def main() -> None:
     given = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 1)
     processes.start(given.coordinator, given.num_processes, given.process_id)
+    with processes.leaving():
+        load(given.folder)
+
+
+def load(path: Path) -> None:
+    """Loads the model, and prints the figures."""
     mesh = jax.make_mesh((jax.device_count(),), ("pipe",))
-    published = families.read(given.folder)
+    published = families.read(path)
     model = Model(published, dtype=jnp.dtype("float32"), lora=None, rows=1, length=9)
-    folder = Folder(given.folder)
+    folder = Folder(path)
     opened: set[str] = set()
     most, read = 0, folder.read
 
@@ -63,7 +69,6 @@ def main() -> None:
         "memory": most,
     }
     print(json.dumps(figures), flush=True)
-    processes.leave(0)
 
 
 def _memory() -> int:
