@@ -20,15 +20,7 @@ from experiments.train_lm.flags import POSITIVE, PositiveFloat, Refusal
 from experiments.train_lm.trainer import processes, run
 from experiments.train_lm.trainer.flags import Settings, config_of, training
 from experiments.train_lm.trainer.log import Row, perplexity, plot
-from experiments.train_lm.trainer.mesh import (
-    DATA,
-    FSDP,
-    PIPE,
-    batch_axes,
-    make_mesh,
-    unsharded,
-    with_fsdp,
-)
+from experiments.train_lm.trainer.mesh import DATA, FSDP, PIPE, batch_axes, make_mesh
 
 FOLDER = "runs/finetune"
 # Peaks of the learning rate.
@@ -276,13 +268,13 @@ def _make_tuning(
         raise Refusal(f"{error}; make finetune makes an environment that has it") from error
     with processes.together():
         weights = Weights(Folder(path), published, model.own)
-    specs = with_fsdp(unsharded(model.shapes), model.shapes, mesh)
+    specs = model.specs(mesh)
     pipeline: dict[str, Any] = {
         "mesh": mesh,
         "num_microbatches": settings.microbatches,
         "axis": PIPE,
         "batch_axes": batch_axes(mesh),
-        "param_specs": model.specs(specs),
+        "param_specs": model.to_tree(specs),
         "layers_per_stage": given["layers_per_stage"],
     }
     value_and_grad = dpj.value_and_grad(
@@ -298,14 +290,7 @@ def _make_tuning(
         stages = flags.show_layers(value_and_grad.memory(model.shapes, batch).layers_per_stage)
     _, frozen = model.split(model.shapes)
     if frozen:
-        where = dpj.shardings(frozen, mesh=mesh, axis=PIPE, param_specs=model.split(specs)[1])
-        frozen = weights.load(
-            jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                frozen,
-                where,
-            )
-        )
+        frozen = weights.load(model.placed(mesh, frozen, model.split(specs)[1]))
     return Tuning(
         model=model,
         weights=weights,

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 import dualpipe_jax as dpj
 from experiments.finetune.families import Published
+from experiments.train_lm.trainer.mesh import PIPE, unsharded, with_fsdp
 
 # The matrices of attention and MLP in tunix's models, by the modules that hold them.
 ADAPTED = r".*/(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|[a-z_]*einsum)"
@@ -93,7 +95,40 @@ class Model:
             lambda path, _: self.lora is None or is_adapter(str(path[-1].key)), tree
         )
 
-    def specs(self, specs: Any) -> Any:
+    def specs(self, mesh: Mesh) -> Any:
+        """Gives the specs of all parameters, in the form of the pipeline.
+
+        Layers are sharded over the ranks without being named here. Outside of them a matrix is
+        sharded over the ranks too, in its largest dim that they divide, and each parameter over
+        the axis of FSDP.
+        """
+        specs = with_fsdp(unsharded(self.shapes), self.shapes, mesh)
+        ranks = mesh.shape[PIPE]
+
+        def add(leaf: Any, spec: Any) -> Any:
+            entries = [*spec, *[None] * (leaf.ndim - len(spec))]
+            free = [
+                dim
+                for dim in range(leaf.ndim)
+                if entries[dim] is None and leaf.shape[dim] % ranks == 0
+            ]
+            if not free or leaf.ndim < 2:
+                return spec
+            entries[max(free, key=lambda dim: leaf.shape[dim])] = PIPE
+            return jax.P(*entries)
+
+        return specs | {"ends": jax.tree.map(add, self.shapes["ends"], specs["ends"])}
+
+    def placed(self, mesh: Mesh, shapes: Any, specs: Any) -> Any:
+        """Gives shapes their shardings: those of all parameters, or of a part as `split` gives."""
+        where = dpj.shardings(shapes, mesh=mesh, axis=PIPE, param_specs=specs)
+        return jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            shapes,
+            where,
+        )
+
+    def to_tree(self, specs: Any) -> Any:
         """Gives specs in the form of the pipeline that of tunix's tree, which `dpj` takes."""
 
         def of(path: Any, leaf: Any) -> Any:

@@ -55,10 +55,13 @@ class Tensor:
     shape: tuple[int, ...] | None = None
     ordered: tuple[int, ...] | None = None
 
-    @property
-    def is_as_stored(self) -> bool:
-        """Whether the tensor is the leaf, entry for entry."""
-        return self.permuted is None and self.shape is None and self.entry is None
+    def part(self, index: Index) -> Index | None:
+        """Finds the part of the tensor that makes a part of its leaf; None if it is no box."""
+        if self.shape is not None or self.entry is not None:
+            return None
+        if self.permuted is None:
+            return index
+        return tuple(index[self.permuted.index(dim)] for dim in range(len(index)))
 
     def to_leaf(self, value: np.ndarray) -> np.ndarray:
         """Converts the tensor's value."""
@@ -226,8 +229,8 @@ class Weights:
     def _read(self, leaf: Leaf, index: Index, dtype: Any) -> np.ndarray:
         tensors = self._found[leaf]
         first = tensors[0]
-        if first.is_as_stored:
-            value = self.folder.read(first.name, index)
+        if (part := first.part(index)) is not None:
+            value = first.to_leaf(self.folder.read(first.name, part))
         elif first.entry is None:
             value = first.to_leaf(self.folder.read(first.name))[index]
         else:

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-import dualpipe_jax as dpj
 from experiments.finetune import families
 from experiments.finetune.model import Model
 from experiments.finetune.weights import Folder, Weights
@@ -51,12 +50,7 @@ def load(path: Path) -> None:
 
     weights = Weights(folder, published, model.own)
     folder.read = watched  # pyrefly: ignore[bad-assignment]
-    where = dpj.shardings(model.shapes, mesh=mesh)
-    shapes = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        model.shapes,
-        where,
-    )
+    shapes = model.placed(mesh, model.shapes, model.specs(mesh))
     before = _memory()
     params = weights.load(shapes)
     most = max(most, _memory() - before)

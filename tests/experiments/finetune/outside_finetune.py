@@ -49,13 +49,9 @@ def load(folder: Path, *, lora: Lora | None = None) -> tuple[Model, Weights, Any
     published = families.read(folder)
     model = Model(published, dtype=FLOAT32, lora=lora, rows=ROWS // 2, length=LENGTH)
     weights = Weights(Folder(folder), published, model.own)
-    where = dpj.shardings(model.own, mesh=mesh_of())
-    shapes = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        model.own,
-        where,
-    )
-    return model, weights, weights.load(shapes)
+    specs = model.specs(mesh_of())
+    specs = specs if lora is None else model.split(specs)[1]
+    return model, weights, weights.load(model.placed(mesh_of(), model.own, specs))
 
 
 def load_by_tunix(folder: Path, model: Model) -> Any:
@@ -103,7 +99,10 @@ def test_a_published_model_trains_as_tunix_own_and_leaves_as_it_came(
 
     # tunix's models compute in float32.
     want = jax.jit(jax.value_and_grad(own_loss))(own)
-    grad_fn = dpj.value_and_grad(model.pipelined, mesh=mesh_of(), num_microbatches=2)
+    specs = model.to_tree(model.specs(mesh_of()))
+    grad_fn = dpj.value_and_grad(
+        model.pipelined, mesh=mesh_of(), num_microbatches=2, param_specs=specs
+    )
     loss, grads = jax.jit(grad_fn)(params, tokens)
     assert_close((loss, model.pipelined.tree(grads)), want, tolerance=1e-5)
 
@@ -123,7 +122,8 @@ def test_a_published_model_trains_as_tunix_own_and_leaves_as_it_came(
                 after[file][name].shape,
             )
             assert tensor.tobytes() == after[file][name].tobytes(), name
-    again = jax.jit(model.logits)(model.pipelined.tree(load(target)[2]), tokens)
+    loaded = on_one_device(load(target)[2])
+    again = jax.jit(model.logits)(model.pipelined.tree(loaded), tokens)
     np.testing.assert_array_equal(again, jax.jit(model.logits)(own, tokens))
 
 
@@ -184,8 +184,8 @@ def test_a_process_reads_the_layers_of_its_own_ranks(tmp_path: Path) -> None:
     assert [figure["layers"] for figure in figures] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     print(*figures, sep="\n")
     for figure in figures:
-        # Its layers and both ends; for a moment, a leaf of its layers twice.
-        assert figure["held"] < 0.27 * figure["whole"]
+        # Its layers and its part of the embedding; for a moment, a leaf of its layers twice.
+        assert figure["held"] < 0.251 * figure["whole"]
         assert figure["memory"] < 0.6 * figure["whole"]
 
 
