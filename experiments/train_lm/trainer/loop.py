@@ -56,7 +56,7 @@ class Loop:
     console: Console
     speed: progress.Speed
     profile: Profile
-    unit: str
+    unit: str = "byte"
     _pending: tuple[int, Figures, float] | None = None  # with the time when it was dispatched
     _skipped_in_a_row: int = 0  # as far as figures have been read
     _done: float = 0.0  # when the last step was done
