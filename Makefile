@@ -19,12 +19,15 @@ EXTRAS ?= dev
 # Tests of a file mostly go to one process, and share what it has set up.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
+# The environment of published models.
+OUTSIDE := VENV=.venv-outside EXTRAS=dev,finetune
+
 FAULTS_ARGS ?= -q
 # Calls for each class of mistakes in each argument.
 WRONG_CALLS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help train deepseek test faults wrong-calls test-outside test-gpu docs site wheel lint format clean \
+.PHONY: help train deepseek finetune test faults wrong-calls test-outside test-gpu docs site wheel lint format clean \
 	compare idle table search clock benchmark overlap backwards memory offload ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
@@ -39,6 +42,10 @@ train: $(READY)  ## train a small language model with DualPipe
 deepseek: $(READY)  ## train a small mixture of experts of DeepSeek-V3's shape
 	@$(BIN)/python -m experiments.deepseek_mini.deepseek_mini $(ARGS)
 
+finetune:  ## train a published Llama, Qwen3 or Gemma 3; brings 1 GB of packages in an environment of its own
+	@$(MAKE) --no-print-directory $(OUTSIDE) .venv-outside/.ready
+	@.venv-outside/bin/python -m experiments.finetune.finetune $(ARGS)
+
 ##@ Develop
 
 test: lint  ## style, types, layers and every test (options: PYTEST_ARGS="tests/test_cli.py")
@@ -50,9 +57,9 @@ faults: $(READY)  ## training runs that are killed, pre-empted, short of disk, o
 wrong-calls: $(READY)  ## tens of thousands of wrong calls; their figures go into docs/reliability.md (minutes)
 	@WRONG_CALLS=$(WRONG_CALLS) $(BIN)/python -m pytest tests/wrong_calls/test_wrong_calls.py $(ARGS)
 
-test-outside:  ## more published models, too; brings 1 GB of packages in an environment of its own
-	@$(MAKE) --no-print-directory VENV=.venv-outside EXTRAS=dev,outside-models-large \
-		PYTEST_ARGS="tests/flax/outside_qwen3.py tests/from_loss/outside_transformers.py" test
+test-outside:  ## published models and their weights, too; brings 1 GB of packages in an environment of its own
+	@$(MAKE) --no-print-directory $(OUTSIDE) test PYTEST_ARGS="tests/flax/outside_qwen3.py \
+		tests/from_loss/outside_transformers.py tests/experiments/finetune/outside_finetune.py"
 
 test-gpu:  ## the collectives that compute hides on eight H100s; brings 5 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \

@@ -255,7 +255,34 @@ def _that_train() -> list[Experiment]:
             },
             stops=[(moe, "_sizes")],
         ),
+        _that_finetunes(common),
     ]
+
+
+def _that_finetunes(common: Mapping[str, Sequence[Mistake]]) -> Experiment:
+    module = "experiments.finetune.finetune"
+    size = _size()
+    no_sizes = ("layers", "width")
+    return Experiment(
+        module=module,
+        valid={
+            "model": str(of.model()),
+            "ranks": "2",
+            "context": "16",
+            "microbatches": "2",
+            "data": __file__,
+            "output": str(of.folder() / "finetune"),
+        },
+        flags={
+            **{name: made for name, made in common.items() if name not in no_sizes},
+            "model": of.folders_of_models(),
+            "lora-rank": size,
+            "lora-alpha": [mistake("given alone", "1", "2.5"), *of.amounts(is_open=True)],
+            "dtype": of.choices(("float32", "bfloat16")),
+            "remat": of.choices(("none", "block")),
+        },
+        stops=[(module, "_make_tuning")],
+    )
 
 
 def _flags_of_runs() -> dict[str, Sequence[Mistake]]:

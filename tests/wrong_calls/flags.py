@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tests.experiments.finetune.published import make
 from tests.wrong_calls.mistakes import Mistake, always, mistake
 
 # A flag that is given without a value.
@@ -144,6 +145,47 @@ def texts_to_learn() -> list[Mistake]:
         mistake("flag without a value", ALONE),
         mistake("another form", _folder("texts", a=b"a" * 500, b=b"b" * 500), legal=always),
     ]
+
+
+def folders_of_models() -> list[Mistake]:
+    """Mistakes in the folder of a published model, before its weights are read."""
+
+    def config(name: str, content: bytes) -> str:
+        return _folder(name, **{"config.json": content})
+
+    good = (model() / "config.json").read_bytes()
+    return [
+        mistake("unreadable path", "/no/such/folder", __file__, "/dev/null/x", "x" * 5000),
+        mistake("empty", _folder("no model")),
+        mistake(
+            "malformed file",
+            config("cut_config", good[:20]),
+            config("no_text", b"\xff\xfe"),
+            config("no_object", b"[1]"),
+            config("deep_config", b"[" * 100_000),
+            config("no_tokenizer", good),
+            _folder("cut_tokenizer", **{"config.json": good, "tokenizer.json": b"{"}),
+        ),
+        mistake(
+            "wrong type",
+            config("layers_as_text", good.replace(b'layers": 4', b'layers": "4"')),
+            config("half_layers", good.replace(b'layers": 4', b'layers": 4.5')),
+            config("true_layers", good.replace(b'layers": 4', b'layers": true')),
+            config("theta_as_text", good.replace(b"500000.0", b'"x"')),
+        ),
+        mistake("zero", config("no_layers", good.replace(b'layers": 4', b'layers": 0'))),
+        mistake("missing key", config("no_key", b'{"model_type": "qwen3"}')),
+        mistake("unknown name", config("other_model", good.replace(b"qwen3", b"gpt2"))),
+        mistake("flag without a value", ALONE),
+    ]
+
+
+@cache
+def model() -> Path:
+    """Makes the folder of a small published model."""
+    path = folder() / "published"
+    make(path, model_type="qwen3")
+    return path
 
 
 def files_of_flags() -> list[Mistake]:

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -24,6 +24,18 @@ _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "enc
 
 # A file's name, relative to the folder that was read, and its path.
 File = tuple[str, Path]
+
+
+class Windows(Protocol):
+    """A sequence of numbers, bytes or tokens, of which windows are read by position."""
+
+    fingerprint: str  # tells one sequence from another
+
+    def __len__(self) -> int: ...
+
+    def windows(self, starts: np.ndarray, context: int) -> np.ndarray:
+        """Reads int32[len(starts), context + 1]."""
+        ...
 
 
 class Pieces:
@@ -76,11 +88,12 @@ class Pieces:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text: both sides, and a line that describes them."""
+    """A text: both sides, a line that describes them, and the name of an entry of a window."""
 
-    train: Pieces
-    held_out: Pieces
+    train: Windows
+    held_out: Windows
     summary: str
+    unit: str = "byte"
 
     @property
     def fingerprint(self) -> str:
@@ -144,7 +157,7 @@ def read(path: Path | None, *, min_length: int) -> Text:
 
 
 def iterate(
-    text: Pieces, *, batch_size: int, context: int, seed: int, rows: Any = slice(None)
+    text: Windows, *, batch_size: int, context: int, seed: int, rows: Any = slice(None)
 ) -> Any:
     """Makes Grain's iterator over batches without end, int32[rows, context + 1].
 
@@ -172,7 +185,7 @@ class Batches:
     """Batches without end over all processes, in the order of `iterate`, and their position."""
 
     def __init__(
-        self, text: Pieces, *, batch_size: int, context: int, seed: int, sharding: NamedSharding
+        self, text: Windows, *, batch_size: int, context: int, seed: int, sharding: NamedSharding
     ):
         """Shards int32[batch_size, context + 1] as `sharding` says."""
         self._shape = (batch_size, context + 1)
@@ -199,7 +212,7 @@ class Batches:
 
 
 def spread(
-    text: Pieces, *, batch_size: int, context: int, num_batches: int, sharding: NamedSharding
+    text: Windows, *, batch_size: int, context: int, num_batches: int, sharding: NamedSharding
 ) -> list[jax.Array]:
     """Makes batches of windows spread evenly over the text, each sharded over all processes."""
     shape = (batch_size, context + 1)

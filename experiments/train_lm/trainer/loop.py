@@ -40,6 +40,7 @@ class Loop:
       batches: Where the run goes on.
       to_row: Makes an experiment's own columns of its figures.
       facts: Of the run, for its checkpoints; the position in the data is added.
+      unit: The name of an entry of a window.
     """
 
     settings: Settings
@@ -55,6 +56,7 @@ class Loop:
     console: Console
     speed: progress.Speed
     profile: Profile
+    unit: str = "byte"
     _pending: tuple[int, Figures, float] | None = None  # with the time when it was dispatched
     _skipped_in_a_row: int = 0  # as far as figures have been read
     _done: float = 0.0  # when the last step was done
@@ -169,7 +171,8 @@ class Loop:
         with self.clock.phase("evaluating"):
             loss = self.held_out_loss(state)
         bar.console.print(
-            f"step {index:>{len(str(self.settings.steps))}}  held-out loss {loss:.3f} nats a byte"
+            f"step {index:>{len(str(self.settings.steps))}}  held-out loss {loss:.3f} nats a "
+            f"{self.unit}"
             f"  perplexity {perplexity(loss):.2f}  {time.perf_counter() - self._start:6.1f} s"
         )
         return loss

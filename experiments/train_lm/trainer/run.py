@@ -163,6 +163,7 @@ def train(
     *,
     requests: Requests,
     at_stop: Callable[[list[Row]], None],
+    if_ended: Callable[[PyTree], None] = lambda params: None,
 ) -> Outcome:
     """Trains until the last step.
 
@@ -174,6 +175,7 @@ def train(
       config: The flags by their names, kept beside the checkpoints.
       requests: Asks the run to stop.
       at_stop: Is given the rows however the run stops, to draw them.
+      if_ended: Is given the parameters of a run that has ended before.
 
     Returns:
       The outcome. A run that is asked to stop, or that has ended before, ends the process.
@@ -200,6 +202,8 @@ def train(
             f"ended     {run.path}: after {start} steps; a larger --steps goes on, --fresh starts "
             "anew"
         )
+        assert restored is not None
+        if_ended(restored.state.params)
         sys.exit(0)
     if processes.is_first():
         run.write_config(config)
@@ -231,6 +235,7 @@ def train(
                 console=console,
                 speed=_speed(job, settings),
                 profile=Profile(settings.profile, run.path),
+                unit=place.text.unit,
             )
             with _drawing(log, at_stop, console):
                 last, index, asked = loop.run(first, start=start)
@@ -301,12 +306,12 @@ class _Plan:
 def _plan(job: Job, settings: Settings) -> _Plan:
     """Finds the shapes and shardings of the state; compiles nothing yet."""
     optimizer, learning_rates = state.make_optimizer(
-        learning_rate=settings.learning_rate, steps=settings.steps
+        learning_rate=settings.learning_rate, steps=settings.steps, is_decayed=job.is_decayed
     )
     optimizer = state.skipping(optimizer)
-    init = state.make_init(job.init, optimizer)
+    make_state = state.make_init(job.init, optimizer)
     key = jax.random.key(settings.seed)
-    shapes = jax.eval_shape(init, key)
+    shapes = jax.eval_shape(make_state, key)
     shardings = dpj.shardings(shapes, mesh=job.mesh, axis=PIPE, param_specs=job.param_specs)
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -320,15 +325,23 @@ def _plan(job: Job, settings: Settings) -> _Plan:
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
         evaluate = jax.jit(job.held_out_loss, out_shardings=everywhere)
         return _Compiled(
-            step=jitted.lower(abstract, batch).compile(),
-            evaluate=evaluate.lower(abstract.params, batch).compile(),
+            step=functools.partial(
+                jitted.lower(abstract, batch, **job.frozen).compile(), **job.frozen
+            ),
+            evaluate=functools.partial(
+                evaluate.lower(abstract.params, batch, **job.frozen).compile(), **job.frozen
+            ),
         )
+
+    def init() -> State:
+        jitted = jax.jit(make_state, out_shardings=shardings, donate_argnames="params")
+        return jitted(key) if job.load is None else jitted(key, params=job.load(abstract.params))
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
     return _Plan(
         abstract=abstract,
         num_params=num_params,
-        init=functools.partial(jax.jit(init, out_shardings=shardings), key),
+        init=init,
         compile=compile_for,
     )
 

@@ -5,7 +5,7 @@ out: parameters and the optimizer's moments stay as they are, and the step is co
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,6 +14,8 @@ import optax
 
 PyTree = Any
 Figures = dict[str, Any]
+# `(params, batch, key, **frozen) -> ((loss, figures), grads)`; figures are arrays for the log.
+GradFn = Callable[..., tuple[tuple[jax.Array, Figures], PyTree]]
 
 
 @flax.struct.dataclass
@@ -33,20 +35,27 @@ class State:
     rng: Any
 
 
-class GradFn(Protocol):
-    """Loss, figures and gradients of a batch."""
-
-    def __call__(
-        self, params: PyTree, batch: jax.Array, key: jax.Array, /
-    ) -> tuple[tuple[jax.Array, Figures], PyTree]:
-        """Gives `(loss, figures), grads`; figures are arrays for the log, by name."""
-        ...
+def is_matrix(params: PyTree) -> PyTree:
+    """Says for every parameter whether it is a matrix of a Flax layer, by its name."""
+    # Not by ndim: the biases of the blocks are stacked, so they have two dims as well.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "embedding"), params
+    )
 
 
 def make_optimizer(
-    *, learning_rate: float, steps: int
+    *,
+    learning_rate: float,
+    steps: int,
+    is_decayed: Callable[[PyTree], PyTree] = is_matrix,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Makes AdamW behind clipping by the global norm, and its learning rate over the updates."""
+    """Makes AdamW behind clipping by the global norm, and its learning rate over the updates.
+
+    Args:
+      learning_rate: Its peak.
+      steps: Updates in all.
+      is_decayed: Says for every parameter whether its weight decays.
+    """
     learning_rates = optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / 10,
         peak_value=learning_rate,
@@ -56,7 +65,7 @@ def make_optimizer(
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(learning_rates, b2=0.99, weight_decay=0.1, mask=_is_matrix),
+        optax.adamw(learning_rates, b2=0.99, weight_decay=0.1, mask=is_decayed),
     )
     return optimizer, learning_rates
 
@@ -68,11 +77,14 @@ def skipping(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 def make_init(
     init_params: Callable[[jax.Array], PyTree], optimizer: optax.GradientTransformation
-) -> Callable[[jax.Array], State]:
-    """Makes a function from a key to the first state, to be jitted with the state's shardings."""
+) -> Callable[..., State]:
+    """Makes a function from a key to the first state, to be jitted with the state's shardings.
 
-    def init(key: jax.Array) -> State:
-        params = init_params(key)
+    Parameters that are there already may be given beside the key.
+    """
+
+    def init(key: jax.Array, params: PyTree = None) -> State:
+        params = init_params(key) if params is None else params
         rng = jax.random.key_data(jax.random.fold_in(key, 1))
         return State(
             step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=rng
@@ -87,8 +99,8 @@ def make_step(
     learning_rates: optax.Schedule,
     *,
     after_update: Callable[[PyTree, Figures, jax.Array], PyTree] | None = None,
-) -> Callable[[State, jax.Array], tuple[State, Figures]]:
-    """Makes a step, `(state, batch) -> (state, figures)`.
+) -> Callable[..., tuple[State, Figures]]:
+    """Makes a step, `(state, batch, **frozen) -> (state, figures)`.
 
     Figures are those of grad_fn, the `loss`, the `learning_rate` and `grad_norm` of the update,
     and of updates that were left out `skipped` in all and `skipped_in_a_row`.
@@ -101,9 +113,9 @@ def make_step(
         finite, bool[].
     """
 
-    def step(state: State, batch: jax.Array) -> tuple[State, Figures]:
+    def step(state: State, batch: jax.Array, **frozen: Any) -> tuple[State, Figures]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        (loss, figures), grads = grad_fn(state.params, batch, key)
+        (loss, figures), grads = grad_fn(state.params, batch, key, **frozen)
         # A loss that is not finite must not pass because its gradients happen to be.
         poison = jnp.where(jnp.isfinite(loss), 0.0, jnp.nan)
         grads = jax.tree.map(lambda grad: grad + poison.astype(grad.dtype), grads)
@@ -156,10 +168,3 @@ def _mixed(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
-
-
-def _is_matrix(params: PyTree) -> PyTree:
-    # By name, not by ndim: the biases of the blocks are stacked, so they have two dims as well.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )

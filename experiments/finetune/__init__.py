@@ -1,0 +1,1 @@
+"""Trains published models of the Hugging Face format: weights in, weights out."""
