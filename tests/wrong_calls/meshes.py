@@ -20,8 +20,8 @@ from tests.wrong_calls.users import MESH
 
 
 def _size() -> list[Mistake]:
-    """Mistakes in the size of an axis, on four devices of which two axes take two each."""
-    return [*counts(most=10**4), mistake("number that does not fit", 3, 5, 100)]
+    """Mistakes in the size of an axis, on four devices or on all eight; the other one takes two."""
+    return [*counts(most=10**4), mistake("number that does not fit", 5, 7, 100)]
 
 
 def targets() -> list[Target]:
