@@ -5,6 +5,9 @@ from numbers import Real
 
 from dualpipe_jax._errors import brief
 
+# Values of a layer with fewer bytes do not wait in the host's memory: many short copies would take
+# link time for few bytes.
+LEAST_ON_HOST = 2**20
 _UNITS = {
     "": 1,
     "B": 1,
@@ -67,3 +70,32 @@ def as_bytes(name: str, value: object) -> float:
         return parse_bytes(value)
     except ValueError as error:
         raise ValueError(f"{name}={brief(value)}: {error}") from error
+
+
+def as_host_memory(name: str, value: object) -> float:
+    """Converts bytes of the host's memory, as `as_bytes`: none, or room for some value.
+
+    Raises:
+      TypeError: if the value is neither a number nor a text.
+      ValueError: if it is no size, or too small for all values that may wait there.
+    """
+    size = as_bytes(name, value)
+    if 0 < size < LEAST_ON_HOST:
+        raise ValueError(
+            f"{name}={brief(value)}: must be at least {format_bytes(LEAST_ON_HOST)}, as smaller "
+            "values do not leave the device, or 0 for none"
+        )
+    return size
+
+
+def require_rate(name: str, value: object) -> None:
+    """Requires bytes a second, or None.
+
+    Raises:
+      TypeError: if the value is no number above 0.
+    """
+    if value is None:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise TypeError(f"{name}={brief(value)}: must be bytes a second, a number above 0, or None")

@@ -100,6 +100,31 @@ def test_deferred_weight_grads_keep_less_if_they_recompute() -> None:
     assert terms["deferred"] == recomputes.num_slots["deferred"] * 10_000
 
 
+@pytest.mark.parametrize(("timetable", "arrays"), [("shortest", 1), ("aligned", 2)])
+def test_slots_on_the_host_leave_in_whole_values(timetable: str, arrays: int) -> None:
+    """An array for each chunk in a steady phase, one for both in ticks."""
+    x = 2**20
+    layer = LayerBytes(x=x, residual=x, weight_residual=2 * x, stash=0, deferred=0, working=0)
+    tables = tables_of("dualpipe", 4, 16, timetable=timetable)
+    slots = tables.num_slots
+    assert (slots["residual"], slots["weight_residual"]) == (5, 5)
+
+    def residuals(layer: LayerBytes) -> dict[str, float]:
+        execution = replace(STORE, slots_on_device=3)
+        terms = memory_of(tables, execution, sizes=(2,) * 4, layer=layer, parameters=PARAMETERS)
+        return {term.name: term.num_bytes / x for term in terms if "residual" in term.name}
+
+    # Six values in two layers: at least 2.4 of them leave, where three of five slots stay.
+    assert residuals(layer) == {
+        "residual": 5 * 2 / 2,
+        "weight residual": 5 * 4 / 2,
+        "residual on the host": arrays * 5 * 2 / 2,
+        "weight residual on the host": arrays * 5 * 4 / 2,
+    }
+    with pytest.raises(ValueError, match="slots_on_device=3: must be left out"):
+        residuals(LAYER)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_of_smaller_stages_take_fewer_layers(name: str) -> None:
     tables = tables_of(name, 4, 8)

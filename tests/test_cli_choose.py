@@ -190,6 +190,11 @@ def test_nothing_fits_is_said_after_the_table() -> None:
         (["--costs", "Q=1"], ["'Q=1'", "F=1,I=1,W=1"]),
         (["--costs", "F=0"], ["forward=0.0"]),
         (["--headroom", "nan"], ["--headroom nan", "less than 1"]),
+        (["--host-memory", "1GiB"], ["--host-memory 1 GiB", "--host-link", "--device"]),
+        (["--host-memory", "9KiB"], ["--host-memory", "at least 1 MiB"]),
+        (["--host-memory", "-1"], ["--host-memory", "'-1'"]),
+        (["--host-link", "fast"], ["--host-link", "'fast'"]),
+        (["--device", "v5e"], ["--device", "'v5e'", "TPU v5e"]),
         (["--transfer", "-1"], ["transfer=-1.0"]),
         (["--transfer", "1e308"], ["transfer=1e+308", "at most 1e+100"]),
         (["--heads", "7"], ["heads=7", "must divide width=4096"]),
@@ -280,3 +285,49 @@ def test_headroom_is_the_users() -> None:
         assert sum(choice["tight"] for choice in choices) == num_tight
         assert all(choice["fits"] for choice in choices[:9])
     assert run("--headroom", "1").exit_code == 2
+
+
+def test_activations_wait_on_the_host_where_its_memory_is_given() -> None:
+    sizes = ["--ranks", "4", "--microbatches", "16", "--layers", "32", "--memory", "60GiB"]
+    host = [*sizes, "--host-memory", "64GiB", "--host-link", "32GB/s"]
+    alone, made = choices_of(*sizes), choices_of(*host)
+    on_host = [c for c in made["choices"] if c["execution"]["slots_on_device"] is not None]
+    others = [dict(c) for c in made["choices"] if c not in on_host]
+    assert [choice.pop("host_bytes") for choice in others] == [0] * len(others)
+    assert others == alone["choices"]
+    # 32 GB/s beside the peak of a TPU v5e, as the devices are not known.
+    layer = made["layer_bytes"]
+    forward = 2 * 4096 * (12 * 4096**2 + 2 * 4096 * 4096) / 197e12
+    copy = (layer["residual"] + layer["weight_residual"]) / 32e9 / forward
+    assert made["costs"]["spill"] == made["costs"]["fill"] == pytest.approx(copy)
+    for choice in on_host:
+        assert choice["fits"]
+        assert 0 < choice["host_bytes"] <= 64 * 2**30
+        expected = simulate(
+            schedules.make(choice["schedule"], num_ranks=4, num_microbatches=16),
+            costs=Costs(**made["costs"]),
+            transfer=made["transfer"],
+            num_layers=32,
+            layers_per_stage=choice["layers_per_stage"],
+            execution=dpj.Execution(**choice["execution"]),
+        )
+        assert choice["makespan"] == expected.makespan
+    # dualpipe, which leaves too little to the compiler, is the best with slots on the host.
+    best = made["choices"][0]
+    assert (best["schedule"], best in on_host) == ("dualpipe", True)
+    assert best["makespan"] < alone["choices"][0]["makespan"]
+    lines = run(*host).stdout.splitlines()
+    assert lines[0].split()[-3:] == ["memory", "host", "why"]
+    assert best["why"] in lines[1]
+    assert f"slots_on_device={best['execution']['slots_on_device']})" in lines[-1]
+
+
+def test_a_device_has_a_memory_a_link_and_a_peak() -> None:
+    sizes = ["--ranks", "2", "--microbatches", "4", "--width", "1024", "--layers", "8"]
+    made = choices_of(*sizes, "--device", "H100 SXM", "--host-memory", "64GiB")
+    figures = dpj.device_figures("H100 SXM")
+    assert figures is not None
+    names = ("memory", "host_link", "peak_flops")
+    assert [made[name] for name in names] == [getattr(figures, name) for name in names]
+    alone = choices_of(*sizes, "--device", "H100 SXM", "--memory", "80GiB")
+    assert alone == choices_of(*sizes)

@@ -1,6 +1,8 @@
 """`choose`: shapes -> schedules in order, with the memory that the step itself reports."""
 
 import math
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import dualpipe_jax as dpj
 from dualpipe_jax._costs import parse_bytes
@@ -38,11 +40,11 @@ MODEL = dpj.Model(
 )
 
 
-def shapes_of(num_layers: int = 8) -> tuple[Any, Any]:
-    sizes = {"up": (num_layers, WIDTH, 4 * WIDTH), "down": (num_layers, 4 * WIDTH, WIDTH)}
+def shapes_of(num_layers: int = 8, *, width: int = WIDTH, rows: int = ROWS) -> tuple[Any, Any]:
+    sizes = {"up": (num_layers, width, 4 * width), "down": (num_layers, 4 * width, width)}
     blocks = {name: jax.ShapeDtypeStruct(size, np.float32) for name, size in sizes.items()}
-    ends = jax.ShapeDtypeStruct((WIDTH, 64), np.float32)
-    batch = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), np.float32)
+    ends = jax.ShapeDtypeStruct((width, 64), np.float32)
+    batch = jax.ShapeDtypeStruct((8 * rows, width), np.float32)
     return {"ends": ends, "blocks": blocks}, batch
 
 
@@ -178,6 +180,10 @@ def test_its_arguments_make_an_exact_step() -> None:
     [
         ({"memory": "lots"}, ValueError, "memory='lots': .*is not a size"),
         ({"headroom": 1.5}, ValueError, "headroom=1.5: must be a share"),
+        ({"host_memory": -1}, ValueError, "host_memory=-1: .*is not a size"),
+        ({"host_memory": "9KiB"}, ValueError, "host_memory='9KiB': must be at least 1 MiB"),
+        ({"host_memory": "9GiB"}, ValueError, "host_link=None: must be the bytes a second"),
+        ({"host_link": "32GB/s"}, TypeError, "host_link='32GB/s': must be bytes a second"),
         ({"costs": dpj.Costs()}, ValueError, "costs: must come with the one remat"),
         ({"schedules": ["1F1B"]}, ValueError, "schedules: must be some of .*'1f1b'.*'1F1B'"),
         ({"remat": "full"}, ValueError, "remat='full'"),
@@ -215,3 +221,113 @@ def test_schedules_that_cannot_run_are_left_out_and_named() -> None:
     assert set(made.left_out) == two_a_rank
     assert all("5 layers" in reason for reason in made.left_out.values())
     assert "left out: dualpipev: " in str(made)
+
+
+# ---- slots in the host's memory
+
+# Values of 2 and 8 MiB, in four layers a stage.
+LARGE = shapes_of(16, width=512, rows=1024)
+HOST: dict[str, Any] = {"host_memory": "1GiB", "host_link": 32e9}
+
+
+@cache
+def choose_large(memory: str = "300MiB", **options: Any) -> Any:
+    given: dict[str, Any] = {"schedules": ("1f1b", "zb-h1"), "remat": "none", **options}
+    return dpj.choose(MODEL, *LARGE, **WHERE, memory=memory, **given)
+
+
+def plain(choices: Any) -> list[Any]:
+    """Gives the choices without slots on the host, as they would be without its memory."""
+    costs = choose_large()[0].costs
+    return [
+        replace(choice, costs=costs, host_memory=0.0)
+        for choice in choices
+        if choice.execution.slots_on_device is None
+    ]
+
+
+def best(choices: Any) -> float:
+    return choices[0].simulation.makespan if choices[0].fits else math.inf
+
+
+def test_slots_on_the_host_make_a_step_fit_whose_report_and_replay_are_those_said() -> None:
+    made = choose_large(**HOST)
+    assert plain(made) == list(choose_large())
+    assert not any(choice.fits for choice in plain(made))
+    on_host = [choice for choice in made if choice.without_host is not None]
+    assert on_host == [choice for choice in made if choice.fits]
+    for choice in on_host:
+        grad_fn = dpj.value_and_grad(MODEL, **WHERE, **choice.arguments)
+        report = grad_fn.memory(*LARGE)
+        assert report.host_bytes == choice.host_bytes > 0
+        inside = {term.name: term.num_bytes for term in report.fullest}
+        assert inside.items() <= {term.name: term.num_bytes for term in choice.terms}.items()
+        schedule = dpj.schedules.make(choice.schedule, num_ranks=4, num_microbatches=8)
+        again = dpj.simulate(
+            schedule,
+            costs=choice.costs,
+            transfer=0.1,
+            num_layers=16,
+            layers_per_stage=choice.layers_per_stage,
+            execution=choice.execution,
+        )
+        assert again == choice.simulation
+        assert again.copied > 0
+        fewer = choice.without_host.num_bytes - choice.num_bytes
+        slots = f"{choice.execution.slots_on_device} of {again.peak_weight_activations} slots"
+        assert choice.why.startswith(f"{slots} on the device: {fewer / 2**20:.3g} MiB fewer there")
+        # With more slots on the device the step is the same, or does not fit.
+        for number in range(choice.execution.slots_on_device + 1, again.peak_weight_activations):
+            execution = replace(choice.execution, slots_on_device=number)
+            more = dpj.value_and_grad(
+                MODEL, **WHERE, **{**choice.arguments, "execution": execution}
+            ).memory(*LARGE)
+            is_same = more.host_bytes == report.host_bytes
+            assert is_same or choice.num_bytes - report.num_bytes + more.num_bytes > 270 * 2**20
+
+
+def test_copies_take_an_activations_bytes_over_the_link() -> None:
+    (costs, *_) = (choice.costs for choice in choose_large(**HOST))
+    assert costs.activation_bytes == 4 * (2 + 8) * 2**20
+    # Two matmuls a layer, whose operands move for longer than they are multiplied.
+    moved = 4 * 2 * 4 * (1024 * 512 + 512 * 2048 + 1024 * 2048)
+    forward = 240 * moved / 197e12
+    assert costs.spill == costs.fill == pytest.approx(costs.activation_bytes / 32e9 / forward)
+    # Costs of the caller's, in another unit, and with copies of their own.
+    doubled = choose_large(costs=dpj.Costs(forward=2), **HOST)
+    assert doubled[0].costs == dpj.Costs(forward=2, spill=2 * costs.spill, fill=2 * costs.fill)
+    own = dpj.Costs(spill=3)
+    assert choose_large(costs=own, host_memory="1GiB")[0].costs == own
+    # The devices' own link and peak.
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    mesh = AbstractMesh((4,), ("pipe",), abstract_device=device)
+    where: dict[str, Any] = {**WHERE, "mesh": mesh, "schedules": "1f1b", "remat": "none"}
+    of_h100 = dpj.choose(MODEL, *LARGE, **where, host_memory="1GiB")[0].costs
+    assert of_h100.spill == pytest.approx(costs.spill * (989 / 197) / 2)
+
+
+def test_a_faster_link_and_more_memory_of_the_host_are_never_slower() -> None:
+    links = [best(choose_large(**{**HOST, "host_link": link})) for link in (4e9, 32e9, 1e15)]
+    assert links == sorted(links, reverse=True)
+    assert links[0] > links[-1]
+    memories = ("1MiB", "40MiB", "130MiB", "1GiB")
+    times = [best(choose_large(**{**HOST, "host_memory": memory})) for memory in memories]
+    assert times == sorted(times, reverse=True)
+    assert math.inf in times
+    assert times[-1] < math.inf
+    for memory in memories:
+        made = choose_large(**{**HOST, "host_memory": memory})
+        assert all(choice.host_bytes <= choice.host_memory for choice in made)
+    # Copies over the fastest link take no time: the step is that of a device with more memory.
+    by_link = choose_large(**{**HOST, "host_link": 1e15})[0]
+    assert best([by_link]) == pytest.approx(by_link.without_host.simulation.makespan)
+
+
+def test_nothing_waits_on_the_host_where_all_fits_or_its_memory_is_not_given() -> None:
+    assert plain(choose_large("1GiB", **HOST)) == list(choose_large("1GiB"))
+    assert len(choose_large("1GiB", **HOST)) == len(choose_large("1GiB"))
+    text = str(choose_large())
+    assert str(choose_large(host_memory=0, host_link=1.0)) == text
+    assert "host" not in text
+    heading, *_ = str(choose_large(**HOST)).splitlines()
+    assert heading.split()[-4:] == ["memory", "host", "execution", "why"]

@@ -52,6 +52,7 @@ def test_1f1b_by_hand() -> None:
         dependency_makespan=8.0,
         work=(6.0, 6.0),
         recomputed=0.0,
+        copied=0.0,
         idle_share=0.25,
         bubble=2.0,
         published_bubble=3.0,

@@ -6,8 +6,9 @@ from dualpipe_jax._predict import Choice, Costs
 from dualpipe_jax._schedule.execution import Execution
 
 _SEVERAL = "microbatches"  # a column where choices differ in it
+_HOST = "host"  # a column where its memory is given
 _HEAD = (
-    *("", "schedule", "remat", _SEVERAL, "step", "against best", "idle", "memory"),
+    *("", "schedule", "remat", _SEVERAL, "step", "against best", "idle", "memory", _HOST),
     *("execution", "why"),
 )
 _LEFT = ("", "schedule", "remat", "execution", "why")
@@ -41,6 +42,7 @@ class Choices(tuple[Choice, ...]):
                 f"{choice.simulation.makespan / best - 1:+.1%}",
                 f"{choice.simulation.idle_share:.1%}",
                 format_bytes(choice.num_bytes),
+                format_bytes(choice.host_bytes),
                 str(choice.execution),
                 choice.why,
             )
@@ -49,6 +51,8 @@ class Choices(tuple[Choice, ...]):
         columns = []
         for title, *cells in zip(_HEAD, *rows, strict=True):
             if title == _SEVERAL and not self[0].is_one_of_several:
+                continue
+            if title == _HOST and not self[0].host_memory:
                 continue
             side, width = "<" if title in _LEFT else ">", max(map(len, (title, *cells)))
             columns.append([f"{cell:{side}{width}}" for cell in (title, *cells)])

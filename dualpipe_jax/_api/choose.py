@@ -1,23 +1,24 @@
 """`choose`: from a model's shapes to its schedules, ranked by predicted step time and memory."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 
-from dualpipe_jax._api.build import StepAxes, check_axes, check_remat
+from dualpipe_jax._api.build import StepAxes, check_axes
 from dualpipe_jax._api.choices import Choices
 from dualpipe_jax._api.count_costs import costs_of
+from dualpipe_jax._api.host import Host
 from dualpipe_jax._api.shardings import shardings
+from dualpipe_jax._api.tried import Tried, values_to_try
 from dualpipe_jax._api.value_and_grad import GradFunction, value_and_grad
 from dualpipe_jax._costs import as_bytes, as_number
-from dualpipe_jax._errors import brief, raise_all, show
+from dualpipe_jax._errors import brief
 from dualpipe_jax._executor import Step, Work
-from dualpipe_jax._model import call_checks, checks
+from dualpipe_jax._model import call_checks
 from dualpipe_jax._model.types import (
     AxisNames,
     Batch,
@@ -41,10 +42,10 @@ from dualpipe_jax._predict import (
     weights_by_kind,
 )
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.named import read_name, variants_of
+from dualpipe_jax._schedule.named import variants_of
 from dualpipe_jax._schedule.stage_sizes import BALANCED, LayersPerStage, stage_sizes
 from dualpipe_jax._schedule.tables import Tables
-from dualpipe_jax.schedules import Schedule, make, names
+from dualpipe_jax.schedules import Schedule, make
 
 _REMATS = ("none", "block")
 
@@ -67,6 +68,8 @@ def choose(
     num_microbatches: int | Sequence[int],
     memory: float | str = math.inf,
     headroom: float = HEADROOM,
+    host_memory: float | str = 0,
+    host_link: float | None = None,
     optimizer: Optimizer | None = None,
     schedules: str | Schedule | Iterable[str | Schedule] | None = None,
     remat: Remat | Sequence[Remat] = _REMATS,
@@ -108,12 +111,20 @@ def choose(
       num_microbatches: As there, or several numbers to try; then `arguments` have it too.
       memory: The bytes of a device, or a text such as `"80GiB"`.
       headroom: The share of the memory that is left to the compiler's own temporaries, from 0 to 1.
+      host_memory: The bytes of the host's memory for each device, or such a text. Schedules that do
+        not fit on the device are then also tried with slots on the host, as many on the device as
+        fit there (docs/offload.md). With 0 all activations stay on the device.
+      host_link: Bytes a second between a device and its host, each way; None for the default of
+        the mesh's devices (`dualpipe_jax.device_figures`).
       optimizer: An optax transformation, whose state counts as sharded by `shardings`.
       schedules: A name or a Schedule, or several; None for all names. Names without options are
         tried with several: two and four stages a rank, r and 2r deferred weight grads.
       remat: The values to try as `value_and_grad(remat=)`.
       costs: The durations of actions, with a single remat and number of microbatches; None counts
-        the work of the model's functions, with the forward of a rank's layers as the unit.
+        the work of the model's functions, with the forward of a rank's layers as the unit. Unless
+        they have `spill` and `fill`, copies to the host and back take the bytes of an activation
+        by `host_link`, beside a forward at the peak of the mesh's devices, or at that of a TPU v5e
+        (197 TFLOPs a second) where their figures are not known: a slower forward hides more.
       axis: As for `value_and_grad`.
       batch_axes: As there.
       manual_axes: As there.
@@ -125,8 +136,8 @@ def choose(
 
     Returns:
       Choices in order. Each has `simulation` (the predicted time of a step is its `makespan`),
-      `terms` of memory that add up to `num_bytes`, `fits`, `why`, and `arguments` for
-      `value_and_grad`.
+      `terms` of memory that add up to `num_bytes`, `host_bytes`, `fits`, `why`, and `arguments`
+      for `value_and_grad`.
 
     Raises:
       ValueError: If an argument has a bad value, or no schedule can run.
@@ -137,7 +148,7 @@ def choose(
         raise ValueError(f"headroom={brief(headroom)}: must be a share, at least 0 and less than 1")
     if optimizer is not None and not callable(getattr(optimizer, "init", None)):
         raise TypeError(f"optimizer={brief(optimizer)}: must be an optax transformation, or None")
-    tried = _values_to_try(schedules, remat, num_microbatches, costs=costs)
+    tried = values_to_try(schedules, remat, num_microbatches, costs=costs)
     axes = check_axes(
         model,
         mesh=mesh,
@@ -159,6 +170,7 @@ def choose(
             "trainable": trainable,
         },
         costs=costs,
+        host=Host.of(mesh, memory=host_memory, link=host_link, costs=costs),
         limit=limit,
         headroom=headroom,
         terms_outside=_terms_outside(params, batch, optimizer, axes=axes, param_specs=param_specs),
@@ -169,61 +181,7 @@ def choose(
     return ordered
 
 
-class _Tried(NamedTuple):
-    """Holds the values of which every combination is tried."""
-
-    schedules: tuple[str | Schedule, ...]
-    remats: tuple[Remat, ...]
-    numbers: tuple[int, ...]
-
-
-def _values_to_try(
-    schedules: str | Schedule | Iterable[str | Schedule] | None,
-    remat: Remat | Sequence[Remat],
-    num_microbatches: int | Sequence[int],
-    *,
-    costs: Costs | None,
-) -> _Tried:
-    """Checks the arguments that may have several values."""
-    remats = _as_tuple("remat", remat, 'of "none", "block" and policies')
-    chosen = names() if schedules is None else schedules
-    chosen = _as_tuple("schedules", chosen, "of names and Schedules, or None")
-    raise_all(
-        "schedules: must be names, or Schedules",
-        (show(value) for value in chosen if not isinstance(value, str | Schedule)),
-        error=TypeError,
-    )
-    raise_all(
-        f"schedules: must be some of {', '.join(map(repr, names()))}, or Schedules",
-        (show(value) for value in chosen if isinstance(value, str) and read_name(value) is None),
-    )
-    numbers: tuple[Any, ...] = (num_microbatches,)
-    if not isinstance(num_microbatches, Integral):
-        of = "of integers, or one"
-        if isinstance(num_microbatches, Set):  # which has no first one
-            raise TypeError(f"num_microbatches={brief(num_microbatches)}: must be a sequence {of}")
-        numbers = _as_tuple("num_microbatches", num_microbatches, of)
-    tried = {"schedules": chosen, "remat": remats, "num_microbatches": numbers}
-    for argument, values in tried.items():
-        if not values:
-            raise ValueError(f"{argument}=(): must hold at least one")
-    for number in numbers:
-        checks.positive_int("num_microbatches", number)
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"num_microbatches={brief(numbers)}: must name each number once")
-    for one_remat in remats:
-        check_remat(one_remat)
-    if not isinstance(costs, Costs | None):
-        raise TypeError(f"costs={brief(costs)}: must be a dualpipe_jax.Costs, or None")
-    for argument, values in {"remat": remats, "num_microbatches": numbers}.items():
-        if costs is not None and len(values) != 1:
-            raise ValueError(
-                f"costs: must come with the one {argument} that they hold for, not {brief(values)}"
-            )
-    return _Tried(chosen, remats, numbers)
-
-
-def _cases(given: "_Given", tried: _Tried) -> Iterator[tuple[str, Callable[[], list[Choice]]]]:
+def _cases(given: "_Given", tried: Tried) -> Iterator[tuple[str, Callable[[], list[Choice]]]]:
     """Yields the name of each schedule in each setting, and a function that predicts its steps."""
     unit = None
     for number in tried.numbers:
@@ -247,6 +205,7 @@ class _Given:
     axes: StepAxes
     options: dict[str, Any]
     costs: Costs | None
+    host: Host
     limit: float
     headroom: float
     terms_outside: tuple[MemoryTerm, ...]
@@ -300,7 +259,7 @@ class _Setting:
         self._recomputes = remat != "none"
         # Steps that differ in their schedule only share the traces of the model's functions.
         self._traces: dict[bool, Any] = {}
-        self._costs = given.costs
+        self._costs: Costs | None = None
         self.unit = unit
 
     def choices(self, schedule: str | Schedule) -> list[Choice]:
@@ -321,7 +280,7 @@ class _Setting:
         num_layers = given.num_layers(
             num_stages=1 if isinstance(sizes, tuple) else schedule.num_stages, where=where
         )
-        costs = self._costs = self._costs or self._count(schedule)
+        costs = self._costs = self._costs or self._costs_of(schedule)
         candidate = Candidate(
             schedule=schedule,
             num_layers=num_layers,
@@ -339,11 +298,21 @@ class _Setting:
             step = self._step(
                 schedule=schedule, execution=execution, costs=costs, layers_per_stage=sizes
             )
-            fullest = given.on_avals(step.memory, self._traces).fullest
-            inside = (MemoryTerm(t.name, t.num_bytes, t.count) for t in fullest)
+            report = given.on_avals(step.memory, self._traces)
+            on_host = (term for term in report.terms if term.where == "host")
+            inside = (
+                MemoryTerm(t.name, t.num_bytes, t.count, t.where)
+                for t in (*report.fullest, *on_host)
+            )
             return (*given.terms_outside, *inside)
 
-        return choices_of(candidate, terms_of=terms_of, limit=given.limit, headroom=given.headroom)
+        return choices_of(
+            candidate,
+            terms_of=terms_of,
+            limit=given.limit,
+            headroom=given.headroom,
+            host_memory=given.host.memory,
+        )
 
     def _grad_fn(self, **more_options: Any) -> GradFunction:
         """Makes a step's function, and checks its options."""
@@ -360,8 +329,27 @@ class _Setting:
         """Makes a step, and checks its arguments."""
         return self._given.on_avals(self._grad_fn(**more_options).build.traced)
 
-    def _count(self, schedule: Schedule) -> Costs:
-        """Counts the work of a step; the unit is the forward of a rank's layers."""
+    def _costs_of(self, schedule: Schedule) -> Costs:
+        """Gives the costs, counted where none are given, with times of copies if there may be any.
+
+        The unit of counted ones is the forward of a rank's layers.
+        """
+        given = self._given
+        lacks_times, num_ranks = given.host.lacks_times(given.costs), given.num_ranks
+        if given.costs is not None and not lacks_times:
+            return given.costs
+        work = self._work(schedule)
+        costs = given.costs
+        if costs is None:
+            self.unit = self.unit or work.all_layers.forward / num_ranks
+            counted = costs_of(work, num_ranks=num_ranks, unit=self.unit)
+            costs = counted or usual_costs(recomputes=self._recomputes)
+        if lacks_times:
+            costs = given.host.with_copies(costs, work, num_ranks=num_ranks)
+        return costs
+
+    def _work(self, schedule: Schedule) -> Work:
+        """Counts the work of a step."""
         given = self._given
         # All splits and executions have the same work.
         sizes = given.options["layers_per_stage"]
@@ -370,10 +358,7 @@ class _Setting:
             layers_per_stage=None if isinstance(sizes, str) else sizes,
             execution=Execution(overlap=False, split_backward=True),
         )
-        work: Work = given.on_avals(step.work, self._traces, self._recomputes)
-        self.unit = self.unit or work.all_layers.forward / given.num_ranks
-        counted = costs_of(work, num_ranks=given.num_ranks, unit=self.unit)
-        return counted or usual_costs(recomputes=self._recomputes)
+        return given.on_avals(step.work, self._traces, self._recomputes)
 
 
 def _terms_outside(
@@ -403,13 +388,3 @@ def _terms_outside(
         terms.append(MemoryTerm("optimizer", num_bytes(state), ""))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     return (*terms, MemoryTerm("batch", size / axes.num_shards, ""))
-
-
-def _as_tuple(argument: str, value: Any, of: str) -> tuple[Any, ...]:
-    """Makes a tuple of one value, or of several."""
-    if isinstance(value, str | Schedule) or callable(value):
-        return (value,)
-    try:
-        return tuple(value)
-    except TypeError:
-        raise TypeError(f"{argument}={brief(value)}: must be a sequence {of}") from None

@@ -1,5 +1,6 @@
 """Choices -> the output of `dualpipe-jax choose`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
@@ -11,7 +12,11 @@ from dualpipe_jax._predict import Choice, Costs, LayerBytes, ParameterBytes, Tra
 from dualpipe_jax._schedule.named import short_name
 
 _SEVERAL = "microbatches"  # a column where choices differ in it
-_HEAD = ("", "schedule", _SEVERAL, "overlap", "step", "against best", "idle", "memory", "why")
+_HOST = "host"  # a column where its memory is given
+_HEAD = (
+    *("", "schedule", _SEVERAL, "overlap", "step", "against best", "idle", "memory", _HOST),
+    "why",
+)
 _LEFT = ("schedule", "overlap", "why")
 _FULL = "full backwards"
 _NOTES = (
@@ -25,7 +30,7 @@ _NOTES = (
 def to_object(choice: Choice) -> dict[str, object]:
     """Makes the JSON object of a choice."""
     made = choice.simulation
-    return {
+    found: dict[str, object] = {
         "schedule": made.schedule,
         "microbatches": made.num_microbatches,
         "execution": asdict(choice.execution),
@@ -39,6 +44,7 @@ def to_object(choice: Choice) -> dict[str, object]:
         "terms": {term.name: term.num_bytes for term in choice.terms},
         "why": choice.why,
     }
+    return {**found, "host_bytes": choice.host_bytes} if choice.host_memory else found
 
 
 def print_choices(
@@ -48,18 +54,21 @@ def print_choices(
     parameters: ParameterBytes,
     costs: Costs,
     transfer: float,
+    *,
+    more_notes: Sequence[str] = (),
 ) -> None:
     """Prints the choices, the model's sizes and costs, the first one's memory, and its call."""
     best = choices[0]
     notes = _sizes_and_costs(best, model, layer, parameters, costs, transfer)
     rows = [_row(choice, place, best) for place, choice in enumerate(choices, start=1)]
-    shown = [title for title in _HEAD if title != _SEVERAL or best.is_one_of_several]
+    has = {_SEVERAL: best.is_one_of_several, _HOST: bool(best.host_memory)}
+    shown = [title for title in _HEAD if has.get(title, True)]
     print_table(
         shown,
         [[row[_HEAD.index(title)] for title in shown] for row in rows],
-        notes=(*notes, *_NOTES),
+        notes=(*notes, *_NOTES, *more_notes),
         left=[shown.index(title) for title in _LEFT],
-        optional=("against best", "idle", "memory", "overlap"),
+        optional=("against best", "idle", *(h for h in (_HOST,) if has[h]), "memory", "overlap"),
         last_below=True,
     )
     made = best.simulation
@@ -96,6 +105,7 @@ def _row(choice: Choice, place: int, best: Choice) -> tuple[str, ...]:
         f"{slower:+.1%}" if choice is not best else "",
         f"{made.idle_share:.1%}",
         format_bytes(choice.num_bytes),
+        format_bytes(choice.host_bytes),
         choice.why if choice.execution.split_backward else f"{_FULL}; {choice.why}",
     )
 
@@ -116,6 +126,8 @@ def _sizes_and_costs(
     times += f"transfer {transfer:.3g}, embed {costs.embed:.3g}, head {costs.head:.3g}"
     if costs.recompute:
         times += f", recomputing a deferred W {costs.recompute:.3g}"
+    if choice.host_memory:
+        times += f"; the copy of an activation {costs.spill:.3g}"
     kept = ", ".join(
         f"{name.replace('_', ' ')} {format_bytes(num_bytes)}"
         for name, num_bytes in vars(layer).items()

@@ -13,9 +13,11 @@ import click
 from dualpipe_jax import schedules
 from dualpipe_jax._cli import options
 from dualpipe_jax._cli.choices import print_choices, to_object
-from dualpipe_jax._cli.quantities import Numbers, Size, parse_costs, read_costs
+from dualpipe_jax._cli.host import Host
+from dualpipe_jax._cli.quantities import HostMemory, Numbers, Rate, Size, parse_costs, read_costs
 from dualpipe_jax._cli.refusal import Command, Refusal
 from dualpipe_jax._costs import format_bytes
+from dualpipe_jax._devices import KNOWN, V5E, device_figures
 from dualpipe_jax._predict import (
     HEADROOM,
     TRANSFER,
@@ -34,6 +36,7 @@ from dualpipe_jax._schedule.named import variants_of
 from dualpipe_jax._schedule.stage_sizes import BALANCED, stage_sizes
 
 _HEADS = 32
+_MEMORY = 80 * 2.0**30
 _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "working")
 
 
@@ -52,9 +55,7 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
 @click.option(
     "--memory",
     type=Size(),
-    default="80GiB",
-    show_default=True,
-    help="Memory of a device, for the step.",
+    help="Memory of a device, for the step. By default that of --device, else 80GiB.",
 )
 @click.option(
     "--headroom",
@@ -62,6 +63,26 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
     default=HEADROOM,
     show_default=True,
     help="The share of the memory that is left to the compiler's own temporaries.",
+)
+@click.option(
+    "--host-memory",
+    type=HostMemory(),
+    default="0",
+    show_default=True,
+    help="Memory of the host for each device, such as 256GiB: activations that do not fit on the "
+    "device may wait there.",
+)
+@click.option(
+    "--host-link",
+    type=Rate(),
+    help="Bytes a second between a device and its host, each way, such as 32GB/s. By default that "
+    "of --device.",
+)
+@click.option(
+    "--device",
+    type=click.Choice([device.name for device in KNOWN]),
+    help="The device, whose published memory, link to the host and peak are meant. Without it "
+    f"copies run beside compute at the peak of a {V5E.name}.",
 )
 @click.option(
     "--costs",
@@ -159,8 +180,11 @@ def choose(
     microbatches: tuple[int, ...],
     layers: int,
     layers_per_stage: Any,
-    memory: float,
+    memory: float | None,
     headroom: float,
+    host_memory: float,
+    host_link: float | None,
+    device: str | None,
     costs: str | None,
     costs_from: Path | None,
     embed: float | None,
@@ -191,12 +215,22 @@ def choose(
             "bytes of a microbatch are given"
         )
     windows = microbatches[0] * sizes.pop("microbatch_size")
+    figures = None if device is None else device_figures(device)
+    if memory is None:
+        memory = _MEMORY if figures is None else figures.memory
+    host = Host.of(host_memory, host_link, figures)
 
     def setting_of(number: int) -> _Setting:
         model = Transformer(layers=layers, microbatch_size=_share_of(windows, number), **sizes)
+        layer = _layer_bytes(model, given_bytes)
         return _Setting.make(
             model,
-            costs=_costs(model, ranks, costs, costs_from, embed=embed, head=head),
+            costs=host.with_copies(
+                _costs(model, ranks, costs, costs_from, embed=embed, head=head),
+                model,
+                layer,
+                num_ranks=ranks,
+            ),
             parameters=ParameterBytes(
                 layer=model.layer_parameters if layer_parameters is None else layer_parameters,
                 ends=model.ends_parameters if ends_parameters is None else ends_parameters,
@@ -204,14 +238,15 @@ def choose(
                 gradient=gradient_bytes,
                 optimizer=optimizer_bytes,
             ),
-            layer=_layer_bytes(model, given_bytes),
+            layer=layer,
             transfer=transfer,
             factor=microbatches[0] / number,  # to the unit of the first number
         )
 
     try:
         settings = {number: setting_of(number) for number in microbatches}
-        cases = _cases(settings, layers_per_stage, ranks=ranks, limit=memory, headroom=headroom)
+        limits = {"limit": memory, "headroom": headroom, "host_memory": host.memory}
+        cases = _cases(settings, layers_per_stage, ranks=ranks, **limits)
         choices, errors = rank(cases, is_one_of_several=len(settings) > 1)
     except ValueError as error:
         raise Refusal(" ".join(str(error).split())) from error
@@ -223,6 +258,7 @@ def choose(
             "layers": layers,
             "memory": memory,
             "headroom": headroom,
+            **host.figures,
             "costs": first.costs.times,
             "transfer": first.transfer,
             "layer_bytes": vars(first.layer),
@@ -239,6 +275,7 @@ def choose(
             of_best.parameters,
             of_best.costs,
             of_best.transfer,
+            more_notes=host.notes,
         )
     for name, error in errors.items():
         click.echo(f"left out: {name}: {' '.join(str(error).split())}", err=True)
@@ -280,9 +317,7 @@ class _Setting:
         num_microbatches: int,
         ranks: int,
         layers_per_stage: Any,
-        *,
-        limit: float,
-        headroom: float,
+        **limits: float,
     ) -> list[Choice]:
         """Predicts a schedule's time and memory."""
         sizes = {"num_ranks": ranks, "num_microbatches": num_microbatches}
@@ -298,7 +333,7 @@ class _Setting:
             transfer=self.transfer,
         )
         terms_of = partial(memory_of, layer=self.layer, parameters=self.parameters)
-        return choices_of(candidate, terms_of=terms_of, limit=limit, headroom=headroom)
+        return choices_of(candidate, terms_of=terms_of, **limits)
 
 
 def _cases(

@@ -63,6 +63,12 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
     "that of the device's maker, or 32GB/s for a TPU, whose maker gives none.",
 )
 @click.option(
+    "--host-memory",
+    type=quantities.HostMemory(),
+    help="Memory of the host for each device, such as 64GiB; more temporaries there are a fault. "
+    "By default there is no limit.",
+)
+@click.option(
     "--options/--no-options",
     "has_options",
     default=True,
@@ -81,6 +87,7 @@ def preflight(
     schedule: str,
     output_format: str,
     host_link: float | None,
+    host_memory: float | None,
     has_options: bool,
     **options_of_step: Any,
 ) -> None:
@@ -113,6 +120,7 @@ def preflight(
             topology,
             compiler_options=None if has_options else {},
             host_link=host_link,
+            host_memory=host_memory,
         )
     except (ValueError, ModuleNotFoundError) as error:
         raise Refusal(" ".join(str(error).split())) from error

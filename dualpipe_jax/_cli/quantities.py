@@ -9,6 +9,7 @@ import click
 from dualpipe_jax._cli.refusal import Refusal
 from dualpipe_jax._costs import as_number, parse_bytes
 from dualpipe_jax._errors import brief
+from dualpipe_jax._sizes import as_host_memory
 
 _FIELDS = {"F": "forward", "I": "input_grad", "W": "weight_grad", "B": "full_backward"}
 _OPTIONAL = ("full_backward", "embed", "head")
@@ -41,6 +42,20 @@ class Rate(Size):
         """As `click.ParamType.convert`."""
         rate = super().convert(str(value).removesuffix("/s"), param, ctx)
         return rate or self.fail(f"{value!r} is no bandwidth, such as 32GB/s.")
+
+
+class HostMemory(Size):
+    """Converts bytes of the host's memory: none, or room for some value."""
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As `click.ParamType.convert`."""
+        size = super().convert(value, param, ctx)
+        try:
+            return as_host_memory("size", size)
+        except ValueError as error:
+            self.fail(f"{error}.")
 
 
 class Numbers(click.ParamType):

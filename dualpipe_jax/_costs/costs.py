@@ -1,7 +1,7 @@
 """A model's costs -> how long the actions of its stages take, and the bytes that they keep."""
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -283,6 +283,32 @@ class Costs:
             transfer=transfer,
             copies=self._copies(slots_on_device, share) if has_copies else None,
         )
+
+    def with_copies(
+        self, num_bytes: float, *, flops: float, host_link: float, peak_flops: float
+    ) -> "Costs":
+        """Adds how long the copies of an activation take, in the unit of the other costs.
+
+        >>> costs = Costs(forward=2).with_copies(6e9, flops=1e12, host_link=3e9, peak_flops=1e12)
+        >>> costs.spill, costs.fill  # two seconds, where the forward takes one
+        (4.0, 4.0)
+
+        Args:
+          num_bytes: The bytes of an activation of num_layers / num_ranks layers.
+          flops: The FLOPs of the forward of as many, which `forward` is the time of.
+          host_link: Bytes a second between a device and its host, each way.
+          peak_flops: FLOPs a second of the device.
+
+        Raises:
+          ValueError: if the copies take too long for a cost.
+        """
+        copy = self.forward * (num_bytes / host_link) / (flops / peak_flops)
+        if not is_cost(copy):
+            raise ValueError(
+                f"host_link={brief(host_link)}: the copy of an activation would take "
+                f"{copy / self.forward:g} times as long as its forward, too long for a cost"
+            )
+        return replace(self, spill=copy, fill=copy)
 
     def _copies(self, slots_on_device: int | str, share: np.ndarray) -> Copies:
         """Finds how long the copies of each stage take, and how many activations stay."""

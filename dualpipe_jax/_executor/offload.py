@@ -20,11 +20,9 @@ import jax
 from dualpipe_jax._executor.buffers import RESIDUALS, Place
 from dualpipe_jax._executor.stages import Stages
 from dualpipe_jax._model.kinds import Kind
+from dualpipe_jax._sizes import LEAST_ON_HOST as LEAST_BYTES
 from dualpipe_jax._sizes import format_bytes, parse_bytes
 from dualpipe_jax._split_vjp import SplitVjp
-
-# Values of a layer with fewer bytes stay on the device.
-LEAST_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

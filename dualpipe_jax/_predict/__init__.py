@@ -5,7 +5,8 @@ decided execution), `decide` (the fastest execution), `balance` (the fastest spl
 stages), `simulate` (checks, decides, replays), `waits` (for whom ranks wait, and why), `timed`
 (when each action runs, and its waits), `placement` (all three
 as a program's name), `published` (the papers' bubbles); and to rank schedules, `transformer`
-(sizes -> bytes and costs), `memory` (tables and bytes -> a rank's memory, term by term), `ranking`.
+(sizes -> bytes and costs), `memory` (tables and bytes -> a rank's memory, term by term),
+`candidate` (a schedule and its splits), `ranking`.
 The replay, which waits as the program does, belongs to the schedule compiler.
 """
 
@@ -16,6 +17,7 @@ from dualpipe_jax._costs import StageLayers as StageLayers
 from dualpipe_jax._costs import of_transformer as of_transformer
 from dualpipe_jax._costs import weights_by_kind as weights_by_kind
 from dualpipe_jax._predict.balance import balance as balance
+from dualpipe_jax._predict.candidate import Candidate as Candidate
 from dualpipe_jax._predict.decide import decide as decide
 from dualpipe_jax._predict.decide import has_pairs as has_pairs
 from dualpipe_jax._predict.decide import has_steady_state as has_steady_state
@@ -27,7 +29,6 @@ from dualpipe_jax._predict.memory import ParameterBytes as ParameterBytes
 from dualpipe_jax._predict.memory import memory_of as memory_of
 from dualpipe_jax._predict.placement import Placement as Placement
 from dualpipe_jax._predict.ranking import HEADROOM as HEADROOM
-from dualpipe_jax._predict.ranking import Candidate as Candidate
 from dualpipe_jax._predict.ranking import Choice as Choice
 from dualpipe_jax._predict.ranking import choices_of as choices_of
 from dualpipe_jax._predict.ranking import in_order as in_order

@@ -5,7 +5,9 @@ largest stage. XLA's own temporaries, for its fusions and copies, are not known 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from dualpipe_jax._errors import brief
 from dualpipe_jax._schedule.actions import DEFERRED
 from dualpipe_jax._schedule.execution import Execution
 from dualpipe_jax._schedule.tables import Tables
+from dualpipe_jax._sizes import LEAST_ON_HOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +69,12 @@ class ParameterBytes:
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """Holds one part of a rank's memory, in bytes, and its factors."""
+    """Holds one part of a rank's memory, in bytes, its factors, and in which memory it is."""
 
     name: str
     num_bytes: float
     why: str
+    where: Literal["device", "host"] = "device"
 
 
 def memory_of(
@@ -81,7 +85,10 @@ def memory_of(
     layer: LayerBytes,
     parameters: ParameterBytes,
 ) -> tuple[MemoryTerm, ...]:
-    """Lists the parts of the fullest rank's memory while a step runs.
+    """Lists the parts of the fullest rank's memory while a step runs, and of its host's.
+
+    Where slots are to wait on the host, values leave whole, in all slots; each is taken to be as
+    large as x.
 
     Args:
       tables: The tables of the schedule, compiled as the step compiles it.
@@ -89,6 +96,9 @@ def memory_of(
       sizes: The layers of each stage.
       layer: The bytes that a layer keeps.
       parameters: The parameters.
+
+    Raises:
+      ValueError: if slots are to wait on the host, and the values of a layer are too small for it.
     """
     P, num_layers = tables.num_ranks, sum(sizes)
     of_stage = max(sizes)  # every slot and chunk has room for the largest stage
@@ -106,11 +116,23 @@ def memory_of(
     received = slots["received"]
     ends_bytes = parameters.parameter + parameters.gradient + parameters.optimizer
 
-    def of_slots(name: str, num_bytes: float) -> MemoryTerm:
+    stay = _share_on_device(execution, slots, layer, of_stage)
+
+    def of_slots(name: str, num_bytes: float, stay: float = 1) -> MemoryTerm:
         count = slots.get(name, 0)
         why = f"{_count(count, 'slot')} x {_count(of_stage, 'layer')} x {format_bytes(num_bytes)}"
-        return MemoryTerm(name.replace("_", " "), count * of_stage * num_bytes, why)
+        if stay < 1:
+            why = f"{stay:.0%} of {why}"
+        return MemoryTerm(name.replace("_", " "), stay * count * of_stage * num_bytes, why)
 
+    def on_host(name: str, num_bytes: float) -> MemoryTerm:
+        term = of_slots(name, num_bytes, 1 - stay)
+        # In a steady phase each chunk has an array of its own there.
+        arrays = 1 if tables.steady is None else tables.num_chunks
+        name, num_bytes = f"{term.name} on the host", arrays * term.num_bytes
+        return replace(term, name=name, num_bytes=num_bytes, where="host")
+
+    residuals = {"residual": layer.residual, "weight_residual": layer.weight_residual}
     return (
         MemoryTerm(
             "weights",
@@ -133,14 +155,33 @@ def memory_of(
             (received + 2) * layer.x,
             f"{_count(received, 'slot')} and 2 on their way x {format_bytes(layer.x)}",
         ),
-        of_slots("residual", layer.residual),
-        of_slots("weight_residual", layer.weight_residual),
+        *(of_slots(name, num_bytes, stay) for name, num_bytes in residuals.items()),
         MemoryTerm("stash", layer.stash, f"1 layer x {format_bytes(layer.stash)}")
         if by_layer
         else of_slots("stash", layer.stash),
         of_slots(DEFERRED, layer.stash if execution.deferred == "store" else layer.deferred),
         MemoryTerm("working", layer.working, "the largest value in no buffer"),
+        *(on_host(name, num_bytes) for name, num_bytes in residuals.items() if stay < 1),
     )
+
+
+def _share_on_device(
+    execution: Execution, slots: Mapping[str, int], layer: LayerBytes, num_layers: int
+) -> float:
+    """Finds the share of the residuals that stays on the device, in whole values as large as x."""
+    if execution.slots_on_device is None:
+        return 1
+    assert isinstance(execution.slots_on_device, int)
+    if layer.x < LEAST_ON_HOST:
+        raise ValueError(
+            f"slots_on_device={execution.slots_on_device}: must be left out, as values of fewer "
+            f"than {format_bytes(LEAST_ON_HOST)} a layer do not leave the device"
+        )
+    of_one = layer.residual + layer.weight_residual
+    of_all = slots["residual"] * layer.residual + slots["weight_residual"] * layer.weight_residual
+    share = execution.slots_on_device * of_one / of_all if of_all else 1
+    num_values = num_layers * max(1, round(of_one / layer.x))
+    return min(1, math.floor(share * num_values + 1e-9) / num_values)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,21 +1,18 @@
 """Schedules, costs and bytes -> choices, in order: those that fit by step time, then the others."""
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from functools import cache, partial
+from typing import Any, Protocol
 
-from dualpipe_jax._costs import Costs, StageLayers, format_bytes, require_cost
-from dualpipe_jax._predict.balance import balance
-from dualpipe_jax._predict.decide import has_pairs, has_steady_state, replay_decided
+from dualpipe_jax._costs import Costs, StageLayers, format_bytes
+from dualpipe_jax._predict.candidate import Candidate
+from dualpipe_jax._predict.decide import has_pairs, has_steady_state
 from dualpipe_jax._predict.memory import MemoryTerm
-from dualpipe_jax._predict.simulation import Simulation, compile_for
+from dualpipe_jax._predict.simulation import Simulation
 from dualpipe_jax._schedule.execution import Execution
-from dualpipe_jax._schedule.stage_sizes import (
-    BALANCED,
-    require_layers,
-    require_sum,
-    spread_evenly,
-)
+from dualpipe_jax._schedule.stage_sizes import spread_evenly
 from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule
 
@@ -23,83 +20,6 @@ from dualpipe_jax.schedules import Schedule
 # TPU's compiler finds (experiments/compiled); fragmentation, and the optimizer's own temporaries,
 # are in neither.
 HEADROOM = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """Holds a schedule for a model, before its split and its execution are chosen.
-
-    Attributes:
-      schedule: The schedule.
-      num_layers: The layers of the model.
-      layer_weights: The relative cost of every layer, in model order; None if all cost the same.
-      layers_per_stage: As for `value_and_grad`.
-      remat: As for `value_and_grad`.
-      costs: How long actions take, and by which they are placed.
-      transfer: How long a value travels to a neighbour.
-    """
-
-    schedule: Schedule
-    num_layers: int
-    layer_weights: tuple[float, ...] | None = None
-    layers_per_stage: tuple[int, ...] | Literal["balanced"] | None = None
-    remat: Any
-    costs: Costs
-    transfer: float
-
-    def __post_init__(self) -> None:
-        """Requires a layer for each stage, unless their sizes are given, and a cost."""
-        require_cost("transfer", self.transfer)
-        if isinstance(self.layers_per_stage, tuple):
-            require_sum(self.layers_per_stage, self.num_layers)
-        else:
-            schedule = self.schedule
-            where = f" of schedule {schedule.name!r} on {schedule.num_ranks} ranks"
-            require_layers(self.num_layers, num_stages=schedule.num_stages, where=where)
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether blocks are rematerialised."""
-        return self.remat != "none"
-
-    def splits(self) -> Iterator[StageLayers]:
-        """Yields splits of the layers over stages, each with smaller stages than the one before."""
-        even = spread_evenly(self.num_layers, self.schedule.num_stages)
-        if self.layers_per_stage != BALANCED:
-            yield StageLayers.cut(self.layers_per_stage or even, self.layer_weights)
-            return
-        most = self.num_layers
-        while True:
-            sizes = balance(
-                self.schedule,
-                costs=self.costs,
-                transfer=self.transfer,
-                num_layers=self.num_layers,
-                layer_weights=self.layer_weights,
-                most=most,
-            )
-            yield StageLayers.cut(sizes, self.layer_weights)
-            if max(sizes) == max(even):
-                return
-            most = max(sizes) - 1
-
-    def simulate(self, layers: StageLayers, execution: Execution) -> Simulation:
-        """Replays the schedule with this split, in an execution."""
-        return replay_decided(
-            self.schedule,
-            execution,
-            recomputes=self.recomputes,
-            layers=layers,
-            costs=self.costs,
-            transfer=self.transfer,
-        )
-
-    def tables(self, layers: StageLayers, execution: Execution) -> Tables:
-        """Compiles the schedule for this split, in a decided execution."""
-        made, _ = compile_for(
-            self.schedule, execution, layers=layers, costs=self.costs, transfer=self.transfer
-        )
-        return made.tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +31,13 @@ class Choice:
       layers_per_stage: As for `value_and_grad`.
       simulation: The replay of its step.
       remat: As for `value_and_grad`.
-      terms: The memory of the fullest rank.
+      terms: The memory of the fullest rank, on its device.
+      host_bytes: The bytes of its activations in the host's memory.
       limit: The memory of a device; in bytes, as all sizes.
       headroom: The share of it that is left to the compiler's own temporaries.
       costs: The costs by which actions are to be placed.
+      host_memory: The host's memory for a device; 0 if the caller gave none, and there is no limit.
+      without_host: The same with all slots on the device, where this one has slots on the host.
       is_one_of_several: Whether choices differ in their number of microbatches.
     """
 
@@ -123,9 +46,12 @@ class Choice:
     simulation: Simulation
     remat: Any
     terms: tuple[MemoryTerm, ...]
+    host_bytes: float
     limit: float
     headroom: float
     costs: Costs
+    host_memory: float = 0.0
+    without_host: "Choice | None" = None
     is_one_of_several: bool = False
 
     @property
@@ -159,13 +85,23 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is enough, with the headroom."""
+        """Whether both memories are enough, the device's with the headroom."""
+        return self.fits_device and self.fits_host
+
+    @property
+    def fits_device(self) -> bool:
+        """Whether the device's memory is enough, with the headroom."""
         return self.num_bytes <= self.limit * (1 - self.headroom)
 
     @property
+    def fits_host(self) -> bool:
+        """Whether the host's memory is enough, where a limit is given."""
+        return not self.host_memory or self.host_bytes <= self.host_memory
+
+    @property
     def is_tight(self) -> bool:
-        """Whether the memory is enough for the terms, but not with the headroom."""
-        return not self.fits and self.num_bytes <= self.limit
+        """Whether the device's memory is enough for the terms, but not with the headroom."""
+        return not self.fits_device and self.num_bytes <= self.limit and self.fits_host
 
     @property
     def losses(self) -> dict[str, float]:
@@ -173,7 +109,8 @@ class Choice:
 
         `recomputed`: for deferred weight grads. `uneven`: ranks have less work than the busiest.
         `bubble`: the busiest waits for values that it needs. `false_waits`: it waits for values
-        that it does not need yet, or never. All but the first are idle time.
+        that it does not need yet, or never. These three are idle time. With slots on the host also
+        `copies`: actions wait for those to the host and back.
         """
         made = self.simulation
         mean, most = sum(made.work) / made.num_ranks, max(made.work)
@@ -183,6 +120,8 @@ class Choice:
             "bubble": made.dependency_makespan - most,
             "false_waits": made.makespan - made.dependency_makespan,
         }
+        if self.without_host is not None:
+            parts["copies"] = made.copied
         # Sums in different orders differ in their last bits.
         return {name: max(0.0, part) / made.makespan for name, part in parts.items()}
 
@@ -195,14 +134,25 @@ class Choice:
                 f"tight: leaves {left} of {format_bytes(self.limit)} to the compiler's own "
                 f"temporaries, less than {self.headroom:.0%}"
             )
+        if not self.fits_host:
+            size, limit = format_bytes(self.host_bytes), format_bytes(self.host_memory)
+            return f"too large for the host: {size} of its {limit}"
         if not self.fits:
             most = max(self.terms, key=lambda term: term.num_bytes)
             excess, size = format_bytes(self.num_bytes - self.limit), format_bytes(most.num_bytes)
             return f"{excess} too large: most of it is {most.name}, {size} ({most.why})"
-        return ", ".join(
+        losses = ", ".join(
             f"{share:.1%} {name.replace('_', ' ')}"
             for name, share in self.losses.items()
             if share >= 0.0005
+        )
+        if self.without_host is None:
+            return losses
+        fewer = format_bytes(self.without_host.num_bytes - self.num_bytes)
+        return (
+            f"{self.execution.slots_on_device} of {self.simulation.peak_weight_activations} slots "
+            f"on the device: {fewer} fewer there, {format_bytes(self.host_bytes)} on the host; "
+            f"{losses}"
         )
 
 
@@ -222,66 +172,119 @@ def choices_of(
     terms_of: TermsOf,
     limit: float,
     headroom: float = 0.0,
+    host_memory: float = 0.0,
 ) -> list[Choice]:
     """Predicts time and memory of a schedule, with a steady phase and without, if it can have one.
 
     With full backwards and without, the slower is left out unless it takes less memory. Where
-    layers are balanced, the largest stage becomes smaller until some choice fits.
+    layers are balanced, the largest stage becomes smaller until some choice fits. With memory of
+    the host, those that do not fit are tried with slots there too, whatever the largest stage.
 
     Args:
       candidate: The schedule, the layers and their costs.
       terms_of: Gives the memory of the fullest rank.
       limit: The memory of a device, in bytes.
       headroom: The share of it that is left to the compiler's own temporaries.
+      host_memory: The memory of the host for each device; with 0 no slots wait there.
 
     Raises:
       ValueError: as `simulate`.
     """
-    choices: list[Choice] = []
-    for layers in candidate.splits():
-        choices = _choices_of_split(
-            candidate, layers, terms_of=terms_of, limit=limit, headroom=headroom
+    even = spread_evenly(candidate.num_layers, candidate.schedule.num_stages)
+
+    def predict(layers: StageLayers, execution: Execution) -> Choice:
+        simulation = candidate.simulate(layers, execution)
+        tables = candidate.tables(layers, simulation.execution)
+        terms = terms_of(tables, simulation.execution, sizes=layers.sizes)
+        return Choice(
+            made=candidate.schedule,
+            layers_per_stage=None if layers.sizes == even else layers.sizes,
+            simulation=simulation,
+            remat=candidate.remat,
+            terms=tuple(term for term in terms if term.where == "device"),
+            host_bytes=sum(term.num_bytes for term in terms if term.where == "host"),
+            limit=limit,
+            headroom=headroom,
+            costs=candidate.costs,
+            host_memory=host_memory,
         )
+
+    choices: list[Choice] = []
+    with_host: list[Choice] = []
+    for layers in candidate.splits():
+        predict_split = partial(predict, layers)
+        choices = _choices_of_split(candidate, predict_split)
+        if host_memory:
+            tried = (_with_host(choice, predict_split) for choice in choices)
+            with_host += [choice for choice in tried if choice is not None]
         if any(choice.fits for choice in choices):
             break
-    return choices
+    return [*choices, *_fastest(with_host, choices)]
 
 
-def _choices_of_split(
-    candidate: Candidate,
-    layers: StageLayers,
-    *,
-    terms_of: TermsOf,
-    limit: float,
-    headroom: float,
-) -> list[Choice]:
+def _choices_of_split(candidate: Candidate, predict: Callable[[Execution], Choice]) -> list[Choice]:
     """Predicts time and memory of a schedule for one split of the layers over its stages."""
     schedule = candidate.schedule
-    even = spread_evenly(candidate.num_layers, schedule.num_stages)
     overlaps = (False, True) if has_pairs(schedule) and has_steady_state(schedule) else (False,)
     deferred = "recompute" if candidate.recomputes else "store"
     choices = []
     for overlap in overlaps:
-        found = []
-        for is_split in (True, False):
-            execution = Execution(overlap=overlap, split_backward=is_split, deferred=deferred)
-            simulation = candidate.simulate(layers, execution)
-            execution = simulation.execution
-            tables = candidate.tables(layers, execution)
-            choice = Choice(
-                made=schedule,
-                layers_per_stage=None if layers.sizes == even else layers.sizes,
-                simulation=simulation,
-                remat=candidate.remat,
-                terms=terms_of(tables, execution, sizes=layers.sizes),
-                limit=limit,
-                headroom=headroom,
-                costs=candidate.costs,
-            )
-            found.append(choice)
+        found = [
+            predict(Execution(overlap=overlap, split_backward=is_split, deferred=deferred))
+            for is_split in (True, False)
+        ]
         first, *others = sorted(found, key=_time_and_memory)
         choices += [first, *(c for c in others if c.num_bytes < first.num_bytes)]
     return choices
+
+
+def _with_host(choice: Choice, predict: Callable[[Execution], Choice]) -> Choice | None:
+    """Leaves as many slots on the device as fit there; None if all do, or the host has no room."""
+    if choice.fits_device:
+        return None
+
+    @cache
+    def attempt(number: int) -> Choice | None:
+        try:
+            return predict(replace(choice.execution, slots_on_device=number))
+        except ValueError:  # values that may not leave the device take more
+            return None
+
+    def is_too_large(number: int) -> bool:
+        tried = attempt(number)
+        return tried is not None and not tried.fits_device
+
+    numbers = range(1, choice.simulation.peak_weight_activations)
+    most = bisect_left(numbers, True, key=is_too_large)
+    found = attempt(most) if most else None
+    if found is None or not found.fits_host:  # with fewer slots here there are more there
+        return None
+    host_bytes = found.host_bytes
+
+    def leaves_no_more(number: int) -> bool:
+        tried = attempt(number)
+        return tried is not None and tried.host_bytes <= host_bytes
+
+    # Values leave whole, in all slots: the fewest that make the same program say how much leaves.
+    fewest = attempt(1 + bisect_left(numbers[:most], True, key=leaves_no_more))
+    assert fewest is not None
+    return replace(fewest if fewest.fits_device else found, without_host=choice)
+
+
+def _fastest(with_host: Iterable[Choice], choices: Iterable[Choice]) -> list[Choice]:
+    """Keeps the fastest in each execution, unless one that fits without the host is as fast."""
+    fastest: dict[tuple[Any, ...], Choice] = {}
+    for choice in sorted(with_host, key=_time_and_memory):
+        fastest.setdefault(_kind(choice), choice)
+    for choice in choices:
+        other = fastest.get(_kind(choice))
+        if choice.fits and other is not None and _time(choice) <= _time(other):
+            del fastest[_kind(choice)]
+    return list(fastest.values())
+
+
+def _kind(choice: Choice) -> tuple[Any, ...]:
+    return choice.execution.overlap, choice.execution.split_backward
 
 
 def rank(
@@ -322,5 +325,9 @@ def _place(choice: Choice) -> tuple[bool, bool, float, float]:
 
 
 def _time_and_memory(choice: Choice) -> tuple[float, float]:
+    return _time(choice), choice.num_bytes
+
+
+def _time(choice: Choice) -> float:
     # Sums in different orders differ in their last bits.
-    return float(f"{choice.simulation.makespan:.9g}"), choice.num_bytes
+    return float(f"{choice.simulation.makespan:.9g}")

@@ -26,6 +26,8 @@ class Simulation:
       dependency_makespan: The same if ranks waited for stored values only: without false waits.
       work: For each rank the time in which it acts.
       recomputed: The part of it in which deferred weight grads recompute, the mean over ranks.
+      copied: The part of it in which actions wait for copies to the host's memory and back, which
+        take longer than the compute beside them, the mean over ranks.
       idle_share: The share of `num_ranks * makespan` in which ranks do not act.
       bubble: The idle time of a rank, the mean over ranks.
       published_bubble: The idle time by the schedule's paper; None where it gives none.
@@ -45,6 +47,7 @@ class Simulation:
     dependency_makespan: float
     work: tuple[float, ...]
     recomputed: float
+    copied: float
     idle_share: float
     bubble: float
     published_bubble: float | None
@@ -172,6 +175,7 @@ def replay_schedule(
         dependency_makespan=float(replay_dependencies(timeline, work, transfer=transfer).max()),
         work=tuple(work.sum(axis=0).tolist()),
         recomputed=float(recomputed.sum()) / num_ranks,
+        copied=float(durations.copied(tables).sum()) / num_ranks,
         idle_share=bubble / makespan,
         bubble=bubble,
         published_bubble=published_bubble(schedule, costs) if is_even and not has_more else None,

@@ -81,6 +81,11 @@ class Transformer:
         return 12 * self.width**2 + 2 * self.width
 
     @property
+    def layer_flops(self) -> int:
+        """Counts the FLOPs of a layer's forward of one microbatch: two for a multiplication."""
+        return 2 * self.tokens * (12 * self.width**2 + 2 * self.context * self.width)
+
+    @property
     def ends_parameters(self) -> int:
         """Counts the parameters of embedding, head and a norm."""
         return 2 * self.vocabulary * self.width + self.width

@@ -1,7 +1,6 @@
 """Compiles a step ahead of time for a topology, and reports on the compiled program."""
 
 import inspect
-import math
 import re
 import time
 import warnings
@@ -24,6 +23,7 @@ from dualpipe_jax._preflight.options import compiler_options as default_options
 from dualpipe_jax._preflight.predict import Prediction, find_execution
 from dualpipe_jax._preflight.report import Memory, ProgramSize, Report
 from dualpipe_jax._preflight.topologies import Topology, find_topology, make_mesh
+from dualpipe_jax._sizes import as_host_memory, require_rate
 
 
 def preflight(
@@ -35,6 +35,7 @@ def preflight(
     mesh: Any = None,
     kernel_costs: Mapping[str, KernelCost] | None = None,
     host_link: float | None = None,
+    host_memory: float | str | None = None,
 ) -> Report:
     """Compiles a training step for hardware that need not be there, and reports on the program.
 
@@ -76,22 +77,26 @@ def preflight(
         report names the kernels whose cost is not known, which are not in its times.
       host_link: Bytes a second of a device's link to its host, each way; None for the default of
         the device (`dualpipe_jax.device_figures`).
+      host_memory: The bytes of the host's memory for each device, or a text such as `"64GiB"`; more
+        temporaries there are a fault. None for no limit.
 
     Returns:
       The report, frozen dataclasses; `print` shows it.
 
     Raises:
       ValueError: If the topology is not known or has not as many devices as the mesh, the
-        arguments lie on more than one mesh, or on none and the step maps over none, or the compiler
-        does not know its options.
+        arguments lie on more than one mesh, or on none and the step maps over none, the compiler
+        does not know its options, or `host_memory` is no size.
       TypeError: If `step_fn` is no function, `args` no tuple, `mesh` no mesh, `compiler_options` no
-        dict of values by name, `kernel_costs` not of numbers and functions by name, or `host_link`
-        no number above 0.
+        dict of values by name, `kernel_costs` not of numbers and functions by name, `host_link`
+        no number above 0, or `host_memory` neither a number nor a text.
       ModuleNotFoundError: If the compiler for the topology is not installed.
     """
     _check_step(step_fn, args)
     kernels = Kernels(_check_kernel_costs(kernel_costs))
-    _check_host_link(host_link)
+    require_rate("host_link", host_link)
+    if host_memory is not None:
+        host_memory = as_host_memory("host_memory", host_memory)
     found = find_topology(topology)
     axes = find_axes(step_fn, tuple(args), mesh)
     on = make_mesh(found, axes.sizes, axes.types)
@@ -127,7 +132,7 @@ def preflight(
     return Report(
         **common,
         **analyze(module, network, kernels)._asdict(),
-        memory=_memory(found, memory),
+        memory=_memory(found, memory, host_memory),
         program=_program_size(module, memory),
         kernels=kernels.list_calls(module),
         execution=find_execution(module),
@@ -187,17 +192,6 @@ def _check_kernel_costs(kernel_costs: Any) -> Mapping[str, KernelCost]:
                 "of its operands, by the name of a kernel"
             )
     return kernel_costs
-
-
-def _check_host_link(host_link: Any) -> None:
-    """Requires bytes a second, or None."""
-    if host_link is None:
-        return
-    is_number = isinstance(host_link, int | float) and not isinstance(host_link, bool)
-    if not is_number or not 0 < host_link < math.inf:
-        raise TypeError(
-            f"host_link={brief(host_link)}: must be bytes a second, a number above 0, or None"
-        )
 
 
 def _lower(
@@ -262,7 +256,7 @@ def _program_size(module: Module, analysis: Any) -> ProgramSize:
     )
 
 
-def _memory(topology: Topology, analysis: Any) -> Memory:
+def _memory(topology: Topology, analysis: Any, host_memory: float | None) -> Memory:
     """Reads the compiler's analysis of memory."""
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
@@ -274,6 +268,7 @@ def _memory(topology: Topology, analysis: Any) -> Memory:
         aliased=aliased,
         temporaries=temporaries,
         host_temporaries=analysis.host_temp_size_in_bytes,
+        host_capacity=host_memory,
         # The CPU's compiler gives a number that leaves the temporaries out.
         peak=None if topology.platform == "cpu" else analysis.peak_memory_in_bytes,
         needed=needed,

@@ -50,6 +50,7 @@ class Memory:
       temporaries: The space reserved for all other values.
       host_temporaries: The same in the host's memory; 0 where the compiler does not tell the two
         memories apart, as on CPUs.
+      host_capacity: The host's memory for a device, as the caller says; None for no limit.
       peak: The most in use at one time, as the compiler counts it; None where it does not. A TPU's
         includes values in the chip's fast memory, so that in a small program it is more than
         `needed`.
@@ -64,10 +65,18 @@ class Memory:
     aliased: int | None = None
     temporaries: int | None = None
     host_temporaries: int | None = None
+    host_capacity: float | None = None
     peak: int | None = None
     needed: int | None = None
     capacity: int | None = None
     fits: bool | None = None
+
+    @property
+    def fits_host(self) -> bool | None:
+        """Whether the temporaries in the host's memory fit there; None if there is no limit."""
+        if self.host_capacity is None or self.host_temporaries is None:
+            return None
+        return self.host_temporaries <= self.host_capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +174,18 @@ class Report:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Lists the copies of whole slot buffers over the link to the host, which no step has."""
-        return tuple(
+        """Lists the mistakes of the program.
+
+        They are copies of whole slot buffers over the link to the host, which no step has, and
+        temporaries that do not fit into the host's memory.
+        """
+        memory = self.memory
+        too_large = (
+            f"{show_bytes(memory.host_temporaries)} of temporaries do not fit into the "
+            f"{show_bytes(memory.host_capacity)} of the host's memory for a device; leave more "
+            "slots on the device (slots_on_device=), or rematerialise"
+        )
+        return (too_large,) * (memory.fits_host is False) + tuple(
             f"{copy.shape} is copied over the link to the host {copy.count} times in a loop "
             f"({copy.where}, {copy.action}), where one slot should be: this takes longer than all "
             "else in the loop; choose other values to offload"
@@ -243,9 +262,9 @@ class Report:
 
 
 def _memory_lines(memory: Memory) -> list[str]:
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity not known"}[memory.fits]
+    verdicts = {True: "fits", False: "DOES NOT FIT", None: "capacity not known"}
     capacity = "" if memory.capacity is None else f" of {show_bytes(memory.capacity)}"
-    lines = [f"{show_bytes(memory.needed)}{capacity} a device: {verdict}"]
+    lines = [f"{show_bytes(memory.needed)}{capacity} a device: {verdicts[memory.fits]}"]
     if memory.arguments is not None:
         lines.append(
             f"arguments {show_bytes(memory.arguments)}, outputs {show_bytes(memory.outputs)} "
@@ -258,7 +277,10 @@ def _memory_lines(memory: Memory) -> list[str]:
             * ((memory.peak or 0) > (memory.needed or 0))
         )
     if memory.host_temporaries:
-        lines.append(f"temporaries in the host's memory {show_bytes(memory.host_temporaries)}")
+        line = f"temporaries in the host's memory {show_bytes(memory.host_temporaries)}"
+        if memory.fits_host is not None:
+            line += f" of {show_bytes(memory.host_capacity)}: {verdicts[memory.fits_host]}"
+        lines.append(line)
     return lines
 
 

@@ -63,7 +63,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def show_bytes(number: int | None) -> str:
+def show_bytes(number: float | None) -> str:
     """Writes bytes in KiB, MiB, ..."""
     return "-" if number is None else format_bytes(number)
 

@@ -1,6 +1,6 @@
 """The durations of actions, by which they are placed in ticks and replayed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,6 +51,12 @@ class Durations:
         """Finds how long deferred weight grads recompute: float64[num_ticks, num_ranks]."""
         is_deferred = tables.opcode == Opcode.WEIGHT_GRAD_DEFERRED
         return is_deferred * np.array(self.recompute)[tables.stage]
+
+    def copied(self, tables: Tables) -> np.ndarray:
+        """Finds how long actions wait for copies: float64[num_ticks, num_ranks]."""
+        if self.copies is None:
+            return np.zeros(tables.opcode.shape)
+        return self.work(tables) - replace(self, copies=None).work(tables)
 
     def work(self, tables: Tables) -> np.ndarray:
         """Finds how long each tick's action takes: float64[num_ticks, num_ranks], 0 if idle."""

@@ -1,6 +1,7 @@
 """The whole way on CPU devices: a step of the library, a user's own, and refusals."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -147,6 +148,20 @@ def test_report_is_text() -> None:
     assert re.fullmatch(r"memory   .* KiB a device: capacity not known", lines[3])
     assert "loop     the steady state, 2 beats a trip; 2 trips" in lines
     assert any(line.split()[:3] == ["collective-permute", "pipe", "sync"] for line in lines)
+
+
+def test_temporaries_must_fit_into_the_hosts_memory_where_it_is_given() -> None:
+    mesh = make_mesh(2)
+    report = dpj.preflight(make_step(mesh), make_args(mesh), "cpu:2", host_memory="64MiB")
+    assert (report.memory.host_capacity, report.memory.host_temporaries) == (64 * 2**20, 0)
+    assert (report.memory.fits_host, report.faults) == (True, ())
+    for host_temporaries, number in ((64 * 2**20, 0), (65 * 2**20, 1)):
+        memory = replace(report.memory, host_temporaries=host_temporaries)
+        judged = replace(report, memory=memory)
+        assert len(judged.faults) == number
+        line = f"host's memory {host_temporaries // 2**20} MiB of 64 MiB: "
+        assert line + ("DOES NOT FIT" if number else "fits") in str(judged)
+        assert ("FAULT" in str(judged)) == bool(number)
 
 
 def test_wrong_arguments_are_named() -> None:

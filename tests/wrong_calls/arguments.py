@@ -23,6 +23,7 @@ from tests.wrong_calls.mistakes import (
     memories,
     mistake,
     names,
+    too_small_on_host,
     wrong_type,
 )
 from tests.wrong_calls.users import MESH, MODEL, ROWS
@@ -280,6 +281,19 @@ def blocks_mistakes() -> list[Mistake]:
     )
 
 
+def rates_mistakes() -> list[Mistake]:
+    """Mistakes in bytes a second."""
+    return [
+        wrong_type(lambda v: v is None or (isinstance(v, int | float) and v > 0)),
+        mistake("zero", 0, 0.0),
+        mistake("negative number", -1, -32e9),
+        mistake("NaN", float("nan")),
+        mistake("infinite", float("inf"), float("-inf")),
+        mistake("bool for a number", True),
+        mistake("text for a number", "32e9", "32GB/s"),
+    ]
+
+
 def choose_mistakes() -> dict[str, list[Mistake]]:
     """Mistakes in the arguments that `choose` alone has."""
     return {
@@ -288,6 +302,13 @@ def choose_mistakes() -> dict[str, list[Mistake]]:
             *memories(),
             mistake("another form", 0, "0", "1e3 MiB", float("inf"), np.float64(1e9), legal=always),
         ],
+        "host_memory": [
+            wrong_type(),
+            *memories(),
+            too_small_on_host(),
+            mistake("another form", 0, "0", "1e3 MiB", float("inf"), np.float64(1e9), legal=always),
+        ],
+        "host_link": rates_mistakes(),
         "headroom": [
             *(m for m in amounts(most=1) if m.name not in ("infinite", "number far too large")),
             mistake("number far too large", 1, 1.0, 2, 1e300, float("inf")),

@@ -88,6 +88,10 @@ def _of_schedule() -> dict[str, list[Mistake]]:
     }
 
 
+def _host_memories() -> list[Mistake]:
+    return [*of.sizes_in_bytes(), mistake("number far too small", "1", "0.5", "1023KiB")]
+
+
 def _choose() -> Target:
     counts = ("heads", "width", "context", "vocabulary", "microbatch-size", "activation-bytes")
     floats = ("parameter-bytes", "gradient-bytes", "optimizer-bytes", "layer-parameters")
@@ -101,6 +105,9 @@ def _choose() -> Target:
             "layers": of.counts("num_layers"),
             "memory": of.sizes_in_bytes(),
             "headroom": [*of.amounts(), mistake("number far too large", "1", "1.5", "1e300")],
+            "host-memory": _host_memories(),
+            "host-link": [*of.sizes_in_bytes(), mistake("zero", "0", "0GB/s")],
+            "device": of.choices(("TPU v5e",)),
             "costs": of.costs_texts(),
             "costs-from": of.costs_files(),
             **{name: of.amounts() for name in ("embed", "head", "transfer")},
@@ -135,6 +142,7 @@ def _preflight() -> Target:
                 mistake("float for an integer", "1.5", "-1.5"),
             ],
             "host-link": [*of.sizes_in_bytes(), mistake("zero", "0", "0GB/s")],
+            "host-memory": _host_memories(),
             "remat": of.choices(("none", "block")),
             "dtype": of.choices(("bfloat16", "float32")),
             "format": _TABLE_OR_JSON,

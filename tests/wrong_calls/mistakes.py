@@ -159,6 +159,11 @@ def memories() -> list[Mistake]:
     ]
 
 
+def too_small_on_host() -> Mistake:
+    """Bytes of the host's memory that are too few for any value."""
+    return mistake("number far too small", 1, 2**20 - 1, "0.5", "1023KiB", np.float32(0.25))
+
+
 def names(
     known: Iterable[str], *, optional: bool = False, extra: Accepts = never, **more: Any
 ) -> list[Mistake]:

@@ -9,11 +9,15 @@ from jax import P
 
 import dualpipe_jax as dpj
 from tests.wrong_calls import users
+from tests.wrong_calls.arguments import rates_mistakes
 from tests.wrong_calls.mistakes import (
     Mistake,
+    always,
     left_out,
+    memories,
     mistake,
     names,
+    too_small_on_host,
     wrong_type,
 )
 from tests.wrong_calls.oracle import Target
@@ -115,14 +119,12 @@ def _mistakes() -> dict[str, list[Mistake]]:
             ),
             mistake("bool for a number", {"kernel": True}),
         ],
-        "host_link": [
-            wrong_type(lambda v: v is None or (isinstance(v, int | float) and v > 0)),
-            mistake("zero", 0, 0.0),
-            mistake("negative number", -1, -32e9),
-            mistake("NaN", float("nan")),
-            mistake("infinite", float("inf"), float("-inf")),
-            mistake("bool for a number", True),
-            mistake("text for a number", "32e9", "32GB/s"),
+        "host_link": rates_mistakes(),
+        "host_memory": [
+            wrong_type(lambda v: v is None),
+            *memories(),
+            too_small_on_host(),
+            mistake("another form", 0, "0", "1e3 MiB", float("inf"), np.float64(1e9), legal=always),
         ],
     }
 

@@ -250,7 +250,7 @@ def targets() -> list[Target]:
         Target(
             name="choose",
             call=dpj.choose,
-            valid={**_VALID, "schedules": "1f1b", "remat": "none"},
+            valid={**_VALID, "schedules": "1f1b", "remat": "none", "host_link": 32e9},
             mistakes={**made, **_called(), **of.choose_mistakes()},
             weight=3,
         ),
