@@ -128,7 +128,9 @@ def collective_rows(collectives: Sequence[Collective]) -> list[Sequence[str]]:
     alike: dict[tuple[str, ...], list[Collective]] = {}
     for collective in collectives:
         cells = (
-            collective.kind if collective.count == 1 else f"{collective.kind} x{collective.count}",
+            collective.kind
+            + " across slices" * collective.across_slices
+            + (f" x{collective.count}" if collective.count > 1 else ""),
             ", ".join(collective.axes) or "-",
             "async" if collective.is_async else "sync",
             show_bytes(collective.num_bytes),
