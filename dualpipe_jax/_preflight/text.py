@@ -185,6 +185,10 @@ def prediction_line(prediction: Prediction) -> str:
     if prediction.seconds is None:
         return f"not predicted: {prediction.reason}"
     loop, outside = show_time(prediction.loop_seconds), show_time(prediction.outside_seconds)
+    if prediction.schedule is None:
+        return (
+            f"{show_time(prediction.seconds)} predicted: the loop {loop}; outside of it {outside}"
+        )
     return (
         f"{show_time(prediction.seconds)} predicted: {prediction.schedule} {loop}, ranks idle "
         f"{prediction.idle_share or 0:.1%}; outside its loops {outside}"
