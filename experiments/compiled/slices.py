@@ -23,7 +23,7 @@ from experiments.compiled.compiles import ACROSS, Figures
 from experiments.compiled.steps import Case, Step
 from experiments.train_lm.flags import script, several
 
-TOPOLOGY, CHIPS, LAYERS = "tpu:v5e:2x2*2", 8, 8
+TOPOLOGY, CHIPS, LAYERS = "tpu:v5e:2x2*2", 8, 16
 _STAGES_A_RANK = {"dualpipev": 2, "interleaved-1f1b": 2}
 SCHEDULES = ("dualpipe", "dualpipev", "1f1b", "interleaved-1f1b")
 KINDS = ("pipe 2 x data 4", "pipe 4 x data 2", "pipe 4 x expert 2", "data 8", "fsdp 8")
@@ -65,28 +65,23 @@ class Data:
             ends = jax.tree.map(whole, params["ends"])
             with jax.named_scope(steps.EMBED):
                 x = models.embed(ends, ctx)
-            for layer in params["blocks"]:
-                x = family.block(jax.tree.map(whole, layer), x, ctx)
+
+            def block(x: jax.Array, layer: Any) -> Any:
+                return family.block(jax.tree.map(whole, layer), x, ctx), None
+
+            x, _ = lax.scan(block, x, params["blocks"])
             with jax.named_scope(steps.HEAD):
                 return models.head(ends, x, ctx)
 
         def step(params: Any, batch: jax.Array) -> Any:
-            # Layers in arrays of their own, so that none is cut out of a stack in every microbatch.
-            layers = [jax.tree.map(lambda a: a[i], params["blocks"]) for i in range(LAYERS)]  # noqa: B023
-            params = {"ends": params["ends"], "blocks": layers}
-
             def microbatch(sums: Any, tokens: jax.Array) -> Any:
-                return jax.tree.map(
-                    jnp.add, sums, jax.value_and_grad(loss_of)(params, tokens)
-                ), None
+                more = jax.value_and_grad(loss_of)(params, tokens)
+                return jax.tree.map(jnp.add, sums, more), None
 
             start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
             rows = batch.reshape(self.num_microbatches, self.tokens)
             loss, grads = lax.scan(microbatch, start, rows)[0]
-            if not self.is_sharded:
-                grads = lax.psum(grads, "data")
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads["blocks"])
-            return lax.psum(loss, "data"), {"ends": grads["ends"], "blocks": stacked}
+            return lax.psum(loss, "data"), grads if self.is_sharded else lax.psum(grads, "data")
 
         batch = jax.ShapeDtypeStruct((CHIPS * self.num_microbatches * self.tokens,), jnp.int32)
         avals = family.avals(self.width, LAYERS), batch
@@ -165,8 +160,8 @@ def cases(
 @script("slices")
 @several("--mesh", "kinds", KINDS, default=KINDS, text="To compile.")
 @several("--schedule", "schedules", SCHEDULES, default=SCHEDULES, text="Of the pipelines.")
-@click.option("--width", type=click.IntRange(min=models.HEAD_SIZE), default=1024)
-@click.option("--tokens", type=click.IntRange(min=8), default=4096, help="A microbatch, on a chip.")
+@click.option("--width", type=click.IntRange(min=models.HEAD_SIZE), default=512)
+@click.option("--tokens", type=click.IntRange(min=8), default=2048, help="A microbatch, on a chip.")
 @flags.output
 @flags.write_readme
 def main(
