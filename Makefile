@@ -28,7 +28,7 @@ WRONG_CALLS ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help train deepseek finetune test faults wrong-calls test-outside test-gpu docs site wheel lint format clean \
-	compare idle table search clock benchmark overlap backwards memory offload ends zero balance precision
+	compare idle table search clock benchmark overlap backwards memory offload slices ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -124,6 +124,9 @@ backwards: $(READY)  ## full backwards beside split ones, in programs for absent
 
 memory: $(READY)  ## the memory of steps, by their own account and a TPU's compiler (minutes)
 	@$(BIN)/python -m experiments.compiled.memory $(ARGS)
+
+slices: $(READY)  ## pipelines across TPU slices beside data parallelism, in programs (an hour)
+	@$(BIN)/python -m experiments.compiled.slices $(ARGS)
 
 offload: $(READY)  ## activations in the host's memory, in programs for absent TPUs (an hour)
 	@$(BIN)/python -m experiments.compiled.offload $(ARGS)

@@ -20,6 +20,8 @@ class Device:
       clock: Cycles a second, the unit of the compiler's estimates; None without such estimates.
       link: Bytes a second over one link, in one direction.
       host_link: Bytes a second between the device and its host's memory, in one direction.
+      dcn: Its share of its host's data-centre network, in bytes a second each way; None where
+        nothing is published.
       is_switched: Whether a switch connects all devices, each with all of `link`, instead of a grid
         that connects neighbours.
     """
@@ -31,6 +33,7 @@ class Device:
     clock: float | None
     link: float
     host_link: float
+    dcn: float | None = None
     is_switched: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +53,9 @@ _PCIE_4, _PCIE_5 = 32e9, 64e9
 # Clock: the peak by the FLOPs that the matrix units do in a cycle. v5e has 4 of 128 x 128 (x 2
 # FLOPs), v5p 2 cores of 4 each. On v6e the compiler counts up to 369,000 FLOPs a cycle for a large
 # matmul, which fits the equivalent of 4 units of 256 x 256 at 1.75 GHz.
+# Data-centre network, in one direction: v5e and v6e 6.4 and 25.6 Tbit/s a Pod of 256 chips (and 2 x
+# 100 and 4 x 200 Gbit/s a host of 8, the same); v5p 50 Gbit/s a chip (its page, and tpu7x's, which
+# also says v6e's 100). None is published for v4.
 _MXU_128, _MXU_256 = 2 * 128 * 128, 2 * 256 * 256
 V5E = Device(
     name="TPU v5e",
@@ -59,6 +65,7 @@ V5E = Device(
     clock=197e12 / (4 * _MXU_128),
     link=400e9 / 4 / 2,
     host_link=_PCIE_4,
+    dcn=6.4e12 / 256 / 8,
 )
 V5P = Device(
     name="TPU v5p",
@@ -68,6 +75,7 @@ V5P = Device(
     clock=459e12 / (8 * _MXU_128),
     link=1200e9 / 6 / 2,
     host_link=_PCIE_4,
+    dcn=50e9 / 8,
 )
 V6E = Device(
     name="TPU v6e",
@@ -77,6 +85,7 @@ V6E = Device(
     clock=918e12 / (4 * _MXU_256),
     link=800e9 / 4 / 2,
     host_link=_PCIE_4,
+    dcn=25.6e12 / 256 / 8,
 )
 # docs.cloud.google.com/tpu/docs/v4: peak and HBM; the link is that of Jouppi et al., "TPU v4: An
 # Optically Reconfigurable Supercomputer" (ISCA 2023), table 4: 6 links of 50 GB/s. 2 cores of 4
@@ -156,8 +165,9 @@ def device_figures(device: Any) -> Device | None:
     Returns:
       `memory` in bytes, `peak_flops` in FLOPs a second (two for a multiply-add), `link` in bytes a
       second (of a GPU, all NVLinks together), `host_link` in bytes a second each way (PCI Express;
-      for TPUs an assumption), `is_switched`, `clock` in cycles a second; None for devices that are
-      not in the table, such as CPUs. The table has TPU v4, v5e, v5p and v6e, and
+      for TPUs an assumption), `dcn`, its share of its host's data-centre network in bytes a second
+      each way (None for TPU v4 and GPUs), `is_switched`, `clock` in cycles a second; None for
+      devices that are not in the table, such as CPUs. The table has TPU v4, v5e, v5p and v6e, and
       NVIDIA's A100 (SXM, 80 GB), H100 (SXM), H200 (SXM) and B200.
 
     Raises:

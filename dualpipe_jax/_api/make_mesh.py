@@ -17,9 +17,6 @@ from dualpipe_jax._errors import brief, require_name, require_names, show
 from dualpipe_jax._model import checks
 from dualpipe_jax._model.types import AxisNames
 
-# The names of groups, by platform.
-_GROUPS = {"tpu": "slices", "gpu": "hosts"}
-
 
 def make_mesh(
     *,
@@ -90,7 +87,7 @@ def make_mesh(
     may_cross = _require_batch_axes(batch_axes, axis, sizes)
     types = _require_types(axis_types, sizes)
     used = _require_devices(devices, sizes)
-    laid_out = _lay_out(_group(used), axis, may_cross, sizes)
+    laid_out = _lay_out(_grid.group_devices(used), axis, may_cross, sizes)
     return jax.sharding.Mesh(laid_out, tuple(sizes), axis_types=types)
 
 
@@ -156,7 +153,9 @@ def _require_devices(devices: Sequence[Any] | None, sizes: dict[str, int]) -> li
     if len({device.platform for device in found}) > 1:
         raise ValueError(f"devices: must be of one platform, got {found}"[:400])
     if num_needed < len(found):
-        is_alone = len({device.process_index for device in found}) == len(_group(found)) == 1
+        is_alone = (
+            len({device.process_index for device in found}) == len(_grid.group_devices(found)) == 1
+        )
         if not is_alone or not _grid.fills_box(found[:num_needed]):
             why = (
                 "the first ones fill no box of the chips' grid"
@@ -167,7 +166,7 @@ def _require_devices(devices: Sequence[Any] | None, sizes: dict[str, int]) -> li
                 f"{_show(sizes)}: needs {num_needed} devices, and {name} has {len(found)}, of "
                 f"which none can be left out, because {why}; use all, or give devices="
             )
-    elif not all(_grid.fills_box(group) for group in _group(found)):
+    elif not all(_grid.fills_box(group) for group in _grid.group_devices(found)):
         raise ValueError(
             f"devices: must fill a box of the chips' grid in each slice, got {found}"[:400]
             + "; for any others make a jax.sharding.Mesh yourself"
@@ -175,31 +174,11 @@ def _require_devices(devices: Sequence[Any] | None, sizes: dict[str, int]) -> li
     return found[:num_needed]
 
 
-def _group(devices: Sequence[Any]) -> list[list[Any]]:
-    """Groups devices by the fast network that joins them: slices of TPUs, hosts of GPUs."""
-    if devices[0].platform not in _GROUPS:
-        return [list(devices)]
-    # Single slices of TPUs have no index, or None.
-    keys = [getattr(device, "slice_index", None) for device in devices]
-    if None in keys:
-        is_gpu = devices[0].platform == "gpu"
-        keys = [device.process_index if is_gpu else 0 for device in devices]
-    groups: dict[int, list[Any]] = {key: [] for key in sorted(set(keys))}
-    for key, device in zip(keys, devices, strict=True):
-        groups[key].append(device)
-    return list(groups.values())
-
-
 def _lay_out(
     groups: list[list[Any]], axis: str, may_cross: tuple[str, ...], sizes: dict[str, int]
 ) -> np.ndarray:
-    """Lays the devices of each group out, and puts the groups one after the other along one axis.
-
-    `jax.experimental.mesh_utils.create_hybrid_device_mesh` does so too, but inside of its slices
-    ranks p and p + 1 are not always neighbours: of 8 ranks on 2 x 4 chips of v5e, the second and
-    the third are two links apart.
-    """
-    num_groups, kinds = len(groups), _GROUPS.get(groups[0][0].platform, "groups")
+    """Lays devices out, the groups one after the other along the first axis that can."""
+    num_groups, kinds = len(groups), _grid.GROUPS.get(groups[0][0].platform, "groups")
     per_group = [len(group) for group in groups]
     if len(set(per_group)) > 1:
         raise ValueError(
@@ -215,14 +194,9 @@ def _lay_out(
             "change the size, or name another axis that may with batch_axes="
         )
     names = list(sizes)
-    inside = tuple(size // num_groups if name == crossing else size for name, size in sizes.items())
-    laid_out = [
-        _grid.lay_out(_in_order(group), inside, pipeline=names.index(axis)) for group in groups
-    ]
-    return np.concatenate(laid_out, axis=names.index(crossing))
-
-
-def _in_order(group: list[Any]) -> list[Any]:
-    """Sorts GPUs by XLA's numbers, because the order of processes may be any."""
-    is_gpu = group[0].platform == "gpu"
-    return sorted(group, key=lambda device: device.id) if is_gpu else group
+    return _grid.lay_out_across(
+        groups,
+        tuple(sizes.values()),
+        crossing=names.index(crossing),
+        pipeline=names.index(axis),
+    )

@@ -26,7 +26,8 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
     "--topology",
     default="tpu:v5e:2x4",
     show_default=True,
-    help="Devices to compile for: tpu:v5e:2x4, tpu:v5p:2x2x1, tpu:v6e:2x4, gpu:h100:8, cpu:8.",
+    help="Devices to compile for: tpu:v5e:2x4, tpu:v5p:2x2x1, tpu:v6e:2x4, tpu:v5e:2x4*2 (two "
+    "slices), gpu:h100:8, cpu:8.",
 )
 @click.option(
     "--schedule",
@@ -63,6 +64,12 @@ _SIZES_OF_GPT = ("layers", "width", "heads", "context", "vocabulary", "dtype")
     "that of the device's maker, or 32GB/s for a TPU, whose maker gives none.",
 )
 @click.option(
+    "--dcn",
+    type=quantities.Rate(),
+    help="Bytes a second of a host's data-centre network, each way, between slices of TPUs, such "
+    "as 12.5GB/s; by default the published share of a chip times the chips of a host.",
+)
+@click.option(
     "--host-memory",
     type=quantities.HostMemory(),
     help="Memory of the host for each device, such as 64GiB; more temporaries there are a fault. "
@@ -87,6 +94,7 @@ def preflight(
     schedule: str,
     output_format: str,
     host_link: float | None,
+    dcn: float | None,
     host_memory: float | None,
     has_options: bool,
     **options_of_step: Any,
@@ -120,6 +128,7 @@ def preflight(
             topology,
             compiler_options=None if has_options else {},
             host_link=host_link,
+            dcn=dcn,
             host_memory=host_memory,
         )
     except (ValueError, ModuleNotFoundError) as error:

@@ -50,12 +50,14 @@ def analyze(module: Module, network: Network, kernels: Kernels | None = None) ->
         prediction, _ = predict(module, None, counter=counter, device=network.device)
         return Analysis(None, prediction, None, copies)
     collectives = replay.run(found.body)
+    outside, outside_exposed = _outside_seconds(module, counter, replay, found)
     prediction, timetable = predict(
         module,
         found,
         counter=counter,
         collectives=collectives,
-        outside_seconds=_outside_seconds(module, counter, replay, found),
+        outside_seconds=outside,
+        outside_exposed_seconds=outside_exposed,
         device=network.device,
     )
     if timetable is not None:
@@ -102,8 +104,8 @@ def _loop(
 
 def _outside_seconds(
     module: Module, counter: WorkCounter, replay: Replay, loop: FoundLoop
-) -> float | None:
-    """Times the entry computation without the loop that holds the steady one."""
+) -> tuple[float | None, float | None]:
+    """Times the entry computation without the loop that holds the steady one, and its waits."""
     total = CompiledWork()
     for instruction in module.entry.instructions:
         inside = [inner.name for c in module.callees(instruction) for inner in module.within(c)]
@@ -111,4 +113,4 @@ def _outside_seconds(
             total += counter.of(instruction, module.entry)
     exposed = exposed_seconds(replay.run(module.entry, loops=False))
     compute = replay.seconds(total)
-    return None if exposed is None or compute is None else compute + exposed
+    return (None if exposed is None or compute is None else compute + exposed), exposed

@@ -121,6 +121,11 @@ class Instruction:
         return int(found[1]) if found else None
 
     @property
+    def is_across_slices(self) -> bool:
+        """Whether it moves data between slices of TPUs."""
+        return "_xla_megascale_transfer_type=" in self.attributes
+
+    @property
     def known_trip_count(self) -> int | None:
         """Reads how often a `while` runs its body, where the compiler says so."""
         found = _TRIPS.search(self.attributes)

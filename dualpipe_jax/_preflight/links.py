@@ -3,13 +3,14 @@
 A mesh axis of TPUs is taken as a line of chips, each joined to the next by a link each way: slices
 of less than a full torus dim have no link from the last chip to the first. So times are those of
 the most loaded link at its published bandwidth, without latency; where the torus closes, they are
-upper bounds. GPUs of a host reach each other over a switch.
+upper bounds. GPUs of a host reach each other over a switch. Between slices of TPUs data goes over
+the network of their hosts, each of which sends and receives for all of its chips.
 """
 
 import itertools
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ from dualpipe_jax._devices import Device
 from dualpipe_jax._preflight.hlo import Instruction
 
 Pairs = tuple[tuple[int, int], ...]
-# A mesh axis, and the way along it: 1, -1, or 0 where both ways share a device's links.
+# A mesh axis, and the way along it: 1, -1, or 0 where both ways share a device's links. Or a host,
+# 1 out of it and -1 into it.
 Lane = tuple[str, int]
 
 
@@ -31,11 +33,15 @@ class Network:
       axes: The sizes of the mesh axes, by name, outermost first.
       device: The device; None if nothing is published of its links.
       host_link: Bytes a second between a device and its host, each way; None if not known.
+      hosts: The host of each device, in mesh order.
+      dcn: Bytes a second of a host's data-centre network, each way; None if not known.
     """
 
     axes: dict[str, int]
     device: Device | None
     host_link: float | None = None
+    hosts: tuple[int, ...] = ()
+    dcn: float | None = None
 
     @property
     def num_devices(self) -> int:
@@ -62,8 +68,11 @@ class Network:
         """Names the ways along mesh axes that a collective takes; two on one way share its links.
 
         Along a line of chips each link carries as much each way. Over a switch a device has as many
-        links in all, to whichever device it sends.
+        links in all, to whichever device it sends. Across slices each host has one network.
         """
+        if collective.is_across_slices:
+            sent, received = self._loads_of_hosts("", collective)
+            return {*((f"host {h}", 1) for h in sent), *((f"host {h}", -1) for h in received)}
         axes, pairs = self.axes_of(collective), source_target_pairs(collective)
         if self.device is not None and self.device.is_switched:
             return {(axis, 0) for axis in axes}
@@ -83,22 +92,39 @@ class Network:
         """
         if self.device is None:
             return None
+        if collective.is_across_slices:
+            if self.dcn is None:
+                return None
+            loads = [
+                load for way in self._loads_of_hosts(kind, collective) for load in way.values()
+            ]
+            return max(loads, default=0.0) * num_bytes / self.dcn
         pairs = source_target_pairs(collective)
         if pairs is not None:
             return self._load(pairs) * num_bytes / self.device.link
         n = max((len(group) for group in groups(collective, self.num_devices)), default=1)
-        return num_bytes * self._share(kind, n) / self.device.link
+        share = _share(kind, n, is_line=not self.device.is_switched)
+        return num_bytes * share / self.device.link
 
-    def _share(self, kind: str, n: int) -> float:
-        """Computes the share of `num_bytes` on the most loaded link, in a group of n devices."""
-        match kind:
-            case "all-reduce":
-                return 2 * (n - 1) / n  # a reduce-scatter, then an all-gather
-            case "all-to-all" if self.device is not None and not self.device.is_switched:
-                # Over the middle link of a line one half of the chips sends to the other half.
-                return (n // 2) * (n - n // 2) / n
-            case _:
-                return (n - 1) / n
+    def _loads_of_hosts(
+        self, kind: str, collective: Instruction
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """Counts how often each host sends and receives a device's bytes to and from other slices.
+
+        Chips that send nothing, or nothing to another slice, do not count.
+        """
+        sent: defaultdict[int, float] = defaultdict(float)
+        received: defaultdict[int, float] = defaultdict(float)
+        pairs = source_target_pairs(collective)
+        for source, target in pairs or ():
+            sent[self.hosts[source]] += 1
+            received[self.hosts[target]] += 1
+        for group in () if pairs is not None else groups(collective, self.num_devices):
+            for device in group:
+                share = _share(kind, len(group), is_line=False)
+                sent[self.hosts[device]] += share
+                received[self.hosts[device]] += share
+        return sent, received
 
     def _load(self, pairs: Pairs) -> int:
         """Counts the pairs that share the most loaded link in one direction."""
@@ -115,6 +141,18 @@ class Network:
                     load[(*here.tolist(), axis, step)] += 1
                     here[axis] += step
         return max(load.values(), default=0)
+
+
+def _share(kind: str, n: int, *, is_line: bool) -> float:
+    """Computes the share of a device's bytes on the most loaded link, in a group of n devices."""
+    match kind:
+        case "all-reduce":
+            return 2 * (n - 1) / n  # a reduce-scatter, then an all-gather
+        case "all-to-all" if is_line:
+            # Over the middle link of a line one half of the chips sends to the other half.
+            return (n // 2) * (n - n // 2) / n
+        case _:
+            return (n - 1) / n
 
 
 def source_target_pairs(collective: Instruction) -> Pairs | None:

@@ -21,7 +21,8 @@ from dualpipe_jax._schedule.tables import Tables
 from dualpipe_jax.schedules import Schedule, make
 
 _NO_CYCLES = "the compiler gives no cycles on this platform"
-_NO_LOOP = "the program has no loop of a pipelined step's beats or ticks"
+_NO_LOOP = "the program has no loop of a pipelined step's beats or ticks, and none of known length"
+_NO_BANDWIDTH = "the bandwidth of a network is not known"
 _NO_NAME = "the program does not name one schedule of dualpipe_jax.schedules.names()"
 _NO_ACTIONS = "the loop has no instructions of a forward, or none of a backward"
 
@@ -33,10 +34,12 @@ class Prediction:
     Attributes:
       seconds: The whole step; None if it cannot be predicted.
       reason: Why not; "" if it can.
-      loop_seconds: The schedule's part: from the first forward to the last weight grad.
+      loop_seconds: The schedule's part: from the first forward to the last weight grad; without a
+        pipeline, all trips of the loop.
       outside_seconds: The part outside the schedule's loops, such as the optimizer's update: its
         compute, and the collectives that compute waits for.
-      schedule: The schedule's name.
+      outside_exposed_seconds: The part of that for which compute waits for collectives.
+      schedule: The schedule's name; None without a pipeline.
       idle_share: The share of the schedule's time in which ranks do not act.
       dependency_seconds: How long the schedule's part would take if ranks waited only for values
         that they read next: without false waits.
@@ -46,6 +49,7 @@ class Prediction:
     reason: str = ""
     loop_seconds: float | None = None
     outside_seconds: float | None = None
+    outside_exposed_seconds: float | None = None
     schedule: str | None = None
     idle_share: float | None = None
     dependency_seconds: float | None = None
@@ -81,8 +85,9 @@ def predict(
     device: Device | None,
     collectives: Sequence[Collective] = (),
     outside_seconds: float | None = None,
+    outside_exposed_seconds: float | None = None,
 ) -> tuple[Prediction, Timetable | None]:
-    """Predicts the time of a step from its steady loop, or its scan over ticks.
+    """Predicts the time of a step from its steady loop, its scan over ticks, or any other loop.
 
     Args:
       module: The program.
@@ -91,14 +96,27 @@ def predict(
       device: The published figures of the devices.
       collectives: The collectives of one trip.
       outside_seconds: How long the instructions outside of the loops take.
+      outside_exposed_seconds: For how long they wait for collectives.
 
     Returns:
       The prediction; and for a step in ticks, its timetable.
     """
     if device is None or device.clock is None:
         return Prediction(reason=_NO_CYCLES), None
-    if loop is None or loop.kind not in ("steady", "ramp"):
+    outside: dict[str, Any] = {
+        "outside_seconds": outside_seconds,
+        "outside_exposed_seconds": outside_exposed_seconds,
+    }
+    if loop is None or (loop.num_trips is None and loop.kind not in ("steady", "ramp")):
         return Prediction(reason=_NO_LOOP), None
+    if loop.kind not in ("steady", "ramp"):
+        trip = counter.of_computation(loop.body).cycles / device.clock
+        waits = exposed_seconds(collectives)
+        if waits is None:
+            return Prediction(reason=_NO_BANDWIDTH), None
+        loop_seconds = (loop.num_trips or 0) * (trip + waits)
+        seconds = loop_seconds + (outside_seconds or 0)
+        return Prediction(seconds=seconds, loop_seconds=loop_seconds, **outside), None
     op_names = [instruction.op_name for instruction in module.within(module.entry)]
     schedule = _find_schedule(op_names)
     if schedule is None:
@@ -131,7 +149,7 @@ def predict(
     prediction = Prediction(
         seconds=loop_seconds + (outside_seconds or 0),
         loop_seconds=loop_seconds,
-        outside_seconds=outside_seconds,
+        **outside,
         schedule=schedule.name,
         idle_share=simulation.idle_share,
         dependency_seconds=simulation.dependency_makespan / device.clock,

@@ -4,11 +4,13 @@ import inspect
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from dualpipe_jax._devices import Device
 from dualpipe_jax._errors import brief, raise_all, show
 from dualpipe_jax._grid import is_adjacent_along
 from dualpipe_jax._model import call_checks, semantics
@@ -22,6 +24,7 @@ from dualpipe_jax._preflight.links import Network
 from dualpipe_jax._preflight.options import compiler_options as default_options
 from dualpipe_jax._preflight.predict import Prediction, find_execution
 from dualpipe_jax._preflight.report import Memory, ProgramSize, Report
+from dualpipe_jax._preflight.slices import Slices, join_slices
 from dualpipe_jax._preflight.topologies import Topology, find_topology, make_mesh
 from dualpipe_jax._sizes import as_host_memory, require_rate
 
@@ -35,6 +38,7 @@ def preflight(
     mesh: Any = None,
     kernel_costs: Mapping[str, KernelCost] | None = None,
     host_link: float | None = None,
+    dcn: float | None = None,
     host_memory: float | str | None = None,
 ) -> Report:
     """Compiles a training step for hardware that need not be there, and reports on the program.
@@ -66,7 +70,8 @@ def preflight(
       args: Its arguments: arrays, or `jax.ShapeDtypeStruct`s, which cost nothing. On the topology
         they are sharded as on their mesh; those on no mesh are replicated.
       topology: The devices to compile for: `"tpu:v5e:2x4"` (needs `pip install 'jax[tpu]'`),
-        `"gpu:h100:8"` (`'jax[cuda13]'`), or `"cpu:8"`, this process's CPU devices.
+        `"tpu:v5e:4x4*2"` for two slices, across which the axis `pipe` goes, else `data`, else the
+        first that can, `"gpu:h100:8"` (`'jax[cuda13]'`), or `"cpu:8"`, this process's CPU devices.
       compiler_options: XLA's options; None for those of `dualpipe_jax.compiler_options`.
       mesh: A mesh with the step's axes; None to read them off the arguments' shardings, or off the
         step.
@@ -77,6 +82,8 @@ def preflight(
         report names the kernels whose cost is not known, which are not in its times.
       host_link: Bytes a second of a device's link to its host, each way; None for the default of
         the device (`dualpipe_jax.device_figures`).
+      dcn: Bytes a second of a host's data-centre network, each way, over which slices exchange
+        data; None for the published share of a chip times the chips of a host.
       host_memory: The bytes of the host's memory for each device, or a text such as `"64GiB"`; more
         temporaries there are a fault. None for no limit.
 
@@ -84,17 +91,18 @@ def preflight(
       The report, frozen dataclasses; `print` shows it.
 
     Raises:
-      ValueError: If the topology is not known or has not as many devices as the mesh, the
-        arguments lie on more than one mesh, or on none and the step maps over none, the compiler
-        does not know its options, or `host_memory` is no size.
+      ValueError: If the topology is not known or has not as many devices as the mesh, no axis can
+        go across its slices, the arguments lie on more than one mesh, or on none and the step maps
+        over none, the compiler does not know its options, or `host_memory` is no size.
       TypeError: If `step_fn` is no function, `args` no tuple, `mesh` no mesh, `compiler_options` no
         dict of values by name, `kernel_costs` not of numbers and functions by name, `host_link`
-        no number above 0, or `host_memory` neither a number nor a text.
+        or `dcn` no number above 0, or `host_memory` neither a number nor a text.
       ModuleNotFoundError: If the compiler for the topology is not installed.
     """
     _check_step(step_fn, args)
     kernels = Kernels(_check_kernel_costs(kernel_costs))
     require_rate("host_link", host_link)
+    require_rate("dcn", dcn)
     if host_memory is not None:
         host_memory = as_host_memory("host_memory", host_memory)
     found = find_topology(topology)
@@ -124,11 +132,10 @@ def preflight(
             prediction=Prediction(reason="the step does not fit"),
             failure=failure.splitlines()[0],
         )
-    module = parse(compiled.as_text() or "")
+    devices = tuple(on.devices.flat)
+    module = join_slices(parse(compiled.as_text() or ""), Slices.of(devices))
     memory = compiled.memory_analysis()
-    if host_link is None and found.device is not None:
-        host_link = found.device.host_link
-    network = Network(axes=axes.sizes, device=found.device, host_link=host_link)
+    network = _network(axes, devices, found.device, host_link=host_link, dcn=dcn)
     return Report(
         **common,
         **analyze(module, network, kernels)._asdict(),
@@ -241,6 +248,30 @@ def _axes_apart(axes: MeshAxes, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
     """Names the axes along which not all neighbours are neighbours on the chips' grid."""
     return tuple(
         axis for dim, axis in enumerate(axes.sizes) if is_adjacent_along(mesh.devices, dim) is False
+    )
+
+
+def _network(
+    axes: MeshAxes,
+    devices: Sequence[Any],
+    device: Device | None,
+    *,
+    host_link: float | None,
+    dcn: float | None,
+) -> Network:
+    """Describes the links between the devices of a mesh, in mesh order; None for the published."""
+    hosts = [(getattr(one, "slice_index", None), one.process_index) for one in devices]
+    if device is not None:
+        host_link = device.host_link if host_link is None else host_link
+        if dcn is None and device.dcn is not None:
+            dcn = device.dcn * max(Counter(hosts).values())
+    numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    return Network(
+        axes=axes.sizes,
+        device=device,
+        host_link=host_link,
+        hosts=tuple(numbers[host] for host in hosts),
+        dcn=dcn,
     )
 
 

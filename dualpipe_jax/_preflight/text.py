@@ -128,7 +128,9 @@ def collective_rows(collectives: Sequence[Collective]) -> list[Sequence[str]]:
     alike: dict[tuple[str, ...], list[Collective]] = {}
     for collective in collectives:
         cells = (
-            collective.kind if collective.count == 1 else f"{collective.kind} x{collective.count}",
+            collective.kind
+            + " across slices" * collective.across_slices
+            + (f" x{collective.count}" if collective.count > 1 else ""),
             ", ".join(collective.axes) or "-",
             "async" if collective.is_async else "sync",
             show_bytes(collective.num_bytes),
@@ -183,6 +185,10 @@ def prediction_line(prediction: Prediction) -> str:
     if prediction.seconds is None:
         return f"not predicted: {prediction.reason}"
     loop, outside = show_time(prediction.loop_seconds), show_time(prediction.outside_seconds)
+    if prediction.schedule is None:
+        return (
+            f"{show_time(prediction.seconds)} predicted: the loop {loop}; outside of it {outside}"
+        )
     return (
         f"{show_time(prediction.seconds)} predicted: {prediction.schedule} {loop}, ranks idle "
         f"{prediction.idle_share or 0:.1%}; outside its loops {outside}"

@@ -2,8 +2,8 @@
 
 Compute takes the compiler's estimate of cycles, or its FLOPs at the published peak where there is
 no estimate. Asynchronous collectives that go the same way along a mesh axis share its links and go
-one after the other; so do copies to the host, and copies from it, on the link to the host. A loop
-inside counts as often as it runs.
+one after the other; so do copies to the host, and copies from it, on the link to the host, and
+transfers between slices of TPUs on the network of a host. A loop inside counts as often as it runs.
 
 The exposed time is that for which compute stands still: all of a synchronous collective's, and the
 part of an asynchronous one's link time beyond the compute between its start and its done.
@@ -46,6 +46,7 @@ class Collective:
       name: The name of the instruction that starts it.
       op_name: The JAX functions and scopes that it stands for.
       axes: The mesh axes along which it moves data; none of a copy.
+      across_slices: Whether it goes over the network between slices of TPUs.
       count: How often it runs in a trip of the loop; if in a branch, in a trip that takes it.
       conditional: The name of the conditional in one of whose branches it runs, of which a trip
         takes one; None outside of branches.
@@ -69,6 +70,7 @@ class Collective:
     name: str
     op_name: str
     axes: tuple[str, ...]
+    across_slices: bool = False
     count: int
     conditional: str | None = None
     branch: int | None = None
@@ -329,6 +331,7 @@ class Replay:
             name=found.start.name,
             op_name=found.collective.op_name or found.start.op_name,
             axes=() if found.kind in _WAY_TO_HOST else self._network.axes_of(found.collective),
+            across_slices=found.collective.is_across_slices,
             count=1,
             is_async=found.done is not None,
             num_bytes=found.num_bytes,

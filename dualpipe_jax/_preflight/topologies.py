@@ -15,7 +15,7 @@ from jax.experimental import topologies as jax_topologies
 
 from dualpipe_jax._devices import H100, V5E, V5P, V6E, Device
 from dualpipe_jax._errors import brief
-from dualpipe_jax._grid import lay_out
+from dualpipe_jax._grid import group_devices, lay_out_across
 
 # An H100 SXM as XLA's GPU compiler wants it described, so that it compiles without one: a
 # GpuTargetConfigProto as text, with CUDA's figures.
@@ -49,15 +49,17 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 # As large as any slice: v5p's has 8,960 chips. CPU devices are this process's threads and memory.
 _MOST_CHIPS, _MOST_GPUS, _MOST_CPU_DEVICES = 2**14, 8, 1024
-_TPU_SHAPE = re.compile(r"[0-9]{1,5}(x[0-9]{1,5}){1,2}")
-# The pipeline's axis, by its usual name: a step does not name it.
-_PIPELINE = "pipe"
+_TPU_SHAPE = re.compile(r"([0-9]{1,5}(?:x[0-9]{1,5}){1,2})(?:\*([0-9]{1,5}))?")
+# The axes that go across slices, the first that can: by their usual names, as a step does not name
+# them.
+_PIPELINE, _DATA = "pipe", "data"
 _TPUS = {"v5e": V5E, "v5p": V5P, "v6e": V6E}
 _GPUS = {"h100": (H100, H100_TARGET)}
 KNOWN = (
     "tpu:v5e:2x4 (also 2x2 up to 16x16)",
     "tpu:v5p:2x2x1 (also 4x4x4 and more)",
     "tpu:v6e:2x4 (also 2x2 up to 16x16)",
+    "tpu:v5e:4x4*2 (two slices; also of v5p and v6e)",
     "gpu:h100:8 (one host's GPUs, up to 8)",
     "cpu:8 (this process's CPU devices, up to 1024)",
 )
@@ -93,11 +95,11 @@ def find_topology(name: str) -> Topology:
       ModuleNotFoundError: If the compiler for it is not installed.
     """
     match name.split(":") if isinstance(name, str) else ():
-        case ("tpu", kind, shape) if kind in _TPUS and _TPU_SHAPE.fullmatch(shape):
+        case ("tpu", kind, text) if kind in _TPUS and (found := _TPU_SHAPE.fullmatch(text)):
             # libtpu ends the process where a size is 0.
-            sizes = tuple(map(int, shape.split("x")))
-            if 0 < math.prod(sizes) <= _MOST_CHIPS:
-                return _tpu(name, kind, shape)
+            shape, num_slices = found[1], int(found[2] or 1)
+            if 0 < math.prod(map(int, shape.split("x"))) * num_slices <= _MOST_CHIPS:
+                return _tpu(name, kind, shape, num_slices)
         case ("gpu", kind, number) if kind in _GPUS and _is_up_to(_MOST_GPUS, number):
             return _gpu(name, kind, int(number))
         case ("cpu", number) if _is_up_to(_MOST_CPU_DEVICES, number):
@@ -112,8 +114,11 @@ def _is_up_to(most: int, number: str) -> bool:
 def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any]) -> Any:
     """Lays the topology's devices out along mesh axes, neighbours beside neighbours if it can.
 
+    One axis goes across slices: the pipeline's, else `data`, else the first that can.
+
     Raises:
-      ValueError: If there are not as many devices as the mesh has.
+      ValueError: If there are not as many devices as the mesh has, or the number of slices divides
+        no axis.
     """
     shape, num_devices = tuple(axes.values()), len(topology.devices)
     if int(np.prod(shape)) != num_devices:
@@ -122,12 +127,25 @@ def make_mesh(topology: Topology, axes: dict[str, int], axis_types: Iterable[Any
             f"topology={topology.name!r}: has {num_devices} devices, but the step's mesh "
             f"({sizes}) needs {int(np.prod(shape))}; name a topology of that size"
         )
-    pipeline = list(axes).index(_PIPELINE) if _PIPELINE in axes else None
-    laid_out = lay_out(topology.devices, shape, pipeline=pipeline)
+    groups, names = group_devices(topology.devices), list(axes)
+    first_to_last = sorted(names, key=lambda name: (name != _PIPELINE, name != _DATA))
+    crossing = next((name for name in first_to_last if axes[name] % len(groups) == 0), None)
+    if crossing is None:
+        raise ValueError(
+            f"topology={topology.name!r}: has {len(groups)} slices, which must divide the size of "
+            f"the mesh axis that goes across them, but the step's mesh is {axes}; change a size, "
+            "or the number of slices"
+        )
+    laid_out = lay_out_across(
+        groups,
+        shape,
+        crossing=names.index(crossing),
+        pipeline=names.index(_PIPELINE) if _PIPELINE in axes else None,
+    )
     return jax.sharding.Mesh(laid_out, tuple(axes), axis_types=tuple(axis_types))
 
 
-def _tpu(name: str, kind: str, shape: str) -> Topology:
+def _tpu(name: str, kind: str, shape: str, num_slices: int) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise _missing(name, "jax[tpu]")
     if not [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]:
@@ -138,7 +156,9 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        made = jax_topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}")
+        made = jax_topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{kind}:{shape}", num_slices=num_slices
+        )
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"{_unknown(name)}; the TPU compiler says: {error}") from error
     return Topology(name=name, platform="tpu", devices=tuple(made.devices), device=_TPUS[kind])

@@ -24,6 +24,7 @@ from experiments.train_lm.flags import Refusal
 
 PERMUTE, EXCHANGE = "collective-permute", "all-to-all"
 TO_HOST, FROM_HOST = "to host", "from host"
+ACROSS = "across slices"
 # FLOPs a second as published, by the generation in a topology's name.
 PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
 _ENDS = {"embed", "embed_grad", "head"}
@@ -62,7 +63,8 @@ class Figures:
     Attributes:
       loop: The kind of the loop that the next ones describe: `"steady"`, two beats a trip, or
         another of `preflight`'s.
-      counts: Its collectives, and its copies to and from the host, by kind.
+      counts: Its collectives, and its copies to and from the host, by kind, and those across
+        slices.
       cycles: The compiler's cycles of a trip, by action.
       least_cover: The least, over the permutes, of the time that the matmuls between start and done
         take at the published peak, in transfer times.
@@ -75,6 +77,8 @@ class Figures:
       code_bytes: The size of the program.
       compile_seconds: How long the compiler took.
       predicted_seconds: A step, as preflight predicts.
+      outside_seconds: The part of it outside of the loop.
+      outside_exposed_seconds: The part of that for which compute waits for collectives.
       terms: The sum of the library's own account of the step's memory, in bytes.
       slots: The part of it that residuals take on the device.
       account: That account as text.
@@ -97,6 +101,8 @@ class Figures:
     code_bytes: int | None
     compile_seconds: float
     predicted_seconds: float | None
+    outside_seconds: float | None
+    outside_exposed_seconds: float | None
     terms: int | None
     slots: int | None
     account: str
@@ -133,6 +139,8 @@ class Figures:
             code_bytes=None if report.program is None else report.program.code_bytes,
             compile_seconds=report.compile_seconds,
             predicted_seconds=report.prediction.seconds,
+            outside_seconds=report.prediction.outside_seconds,
+            outside_exposed_seconds=report.prediction.outside_exposed_seconds,
             terms=None if account is None else account.num_bytes,
             slots=None if account is None else _slots(account),
             account="" if account is None else str(account),
@@ -147,10 +155,9 @@ def _slots(account: Any) -> int:
 
 
 def count(collectives: Any) -> dict[str, Count]:
-    """Counts the collectives of a loop, by kind."""
+    """Counts the collectives of a loop, by kind, and those across slices of any kind."""
 
-    def of(kind: str) -> Count:
-        mine = [each for each in collectives if each.kind == kind]
+    def of(mine: Any) -> Count:
         return Count(
             total=sum(each.count for each in mine),
             num_async=sum(each.count for each in mine if each.is_async),
@@ -158,7 +165,12 @@ def count(collectives: Any) -> dict[str, Count]:
             num_covered=sum(each.count for each in mine if each.is_async and each.flops > 0),
         )
 
-    return {kind: of(kind) for kind in dict.fromkeys(each.kind for each in collectives)}
+    kinds = dict.fromkeys(each.kind for each in collectives)
+    across = [each for each in collectives if each.across_slices]
+    return {
+        **{kind: of([each for each in collectives if each.kind == kind]) for kind in kinds},
+        **({ACROSS: of(across)} if across else {}),
+    }
 
 
 def _least_cover(collectives: Any, topology: str) -> float | None:

@@ -8,6 +8,7 @@ from dualpipe_jax import _scopes, schedules
 from dualpipe_jax._predict import Costs, Placement, StageLayers, simulate
 from dualpipe_jax._preflight.analysis import analyze
 from dualpipe_jax._preflight.predict import Prediction
+from dualpipe_jax._preflight.text import prediction_line
 from dualpipe_jax._schedule.execution import Execution
 from tests.preflight.snippets import FUSED, LOOP, SWAP, WHILE, A, network, program, work
 
@@ -131,8 +132,19 @@ def test_work_outside_the_loops_is_added() -> None:
 def test_why_there_is_none() -> None:
     module = program(A)
     assert analyze(module, network(pipe=4))[1].reason == (
-        "the program has no loop of a pipelined step's beats or ticks"
+        "the program has no loop of a pipelined step's beats or ticks, and none of known length"
     )
+
+
+def test_a_step_without_a_pipeline_runs_its_loop_as_often_as_the_program_says() -> None:
+    inside = f"  %b = f32[4]{{0}} collective-permute(%a), {SWAP}\n{work('x', 100, 'b')}"
+    loop = LOOP.format(inside=inside, limit="constant(5)")
+    lines = f"{A}\n{work('adam', 1000)}\n{WHILE.format(start=0, more='')}"
+    made = analyze(program(lines, FUSED, loop), network(pipe=2))[1]
+    # 16 bytes over a link of a byte a second stop the device.
+    assert (made.schedule, made.loop_seconds) == (None, 5 * (100 + 16))
+    assert (made.seconds, made.outside_exposed_seconds) == (5 * 116 + 1000, 0)
+    assert prediction_line(made) == "1.58e+03 s predicted: the loop 580 s; outside of it 1e+03 s"
 
 
 def in_ticks(

@@ -37,6 +37,13 @@ class Chip:
         ),
         # libtpu would end the process.
         *("tpu:v5e:0x0", "tpu:v5p:2x2x0", "tpu:v5e:2x-2", "tpu:v5e:", "tpu:v5e:99999x99999"),
+        *(
+            "tpu:v5e:2x2*0",
+            "tpu:v5e:2x2*",
+            "tpu:v5e:2x2*-2",
+            "tpu:v5e:2x2*2*2",
+            "tpu:v5e:2x2*99999",
+        ),
     ],
 )
 def test_unknown_topology_lists_the_known(name: object) -> None:
@@ -86,6 +93,32 @@ def test_neighbours_of_the_mesh_are_neighbours_on_the_grid(
             # A line of eight chips folds on 4 x 4, and then the other one cannot lie beside it.
             if not (name == "tpu:v5e:4x4" and shape[dim] == 2):
                 assert is_adjacent_along(mesh.devices, dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "crossing"),
+    [
+        ("tpu:v5e:2x2*2", {"data": 2, "pipe": 4}, 1),
+        ("tpu:v5e:2x2*2", {"expert": 2, "data": 4}, 1),
+        ("tpu:v5e:2x2*2", {"pipe": 1, "expert": 8}, 1),
+        ("tpu:v5e:2x4*3", {"pipe": 4, "data": 6}, 1),  # three slices do not divide the pipeline
+    ],
+)
+def test_one_axis_goes_across_slices(name: str, sizes: dict[str, int], crossing: int) -> None:
+    topology = find_topology(name)
+    mesh = make_mesh(topology, sizes, (AxisType.Auto,) * len(sizes))
+    assert {device.id for device in mesh.devices.flat} == {d.id for d in topology.devices}
+    number = int(name[-1])
+    for index, part in enumerate(np.split(mesh.devices, number, axis=crossing)):
+        assert {device.slice_index for device in part.flat} == {index}
+    # The chips of different slices are no neighbours on a grid, and not far apart on one either.
+    assert is_adjacent_along(mesh.devices, crossing)
+
+
+def test_slices_must_divide_an_axis() -> None:
+    sizes = dict.fromkeys(("pipe", "data", "expert", "model"), 2)
+    with pytest.raises(ValueError, match=r"2x2\*4': has 4 slices, which must divide .*'pipe': 2"):
+        make_mesh(find_topology("tpu:v5e:2x2*4"), sizes, (AxisType.Auto,) * 4)
 
 
 def test_neighbours_far_apart_are_noticed() -> None:

@@ -213,6 +213,38 @@ def test_memory_and_time(report: Report) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "overlap"), [("dualpipe", True), ("1f1b", False)])
+def test_a_pipeline_across_slices(schedule: str, overlap: bool) -> None:
+    mesh = make_mesh(4, 2, names=("pipe", "data"))  # both halves of the data axis do the same
+    args = make_args(mesh, width=128, num_layers=4, rows=16 * 4, length=128)
+    step = make_step(mesh, schedule=schedule, overlap=overlap, num_microbatches=16)
+    report = dpj.preflight(step, args, "tpu:v5e:2x2*2", dcn=1e9)
+    assert report.apart == ()
+    loop, made = report.loop, report.prediction
+    assert loop is not None
+    assert (loop.kind, made.schedule) == ("steady" if overlap else "ramp", schedule)
+    across = [each for each in loop.collectives if each.across_slices]
+    assert 0 < len(across) < len(loop.collectives)
+    for each in loop.collectives:
+        # Ranks 1 and 2 are in different slices; the two chips of a rank have one host.
+        seconds = each.num_bytes * (2 / 1e9 if each.across_slices else 1 / 50e9)
+        assert each.link_seconds == pytest.approx(seconds)
+        assert (each.kind, each.axes) == ("collective-permute", ("pipe",))
+        assert "dualpipe.send" in each.op_name
+    assert made.loop_seconds is not None
+    assert made.outside_seconds is not None
+    if overlap:
+        assert all(each.is_async for each in across)
+        return
+    # All permutes of a tick are found: its set of pairs is one of the tables'.
+    assert report.waits is not None
+    assert len(report.waits.ticks) == loop.num_trips
+    assert all(each.num_runs is not None for each in loop.collectives)
+    # The first microbatch crosses once with its activations, and once with its cotangent.
+    assert made.loop_seconds > 2 * max(each.link_seconds or 0 for each in across)
+
+
+@pytest.mark.slow
 def test_step_too_large_does_not_fit() -> None:
     mesh = make_mesh(4)
     args = make_args(mesh, width=256, num_layers=8, rows=16 * 4, length=131072)

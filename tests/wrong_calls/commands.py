@@ -142,6 +142,7 @@ def _preflight() -> Target:
                 mistake("float for an integer", "1.5", "-1.5"),
             ],
             "host-link": [*of.sizes_in_bytes(), mistake("zero", "0", "0GB/s")],
+            "dcn": [*of.sizes_in_bytes(), mistake("zero", "0", "0GB/s")],
             "host-memory": _host_memories(),
             "remat": of.choices(("none", "block")),
             "dtype": of.choices(("bfloat16", "float32")),

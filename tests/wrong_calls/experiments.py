@@ -178,6 +178,17 @@ def _that_compile() -> list[Experiment]:
             },
         ),
         Experiment(
+            module="experiments.compiled.slices",
+            valid=valid,
+            flags={
+                "width": [*size, mistake("number that does not divide", "1000", "129")],
+                "tokens": size,
+                "mesh": of.choices(("data 8",)),
+                "schedule": of.choices(("dualpipe",)),
+                "output": output,
+            },
+        ),
+        Experiment(
             module="experiments.compiled.memory",
             valid=valid,
             flags={

@@ -71,11 +71,14 @@ def _mistakes() -> dict[str, list[Mistake]]:
                 "tpu:v5e:2x4x4x4",
                 "tpu:v5e:0x4",
                 "tpu:v5e:x",
+                "tpu:v5e:2x2*0",
+                "tpu:v5e:2x2*",
             ),
             mistake(
                 "number far too large",
                 "cpu:99999",
                 "tpu:v5e:99999x99999",
+                "tpu:v5e:2x2*99999",
                 "gpu:h100:9",
                 "cpu:" + "9" * 400,
                 "cpu:1000",
@@ -120,6 +123,7 @@ def _mistakes() -> dict[str, list[Mistake]]:
             mistake("bool for a number", {"kernel": True}),
         ],
         "host_link": rates_mistakes(),
+        "dcn": rates_mistakes(),
         "host_memory": [
             wrong_type(lambda v: v is None),
             *memories(),
