@@ -52,7 +52,10 @@ class Equality:
             and len(a.invars) == len(b.invars)
             and self._same_avals(a.outvars, b.outvars)
             and self._same_avals(a.invars, b.invars)
-            and _effects(a.effects, a.invars) == _effects(b.effects, b.invars)
+            and (
+                not (a.effects or b.effects)
+                or _effects(a.effects, a.invars) == _effects(b.effects, b.invars)
+            )
             and _same_context(a.ctx, b.ctx)
             and self._same_params(a, b, with_rules=with_rules)
             and (not with_rules or self._same_rules(a, b))
@@ -102,10 +105,9 @@ class Equality:
 
     def _same_params(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn, *, with_rules: bool) -> bool:
         ignored = _IGNORED.get(a.primitive.name, set())
-        left, right = (
-            {k: _sharding(v) if k == "sharding" else v for k, v in eqn.params.items()}
-            for eqn in (a, b)
-        )
+        left, right = a.params, b.params
+        if "sharding" in left and "sharding" in right:
+            left, right = ({**p, "sharding": _sharding(p["sharding"])} for p in (left, right))
         names = left.keys() - ignored
         return names == right.keys() - ignored and all(
             self._same(left[name], right[name], with_rules=with_rules) for name in names
