@@ -271,7 +271,7 @@ def _cut(
     terms = split_outputs(outputs, num_layers, is_weighted=is_weighted)
     nodes = needed(terms.values)
     graph.require_open(nodes)
-    _require_own_parameters(nodes, num_layers)
+    _require_own_parameters(nodes, num_layers, is_weighted=is_weighted)
     slots = cut_between_layers(terms, prefer_late=prefer_late)
     readers = readers_of(nodes)
 
@@ -283,6 +283,8 @@ def _cut(
     place_first(terms, slots, equality, prefer_late=prefer_late)
     place_last(nodes, terms, slots, layer, readers, inputs.layers, equality)
     _require_known_in_head(terms, slots)
+    if not slots.avals:
+        raise ValueError("loss_fn: no value crosses between its layers: they are no pipeline")
     layers = [layer(index) for index in range(num_layers)]
     kinds = group(layers, equality, max_kinds=max_kinds)
     _require_narrow(slots, layers)
@@ -306,7 +308,7 @@ def _cut(
     )
 
 
-def _require_own_parameters(nodes: Sequence[Node], num_layers: int) -> None:
+def _require_own_parameters(nodes: Sequence[Node], num_layers: int, *, is_weighted: bool) -> None:
     """Requires layers in order, each once, with parameters of their own.
 
     Raises:
@@ -318,9 +320,10 @@ def _require_own_parameters(nodes: Sequence[Node], num_layers: int) -> None:
             if not value.is_weights or not 0 <= value.position < here:
                 continue
             if node.results[0].is_weights:
+                why = "the loss is divided by weight=" if is_weighted else "is no sum over layers"
                 raise ValueError(
                     f"loss_fn: the value of {node.name} at {node.where} depends on the parameters "
-                    f"of several layers ({value.position} and {here}), and is no sum over layers; "
+                    f"of several layers ({value.position} and {here}), and {why}; "
                     "compute it outside of loss_fn (a norm of all parameters, say, beside the "
                     "optimizer's update)"
                 )

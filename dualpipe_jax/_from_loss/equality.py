@@ -52,7 +52,10 @@ class Equality:
             and len(a.invars) == len(b.invars)
             and self._same_avals(a.outvars, b.outvars)
             and self._same_avals(a.invars, b.invars)
-            and _effects(a.effects, a.invars) == _effects(b.effects, b.invars)
+            and (
+                not (a.effects or b.effects)
+                or _effects(a.effects, a.invars) == _effects(b.effects, b.invars)
+            )
             and _same_context(a.ctx, b.ctx)
             and self._same_params(a, b, with_rules=with_rules)
             and (not with_rules or self._same_rules(a, b))
@@ -102,9 +105,12 @@ class Equality:
 
     def _same_params(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn, *, with_rules: bool) -> bool:
         ignored = _IGNORED.get(a.primitive.name, set())
-        names = a.params.keys() - ignored
-        return names == b.params.keys() - ignored and all(
-            self._same(a.params[name], b.params[name], with_rules=with_rules) for name in names
+        left, right = a.params, b.params
+        if "sharding" in left and "sharding" in right:
+            left, right = ({**p, "sharding": _sharding(p["sharding"])} for p in (left, right))
+        names = left.keys() - ignored
+        return names == right.keys() - ignored and all(
+            self._same(left[name], right[name], with_rules=with_rules) for name in names
         )
 
     def _same(self, a: Any, b: Any, *, with_rules: bool) -> bool:
@@ -158,6 +164,8 @@ class Equality:
 
 
 def _trace_rule(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
+    if eqn.params.get("symbolic_zeros"):
+        return None  # the rule may do otherwise for each choice of operands that have no tangent
     args = [shape_of(atom.aval) for atom in eqn.invars]
     moving = [i for i, arg in enumerate(args) if jnp.issubdtype(arg.dtype, jnp.inexact)]
 
@@ -179,6 +187,16 @@ def _trace_rule(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
         )
     except Exception:  # noqa: BLE001  a user's rule may raise anything: nothing is known of it
         return None
+
+
+def _sharding(sharding: Any) -> Any:
+    """Gives the sharding of an equation's result, None for one over no axis.
+
+    Inside a `jax.shard_map` an equation on inputs has None, and one on results a replicated one.
+    """
+    is_named = isinstance(sharding, jax.sharding.NamedSharding)
+    is_plain = is_named and not any(sharding.spec) and sharding.memory_kind in (None, "device")
+    return None if is_plain else sharding
 
 
 def shape_of(aval: Any) -> jax.ShapeDtypeStruct:

@@ -125,10 +125,15 @@ def place_last(
         moved = _terms_like(like.terms, terms, pairs, last)
         if moved is None or after is None:
             continue
-        terms.of_head = [term for term in terms.of_head if term not in moved]
-        terms.of_layers[last] = moved
-        slots.before[last + 1] = after
-        _add_read_by_head(terms, slots, last)
+        of_head = [term for term in terms.of_head if term not in moved]
+        kept = _read_by_head(of_head, after, slots.before[last])
+        if set(kept.values()) & set(after.values()):
+            continue  # the layer puts other values into their slots: it ends further on
+        in_head = needed([term.value for term in of_head], known={*kept, *after})
+        if any(v.source and v.source.kind == "layer" for node in in_head for v in node.reads):
+            continue  # the layer has more parameters: only its beginning is like the other one
+        terms.of_head, terms.of_layers[last] = of_head, moved
+        slots.before[last + 1] = {**kept, **after}
         return
     values = _cut_by_ends(nodes, terms, last)
     slots.place(last + 1, values, slots.before[last])
@@ -142,24 +147,25 @@ def _terms_like(
     found: list[Term] = []
     for term in of_like:
         there = pairs.get(term.value) if isinstance(term.value, Value) else None
-        hits = [t for t in own if t.value is there and t.factor == term.factor and t not in found]
+        hits = [
+            t
+            for t in own
+            if t.value is there and (t.factor is None) == (term.factor is None) and t not in found
+        ]
         if there is None or not hits:
             return None
         found.append(hits[0])
     return found if all(term in found for term in terms.of_layers[last]) else None
 
 
-def _add_read_by_head(terms: Terms, slots: Slots, last: int) -> None:
-    """Keeps the values before the last layer that the head reads beside x_L."""
-    after = slots.before[last + 1]
-    read: set[Value] = set()
-    targets = [term.value for term in terms.of_head]
-    before = set(slots.before[last])
-    read.update(v for node in needed(targets, known={*after, *before}) for v in node.reads)
-    read.update(v for v in targets if isinstance(v, Value))
-    extra = [v for v in slots.before[last] if v in read and v not in after]
-    if extra:
-        slots.place(last + 1, [*after, *extra], {**slots.before[last], **after})
+def _read_by_head(
+    of_head: Sequence[Term], after: dict[Value, int], before: dict[Value, int]
+) -> dict[Value, int]:
+    """Finds the values before the last layer that the head reads beside x_L, with their slots."""
+    targets = [term.value for term in of_head]
+    nodes = needed(targets, known={*after, *before})
+    read = {v for node in nodes for v in node.reads} | {v for v in targets if isinstance(v, Value)}
+    return {v: slot for v, slot in before.items() if v in read and v not in after}
 
 
 def _cut_by_ends(nodes: Sequence[Node], terms: Terms, last: int) -> list[Value]:

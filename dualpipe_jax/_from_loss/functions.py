@@ -9,7 +9,7 @@ import numpy as np
 from dualpipe_jax._from_loss.cut import Cut
 from dualpipe_jax._from_loss.evaluate import Arrays, evaluate
 from dualpipe_jax._from_loss.free import Recipe
-from dualpipe_jax._from_loss.terms import Term
+from dualpipe_jax._from_loss.kinds import Kind
 from dualpipe_jax._from_loss.values import Value, is_key
 from dualpipe_jax._model.types import Aux, Context, PyTree
 
@@ -50,7 +50,11 @@ def block(cut: Cut, number: int, params: PyTree, x: X, ctx: Context) -> Any:
     if not first.terms:
         return y
     pairs = list(zip(first.terms, values[count:], strict=True))
-    losses = [_scaled(term, value) for term, value in pairs if term.factor is not None]
+    losses = [
+        _scaled(_factor(kind, number, layer), value)
+        for number, (term, value) in enumerate(pairs)
+        if term.factor is not None
+    ]
     metrics = tuple(value for term, value in pairs if term.factor is None)
     return y, Aux(loss=sum(losses) if losses else None, metrics=metrics or None)
 
@@ -62,7 +66,7 @@ def head(cut: Cut, ends: PyTree, x: X, ctx: Context, *, has_aux: bool) -> Any:
     values = evaluate([term.value for term in cut.terms.of_head], arrays)
     pairs = list(zip(cut.terms.of_head, values, strict=True))
     aval = cut.outputs[0].aval
-    losses = [_scaled(term, value) for term, value in pairs if term.factor is not None]
+    losses = [_scaled(term.factor, value) for term, value in pairs if term.factor is not None]
     loss = jnp.asarray(sum(losses), aval.dtype)
     if not has_aux:
         return loss
@@ -97,11 +101,20 @@ def _make_free(cut: Cut, one: Recipe, base: Arrays, layer: jax.Array, x: X) -> A
     return evaluate([one.value], arrays, tables)[0]
 
 
-def _scaled(term: Term, value: Any) -> Any:
+def _factor(kind: Kind, number: int, layer: jax.Array) -> Any:
+    """Gives the factor of a layer's loss; from a table, where the layers of a kind differ."""
+    factors = {of.index: of.terms[number].factor or 0.0 for of in kind.layers}
+    if len(set(factors.values())) == 1:
+        return kind.first.terms[number].factor
+    return jnp.asarray([factors.get(i, 0.0) for i in range(max(factors) + 1)])[layer]
+
+
+def _scaled(factor: Any, value: Any) -> Any:
     """Computes a term of a loss."""
-    assert term.factor is not None
     total = jnp.sum(value) if np.ndim(value) else value
-    return total if term.factor == 1 else term.factor * total
+    if isinstance(factor, float) and factor == 1:
+        return total
+    return jnp.asarray(factor, jnp.result_type(value)) * total
 
 
 def _pack(value: Any) -> Any:

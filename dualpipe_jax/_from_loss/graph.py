@@ -64,10 +64,10 @@ class Graph:
             if id(node) in self._closed_programs:
                 raise ValueError(self._closed_programs[id(node)])
 
-    def as_value(self, operand: Input) -> Value:
-        """Gives a literal, or a stack, as one value."""
+    def as_value(self, operand: Input, of: jcore.JaxprEqn | None = None) -> Value:
+        """Gives a literal, or a stack, as one value; its equations stand where `of` stands."""
         if isinstance(operand, Stack):
-            return self._call(lambda *items: jnp.stack(items), operand.items)
+            return self._call(lambda *items: jnp.stack(items), operand.items, of)
         if isinstance(operand, Literal):
             return constant(np.asarray(operand.value, operand.aval.dtype))
         return operand
@@ -109,7 +109,7 @@ class Graph:
             outs = self._by_layer(eqn, inputs, stacks)
             if outs is not None:
                 return outs
-        operands = [self.as_value(a) if isinstance(a, Stack) else a for a in inputs]
+        operands = [self.as_value(a, eqn) if isinstance(a, Stack) else a for a in inputs]
         node = self._node(eqn, operands, of_layers)
         if is_of_several and any(_programs(eqn)):
             self._closed_programs[id(node)] = _cannot_open(eqn)
@@ -122,7 +122,7 @@ class Graph:
             node.lifted, literals = lift_literals(eqn)
             node.operands = [*operands, *(Literal(a.val, a.aval) for a in literals)]
             node.num_lifted = len(literals)
-        elif eqn.primitive.name == "slice" and all(v.is_free for v in values):
+        elif eqn.primitive.name == "slice" and all(v.is_at_hand for v in values):
             starts, strides = eqn.params["start_indices"], eqn.params["strides"]
             if strides is None or set(strides) <= {1}:
                 aval = jax.core.ShapedArray((), jnp.dtype("int32"))

@@ -97,11 +97,15 @@ class Pairs:
 
 def pair(one: Layer, other: Layer, equality: Equality) -> Pairs | Difference:
     """Pairs the values of two layers, or finds a difference between them."""
-    shape = [
-        (layer.outputs.keys(), [term.factor for term in layer.terms]) for layer in (one, other)
-    ]
-    if shape[0] != shape[1]:
-        return Difference(None, None, "they put values into other slots of x, or have other losses")
+    for layer, without in ((one, other), (other, one)):
+        alone = [v for slot, v in layer.outputs.items() if slot not in without.outputs]
+        if alone:
+            return Difference(
+                None, None, f"only layer {layer.index} puts {alone[0]} into that place of x"
+            )
+    if [t.factor is None for t in one.terms] != [t.factor is None for t in other.terms]:
+        counts = " and ".join(f"{len(layer.terms)}" for layer in (one, other))
+        return Difference(None, None, f"they have {counts} losses and metrics of their own")
     if one.parameters != other.parameters:
         names = sorted(
             name

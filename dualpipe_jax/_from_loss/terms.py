@@ -5,6 +5,7 @@ would have to carry them all to the head; as terms they stay in their layers, `A
 metrics that hold a value of each layer, `Aux(metrics=)`.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ def split_outputs(outputs: Sequence[Operand], num_layers: int, *, is_weighted: b
     """
     terms = Terms([[] for _ in range(num_layers)])
     loss, *metrics = outputs
-    parts = [(1.0, loss)] if is_weighted else _sum(loss, 1.0)
+    parts = [(1.0, loss)] if is_weighted else _sum(loss)
     for factor, value in parts:
         terms.add(Term(value, factor=factor))
     if not terms.is_split:
@@ -93,18 +94,31 @@ def split_outputs(outputs: Sequence[Operand], num_layers: int, *, is_weighted: b
     return terms
 
 
-def _sum(value: Operand, factor: float) -> list[tuple[float, Operand]]:
-    """Lists the terms, and their factors, of which a value is the sum."""
-    terms: list[tuple[float, Operand]] = []
-    todo = [(factor, value)]
+def _sum(loss: Operand) -> list[tuple[float, Operand]]:
+    """Lists the terms, and their factors, of which a value is the sum.
+
+    A value that is added several times (a moving average's) is taken apart once: the equations are
+    visited from the last to the first, when all that read a value have been.
+    """
+    factors: dict[Operand, float] = {loss: 1.0}
+    todo = [(-_number(loss), 0, loss)]
+    pushed, terms = 1, []
     while todo:
-        factor, value = todo.pop()
-        parts = _parts(value)
+        _, _, value = heapq.heappop(todo)
+        factor, parts = factors.pop(value), _parts(value)
         if parts is None:
             terms.append((factor, value))
-        else:
-            todo.extend((factor * part, operand) for part, operand in reversed(parts))
-    return terms
+        for part, operand in parts or ():
+            if operand not in factors:
+                heapq.heappush(todo, (-_number(operand), pushed, operand))
+                pushed += 1
+            factors[operand] = factors.get(operand, 0.0) + factor * part
+    return terms[::-1]
+
+
+def _number(operand: Operand) -> int:
+    """Gives the number of the equation that makes a value; -1 for inputs and literals."""
+    return operand.node.number if isinstance(operand, Value) and operand.node is not None else -1
 
 
 def _parts(value: Operand) -> list[tuple[float, Operand]] | None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 
 from dualpipe_jax._from_loss.equality import Equality
@@ -238,6 +239,24 @@ def test_functions_that_differ_are_different(name: str) -> None:
 @pytest.mark.parametrize("name", SAME)
 def test_functions_that_are_the_same_count_as_one(name: str) -> None:
     assert are_same(*SAME[name])
+
+
+def test_a_rule_that_may_depend_on_which_operands_have_tangents_is_different() -> None:
+    def scaled(scale: float) -> Function:
+        @jax.custom_jvp
+        def f(x: Any, y: Any) -> Any:
+            return x * y
+
+        def jvp(primals: Any, tangents: Any) -> Any:
+            (x, y), (dx, dy) = primals, tangents
+            if isinstance(dy, SymbolicZero):
+                return x * y, dx * y * scale
+            return x * y, dx * y + x * dy
+
+        f.defjvp(jvp, symbolic_zeros=True)
+        return lambda x: f(x, jnp.ones_like(x))
+
+    assert not are_same(scaled(2.0), scaled(3.0))
 
 
 def test_a_rule_that_cannot_be_traced_is_different() -> None:

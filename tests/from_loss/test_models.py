@@ -113,6 +113,18 @@ def post_norm(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
     return norm(x + transform(p, norm(x + attend(p, x, mask))), p["norm"])
 
 
+def linear_by_turns(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    """The last layer begins as the linear ones do."""
+    y = x @ p["q"] + p["norm"]
+    return x + jnp.tanh(y) if i % 2 else y
+
+
+def longer_by_turns(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    """The last layer begins as a whole other one, and goes on with a parameter of its own."""
+    x = x + p["norm"]
+    return x @ p["q"] if i % 2 else x
+
+
 def drop(x: jax.Array, key: jax.Array, rate: Any = 0.3) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
@@ -197,6 +209,7 @@ def shared_bias(params: Any, batch: Any) -> jax.Array:
     x = params["embed"][batch["tokens"]]
     time = jnp.tanh(batch["tokens"].mean(-1, keepdims=True) * params["time"])[:, None]
     for i in range(LAYERS):
+        x = x * params["scales"][i]
         x = layer(params[f"layers_{i}"], x + params["bias"] ** 2 + time, causal())
     return cross_entropy(params, x, batch)
 
@@ -256,16 +269,17 @@ def expert_layer(p: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def experts(form: str) -> LossFn:
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         x = params["embed"][batch["tokens"]]
-        total, losses = 0.0, []
+        total, average, losses = 0.0, 0.0, []
         for i in range(LAYERS):
             x, load = expert_layer(params[f"layers_{i}"], x)
             losses.append(jnp.square(load).sum())
             total = total + losses[-1]
+            average = average + 0.1 * (losses[-1] - average)
         loss = cross_entropy(params, x, batch)
         if form == "running sum":
             return loss + 0.01 * total
-        if form == "sum of a list":
-            return loss + 0.01 * sum(losses)
+        if form == "moving average":
+            return loss + 0.01 * average
         return loss + 0.01 * jnp.stack(losses).mean()
 
     return loss_fn
@@ -363,11 +377,18 @@ CASES: dict[str, Case] = {
     "stochastic depth": Case(over_names(stochastic_depth), named_params(), has_rng=True),
     "windows": Case(over_names(windows), named_params()),
     "two masks by turns": Case(over_names(turns), named_params()),
-    "shared bias and time": Case(
+    "shared bias, time and scales of layers": Case(
         shared_bias,
-        {**named_params(), "bias": normal("bias", WIDTH), "time": normal("time", WIDTH)},
+        {
+            **named_params(),
+            "bias": normal("bias", WIDTH),
+            "time": normal("time", WIDTH),
+            "scales": 1 + normal("scales", LAYERS),
+        },
         num_kinds=2,
     ),
+    "linear layers by turns": Case(over_names(linear_by_turns), named_params(), num_kinds=2),
+    "longer layers by turns": Case(over_names(longer_by_turns), named_params(), num_kinds=2),
     "mask of the batch": Case(padded, named_params()),
     "contracted features": Case(contracted_features, named_params()),
     "encoder and decoder": Case(
@@ -377,7 +398,7 @@ CASES: dict[str, Case] = {
         num_kinds=2,
     ),
     "experts, running sum": Case(experts("running sum"), experts_params()),
-    "experts, sum of a list": Case(experts("sum of a list"), experts_params()),
+    "experts, moving average": Case(experts("moving average"), experts_params()),
     "experts, mean of a stack": Case(experts("mean"), experts_params()),
     "experts, carry and ys of a scan": Case(experts_in_scan, stacked_experts(), "blocks"),
     "metrics": Case(with_metrics, experts_params(), options={"has_aux": True}),

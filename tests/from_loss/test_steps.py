@@ -38,7 +38,8 @@ def loss_fn(params: Any, x: Any, rng: Any) -> Any:
     means, total = [], 0.0
     for i, layer in enumerate(params["layers"]):
         keep = jax.random.bernoulli(jax.random.fold_in(rng, i), 0.7, x.shape)
-        x = x + keep * jnp.tanh(x * params["scale"] @ layer["w"]) * (1 + layer["number"])
+        y = jnp.where(params["scale"] > 1, x, x * params["scale"])
+        x = x + keep * jnp.tanh(y @ layer["w"]) * (1 + layer["number"])
         means.append(x.mean(0))
         total = total + jnp.square(x).mean()
     loss = jnp.square(x * params["head"]).sum() + 0.1 * total
