@@ -75,8 +75,8 @@ _LAYER_BYTES = ("x", "residual", "weight_residual", "stash", "deferred", "workin
 @click.option(
     "--host-link",
     type=Rate(),
-    help="Bytes a second between a device and its host, each way, such as 32GB/s. By default that "
-    "of --device.",
+    help="Bytes a second between a device and its host, each way, such as 32GB/s. By default the "
+    "figure of --device.",
 )
 @click.option(
     "--device",

@@ -327,7 +327,7 @@ def _require_own_parameters(nodes: Sequence[Node], num_layers: int, *, is_weight
                     "compute it outside of loss_fn (a norm of all parameters, say, beside the "
                     "optimizer's update)"
                 )
-            reader = f"layer {here}" + (" (or what follows it)" if here == num_layers - 1 else "")
+            reader = f"layer {here}" + (" (or the head)" if here == num_layers - 1 else "")
             raise ValueError(
                 f"loss_fn: {reader} reads parameters of layer {value.position} in {node.name} at "
                 f"{node.where}: {value}; layers must run in the order of their numbers, each once; "

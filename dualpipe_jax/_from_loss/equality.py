@@ -270,7 +270,7 @@ def _effects(effects: Iterable[Any], operands: Sequence[Any]) -> list[tuple[str,
 
 
 def _is_of_jax(value: Any) -> bool:
-    """Whether JAX defines the type of a value, and so what `==` means for it; not of functions."""
+    """Whether JAX defines the type of a value, and so defines its `==`; not of functions."""
     module = type(value).__module__.partition(".")[0]
     return module in ("jax", "jaxlib")
 

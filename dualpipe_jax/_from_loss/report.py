@@ -1,4 +1,4 @@
-"""Shows the pipeline that was found: what crosses between layers, is made again, and is shared."""
+"""Shows the pipeline that was found: the values that cross, are made again, or are shared."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The values and the equations of a traced loss: what each value depends on.
+"""The values and the equations of a traced loss, each value with its dependences.
 
 A value's *position* is the last layer on whose parameters it depends, -1 for none. Free values
 depend on the microbatch, its key and constants alone; *weights* on parameters alone.

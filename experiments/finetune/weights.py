@@ -27,7 +27,7 @@ from experiments.train_lm.flags import Refusal
 from experiments.train_lm.trainer import processes
 from experiments.train_lm.trainer.mesh import PIPE
 
-# Of a path, a matrix, and the A and B of its adapter.
+# Takes a path, a matrix, and the A and B of its adapter; gives the merged matrix.
 Merge = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 INDEX = "model.safetensors.index.json"
 # A leaf: its layer (None outside of the layers), and its path.

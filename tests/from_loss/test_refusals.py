@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         in_order(reversed(range(LAYERS))),
         NAMED,
         {},
-        ("layer 3 (or what follows it)", "dot_general at test_refusals.py", "order"),
+        ("layer 3 (or the head)", "dot_general at test_refusals.py", "order"),
     ),
     "run twice": (in_order((0, 1, 2, 3, 0)), NAMED, {}, ("parameters of layer 0", "each once")),
     "another layer's parameter": (

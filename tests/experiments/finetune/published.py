@@ -17,7 +17,7 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# Of each model of the tests, the entries beside `config_of`'s, its files and dtype.
+# The models of the tests: entries of config.json beside `config_of`'s, number of files, dtype.
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "shards": 3},
     "llama": {
