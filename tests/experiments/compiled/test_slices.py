@@ -44,8 +44,8 @@ def test_small_steps_without_a_pipeline(kind: str) -> None:
         assert across.total >= 2 * slices.LAYERS
         assert (figures.exposed_seconds or 0) > 0
     else:
-        # float32 gradients: after the sum inside the slice each of a host's four chips has a quarter
-        # of them, so that an all-reduce over two slices sends all of them once from each host.
+        # float32 gradients: after the sum inside the slice each chip has a quarter, so that an
+        # all-reduce over two slices sends all of them once from each host of four chips.
         assert across.total == 0
         assert outside > slices.LAYERS * 8 * 128**2 * 4 / 12.5e9
     assert (figures.predicted_seconds or 0) > 4 * (figures.compute_seconds or 0) + outside
