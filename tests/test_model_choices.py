@@ -110,18 +110,22 @@ def test_memory_is_that_of_the_steps_report_and_its_arguments(choices: Any) -> N
         assert vars(choice.execution) == expected
 
 
+def simulated(choice: Any, *, num_layers: int) -> dpj.Simulation:
+    """Simulates a choice's step by itself."""
+    schedule = dpj.schedules.make(choice.schedule, num_ranks=4, num_microbatches=8)
+    return dpj.simulate(
+        schedule,
+        costs=choice.costs,
+        transfer=0.1,
+        num_layers=num_layers,
+        layers_per_stage=choice.layers_per_stage,
+        execution=choice.execution,
+    )
+
+
 def test_the_step_is_the_one_that_is_simulated(choices: Any) -> None:
     for choice in choices[::5]:
-        schedule = dpj.schedules.make(choice.schedule, num_ranks=4, num_microbatches=8)
-        again = dpj.simulate(
-            schedule,
-            costs=choice.costs,
-            transfer=0.1,
-            num_layers=8,
-            layers_per_stage=choice.layers_per_stage,
-            execution=choice.execution,
-        )
-        assert again == choice.simulation
+        assert simulated(choice, num_layers=8) == choice.simulation
 
 
 def test_a_limit_divides_and_a_text_is_printed(choices: Any) -> None:
@@ -262,15 +266,7 @@ def test_slots_on_the_host_make_a_step_fit_whose_report_and_replay_are_those_sai
         assert report.host_bytes == choice.host_bytes > 0
         inside = {term.name: term.num_bytes for term in report.fullest}
         assert inside.items() <= {term.name: term.num_bytes for term in choice.terms}.items()
-        schedule = dpj.schedules.make(choice.schedule, num_ranks=4, num_microbatches=8)
-        again = dpj.simulate(
-            schedule,
-            costs=choice.costs,
-            transfer=0.1,
-            num_layers=16,
-            layers_per_stage=choice.layers_per_stage,
-            execution=choice.execution,
-        )
+        again = simulated(choice, num_layers=16)
         assert again == choice.simulation
         assert again.copied > 0
         fewer = choice.without_host.num_bytes - choice.num_bytes
