@@ -275,15 +275,16 @@ def _fastest(with_host: Iterable[Choice], choices: Iterable[Choice]) -> list[Cho
     """Keeps the fastest in each execution, unless one that fits without the host is as fast."""
     fastest: dict[tuple[Any, ...], Choice] = {}
     for choice in sorted(with_host, key=_time_and_memory):
-        fastest.setdefault(_kind(choice), choice)
+        fastest.setdefault(_variant(choice), choice)
     for choice in choices:
-        other = fastest.get(_kind(choice))
+        other = fastest.get(_variant(choice))
         if choice.fits and other is not None and _time(choice) <= _time(other):
-            del fastest[_kind(choice)]
+            del fastest[_variant(choice)]
     return list(fastest.values())
 
 
-def _kind(choice: Choice) -> tuple[Any, ...]:
+def _variant(choice: Choice) -> tuple[Any, ...]:
+    """Tells the choices that a schedule has for one split apart."""
     return choice.execution.overlap, choice.execution.split_backward
 
 
