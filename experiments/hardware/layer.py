@@ -57,14 +57,10 @@ def measure(task: Task) -> Iterator[Figure]:
     times = side_by_side({**alone, **steps}, rounds=sizes.rounds)
     for name, failure in times.failures.items():
         yield Figure(table=TABLE, row=name, column="F", note=failure, is_failure=True)
-    yield from figures_of(
-        times.samples, half=half, whole=whole, microbatches=sizes.microbatches
-    )
+    yield from figures_of(times.samples, half=half, whole=whole, microbatches=sizes.microbatches)
 
 
-def figures_of(
-    samples: Samples, *, half: int, whole: int, microbatches: int
-) -> Iterator[Figure]:
+def figures_of(samples: Samples, *, half: int, whole: int, microbatches: int) -> Iterator[Figure]:
     """Yields the figures of those programs that have run."""
     known = {name: share(samples[name], microbatches) for name in _VJP if name in samples}
     for name in _EXECUTOR:

@@ -82,9 +82,7 @@ def _plans(
 ) -> dict[str, Callable[[], programs.Step]]:
     """Makes the step with each set of command buffers, and gradient accumulation, by row."""
     args = programs.make_arrays(sizes, mesh, layers=sizes.layers, microbatches=microbatches)
-    step = programs.pipelined(
-        sizes, mesh, microbatches=microbatches, schedule=SCHEDULE, **options
-    )
+    step = programs.pipelined(sizes, mesh, microbatches=microbatches, schedule=SCHEDULE, **options)
     overlap = programs.options_for_overlap()
     plans = {
         f"{SCHEDULE}, command buffers: {name}": programs.runner(step, args, {**overlap, **more})

@@ -159,7 +159,7 @@ def peak_memory(mesh: Any) -> float | None:
 
 
 def compiled_memory(compiled: Any) -> float | None:
-    """Gives the bytes of a device that a program needs, by its compiler; None where it is silent."""
+    """Gives the bytes that a program needs on a device, by its compiler; None if it says nothing."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None
@@ -174,4 +174,3 @@ def bytes_on_device(tree: Any) -> float:
         for shard in leaf.addressable_shards:
             sizes[shard.device] = sizes.get(shard.device, 0) + shard.data.nbytes
     return float(max(sizes.values()))
-

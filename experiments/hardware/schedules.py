@@ -29,12 +29,12 @@ def measure(task: Task) -> Iterator[Figure]:
     mesh = programs.make_mesh(task.devices)
     microbatches, layers = sizes.microbatches * task.devices, sizes.layers * task.devices
     args = programs.make_arrays(sizes, mesh, layers=layers, microbatches=microbatches)
-    grad_fn = programs.pipelined(
-        sizes, mesh, microbatches=microbatches, schedule=task.schedule
-    )
+    grad_fn = programs.pipelined(sizes, mesh, microbatches=microbatches, schedule=task.schedule)
     account = grad_fn.memory(*args)
     yield _figure(task, "execution", note=str(account.execution))
     yield _figure(task, "account", programs.bytes_on_device(args) + account.num_bytes)
+    if task.costs is not None:
+        yield _simulated(task, grad_fn.schedule, account.execution)
 
     compiled = programs.compile_step(grad_fn, args, programs.options_for_overlap())
     needed = programs.compiled_memory(compiled)
@@ -64,6 +64,20 @@ def _figure(
         note=note,
         is_failure=is_failure,
     )
+
+
+def _simulated(task: Task, schedule: dpj.Schedule, execution: dpj.Execution) -> Figure:
+    """Replays the schedule at the layer's measured costs, with transfers that take no time."""
+    assert task.costs is not None
+    forward, input_grad, weight_grad = task.costs
+    found = dpj.simulate(
+        schedule,
+        costs=dpj.Costs(forward=forward, input_grad=input_grad, weight_grad=weight_grad),
+        num_layers=task.sizes.layers * task.devices,
+        execution=execution,
+        rendezvous=programs.platform() != "gpu",
+    )
+    return _figure(task, "simulated", found.makespan)
 
 
 def _idle(task: Task, compiled: Any, args: tuple[Any, ...]) -> Figure:

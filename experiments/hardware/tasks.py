@@ -36,6 +36,7 @@ class Task:
       devices: How many.
       sizes: The model and its batches.
       schedule: The schedule of the part `schedules`; "" for the other parts.
+      costs: The seconds of F, I and W of a rank's layers, if they were measured before.
       asks_preflight: Whether preflight is asked for a predicted time.
       output: The file to which figures are written.
     """
@@ -44,6 +45,7 @@ class Task:
     devices: int
     sizes: Sizes
     schedule: str = ""
+    costs: tuple[float, float, float] | None = None
     asks_preflight: bool = True
     output: str
 
