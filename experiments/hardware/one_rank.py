@@ -4,6 +4,7 @@ Both have the same functions, parameters, batch and accumulators; nothing is sen
 On GPUs the step is compiled with each set of command buffers, and all programs take turns.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,7 @@ from experiments.hardware.timing import difference, share, side_by_side
 STEP, TICK = "one rank", "a tick by itself"
 SCHEDULE = "1f1b"
 UNROLLED, LOOPED = (f"gradient accumulation, layers {how}" for how in ("unrolled", "looped"))
-# A tick's blocks: the smallest that the family of MLPs has, eight tokens of width 128.
-_TINY = {"family": "mlp", "width": 128, "tokens": 8, "layers": 1}
-_MANY = 4  # times the microbatches
+_MANY = 4  # times the microbatches of the step with few
 
 
 def measure(task: Task) -> Iterator[Figure]:
@@ -39,7 +38,7 @@ def measure(task: Task) -> Iterator[Figure]:
 
 
 def measure_tick(task: Task) -> Iterator[Figure]:
-    """Yields the seconds of a microbatch and of a tick, of tiny blocks.
+    """Yields the seconds of a microbatch and of a tick, of tiny blocks: eight tokens, width 128.
 
     They are the difference between steps of many microbatches and of few, by the microbatches, and
     by the ticks, between. F, I and W are a tick each. Gradient accumulation has no ticks: the time
@@ -47,7 +46,7 @@ def measure_tick(task: Task) -> Iterator[Figure]:
     """
     few = task.sizes.microbatches
     many = _MANY * few
-    sizes = Sizes(**{**vars(task.sizes), **_TINY})
+    sizes = dataclasses.replace(task.sizes, family="mlp", width=128, tokens=8, layers=1)
     mesh = programs.make_mesh(1)
     split = dpj.Execution(split_backward=True)
     plans = {

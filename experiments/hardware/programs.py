@@ -159,7 +159,7 @@ def peak_memory(mesh: Any) -> float | None:
 
 
 def compiled_memory(compiled: Any) -> float | None:
-    """Gives the bytes that a program needs on a device, by its compiler; None if it says nothing."""
+    """Gives the bytes of a program on a device, by its compiler; None if it says nothing."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None

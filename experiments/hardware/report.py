@@ -177,8 +177,8 @@ def _layer(report: Report) -> str:
     ratios = [
         f"{kind} {ours / theirs:.2f}"
         for kind in kinds
-        if (ours := report.median(layer.TABLE, layer.OURS, kind))
-        and (theirs := report.median(layer.TABLE, layer.VJP, kind))
+        if (ours := report.median(layer.TABLE, layer.OURS, kind) or 0) > 0
+        and (theirs := report.median(layer.TABLE, layer.VJP, kind) or 0) > 0
     ]
     return f"{made}\n{layer.OURS} / {layer.VJP}: {', '.join(ratios)}" if ratios else made
 
@@ -270,4 +270,4 @@ def _schedules(report: Report) -> str:
         for column in ("execution", "preflight")
         if (found := report.find(schedules.TABLE, row, column)) and found.note
     }
-    return "\n\n".join([model, _table(columns, rows), legend, "\n".join(sorted(notes))])
+    return "\n\n".join([model, _table(columns, rows).strip(), legend, "\n".join(sorted(notes))])

@@ -93,4 +93,5 @@ class Figure:
     @classmethod
     def from_dict(cls, figure: dict[str, Any]) -> "Figure":
         """Undoes `to_dict`."""
-        return cls(**{**figure, "samples": tuple(figure["samples"])})
+        attributes: dict[str, Any] = {**figure, "samples": tuple(figure["samples"])}
+        return cls(**attributes)
