@@ -18,7 +18,8 @@ from dualpipe_jax._errors import brief
 from dualpipe_jax._grid import group_devices, lay_out_across
 
 # An H100 SXM as XLA's GPU compiler wants it described, so that it compiles without one: a
-# GpuTargetConfigProto as text, with CUDA's figures.
+# GpuTargetConfigProto as text, with CUDA's figures. Without the versions in it XLA takes the driver
+# for an old one, and leaves loops, conditionals and calls of libraries out of command buffers.
 H100_TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -39,6 +40,8 @@ gpu_device_info {
   cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
+  driver_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
