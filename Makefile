@@ -28,7 +28,7 @@ WRONG_CALLS ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help train deepseek finetune test faults wrong-calls test-outside test-gpu docs site wheel lint format clean \
-	compare idle table search clock benchmark overlap backwards memory offload slices ends zero balance precision
+	compare idle table search clock benchmark hardware graphs overlap backwards memory offload slices ends zero balance precision
 
 help:  # the targets below, under the headings that begin with ##@
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -63,7 +63,8 @@ test-outside:  ## published models and their weights, too; brings 1 GB of packag
 
 test-gpu:  ## the collectives that compute hides on eight H100s; brings 5 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \
-		PYTEST_ARGS="tests/experiments/compiled/gpus.py tests/preflight/test_gpu.py" test
+		PYTEST_ARGS="tests/experiments/compiled/gpus.py tests/experiments/hardware/gpus.py \
+		tests/preflight/test_gpu.py" test
 
 docs:  ## the site of docs/, in docs/_build/html; brings an environment of its own (minutes)
 	@$(MAKE) --no-print-directory VENV=.venv-docs EXTRAS=docs site
@@ -115,6 +116,13 @@ clock: $(READY)  ## time a step of every schedule over processes that sleep
 
 benchmark: $(READY)  ## measure a step beside the limit and the usual recipe
 	@$(BIN)/python -m experiments.benchmarks.benchmarks $(ARGS)
+
+hardware: $(READY)  ## measure layers, ticks, steps and schedules on this machine's GPUs or TPUs (under eight minutes)
+	@$(BIN)/python -m experiments.hardware.hardware $(ARGS)
+
+graphs:  ## which loops of a tick the host decides, in programs for absent H100s (minutes); needs 5 GB as test-gpu does
+	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot .venv-gpu/.ready
+	@.venv-gpu/bin/python -m experiments.hardware.graphs $(ARGS)
 
 overlap: $(READY)  ## which transfers compute hides, in programs for absent TPUs (half an hour)
 	@$(BIN)/python -m experiments.compiled.overlap $(ARGS)

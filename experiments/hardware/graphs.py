@@ -1,8 +1,8 @@
 """Asks an absent H100's compiler which loops and conditionals of a tick the host decides.
 
-XLA's GPU runtime runs a list of *thunks*: kernels, copies, transfers, loops, conditionals. It copies
-the predicate of a conditional, and of a loop whose number of trips is not known, to the host and
-waits for it, unless the thunk is part of a command buffer (a CUDA graph): there the device decides.
+XLA's GPU runtime runs a list of *thunks*: kernels, copies, transfers, loops, conditionals. It
+copies the predicate of a conditional, or of a loop of unknown length, to the host and waits for it,
+unless the thunk is part of a command buffer (a CUDA graph): there the device decides.
 XLA turns thunks into command buffers when it compiles; it dumps the list of thunks after that.
 
 In: flags. Out, printed and in a folder: a table. Nothing runs. See README.md beside it.

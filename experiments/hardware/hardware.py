@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from experiments.train_lm.flags import POSITIVE
 
 _ROOT = Path(__file__).resolve().parents[2]
 # In order of importance.
-PARTS = ("step", "tick", "layer", "schedules")
+PARTS = ("step", "tick", "layer", "commands", "schedules")
 FAMILIES = ("transformer", "mlp", "flash")
 # Sizes that fill an accelerator, and sizes with which a CPU shows that all of it runs.
 DEFAULTS = {"width": 2048, "tokens": 8192, "microbatches": 8, "rounds": 10}
 ON_CPUS = {"width": 128, "tokens": 32, "microbatches": 4, "rounds": 3}
+# The schedule that is compiled with each set of command buffers.
+DEFAULT = "dualpipe"
 _PREFLIGHT = (schedules.TABLE, "preflight")
 
 
@@ -91,17 +94,36 @@ def main(
     folder = output / re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     flags.make_folder(folder)
     console.print(f"devices   {machine['line']}", soft_wrap=True)
-    default = dpj.schedules.names() if machine["devices"] > 1 else (one_rank.SCHEDULE,)
-    for part in dict.fromkeys(parts):
-        for name in dict.fromkeys(names or default) if part == "schedules" else ("",):
-            _run(report, part, name, folder, deadline)
-            outcome = report.outcomes[-1]
-            words = outcome.failure or ("left out" if outcome.is_left_out else "done")
-            console.print(f"{outcome.name:<28}{outcome.seconds:6.1f} s  {words}", soft_wrap=True)
+    for part, name in plan_parts(machine, parts, names):
+        _run(report, part, name, folder, deadline)
+        outcome = report.outcomes[-1]
+        words = outcome.failure or ("left out" if outcome.is_left_out else "done")
+        console.print(f"{outcome.name:<28}{outcome.seconds:6.1f} s  {words}", soft_wrap=True)
     console.print((folder / PAGE).read_text(), soft_wrap=True, markup=False)
     console.print(f"written   {folder}: {JSON}, {PAGE}", soft_wrap=True)
     if report.failures:
         raise click.ClickException("; ".join(report.failures))
+
+
+def plan_parts(
+    machine: dict[str, Any], parts: Sequence[str], names: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yields the parts that fit the machine, each with its schedule, in order of importance."""
+    is_alone = machine["devices"] == 1
+    chosen = list(dict.fromkeys(names)) or (
+        [one_rank.SCHEDULE] if is_alone else list(dpj.schedules.names())
+    )
+    for part in PARTS:
+        if part not in parts:
+            continue
+        if part == "schedules":
+            yield from ((part, name) for name in chosen)
+        elif part == "commands":
+            # Over one device the part `step` has them, and other platforms have none.
+            if machine["platform"] == "gpu" and not is_alone:
+                yield part, DEFAULT if DEFAULT in chosen else chosen[0]
+        else:
+            yield part, ""
 
 
 def _require_fit(family: str, *, layers: int, width: int = 0, tokens: int = 0, **_: int) -> None:

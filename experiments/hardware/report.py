@@ -111,6 +111,7 @@ def to_page(report: Report) -> str:
         ("A layer", _layer),
         ("A step over one rank", _one_rank),
         ("A tick by itself", _tick),
+        ("Command buffers over all devices", _commands),
         ("Schedules", _schedules),
     ):
         text = make(report)
@@ -220,6 +221,19 @@ def _one_rank(report: Report) -> str:
     del rates["tokens/s/device"]
     columns |= {title: _of_seconds(report, table, rate) for title, rate in rates.items()}
     return _table(columns, report.rows(table))
+
+
+def _commands(report: Report) -> str:
+    rows = report.rows(one_rank.COMMANDS)
+    first = report.median(one_rank.COMMANDS, rows[0], "seconds") if rows else None
+    columns: dict[str, Callable[[str], str]] = {
+        "program": str,
+        "ms": lambda row: cell(report.find(one_rank.COMMANDS, row, "seconds"), unit=1e-3),
+        "/ XLA's default": _of_seconds(
+            report, one_rank.COMMANDS, lambda seconds: f"{seconds / first:.3f}" if first else "-"
+        ),
+    }
+    return _table(columns, rows)
 
 
 def _tick(report: Report) -> str:

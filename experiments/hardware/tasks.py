@@ -32,10 +32,10 @@ class Task:
     """One part for a process to measure.
 
     Attributes:
-      part: One of `parts.PARTS`.
+      part: One of `hardware.PARTS`, or `machine`.
       devices: How many.
       sizes: The model and its batches.
-      schedule: The schedule of the part `schedules`; "" for the other parts.
+      schedule: The schedule of the parts over all devices; "" for the other parts.
       costs: The seconds of F, I and W of a rank's layers, if they were measured before.
       asks_preflight: Whether preflight is asked for a predicted time.
       output: The file to which figures are written.
@@ -66,7 +66,7 @@ class Figure:
     """A quantity that was measured or looked up: one cell of a table.
 
     Attributes:
-      table: The table, one of `report.TABLES`.
+      table: The table, one of those that `report.to_page` writes.
       row: The row's name.
       column: The column's name.
       samples: The values, one for each round, or a single one; none if there is a `note` instead.

@@ -22,6 +22,7 @@ _PARTS = {
     "step": one_rank.measure,
     "tick": one_rank.measure_tick,
     "layer": layer.measure,
+    "commands": one_rank.measure_commands,
     "schedules": schedules.measure,
 }
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "dualpipe-jax")

@@ -138,6 +138,21 @@ def _that_run() -> list[Experiment]:
             },
         ),
         Experiment(
+            module="experiments.hardware.hardware",
+            valid=valid,
+            flags={
+                "minutes": of.amounts(is_open=True),
+                "part": of.choices(("step",)),
+                "schedule": names,
+                "family": of.choices(("mlp",)),
+                "layers": [*size, mistake("number that does not divide", "1", "3")],
+                "width": [*size, mistake("number that does not divide", "100", "129")],
+                "tokens": [*size, mistake("number that does not divide", "1500", "1025")],
+                **dict.fromkeys(("devices", "microbatches", "rounds"), size),
+                "output": output,
+            },
+        ),
+        Experiment(
             module="experiments.benchmarks.benchmarks",
             valid=valid,
             flags={
@@ -158,6 +173,15 @@ def _that_compile() -> list[Experiment]:
     size, output, valid = _size(), of.folders(), _output()
     sharded = ("ranks", "microbatches", "layers", "width", "vocabulary", "context")
     return [
+        Experiment(
+            module="experiments.hardware.graphs",
+            valid=valid,
+            flags={
+                "commands": of.choices(("conditionals, loops",)),
+                **dict.fromkeys(("width", "tokens"), size),
+                "output": output,
+            },
+        ),
         Experiment(
             module="experiments.compiled.overlap",
             valid=valid,

@@ -216,6 +216,36 @@ def test_the_replay_has_the_measured_costs_if_all_are_known() -> None:
     assert a_report(*known[:2], figure("layer", "executor", "W", -1.0)).costs() is None
 
 
+def test_parts_follow_from_the_devices() -> None:
+    def plan(parts: tuple[str, ...] = hardware.PARTS, **machine: Any) -> list[tuple[str, str]]:
+        return list(hardware.plan_parts({**MACHINE, **machine}, parts, ()))
+
+    alone = [("step", ""), ("tick", ""), ("layer", "")]
+    schedules_of_all = [("schedules", name) for name in dpj.schedules.names()]
+    assert plan(devices=1) == [*alone, ("schedules", "1f1b")]
+    assert plan() == [*alone, ("commands", "dualpipe"), *schedules_of_all]
+    assert plan(platform="tpu") == [*alone, *schedules_of_all]
+    assert plan(("schedules", "step")) == [("step", ""), *schedules_of_all]
+
+
+def test_a_step_is_compiled_with_each_set_of_command_buffers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over fake devices; XLA's compiler for CPUs knows the option, and none of the second set."""
+    sets = {"default": {}, "bogus": {"xla_gpu_enable_command_buffer": "BOGUS"}}
+    monkeypatch.setattr(programs, "commands", lambda: sets)
+    sizes = Sizes(family="mlp", width=16, layers=1, tokens=8, microbatches=1, rounds=2)
+    task = Task(part="commands", devices=2, sizes=sizes, schedule="gpipe", output="")
+    with jax.enable_x64(False):
+        good, bad = one_rank.measure_commands(task)
+    assert (good.row, len(good.samples)) == ("gpipe, command buffers: default", 2)
+    assert (bad.row, bad.samples, bad.is_failure) == ("gpipe, command buffers: bogus", (), True)
+    assert "BOGUS" in bad.note
+    page = report.to_page(a_report(good, bad))
+    assert cells(page, good.row)[2] == "1.000"
+    assert cells(page, bad.row)[1:] == ["failed", "-"]
+
+
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """Replaces the workers: the part `tick` fails, `layer` does not end in time; lists tasks."""
@@ -250,11 +280,12 @@ def test_parts_that_fail_or_take_too_long_are_reported(
         "step": ("", False),
         "tick": ("out of memory", False),
         "layer": ("", True),
+        "commands-1f1b": ("", False),
         "schedules-1f1b": ("", False),
         "schedules-gpipe": ("", False),
     }
     # It had no times of the first one, and is not asked again.
-    assert [task.asks_preflight for task in workers] == [True, True, True, True, False]
+    assert [task.asks_preflight for task in workers] == [True, True, True, True, True, False]
     assert found.sizes == Sizes(family="transformer", layers=2, **hardware.DEFAULTS)
 
 
