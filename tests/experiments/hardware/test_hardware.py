@@ -17,8 +17,18 @@ import numpy as np
 import pytest
 
 import dualpipe_jax as dpj
+from experiments import documents, tables
 from experiments.compiled import models
-from experiments.hardware import hardware, layer, one_rank, programs, report, schedules, timing
+from experiments.hardware import (
+    graphs,
+    hardware,
+    layer,
+    one_rank,
+    programs,
+    report,
+    schedules,
+    timing,
+)
 from experiments.hardware.tasks import Figure, Sizes, Task
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -299,6 +309,15 @@ def test_no_part_starts_when_the_time_is_over(
     assert [task.name for task in workers] == ["step"]
     page = (tmp_path / "fast-9000" / "report.md").read_text()
     assert "No time was left of 1 minutes for: schedules-1f1b." in page
+
+
+def test_the_committed_table_of_graphs_has_these_columns_and_rows() -> None:
+    readme = ROOT / "experiments" / "hardware" / "README.md"
+    head, _, *lines = documents.read_from(readme, name="graphs").splitlines()
+    assert head == tables.markdown(graphs.COLUMNS, []).splitlines()[0]
+    assert len(lines) == 3 * len(graphs.STEPS)
+    of_all = [line for line in lines if "| conditionals, loops, collectives |" in line]
+    assert {line.split("|")[5].strip() for line in of_all} == {"0"}
 
 
 @pytest.mark.parametrize(
