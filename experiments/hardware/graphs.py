@@ -39,8 +39,9 @@ _BUFFER, _LOOP, _CONDITIONAL, _PERMUTE = (
 )
 # Thunks that hold others and are not launched, and ends of transfers.
 _NOT_LAUNCHED = {_LOOP, _CONDITIONAL, "kAsyncStart", "kAsyncDone", "kSequential"}
+_DEFAULT = "XLA's default"
 # Without any command buffer the host decides all.
-_SETS = tuple(name for name in COMMANDS if name != "none")
+SETS = {_DEFAULT: {}, **{name: options for name, options in COMMANDS.items() if name != "none"}}
 # Schedule, ranks, overlap.
 STEPS: tuple[tuple[str, int, bool | Literal["two-tick"]], ...] = (
     ("1f1b", 1, False),
@@ -176,7 +177,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         options = {
             **dpj.compiler_options("gpu"),
-            **COMMANDS[commands],
+            **SETS[commands],
             "xla_dump_to": folder,
         }
         try:
@@ -224,7 +225,9 @@ COLUMNS: tables.Columns = {
 
 
 @flags.script("graphs")
-@flags.several("--commands", "sets", _SETS, default=_SETS, text="The set of command buffers.")
+@flags.several(
+    "--commands", "sets", list(SETS), default=list(SETS), text="The set of command buffers."
+)
 @click.option("--width", type=POSITIVE, default=1024, help="Size of the residual stream.")
 @click.option("--tokens", type=POSITIVE, default=4096, help="Tokens of a microbatch.")
 @flags.output("runs/graphs", results="the table")

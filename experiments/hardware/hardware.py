@@ -6,6 +6,7 @@ output. See README.md beside it.
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from rich.console import Console
 
 import dualpipe_jax as dpj
 from experiments.compiled import models
-from experiments.hardware import one_rank, schedules
+from experiments.hardware import one_rank, programs, schedules
 from experiments.hardware.report import JSON, PAGE, Outcome, Report
 from experiments.hardware.tasks import Figure, Sizes, Task
 from experiments.train_lm import flags
@@ -32,8 +33,10 @@ FAMILIES = ("transformer", "mlp", "flash")
 # Sizes that fill an accelerator, and sizes with which a CPU shows that all of it runs.
 DEFAULTS = {"width": 2048, "tokens": 8192, "microbatches": 8, "rounds": 10}
 ON_CPUS = {"width": 128, "tokens": 32, "microbatches": 4, "rounds": 3}
-# The schedule that is compiled with each set of command buffers.
+# The schedule that has each set of command buffers, if it is among those that are measured.
 DEFAULT = "dualpipe"
+# The share of the time that a part may take: a graph that never ends takes no more.
+_MOST = {"commands": 0.2}
 _PREFLIGHT = (schedules.TABLE, "preflight")
 
 
@@ -94,8 +97,8 @@ def main(
     folder = output / re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     flags.make_folder(folder)
     console.print(f"devices   {machine['line']}", soft_wrap=True)
-    for part, name in plan_parts(machine, parts, names):
-        _run(report, part, name, folder, deadline)
+    for fields in plan_parts(machine, parts, names):
+        _run(report, fields, folder, deadline)
         outcome = report.outcomes[-1]
         words = outcome.failure or ("left out" if outcome.is_left_out else "done")
         console.print(f"{outcome.name:<28}{outcome.seconds:6.1f} s  {words}", soft_wrap=True)
@@ -107,23 +110,21 @@ def main(
 
 def plan_parts(
     machine: dict[str, Any], parts: Sequence[str], names: Sequence[str]
-) -> Iterator[tuple[str, str]]:
-    """Yields the parts that fit the machine, each with its schedule, in order of importance."""
-    is_alone = machine["devices"] == 1
-    chosen = list(dict.fromkeys(names)) or (
-        [one_rank.SCHEDULE] if is_alone else list(dpj.schedules.names())
-    )
+) -> Iterator[dict[str, str]]:
+    """Yields the parts that fit the machine, as a task's fields, in order of importance."""
+    all_names = dpj.schedules.names() if machine["devices"] > 1 else (one_rank.SCHEDULE,)
+    chosen = list(dict.fromkeys(names or all_names))
     for part in PARTS:
         if part not in parts:
             continue
         if part == "schedules":
-            yield from ((part, name) for name in chosen)
-        elif part == "commands":
-            # Over one device the part `step` has them, and other platforms have none.
-            if machine["platform"] == "gpu" and not is_alone:
-                yield part, DEFAULT if DEFAULT in chosen else chosen[0]
-        else:
-            yield part, ""
+            yield from ({"part": part, "schedule": name} for name in chosen)
+        elif part != "commands":
+            yield {"part": part}
+        elif machine["platform"] == "gpu":
+            schedule = DEFAULT if DEFAULT in chosen else chosen[0]
+            for name in programs.COMMANDS:
+                yield {"part": part, "schedule": schedule, "commands": name}
 
 
 def _require_fit(family: str, *, layers: int, width: int = 0, tokens: int = 0, **_: int) -> None:
@@ -153,35 +154,35 @@ def _ask_machine(output: Path, devices: int | None, deadline: float) -> dict[str
     return json.loads(path.read_text())
 
 
-def _run(report: Report, part: str, schedule: str, folder: Path, deadline: float) -> None:
+def _run(report: Report, fields: dict[str, str], folder: Path, deadline: float) -> None:
     """Measures a part, if there is time, and saves the report."""
     answers = [
         each for each in report.figures if (each.table, each.column) == _PREFLIGHT and each.note
     ]
-    name = f"{part}-{schedule}" if schedule else part
-    path = folder / f"{name}.jsonl"
-    path.unlink(missing_ok=True)
     task = Task(
-        part=part,
+        **fields,
         devices=report.machine["devices"],
         sizes=report.sizes,
-        schedule=schedule,
         costs=report.costs(),
         asks_preflight=not answers,  # where it has no times, one answer says why
-        output=str(path.resolve()),
+        output="",
     )
+    path = folder / f"{task.name}.jsonl"
+    path.unlink(missing_ok=True)
+    task = dataclasses.replace(task, output=str(path.resolve()))
     start = time.monotonic()
     failure, is_left_out = "", start >= deadline
     if not is_left_out:
         try:
-            failure = _work(task, folder / f"{name}.log", deadline)
+            end = min(deadline, start + 60 * report.minutes * _MOST.get(task.part, 1))
+            failure = _work(task, folder / f"{task.name}.log", end)
         except subprocess.TimeoutExpired:
             is_left_out = True
     lines = path.read_text().splitlines() if path.exists() else []
     report.figures += [Figure.from_dict(json.loads(line)) for line in lines]
     report.outcomes.append(
         Outcome(
-            name=name,
+            name=task.name,
             seconds=time.monotonic() - start,
             failure=failure,
             is_left_out=is_left_out,
@@ -196,6 +197,8 @@ def _work(task: Task, log: Path, deadline: float) -> str:
     Raises:
       subprocess.TimeoutExpired: If it was not done in time; it has been ended.
     """
+    # Several parts have the same programs.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.resolve() / "cache"), **os.environ}
     with log.open("w") as said:
         process = subprocess.Popen(
             [
@@ -206,6 +209,7 @@ def _work(task: Task, log: Path, deadline: float) -> str:
             ],
             stdout=said,
             stderr=subprocess.STDOUT,
+            env=cache,
             cwd=_ROOT,  # which `-m` puts first on the path: this checkout, whoever runs it
         )
         try:

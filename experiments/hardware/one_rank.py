@@ -1,20 +1,18 @@
 """Measures a step over one rank beside gradient accumulation, and the time of a tick by itself.
 
 Both have the same functions, parameters, batch and accumulators; nothing is sent, and nobody waits.
-On GPUs the step is compiled with each set of command buffers, and all programs take turns. So is a
-step over all devices, in a part of its own.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import dualpipe_jax as dpj
 from experiments.hardware import programs
 from experiments.hardware.tasks import Figure, Sizes, Task
-from experiments.hardware.timing import difference, share, side_by_side
+from experiments.hardware.timing import Times, difference, share, side_by_side
 
-STEP, TICK, COMMANDS = "one rank", "a tick by itself", "command buffers"
+STEP, TICK = "one rank", "a tick by itself"
 SCHEDULE = "1f1b"
 UNROLLED, LOOPED = (f"gradient accumulation, layers {how}" for how in ("unrolled", "looped"))
 _MANY = 4  # times the microbatches of the step with few
@@ -26,96 +24,75 @@ def measure(task: Task) -> Iterator[Figure]:
     sizes, mesh = task.sizes, programs.make_mesh(1)
     args = programs.make_arrays(sizes, mesh, layers=sizes.layers, microbatches=sizes.microbatches)
     step = programs.pipelined(sizes, mesh, microbatches=sizes.microbatches, schedule=SCHEDULE)
-    plans = {
-        **_with_each_set(SCHEDULE, step, args),
-        **_accumulated(sizes, args, microbatches=sizes.microbatches),
-    }
-    yield from _seconds(STEP, plans, rounds=sizes.rounds)
-
-
-def measure_commands(task: Task) -> Iterator[Figure]:
-    """Yields the seconds of a step over all devices, with each set of command buffers."""
-    sizes, mesh = task.sizes, programs.make_mesh(task.devices)
-    microbatches, layers = sizes.microbatches * task.devices, sizes.layers * task.devices
-    args = programs.make_arrays(sizes, mesh, layers=layers, microbatches=microbatches)
-    step = programs.pipelined(sizes, mesh, microbatches=microbatches, schedule=task.schedule)
-    plans = _with_each_set(task.schedule, step, args)
-    yield from _seconds(COMMANDS, plans, rounds=sizes.rounds)
+    plans = {SCHEDULE: programs.runner(step, args, programs.options_for_overlap())}
+    for row, unrolled in ((UNROLLED, sizes.layers), (LOOPED, 1)):
+        plain = programs.accumulated(sizes, microbatches=sizes.microbatches, unrolled=unrolled)
+        plans[row] = programs.runner(plain, args)
+    times = side_by_side(plans, rounds=sizes.rounds)
+    yield from (times.figure(row, table=STEP, row=row, column="seconds") for row in plans)
 
 
 def measure_tick(task: Task) -> Iterator[Figure]:
-    """Yields the seconds of a microbatch and of a tick, of tiny blocks: eight tokens, width 128.
+    """Yields the seconds of a microbatch and of a tick, of tiny blocks.
 
-    They are the difference between steps of many microbatches and of few, by the microbatches, and
-    by the ticks, between. F, I and W are a tick each. Gradient accumulation has no ticks: the time
-    of its microbatch is that of the tiny blocks themselves.
+    Gradient accumulation has no ticks: the time of its microbatch is that of the blocks themselves.
     """
-    few = task.sizes.microbatches
-    many = _MANY * few
-    sizes = dataclasses.replace(task.sizes, family="mlp", width=128, tokens=8, layers=1)
-    mesh = programs.make_mesh(1)
-    split = dpj.Execution(split_backward=True)
-    plans: dict[str, Plan] = {}
-    rows: list[str] = []
-    for number in (few, many):
-        args = programs.make_arrays(sizes, mesh, layers=1, microbatches=number)
-        step = programs.pipelined(
-            sizes, mesh, microbatches=number, schedule=SCHEDULE, execution=split
-        )
-        made = {
-            **_with_each_set(SCHEDULE, step, args),
-            UNROLLED: _accumulated(sizes, args, microbatches=number)[UNROLLED],
-        }
-        rows = list(made)
-        plans |= {f"{row}, {number} microbatches": plan for row, plan in made.items()}
+    sizes, mesh = _tiny(task.sizes), programs.make_mesh(1)
+    plans = ticking(SCHEDULE, sizes, programs.options_for_overlap())
+    for number in _numbers(sizes):
+        args = programs.make_arrays(sizes, mesh, layers=sizes.layers, microbatches=number)
+        plain = programs.accumulated(sizes, microbatches=number, unrolled=sizes.layers)
+        plans[f"{UNROLLED}, {number} microbatches"] = programs.runner(plain, args)
     times = side_by_side(plans, rounds=sizes.rounds)
-    for row in rows:
-        names = [f"{row}, {number} microbatches" for number in (few, many)]
-        failure = next((times.failures[name] for name in names if name in times.failures), "")
-        if failure:
-            yield Figure(table=TICK, row=row, column="microbatch", note=failure, is_failure=True)
-            continue
-        between = difference(times.samples[names[1]], times.samples[names[0]])
-        of_microbatch = share(between, many - few)
-        yield Figure(table=TICK, row=row, column="microbatch", samples=of_microbatch)
-        if row != UNROLLED:
-            ticks = _num_ticks(many) - _num_ticks(few)
-            yield Figure(table=TICK, row=row, column="tick", samples=share(between, ticks))
+    for row, unit in ((SCHEDULE, "microbatch"), (UNROLLED, "microbatch"), (SCHEDULE, "tick")):
+        yield tick_figure(row, unit, times, sizes, table=TICK, row=row, column=unit)
 
 
-def _seconds(table: str, plans: dict[str, Plan], *, rounds: int) -> Iterator[Figure]:
-    times = side_by_side(plans, rounds=rounds)
-    for row in plans:
-        failure, samples = times.failures.get(row, ""), times.samples.get(row, ())
-        yield Figure(
-            table=table,
-            row=row,
-            column="seconds",
-            samples=samples,
-            note=failure,
-            is_failure=bool(failure),
+def ticking(name: str, sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Plan]:
+    """Makes steps of tiny blocks, one of few microbatches and one of many, for `tick_figure`."""
+    sizes, mesh = _tiny(sizes), programs.make_mesh(1)
+    plans = {}
+    for number in _numbers(sizes):
+        args = programs.make_arrays(sizes, mesh, layers=sizes.layers, microbatches=number)
+        step = programs.pipelined(
+            sizes,
+            mesh,
+            microbatches=number,
+            schedule=SCHEDULE,
+            execution=dpj.Execution(split_backward=True),  # F, I and W are a tick each
         )
+        plans[f"{name}, {number} microbatches"] = programs.runner(step, args, dict(options))
+    return plans
+
+
+def tick_figure(
+    name: str, unit: str, times: Times, sizes: Sizes, *, table: str, row: str, column: str
+) -> Figure:
+    """Gives the seconds of a unit, `"microbatch"` or `"tick"`, of the steps of `ticking`.
+
+    They are the difference between steps of many microbatches and of few, by the microbatches or
+    the ticks between.
+    """
+    few, many = _numbers(sizes)
+    names = [f"{name}, {number} microbatches" for number in (few, many)]
+    failed = next((each for each in names if each in times.failures), None)
+    if failed is not None:
+        return times.figure(failed, table=table, row=row, column=column)
+    between = difference(times.samples[names[1]], times.samples[names[0]])
+    parts = many - few if unit == "microbatch" else _num_ticks(many) - _num_ticks(few)
+    return Figure(table=table, row=row, column=column, samples=share(between, parts))
+
+
+def _tiny(sizes: Sizes) -> Sizes:
+    """Gives a tick's sizes: eight tokens, one MLP of width 128."""
+    return dataclasses.replace(sizes, family="mlp", width=128, tokens=8, layers=1)
+
+
+def _numbers(sizes: Sizes) -> tuple[int, int]:
+    """Gives the numbers of microbatches, few and many."""
+    return sizes.microbatches, _MANY * sizes.microbatches
 
 
 def _num_ticks(microbatches: int) -> int:
     schedule = dpj.schedules.make(SCHEDULE, num_ranks=1, num_microbatches=microbatches)
     return schedule.timeline().num_ticks
-
-
-def _with_each_set(schedule: str, step: Any, args: tuple[Any, Any]) -> dict[str, Plan]:
-    """Compiles a step with each set of command buffers; the default's row comes first."""
-    overlap = programs.options_for_overlap()
-    return {
-        f"{schedule}, command buffers: {name}": programs.runner(step, args, {**overlap, **more})
-        for name, more in programs.commands().items()
-    }
-
-
-def _accumulated(sizes: Sizes, args: tuple[Any, Any], *, microbatches: int) -> dict[str, Plan]:
-    """Compiles gradient accumulation, layers in a row and in a loop."""
-    return {
-        row: programs.runner(
-            programs.accumulated(sizes, microbatches=microbatches, unrolled=unrolled), args
-        )
-        for row, unrolled in ((UNROLLED, sizes.layers), (LOOPED, 1))
-    }

@@ -24,27 +24,20 @@ _TOPOLOGIES = {
 }
 _TYPES_OF_COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 _OPTION = "xla_gpu_enable_command_buffer"
-# The sets of command buffers (CUDA graphs) that are compared on GPUs, the default first.
+# The sets of command buffers (CUDA graphs) that are compared on GPUs with XLA's default.
 COMMANDS: dict[str, dict[str, str]] = {
-    "XLA's default": {},
-    "none": {_OPTION: ""},
     "conditionals, loops": {_OPTION: f"{_TYPES_OF_COMMANDS},CONDITIONAL,WHILE"},
     "conditionals, loops, collectives": {
         _OPTION: f"{_TYPES_OF_COMMANDS},CONDITIONAL,WHILE,COLLECTIVES"
     },
+    "none": {_OPTION: ""},
 }
-DEFAULT = "XLA's default"
 Step = Callable[[], Any]
 
 
 def platform() -> str:
     """Names the platform: `"cpu"`, `"gpu"` or `"tpu"`."""
     return jax.devices()[0].platform
-
-
-def commands() -> dict[str, dict[str, str]]:
-    """Gives the sets of command buffers to compare: on GPUs all, elsewhere there are none."""
-    return COMMANDS if platform() == "gpu" else {DEFAULT: {}}
 
 
 def make_mesh(num_ranks: int) -> jax.sharding.Mesh:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import tables
-from experiments.hardware import layer, one_rank, programs, schedules
+from experiments.hardware import commands, layer, one_rank, programs, schedules
 from experiments.hardware.tasks import Figure, Sizes
 
 JSON, PAGE = "report.json", "report.md"
@@ -111,7 +111,7 @@ def to_page(report: Report) -> str:
         ("A layer", _layer),
         ("A step over one rank", _one_rank),
         ("A tick by itself", _tick),
-        ("Command buffers over all devices", _commands),
+        ("Command buffers beside XLA's default", _commands),
         ("Schedules", _schedules),
     ):
         text = make(report)
@@ -224,16 +224,17 @@ def _one_rank(report: Report) -> str:
 
 
 def _commands(report: Report) -> str:
-    rows = report.rows(one_rank.COMMANDS)
-    first = report.median(one_rank.COMMANDS, rows[0], "seconds") if rows else None
+    def text(column: str, unit: float) -> Callable[[str], str]:
+        return lambda row: cell(report.find(commands.TABLE, row, column), ",.2f", unit=unit)
+
     columns: dict[str, Callable[[str], str]] = {
-        "program": str,
-        "ms": lambda row: cell(report.find(one_rank.COMMANDS, row, "seconds"), unit=1e-3),
-        "/ XLA's default": _of_seconds(
-            report, one_rank.COMMANDS, lambda seconds: f"{seconds / first:.3f}" if first else "-"
-        ),
+        "command buffers": str,
+        "ms": text(commands.STEP, 1e-3),
+        "default, ms": text(commands.DEFAULT_STEP, 1e-3),
+        "us a tick": text(commands.TICK, 1e-6),
+        "default, us a tick": text(commands.DEFAULT_TICK, 1e-6),
     }
-    return _table(columns, rows)
+    return _table(columns, report.rows(commands.TABLE))
 
 
 def _tick(report: Report) -> str:

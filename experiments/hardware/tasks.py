@@ -36,6 +36,7 @@ class Task:
       devices: How many.
       sizes: The model and its batches.
       schedule: The schedule of the parts over all devices; "" for the other parts.
+      commands: The set of command buffers, one of `programs.COMMANDS`; "" for the default.
       costs: The seconds of F, I and W of a rank's layers, if they were measured before.
       asks_preflight: Whether preflight is asked for a predicted time.
       output: The file to which figures are written.
@@ -45,6 +46,7 @@ class Task:
     devices: int
     sizes: Sizes
     schedule: str = ""
+    commands: str = ""
     costs: tuple[float, float, float] | None = None
     asks_preflight: bool = True
     output: str
@@ -52,7 +54,8 @@ class Task:
     @property
     def name(self) -> str:
         """The task's name in files and messages."""
-        return f"{self.part}-{self.schedule}" if self.schedule else self.part
+        words = (self.part, self.schedule, self.commands.replace(", ", "-"))
+        return "-".join(word for word in words if word)
 
     @classmethod
     def from_dict(cls, task: dict[str, Any]) -> "Task":

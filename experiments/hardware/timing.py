@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from experiments.hardware.tasks import Figure
+
 Samples = dict[str, tuple[float, ...]]
 
 
@@ -20,6 +22,18 @@ class Times:
 
     samples: Samples
     failures: dict[str, str]
+
+    def figure(self, name: str, *, table: str, row: str, column: str) -> Figure:
+        """Makes the figure of a program."""
+        failure = self.failures.get(name, "")
+        return Figure(
+            table=table,
+            row=row,
+            column=column,
+            samples=self.samples.get(name, ()),
+            note=failure,
+            is_failure=bool(failure),
+        )
 
 
 def side_by_side(programs: Mapping[str, Callable[[], Callable[[], Any]]], *, rounds: int) -> Times:

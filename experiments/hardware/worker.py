@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import dualpipe_jax as dpj
-from experiments.hardware import layer, one_rank, schedules
+from experiments.hardware import commands, layer, one_rank, schedules
 from experiments.hardware.tasks import Task
 from experiments.train_lm.trainer.devices import find_devices
 
@@ -22,7 +22,7 @@ _PARTS = {
     "step": one_rank.measure,
     "tick": one_rank.measure_tick,
     "layer": layer.measure,
-    "commands": one_rank.measure_commands,
+    "commands": commands.measure,
     "schedules": schedules.measure,
 }
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "dualpipe-jax")

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import pytest
 
-from experiments.hardware import graphs, programs
+from experiments.hardware import graphs
 
-*_, ALL = programs.COMMANDS
+DEFAULT, *_, ALL = graphs.SETS
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from experiments.hardware import graphs, programs
 )
 def test_a_tick_is_one_graph(schedule: str, ranks: int, overlap: Any) -> None:
     by_default, in_graphs = (
-        _thunks(schedule, ranks, overlap, commands) for commands in (programs.DEFAULT, ALL)
+        _thunks(schedule, ranks, overlap, commands) for commands in (DEFAULT, ALL)
     )
     assert by_default.decided_by_host > 0
     assert in_graphs.decided_by_host == in_graphs.transfers_outside == 0

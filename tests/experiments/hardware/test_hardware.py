@@ -20,6 +20,7 @@ import dualpipe_jax as dpj
 from experiments import documents, tables
 from experiments.compiled import models
 from experiments.hardware import (
+    commands,
     graphs,
     hardware,
     layer,
@@ -62,8 +63,8 @@ def test_all_parts_run_over_fake_devices(tmp_path: Path) -> None:
     assert [each.name for each in found.outcomes] == ["step", "tick", "layer", "schedules-dualpipe"]
     assert not any(each.is_left_out for each in found.outcomes)
     plain = [one_rank.UNROLLED, one_rank.LOOPED]
-    assert found.rows(one_rank.STEP) == ["1f1b, command buffers: XLA's default", *plain]
-    assert found.rows(one_rank.TICK) == ["1f1b, command buffers: XLA's default", plain[0]]
+    assert found.rows(one_rank.STEP) == ["1f1b", *plain]
+    assert found.rows(one_rank.TICK) == ["1f1b", plain[0]]
     assert found.rows(layer.TABLE) == [layer.OURS, layer.VJP]
     # As many samples as rounds, of each figure that is a time.
     of_times = [each for each in found.figures if each.table != schedules.TABLE]
@@ -227,33 +228,43 @@ def test_the_replay_has_the_measured_costs_if_all_are_known() -> None:
 
 
 def test_parts_follow_from_the_devices() -> None:
-    def plan(parts: tuple[str, ...] = hardware.PARTS, **machine: Any) -> list[tuple[str, str]]:
-        return list(hardware.plan_parts({**MACHINE, **machine}, parts, ()))
+    def plan(parts: tuple[str, ...] = hardware.PARTS, **machine: Any) -> list[tuple[str, ...]]:
+        made = hardware.plan_parts({**MACHINE, **machine}, parts, ())
+        return [tuple(fields.values()) for fields in made]
 
-    alone = [("step", ""), ("tick", ""), ("layer", "")]
+    alone = [("step",), ("tick",), ("layer",)]
     schedules_of_all = [("schedules", name) for name in dpj.schedules.names()]
-    assert plan(devices=1) == [*alone, ("schedules", "1f1b")]
-    assert plan() == [*alone, ("commands", "dualpipe"), *schedules_of_all]
+    graphs_of_1f1b = [("commands", "1f1b", name) for name in programs.COMMANDS]
+    graphs_of_dualpipe = [("commands", "dualpipe", name) for name in programs.COMMANDS]
+    assert plan(devices=1) == [*alone, *graphs_of_1f1b, ("schedules", "1f1b")]
+    assert plan() == [*alone, *graphs_of_dualpipe, *schedules_of_all]
     assert plan(platform="tpu") == [*alone, *schedules_of_all]
-    assert plan(("schedules", "step")) == [("step", ""), *schedules_of_all]
+    assert plan(("schedules", "step")) == [("step",), *schedules_of_all]
 
 
-def test_a_step_is_compiled_with_each_set_of_command_buffers(
+def test_a_set_of_command_buffers_that_is_refused_stands_beside_the_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over fake devices; XLA's compiler for CPUs knows the option, and none of the second set."""
-    sets = {"default": {}, "bogus": {"xla_gpu_enable_command_buffer": "BOGUS"}}
-    monkeypatch.setattr(programs, "commands", lambda: sets)
+    """Over fake devices; XLA's compiler for CPUs knows the option, and has no such command."""
+    sets = {"bogus": {"xla_gpu_enable_command_buffer": "BOGUS"}}
+    monkeypatch.setattr(programs, "COMMANDS", sets)
     sizes = Sizes(family="mlp", width=16, layers=1, tokens=8, microbatches=1, rounds=2)
-    task = Task(part="commands", devices=2, sizes=sizes, schedule="gpipe", output="")
+    task = Task(
+        part="commands", devices=2, sizes=sizes, schedule="gpipe", commands="bogus", output=""
+    )
     with jax.enable_x64(False):
-        good, bad = one_rank.measure_commands(task)
-    assert (good.row, len(good.samples)) == ("gpipe, command buffers: default", 2)
-    assert (bad.row, bad.samples, bad.is_failure) == ("gpipe, command buffers: bogus", (), True)
-    assert "BOGUS" in bad.note
-    page = report.to_page(a_report(good, bad))
-    assert cells(page, good.row)[2] == "1.000"
-    assert cells(page, bad.row)[1:] == ["failed", "-"]
+        found = {each.column: each for each in commands.measure(task)}
+    for column in (commands.STEP, commands.TICK):
+        assert found[column].is_failure
+        assert "BOGUS" in found[column].note
+    for column in (commands.DEFAULT_STEP, commands.DEFAULT_TICK):
+        assert len(found[column].samples) == 2
+    page = report.to_page(a_report(*found.values()))
+    step, tick = (found[name] for name in (commands.DEFAULT_STEP, commands.DEFAULT_TICK))
+    assert cells(page, "bogus") == [
+        *["bogus", "failed", report.cell(step, unit=1e-3)],
+        *["failed", report.cell(tick, unit=1e-6)],
+    ]
 
 
 @pytest.fixture
@@ -290,12 +301,12 @@ def test_parts_that_fail_or_take_too_long_are_reported(
         "step": ("", False),
         "tick": ("out of memory", False),
         "layer": ("", True),
-        "commands-1f1b": ("", False),
+        **{f"commands-1f1b-{name.replace(', ', '-')}": ("", False) for name in programs.COMMANDS},
         "schedules-1f1b": ("", False),
         "schedules-gpipe": ("", False),
     }
     # It had no times of the first one, and is not asked again.
-    assert [task.asks_preflight for task in workers] == [True, True, True, True, True, False]
+    assert [task.asks_preflight for task in workers] == [True] * (len(workers) - 1) + [False]
     assert found.sizes == Sizes(family="transformer", layers=2, **hardware.DEFAULTS)
 
 
