@@ -322,6 +322,12 @@ def _require_own_parameters(nodes: Sequence[Node], num_layers: int, *, is_weight
         for value in node.reads:
             if not value.is_weights or not 0 <= value.position < here:
                 continue
+            if node.results[0].is_weights and node.name in ("stack", "concatenate"):
+                raise ValueError(
+                    f"loss_fn: an equation at {node.where} mixes the parameters of several layers "
+                    f"({value.position} and {here}) in one array; let it act on each layer's own "
+                    "parameters, or compute its value outside of loss_fn"
+                )
             if node.results[0].is_weights:
                 why = "the loss is divided by weight=" if is_weighted else "is no sum over layers"
                 raise ValueError(

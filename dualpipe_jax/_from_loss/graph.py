@@ -221,6 +221,8 @@ class Graph:
             return self._groups(first, out)
         if name in ("slice", "dynamic_slice", "squeeze"):
             return self._take(eqn, inputs, first)
+        if name == "rev" and params["dimensions"] == (0,):
+            return [Stack(first.items[::-1], out)]
         if any(isinstance(item, Stack) for stack in stacks for item in stack.items):
             return None
         if name == "reduce_sum" and 0 in params["axes"]:
@@ -242,6 +244,7 @@ class Graph:
                 and all(isinstance(a, Stack) or _has_rows(a, out.shape) for a in inputs)
             )
             or (name == "transpose" and params["permutation"][0] == 0)
+            or (name == "rev" and 0 not in params["dimensions"])
             or (name == "reshape" and params["new_sizes"][0] == count)
             or name in ("reduce_sum", "reduce_max", "reduce_min")
             or (name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,))
