@@ -184,14 +184,23 @@ class Conversion:
     def _spread(self, argument: str, prefix: PyTree, is_leaf: Callable[[Any], bool]) -> list[Any]:
         """Gives every leaf of the user's tree the entry that stands for it."""
         whole = self.places.structure.unflatten(range(len(self.places.leaves)))
+        # In boxes, as an entry of None is a leaf, and a None of the user's tree is none.
+        boxes = jax.tree.map(_Box, prefix, is_leaf=is_leaf)
         try:
-            full = jax.tree.broadcast(prefix, whole, is_leaf=is_leaf)
+            full = jax.tree.broadcast(boxes, whole)
         except ValueError as error:
             raise ValueError(
                 f"{argument}: must have the structure of the user's own parameters, with leaves "
                 f"that may stand for whole branches ({error})"
             ) from error
-        return jax.tree.leaves(full, is_leaf=is_leaf)
+        return [box.entry for box in jax.tree.leaves(full)]
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Makes any entry a leaf."""
+
+    entry: Any
 
 
 def _stack(parts: Sequence[tuple[Any, int | None]]) -> Any:
