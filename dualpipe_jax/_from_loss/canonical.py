@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax._errors import raise_all, show
-from dualpipe_jax._from_loss.places import Place, Places
+from dualpipe_jax._from_loss.places import OVERWRITTEN, Place, Places
 from dualpipe_jax._model.kinds import group_by_kind, indices_in_stack, replicate_layers_dim
 from dualpipe_jax._model.types import Params, PyTree
 
@@ -111,9 +111,7 @@ class Conversion:
 
     def overwritten(self) -> PyTree:
         """Finds the parameters in Flax's collection of those that gradients overwrite, if any."""
-        flags = [
-            "_overwrite_with_gradient" in place.path.split("/") for place in self.places.leaves
-        ]
+        flags = [OVERWRITTEN in place.path.split("/") for place in self.places.leaves]
         return self._merge("overwrite", flags) if any(flags) else None
 
     def _merge(self, argument: str, leaves: Sequence[Any]) -> PyTree:
