@@ -155,13 +155,10 @@ def stochastic_depth(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
     return x + keep * layer(p, x, mask) / (1 - rate)
 
 
-def windows(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+def windows_by_turns(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
+    """A window of a size of its own, in every second layer of earlier positions alone."""
     distance = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)[None]
-    return layer(p, x, mask & (distance < 1 + i))
-
-
-def turns(p: Any, x: Any, mask: Any, i: int, rng: Any) -> jax.Array:
-    return layer(p, x, mask if i % 2 else jnp.ones_like(mask))
+    return layer(p, x, (mask if i % 2 else jnp.ones_like(mask)) & (distance < 1 + i))
 
 
 def key_chain(params: Any, batch: Any, rng: Any) -> jax.Array:
@@ -194,7 +191,7 @@ def scan(params: Any, batch: Any) -> jax.Array:
 
 
 def scan_of_scans(params: Any, batch: Any) -> jax.Array:
-    """Two layers in each step, of a stack that is scaled by a row of constants."""
+    """Two layers in each step, of a stack that is scaled by a row of constants; a penalty."""
     rates = jnp.linspace(0.5, 1, LAYERS)
     blocks = jax.tree.map(
         lambda a: (a * rates.reshape(-1, *(1,) * (a.ndim - 1))).reshape(2, -1, *a.shape[1:]),
@@ -203,7 +200,7 @@ def scan_of_scans(params: Any, batch: Any) -> jax.Array:
     inner = lambda x, p: (layer(p, x, causal()), None)  # noqa: E731
     step = lambda x, pair: (lax.scan(inner, x, pair)[0], None)  # noqa: E731
     x = lax.scan(step, params["embed"][batch["tokens"]], blocks)[0]
-    return cross_entropy(params, x, batch)
+    return cross_entropy(params, x, batch) + penalty(params)
 
 
 def scan_of_checkpoint(params: Any, batch: Any) -> jax.Array:
@@ -230,9 +227,10 @@ def checkpoint_over_all(params: Any, batch: Any) -> jax.Array:
     return cross_entropy(params, run(params, params["embed"][batch["tokens"]]), batch)
 
 
+@jax.jit
 def cast(params: Any, batch: Any) -> jax.Array:
     params = jax.tree.map(lambda a: (a * 2).astype(jnp.float64) / 2, params)
-    return over_names(plain)(params, batch)
+    return over_names(post_norm)(params, batch)
 
 
 def shared_bias(params: Any, batch: Any) -> jax.Array:
@@ -347,14 +345,12 @@ def stacked_experts() -> dict[str, Any]:
     return {**ends_params(), "blocks": jax.tree.map(lambda *a: jnp.stack(a), *layers)}
 
 
-def penalty(params: Any, batch: Any) -> jax.Array:
-    squares = [jnp.square(a).sum() for a in jax.tree.leaves(params)]
-    return over_names(plain)(params, batch) + 0.01 * sum(squares)
+def penalty(params: Any) -> jax.Array:
+    return 0.01 * sum(jnp.square(a).sum() for a in jax.tree.leaves(params))
 
 
-def penalty_of_stack(params: Any, batch: Any) -> jax.Array:
-    squares = [jnp.square(a).sum() for a in jax.tree.leaves(params)]
-    return scan(params, batch) + 0.01 * sum(squares)
+def with_penalty(params: Any, batch: Any) -> jax.Array:
+    return over_names(plain)(params, batch) + penalty(params)
 
 
 def dense_then_experts_params() -> dict[str, Any]:
@@ -384,17 +380,14 @@ def count_targets(batch: Any) -> jax.Array:
 
 
 CASES: dict[str, Case] = {
-    "named": Case(over_names(plain), named_params()),
-    "named, post-norm": Case(over_names(post_norm), named_params()),
-    "named, one jit": Case(jax.jit(over_names(plain)), named_params()),
+    "named, a penalty on all parameters": Case(with_penalty, named_params()),
     "named, checkpoint a layer": Case(over_names(plain, wrap=checkpoint), named_params()),
     "checkpoint over all": Case(checkpoint_over_all, named_params()),
-    "cast first": Case(cast, named_params()),
+    "post-norm, cast first, one jit": Case(cast, named_params()),
     "scan": Case(scan, scaled_stack(), "blocks"),
     "scan of scans, scaled stack": Case(scan_of_scans, stacked_params(), "blocks"),
     "scan of checkpoint, changed stack": Case(scan_of_checkpoint, stacked_params(), "blocks"),
     "indexed stack": Case(indexed_stack, stacked_params(), "blocks"),
-    "dropout, fold_in": Case(over_names(with_folded_key), named_params(), has_rng=True),
     "dropout, fold_in in a checkpoint": Case(
         over_names(with_folded_key, wrap=checkpoint),
         named_params(),
@@ -404,8 +397,7 @@ CASES: dict[str, Case] = {
     "dropout, chain": Case(key_chain, named_params(), has_rng=True),
     "dropout, scan over keys": Case(scan_with_keys, stacked_params(), "blocks", has_rng=True),
     "stochastic depth": Case(over_names(stochastic_depth), named_params(), has_rng=True),
-    "windows": Case(over_names(windows), named_params()),
-    "two masks by turns": Case(over_names(turns), named_params()),
+    "windows, two masks by turns": Case(over_names(windows_by_turns), named_params()),
     "shared bias, time and scales of layers": Case(
         shared_bias,
         {
@@ -430,8 +422,6 @@ CASES: dict[str, Case] = {
     "experts in a scan": Case(
         experts_in_scan, stacked_experts(), "blocks", options={"has_aux": True}
     ),
-    "penalty on all parameters": Case(penalty, named_params()),
-    "penalty on a stack": Case(penalty_of_stack, scaled_stack(), "blocks"),
     "dense, then experts": Case(dense_then_experts, dense_then_experts_params(), num_kinds=2),
     "weight": Case(weighted, named_params(), options={"weight": count_targets}),
 }
