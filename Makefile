@@ -59,7 +59,7 @@ wrong-calls: $(READY)  ## tens of thousands of wrong calls; their figures go int
 
 test-outside:  ## published models and their weights, too; brings 1 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory $(OUTSIDE) test PYTEST_ARGS="tests/flax/outside_qwen3.py \
-		tests/from_loss/outside_transformers.py tests/experiments/finetune/outside_finetune.py"
+		tests/from_loss/outside_models.py tests/experiments/finetune/outside_finetune.py"
 
 test-gpu:  ## the collectives that compute hides on eight H100s; brings 5 GB of packages in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS=dev,gpu-aot \

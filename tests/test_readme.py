@@ -1,4 +1,7 @@
-"""The examples of the README and of the docs, run as they stand there."""
+"""Results of examples of the README and of the docs, run as they stand there.
+
+That all of them run, where only the wheel is installed, is for `make wheel`.
+"""
 
 import itertools
 import os
@@ -71,13 +74,6 @@ def test_example_runs_and_its_loss_falls() -> None:
 
 
 @pytest.mark.slow
-def test_example_of_mesh_axes_runs() -> None:
-    code = example(ROOT / "docs" / "mesh_axes.md")
-    shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params))"
-    assert run(f"{code}\n{shapes}").split() == ["True"]
-
-
-@pytest.mark.slow
 def test_examples_of_checkpoints_resume() -> None:
     """Another schedule on fewer ranks goes on where the first one was: the loss falls on."""
     for code in examples(ROOT / "docs" / "checkpoints.md"):
@@ -92,17 +88,6 @@ def test_examples_of_checkpoints_resume() -> None:
 
 
 @pytest.mark.slow
-def test_examples_of_flax_run() -> None:
-    linen, float8, nnx = examples(ROOT / "docs" / "flax.md")
-    shapes = "print(jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, variables['params']))"
-    assert run(f"{linen}\n{shapes}").split() == ["True"]
-    for code in (float8, nnx):
-        losses = [float(line) for line in run_compiling_once(code)]
-        assert len(losses) == 10
-        assert losses[-1] < losses[0] - 0.5
-
-
-@pytest.mark.slow
 def test_example_of_precision_finds_its_scale() -> None:
     """From one that float16 does not hold; a step that is skipped leaves the loss as it is."""
     code, _ = examples(ROOT / "docs" / "precision.md")
@@ -112,14 +97,6 @@ def test_example_of_precision_finds_its_scale() -> None:
     assert scales[0] == "2^23"
     assert 3 < num_skipped < 20
     assert float(losses[-1]) < float(losses[0]) / 10
-
-
-@pytest.mark.slow
-def test_example_of_float8_learns() -> None:
-    _, code = examples(ROOT / "docs" / "precision.md")
-    losses = [float(line) for line in run_compiling_once(code)]
-    assert len(losses) == 20
-    assert losses[-1] < losses[0] / 2
 
 
 # Whether gradients are those of the sequential model, but for the rounding of float32.
@@ -137,12 +114,6 @@ def test_examples_of_models_run_and_have_the_costs_of_the_page() -> None:
     (table,) = re.findall(r"^```text\n(.*?)^```", page.read_text(), flags=re.M | re.S)
     assert run(f"{skips}\n{costs}\n{COMPARED}") == f"{table}True\n"
     assert run(f"{translation}\n{COMPARED}") == "True\n"
-
-
-@pytest.mark.slow
-def test_example_of_preflight_runs() -> None:
-    last = run(example(ROOT / "docs" / "preflight.md")).splitlines()[-1]
-    assert last == "True 16 True"
 
 
 def test_example_of_the_search() -> None:

@@ -16,7 +16,7 @@ from dualpipe_jax._from_loss import LossModel
 from dualpipe_jax._from_loss.places import Place
 from dualpipe_jax._model import call_checks, checks, semantics
 from dualpipe_jax._model.kinds import PARTS, is_stacked, keys_of
-from dualpipe_jax._model.types import Mesh, PyTree
+from dualpipe_jax._model.types import Mesh, Model, PyTree
 
 
 def shardings(
@@ -69,7 +69,7 @@ def shardings(
     if not isinstance(blocks, str):
         raise TypeError(f"blocks={brief(blocks)}: must be a name")
     if isinstance(tree, LossModel):
-        return _of_users_tree(tree, mesh, axis, param_specs)
+        return users_shardings(tree, mesh=mesh, axis=axis, specs=param_specs)
     _require_specs(param_specs, mesh)
 
     call_checks.arrays(semantics.pytree("tree", tree), "tree")
@@ -116,10 +116,12 @@ def shardings(
     return of_any(tree)
 
 
-def _of_users_tree(model: LossModel, mesh: Mesh, axis: str, param_specs: PyTree) -> PyTree:
-    """Gives the shardings of a user's own parameters."""
+def users_shardings(model: Model, *, mesh: Mesh, axis: str, specs: PyTree) -> PyTree:
+    """Gives the shardings of a user's own parameters; None for a model that has no such form."""
+    if not isinstance(model, LossModel):
+        return None
     conversion = model.conversion
-    _require_specs(conversion.specs("param_specs", param_specs), mesh)
+    _require_specs(conversion.specs("param_specs", specs), mesh)
 
     def sharding(place: Place, shape: tuple[int, ...], spec: PartitionSpec | None) -> NamedSharding:
         entries: list[Any] = [
@@ -136,8 +138,8 @@ def _of_users_tree(model: LossModel, mesh: Mesh, axis: str, param_specs: PyTree)
             entries.pop()
         return NamedSharding(mesh, PartitionSpec(*entries))
 
-    specs = conversion.users_specs("param_specs", param_specs)
-    places = zip(conversion.places.leaves, conversion.places.avals, specs, strict=True)
+    leaf_specs = conversion.users_specs("param_specs", specs)
+    places = zip(conversion.places.leaves, conversion.places.avals, leaf_specs, strict=True)
     leaves = [sharding(place, aval.shape, spec) for place, aval, spec in places]
     return conversion.places.structure.unflatten(leaves)
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dualpipe_jax._errors import brief
 from dualpipe_jax._from_loss import LossModel
@@ -34,9 +35,39 @@ class Form(NamedTuple):
         loss, metrics = result
         return loss, self.model.metrics(metrics)
 
-    def tree(self, canonical: Params) -> PyTree:
-        """Gives gradients the form of the parameters."""
-        return self.model.tree(canonical) if self.model is not None and self.is_users else canonical
+    def tree(self, canonical: Params, shardings: PyTree) -> PyTree:
+        """Gives gradients the form of the parameters.
+
+        Args:
+          canonical: The gradients.
+          shardings: The shardings of gradients in the user's form: a leaf that is taken out of a
+            stack would be whole on every device.
+        """
+        if self.model is None or not self.is_users:
+            return canonical
+        places = self.model.conversion.places
+        leaves, structure = jax.tree.flatten(self.model.tree(canonical))
+        rows = zip(places.leaves, leaves, jax.tree.leaves(shardings), strict=True)
+        return structure.unflatten(
+            [
+                leaf if place.layer is None or place.num_stacked else _shard(leaf, sharding)
+                for place, leaf, sharding in rows
+            ]
+        )
+
+
+def _shard(leaf: Any, sharding: NamedSharding) -> Any:
+    """Gives a gradient a sharding; integers' gradients are NumPy's, and have none."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if not sharding.mesh.explicit_axes:
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+    entries = (
+        entry if {*([entry] if isinstance(entry, str) else entry or ())} <= explicit else None
+        for explicit in [{*sharding.mesh.explicit_axes}]
+        for entry in sharding.spec
+    )
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*entries)))
 
 
 def as_canonical(model: Model, params: PyTree) -> tuple[Params, Form]:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from dualpipe_jax._api.build import Builder, block_of, check_axes, without_derivative
 from dualpipe_jax._api.programs import Training
+from dualpipe_jax._api.shardings import users_shardings
 from dualpipe_jax._api.users_tree import Options, as_canonical, convert_options
 from dualpipe_jax._errors import brief
 from dualpipe_jax._executor import MemoryReport
@@ -159,6 +160,9 @@ def value_and_grad(
     options = convert_options(
         model, Options(param_specs, grad_specs, trainable, overwrite), manual_axes=manual_axes
     )
+    grad_shardings = users_shardings(
+        model, mesh=mesh, axis=axis, specs=param_specs if grad_specs is None else grad_specs
+    )
     schedule = _schedule_for(schedule, mesh.shape[axis], num_microbatches)
     if not isinstance(execution, Execution):
         raise TypeError(
@@ -184,7 +188,13 @@ def value_and_grad(
         **options._asdict(),
         grad_dtype=dtype,
     )
-    return GradFunction(model=model, build=build, schedule=schedule, grad_dtype=dtype)
+    return GradFunction(
+        model=model,
+        build=build,
+        schedule=schedule,
+        grad_dtype=dtype,
+        shardings=grad_shardings,
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -196,12 +206,14 @@ class GradFunction:
       build: Gives the step for the arguments of a call.
       schedule: The schedule.
       grad_dtype: The dtype of gradients; None for that of each parameter.
+      shardings: Of gradients in the user's own form, for a model of `from_loss`.
     """
 
     model: Model
     build: Builder
     schedule: Schedule
     grad_dtype: jnp.dtype | None
+    shardings: PyTree = None
     # The name of `jax.jit(grad_fn)`'s program in logs and profiles.
     __name__ = "pipelined_value_and_grad"
 
@@ -230,7 +242,7 @@ class GradFunction:
         call_checks.grad_dtype(self.grad_dtype, params)
         with jax.named_scope(self._scope) if self._scope else nullcontext():
             result, grads = step(*without_derivative((params, batch)), rng, loss_scale)
-        return form.result(without_derivative(result)), form.tree(grads)
+        return form.result(without_derivative(result)), form.tree(grads, self.shardings)
 
     @property
     def _scope(self) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax._errors import raise_all, show
-from dualpipe_jax._from_loss.places import Place, Places
+from dualpipe_jax._from_loss.places import OVERWRITTEN, Place, Places
 from dualpipe_jax._model.kinds import group_by_kind, indices_in_stack, replicate_layers_dim
 from dualpipe_jax._model.types import Params, PyTree
 
@@ -111,9 +111,7 @@ class Conversion:
 
     def overwritten(self) -> PyTree:
         """Finds the parameters in Flax's collection of those that gradients overwrite, if any."""
-        flags = [
-            "_overwrite_with_gradient" in place.path.split("/") for place in self.places.leaves
-        ]
+        flags = [OVERWRITTEN in place.path.split("/") for place in self.places.leaves]
         return self._merge("overwrite", flags) if any(flags) else None
 
     def _merge(self, argument: str, leaves: Sequence[Any]) -> PyTree:
@@ -184,14 +182,23 @@ class Conversion:
     def _spread(self, argument: str, prefix: PyTree, is_leaf: Callable[[Any], bool]) -> list[Any]:
         """Gives every leaf of the user's tree the entry that stands for it."""
         whole = self.places.structure.unflatten(range(len(self.places.leaves)))
+        # In boxes, as an entry of None is a leaf, and a None of the user's tree is none.
+        boxes = jax.tree.map(_Box, prefix, is_leaf=is_leaf)
         try:
-            full = jax.tree.broadcast(prefix, whole, is_leaf=is_leaf)
+            full = jax.tree.broadcast(boxes, whole)
         except ValueError as error:
             raise ValueError(
                 f"{argument}: must have the structure of the user's own parameters, with leaves "
                 f"that may stand for whole branches ({error})"
             ) from error
-        return jax.tree.leaves(full, is_leaf=is_leaf)
+        return [box.entry for box in jax.tree.leaves(full)]
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Makes any entry a leaf."""
+
+    entry: Any
 
 
 def _stack(parts: Sequence[tuple[Any, int | None]]) -> Any:

@@ -63,7 +63,7 @@ class Cut:
     """
 
     inputs: Inputs
-    outputs: list[Operand]
+    outputs: list[Operand | Stack]
     structure: Any
     terms: Terms
     slots: Slots
@@ -88,7 +88,7 @@ class Cut:
     @property
     def has_tracers(self) -> bool:
         """Whether the loss reads values of a trace around it."""
-        read = [v for node in needed(self.outputs) for v in node.reads]
+        read = [v for node in needed(self.terms.values) for v in node.reads]
         arrays = [v.source.array for v in read if v.source is not None]
         return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
@@ -131,11 +131,9 @@ def find_cut(
     """
     program, out = _trace(loss_fn, places, microbatch, key)
     _require_outputs(out, has_aux=has_aux)
-    graph = Graph()
     inputs, operands = _make_inputs(places, microbatch, key)
-    outputs = [
-        graph.as_value(a) if isinstance(a, Stack) else a for a in graph.append(program, operands)
-    ]
+    graph = Graph()
+    outputs = graph.append(program, operands)
     if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
         raise ValueError(
             "loss_fn: its loss does not depend on the parameters of any layer; name in layers= the "
@@ -144,7 +142,12 @@ def find_cut(
     equality = Equality()
     found: list[Cut] = []
     reasons: list[ValueError] = []
-    for prefer_late in (True, False):
+    for takes_apart, prefer_late in ((True, True), (True, False), (False, True), (False, False)):
+        if prefer_late and not takes_apart:
+            if not graph.num_taken_apart:
+                break
+            graph = Graph(takes_apart=False)
+            outputs = graph.append(program, operands)
         try:
             cut = _cut(
                 graph,
@@ -259,7 +262,7 @@ def _make_inputs(places: Places, microbatch: Batch, key: Any) -> tuple[Inputs, l
 def _cut(
     graph: Graph,
     inputs: Inputs,
-    outputs: list[Operand],
+    outputs: list[Operand | Stack],
     equality: Equality,
     *,
     structure: Any,
@@ -268,7 +271,7 @@ def _cut(
     max_kinds: int | None,
 ) -> Cut:
     num_layers = len(inputs.layers)
-    terms = split_outputs(outputs, num_layers, is_weighted=is_weighted)
+    terms = split_outputs(graph, outputs, num_layers, is_weighted=is_weighted)
     nodes = needed(terms.values)
     graph.require_open(nodes)
     _require_own_parameters(nodes, num_layers, is_weighted=is_weighted)
@@ -319,6 +322,12 @@ def _require_own_parameters(nodes: Sequence[Node], num_layers: int, *, is_weight
         for value in node.reads:
             if not value.is_weights or not 0 <= value.position < here:
                 continue
+            if node.results[0].is_weights and node.name in ("stack", "concatenate"):
+                raise ValueError(
+                    f"loss_fn: an equation at {node.where} mixes the parameters of several layers "
+                    f"({value.position} and {here}) in one array; let it act on each layer's own "
+                    "parameters, or compute its value outside of loss_fn"
+                )
             if node.results[0].is_weights:
                 why = "the loss is divided by weight=" if is_weighted else "is no sum over layers"
                 raise ValueError(

@@ -2,13 +2,15 @@
 
 Two layers become one block if their equations are the same, so a wrong "the same" is a wrong
 gradient without a word, and a wrong "different" costs one more kind of layer. Whatever this module
-does not know counts as different: functions (callbacks, kernels' functions, policies) are the same
-if they are one object, custom derivatives if they trace to the same program, arrays if their bytes
-are. Programs within equations are compared equation by equation.
+does not know counts as different. Functions (callbacks, kernels' functions) are the same if they
+are one object, policies of a checkpoint also if one line of code made them of equal values, custom
+derivatives if they trace to the same program, arrays if their bytes are. Programs within equations
+are compared equation by equation.
 """
 
 import dataclasses
 import enum
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -110,7 +112,9 @@ class Equality:
             left, right = ({**p, "sharding": _sharding(p["sharding"])} for p in (left, right))
         names = left.keys() - ignored
         return names == right.keys() - ignored and all(
-            self._same(left[name], right[name], with_rules=with_rules) for name in names
+            self._same(left[name], right[name], with_rules=with_rules)
+            or (name == "policy" and self._same_policy(left[name], right[name]))
+            for name in names
         )
 
     def _same(self, a: Any, b: Any, *, with_rules: bool) -> bool:
@@ -136,6 +140,8 @@ class Equality:
             )
         if isinstance(a, _PLAIN):
             return _equal(a, b)
+        if isinstance(a, set | frozenset):
+            return all(isinstance(x, _PLAIN) for x in (*a, *b)) and a == b
         if dataclasses.is_dataclass(a):
             return all(
                 self._same(
@@ -146,6 +152,23 @@ class Equality:
                 for field in dataclasses.fields(a)
             )
         return _is_of_jax(a) and _equal(a, b)
+
+    def _same_policy(self, a: Any, b: Any) -> bool:
+        """Whether two policies are the same, or functions of one line of code and equal values."""
+        if self._same(a, b, with_rules=True):
+            return True
+        functions = [f for f in (a, b) if isinstance(f, types.FunctionType)]
+        if len(functions) < 2 or a.__code__ is not b.__code__ or a.__globals__ is not b.__globals__:
+            return False
+        values = [
+            (
+                *(cell.cell_contents for cell in f.__closure__ or ()),
+                *(f.__defaults__ or ()),
+                *(f.__kwdefaults__ or {}).values(),
+            )
+            for f in functions
+        ]
+        return len(values[0]) == len(values[1]) and all(map(self._same_policy, *values))
 
     def _same_rules(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn) -> bool:
         if a.primitive.name not in _CUSTOM_RULES:

@@ -147,11 +147,7 @@ def _terms_like(
     found: list[Term] = []
     for term in of_like:
         there = pairs.get(term.value) if isinstance(term.value, Value) else None
-        hits = [
-            t
-            for t in own
-            if t.value is there and (t.factor is None) == (term.factor is None) and t not in found
-        ]
+        hits = [t for t in own if t.value is there and t.is_loss == term.is_loss and t not in found]
         if there is None or not hits:
             return None
         found.append(hits[0])

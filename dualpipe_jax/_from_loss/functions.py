@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dualpipe_jax._from_loss.cut import Cut
 from dualpipe_jax._from_loss.evaluate import Arrays, evaluate
@@ -49,13 +48,12 @@ def block(cut: Cut, number: int, params: PyTree, x: X, ctx: Context) -> Any:
     y = tuple(new.get(slot, old) for slot, old in enumerate(x))
     if not first.terms:
         return y
-    pairs = list(zip(first.terms, values[count:], strict=True))
-    losses = [
-        _scaled(_factor(kind, number, layer), value)
-        for number, (term, value) in enumerate(pairs)
-        if term.factor is not None
+    scaled = [
+        (term, _scaled(_factor(kind, number, layer), value))
+        for number, (term, value) in enumerate(zip(first.terms, values[count:], strict=True))
     ]
-    metrics = tuple(value for term, value in pairs if term.factor is None)
+    losses = [value for term, value in scaled if term.is_loss]
+    metrics = tuple(value for term, value in scaled if not term.is_loss)
     return y, Aux(loss=sum(losses) if losses else None, metrics=metrics or None)
 
 
@@ -64,13 +62,15 @@ def head(cut: Cut, ends: PyTree, x: X, ctx: Context, *, has_aux: bool) -> Any:
     arrays = _arrays(cut, ctx, ends)
     arrays.update((v, _unpack(v, x[slot])) for v, slot in cut.slots.before[-1].items())
     values = evaluate([term.value for term in cut.terms.of_head], arrays)
-    pairs = list(zip(cut.terms.of_head, values, strict=True))
-    aval = cut.outputs[0].aval
-    losses = [_scaled(term.factor, value) for term, value in pairs if term.factor is not None]
-    loss = jnp.asarray(sum(losses), aval.dtype)
+    scaled = [
+        (term, _scaled(term.factor, value))
+        for term, value in zip(cut.terms.of_head, values, strict=True)
+    ]
+    losses = [value for term, value in scaled if term.is_loss]
+    loss = jnp.asarray(sum(losses), cut.outputs[0].aval.dtype)
     if not has_aux:
         return loss
-    return loss, tuple(jnp.asarray(value) for term, value in pairs if term.factor is None)
+    return loss, tuple(value for term, value in scaled if not term.is_loss)
 
 
 def _arrays(cut: Cut, ctx: Context, ends: PyTree) -> Arrays:
@@ -102,19 +102,18 @@ def _make_free(cut: Cut, one: Recipe, base: Arrays, layer: jax.Array, x: X) -> A
 
 
 def _factor(kind: Kind, number: int, layer: jax.Array) -> Any:
-    """Gives the factor of a layer's loss; from a table, where the layers of a kind differ."""
-    factors = {of.index: of.terms[number].factor or 0.0 for of in kind.layers}
+    """Gives the factor of a layer's term; from a table, where the layers of a kind differ."""
+    factors = {of.index: of.terms[number].factor for of in kind.layers}
     if len(set(factors.values())) == 1:
         return kind.first.terms[number].factor
     return jnp.asarray([factors.get(i, 0.0) for i in range(max(factors) + 1)])[layer]
 
 
 def _scaled(factor: Any, value: Any) -> Any:
-    """Computes a term of a loss."""
-    total = jnp.sum(value) if np.ndim(value) else value
-    if isinstance(factor, float) and factor == 1:
-        return total
-    return jnp.asarray(factor, jnp.result_type(value)) * total
+    """Computes a term."""
+    value = jnp.asarray(value)
+    is_one = isinstance(factor, float) and factor == 1
+    return value if is_one else jnp.asarray(factor, value.dtype) * value
 
 
 def _pack(value: Any) -> Any:

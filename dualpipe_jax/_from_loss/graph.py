@@ -2,10 +2,13 @@
 
 In: the jaxpr of the loss. Out: `Graph`, its nodes in order. A checkpoint over several layers is
 opened, with a note. A scan over the layers' stack becomes a row of bodies, each on the values of
-one layer; the bodies are the same equations, and the program of a block has them once.
+one layer; the bodies are the same equations, and the program of a block has them once. Values that
+the loss stacks by layer (a scan's ys, a list of losses) stay apart as long as equations allow it.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,11 +33,14 @@ class Graph:
     Attributes:
       nodes: The nodes, in an order in which they can run.
       notes: Remarks for the user.
+      num_taken_apart: How many arrays that the loss stacks by layer are kept as their rows.
     """
 
-    def __init__(self):
+    def __init__(self, *, takes_apart: bool = True):
         self.nodes: list[Node] = []
         self.notes: list[str] = []
+        self.num_taken_apart = 0
+        self._takes_apart = takes_apart
         # Programs over several layers, which cannot be opened, and the messages for them.
         self._closed_programs: dict[int, str] = {}
         # The calls around the equations that are appended: the last one is the innermost.
@@ -67,7 +73,12 @@ class Graph:
     def as_value(self, operand: Input, of: jcore.JaxprEqn | None = None) -> Value:
         """Gives a literal, or a stack, as one value; its equations stand where `of` stands."""
         if isinstance(operand, Stack):
-            return self._call(lambda *items: jnp.stack(items), operand.items, of)
+            if operand.value is None:
+                takes_apart, self._takes_apart = self._takes_apart, False
+                items = [self.as_value(item, of) for item in operand.items]
+                operand.value = self._call(lambda *items: jnp.stack(items), items, of)
+                self._takes_apart = takes_apart
+            return operand.value
         if isinstance(operand, Literal):
             return constant(np.asarray(operand.value, operand.aval.dtype))
         return operand
@@ -92,13 +103,14 @@ class Graph:
             self._calls.pop()
             return outs
         stacks = [a for a in inputs if isinstance(a, Stack)]
-        if stacks and eqn.primitive is primitives.scan_p:
+        has_layers = any(stack.is_weights for stack in stacks)
+        if has_layers and eqn.primitive is primitives.scan_p:
             return self._scan(eqn, inputs)
         of_layers = 0
         for a in inputs:
             if isinstance(a, Value) and a.is_weights:
                 of_layers |= a.of_layers
-        is_of_several = bool(stacks) or bool(of_layers & (of_layers - 1))
+        is_of_several = has_layers or bool(of_layers & (of_layers - 1))
         if is_of_several and eqn.primitive is primitives.remat_p:
             self.notes.append(
                 f"{where(eqn)}: jax.checkpoint over several layers is opened; give remat= to "
@@ -109,6 +121,13 @@ class Graph:
             outs = self._by_layer(eqn, inputs, stacks)
             if outs is not None:
                 return outs
+        elif self._takes_apart and (rows := _rows(eqn, inputs)) is not None:
+            self.num_taken_apart += 1
+            return [Stack([self.as_value(row) for row in rows], eqn.outvars[0].aval)]
+        elif self._takes_apart and (parts := _addends(eqn, inputs)) is not None:
+            self.num_taken_apart += 1
+            total = partial(jnp.sum, dtype=parts[0].aval.dtype)
+            return [self._add_up(eqn, [self._call(total, [part], eqn) for part in parts])]
         operands = [self.as_value(a, eqn) if isinstance(a, Stack) else a for a in inputs]
         node = self._node(eqn, operands, of_layers)
         if is_of_several and any(_programs(eqn)):
@@ -151,9 +170,13 @@ class Graph:
         num_xs = _num_stacked(eqn.invars, body.jaxpr.invars)
         num_carry = len(eqn.outvars) - _num_stacked(eqn.outvars, body.jaxpr.outvars)
         num_consts = len(inputs) - num_xs - num_carry
-        consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
-        xs = inputs[num_consts + num_carry :]
-        if any(isinstance(a, Stack) for a in (*consts, *carry)):
+        num_before = num_consts + num_carry
+        before = [
+            self.as_value(a, eqn) if isinstance(a, Stack) and not a.is_weights else a
+            for a in inputs[:num_before]
+        ]
+        consts, carry, xs = before[:num_consts], before[num_consts:], inputs[num_before:]
+        if any(isinstance(a, Stack) for a in before):
             raise ValueError(
                 f"loss_fn: a loop at {where(eqn)} indexes the layers' stack in its body (as "
                 "fori_loop does), so that its layers cannot be told apart; use lax.scan with the "
@@ -174,8 +197,10 @@ class Graph:
             outs = self.append(body, [*consts, *carry, *at])
             carry, ys = outs[:num_carry], outs[num_carry:]
             rows.append([self.as_value(y) for y in ys])
-        stack = lambda *items: jnp.stack(items)  # noqa: E731
-        return [*carry, *(self._call(stack, column, eqn) for column in zip(*rows, strict=True))]
+        columns = zip(*rows, strict=True)
+        avals = [v.aval for v in eqn.outvars[num_carry:]]
+        ys = [Stack(list(column), aval) for column, aval in zip(columns, avals, strict=True)]
+        return [*carry, *ys]
 
     def _entry(self, operand: Operand, index: int, eqn: jcore.JaxprEqn) -> Value:
         def entry(value: Any) -> Any:
@@ -192,22 +217,34 @@ class Graph:
         count = len(first.items)
         if any(len(s.items) != count for s in stacks):
             return None
+        if name == "reshape" and params["new_sizes"][0] < count:
+            return self._groups(first, out)
         if name in ("slice", "dynamic_slice", "squeeze"):
             return self._take(eqn, inputs, first)
+        if name == "rev" and params["dimensions"] == (0,):
+            return [Stack(first.items[::-1], out)]
+        if any(isinstance(item, Stack) for stack in stacks for item in stack.items):
+            return None
         if name == "reduce_sum" and 0 in params["axes"]:
-            axes = tuple(dim - 1 for dim in params["axes"] if dim)
-            total, *parts = (
-                self._call(lambda a: jnp.sum(a, axes), [item], eqn) for item in first.items
-            )
-            for part in parts:
-                total = self._call(lax.add, [total, part], eqn)
-            return [total]
+            parts = first.values
+            if len(params["axes"]) > 1:
+                parts = [self._on_rows(eqn, params, [item], keeps_dim=True) for item in parts]
+            return [self._add_up(eqn, parts)]
+        if name == "dot_general" and all(
+            isinstance(a, Stack) or (isinstance(a, Value) and a.is_at_hand) for a in inputs
+        ):
+            contracted, batched = params["dimension_numbers"]
+            if not any(batched) and [tuple(dims) for dims in contracted] == [(0,), (0,)]:
+                rows = [[self._row(a, i, eqn) for a in inputs] for i in range(count)]
+                parts = [self._on_rows(eqn, params, row, keeps_dim=True) for row in rows]
+                return [self._add_up(eqn, parts)]
         keeps_layers = (
             (
                 (name in ELEMENTWISE or name == "integer_pow")
-                and all(isinstance(a, Stack) or a.aval.shape == () for a in inputs)
+                and all(isinstance(a, Stack) or _has_rows(a, out.shape) for a in inputs)
             )
             or (name == "transpose" and params["permutation"][0] == 0)
+            or (name == "rev" and 0 not in params["dimensions"])
             or (name == "reshape" and params["new_sizes"][0] == count)
             or name in ("reduce_sum", "reduce_max", "reduce_min")
             or (name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,))
@@ -219,26 +256,60 @@ class Graph:
         for key in ("new_sizes", "shape"):
             if key in params:
                 params[key] = (1, *params[key][1:])
-        values = [a for a in inputs if not isinstance(a, Literal)]
-
-        def on_layer(*args: Any) -> Any:
-            given = iter(args)
-            full = [
-                a.value
-                if isinstance(a, Literal)
-                else next(given)[None]
-                if isinstance(a, Stack)
-                else next(given)
-                for a in inputs
-            ]
-            result = eqn.primitive.bind(*full, **params)
-            return (result[0] if eqn.primitive.multiple_results else result)[0]
-
         items = [
-            self._call(on_layer, [a.items[i] if isinstance(a, Stack) else a for a in values], eqn)
-            for i in range(count)
+            self._on_rows(eqn, params, [self._row(a, i, eqn) for a in inputs]) for i in range(count)
         ]
         return [Stack(items, out)]
+
+    def _row(self, operand: Input, index: int, eqn: jcore.JaxprEqn) -> Operand:
+        """Gives one layer's row of an operand; scalars are the same for all layers."""
+        if isinstance(operand, Stack):
+            return operand.values[index]
+        shape = operand.aval.shape
+        return operand if shape == () else self._entry(operand, min(index, shape[0] - 1), eqn)
+
+    def _on_rows(
+        self,
+        eqn: jcore.JaxprEqn,
+        params: dict[str, Any],
+        rows: Sequence[Operand],
+        *,
+        keeps_dim: bool = False,
+    ) -> Value:
+        """Appends an equation on one row of each operand, in a leading dim of one."""
+        avals: list[Any] = [a.aval for a in eqn.invars]
+        is_scalar = [aval.shape == () for aval in avals]
+
+        def run(*args: Any) -> Any:
+            given = iter(args)
+            full = [
+                row.value
+                if isinstance(row, Literal)
+                else next(given)
+                if scalar
+                else next(given)[None]
+                for row, scalar in zip(rows, is_scalar, strict=True)
+            ]
+            result = eqn.primitive.bind(*full, **params)
+            result = result[0] if eqn.primitive.multiple_results else result
+            return result if keeps_dim else result[0]
+
+        return self._call(run, [row for row in rows if not isinstance(row, Literal)], eqn)
+
+    def _add_up(self, eqn: jcore.JaxprEqn, parts: Sequence[Value]) -> Value:
+        total = parts[0]
+        for part in parts[1:]:
+            total = self._call(lax.add, [total, part], eqn)
+        return total
+
+    def _groups(self, stack: Stack, aval: Any) -> list[Stack] | None:
+        """Gives a stack in groups of as many layers each."""
+        number, size = aval.shape[0], len(stack.items) // aval.shape[0]
+        if aval.shape != (number, size, *stack.aval.shape[1:]):
+            return None
+        inner = aval.update(shape=aval.shape[1:])
+        groups = (stack.items[i * size : (i + 1) * size] for i in range(number))
+        return [Stack([Stack(group, inner) for group in groups], aval)]
 
     def _take(self, eqn: jcore.JaxprEqn, inputs: list[Input], stack: Stack) -> list[Any] | None:
         """Takes layers out of a stack: a slice of it, one layer, or the only one."""
@@ -259,10 +330,13 @@ class Graph:
         if 0 in params["dimensions"] and len(stack.items) == 1:
             rest = tuple(dim - 1 for dim in params["dimensions"] if dim)
             item = stack.items[0]
-            return [self._call(lambda a: lax.squeeze(a, rest), [item], eqn) if rest else item]
+            squeeze = partial(lax.squeeze, dimensions=rest)
+            return [self._call(squeeze, [self.as_value(item)], eqn) if rest else item]
         if 0 not in params["dimensions"]:
-            rest = tuple(dim - 1 for dim in params["dimensions"])
-            items = [self._call(lambda a: lax.squeeze(a, rest), [v], eqn) for v in stack.items]
+            squeeze = partial(
+                lax.squeeze, dimensions=tuple(dim - 1 for dim in params["dimensions"])
+            )
+            items = [self._call(squeeze, [self.as_value(item)], eqn) for item in stack.items]
             return [Stack(items, out)]
         return None
 
@@ -271,6 +345,64 @@ def constant(array: Any) -> Value:
     """Makes a value of a constant."""
     array = as_constants(array)
     return Value(jax.typeof(array), source=Source("const", array=array))
+
+
+def _has_rows(operand: Operand, shape: tuple[int, ...]) -> bool:
+    """Whether each layer can have its row of an operand beside a stack of a shape."""
+    own = operand.aval.shape
+    is_at_hand = isinstance(operand, Value) and operand.is_at_hand
+    return own == () or (is_at_hand and len(own) == len(shape) and own[0] in (1, shape[0]))
+
+
+def _rows(eqn: jcore.JaxprEqn, inputs: Sequence[Input]) -> list[Operand] | None:
+    """Lists the values that an equation stacks in a leading dim, if they are of several layers."""
+    operands = [a for a in inputs if not isinstance(a, Stack)]
+    if len(operands) < len(inputs):
+        return None
+    rows: list[Operand] = []
+    if eqn.primitive.name == "stack" and eqn.params["axis"] == 0:
+        rows = operands
+    elif eqn.primitive.name == "concatenate" and eqn.params["dimension"] == 0:
+        rows = [row for a in operands if (row := _single_row(a)) is not None]
+    of_layers = {v.position for v in rows if isinstance(v, Value) and v.position >= 0}
+    return rows if len(rows) == len(operands) and len(of_layers) > 1 else None
+
+
+def _addends(eqn: jcore.JaxprEqn, inputs: Sequence[Input]) -> list[Value] | None:
+    """Lists the values of whose elements an equation is the sum, if they are of several layers."""
+    out: Any = eqn.outvars[0].aval
+    is_sum = eqn.primitive.name == "reduce_sum" and out.shape == ()
+    joined = _joined(inputs[0]) if is_sum and isinstance(inputs[0], Value) else None
+    parts = [a for a in joined or () if isinstance(a, Value)]
+    of_layers = {v.position for v in parts if v.position >= 0}
+    return parts if joined and len(parts) == len(joined) and len(of_layers) > 1 else None
+
+
+def _joined(value: Operand) -> list[Operand] | None:
+    """Lists the values of which a value is a stack or a concatenation, in any shape."""
+    if isinstance(value, Literal) or value.node is None:
+        return None
+    node = value.node
+    if node.name in ("concatenate", "stack"):
+        return [part for operand in node.operands for part in _joined(operand) or [operand]]
+    if node.name in ("reshape", "squeeze", "broadcast_in_dim") and len(node.operands) == 1:
+        inner = node.operands[0]
+        if math.prod(inner.aval.shape) == math.prod(value.aval.shape):
+            return _joined(inner) or [inner]
+    return None
+
+
+def _single_row(operand: Operand) -> Operand | None:
+    """Gives the value to which a leading dim of one was added; None for any other value."""
+    if isinstance(operand, Literal) or operand.node is None or operand.aval.shape[0] != 1:
+        return None
+    node, shape = operand.node, operand.aval.shape
+    if node.name not in ("broadcast_in_dim", "reshape") or len(node.operands) != 1:
+        return None
+    (row,) = node.operands
+    dims = node.eqn.params.get("broadcast_dimensions", range(1, len(shape)))
+    is_row = row.aval.shape == shape[1:] and tuple(dims) == tuple(range(1, len(shape)))
+    return row if is_row else None
 
 
 def _num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:

@@ -103,7 +103,7 @@ def pair(one: Layer, other: Layer, equality: Equality) -> Pairs | Difference:
             return Difference(
                 None, None, f"only layer {layer.index} puts {alone[0]} into that place of x"
             )
-    if [t.factor is None for t in one.terms] != [t.factor is None for t in other.terms]:
+    if [t.is_loss for t in one.terms] != [t.is_loss for t in other.terms]:
         counts = " and ".join(f"{len(layer.terms)}" for layer in (one, other))
         return Difference(None, None, f"they have {counts} losses and metrics of their own")
     if one.parameters != other.parameters:

@@ -1,5 +1,6 @@
 """`from_loss`: a model for the pipeline, from a loss function as one gives it to `jax.grad`."""
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from dualpipe_jax._from_loss.canonical import Conversion
 from dualpipe_jax._from_loss.cut import Cut, find_cut
 from dualpipe_jax._from_loss.places import HOLE, Places, find_places
 from dualpipe_jax._from_loss.report import show_cut
+from dualpipe_jax._from_loss.terms import Term
 from dualpipe_jax._model import call_checks, semantics
 from dualpipe_jax._model.checks import positive_int
 from dualpipe_jax._model.kinds import indices_in_stack, replicate_layers_dim
@@ -193,21 +195,29 @@ class LossModel(Model):
         of_blocks = replicate_layers_dim(of_blocks)
         layout, terms = self.cut.layout, self.cut.terms
         indices = indices_in_stack(layout)
-        rows: dict[tuple[int, int | None], Any] = {}
-        head_terms = [term for term in terms.of_head if term.factor is None]
-        for term, value in zip(head_terms, of_head or (), strict=True):
-            rows[term.leaf, term.row] = value
+        rows: dict[int, dict[Any, Any]] = defaultdict(dict)
+
+        def add(term: Term, value: Any) -> None:
+            assert term.leaf is not None
+            of_leaf = rows[term.leaf]
+            of_leaf[term.row] = of_leaf[term.row] + value if term.row in of_leaf else value
+
+        of_head = of_head or ()
+        for term, value in zip((t for t in terms.of_head if not t.is_loss), of_head, strict=True):
+            add(term, value)
         for layer, of_layer in enumerate(terms.of_layers):
-            own = [term for term in of_layer if term.factor is None]
-            for number, term in enumerate(own):
-                stacks = of_blocks if None in layout else of_blocks[layout[layer]]
-                rows[term.leaf, term.row] = stacks[number][indices[layer]]
+            stacks = of_blocks if None in layout else of_blocks.get(layout[layer])
+            for number, term in enumerate(t for t in of_layer if not t.is_loss):
+                add(term, stacks[number][indices[layer]])
         leaves = []
-        for leaf in range(len(self.cut.outputs) - 1):
-            parts = {row: value for (of, row), value in rows.items() if of == leaf}
-            leaves.append(
-                parts[None] if None in parts else jnp.stack([parts[i] for i in range(len(parts))])
+        for leaf, output in enumerate(self.cut.outputs[1:]):
+            of_leaf = rows[leaf]
+            whole = (
+                of_leaf[None]
+                if None in of_leaf
+                else jnp.stack([of_leaf[i] for i in sorted(of_leaf)])
             )
+            leaves.append(whole.astype(output.aval.dtype))
         # The first leaf of the structure is the loss.
         return jax.tree.unflatten(self.cut.structure, [None, *leaves])[1]
 
@@ -273,7 +283,7 @@ class Finder:
 def _form(cut: Cut) -> Any:
     """Gives the part of a pipeline that parameters and results depend on."""
     metrics = [
-        [(term.leaf, term.row) for term in terms if term.factor is None]
+        [(term.leaf, term.row) for term in terms if not term.is_loss]
         for terms in (*cut.terms.of_layers, cut.terms.of_head)
     ]
     return cut.layout, cut.shared, metrics, cut.structure

@@ -17,6 +17,8 @@ from dualpipe_jax._model.kinds import keys_of
 from dualpipe_jax._model.types import PyTree
 
 HOLE = "{}"
+# Flax's collection of variables that gradients overwrite; its paths are those of the parameters.
+OVERWRITTEN = "_overwrite_with_gradient"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,14 @@ def _is_under(path: str, branch: str) -> bool:
 
 
 def _match(pattern: str, path: str) -> tuple[int, str] | None:
-    """Gives the number of the layer (0 for a stack) and the path within it, if a path matches."""
+    """Gives the number of the layer (0 for a stack) and the path within it, if a path matches.
+
+    A pattern of parameters matches the layers' variables that gradients overwrite, too.
+    """
+    collection, _, inner = pattern.partition("/")
+    if path.startswith(f"{OVERWRITTEN}/") and inner and collection != OVERWRITTEN:
+        found = _match(f"{OVERWRITTEN}/{inner}", path)
+        return found and (found[0], f"{OVERWRITTEN}/{found[1]}")
     before, hole, after = pattern.partition(HOLE)
     number = "([0-9]+)" if hole else "()"
     match = re.fullmatch(f"{re.escape(before)}{number}{re.escape(after)}(?:/(.*))?", path)

@@ -78,8 +78,8 @@ def _how(recipe: Recipe) -> str:
 
 def _outputs_of_layers(cut: Cut) -> Iterator[str]:
     for number, kind in enumerate(cut.kinds):
-        losses = [str(t.value) for t in kind.first.terms if t.factor is not None]
-        metrics = [str(t.value) for t in kind.first.terms if t.factor is None]
+        losses = [str(t.value) for t in kind.first.terms if t.is_loss]
+        metrics = [str(t.value) for t in kind.first.terms if not t.is_loss]
         if losses:
             yield f"{_name(cut, number)}losses of a layer: {', '.join(losses)}"
         if metrics:

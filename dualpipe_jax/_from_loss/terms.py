@@ -2,18 +2,18 @@
 
 A loss that adds up losses of its layers (a mixture of experts' balance, a penalty on parameters)
 would have to carry them all to the head; as terms they stay in their layers, `Aux(loss=)`. So do
-metrics that hold a value of each layer, `Aux(metrics=)`.
+metrics that are sums over layers, or hold a value of each, `Aux(metrics=)`.
 """
 
 import heapq
-import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
-import numpy as np
 
-from dualpipe_jax._from_loss.values import Literal, Operand, Value
+from dualpipe_jax._from_loss.graph import Graph
+from dualpipe_jax._from_loss.values import Literal, Node, Operand, Stack, Value, needed
 
 _ADDITIONS = ("add", "add_any", "sub")
 
@@ -23,16 +23,21 @@ class Term:
     """One output of a layer, or of the head, beside x.
 
     Attributes:
-      value: The value; a loss's term is the sum of its elements.
-      factor: The factor of a loss's term; None for a metric.
-      leaf: The number of the metric's leaf.
-      row: The number of its row in the leaf; None if it is the whole leaf.
+      value: The value.
+      factor: Its factor.
+      leaf: The number of the metric's leaf; None for a term of the loss.
+      row: The number of its row in the leaf; None for a term of the whole leaf.
     """
 
     value: Operand
-    factor: float | None = None
-    leaf: int = -1
+    factor: float = 1.0
+    leaf: int | None = None
     row: int | None = None
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether it belongs to the loss."""
+        return self.leaf is None
 
 
 @dataclass
@@ -42,23 +47,29 @@ class Terms:
     Attributes:
       of_layers: The terms of each layer.
       of_head: The head's.
-      is_split: Whether the loss is a sum of several terms.
     """
 
     of_layers: list[list[Term]]
     of_head: list[Term] = field(default_factory=list)
-    is_split: bool = False
 
-    def add(self, term: Term) -> None:
-        """Adds a term where it belongs; the last layer's terms stay in the head at first."""
-        position = term.value.position if isinstance(term.value, Value) else -1
+    def add(self, terms: Sequence[Term], whole: Term) -> None:
+        """Adds the terms of one output where they belong, or else the whole of it to the head."""
+        if len(terms) == 1 or not any(map(self._is_of_layer, terms)):
+            terms = [whole]
+        for term in terms:
+            if self._is_of_layer(term):
+                assert isinstance(term.value, Value)
+                self.of_layers[term.value.position].append(term)
+            else:
+                self.of_head.append(term)
+
+    def _is_of_layer(self, term: Term) -> bool:
+        """Whether a term stays in its layer; the last layer's stay in the head at first."""
+        if not isinstance(term.value, Value):
+            return False
         last = len(self.of_layers) - 1
-        is_penalty = isinstance(term.value, Value) and term.value.is_weights
-        if 0 <= position < last or (position == last and is_penalty and term.factor is not None):
-            self.of_layers[position].append(term)
-            self.is_split |= term.factor is not None
-        else:
-            self.of_head.append(term)
+        is_penalty = term.is_loss and term.value.is_weights
+        return 0 <= term.value.position < last + is_penalty
 
     @property
     def values(self) -> list[Value]:
@@ -67,53 +78,103 @@ class Terms:
         return [term.value for term in terms if isinstance(term.value, Value)]
 
 
-def split_outputs(outputs: Sequence[Operand], num_layers: int, *, is_weighted: bool) -> Terms:
+def split_outputs(
+    graph: Graph, outputs: Sequence[Operand | Stack], num_layers: int, *, is_weighted: bool
+) -> Terms:
     """Takes a loss and its metrics apart.
 
     Args:
+      graph: The graph.
       outputs: The loss, then the leaves of the metrics.
       num_layers: The number of layers.
       is_weighted: Whether the loss is divided by a weight of the batch; losses of layers never are,
         so that it stays whole.
     """
     terms = Terms([[] for _ in range(num_layers)])
-    loss, *metrics = outputs
-    parts = [(1.0, loss)] if is_weighted else _sum(loss)
-    for factor, value in parts:
-        terms.add(Term(value, factor=factor))
-    if not terms.is_split:
-        terms.of_head = [Term(loss, factor=1.0)]
-    for leaf, value in enumerate(metrics):
-        rows = _rows(value)
-        positions = [v.position for v in rows if isinstance(v, Value)]
-        if any(0 <= position < num_layers - 1 for position in positions):
-            for row, of_row in enumerate(rows):
-                terms.add(Term(of_row, leaf=leaf, row=row))
+    sums = _Sums(outputs, is_weighted=is_weighted)
+    for number, value in enumerate(outputs):
+        leaf = number - 1 if number else None
+        if isinstance(value, Stack):
+            rows = map(graph.as_value, value.items)
+            parts = [Term(v, leaf=leaf, row=row) for row, v in enumerate(rows)]
+            value = graph.as_value(value)
         else:
-            terms.add(Term(value, leaf=leaf))
+            parts = [Term(v, factor, leaf) for factor, v in sums.parts(value)]
+        terms.add(parts, Term(value, leaf=leaf))
     return terms
 
 
-def _sum(loss: Operand) -> list[tuple[float, Operand]]:
-    """Lists the terms, and their factors, of which a value is the sum.
+class _Sums:
+    """Takes outputs apart that are sums.
 
-    A value that is added several times (a moving average's) is taken apart once: the equations are
-    visited from the last to the first, when all that read a value have been.
+    An equation is taken apart if its operands need not travel to it: nothing else behind the layer
+    of such an operand reads it.
     """
-    factors: dict[Operand, float] = {loss: 1.0}
-    todo = [(-_number(loss), 0, loss)]
-    pushed, terms = 1, []
-    while todo:
-        _, _, value = heapq.heappop(todo)
-        factor, parts = factors.pop(value), _parts(value)
-        if parts is None:
-            terms.append((factor, value))
-        for part, operand in parts or ():
-            if operand not in factors:
-                heapq.heappush(todo, (-_number(operand), pushed, operand))
-                pushed += 1
-            factors[operand] = factors.get(operand, 0.0) + factor * part
-    return terms[::-1]
+
+    def __init__(self, outputs: Sequence[Operand | Stack], *, is_weighted: bool):
+        read = [a for a in outputs if not isinstance(a, Stack)]
+        read += [v for a in outputs if isinstance(a, Stack) for v in a.values]
+        readers: dict[Value, list[Node]] = defaultdict(list)
+        for node in needed(read):
+            for value in node.reads:
+                readers[value].append(node)
+        self._parts: dict[Node, list[tuple[float, Operand]]] = {}
+        of_metrics = [a for a in outputs[1:] if isinstance(a, Value)]
+        for roots in (() if is_weighted else outputs[:1], of_metrics):
+            todo = [value for value in roots if isinstance(value, Value)]
+            while todo:
+                node = todo.pop().node
+                if node is None or node in self._parts:
+                    continue
+                parts = _parts(node, is_loss=roots is not of_metrics)
+                if parts is not None:
+                    self._parts[node] = parts
+                    todo.extend(v for _, v in parts if isinstance(v, Value))
+
+        def travels(value: Value) -> bool:
+            behind = (node for node in readers[value] if _position(node) > value.position)
+            return any(node not in self._parts for node in behind)
+
+        is_stable = False
+        while not is_stable:
+            whole = [
+                node
+                for node, parts in self._parts.items()
+                if any(
+                    isinstance(v, Value) and 0 <= v.position < _position(node) and travels(v)
+                    for _, v in parts
+                )
+            ]
+            for node in whole:
+                del self._parts[node]
+            is_stable = not whole
+
+    def parts(self, output: Operand) -> list[tuple[float, Operand]]:
+        """Lists the terms, and their factors, of which an output is the sum.
+
+        A value that is added several times (a moving average's) is taken apart once: the equations
+        are visited from the last to the first, when all that read a value have been.
+        """
+        factors: dict[Operand, float] = {output: 1.0}
+        todo = [(-_number(output), 0, output)]
+        pushed, terms = 1, []
+        while todo:
+            _, _, value = heapq.heappop(todo)
+            factor = factors.pop(value)
+            node = value.node if isinstance(value, Value) else None
+            if node is None or node not in self._parts:
+                terms.append((factor, value))
+                continue
+            for part, operand in self._parts[node]:
+                if operand not in factors:
+                    heapq.heappush(todo, (-_number(operand), pushed, operand))
+                    pushed += 1
+                factors[operand] = factors.get(operand, 0.0) + factor * part
+        return terms[::-1]
+
+
+def _position(node: Node) -> int:
+    return node.results[0].position
 
 
 def _number(operand: Operand) -> int:
@@ -121,18 +182,19 @@ def _number(operand: Operand) -> int:
     return operand.node.number if isinstance(operand, Value) and operand.node is not None else -1
 
 
-def _parts(value: Operand) -> list[tuple[float, Operand]] | None:
-    """Takes one addition, or scaling, apart; None for other values."""
-    if isinstance(value, Literal) or value.node is None:
-        return None
-    if not jnp.issubdtype(value.aval.dtype, jnp.floating):
-        return None
-    node, name = value.node, value.node.name
-    operands = node.operands
-    if name in _ADDITIONS and all(a.aval.shape == value.aval.shape for a in operands):
+def _parts(node: Node, *, is_loss: bool) -> list[tuple[float, Operand]] | None:
+    """Takes one addition, or scaling, apart; None for other equations."""
+    operands, aval, name = node.operands, node.results[0].aval, node.name
+    if name in _ADDITIONS and all(
+        isinstance(a, Literal) or a.aval.shape == aval.shape for a in operands
+    ):
         return [(1.0, operands[0]), (-1.0 if name == "sub" else 1.0, operands[1])]
     if name == "neg":
         return [(-1.0, operands[0])]
+    if name == "stop_gradient" and not is_loss:
+        return [(1.0, operands[0])]
+    if not all(jnp.issubdtype(a.aval.dtype, jnp.floating) for a in (node.results[0], *operands)):
+        return None
     literals = [a for a in operands if isinstance(a, Literal)]
     if name == "mul" and len(literals) == 1:
         other = operands[1] if operands[0] is literals[0] else operands[0]
@@ -140,47 +202,5 @@ def _parts(value: Operand) -> list[tuple[float, Operand]] | None:
     if name == "div" and len(literals) == 1 and operands[1] is literals[0]:
         return [(1 / float(literals[0].value), operands[0])]
     if name == "convert_element_type" and isinstance(operands[0], Value):
-        is_float = jnp.issubdtype(operands[0].aval.dtype, jnp.floating)
-        return [(1.0, operands[0])] if is_float else None
-    if name == "reduce_sum" and len(node.eqn.params["axes"]) == len(operands[0].aval.shape):
-        joined = _joined(operands[0])
-        return None if joined is None else [(1.0, part) for part in joined]
+        return [(1.0, operands[0])]
     return None
-
-
-def _joined(value: Operand) -> list[Operand] | None:
-    """Lists the values of which a value is a stack or a concatenation, in any shape."""
-    if isinstance(value, Literal) or value.node is None:
-        return None
-    node = value.node
-    if node.name in ("concatenate", "stack"):
-        return [part for operand in node.operands for part in _joined(operand) or [operand]]
-    if node.name in ("reshape", "squeeze", "broadcast_in_dim") and len(node.operands) == 1:
-        inner = node.operands[0]
-        if math.prod(inner.aval.shape) == math.prod(value.aval.shape):
-            return _joined(inner) or [inner]
-    return None
-
-
-def _rows(value: Operand) -> list[Operand]:
-    """Lists the values that are stacked on the leading dim of a value; none for another value."""
-    if isinstance(value, Literal) or value.node is None:
-        return []
-    node, shape = value.node, value.aval.shape
-    if node.name == "stack" and node.eqn.params["axis"] == 0:
-        return list(node.operands)
-    if node.name != "concatenate" or node.eqn.params["dimension"] != 0:
-        return []
-    rows = []
-    for part in node.operands:
-        if isinstance(part, Literal) or part.node is None or part.aval.shape[0] != 1:
-            return []
-        if part.node.name not in ("broadcast_in_dim", "reshape") or len(part.node.operands) != 1:
-            return []
-        inner = part.node.operands[0]
-        # One element in front of another changes nothing but the shape.
-        dims = part.node.eqn.params.get("broadcast_dimensions", tuple(range(1, len(shape))))
-        if inner.aval.shape != shape[1:] or tuple(dims) != tuple(np.arange(1, len(shape))):
-            return []
-        rows.append(inner)
-    return rows

@@ -105,15 +105,28 @@ Operand = Value | Literal
 
 @dataclass(eq=False)
 class Stack:
-    """Parameters stacked by layer: a value for each layer.
+    """Parameters, or other values, stacked by layer: a value for each layer.
 
     Attributes:
-      items: The values, `[...]`.
+      items: The values, `[...]`; or stacks, of groups of layers.
       aval: The shape and dtype of the stack, `[len(items), ...]`.
+      value: The stack as one value, once an equation needs it so.
     """
 
-    items: list[Value]
+    items: "list[Value] | list[Stack] | list[Value | Stack]"
     aval: Any
+    value: Value | None = None
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether it holds parameters, or values of parameters alone."""
+        return all(item.is_weights for item in self.items)
+
+    @property
+    def values(self) -> list[Value]:
+        """The values of all layers."""
+        parts = [a.values if isinstance(a, Stack) else [a] for a in self.items]
+        return [v for part in parts for v in part]
 
 
 @dataclass(eq=False)

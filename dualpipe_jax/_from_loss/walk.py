@@ -138,10 +138,12 @@ def _is_known(
         return there is b
     if a.is_free:
         return b.is_free and same_type(a, b)
-    return a.is_weights and a.position < 0 and same_made(a, b, equality)
+    is_at_hand = a.is_weights and a.position < 0
+    # Layers may read other rows of one parameter: those are literals.
+    return is_at_hand and same_made(a, b, equality, with_literals=False)
 
 
-def same_made(a: Operand, b: Operand, equality: Equality) -> bool:
+def same_made(a: Operand, b: Operand, equality: Equality, *, with_literals: bool = True) -> bool:
     """Whether two values are the same function of the same inputs."""
     todo = [(a, b)]
     while todo:
@@ -149,7 +151,9 @@ def same_made(a: Operand, b: Operand, equality: Equality) -> bool:
         if a is b:
             continue
         if not isinstance(a, Value) or not isinstance(b, Value):
-            if isinstance(a, Value) or isinstance(b, Value) or not same_value(a.value, b.value):
+            if isinstance(a, Value) or isinstance(b, Value):
+                return False
+            if with_literals and not same_value(a.value, b.value):
                 return False
             continue
         if a.source is not None and b.source is not None:

@@ -54,4 +54,8 @@ VIEWS = frozenset("copy reshape rev slice split squeeze transpose unstack".split
 # They change the shape, and leave the elements in their order.
 RESHAPES = frozenset({"broadcast_in_dim", "reshape", "squeeze"})
 # They give an element, or a function of it, at the index that the operand has it at.
-ELEMENTWISE = (CHEAP_IN_BACKWARD | {"name", "optimization_barrier", "pvary"}) - RESHAPES
+ELEMENTWISE = (
+    (CHEAP_IN_BACKWARD | {"name", "optimization_barrier", "pvary"})
+    - RESHAPES
+    - {"iota", "rev", "slice", "transpose", "unstack"}
+)

@@ -175,7 +175,8 @@ def count(collectives: Any) -> dict[str, Count]:
 
 def _least_cover(collectives: Any, topology: str) -> float | None:
     peak = PEAK.get(topology.split(":")[1])
-    permutes = [each for each in collectives if each.kind == PERMUTE]
+    # A rank that sends to itself alone uses no link.
+    permutes = [each for each in collectives if each.kind == PERMUTE and each.link_seconds]
     if peak is None or not permutes:
         return None
     return min(each.flops / peak / each.link_seconds for each in permutes)

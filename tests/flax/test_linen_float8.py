@@ -207,3 +207,24 @@ def test_where_they_belong_is_told() -> None:
         model.to_params({"params": variables["params"], OVERWRITE_WITH_GRADIENT: {"out": {}}})
     with pytest.raises(ValueError, match=r"(?s)params: must be .*'params' is \['_overwrite"):
         model.to_variables(variables)
+
+
+@pytest.mark.slow
+def test_from_loss_takes_the_layers_variables_that_gradients_overwrite() -> None:
+    """Loss and gradients are those of the model by its parts, variables by the layer's path."""
+    gpt, tokens = Model(), tokens_of(8)
+    variables = gpt.init(jax.random.key(0), tokens)
+
+    def loss_fn(variables: Any, tokens: jax.Array) -> jax.Array:
+        return loss_of(gpt.apply(variables, tokens), tokens)
+
+    found = dpj.from_loss(loss_fn, variables, tokens[:2], layers="params/layers_{}")
+    loss, grads = jax.jit(dpj.value_and_grad(found, mesh=mesh_of(), num_microbatches=4))(
+        variables, tokens
+    )
+    model = dpj.linen.model(embed=gpt.embed, block=Layer(), head=gpt.head, loss=loss_of)
+    canonical = model.to_params(dpj.linen.to_canonical(variables, "layers_{}"))
+    grad_fn = jax.jit(dpj.value_and_grad(model, mesh=mesh_of(), num_microbatches=4))
+    want_loss, want = grad_fn(canonical, tokens)
+    assert_close(loss, want_loss)
+    assert_close(grads, dpj.linen.to_flax(model.to_variables(want), "layers_{}"))

@@ -132,6 +132,21 @@ def branches(*scales: float) -> Function:
     return lambda x: lax.cond(x[0, 0] > 0, *(lambda x, s=s: x * s for s in scales), x)
 
 
+def remat(*names: str) -> Function:
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names(*names)
+    return jax.checkpoint(
+        jnp.sin, policy=policies.save_from_both_policies(policies.dots_saveable, named)
+    )
+
+
+def remat_by(ndim: int) -> Function:
+    def policy(prim: Any, *avals: Any, **params: Any) -> bool:
+        return avals[0].ndim == ndim
+
+    return jax.checkpoint(jnp.sin, policy=policy)
+
+
 DIFFERENT: dict[str, tuple[Function, Function]] = {
     "custom_vjp, an integer argument": (custom_vjp(2.0), custom_vjp(3.0)),
     "custom_vjp": (custom_vjp_of_floats(2.0), custom_vjp_of_floats(3.0)),
@@ -168,6 +183,8 @@ DIFFERENT: dict[str, tuple[Function, Function]] = {
         jax.checkpoint(jnp.sin, policy=jax.checkpoint_policies.dots_saveable),
         jax.checkpoint(jnp.sin),
     ),
+    "checkpoint, names of a policy": (remat("a"), remat("b")),
+    "checkpoint, values of a policy": (remat_by(2), remat_by(3)),
     "scan, length": (scanned(2), scanned(3)),
     "scan, direction": (scanned(2, reverse=True), scanned(2)),
     "scan, body": (scanned(2, 2.0), scanned(2, 3.0)),
@@ -219,6 +236,8 @@ SAME: dict[str, tuple[Function, Function]] = {
         jax.checkpoint(lambda x: jax.jit(jnp.sin, keep_unused=True, donate_argnums=0)(x)),
     ),
     "arrays of equal values": (with_constant(2.0), with_constant(2.0)),
+    "policies of equal names": (remat("a", "b"), remat("b", "a")),
+    "policies of equal values": (remat_by(2), remat_by(2)),
     "scans of equal bodies": (scanned(2, 2.0), scanned(2, 2.0)),
 }
 

@@ -47,12 +47,14 @@ def backwards(params: Any, x: Any) -> Any:
     return lax.scan(step, x, params["blocks"], reverse=True)[0].sum()
 
 
-def pairs_in_scan(params: Any, x: Any) -> Any:
-    def step(x: Any, pair: Any) -> Any:
-        return jnp.tanh(jnp.tanh(x @ pair[0]) @ pair[1]), None
+def reversed_rows(params: Any, x: Any) -> Any:
+    step = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+    return lax.scan(step, x, params["blocks"][::-1])[0].sum()
 
-    pairs = params["blocks"].reshape(LAYERS // 2, 2, WIDTH, WIDTH)
-    return lax.scan(step, x, pairs)[0].sum()
+
+def sorted_rows(params: Any, x: Any) -> Any:
+    step = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+    return lax.scan(step, x, jnp.sort(params["blocks"], 0))[0].sum()
 
 
 def one_custom_vjp(params: Any, x: Any) -> Any:
@@ -158,6 +160,18 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         STACK,
         {"layers": "blocks"},
         ("from the last to the first", "test_refusals.py"),
+    ),
+    "a scan over rows from the last to the first": (
+        reversed_rows,
+        STACK,
+        {"layers": "blocks"},
+        ("layers must run in the order of their numbers", "test_refusals.py"),
+    ),
+    "rows mixed by a sort": (
+        sorted_rows,
+        STACK,
+        {"layers": "blocks"},
+        ("mixes the parameters of several layers", "test_refusals.py"),
     ),
     "custom_vjp": (one_custom_vjp, NAMED, {}, ("custom_vjp_call", "each layer by itself")),
     "shard_map": (one_shard_map, NAMED, {}, ("shard_map", "take it off")),

@@ -88,7 +88,7 @@ def assert_equal(found: Any, wanted: Any) -> None:
 def test_gradients_and_metrics_have_the_users_structure(schedule: str) -> None:
     grad_fn = jax.jit(dpj.value_and_grad(MODEL, **ONLY_PIPE, schedule=schedule))
     wanted = reference(PARAMS, BATCH, num_microbatches=MICROBATCHES)
-    assert_equal(grad_fn(PARAMS, BATCH, rng=KEY), wanted)
+    assert_equal(grad_fn(PARAMS, BATCH, rng=KEY, loss_scale=8.0), wanted)
 
 
 def test_evaluate_sequential_and_apply() -> None:
@@ -200,3 +200,36 @@ def test_the_report_names_values_with_their_lines() -> None:
         assert words in text
     assert "losses of a layer" in text
     assert "metrics of a layer" in text
+
+
+def test_no_device_holds_all_parameters_or_gradients() -> None:
+    """Layers by name: in and out of the compiled step a device has its quarter of the bytes.
+
+    Gradients are in bfloat16, half of the parameters' bytes.
+    """
+    width = 64
+    layers = {f"w{i}": jax.ShapeDtypeStruct((width, width), "float32") for i in range(8)}
+    layers["static"] = None  # as in a tree of Equinox
+    batch = jax.ShapeDtypeStruct((8, width), "float32")
+
+    def loss_fn(params: Any, x: Any) -> Any:
+        for i in range(8):
+            x = jnp.tanh(x @ params[f"w{i}"])
+        return jnp.square(x).sum()
+
+    model = dpj.from_loss(
+        loss_fn, layers, jax.ShapeDtypeStruct((1, width), "float32"), layers="w{}"
+    )
+    mesh = jax.make_mesh((4,), ("pipe",), devices=jax.devices()[:4])
+    grad_fn = jax.jit(
+        dpj.value_and_grad(model, mesh=mesh, num_microbatches=8, grad_dtype="bfloat16")
+    )
+    placed = jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding),
+        layers,
+        dpj.shardings(model, mesh=mesh),
+    )
+    memory = grad_fn.lower(placed, batch).compile().memory_analysis()
+    quarter = 8 * width * width * 4 // 4
+    assert memory.argument_size_in_bytes <= quarter + 8 * width * 4
+    assert quarter // 2 <= memory.output_size_in_bytes <= quarter // 2 + 200
