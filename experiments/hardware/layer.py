@@ -26,7 +26,7 @@ from experiments.hardware.timing import Samples, difference, share, side_by_side
 
 TABLE = "layer"
 OURS, VJP = "executor", "jax.vjp"
-# Of each figure, the program and the one that is subtracted.
+# The program of each figure, and the one that is subtracted from it.
 _FROM: dict[str, dict[str, tuple[str, str]]] = {
     OURS: {
         "F": ("forward", ""),

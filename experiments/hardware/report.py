@@ -51,7 +51,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """Says what failed: tasks, and programs within them."""
+        """Lists the failures of tasks, and of programs within them."""
         of_tasks = [f"{each.name}: {each.failure}" for each in self.outcomes if each.failure]
         of_figures = [
             f"{each.table}, {each.row}, {each.column}: {each.note}"
