@@ -5,6 +5,7 @@ of Equinox. Loss and gradients are those of the model's own forward under `jax.g
 where the model can be; dropout in GPT-2 and in Equinox.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ import optax
 import pytest
 import transformers
 from flax import nnx
-from tunix.models.gemma3 import model as gemma3_model
-from tunix.models.llama3 import model as llama3_model
 
 import dualpipe_jax as dpj
 
 PACKAGE: Any = transformers
+LLAMA3, GEMMA3 = (
+    importlib.import_module(f"tunix.models.{name}.model") for name in ("llama3", "gemma3")
+)
 VOCABULARY, LENGTH, ROWS, MICROBATCHES = 11, 6, 2, 2
 KEY = jax.random.key(5)
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY}
@@ -140,7 +142,7 @@ def of_tunix(model: Any) -> Case:
 
 
 def llama3(**options: Any) -> Case:
-    config = llama3_model.ModelConfig(
+    config = LLAMA3.ModelConfig(
         num_layers=4,
         vocab_size=VOCABULARY,
         embed_dim=8,
@@ -152,11 +154,11 @@ def llama3(**options: Any) -> Case:
         norm_eps=1e-6,
         **options,
     )
-    return of_tunix(llama3_model.Llama3(config, rngs=nnx.Rngs(0)))
+    return of_tunix(LLAMA3.Llama3(config, rngs=nnx.Rngs(0)))
 
 
 def gemma3(**options: Any) -> Case:
-    config = gemma3_model.ModelConfig(
+    config = GEMMA3.ModelConfig(
         num_layers=8,
         num_embed=VOCABULARY,
         embed_dim=8,
@@ -167,7 +169,7 @@ def gemma3(**options: Any) -> Case:
         sliding_window_size=3,
         **options,
     )
-    return of_tunix(gemma3_model.Gemma3(config, rngs=nnx.Rngs(0)))
+    return of_tunix(GEMMA3.Gemma3(config, rngs=nnx.Rngs(0)))
 
 
 class EquinoxLayer(equinox.Module):
@@ -237,12 +239,12 @@ CASES: dict[str, tuple[Callable[[], Case], int]] = {
     ),
     "tunix llama3": (llama3, 1),
     "tunix llama3, tied, rematerialised": (
-        lambda: llama3(weight_tying=True, remat_config=llama3_model.RematConfig.DECODER),
+        lambda: llama3(weight_tying=True, remat_config=LLAMA3.RematConfig.DECODER),
         1,
     ),
     "tunix gemma3": (gemma3, 1),
     "tunix gemma3, rematerialised": (
-        lambda: gemma3(remat_config=gemma3_model.RematConfig.DECODER),
+        lambda: gemma3(remat_config=GEMMA3.RematConfig.DECODER),
         2,
     ),
     "equinox": (of_equinox, 1),

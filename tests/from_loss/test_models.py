@@ -345,7 +345,7 @@ def stacked_experts() -> dict[str, Any]:
     return {**ends_params(), "blocks": jax.tree.map(lambda *a: jnp.stack(a), *layers)}
 
 
-def penalty(params: Any) -> jax.Array:
+def penalty(params: Any) -> Any:
     return 0.01 * sum(jnp.square(a).sum() for a in jax.tree.leaves(params))
 
 
