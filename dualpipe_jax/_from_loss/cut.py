@@ -113,6 +113,7 @@ def find_cut(
     has_aux: bool,
     is_weighted: bool,
     max_kinds: int | None,
+    max_x: int,
 ) -> Cut:
     """Finds the pipeline in a loss.
 
@@ -124,6 +125,7 @@ def find_cut(
       has_aux: Whether loss_fn returns `(loss, metrics)`.
       is_weighted: Whether the loss is divided by a weight.
       max_kinds: The most kinds of layers; None for the smaller of four and half of the layers.
+      max_x: The largest x, as a multiple of the bytes that half of the layers read and write.
 
     Raises:
       ValueError: If it has no pipeline by the rules of docs/from_loss.md.
@@ -158,6 +160,7 @@ def find_cut(
                 is_weighted=is_weighted,
                 prefer_late=prefer_late,
                 max_kinds=max_kinds,
+                max_x=max_x,
             )
         except ValueError as error:
             reasons.append(error)
@@ -269,6 +272,7 @@ def _cut(
     is_weighted: bool,
     prefer_late: bool,
     max_kinds: int | None,
+    max_x: int,
 ) -> Cut:
     num_layers = len(inputs.layers)
     terms = split_outputs(graph, outputs, num_layers, is_weighted=is_weighted)
@@ -290,7 +294,7 @@ def _cut(
         raise ValueError("loss_fn: no value crosses between its layers: they are no pipeline")
     layers = [layer(index) for index in range(num_layers)]
     kinds = group(layers, equality, max_kinds=max_kinds)
-    _require_narrow(slots, layers)
+    _require_narrow(slots, layers, max_x)
     recipes = [
         [recipe(column, kind.indices, num_layers, equality) for column in kind.free]
         for kind in kinds
@@ -362,8 +366,8 @@ def _require_known_in_head(terms: Terms, slots: Slots) -> None:
                 )
 
 
-def _require_narrow(slots: Slots, layers: Sequence[Layer]) -> None:
-    """Requires x to be no larger than twice the values that half of the layers read and write.
+def _require_narrow(slots: Slots, layers: Sequence[Layer], max_x: int) -> None:
+    """Requires x to be no larger than `max_x` times the bytes that half of the layers touch.
 
     Raises:
       ValueError: If it is larger.
@@ -386,8 +390,8 @@ def _require_narrow(slots: Slots, layers: Sequence[Layer]) -> None:
         for slot, aval in enumerate(slots.avals)
     ]
     raise_all(
-        f"loss_fn: {total:,} bytes cross between layers, more than twice the {usual:,} that half "
-        "of the layers read and write: values of several layers travel to the end; "
-        "use them in the layer that makes them, or write the model as embed, block and head",
-        lines if total > 2 * usual else (),
+        f"loss_fn: {total:,} bytes cross between layers, more than max_x={max_x} times the "
+        f"{usual:,} that half of the layers read and write: values of several layers travel to the "
+        f"end; use them in the layer that makes them, or allow it with max_x={-(-total // usual)}",
+        lines if total > max_x * usual else (),
     )

@@ -34,6 +34,7 @@ def from_loss(
     has_aux: bool = False,
     weight: Weight | None = None,
     max_kinds: int | None = None,
+    max_x: int = 2,
 ) -> "LossModel":
     """Finds the pipeline in a loss function, whose model stays as it is.
 
@@ -76,6 +77,7 @@ def from_loss(
       weight: As `Model.weight`: the loss of a step is sum(loss_fn) / sum(weight).
       max_kinds: The most kinds of layers, each of which is a program of its own; None for the
         smaller of four and half of the layers.
+      max_x: The largest x, as a multiple of the bytes that half of the layers read and write.
 
     Returns:
       A LossModel. `print` it to see which values cross between layers.
@@ -93,6 +95,7 @@ def from_loss(
         raise TypeError(f"has_aux={brief(has_aux)}: must be True or False")
     if max_kinds is not None:
         positive_int("max_kinds", max_kinds)
+    positive_int("max_x", max_x)
     patterns = _require_paths("layers", layers)
     if not patterns:
         raise ValueError("layers=(): must name the layers, such as 'layers_{}'")
@@ -113,6 +116,7 @@ def from_loss(
         has_aux=has_aux,
         is_weighted=weight is not None,
         max_kinds=max_kinds,
+        max_x=max_x,
         has_key=rng is not None,
     )
     first = finder.cut(semantics.as_arrays(microbatch), rng)
@@ -232,6 +236,7 @@ class Finder:
       has_aux: Whether it returns metrics.
       is_weighted: Whether the loss is divided by a weight.
       max_kinds: The most kinds of layers.
+      max_x: The largest x.
       has_key: Whether loss_fn takes a key.
     """
 
@@ -240,6 +245,7 @@ class Finder:
     has_aux: bool
     is_weighted: bool
     max_kinds: int | None
+    max_x: int
     has_key: bool
     _cuts: dict[Hashable, Cut] = field(default_factory=dict, init=False)
 
@@ -266,6 +272,7 @@ class Finder:
                 has_aux=self.has_aux,
                 is_weighted=self.is_weighted,
                 max_kinds=self.max_kinds,
+                max_x=self.max_x,
             )
             first = next(iter(self._cuts.values()), found)
             if _form(found) != _form(first):

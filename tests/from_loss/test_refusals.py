@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -185,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         all_hidden_states,
         {f"w{i}": jnp.ones((WIDTH, WIDTH)) for i in range(8)},
         {"max_kinds": 8},
-        ("bytes cross between layers", "tanh at test_refusals.py"),
+        ("bytes cross between layers", "tanh at test_refusals.py", "max_x=4"),
     ),
     "prints": (prints, NAMED, {}, ("has an effect", "debug", "test_refusals.py")),
     "collective": (collective, NAMED, {}, ("names a mesh axis", "manual_axes")),
@@ -202,6 +203,19 @@ def test_a_loss_without_a_pipeline_is_refused(name: str) -> None:
         dpj.from_loss(loss_fn, params, MICROBATCH, **given)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_wide_x_can_be_allowed() -> None:
+    params = {f"w{i}": jnp.eye(WIDTH) * (1 + i) / 4 for i in range(8)}
+    batch = jnp.linspace(-1, 1, 2 * ROWS * WIDTH).reshape(2 * ROWS, WIDTH)
+    options: dict[str, Any] = {"layers": "w{}", "max_kinds": 8, "max_x": 4}
+    model = dpj.from_loss(all_hidden_states, params, MICROBATCH, **options)
+    run = dpj.sequential(model, num_microbatches=2)
+    found = jax.jit(jax.value_and_grad(run))(params, batch)
+    plain = lambda params: sum(all_hidden_states(params, x) for x in jnp.split(batch, 2)) / 2  # noqa: E731
+    wanted = jax.value_and_grad(plain)(params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 MODEL = dpj.from_loss(in_order(range(LAYERS)), NAMED, MICROBATCH, layers="w{}")

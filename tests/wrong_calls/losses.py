@@ -97,6 +97,7 @@ def _mistakes() -> dict[str, list[Mistake]]:
         "rng": tensors.rng_mistakes(),
         "has_aux": [*flags(), mistake("metrics that are not there", True, also=("loss_fn",))],
         "weight": functions(optional=True),
+        "max_x": but(counts(), "number far too large", "number beyond all floats"),
         "max_kinds": but(counts(optional=True), "number far too large", "number beyond all floats"),
     }
 
