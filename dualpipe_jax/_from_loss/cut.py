@@ -148,6 +148,8 @@ def find_cut(
         if prefer_late and not takes_apart:
             if not graph.num_taken_apart:
                 break
+            # Stacks remember the values of the first graph.
+            inputs, operands = _make_inputs(places, microbatch, key)
             graph = Graph(takes_apart=False)
             outputs = graph.append(program, operands)
         try:

@@ -9,7 +9,9 @@ from dualpipe_jax._from_loss.cut import Cut
 from dualpipe_jax._from_loss.evaluate import Arrays, evaluate
 from dualpipe_jax._from_loss.free import Recipe
 from dualpipe_jax._from_loss.kinds import Kind
+from dualpipe_jax._from_loss.terms import Term
 from dualpipe_jax._from_loss.values import Value, is_key
+from dualpipe_jax._model import semantics
 from dualpipe_jax._model.types import Aux, Context, PyTree
 
 X = tuple[jax.Array, ...]
@@ -49,7 +51,7 @@ def block(cut: Cut, number: int, params: PyTree, x: X, ctx: Context) -> Any:
     if not first.terms:
         return y
     scaled = [
-        (term, _scaled(_factor(kind, number, layer), value))
+        (term, _scaled(cut, term, _factor(kind, number, layer), value))
         for number, (term, value) in enumerate(zip(first.terms, values[count:], strict=True))
     ]
     losses = [value for term, value in scaled if term.is_loss]
@@ -63,7 +65,7 @@ def head(cut: Cut, ends: PyTree, x: X, ctx: Context, *, has_aux: bool) -> Any:
     arrays.update((v, _unpack(v, x[slot])) for v, slot in cut.slots.before[-1].items())
     values = evaluate([term.value for term in cut.terms.of_head], arrays)
     scaled = [
-        (term, _scaled(term.factor, value))
+        (term, _scaled(cut, term, term.factor, value))
         for term, value in zip(cut.terms.of_head, values, strict=True)
     ]
     losses = [value for term, value in scaled if term.is_loss]
@@ -109,11 +111,15 @@ def _factor(kind: Kind, number: int, layer: jax.Array) -> Any:
     return jnp.asarray([factors.get(i, 0.0) for i in range(max(factors) + 1)])[layer]
 
 
-def _scaled(factor: Any, value: Any) -> Any:
+def _scaled(cut: Cut, term: Term, factor: Any, value: Any) -> Any:
     """Computes a term."""
     value = jnp.asarray(value)
-    is_one = isinstance(factor, float) and factor == 1
-    return value if is_one else jnp.asarray(factor, value.dtype) * value
+    if isinstance(factor, float) and factor == 1:
+        return value
+    # The user's factor may stand behind a conversion, and have no place in a narrow value's dtype.
+    output = cut.outputs[0 if term.leaf is None else term.leaf + 1].aval.dtype
+    dtype = semantics.accumulator_dtype(semantics.wider_dtype(value.dtype, output))
+    return jnp.asarray(factor, dtype) * value.astype(dtype)
 
 
 def _pack(value: Any) -> Any:

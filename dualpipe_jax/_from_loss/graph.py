@@ -20,7 +20,7 @@ from jax.extend.core import primitives
 
 from dualpipe_jax._from_loss.lift import closed, lift_literals, program_of
 from dualpipe_jax._from_loss.run import where
-from dualpipe_jax._from_loss.values import Literal, Node, Operand, Source, Stack, Value
+from dualpipe_jax._from_loss.values import Literal, Node, Operand, Source, Stack, Value, is_key
 from dualpipe_jax._model.kinds import as_constants
 from dualpipe_jax._split_vjp.primitives import ELEMENTWISE
 
@@ -217,7 +217,9 @@ class Graph:
         count = len(first.items)
         if any(len(s.items) != count for s in stacks):
             return None
-        if name == "reshape" and params["new_sizes"][0] < count:
+        if out.size == 0 and len(eqn.outvars) == 1 and not is_key(out):
+            return [constant(np.zeros(out.shape, out.dtype))]
+        if name == "reshape" and params["new_sizes"][:1] < (count,):
             return self._groups(first, out)
         if name in ("slice", "dynamic_slice", "squeeze"):
             return self._take(eqn, inputs, first)
@@ -245,7 +247,7 @@ class Graph:
             )
             or (name == "transpose" and params["permutation"][0] == 0)
             or (name == "rev" and 0 not in params["dimensions"])
-            or (name == "reshape" and params["new_sizes"][0] == count)
+            or (name == "reshape" and params["new_sizes"][:1] == (count,))
             or name in ("reduce_sum", "reduce_max", "reduce_min")
             or (name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,))
         )
@@ -304,7 +306,8 @@ class Graph:
 
     def _groups(self, stack: Stack, aval: Any) -> list[Stack] | None:
         """Gives a stack in groups of as many layers each."""
-        number, size = aval.shape[0], len(stack.items) // aval.shape[0]
+        number = aval.shape[0] if aval.shape else 1
+        size = len(stack.items) // number
         if aval.shape != (number, size, *stack.aval.shape[1:]):
             return None
         inner = aval.update(shape=aval.shape[1:])

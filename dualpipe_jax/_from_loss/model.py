@@ -221,7 +221,7 @@ class LossModel(Model):
                 if None in of_leaf
                 else jnp.stack([of_leaf[i] for i in sorted(of_leaf)])
             )
-            leaves.append(whole.astype(output.aval.dtype))
+            leaves.append(whole.astype(semantics.accumulator_dtype(output.aval.dtype)))
         # The first leaf of the structure is the loss.
         return jax.tree.unflatten(self.cut.structure, [None, *leaves])[1]
 

@@ -6,6 +6,7 @@ metrics that are sums over layers, or hold a value of each, `Aux(metrics=)`.
 """
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from dualpipe_jax._from_loss.graph import Graph
 from dualpipe_jax._from_loss.values import Literal, Node, Operand, Stack, Value, needed
+from dualpipe_jax._model import semantics
 
 _ADDITIONS = ("add", "add_any", "sub")
 
@@ -98,8 +100,10 @@ def split_outputs(
             rows = map(graph.as_value, value.items)
             parts = [Term(v, leaf=leaf, row=row) for row, v in enumerate(rows)]
             value = graph.as_value(value)
-        else:
+        elif number or not is_weighted:
             parts = [Term(v, factor, leaf) for factor, v in sums.parts(value)]
+        else:
+            parts = []
         terms.add(parts, Term(value, leaf=leaf))
     return terms
 
@@ -119,13 +123,15 @@ class _Sums:
             for value in node.reads:
                 readers[value].append(node)
         self._parts: dict[Node, list[tuple[float, Operand]]] = {}
+        seen: set[Node] = set()  # a metric takes nothing apart that the loss, read first, has whole
         of_metrics = [a for a in outputs[1:] if isinstance(a, Value)]
         for roots in (() if is_weighted else outputs[:1], of_metrics):
             todo = [value for value in roots if isinstance(value, Value)]
             while todo:
                 node = todo.pop().node
-                if node is None or node in self._parts:
+                if node is None or node in seen:
                     continue
+                seen.add(node)
                 parts = _parts(node, is_loss=roots is not of_metrics)
                 if parts is not None:
                     self._parts[node] = parts
@@ -185,6 +191,9 @@ def _number(operand: Operand) -> int:
 def _parts(node: Node, *, is_loss: bool) -> list[tuple[float, Operand]] | None:
     """Takes one addition, or scaling, apart; None for other equations."""
     operands, aval, name = node.operands, node.results[0].aval, node.name
+    dtype = aval.dtype
+    if jnp.issubdtype(dtype, jnp.integer) and semantics.accumulator_dtype(dtype) != dtype:
+        return None  # small and unsigned integers may wrap, and sums over microbatches do not
     if name in _ADDITIONS and all(
         isinstance(a, Literal) or a.aval.shape == aval.shape for a in operands
     ):
@@ -198,9 +207,14 @@ def _parts(node: Node, *, is_loss: bool) -> list[tuple[float, Operand]] | None:
     literals = [a for a in operands if isinstance(a, Literal)]
     if name == "mul" and len(literals) == 1:
         other = operands[1] if operands[0] is literals[0] else operands[0]
-        return [(float(literals[0].value), other)]
+        return _scaling(float(literals[0].value), other)
     if name == "div" and len(literals) == 1 and operands[1] is literals[0]:
-        return [(1 / float(literals[0].value), operands[0])]
+        divisor = float(literals[0].value)
+        return _scaling(1 / divisor, operands[0]) if divisor else None
     if name == "convert_element_type" and isinstance(operands[0], Value):
         return [(1.0, operands[0])]
     return None
+
+
+def _scaling(factor: float, operand: Operand) -> list[tuple[float, Operand]] | None:
+    return [(factor, operand)] if math.isfinite(factor) else None
