@@ -10,6 +10,7 @@ are compared equation by equation.
 
 import dataclasses
 import enum
+import functools
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -153,22 +154,25 @@ class Equality:
             )
         return _is_of_jax(a) and _equal(a, b)
 
-    def _same_policy(self, a: Any, b: Any) -> bool:
-        """Whether two policies are the same, or functions of one line of code and equal values."""
-        if self._same(a, b, with_rules=True):
+    def _same_policy(self, a: Any, b: Any, above: frozenset[tuple[int, int]] = frozenset()) -> bool:
+        """Whether two policies are the same, or functions of one line of code and equal values.
+
+        Args:
+          a: A policy, or a value that one holds.
+          b: Another one.
+          above: Those that hold them: a function may hold itself.
+        """
+        pair = id(a), id(b)
+        if pair in above or self._same(a, b, with_rules=True):
             return True
-        functions = [f for f in (a, b) if isinstance(f, types.FunctionType)]
-        if len(functions) < 2 or a.__code__ is not b.__code__ or a.__globals__ is not b.__globals__:
-            return False
-        values = [
-            (
-                *(cell.cell_contents for cell in f.__closure__ or ()),
-                *(f.__defaults__ or ()),
-                *(f.__kwdefaults__ or {}).values(),
-            )
-            for f in functions
-        ]
-        return len(values[0]) == len(values[1]) and all(map(self._same_policy, *values))
+        left, right = _held_by(a), _held_by(b)
+        return (
+            type(a) is type(b)
+            and left is not None
+            and right is not None
+            and len(left) == len(right)
+            and all(self._same_policy(x, y, above | {pair}) for x, y in zip(left, right, strict=True))
+        )
 
     def _same_rules(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn) -> bool:
         if a.primitive.name not in _CUSTOM_RULES:
@@ -184,6 +188,23 @@ class Equality:
         if id(eqn) not in self._rules:
             self._rules[id(eqn)] = eqn, _trace_rule(eqn)  # kept, so that no id is used twice
         return self._rules[id(eqn)][1]
+
+
+def _held_by(f: Any) -> tuple[Any, ...] | None:
+    """Lists the code and the values that a function consists of; None if they are not known."""
+    if isinstance(f, functools.partial):
+        return (f.func, *f.args, tuple(f.keywords), *f.keywords.values())
+    if isinstance(f, types.MethodType):
+        return (f.__func__, f.__self__)
+    if not isinstance(f, types.FunctionType):
+        return None
+    try:
+        cells = [cell.cell_contents for cell in f.__closure__ or ()]
+    except ValueError:  # a variable that has no value yet
+        return None
+    defaults, named = f.__defaults__ or (), f.__kwdefaults__ or {}
+    names = (len(defaults), *named)
+    return (f.__code__, id(f.__globals__), names, *cells, *defaults, *named.values())
 
 
 def _trace_rule(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:

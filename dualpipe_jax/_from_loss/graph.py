@@ -222,7 +222,9 @@ class Graph:
         if name == "reshape" and params["new_sizes"][:1] < (count,):
             return self._groups(first, out)
         if name in ("slice", "dynamic_slice", "squeeze"):
-            return self._take(eqn, inputs, first)
+            taken = self._take(eqn, inputs, first)
+            if taken is not None:
+                return taken
         if name == "rev" and params["dimensions"] == (0,):
             return [Stack(first.items[::-1], out)]
         if any(isinstance(item, Stack) for stack in stacks for item in stack.items):
@@ -232,11 +234,13 @@ class Graph:
             if len(params["axes"]) > 1:
                 parts = [self._on_rows(eqn, params, [item], keeps_dim=True) for item in parts]
             return [self._add_up(eqn, parts)]
+        is_dot_of_rows = False
         if name == "dot_general" and all(
             isinstance(a, Stack) or (isinstance(a, Value) and a.is_at_hand) for a in inputs
         ):
             contracted, batched = params["dimension_numbers"]
-            if not any(batched) and [tuple(dims) for dims in contracted] == [(0,), (0,)]:
+            is_dot_of_rows = [tuple(dims[:1]) for dims in batched] == [(0,), (0,)]
+            if (0, 0) in zip(*contracted, strict=True):
                 rows = [[self._row(a, i, eqn) for a in inputs] for i in range(count)]
                 parts = [self._on_rows(eqn, params, row, keeps_dim=True) for row in rows]
                 return [self._add_up(eqn, parts)]
@@ -248,14 +252,15 @@ class Graph:
             or (name == "transpose" and params["permutation"][0] == 0)
             or (name == "rev" and 0 not in params["dimensions"])
             or (name == "reshape" and params["new_sizes"][:1] == (count,))
-            or name in ("reduce_sum", "reduce_max", "reduce_min")
+            or name in ("reduce_sum", "reduce_max", "reduce_min", "slice", "dynamic_slice")
+            or is_dot_of_rows
             or (name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,))
         )
         if not keeps_layers or len(eqn.outvars) != 1 or out.shape[:1] != (count,):
             return None
         if params.get("axes") is not None and 0 in params["axes"]:
             return None
-        for key in ("new_sizes", "shape"):
+        for key in ("new_sizes", "shape", "limit_indices", "slice_sizes"):
             if key in params:
                 params[key] = (1, *params[key][1:])
         items = [

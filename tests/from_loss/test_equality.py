@@ -4,6 +4,7 @@ A pair that counted as the same would be a wrong gradient without a word.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -147,6 +148,34 @@ def remat_by(ndim: int) -> Function:
     return jax.checkpoint(jnp.sin, policy=policy)
 
 
+class Policy:
+    """A policy as a method, of which each access makes another one."""
+
+    def __init__(self, ndim: int):
+        self.ndim = ndim
+
+    def save(self, unused: Any, prim: Any, *avals: Any, **params: Any) -> bool:
+        return avals[0].ndim == self.ndim
+
+
+POLICY = Policy(2)
+
+
+def remat_by_itself(is_known: bool) -> Function:
+    """A policy that holds itself, and a variable that may have no value."""
+
+    def policy(prim: Any, *avals: Any, **params: Any) -> bool:
+        return policy is not None or later
+
+    if is_known:
+        later = True
+    return jax.checkpoint(jnp.sin, policy=policy)
+
+
+def remat_by_method(policy: Policy, unused: int) -> Function:
+    return jax.checkpoint(jnp.sin, policy=partial(policy.save, unused))
+
+
 DIFFERENT: dict[str, tuple[Function, Function]] = {
     "custom_vjp, an integer argument": (custom_vjp(2.0), custom_vjp(3.0)),
     "custom_vjp": (custom_vjp_of_floats(2.0), custom_vjp_of_floats(3.0)),
@@ -185,6 +214,9 @@ DIFFERENT: dict[str, tuple[Function, Function]] = {
     ),
     "checkpoint, names of a policy": (remat("a"), remat("b")),
     "checkpoint, values of a policy": (remat_by(2), remat_by(3)),
+    "checkpoint, a policy's argument": (remat_by_method(POLICY, 0), remat_by_method(POLICY, 1)),
+    "checkpoint, a policy's object": (remat_by_method(POLICY, 0), remat_by_method(Policy(2), 0)),
+    "checkpoint, a policy without a value": (remat_by_itself(False), remat_by_itself(False)),
     "scan, length": (scanned(2), scanned(3)),
     "scan, direction": (scanned(2, reverse=True), scanned(2)),
     "scan, body": (scanned(2, 2.0), scanned(2, 3.0)),
@@ -238,6 +270,8 @@ SAME: dict[str, tuple[Function, Function]] = {
     "arrays of equal values": (with_constant(2.0), with_constant(2.0)),
     "policies of equal names": (remat("a", "b"), remat("b", "a")),
     "policies of equal values": (remat_by(2), remat_by(2)),
+    "policies of one method": (remat_by_method(POLICY, 0), remat_by_method(POLICY, 0)),
+    "policies that hold themselves": (remat_by_itself(True), remat_by_itself(True)),
     "scans of equal bodies": (scanned(2, 2.0), scanned(2, 2.0)),
 }
 

@@ -34,6 +34,9 @@ APART: dict[str, Callable[[Any, Any], Any]] = {
     "rows in another order": lambda a, b: a[::-1],
     "columns in another order": lambda a, b: a[:, ::-1],
     "some rows": lambda a, b: a[1:],
+    "no rows": lambda a, b: a[1:1].sum() + a[2:3].max((1, 2)) + a[:0].reshape(0, 2).sum(),
+    "some columns": lambda a, b: a[:, 1:] - a[..., ::2, 1:2] + b[0, 2, 1],
+    "columns chosen by the batch": lambda a, b: lax.dynamic_slice_in_dim(a, b.argmax(), 2, 1),
     "one row": lambda a, b: a[1] + a[-1],
     "transposed rows": lambda a, b: a.transpose(0, 2, 1),
     "reshaped rows": lambda a, b: a.reshape(SIZE, -1),
@@ -45,11 +48,17 @@ APART: dict[str, Callable[[Any, Any], Any]] = {
     "mean and variance of columns": lambda a, b: a.mean(1) + jnp.var(a, axis=2),
     "weighted sum": lambda a, b: jnp.tensordot(b[0, 0], a, (0, 0)),
     "weighted sums": lambda a, b: jnp.tensordot(a, b, (0, 0)),
+    "contracted row by row": lambda a, b: jnp.einsum("lij,lkj->lik", a, b)
+    + jax.vmap(jnp.vdot)(a, a)[:, None, None],
+    "contracted rows and columns": lambda a, b: jnp.einsum("lij,lik,jm->jkm", a, b, b[0])
+    + jnp.einsum("ilj,ilj->", a, a),
     "stacked again": lambda a, b: jnp.stack([a[i] * i for i in range(SIZE)]),
     "joined rows": lambda a, b: jnp.concatenate([a[i][None] for i in range(SIZE)]),
     "sum of joined rows": lambda a, b: jnp.concatenate([a[i] for i in range(SIZE)]).sum(),
 }
 WHOLE: dict[str, Callable[[Any, Any], Any]] = {
+    "one row as a scalar": lambda a, b: a[2:].max((1, 2)).reshape(()),
+    "contracted rows with columns": lambda a, b: jnp.einsum("lij,jlk->ik", a, b),
     "transposed": lambda a, b: a.T,
     "first two dims": lambda a, b: a.transpose(1, 0, 2),
     "rolled": lambda a, b: jnp.roll(a, 1, 0),
@@ -62,6 +71,7 @@ WHOLE: dict[str, Callable[[Any, Any], Any]] = {
     "broadcast to other rows": lambda a, b: jnp.broadcast_to(a[:1], SHAPE) + a[:1].sum(),
     "added to a dim": lambda a, b: jnp.broadcast_to(a[None], (SIZE, *SHAPE)),
     "contracted columns": lambda a, b: a @ b,
+    "columns by rows": lambda a, b: jnp.einsum("ilj,lij->lij", a, b),
     "contracted with itself": lambda a, b: jnp.einsum("lij,lkj->ik", a, a),
     "padded": lambda a, b: jnp.pad(a, ((1, 0), (0, 0), (0, 0))),
     "tiled": lambda a, b: jnp.tile(a, (2, 1, 1)),
