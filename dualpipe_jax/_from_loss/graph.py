@@ -22,7 +22,7 @@ from dualpipe_jax._from_loss.lift import closed, lift_literals, program_of
 from dualpipe_jax._from_loss.run import where
 from dualpipe_jax._from_loss.values import Literal, Node, Operand, Source, Stack, Value, is_key
 from dualpipe_jax._model.kinds import as_constants
-from dualpipe_jax._split_vjp.primitives import ELEMENTWISE
+from dualpipe_jax._split_vjp.primitives import ELEMENTWISE, REDUCTIONS
 
 Input = Operand | Stack
 
@@ -252,7 +252,7 @@ class Graph:
             or (name == "transpose" and params["permutation"][0] == 0)
             or (name == "rev" and 0 not in params["dimensions"])
             or (name == "reshape" and params["new_sizes"][:1] == (count,))
-            or name in ("reduce_sum", "reduce_max", "reduce_min", "slice", "dynamic_slice")
+            or name in REDUCTIONS | {"reduce_prod", "slice", "dynamic_slice"}
             or is_dot_of_rows
             or (name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,))
         )
