@@ -171,7 +171,9 @@ class Equality:
             and left is not None
             and right is not None
             and len(left) == len(right)
-            and all(self._same_policy(x, y, above | {pair}) for x, y in zip(left, right, strict=True))
+            and all(
+                self._same_policy(x, y, above | {pair}) for x, y in zip(left, right, strict=True)
+            )
         )
 
     def _same_rules(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn) -> bool:

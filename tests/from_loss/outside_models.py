@@ -21,9 +21,6 @@ from flax import nnx
 import dualpipe_jax as dpj
 
 PACKAGE: Any = transformers
-LLAMA3, GEMMA3 = (
-    importlib.import_module(f"tunix.models.{name}.model") for name in ("llama3", "gemma3")
-)
 VOCABULARY, LENGTH, ROWS, MICROBATCHES = 11, 6, 2, 2
 KEY = jax.random.key(5)
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY}
@@ -141,8 +138,15 @@ def of_tunix(model: Any) -> Case:
     return Case(loss_fn, params, {"layers": "layers/{}"})
 
 
-def llama3(**options: Any) -> Case:
-    config = LLAMA3.ModelConfig(
+def tunix(name: str) -> Any:
+    return importlib.import_module(f"tunix.models.{name}.model")
+
+
+def llama3(*, is_rematerialised: bool = False, **options: Any) -> Case:
+    module = tunix("llama3")
+    remat = module.RematConfig.DECODER if is_rematerialised else module.RematConfig.NONE
+    config = module.ModelConfig(
+        remat_config=remat,
         num_layers=4,
         vocab_size=VOCABULARY,
         embed_dim=8,
@@ -154,11 +158,14 @@ def llama3(**options: Any) -> Case:
         norm_eps=1e-6,
         **options,
     )
-    return of_tunix(LLAMA3.Llama3(config, rngs=nnx.Rngs(0)))
+    return of_tunix(module.Llama3(config, rngs=nnx.Rngs(0)))
 
 
-def gemma3(**options: Any) -> Case:
-    config = GEMMA3.ModelConfig(
+def gemma3(*, is_rematerialised: bool = False) -> Case:
+    module = tunix("gemma3")
+    remat = module.RematConfig.DECODER if is_rematerialised else module.RematConfig.NONE
+    config = module.ModelConfig(
+        remat_config=remat,
         num_layers=8,
         num_embed=VOCABULARY,
         embed_dim=8,
@@ -167,9 +174,8 @@ def gemma3(**options: Any) -> Case:
         head_dim=4,
         num_kv_heads=1,
         sliding_window_size=3,
-        **options,
     )
-    return of_tunix(GEMMA3.Gemma3(config, rngs=nnx.Rngs(0)))
+    return of_tunix(module.Gemma3(config, rngs=nnx.Rngs(0)))
 
 
 class EquinoxLayer(equinox.Module):
@@ -239,12 +245,12 @@ CASES: dict[str, tuple[Callable[[], Case], int]] = {
     ),
     "tunix llama3": (llama3, 1),
     "tunix llama3, tied, rematerialised": (
-        lambda: llama3(weight_tying=True, remat_config=LLAMA3.RematConfig.DECODER),
+        lambda: llama3(weight_tying=True, is_rematerialised=True),
         1,
     ),
     "tunix gemma3": (gemma3, 1),
     "tunix gemma3, rematerialised": (
-        lambda: gemma3(remat_config=GEMMA3.RematConfig.DECODER),
+        lambda: gemma3(is_rematerialised=True),
         2,
     ),
     "equinox": (of_equinox, 1),

@@ -48,10 +48,12 @@ APART: dict[str, Callable[[Any, Any], Any]] = {
     "mean and variance of columns": lambda a, b: a.mean(1) + jnp.var(a, axis=2),
     "weighted sum": lambda a, b: jnp.tensordot(b[0, 0], a, (0, 0)),
     "weighted sums": lambda a, b: jnp.tensordot(a, b, (0, 0)),
-    "contracted row by row": lambda a, b: jnp.einsum("lij,lkj->lik", a, b)
-    + jax.vmap(jnp.vdot)(a, a)[:, None, None],
-    "contracted rows and columns": lambda a, b: jnp.einsum("lij,lik,jm->jkm", a, b, b[0])
-    + jnp.einsum("ilj,ilj->", a, a),
+    "contracted row by row": lambda a, b: (
+        jnp.einsum("lij,lkj->lik", a, b) + jax.vmap(jnp.vdot)(a, a)[:, None, None]
+    ),
+    "contracted rows and columns": lambda a, b: (
+        jnp.einsum("lij,lik,jm->jkm", a, b, b[0]) + jnp.einsum("ilj,ilj->", a, a)
+    ),
     "stacked again": lambda a, b: jnp.stack([a[i] * i for i in range(SIZE)]),
     "joined rows": lambda a, b: jnp.concatenate([a[i][None] for i in range(SIZE)]),
     "sum of joined rows": lambda a, b: jnp.concatenate([a[i] for i in range(SIZE)]).sum(),
