@@ -1,5 +1,6 @@
 """The functions of a model that a cut gives: embed, a block for each kind, head."""
 
+from functools import reduce
 from typing import Any
 
 import jax
@@ -117,8 +118,9 @@ def _scaled(cut: Cut, term: Term, factor: Any, value: Any) -> Any:
     if isinstance(factor, float) and factor == 1:
         return value
     # The user's factor may stand behind a conversion, and have no place in a narrow value's dtype.
-    output = cut.outputs[0 if term.leaf is None else term.leaf + 1].aval.dtype
-    dtype = semantics.accumulator_dtype(semantics.wider_dtype(value.dtype, output))
+    numbers = [leaf + 1 for leaf, _ in term.places] or [0]
+    dtypes = [cut.outputs[number].aval.dtype for number in numbers]
+    dtype = semantics.accumulator_dtype(reduce(semantics.wider_dtype, dtypes, value.dtype))
     return jnp.asarray(factor, dtype) * value.astype(dtype)
 
 

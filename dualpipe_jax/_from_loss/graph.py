@@ -26,6 +26,9 @@ from dualpipe_jax._split_vjp.primitives import ELEMENTWISE, REDUCTIONS
 
 Input = Operand | Stack
 
+# They act on the rows of a stack unless they name its leading dim.
+_ACT_ON_ROWS = {"reduce_prod", "argmax", "argmin", "slice", "dynamic_slice"}
+
 
 class Graph:
     """Holds the nodes of a traced loss.
@@ -252,7 +255,7 @@ class Graph:
             or (name == "transpose" and params["permutation"][0] == 0)
             or (name == "rev" and 0 not in params["dimensions"])
             or (name == "reshape" and params["new_sizes"][:1] == (count,))
-            or name in REDUCTIONS | {"reduce_prod", "slice", "dynamic_slice"}
+            or name in REDUCTIONS | _ACT_ON_ROWS
             or is_dot_of_rows
             or (name == "broadcast_in_dim" and params["broadcast_dimensions"][:1] == (0,))
         )

@@ -202,9 +202,9 @@ class LossModel(Model):
         rows: dict[int, dict[Any, Any]] = defaultdict(dict)
 
         def add(term: Term, value: Any) -> None:
-            assert term.leaf is not None
-            of_leaf = rows[term.leaf]
-            of_leaf[term.row] = of_leaf[term.row] + value if term.row in of_leaf else value
+            for leaf, row in term.places:
+                of_leaf = rows[leaf]
+                of_leaf[row] = of_leaf[row] + value if row in of_leaf else value
 
         of_head = of_head or ()
         for term, value in zip((t for t in terms.of_head if not t.is_loss), of_head, strict=True):
@@ -290,7 +290,7 @@ class Finder:
 def _form(cut: Cut) -> Any:
     """Gives the part of a pipeline that parameters and results depend on."""
     metrics = [
-        [(term.leaf, term.row) for term in terms if not term.is_loss]
+        [term.places for term in terms if not term.is_loss]
         for terms in (*cut.terms.of_layers, cut.terms.of_head)
     ]
     return cut.layout, cut.shared, metrics, cut.structure

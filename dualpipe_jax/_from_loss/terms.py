@@ -27,19 +27,18 @@ class Term:
     Attributes:
       value: The value.
       factor: Its factor.
-      leaf: The number of the metric's leaf; None for a term of the loss.
-      row: The number of its row in the leaf; None for a term of the whole leaf.
+      places: The metrics that it is a term of: the number of the leaf, and that of its row in the
+        leaf, or None for a term of the whole leaf. Empty for a term of the loss.
     """
 
     value: Operand
     factor: float = 1.0
-    leaf: int | None = None
-    row: int | None = None
+    places: list[tuple[int, int | None]] = field(default_factory=list)
 
     @property
     def is_loss(self) -> bool:
         """Whether it belongs to the loss."""
-        return self.leaf is None
+        return not self.places
 
 
 @dataclass
@@ -59,19 +58,28 @@ class Terms:
         if len(terms) == 1 or not any(map(self._is_of_layer, terms)):
             terms = [whole]
         for term in terms:
+            own = self.of_head
             if self._is_of_layer(term):
                 assert isinstance(term.value, Value)
-                self.of_layers[term.value.position].append(term)
+                own = self.of_layers[term.value.position]
+            same = (
+                t
+                for t in own
+                if t.value is term.value
+                and t.factor == term.factor
+                and not (t.is_loss or term.is_loss)
+            )
+            known = next(same, None)
+            if known is None:
+                own.append(term)
             else:
-                self.of_head.append(term)
+                known.places.extend(term.places)
 
     def _is_of_layer(self, term: Term) -> bool:
-        """Whether a term stays in its layer; the last layer's stay in the head at first."""
+        """Whether a term stays in its layer; the last layer's may stay in the head at first."""
         if not isinstance(term.value, Value):
             return False
-        last = len(self.of_layers) - 1
-        is_penalty = term.is_loss and term.value.is_weights
-        return 0 <= term.value.position < last + is_penalty
+        return 0 <= term.value.position < len(self.of_layers) - (not term.value.is_weights)
 
     @property
     def values(self) -> list[Value]:
@@ -95,16 +103,17 @@ def split_outputs(
     terms = Terms([[] for _ in range(num_layers)])
     sums = _Sums(outputs, is_weighted=is_weighted)
     for number, value in enumerate(outputs):
-        leaf = number - 1 if number else None
+        leaf = number - 1
+        whole: list[tuple[int, int | None]] = [(leaf, None)] if number else []
         if isinstance(value, Stack):
             rows = map(graph.as_value, value.items)
-            parts = [Term(v, leaf=leaf, row=row) for row, v in enumerate(rows)]
+            parts = [Term(v, places=[(leaf, row)]) for row, v in enumerate(rows)]
             value = graph.as_value(value)
         elif number or not is_weighted:
-            parts = [Term(v, factor, leaf) for factor, v in sums.parts(value)]
+            parts = [Term(v, factor, list(whole)) for factor, v in sums.parts(value)]
         else:
             parts = []
-        terms.add(parts, Term(value, leaf=leaf))
+        terms.add(parts, Term(value, places=whole))
     return terms
 
 
@@ -123,7 +132,8 @@ class _Sums:
             for value in node.reads:
                 readers[value].append(node)
         self._parts: dict[Node, list[tuple[float, Operand]]] = {}
-        seen: set[Node] = set()  # a metric takes nothing apart that the loss, read first, has whole
+        # A metric takes nothing apart that the loss, which comes first, has whole.
+        seen: set[Node] = set(needed(read[:1])) if is_weighted else set()
         of_metrics = [a for a in outputs[1:] if isinstance(a, Value)]
         for roots in (() if is_weighted else outputs[:1], of_metrics):
             todo = [value for value in roots if isinstance(value, Value)]

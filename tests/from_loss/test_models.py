@@ -4,6 +4,7 @@ Every model runs in `sequential`, some in the pipeline, in float64; the referenc
 microbatches m of `loss_fn(params, microbatch_m, fold_in(rng, m))`.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -306,6 +307,7 @@ def experts(params: Any, batch: Any) -> Any:
         total = total + losses[-1]
         average = average + 0.1 * (losses[-1] - average)
     weights = np.linspace(1, 2, LAYERS)
+    counts = [(load > 0.4).sum() for load in loads]
     loss = cross_entropy(params, x, batch) + 0.01 * (total + average + jnp.stack(losses).mean())
     loss += 0.02 * (weights * jnp.array(losses)).sum() + 0.03 * jnp.dot(weights, jnp.stack(losses))
     loss += 0.01 * jnp.var(jnp.stack(loads), -1).mean() - 0.01 * jnp.concatenate(loads).sum()
@@ -316,7 +318,12 @@ def experts(params: Any, batch: Any) -> Any:
         "load": sum(loads) / LAYERS,
         "mean load": jnp.stack(loads).mean(0),
         "by layer": [{"load": load, "first": load[0]} for load in loads],
-        "count": sum((load > 0.4).sum() for load in loads),
+        "count": sum(counts),
+        "counts so far": list(itertools.accumulate(counts)),
+        "hundreds": jnp.stack([100 + count for count in counts]).astype(jnp.int8),
+        "scaled": 1e-9 * sum(count.astype(jnp.float16).astype(float) for count in counts),
+        "highest": jnp.stack(loads).argmax(-1) == 0,
+        "norms": [jnp.abs(params[f"layers_{i}"]["router"]).sum() for i in range(LAYERS)],
         "loss": loss,
         "norm": jnp.square(x).sum(),
         "rows": jnp.int32(x.shape[0]),
@@ -368,11 +375,25 @@ def dense_then_experts(params: Any, batch: Any) -> jax.Array:
     return cross_entropy(params, x, batch)
 
 
-def weighted(params: Any, batch: Any) -> jax.Array:
-    x = params["embed"][batch["tokens"]]
+def weighted(params: Any, batch: Any) -> Any:
+    """With a weight the loss stays whole, also where a metric is the same sum."""
+    x, total = params["embed"][batch["tokens"]], 0.0
     for i in range(LAYERS):
         x = layer(params[f"layers_{i}"], x, causal())
-    return (jnp.square(x).sum(-1) * (batch["targets"] > 1)).sum()
+        total = total + jnp.square(x @ params[f"layers_{i}"]["q"]).mean()
+    loss = (jnp.square(x).sum(-1) * (batch["targets"] > 1)).sum() + total
+    return loss, {"loss": loss, "total": total}
+
+
+def stopped(params: Any, batch: Any) -> Any:
+    """A sum without a gradient, which is a metric as well; unsigned numbers below zero."""
+    x, total, rest = params["embed"][batch["tokens"]], 0.0, np.uint8(9)
+    for i in range(LAYERS):
+        x = layer(params[f"layers_{i}"], x, causal())
+        total = total + jnp.square(x @ params[f"layers_{i}"]["q"]).mean()
+        rest = rest - (x > 0.5).sum().astype(jnp.uint8)
+    total = lax.stop_gradient(total)
+    return cross_entropy(params, x, batch) + total, {"total": total, "rest": rest}
 
 
 def count_targets(batch: Any) -> jax.Array:
@@ -423,7 +444,15 @@ CASES: dict[str, Case] = {
         experts_in_scan, stacked_experts(), "blocks", options={"has_aux": True}
     ),
     "dense, then experts": Case(dense_then_experts, dense_then_experts_params(), num_kinds=2),
-    "weight": Case(weighted, named_params(), options={"weight": count_targets}),
+    "weight": Case(
+        weighted,
+        named_params(),
+        options={"weight": count_targets, "has_aux": True},
+        num_kinds=2,
+    ),
+    "a sum without a gradient": Case(
+        stopped, named_params(), options={"has_aux": True, "max_kinds": 3}, num_kinds=3
+    ),
 }
 
 
