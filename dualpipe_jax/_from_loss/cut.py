@@ -362,9 +362,9 @@ def _require_known_in_head(terms: Terms, slots: Slots) -> None:
         for value in node.reads:
             if value.source is not None and value.source.kind == "layer":
                 raise ValueError(
-                    f"loss_fn: the head reads a parameter of layer {value.source.layer}, "
-                    f"{value.source.name}, in {node.name} at {node.where}; name it in shared=, or "
-                    "compute the value outside of loss_fn"
+                    f"loss_fn: the head reads a parameter of layer {value.source.layer} in "
+                    f"{node.name} at {node.where}: {value}; name it in shared=, or compute the "
+                    "value outside of loss_fn"
                 )
 
 

@@ -33,7 +33,8 @@ class Source(NamedTuple):
     array: Any = None
 
 
-@dataclass(eq=False)
+# The values of a program refer to each other: a repr of one would hold all of them.
+@dataclass(eq=False, repr=False)
 class Value:
     """One value.
 
@@ -88,8 +89,9 @@ class Value:
         if self.node is not None:
             return f"{self.aval.str_short()} ({self.node.name} at {self.node.where})"
         assert self.source is not None
-        name = {"batch": "of the microbatch", "key": "the key", "const": "a constant"}
-        return f"{self.aval.str_short()} ({name.get(self.source.kind, self.source.name)})"
+        names = {"batch": "of the microbatch", "key": "the key", "const": "a constant"}
+        name = names.get(self.source.kind, self.source.name or "the parameter")
+        return f"{self.aval.str_short()} ({name})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ class Literal:
 Operand = Value | Literal
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Stack:
     """Parameters, or other values, stacked by layer: a value for each layer.
 
@@ -129,7 +131,7 @@ class Stack:
         return [v for part in parts for v in part]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """An equation.
 

@@ -103,11 +103,6 @@ def without_layers(params: Any, x: Any) -> Any:
     return jnp.square(x).sum()
 
 
-def head_reads_a_layer(params: Any, x: Any) -> Any:
-    x = jnp.square(in_order(range(LAYERS))(params, x))
-    return jnp.square(x * params["w3"][0, 0] * params["head"]).sum()
-
-
 Words = tuple[str, ...]
 REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
     "wrong path": (
