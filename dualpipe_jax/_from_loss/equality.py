@@ -64,6 +64,17 @@ class Equality:
             and (not with_rules or self._same_rules(a, b))
         )
 
+    def differing(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn) -> list[str]:
+        """Names the parameters in which two equations of one primitive differ."""
+        if a.primitive is not b.primitive:
+            return []
+        names = a.params.keys() & b.params.keys() - _IGNORED.get(a.primitive.name, set())
+        return sorted(
+            name
+            for name in names
+            if not self._same(a.params[name], b.params[name], with_rules=True)
+        )
+
     def same_program(
         self, a: jcore.ClosedJaxpr, b: jcore.ClosedJaxpr, *, with_rules: bool = True
     ) -> bool:

@@ -133,7 +133,8 @@ def pair(one: Layer, other: Layer, equality: Equality) -> Pairs | Difference:
             assert a.node is not None
             assert b.node is not None
             if a.index != b.index or not same_node(a.node, b.node, equality):
-                return Difference(a, b)
+                names = equality.differing(a.node.eqn, b.node.eqn)
+                return Difference(a, b, f" (they differ in {', '.join(names)})" if names else "")
             if a.node in pairs.nodes:
                 if pairs.nodes[a.node] is not b.node:
                     return Difference(a, b, " (one equation there, two here)")

@@ -80,6 +80,13 @@ def all_different(params: Any, x: Any) -> Any:
     return x.sum()
 
 
+def literals_in_scans(params: Any, x: Any) -> Any:
+    for i in range(LAYERS):
+        x = jnp.tanh(x @ params[f"w{i}"])
+        x = lax.scan(lambda x, _, i=i: (x * (1 + i), None), x, None, length=2)[0]
+    return x.sum()
+
+
 def all_hidden_states(params: Any, x: Any) -> Any:
     hidden = []
     for w in params.values():
@@ -176,6 +183,12 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         NAMED,
         {},
         ("4 kinds", "layers 0 and 1", "tanh at test_refusals.py", "sin at", "max_kinds=4"),
+    ),
+    "literals in scans": (
+        literals_in_scans,
+        NAMED,
+        {},
+        ("scan at test_refusals.py", "they differ in jaxpr"),
     ),
     "hidden states": (
         all_hidden_states,
