@@ -120,8 +120,8 @@ def split_outputs(
 class _Sums:
     """Takes outputs apart that are sums.
 
-    An equation is taken apart if its operands need not travel to it: nothing else behind the layer
-    of such an operand reads it.
+    An equation is taken apart if its operands need not travel to it: nothing else in a later layer
+    reads them.
     """
 
     def __init__(self, outputs: Sequence[Operand | Stack], *, is_weighted: bool):

@@ -1,8 +1,8 @@
 """Published models as they stand, through `from_loss` alone: `make test-outside`.
 
-Models of transformers (Linen), of tunix (NNX, with and without its own rematerialisation) and one
-of Equinox. Loss and gradients are those of the model's own forward under `jax.grad`, in float64
-where the model can be; dropout in GPT-2 and in Equinox.
+Linen models from transformers, NNX models from tunix (with and without its own rematerialisation),
+an Equinox model. Loss and gradients are those of the model's own forward under `jax.grad`, in
+float64 where the model can be; dropout in GPT-2 and in the Equinox model.
 """
 
 import importlib
