@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend import core as jcore
 
 from dualpipe_jax._from_loss.run import run_equation, where
+from dualpipe_jax._model.kinds import as_constants
 
 
 class Source(NamedTuple):
@@ -184,6 +185,12 @@ class Node:
 
 def _is(one: Any, other: Any) -> bool:
     return one is other
+
+
+def constant(array: Any) -> Value:
+    """Makes a value of a constant."""
+    array = as_constants(array)
+    return Value(jax.typeof(array), source=Source("const", array=array))
 
 
 def needed(targets: Iterable[Operand], known: Iterable[Value] = ()) -> list[Node]:
