@@ -4,6 +4,9 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def in_terminal(*arguments: str, columns: int, command: str = "timeline") -> tuple[str, int]:
@@ -41,3 +44,16 @@ def modules_after(code: str) -> set[str]:
         check=True,
     )
     return {name.partition(".")[0] for name in done.stderr.split()}
+
+
+def run_script(module: str, *flags: str, output: Path) -> str:
+    """Runs a script of the experiments, with fake devices of its own; returns its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *flags, "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from experiments.benchmarks import racing, report, variants
 from experiments.benchmarks.benchmarks import describe_agreement, main, require_agreement
 from experiments.benchmarks.tasks import Compiled, Sizes, Step, Task
 from experiments.train_lm.model import LanguageModel
+from tests.commands import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "benchmarks"
@@ -42,17 +41,11 @@ SIZES = Sizes(layers=4, width=16, heads=2, sequence=16, vocabulary=32, microbatc
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs the script as a user does, with fake devices of its own."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    flags = [*TINY.split(), "--remat", "block", "--output", str(folder)]
-    flags += [f"--variant={name}" for name in NAMES]
-    result = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.benchmarks", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
+    variants = [f"--variant={name}" for name in NAMES]
+    said = run_script(
+        "benchmarks.benchmarks", *TINY.split(), "--remat", "block", *variants, output=folder
     )
-    assert result.returncode == 0, result.stderr
-    assert "gradient norms within" in result.stdout
+    assert "gradient norms within" in said
     return folder
 
 

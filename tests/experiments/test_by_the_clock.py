@@ -18,6 +18,7 @@ import dualpipe_jax as dpj
 from experiments import tables
 from experiments.by_the_clock import processes, report, sleeping, steps, tasks
 from experiments.by_the_clock.by_the_clock import main, make_rows, require_possible
+from tests.commands import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "by_the_clock"
@@ -47,15 +48,7 @@ def row(schedule: str = "1f1b", **fields: Any) -> report.Row:
 
 @pytest.mark.slow
 def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.by_the_clock.by_the_clock", *TINY.split()]
-    result = subprocess.run(
-        [*command, "--output", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr
+    said = run_script("by_the_clock.by_the_clock", *TINY.split(), output=tmp_path)
     rows = tables.read_csv(report.Row, tmp_path / "clock.csv")
     assert [(row.costs, row.overlap) for row in rows] == [
         (costs, overlap) for costs in tasks.COSTS for overlap in (False, True)
@@ -74,7 +67,7 @@ def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
         )
         assert row.predicted == pytest.approx(0.05 * simulation.makespan, abs=1e-4)
         assert row.ideal == pytest.approx(0.05 * simulation.dependency_makespan, abs=1e-4)
-        assert f"2 ranks, {row.costs}: clock / work: dualpipe" in result.stdout
+        assert f"2 ranks, {row.costs}: clock / work: dualpipe" in said
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(rows)
     picture = matplotlib.image.imread(tmp_path / "clock.png")
     assert picture[..., :3].std() > 0.05  # not blank

@@ -1,8 +1,6 @@
 """The comparison of idle time, small: its counts, and that its committed figures are reproduced."""
 
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -18,6 +16,7 @@ import dualpipe_jax as dpj
 from experiments import tables
 from experiments.compare import costs, idle
 from experiments.compare.idle import Row, main, replay
+from tests.commands import run_script
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "experiments" / "compare"
@@ -144,15 +143,7 @@ def test_figures_that_the_readme_names() -> None:
 
 @pytest.mark.slow
 def test_it_writes_figures_table_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.compare.idle", *SMALL.split()]
-    result = subprocess.run(
-        [*command, "--output", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr
+    run_script("compare.idle", *SMALL.split(), output=tmp_path)
     rows = tables.read_csv(Row, tmp_path / "idle.csv")
     assert [(row.ranks, row.microbatches) for row in rows[:: len(dpj.schedules.names())]] == [
         (2, 4),

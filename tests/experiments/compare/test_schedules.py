@@ -4,8 +4,6 @@ That every schedule's gradients are right is tested elsewhere; here two of them 
 """
 
 import csv
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import pytest
 import dualpipe_jax as dpj
 from experiments.compare import measuring, report
 from experiments.compare.schedules import main, require_same_losses
+from tests.commands import run_script
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("dualpipe", "1f1b")
@@ -31,15 +30,7 @@ TINY = (
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs the script as a user does, with fake devices of its own."""
     folder = tmp_path_factory.mktemp("compare")
-    command = [sys.executable, "-m", "experiments.compare.schedules"]
-    result = subprocess.run(
-        [*command, *TINY.split(), "--output", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stderr
+    run_script("compare.schedules", *TINY.split(), output=folder)
     return folder
 
 

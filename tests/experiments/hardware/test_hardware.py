@@ -6,7 +6,6 @@ No test here looks at how long anything takes.
 import dataclasses
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from experiments.hardware import (
     timing,
 )
 from experiments.hardware.tasks import Figure, Sizes, Task
+from tests.commands import run_script
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = "--family mlp --width 16 --tokens 8 --microbatches 2 --rounds 2 --schedule dualpipe"
@@ -49,15 +49,7 @@ MACHINE = {
 
 @pytest.mark.slow
 def test_all_parts_run_over_fake_devices(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.hardware.hardware", *TINY.split()]
-    result = subprocess.run(
-        [*command, "--output", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stderr
+    said = run_script("hardware.hardware", *TINY.split(), output=tmp_path)
     found = report.Report.from_dict(json.loads((tmp_path / "cpu" / "report.json").read_text()))
     assert found.failures == []
     assert [each.name for each in found.outcomes] == ["step", "tick", "layer", "schedules-dualpipe"]
@@ -76,7 +68,7 @@ def test_all_parts_run_over_fake_devices(tmp_path: Path) -> None:
     assert 0 < (found.median(schedules.TABLE, "dualpipe", "idle") or 0) < 1
     page = (tmp_path / "cpu" / "report.md").read_text()
     assert page == report.to_page(found)
-    assert page in result.stdout
+    assert page in said
     titles = ["A layer", "A step over one rank", "A tick by itself", "Schedules"]
     assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == titles
 
