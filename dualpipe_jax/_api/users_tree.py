@@ -62,12 +62,14 @@ def _shard(leaf: Any, sharding: NamedSharding) -> Any:
         return leaf
     if not sharding.mesh.explicit_axes:
         return jax.lax.with_sharding_constraint(leaf, sharding)
-    entries = (
-        entry if {*([entry] if isinstance(entry, str) else entry or ())} <= explicit else None
-        for explicit in [{*sharding.mesh.explicit_axes}]
-        for entry in sharding.spec
-    )
-    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*entries)))
+    explicit = {*sharding.mesh.explicit_axes}
+
+    def kept(entry: Any) -> Any:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return entry if explicit.issuperset(names) else None
+
+    spec = PartitionSpec(*map(kept, sharding.spec))
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
 
 
 def as_canonical(model: Model, params: PyTree) -> tuple[Params, Form]:

@@ -6,6 +6,7 @@ the same program become kinds; and each kind gets recipes for the free values of
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,42 +134,38 @@ def find_cut(
     """
     program, out = _trace(loss_fn, places, microbatch, key)
     _require_outputs(out, has_aux=has_aux)
-    inputs, operands = _make_inputs(places, microbatch, key)
-    graph = Graph()
-    outputs = graph.append(program, operands)
-    if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
-        raise ValueError(
-            "loss_fn: its loss does not depend on the parameters of any layer; name in layers= the "
-            "layers that it runs"
-        )
     equality = Equality()
     found: list[Cut] = []
     reasons: list[ValueError] = []
-    for takes_apart, prefer_late in ((True, True), (True, False), (False, True), (False, False)):
-        if prefer_late and not takes_apart:
-            if not graph.num_taken_apart:
-                break
-            # Stacks remember the values of the first graph.
-            inputs, operands = _make_inputs(places, microbatch, key)
-            graph = Graph(takes_apart=False)
-            outputs = graph.append(program, operands)
-        try:
-            cut = _cut(
-                graph,
-                inputs,
-                outputs,
-                equality,
-                structure=jax.tree.structure(out),
-                is_weighted=is_weighted,
-                prefer_late=prefer_late,
-                max_kinds=max_kinds,
-                max_x=max_x,
+    for takes_apart in (True, False):
+        graph = Graph(takes_apart=takes_apart)
+        inputs, operands = _make_inputs(places, microbatch, key)  # stacks remember their graph
+        outputs = graph.append(program, operands)
+        if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
+            raise ValueError(
+                "loss_fn: its loss does not depend on the parameters of any layer; name in layers= "
+                "the layers that it runs"
             )
-        except ValueError as error:
-            reasons.append(error)
-            continue
-        found.append(cut)
-        if len(cut.kinds) == 1:
+        for prefer_late in (True, False):
+            try:
+                cut = _cut(
+                    graph,
+                    inputs,
+                    outputs,
+                    equality,
+                    structure=jax.tree.structure(out),
+                    is_weighted=is_weighted,
+                    prefer_late=prefer_late,
+                    max_kinds=max_kinds,
+                    max_x=max_x,
+                )
+            except ValueError as error:
+                reasons.append(error)
+                continue
+            if len(cut.kinds) == 1:
+                return cut
+            found.append(cut)
+        if not graph.num_taken_apart:
             break
     if not found:
         raise reasons[0]
@@ -381,6 +378,7 @@ def _require_narrow(slots: Slots, layers: Sequence[Layer], max_x: int) -> None:
         touched = {slot for v, slot in layer.x.items() if v in read} | set(layer.outputs)
         sizes.append(sum(slots.avals[slot].num_bytes for slot in touched))
     usual = sorted(sizes)[len(sizes) // 2]
+    needed_x = math.ceil(total / max(usual, 1))
     lines = [
         f"{aval.num_bytes:,} bytes: "
         + "; ".join(
@@ -394,6 +392,6 @@ def _require_narrow(slots: Slots, layers: Sequence[Layer], max_x: int) -> None:
     raise_all(
         f"loss_fn: {total:,} bytes cross between layers, more than max_x={max_x} times the "
         f"{usual:,} that half of the layers read and write: values of several layers travel to the "
-        f"end; use them in the layer that makes them, or allow it with max_x={-(-total // usual)}",
+        f"end; use them in the layer that makes them, or allow it with max_x={needed_x}",
         lines if total > max_x * usual else (),
     )
