@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -20,6 +21,17 @@ from dualpipe_jax._from_loss.values import Literal, Operand, Stack, Value, const
 from dualpipe_jax._split_vjp.primitives import ELEMENTWISE, REDUCTIONS
 
 Input = Operand | Stack
+
+# How two rows are combined in a reduction over rows.
+_COMBINE: dict[str, Callable[..., Any]] = {
+    "reduce_sum": lax.add,
+    "reduce_prod": lax.mul,
+    "reduce_and": lax.bitwise_and,
+    "reduce_or": lax.bitwise_or,
+    "reduce_max": lax.max,
+    "reduce_min": lax.min,
+}
+_EXTREMES = ("reduce_max", "reduce_min")
 
 # They act on the rows of a stack unless they name its leading dim.
 _ACT_ON_ROWS = REDUCTIONS | {"reduce_prod", "argmax", "argmin", "slice", "dynamic_slice"}
@@ -36,6 +48,10 @@ class Program(Protocol):
 
     def as_value(self, operand: Input, of: jcore.JaxprEqn | None = None) -> Value:
         """Gives a literal, or a stack, as one value."""
+        ...
+
+    def known(self, operand: Input) -> np.ndarray | None:
+        """Gives the array of an operand that is made of literals and constants alone."""
         ...
 
 
@@ -55,11 +71,15 @@ class OnStacks:
 
     def by_layer(self) -> list[Any] | None:
         """Gives the results of the equation on each layer's values; None if it has none."""
-        if len({len(stack.items) for stack in self._stacks}) > 1 or len(self.eqn.outvars) > 1:
+        if len({len(stack.items) for stack in self._stacks}) > 1:
+            return None
+        if self.eqn.primitive.name in ("split", "unstack"):
+            return self._taken_apart()
+        if len(self.eqn.outvars) > 1:
             return None
         if self._out.size == 0 and not is_key(self._out):
             return [constant(np.zeros(self._out.shape, self._out.dtype))]
-        ways = (self._put_elsewhere, self._added_up, self._on_each_row)
+        ways = (self._put_elsewhere, self._combined, self._on_each_row)
         result = next((result for way in ways if (result := way()) is not None), None)
         return None if result is None else [result]
 
@@ -99,12 +119,16 @@ class OnStacks:
             case "slice":
                 start, limit = params["start_indices"], params["limit_indices"]
                 has_whole_rows = (start[1:], limit[1:]) == ((0,) * len(rest), rest)
-                if has_whole_rows and set(params["strides"] or (1,)) == {1}:
-                    return Stack(stack.items[start[0] : limit[0]], out)
-            case "dynamic_slice" if isinstance(self.inputs[1], Literal):
-                if params["slice_sizes"] == (1, *rest):
-                    layer = min(max(int(self.inputs[1].value), 0), shape[0] - 1)
-                    return Stack([stack.items[layer]], out)
+                step, *others = params["strides"] or (1,) * len(shape)
+                if has_whole_rows and set(others) <= {1}:
+                    return Stack(stack.items[start[0] : limit[0] : step], out)
+            case "dynamic_slice" if params["slice_sizes"][1:] == rest:
+                start = self.program.known(self.inputs[1])
+                if start is not None:  # the others can only be zero
+                    layer = min(max(int(start), 0), shape[0] - out.shape[0])
+                    return Stack(stack.items[layer : layer + out.shape[0]], out)
+            case "gather" if stack is self.inputs[0]:
+                return self._gathered(stack)
             case "squeeze":
                 return self._squeezed(stack)
         return None
@@ -122,23 +146,67 @@ class OnStacks:
             return None
         return without_dims(stack.items[0]) if len(dimensions) > 1 else stack.items[0]
 
-    def _added_up(self) -> Value | None:
-        """A sum, or a contraction, over rows."""
+    def _gathered(self, stack: Stack) -> Input | None:
+        """Rows of known numbers, or the only one without its dim."""
+        params, rest = self.eqn.params, stack.aval.shape[1:]
+        dims = params["dimension_numbers"]
+        numbers = self.program.known(self.inputs[1])
+        if numbers is None or numbers.ndim > 2 or numbers.shape[-1] != 1:
+            return None
+        are_rows = (
+            params["slice_sizes"] == (1, *rest)
+            and (dims.start_index_map, dims.collapsed_slice_dims) == ((0,), (0,))
+            and dims.offset_dims == tuple(range(numbers.ndim - 1, self._out.ndim))
+            and not dims.operand_batching_dims
+        )
+        if not are_rows or not all(0 <= i < self._count for i in numbers.ravel()):
+            return None
+        rows = [stack.items[i] for i in numbers.ravel()]
+        return Stack(rows, self._out) if numbers.ndim == 2 else rows[0]
+
+    def _taken_apart(self) -> list[Any] | None:
+        """Parts of a stack: groups of rows, each row, or a part of every row."""
+        stack, params = self._stacks[0], self.eqn.params
+        outs = [v.aval for v in self.eqn.outvars]
+        axis = params["axis"]
+        if self.eqn.primitive.name == "unstack":
+            return [*stack.items] if axis == 0 else None
+        sizes = [int(size) for size in params["sizes"]]
+        ends = np.cumsum(sizes)
+        if axis == 0:
+            parts = [stack.items[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            return [Stack(part, out) for part, out in zip(parts, outs, strict=True)]
+        if self._has_groups:
+            return None
+
+        def part(item: Value, size: int, end: int) -> Value:
+            cut = partial(lax.slice_in_dim, start_index=end - size, limit_index=end, axis=axis - 1)
+            return self.program.call(cut, [item], self.eqn)
+
+        return [
+            Stack([part(item, size, int(end)) for item in stack.values], out)
+            for size, end, out in zip(sizes, ends, outs, strict=True)
+        ]
+
+    def _combined(self) -> Value | None:
+        """A sum, a maximum, ... or a contraction over rows: of two at a time."""
         name, params = self.eqn.primitive.name, self.eqn.params
         if self._has_groups:
             return None
-        if name == "reduce_sum" and params["axes"] == (0,):
-            return add_up(self.program, self._stacks[0].values, self.eqn)
-        is_sum = name == "reduce_sum" and 0 in params["axes"]
+        if name in _COMBINE and params["axes"] == (0,):
+            return combine(self.program, name, self._stacks[0].values, self.eqn)
+        is_over_rows = name in _COMBINE and 0 in params["axes"]
         is_dot = (
             name == "dot_general"
             and all(map(self._has_rows, self.inputs))
             and (0, 0) in zip(*params["dimension_numbers"][0], strict=True)
         )
-        if not is_sum and not is_dot:
+        if not is_over_rows and not is_dot:
             return None
+        if is_over_rows and name not in ("reduce_sum", "reduce_and", "reduce_or"):
+            return None  # a gradient is shared by all elements that are the maximum
         parts = [self._on_row(i, params) for i in range(self._count)]
-        return add_up(self.program, parts, self.eqn)
+        return combine(self.program, name, parts, self.eqn)
 
     def _on_each_row(self) -> Stack | None:
         """The same equation on each row."""
@@ -216,12 +284,56 @@ def entry(program: Program, operand: Operand, index: int, of: jcore.JaxprEqn) ->
     return program.call(take, [program.as_value(operand)], of)
 
 
-def add_up(program: Program, parts: Sequence[Value], of: jcore.JaxprEqn) -> Value:
-    """Appends the additions of several values, in their order."""
+def combine(program: Program, name: str, parts: Sequence[Value], of: jcore.JaxprEqn) -> Value:
+    """Appends the combinations of values, in their order, as the reduction `name` has them."""
+    if name in _EXTREMES:
+        return _extreme(program, name, parts, of)
+    two = _COMBINE.get(name, lax.add)
     total = parts[0]
     for part in parts[1:]:
-        total = program.call(lax.add, [total, part], of)
+        total = program.call(two, [total, part], of)
     return total
+
+
+def _extreme(program: Program, name: str, parts: Sequence[Value], of: jcore.JaxprEqn) -> Value:
+    """Appends a running maximum, or minimum, with the number of values that have it so far."""
+    find = partial(_running, name == "reduce_max")
+    count = program.call(lambda part: jnp.ones(part.shape, part.dtype), parts[:1], of)
+    total = parts[0]
+    for part in parts[1:]:
+        total, count = (
+            program.call(lambda *args, i=i: find(*args)[i], [total, count, part], of)
+            for i in range(2)
+        )
+    return total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _running(is_max: bool, best: Any, count: Any, value: Any) -> tuple[Any, Any]:
+    """Gives the better one of two values, and how many have it.
+
+    `lax.reduce_max` shares its gradient between all elements that are the maximum; so do the
+    counts, where two at a time would halve it again and again.
+    """
+    is_better = value > best if is_max else value < best
+    tied = jnp.where(best == value, count + 1, count)
+    choose = jnp.maximum if is_max else jnp.minimum
+    return choose(best, value), jnp.where(is_better, 1, tied).astype(count.dtype)
+
+
+def _running_forward(is_max: bool, best: Any, count: Any, value: Any) -> Any:
+    results = _running(is_max, best, count, value)
+    is_better = value > best if is_max else value < best
+    of_value = jnp.where(is_better, 1, jnp.where(best == value, 1 / (count + 1), 0))
+    return results, of_value.astype(value.dtype)
+
+
+def _running_backward(is_max: bool, of_value: Any, cotangents: Any) -> Any:
+    cotangent, of_count = cotangents
+    return cotangent * (1 - of_value), jnp.zeros_like(of_count), cotangent * of_value
+
+
+_running.defvjp(_running_forward, _running_backward)
 
 
 def rows_of_layers(eqn: jcore.JaxprEqn, inputs: Sequence[Operand]) -> list[Operand] | None:

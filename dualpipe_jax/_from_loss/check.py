@@ -11,20 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from dualpipe_jax._from_loss.equality import Equality
 from dualpipe_jax._from_loss.free import Recipe
 from dualpipe_jax._from_loss.kinds import Kind
-from dualpipe_jax._from_loss.layers import Layer, same_node
+from dualpipe_jax._from_loss.layers import Layer
 from dualpipe_jax._from_loss.values import Literal, Node, Operand, Value, is_key, needed
 
 
-def check_kind(kind: Kind, recipes: list[Recipe], equality: Equality) -> None:
+def check_kind(kind: Kind, recipes: list[Recipe]) -> None:
     """Requires a kind's block to be the program of each of its layers.
 
     Raises:
       ValueError: If it is not.
     """
-    numbering = _Numbering(equality)
+    numbering = _Numbering()
     for layer in kind.layers:
         own = numbering.of_targets(layer, {v: _input(layer, v) for v in _leaves(layer)})
         block = numbering.of_block(kind, recipes, layer.index)
@@ -71,11 +70,8 @@ def _identify(array: Any) -> tuple[Any, ...]:
 class _Numbering:
     """Numbers values."""
 
-    def __init__(self, equality: Equality):
-        self._equality = equality
+    def __init__(self):
         self._numbers: dict[Any, int] = {}
-        self._equations: dict[tuple[str, str], list[Node]] = {}
-        self._known: dict[Node, tuple[str, str, int]] = {}
 
     def of_targets(self, layer: Layer, inputs: Mapping[Value, tuple[Any, ...]]) -> list[int]:
         """Numbers the outputs of a layer's own program."""
@@ -131,22 +127,10 @@ class _Numbering:
 
         for node in needed(targets, known):
             operands = tuple(number_of(node, i, a) for i, a in enumerate(node.operands))
-            made = (self._equation(node), operands)
+            made = (node.token, operands)
             for value in node.results:
                 numbers[value] = self._number((made, value.index))
         return [number_of(None, 0, target) for target in targets]
 
     def _number(self, token: Any) -> int:
         return self._numbers.setdefault(token, len(self._numbers))
-
-    def _equation(self, node: Node) -> tuple[str, str, int]:
-        """Identifies the equation of a node, without its literals."""
-        if node not in self._known:
-            key = node.name, ", ".join(str(v.aval) for v in node.results)
-            others = self._equations.setdefault(key, [])
-            found = (i for i, other in enumerate(others) if same_node(other, node, self._equality))
-            index = next(found, len(others))
-            if index == len(others):
-                others.append(node)
-            self._known[node] = (*key, index)
-        return self._known[node]

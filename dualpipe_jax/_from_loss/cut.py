@@ -138,7 +138,7 @@ def find_cut(
     found: list[Cut] = []
     reasons: list[ValueError] = []
     for takes_apart in (True, False):
-        graph = Graph(takes_apart=takes_apart)
+        graph = Graph(equality, takes_apart=takes_apart)
         inputs, operands = _make_inputs(places, microbatch, key)  # stacks remember their graph
         outputs = graph.append(program, operands)
         if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
@@ -152,7 +152,6 @@ def find_cut(
                     graph,
                     inputs,
                     outputs,
-                    equality,
                     structure=jax.tree.structure(out),
                     is_weighted=is_weighted,
                     prefer_late=prefer_late,
@@ -265,7 +264,6 @@ def _cut(
     graph: Graph,
     inputs: Inputs,
     outputs: list[Operand | Stack],
-    equality: Equality,
     *,
     structure: Any,
     is_weighted: bool,
@@ -285,21 +283,18 @@ def _cut(
         types = {name: (v.aval.shape, v.aval.dtype) for name, v in inputs.layers[index].items()}
         return Layer.of(index, slots, terms.of_layers[index], types)
 
-    make_alike(layer, slots, readers, inputs.layers, equality)
-    place_first(terms, slots, equality, prefer_late=prefer_late)
-    place_last(nodes, terms, slots, layer, readers, inputs.layers, equality)
+    make_alike(layer, slots, readers, inputs.layers)
+    place_first(terms, slots, prefer_late=prefer_late)
+    place_last(nodes, terms, slots, layer, readers, inputs.layers)
     _require_known_in_head(terms, slots)
     if not slots.avals:
         raise ValueError("loss_fn: no value crosses between its layers: they are no pipeline")
     layers = [layer(index) for index in range(num_layers)]
-    kinds = group(layers, equality, max_kinds=max_kinds)
+    kinds = group(layers, max_kinds=max_kinds)
     _require_narrow(slots, layers, max_x)
-    recipes = [
-        [recipe(column, kind.indices, num_layers, equality) for column in kind.free]
-        for kind in kinds
-    ]
+    recipes = [[recipe(column, kind.indices, num_layers) for column in kind.free] for kind in kinds]
     for kind, of_kind in zip(kinds, recipes, strict=True):
-        check_kind(kind, of_kind, equality)
+        check_kind(kind, of_kind)
     found = [f for of_kind in recipes for r in of_kind for f in r.families.values() if f.travels]
     return Cut(
         inputs=inputs,

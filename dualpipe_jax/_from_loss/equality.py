@@ -1,18 +1,18 @@
-"""Decides whether two equations, or two programs, are the same up to the names of variables.
+"""Names equations and programs by tokens: equal tokens, same function of the operands.
 
-Two layers become one block if their equations are the same, so a wrong "the same" is a wrong
-gradient without a word, and a wrong "different" costs one more kind of layer. Whatever this module
-does not know counts as different. Functions (callbacks, kernels' functions) are the same if they
-are one object, policies of a checkpoint also if one line of code made them of equal values, custom
-derivatives if they trace to the same program, arrays if their bytes are. Programs within equations
-are compared equation by equation.
+Two layers become one block if their equations have the same tokens, so a wrong "the same" is a
+wrong gradient without a word, and a wrong "different" costs one more kind of layer. A token takes
+apart only what Python or JAX defines: numbers, strings, arrays by their bytes, containers, programs
+equation by equation, JAX's own classes. Every other object is itself (functions, callbacks,
+kernels), or equals another one if its class defines `==` and `hash` so. Custom derivatives are the
+programs to which they trace.
 """
 
 import dataclasses
-import enum
 import functools
+import itertools
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -29,198 +29,178 @@ _IGNORED = {
     "custom_vjp_call": {"fwd_jaxpr_thunk", "bwd", "out_trees", "name"},
 }
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype, enum.Enum, type)
+# Values of exactly these types are no more than their text.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 
 
 class Equality:
-    """Compares equations; remembers the programs of custom derivatives, which are traced once."""
+    """Gives tokens, integers that are equal for the same equation; remembers all that it named."""
 
     def __init__(self):
-        self._rules: dict[int, tuple[jcore.JaxprEqn, jcore.ClosedJaxpr | None]] = {}
+        self._tokens: dict[Hashable, int] = {}
+        self._equations: dict[tuple[int, bool], tuple[jcore.JaxprEqn, int]] = {}
+        self._programs: dict[tuple[int, bool], tuple[Any, int]] = {}
 
-    def same_equation(
-        self, a: jcore.JaxprEqn, b: jcore.JaxprEqn, *, with_rules: bool = True
-    ) -> bool:
-        """Whether two equations do the same to their operands, whatever these are.
+    def equation(self, eqn: jcore.JaxprEqn, *, with_rules: bool = True) -> int:
+        """Names an equation, whatever its operands are.
 
         Args:
-          a: An equation.
-          b: Another one.
+          eqn: An equation.
           with_rules: Whether custom derivatives count; they do not in a derivative.
         """
-        if a is b:
-            return True
-        return (
-            a.primitive is b.primitive
-            and len(a.invars) == len(b.invars)
-            and self._same_avals(a.outvars, b.outvars)
-            and self._same_avals(a.invars, b.invars)
-            and (
-                not (a.effects or b.effects)
-                or _effects(a.effects, a.invars) == _effects(b.effects, b.invars)
+        key = id(eqn), with_rules
+        if key not in self._equations:
+            token = (
+                eqn.primitive,
+                tuple(aval_token(v.aval) for v in eqn.invars),
+                tuple(aval_token(v.aval) for v in eqn.outvars),
+                _effects(eqn.effects, eqn.invars) if eqn.effects else (),
+                self._context(eqn.ctx),
+                tuple(self.params(eqn, with_rules=with_rules).items()),
+                self._rule(eqn) if with_rules and eqn.primitive.name in _CUSTOM_RULES else None,
             )
-            and _same_context(a.ctx, b.ctx)
-            and self._same_params(a, b, with_rules=with_rules)
-            and (not with_rules or self._same_rules(a, b))
-        )
+            # The equation is kept, so that no id is used twice.
+            self._equations[key] = eqn, self._number(token)
+        return self._equations[key][1]
 
     def differing(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn) -> list[str]:
         """Names the parameters in which two equations of one primitive differ."""
         if a.primitive is not b.primitive:
             return []
-        names = a.params.keys() & b.params.keys() - _IGNORED.get(a.primitive.name, set())
-        return sorted(
-            name
-            for name in names
-            if not self._same(a.params[name], b.params[name], with_rules=True)
-        )
+        left, right = self.params(a), self.params(b)
+        names = sorted(name for name in left if left[name] != right.get(name))
+        if not names and a.primitive.name in _CUSTOM_RULES and self._rule(a) != self._rule(b):
+            names = ["its derivative"]
+        return [f"{name}{_differing_values(a, b, name)}" for name in names]
 
-    def same_program(
-        self, a: jcore.ClosedJaxpr, b: jcore.ClosedJaxpr, *, with_rules: bool = True
-    ) -> bool:
-        """Whether two programs have the same equations in the same order, and the same values."""
-        if a is b:
-            return True
-        left, right = a.jaxpr, b.jaxpr
-        if not (
-            len(left.eqns) == len(right.eqns)
-            and len(a.consts) == len(b.consts)
-            and all(map(same_array, a.consts, b.consts))
-            and self._same_avals(left.constvars, right.constvars)
-            and self._same_avals(left.invars, right.invars)
-            and _effects(left.effects, (*left.constvars, *left.invars))
-            == _effects(right.effects, (*right.constvars, *right.invars))
-        ):
-            return False
-        names = dict(
-            zip((*left.constvars, *left.invars), (*right.constvars, *right.invars), strict=True)
-        )
+    def program(self, program: Any, *, with_rules: bool = True) -> int:
+        """Names a program: the same equations in the same order, and the same constants."""
+        key = id(program), with_rules
+        if key not in self._programs:
+            token = self._program(program, with_rules=with_rules)
+            self._programs[key] = program, self._number(token)
+        return self._programs[key][1]
 
-        def same_atoms(left: Sequence[Any], right: Sequence[Any]) -> bool:
-            return len(left) == len(right) and all(
-                same_literal(x, y)
-                if isinstance(x, jcore.Literal) or isinstance(y, jcore.Literal)
-                else names[x] is y
-                for x, y in zip(left, right, strict=True)
-            )
+    def _program(self, program: Any, *, with_rules: bool) -> Hashable:
+        jaxpr = getattr(program, "jaxpr", program)
+        inputs = (*jaxpr.constvars, *jaxpr.invars)
+        numbers = {v: number for number, v in enumerate(inputs)}
+        count = itertools.count(len(inputs))
 
-        for one, other in zip(left.eqns, right.eqns, strict=True):
-            if not same_atoms(one.invars, other.invars):
-                return False
-            if not self.same_equation(one, other, with_rules=with_rules):
-                return False
-            names.update(zip(one.outvars, other.outvars, strict=True))
-        return same_atoms(left.outvars, right.outvars)
+        def atom(a: Any) -> Hashable:
+            return literal_token(a) if isinstance(a, jcore.Literal) else numbers[a]
 
-    def _same_avals(self, a: Sequence[Any], b: Sequence[Any]) -> bool:
-        return len(a) == len(b) and all(
-            same_aval(x.aval, y.aval) for x, y in zip(a, b, strict=True)
-        )
-
-    def _same_params(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn, *, with_rules: bool) -> bool:
-        ignored = _IGNORED.get(a.primitive.name, set())
-        left, right = a.params, b.params
-        if "sharding" in left and "sharding" in right:
-            left, right = ({**p, "sharding": _sharding(p["sharding"])} for p in (left, right))
-        names = left.keys() - ignored
-        return names == right.keys() - ignored and all(
-            self._same(left[name], right[name], with_rules=with_rules)
-            or (name == "policy" and self._same_policy(left[name], right[name]))
-            for name in names
-        )
-
-    def _same(self, a: Any, b: Any, *, with_rules: bool) -> bool:
-        """Whether two parameters of equations are the same; False where nothing is known."""
-        if a is b:
-            return True
-        if type(a) is not type(b):
-            return False
-        if isinstance(a, jcore.ClosedJaxpr):
-            return self.same_program(a, b, with_rules=with_rules)
-        if isinstance(a, jcore.Jaxpr):
-            a, b = (jcore.ClosedJaxpr(x, ()) if not x.constvars else None for x in (a, b))
-            return a is not None and b is not None and self._same(a, b, with_rules=with_rules)
-        if isinstance(a, np.ndarray | jax.Array):
-            return same_array(a, b)
-        if isinstance(a, Mapping):
-            return list(a) == list(b) and all(
-                self._same(a[key], b[key], with_rules=with_rules) for key in a
-            )
-        if isinstance(a, tuple | list):
-            return len(a) == len(b) and all(
-                self._same(x, y, with_rules=with_rules) for x, y in zip(a, b, strict=True)
-            )
-        if isinstance(a, _PLAIN):
-            return _equal(a, b)
-        if isinstance(a, set | frozenset):
-            return all(isinstance(x, _PLAIN) for x in (*a, *b)) and a == b
-        if dataclasses.is_dataclass(a):
-            return all(
-                self._same(
-                    getattr(a, field.name, None),
-                    getattr(b, field.name, None),
-                    with_rules=with_rules,
-                )
-                for field in dataclasses.fields(a)
-            )
-        return _is_of_jax(a) and _equal(a, b)
-
-    def _same_policy(self, a: Any, b: Any, above: frozenset[tuple[int, int]] = frozenset()) -> bool:
-        """Whether two policies are the same, or functions of one line of code and equal values.
-
-        Args:
-          a: A policy, or a value that one holds.
-          b: Another one.
-          above: Those that hold them: a function may hold itself.
-        """
-        pair = id(a), id(b)
-        if pair in above or self._same(a, b, with_rules=True):
-            return True
-        left, right = _held_by(a), _held_by(b)
+        equations = []
+        for eqn in jaxpr.eqns:
+            operands = tuple(map(atom, eqn.invars))
+            equations.append((self.equation(eqn, with_rules=with_rules), operands))
+            numbers.update(zip(eqn.outvars, count, strict=False))
         return (
-            type(a) is type(b)
-            and left is not None
-            and right is not None
-            and len(left) == len(right)
-            and all(
-                self._same_policy(x, y, above | {pair}) for x, y in zip(left, right, strict=True)
-            )
+            "program",
+            tuple(self._value(c, with_rules=True) for c in getattr(program, "consts", ())),
+            tuple(aval_token(v.aval) for v in inputs),
+            _effects(jaxpr.effects, inputs),
+            tuple(equations),
+            tuple(map(atom, jaxpr.outvars)),
         )
 
-    def _same_rules(self, a: jcore.JaxprEqn, b: jcore.JaxprEqn) -> bool:
-        if a.primitive.name not in _CUSTOM_RULES:
-            return True
-        left, right = self._rule(a), self._rule(b)
-        if left is None or right is None:
-            return False
+    def params(self, eqn: jcore.JaxprEqn, *, with_rules: bool = True) -> dict[str, Hashable]:
+        """Names the parameters of an equation."""
+        ignored = _IGNORED.get(eqn.primitive.name, ())
+        return {
+            name: self._policy(value)
+            if name == "policy"
+            else self._value(_sharding(value) if name == "sharding" else value, with_rules)
+            for name, value in sorted(eqn.params.items())
+            if name not in ignored
+        }
+
+    def _value(self, value: Any, with_rules: bool) -> Hashable:
+        """Names a parameter of an equation: the one place where values are taken apart."""
+        of = functools.partial(self._value, with_rules=with_rules)
+        kind = type(value)
+        if kind in _PLAIN:
+            return kind, repr(value)
+        if isinstance(value, jcore.ClosedJaxpr | jcore.Jaxpr):
+            return self.program(value, with_rules=with_rules)
+        if isinstance(value, jax.Array) or _is_array(value):
+            return array_token(value)
+        if isinstance(value, np.dtype):
+            return kind, str(value)
+        if kind in (tuple, list):
+            return kind, tuple(map(of, value))
+        if kind in (dict, types.MappingProxyType):
+            return kind, tuple((of(key), of(entry)) for key, entry in value.items())
+        if kind in (set, frozenset):
+            return kind, frozenset(map(of, value))
+        if kind is functools.partial and not vars(value):
+            return kind, of(value.func), of(value.args), of(value.keywords)
+        if isinstance(value, tuple) and hasattr(kind, "_fields") and not hasattr(value, "__dict__"):
+            return kind, tuple(map(of, value))
+        if _is_of_jax(kind):
+            names = [f.name for f in dataclasses.fields(value)] if _is_record(value) else []
+            if names and set(getattr(value, "__dict__", ())) <= set(names):
+                return kind, tuple(of(getattr(value, name, None)) for name in names)
+        return _Itself(value)
+
+    def _policy(self, policy: Any, above: tuple[int, ...] = ()) -> Hashable:
+        """Names a checkpoint's policy, or a value that one holds, by its code and its values.
+
+        A policy says which values are kept, and changes none: one that is made anew in each layer
+        may be looked into.
+        """
+        if id(policy) in above:
+            return "above", len(above) - above.index(id(policy))
+        held = _held_by(policy)
+        if held is None:
+            return self._value(policy, with_rules=True)
+        return type(policy), tuple(self._policy(value, (*above, id(policy))) for value in held)
+
+    def _context(self, ctx: Any) -> Hashable:
+        """Names the setting in which an equation runs: on a host, say, or with XLA's metadata."""
+        names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
+        return tuple(self._value(getattr(ctx, name, None), with_rules=True) for name in names)
+
+    def _rule(self, eqn: jcore.JaxprEqn) -> Hashable:
+        """Names a custom derivative by the program to which it traces."""
+        derivative = trace_derivative(eqn)
         # A derivative is not derived again: of the functions in it only the values count.
-        return self.same_program(left, right, with_rules=False)
+        return _Itself(eqn) if derivative is None else self.program(derivative, with_rules=False)
 
-    def _rule(self, eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
-        """Traces the custom derivative of an equation; None if it cannot be traced."""
-        if id(eqn) not in self._rules:
-            self._rules[id(eqn)] = eqn, _trace_rule(eqn)  # kept, so that no id is used twice
-        return self._rules[id(eqn)][1]
+    def _number(self, token: Hashable) -> int:
+        return self._tokens.setdefault(token, len(self._tokens))
 
 
-def _held_by(f: Any) -> tuple[Any, ...] | None:
-    """Lists the code and the values that a function consists of; None if they are not known."""
-    if isinstance(f, functools.partial):
-        return (f.func, *f.args, tuple(f.keywords), *f.keywords.values())
-    if isinstance(f, types.MethodType):
-        return (f.__func__, f.__self__)
-    if not isinstance(f, types.FunctionType):
-        return None
-    try:
-        cells = [cell.cell_contents for cell in f.__closure__ or ()]
-    except ValueError:  # a variable that has no value yet
-        return None
-    defaults, named = f.__defaults__ or (), f.__kwdefaults__ or {}
-    names = (len(defaults), *named)
-    return (f.__code__, id(f.__globals__), names, *cells, *defaults, *named.values())
+class _Itself:
+    """An object that is only known to itself, or to its class's own `==` and `hash`."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self._hash = hash(value)
+        except Exception:  # noqa: BLE001  a user's class may raise anything
+            self._hash = None
+
+    def __hash__(self) -> int:
+        return id(self.value) if self._hash is None else self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Itself):
+            return NotImplemented
+        if self.value is other.value:
+            return True
+        if type(self.value) is not type(other.value) or None in (self._hash, other._hash):
+            return False
+        if _inherits_equality(type(self.value)):
+            return False
+        try:
+            return (self.value == other.value) is True
+        except Exception:  # noqa: BLE001
+            return False
 
 
-def _trace_rule(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
+def trace_derivative(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
+    """Traces the custom derivative of an equation; None if it cannot be traced."""
     if eqn.params.get("symbolic_zeros"):
         return None  # the rule may do otherwise for each choice of operands that have no tangent
     args = [shape_of(atom.aval) for atom in eqn.invars]
@@ -246,6 +226,69 @@ def _trace_rule(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
         return None
 
 
+def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """Gives the shape and dtype of an abstract value."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def aval_token(aval: Any) -> Hashable:
+    """Names an abstract value: shape, dtype, weak type, sharding.
+
+    Inputs of a trace inside a `jax.shard_map` know no mesh, and results do: only the specs count.
+    """
+    if not isinstance(aval, jax.core.ShapedArray):
+        return _Itself(aval)
+    names = ("shape", "dtype", "weak_type", "memory_space", "vma")
+    return (type(aval), *(getattr(aval, name, None) for name in names), aval.sharding.spec)
+
+
+def literal_token(literal: Any) -> Hashable:
+    """Names a literal of a program by its type and value."""
+    return "literal", aval_token(literal.aval), value_token(literal.val)
+
+
+def value_token(value: Any) -> Hashable:
+    """Names the value of a literal, bit by bit."""
+    return array_token(value if isinstance(value, jax.core.Tracer) else np.asarray(value))
+
+
+def array_token(array: Any) -> Hashable:
+    """Names an array by its type and bytes; one whose bytes are not known by itself."""
+    is_known = not isinstance(array, jax.core.Tracer) and array.dtype != object
+    if not is_known or not getattr(array, "is_fully_addressable", True):
+        return _Itself(array)
+    head = ("array", str(array.dtype), array.shape, bool(getattr(array, "weak_type", False)))
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return (*head, np.asarray(array).tobytes())
+
+
+def same_array(a: Any, b: Any) -> bool:
+    """Whether two arrays have the same type and the same bytes; tracers: are one object."""
+    return a is b or array_token(a) == array_token(b)
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two literals' values are the same, bit by bit."""
+    return a is b or value_token(a) == value_token(b)
+
+
+def _held_by(f: Any) -> tuple[Any, ...] | None:
+    """Lists the code and the values that a function consists of; None if they are not known."""
+    if type(f) is functools.partial:
+        return (f.func, *f.args, *f.keywords, *f.keywords.values())
+    if isinstance(f, types.MethodType):
+        return (f.__func__, f.__self__)
+    if not isinstance(f, types.FunctionType):
+        return None
+    try:
+        cells = [cell.cell_contents for cell in f.__closure__ or ()]
+    except ValueError:  # a variable that has no value yet
+        return None
+    defaults, named = f.__defaults__ or (), f.__kwdefaults__ or {}
+    return (f.__code__, id(f.__globals__), *cells, *defaults, *named, *named.values())
+
+
 def _sharding(sharding: Any) -> Any:
     """Gives the sharding of an equation's result, None for one over no axis.
 
@@ -256,64 +299,7 @@ def _sharding(sharding: Any) -> Any:
     return None if is_plain else sharding
 
 
-def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
-    """Gives the shape and dtype of an abstract value."""
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def same_literal(a: Any, b: Any) -> bool:
-    """Whether two operands are literals of one type and one value."""
-    both = isinstance(a, jcore.Literal) and isinstance(b, jcore.Literal)
-    return both and same_aval(a.aval, b.aval) and same_value(a.val, b.val)
-
-
-def same_aval(a: Any, b: Any) -> bool:
-    """Whether two abstract values are the same: shape, dtype, weak type, sharding.
-
-    Inputs of a trace inside a `jax.shard_map` know no mesh, and results do: only the specs count.
-    """
-    if type(a) is not type(b):
-        return False
-    if not isinstance(a, jax.core.ShapedArray):
-        return a == b
-    names = ("shape", "dtype", "weak_type", "memory_space", "vma")
-    is_same = all(getattr(a, name, None) == getattr(b, name, None) for name in names)
-    return is_same and a.sharding.spec == b.sharding.spec
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Whether two literals' values are the same, bit by bit."""
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
-        return a is b
-    return same_array(np.asarray(a), np.asarray(b))
-
-
-def same_array(a: Any, b: Any) -> bool:
-    """Whether two arrays have the same type and the same bytes; tracers: are one object."""
-    if a is b:
-        return True
-    if any(isinstance(x, jax.core.Tracer) for x in (a, b)):
-        return False
-    if not all(hasattr(x, "dtype") and hasattr(x, "shape") for x in (a, b)):
-        return type(a) is type(b) and isinstance(a, _PLAIN) and _equal(a, b)
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if getattr(a, "weak_type", False) != getattr(b, "weak_type", False):
-        return False
-    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-        a, b = jax.random.key_data(a), jax.random.key_data(b)
-    if not all(getattr(x, "is_fully_addressable", True) for x in (a, b)):
-        return False
-    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def _same_context(a: Any, b: Any) -> bool:
-    """Whether two equations run in the same setting: on a host, say, or with XLA's metadata."""
-    names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
-    return all(_equal(getattr(a, name, None), getattr(b, name, None)) for name in names)
-
-
-def _effects(effects: Iterable[Any], operands: Sequence[Any]) -> list[tuple[str, str]]:
+def _effects(effects: Any, operands: Sequence[Any]) -> Hashable:
     """Lists effects by their types, and those on an operand by its number."""
 
     def target(effect: Any) -> str:
@@ -323,20 +309,35 @@ def _effects(effects: Iterable[Any], operands: Sequence[Any]) -> list[tuple[str,
         ]
         return numbers[0] if numbers else repr(effect)
 
-    return sorted((type(effect).__qualname__, target(effect)) for effect in effects)
+    return tuple(sorted((type(effect).__qualname__, target(effect)) for effect in effects))
 
 
-def _is_of_jax(value: Any) -> bool:
-    """Whether JAX defines the type of a value, and so defines its `==`; not of functions."""
-    module = type(value).__module__.partition(".")[0]
-    return module in ("jax", "jaxlib")
+def _is_of_jax(kind: type) -> bool:
+    """Whether JAX defines a class, and so knows all of its state; not for users' subclasses."""
+    return kind.__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    # 0.0 == -0.0, but they are not the same.
-    if type(a) is not type(b) or (isinstance(a, float | complex) and repr(a) != repr(b)):
-        return False
-    result = a == b
-    return isinstance(result, bool | np.bool_) and bool(result)
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether NumPy's or JAX's own class holds an array, or a number; not for users' subclasses."""
+    owner = type(value).__module__.partition(".")[0]
+    return (
+        owner in ("numpy", "ml_dtypes", "jax")
+        and hasattr(value, "__array__")
+        and isinstance(getattr(value, "dtype", None), np.dtype)
+    )
+
+
+def _inherits_equality(kind: type) -> bool:
+    """Whether a class takes `==` from a type that does not know what the class adds to it."""
+    owner = next(base for base in kind.__mro__ if "__eq__" in vars(base))
+    return owner is object or (owner is not kind and owner.__module__ == "builtins")
+
+
+def _differing_values(a: jcore.JaxprEqn, b: jcore.JaxprEqn, name: str) -> str:
+    """Shows the values of a parameter if they are short; programs are long."""
+    texts = [repr(eqn.params.get(name)) for eqn in (a, b)]
+    return f": {texts[0]} and {texts[1]}" if max(map(len, texts)) < 80 else ""

@@ -19,7 +19,6 @@ from dualpipe_jax._from_loss.crossing import (
     read_before,
     region_of,
 )
-from dualpipe_jax._from_loss.equality import Equality
 from dualpipe_jax._from_loss.layers import Layer, Pairs, pair
 from dualpipe_jax._from_loss.terms import Term, Terms
 from dualpipe_jax._from_loss.values import Node, Value, needed
@@ -38,9 +37,7 @@ def readers_of(nodes: Sequence[Node]) -> Readers:
     return readers
 
 
-def make_alike(
-    layer_at: LayerAt, slots: Slots, readers: Readers, parameters: Parameters, equality: Equality
-) -> None:
+def make_alike(layer_at: LayerAt, slots: Slots, readers: Readers, parameters: Parameters) -> None:
     """Cuts before and behind a layer as the layer before it, if both are the same program so.
 
     The last layers may need fewer values than those before: a minimum cut then adds two values up,
@@ -51,13 +48,12 @@ def make_alike(
       slots: The slots; x_0 and x_L may be missing.
       readers: The nodes that read each value.
       parameters: The parameters of each layer, by name.
-      equality: Compares equations.
     """
     for target in range(2, len(parameters) - 1):
         like, wanted = layer_at(target - 1), slots.before[target + 1]
-        if isinstance(pair(like, layer_at(target), equality), Pairs):
+        if isinstance(pair(like, layer_at(target)), Pairs):
             continue
-        pairs = walk_on(like, target, slots, readers, parameters[target], equality)
+        pairs = walk_on(like, target, slots, readers, parameters[target])
         if pairs is None:
             continue
         after = _after(like, slots, pairs)
@@ -82,11 +78,11 @@ def _after(like: Layer, slots: Slots, pairs: dict[Value, Value]) -> dict[Value, 
     return after
 
 
-def place_first(terms: Terms, slots: Slots, equality: Equality, *, prefer_late: bool) -> None:
+def place_first(terms: Terms, slots: Slots, *, prefer_late: bool) -> None:
     """Gives x_0 its slots."""
     num_layers = len(terms.of_layers)
     for like in range(1, num_layers - 1):
-        found = walk_back(like, terms, slots, equality)
+        found = walk_back(like, terms, slots)
         if found is not None:
             slots.before[0] = found
             return
@@ -103,7 +99,6 @@ def place_last(
     layer_at: LayerAt,
     readers: Readers,
     parameters: Parameters,
-    equality: Equality,
 ) -> None:
     """Gives x_L its slots; terms of the head that belong to the last layer go there.
 
@@ -114,11 +109,10 @@ def place_last(
       layer_at: Gives a layer, from the slots as they are.
       readers: The nodes that read each value.
       parameters: The parameters of each layer, by name.
-      equality: Compares equations.
     """
     last = len(terms.of_layers) - 1
     for like in map(layer_at, reversed(range(last))):
-        pairs = walk_on(like, last, slots, readers, parameters[last], equality)
+        pairs = walk_on(like, last, slots, readers, parameters[last])
         if pairs is None:
             continue
         after = _after(like, slots, pairs)

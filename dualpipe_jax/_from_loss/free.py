@@ -13,9 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dualpipe_jax._from_loss.equality import Equality, same_array
+from dualpipe_jax._from_loss.equality import same_array
 from dualpipe_jax._from_loss.kinds import Tables, tables_of
-from dualpipe_jax._from_loss.layers import same_node
 from dualpipe_jax._from_loss.values import Node, Operand, Value, is_key
 from dualpipe_jax._from_loss.walk import same_made
 
@@ -64,21 +63,20 @@ class Recipe:
         return not (self.tables or self.constants or self.families)
 
 
-def recipe(column: Column, indices: Sequence[int], num_layers: int, equality: Equality) -> Recipe:
+def recipe(column: Column, indices: Sequence[int], num_layers: int) -> Recipe:
     """Finds how a block makes a free value.
 
     Args:
       column: The value of each layer of a kind.
       indices: The indices of these layers.
       num_layers: The number of all layers.
-      equality: Compares equations.
     """
     found = Recipe(column[0])
     columns: dict[Value, Column] = {}
     nodes_of: dict[Node, list[Node]] = {}
 
     def whole() -> Recipe:
-        family = _family(column, indices, num_layers, equality)
+        family = _family(column, indices, num_layers)
         return Recipe(column[0], families={column[0]: family})
 
     literals: list[dict[tuple[Node, int], Operand]] = [{} for _ in column]
@@ -108,7 +106,7 @@ def recipe(column: Column, indices: Sequence[int], num_layers: int, equality: Eq
         if (
             len(nodes) == len(values)
             and all(v.index == first.index for v in values)
-            and all(same_node(nodes[0], node, equality) for node in nodes)
+            and all(nodes[0].token == node.token for node in nodes)
         ):
             if nodes_of.setdefault(nodes[0], nodes) != nodes:
                 return whole()
@@ -121,12 +119,12 @@ def recipe(column: Column, indices: Sequence[int], num_layers: int, equality: Eq
                     for of_layer, operand in zip(literals, row, strict=True):
                         of_layer[nodes[0], number] = operand
             continue
-        found.families[first] = _family(values, indices, num_layers, equality)
+        found.families[first] = _family(values, indices, num_layers)
     found.tables.update(tables_of(indices, literals, num_layers))
     return found
 
 
-def _family(values: Column, indices: Sequence[int], num_layers: int, equality: Equality) -> Family:
+def _family(values: Column, indices: Sequence[int], num_layers: int) -> Family:
     """Collects the different values of a column."""
     travels = all(map(_is_random_key, values))
     different: list[Value] = []
@@ -137,7 +135,7 @@ def _family(values: Column, indices: Sequence[int], num_layers: int, equality: E
                 i
                 for i, known in enumerate(different)
                 # Keys of a chain are all different, and long to compare.
-                if known is value or (not travels and same_made(known, value, equality))
+                if known is value or (not travels and same_made(known, value))
             ),
             None,
         )

@@ -6,7 +6,7 @@ one layer; the bodies are the same equations, and the program of a block has the
 the loss stacks by layer (a scan's ys, a list of losses) stay apart as long as equations allow it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,25 @@ from jax.extend.core import primitives
 from dualpipe_jax._from_loss.by_layer import (
     Input,
     OnStacks,
-    add_up,
     addends_of_layers,
+    combine,
     entry,
     rows_of_layers,
 )
-from dualpipe_jax._from_loss.lift import closed, lift_literals, program_of
+from dualpipe_jax._from_loss.equality import Equality, aval_token, value_token
+from dualpipe_jax._from_loss.evaluate import evaluate
+from dualpipe_jax._from_loss.lift import LIFTABLE, closed, lift_literals, program_of
 from dualpipe_jax._from_loss.run import where
-from dualpipe_jax._from_loss.values import Literal, Node, Operand, Stack, Value, constant
+from dualpipe_jax._from_loss.values import (
+    Literal,
+    Node,
+    Operand,
+    Stack,
+    Value,
+    constant,
+    is_key,
+    needed,
+)
 
 
 class Graph:
@@ -38,8 +49,11 @@ class Graph:
       num_taken_apart: How many arrays that the loss stacks by layer are kept as their rows.
     """
 
-    def __init__(self, *, takes_apart: bool = True):
+    def __init__(self, equality: Equality, *, takes_apart: bool = True):
         self.nodes: list[Node] = []
+        self._equality = equality
+        # An equation on operands that had it before is not appended again.
+        self._known_nodes: dict[Hashable, Node] = {}
         self.notes: list[str] = []
         self.num_taken_apart = 0
         self._takes_apart = takes_apart
@@ -84,6 +98,23 @@ class Graph:
         if isinstance(operand, Literal):
             return constant(np.asarray(operand.value, operand.aval.dtype))
         return operand
+
+    def known(self, operand: Input) -> np.ndarray | None:
+        """Gives the array of an operand that is made of literals and constants alone.
+
+        An index of the layers' stack is: a loop's counter, and what jnp makes of it.
+        """
+        if isinstance(operand, Literal):
+            value = operand.value
+            return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+        if isinstance(operand, Stack) or not operand.is_free or operand.of_batch:
+            return None
+        nodes = needed([operand])
+        sources = [v.source for v in (operand, *(v for n in nodes for v in n.reads)) if v.source]
+        if is_key(operand.aval) or any(isinstance(s.array, jax.core.Tracer) for s in sources):
+            return None
+        with jax.ensure_compile_time_eval():
+            return np.asarray(evaluate([operand], {})[0])
 
     def call(
         self, f: Callable[..., Any], values: Sequence[Value], of: jcore.JaxprEqn | None = None
@@ -142,21 +173,31 @@ class Graph:
         if parts is None:
             return None
         total = partial(jnp.sum, dtype=parts[0].aval.dtype)
-        return add_up(self, [self.call(total, [part], eqn) for part in parts], eqn)
+        sums = [self.call(total, [part], eqn) for part in parts]
+        return combine(self, "reduce_sum", sums, eqn)
 
     def _node(self, eqn: jcore.JaxprEqn, operands: list[Operand], of_layers: int) -> Node:
         node = Node(eqn, operands, number=len(self.nodes), calls=tuple(self._calls))
-        values = node.reads
-        if eqn.primitive is primitives.remat_p and not closed(eqn.params["jaxpr"]).consts:
-            node.lifted, literals = lift_literals(eqn)
-            node.operands = [*operands, *(Literal(a.val, a.aval) for a in literals)]
-            node.num_lifted = len(literals)
-        elif eqn.primitive.name == "slice" and all(v.is_at_hand for v in values):
+        if eqn.primitive in LIFTABLE:
+            found = lift_literals(eqn)
+            if found is not None:
+                node.lifted, literals = found
+                node.operands = [*operands, *(Literal(a.val, a.aval) for a in literals)]
+                node.num_lifted = len(literals)
+        elif eqn.primitive.name == "slice":
             starts, strides = eqn.params["start_indices"], eqn.params["strides"]
             if strides is None or set(strides) <= {1}:
                 aval = jax.core.ShapedArray((), jnp.dtype("int32"))
                 node.operands = [*operands, *(Literal(start, aval) for start in starts)]
                 node.num_lifted = len(starts)
+        node.token = self._token(node)
+        key = (
+            node.token,
+            tuple(id(a) if isinstance(a, Value) else value_token(a.value) for a in node.operands),
+        )
+        if self._known_nodes.setdefault(key, node) is not node:
+            return self._known_nodes[key]
+        values = node.reads
         is_contracted = any(v.is_contracted for v in values) or _contracts(eqn)
         node.results = [
             Value(
@@ -174,49 +215,60 @@ class Graph:
         self.nodes.append(node)
         return node
 
+    def _token(self, node: Node) -> Hashable:
+        """Names the function of its operands that a node is."""
+        if node.lifted is not None:
+            function: Hashable = self._equality.program(node.lifted)
+        elif node.num_lifted:
+            function = ("slice", aval_token(node.eqn.outvars[0].aval))
+        else:
+            function = self._equality.equation(node.eqn)
+        operands = ((isinstance(a, Value), a.aval.shape, a.aval.dtype) for a in node.operands)
+        return function, tuple(operands)
+
     def _scan(self, eqn: jcore.JaxprEqn, inputs: list[Input]) -> list[Input]:
-        """Takes a scan over the layers' stack apart: its body, on the values of each layer."""
+        """Takes a scan over the layers' stack apart: its body, on the values of each layer.
+
+        The stack is among the xs, or the body reads it by the index of a step.
+        """
         params, body = eqn.params, eqn.params["jaxpr"]
-        num_xs = _num_stacked(eqn.invars, body.jaxpr.invars)
-        num_carry = len(eqn.outvars) - _num_stacked(eqn.outvars, body.jaxpr.outvars)
-        num_consts = len(inputs) - num_xs - num_carry
-        num_before = num_consts + num_carry
+        num_before = params["num_consts"] + params["num_carry"]
         before = [
             self.as_value(a, eqn) if isinstance(a, Stack) and not a.is_weights else a
             for a in inputs[:num_before]
         ]
-        consts, carry, xs = before[:num_consts], before[num_consts:], inputs[num_before:]
-        if any(isinstance(a, Stack) for a in before):
+        consts, carry = before[: params["num_consts"]], before[params["num_consts"] :]
+        xs, length = inputs[num_before:], params["length"]
+        most = max(len(a.items) for a in inputs if isinstance(a, Stack))
+        if length > most:
             raise ValueError(
-                f"loss_fn: a loop at {where(eqn)} indexes the layers' stack in its body (as "
-                "fori_loop does), so that its layers cannot be told apart; use lax.scan with the "
-                "stack as xs"
+                f"loss_fn: the loop at {where(eqn)} reads the layers' stack of {most} in "
+                f"{length} steps; a loop over layers must run each of them once"
             )
-        if params["reverse"]:
-            raise ValueError(
-                f"loss_fn: the scan at {where(eqn)} runs over the layers' stack from the last to "
-                "the first; store the layers in the order in which they run"
-            )
-        if any(isinstance(a, Stack) and len(a.items) != params["length"] for a in xs):
+        if any(isinstance(a, Stack) and len(a.items) != length for a in xs):
             raise ValueError(
                 f"loss_fn: the scan at {where(eqn)} must take one layer of the stack in each step"
             )
-        rows = []
-        for i in range(params["length"]):
-            at = [a.items[i] if isinstance(a, Stack) else entry(self, a, i, eqn) for a in xs]
-            outs = self.append(body, [*consts, *carry, *at])
-            carry, ys = outs[:num_carry], outs[num_carry:]
-            rows.append([self.as_value(y) for y in ys])
+        rows: list[list[Value]] = [[]] * length
+        for i in reversed(range(length)) if params["reverse"] else range(length):
+            at = [
+                a.items[i] if isinstance(a, Stack) else self._number(entry(self, a, i, eqn))
+                for a in xs
+            ]
+            outs = self.append(body, [*consts, *map(self._number, carry), *at])
+            carry, ys = outs[: len(carry)], outs[len(carry) :]
+            rows[i] = [self.as_value(y) for y in ys]
         columns = zip(*rows, strict=True)
-        avals = [v.aval for v in eqn.outvars[num_carry:]]
+        avals = [v.aval for v in eqn.outvars[len(carry) :]]
         ys = [Stack(list(column), aval) for column, aval in zip(columns, avals, strict=True)]
         return [*carry, *ys]
 
-
-def _num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """Counts the operands, or results, of a scan that have a dim more than in its body."""
-    pairs = zip(outside, inside, strict=True)
-    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
+    def _number(self, operand: Input) -> Input:
+        """Gives a known scalar as a literal: a step's index, or its entry of a table."""
+        if isinstance(operand, Stack | Literal) or operand.aval.shape:
+            return operand
+        known = self.known(operand)
+        return operand if known is None else Literal(known, operand.aval)
 
 
 def _programs(eqn: jcore.JaxprEqn) -> list[Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dualpipe_jax._errors import raise_all
-from dualpipe_jax._from_loss.equality import Equality, same_value
+from dualpipe_jax._from_loss.equality import same_value
 from dualpipe_jax._from_loss.layers import Difference, Layer, Pairs, pair
 from dualpipe_jax._from_loss.values import Literal, Node, Operand, Value
 
@@ -45,12 +45,11 @@ class Kind:
         return [layer.index for layer in self.layers]
 
 
-def group(layers: Sequence[Layer], equality: Equality, *, max_kinds: int | None) -> list[Kind]:
+def group(layers: Sequence[Layer], *, max_kinds: int | None) -> list[Kind]:
     """Groups layers into kinds.
 
     Args:
       layers: All layers.
-      equality: Compares equations.
       max_kinds: The most kinds; None for the smaller of four and half of the layers.
 
     Raises:
@@ -60,14 +59,14 @@ def group(layers: Sequence[Layer], equality: Equality, *, max_kinds: int | None)
     differences: list[str] = []
     for layer in layers:
         for members, pairs in found:
-            result = pair(members[0], layer, equality)
+            result = pair(members[0], layer)
             if isinstance(result, Pairs):
                 members.append(layer)
                 pairs.append(result)
                 break
             differences.append(f"layers {members[0].index} and {layer.index}: {result}")
         else:
-            own = pair(layer, layer, equality)
+            own = pair(layer, layer)
             if isinstance(own, Difference):
                 raise ValueError(f"loss_fn: layer {layer.index} cannot be told apart: {own}")
             found.append(([layer], [own]))

@@ -8,8 +8,8 @@ and free values may differ; they become tables, or are made again in the block.
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe_jax._from_loss.crossing import Slots, same_type
-from dualpipe_jax._from_loss.equality import Equality, same_aval
+from dualpipe_jax._from_loss.crossing import Slots
+from dualpipe_jax._from_loss.equality import Equality
 from dualpipe_jax._from_loss.terms import Term
 from dualpipe_jax._from_loss.values import Node, Operand, Value
 
@@ -95,7 +95,7 @@ class Pairs:
     literals: dict[tuple[Node, int], Operand]
 
 
-def pair(one: Layer, other: Layer, equality: Equality) -> Pairs | Difference:
+def pair(one: Layer, other: Layer) -> Pairs | Difference:
     """Pairs the values of two layers, or finds a difference between them."""
     for layer, without in ((one, other), (other, one)):
         alone = [v for slot, v in layer.outputs.items() if slot not in without.outputs]
@@ -132,8 +132,8 @@ def pair(one: Layer, other: Layer, equality: Equality) -> Pairs | Difference:
         if known is None:
             assert a.node is not None
             assert b.node is not None
-            if a.index != b.index or not same_node(a.node, b.node, equality):
-                names = equality.differing(a.node.eqn, b.node.eqn)
+            if a.index != b.index or a.node.token != b.node.token:
+                names = Equality().differing(a.node.eqn, b.node.eqn)
                 return Difference(a, b, f" (they differ in {', '.join(names)})" if names else "")
             if a.node in pairs.nodes:
                 if pairs.nodes[a.node] is not b.node:
@@ -142,23 +142,6 @@ def pair(one: Layer, other: Layer, equality: Equality) -> Pairs | Difference:
             pairs.nodes[a.node] = b.node
             todo.extend(_operands(a.node, b.node, pairs)[::-1])
     return pairs
-
-
-def same_node(one: Node, other: Node, equality: Equality) -> bool:
-    """Whether two nodes are the same equation; their literals and lifted literals may differ."""
-    if one is other:
-        return True
-    kinds = [[isinstance(a, Value) for a in node.operands] for node in (one, other)]
-    if kinds[0] != kinds[1] or one.num_lifted != other.num_lifted:
-        return False
-    # The equations themselves know the types of their operands in full.
-    if not all(map(same_type, one.operands, other.operands)):
-        return False
-    if one.lifted is not None and other.lifted is not None:
-        return equality.same_equation(one.lifted, other.lifted)
-    if one.num_lifted and one.name == other.name == "slice":
-        return same_aval(one.results[0].aval, other.results[0].aval)
-    return equality.same_equation(one.eqn, other.eqn)
 
 
 def _operands(one: Node, other: Node, pairs: Pairs) -> list[tuple[Operand, Operand]]:

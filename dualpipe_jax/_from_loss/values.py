@@ -5,7 +5,7 @@ depend on the microbatch, its key and constants alone; *weights* on parameters a
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,8 +142,9 @@ class Node:
       results: Its results.
       number: Its number in the program.
       calls: The opened calls around it, the innermost last.
-      lifted: For a `jax.checkpoint`, the equation with the literals of its program as operands.
-      num_lifted: How many literals are lifted: of the program, or the starts of a slice.
+      lifted: A program of the equation with the literals of its programs as operands.
+      num_lifted: How many literals are lifted: of the programs, or the starts of a slice.
+      token: Nodes of one token are the same function of their operands, literals included.
     """
 
     eqn: jcore.JaxprEqn
@@ -151,8 +152,9 @@ class Node:
     results: list[Value] = field(default_factory=list)
     number: int = 0
     calls: tuple[jcore.JaxprEqn, ...] = ()
-    lifted: jcore.JaxprEqn | None = None
+    lifted: jcore.ClosedJaxpr | None = None
     num_lifted: int = 0
+    token: Hashable = None
 
     @property
     def name(self) -> str:
@@ -178,7 +180,7 @@ class Node:
         if all(map(_is, literals, own)):
             return run_equation(self.eqn, given)
         if self.lifted is not None:
-            return run_equation(self.lifted, args)
+            return jax.core.eval_jaxpr(self.lifted.jaxpr, (), *args)
         starts = [jnp.asarray(start, jnp.int32) for start in literals]
         return [lax.dynamic_slice(given[0], starts, self.results[0].aval.shape)]
 

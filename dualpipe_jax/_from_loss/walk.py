@@ -5,15 +5,15 @@ other boundary that stand where the other layer has its own.
 """
 
 from dualpipe_jax._from_loss.crossing import Slots, position, same_type
-from dualpipe_jax._from_loss.equality import Equality, same_array, same_value
-from dualpipe_jax._from_loss.layers import Layer, same_node
+from dualpipe_jax._from_loss.equality import same_array, same_value
+from dualpipe_jax._from_loss.layers import Layer
 from dualpipe_jax._from_loss.terms import Terms
 from dualpipe_jax._from_loss.values import Node, Operand, Value, needed
 
 Readers = dict[Value, list[Node]]
 
 
-def walk_back(like: int, terms: Terms, slots: Slots, equality: Equality) -> dict[Value, int] | None:
+def walk_back(like: int, terms: Terms, slots: Slots) -> dict[Value, int] | None:
     """Finds the values that stand in layer 0 where the layer `like` has its x."""
     own, after, first = slots.before[like], slots.before[like + 1], slots.before[1]
     if set(own.values()) != set(after.values()) or set(after.values()) != set(first.values()):
@@ -51,7 +51,7 @@ def walk_back(like: int, terms: Terms, slots: Slots, equality: Equality) -> dict
         else:
             assert a.node is not None
             assert b.node is not None
-            if a.index != b.index or not same_node(a.node, b.node, equality):
+            if a.index != b.index or a.node.token != b.node.token:
                 return None
             todo.extend(_values(a.node, b.node))
     before = {v: slot for slot, v in found.items()}
@@ -64,7 +64,6 @@ def walk_on(
     slots: Slots,
     readers: Readers,
     parameters: dict[str, Value],
-    equality: Equality,
 ) -> dict[Value, Value] | None:
     """Pairs the values of the layer `like` with those of another one, from x onwards.
 
@@ -74,7 +73,6 @@ def walk_on(
       slots: The slots.
       readers: The nodes that read each value.
       parameters: The parameters of the other layer, by name.
-      equality: Compares equations.
 
     Returns:
       The other layer's value for each of the one's; None if they are not the same program.
@@ -89,9 +87,9 @@ def walk_on(
         return (
             id(found) not in used
             and position(found) <= target
-            and same_node(node, found, equality)
+            and node.token == found.token
             and all(
-                _is_known(a, b, pairs, parameters, equality)
+                _is_known(a, b, pairs, parameters)
                 for a, b in zip(node.operands, found.operands, strict=True)
             )
         )
@@ -128,7 +126,6 @@ def _is_known(
     b: Operand,
     pairs: dict[Value, Value],
     parameters: dict[str, Value],
-    equality: Equality,
 ) -> bool:
     """Whether an operand of the last layer is the counterpart of another layer's."""
     if not isinstance(a, Value) or not isinstance(b, Value):
@@ -140,10 +137,10 @@ def _is_known(
         return b.is_free and same_type(a, b)
     is_at_hand = a.is_weights and a.position < 0
     # Layers may read other rows of one parameter: those are literals.
-    return is_at_hand and same_made(a, b, equality, with_literals=False)
+    return is_at_hand and same_made(a, b, with_literals=False)
 
 
-def same_made(a: Operand, b: Operand, equality: Equality, *, with_literals: bool = True) -> bool:
+def same_made(a: Operand, b: Operand, *, with_literals: bool = True) -> bool:
     """Whether two values are the same function of the same inputs."""
     todo = [(a, b)]
     while todo:
@@ -163,7 +160,7 @@ def same_made(a: Operand, b: Operand, equality: Equality, *, with_literals: bool
             continue
         if a.node is None or b.node is None or a.index != b.index:
             return False
-        if not same_node(a.node, b.node, equality):
+        if a.node.token != b.node.token:
             return False
         todo.extend(zip(a.node.operands, b.node.operands, strict=True))
     return True

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dualpipe_jax._from_loss.equality import Equality
 from dualpipe_jax._from_loss.evaluate import evaluate
 from dualpipe_jax._from_loss.graph import Graph
 from dualpipe_jax._from_loss.values import Source, Stack, Value, needed
@@ -98,7 +99,7 @@ def test_rows_are_those_of_the_whole_array(name: str, is_weights: bool) -> None:
         )
         for layer in range(SIZE)
     ]
-    graph = Graph()
+    graph = Graph(Equality())
     program = jax.make_jaxpr(f)(ROWS, BATCH)
     (out,) = graph.append(program, [Stack([*rows], jax.typeof(ROWS)), batch])
     found = graph.as_value(out)
