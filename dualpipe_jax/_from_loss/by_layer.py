@@ -22,16 +22,25 @@ from dualpipe_jax._split_vjp.primitives import ELEMENTWISE, REDUCTIONS
 
 Input = Operand | Stack
 
-# How two rows are combined in a reduction over rows.
-_COMBINE: dict[str, Callable[..., Any]] = {
-    "reduce_sum": lax.add,
-    "reduce_prod": lax.mul,
-    "reduce_and": lax.bitwise_and,
-    "reduce_or": lax.bitwise_or,
-    "reduce_max": lax.max,
-    "reduce_min": lax.min,
+# How two rows are combined in a reduction over rows, and the value that changes nothing.
+_COMBINE: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
+    "reduce_sum": (lax.add, lambda dtype: 0),
+    "reduce_prod": (lax.mul, lambda dtype: 1),
+    "reduce_and": (lax.bitwise_and, lambda dtype: ~np.zeros((), dtype)),
+    "reduce_or": (lax.bitwise_or, lambda dtype: 0),
+    "reduce_max": (lax.max, lambda dtype: _limits(dtype)[0]),
+    "reduce_min": (lax.min, lambda dtype: _limits(dtype)[1]),
 }
-_EXTREMES = ("reduce_max", "reduce_min")
+
+
+def _limits(dtype: Any) -> tuple[Any, Any]:
+    """Gives the least and the largest value of a type."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return -np.inf, np.inf
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return False, True
+    return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+
 
 # They act on the rows of a stack unless they name its leading dim.
 _ACT_ON_ROWS = REDUCTIONS | {"reduce_prod", "argmax", "argmin", "slice", "dynamic_slice"}
@@ -71,6 +80,8 @@ class OnStacks:
 
     def by_layer(self) -> list[Any] | None:
         """Gives the results of the equation on each layer's values; None if it has none."""
+        if self.eqn.primitive.name == "concatenate":
+            return self._joined()
         if len({len(stack.items) for stack in self._stacks}) > 1:
             return None
         if self.eqn.primitive.name in ("split", "unstack"):
@@ -164,6 +175,13 @@ class OnStacks:
         rows = [stack.items[i] for i in numbers.ravel()]
         return Stack(rows, self._out) if numbers.ndim == 2 else rows[0]
 
+    def _joined(self) -> list[Any] | None:
+        """The rows of several stacks."""
+        stacks = self._stacks
+        if self.eqn.params["dimension"] != 0 or len(stacks) < len(self.inputs):
+            return None
+        return [Stack([item for stack in stacks for item in stack.items], self._out)]
+
     def _taken_apart(self) -> list[Any] | None:
         """Parts of a stack: groups of rows, each row, or a part of every row."""
         stack, params = self._stacks[0], self.eqn.params
@@ -203,7 +221,7 @@ class OnStacks:
         )
         if not is_over_rows and not is_dot:
             return None
-        if is_over_rows and name not in ("reduce_sum", "reduce_and", "reduce_or"):
+        if is_over_rows and name in ("reduce_max", "reduce_min"):
             return None  # a gradient is shared by all elements that are the maximum
         parts = [self._on_row(i, params) for i in range(self._count)]
         return combine(self.program, name, parts, self.eqn)
@@ -285,22 +303,20 @@ def entry(program: Program, operand: Operand, index: int, of: jcore.JaxprEqn) ->
 
 
 def combine(program: Program, name: str, parts: Sequence[Value], of: jcore.JaxprEqn) -> Value:
-    """Appends the combinations of values, in their order, as the reduction `name` has them."""
-    if name in _EXTREMES:
-        return _extreme(program, name, parts, of)
-    two = _COMBINE.get(name, lax.add)
-    total = parts[0]
-    for part in parts[1:]:
-        total = program.call(two, [total, part], of)
-    return total
+    """Appends the combinations of values, in their order, as the reduction `name` has them.
 
-
-def _extreme(program: Program, name: str, parts: Sequence[Value], of: jcore.JaxprEqn) -> Value:
-    """Appends a running maximum, or minimum, with the number of values that have it so far."""
+    The first one is combined too, with the value that changes nothing: all layers are then alike.
+    """
+    two, first = _COMBINE.get(name, _COMBINE["reduce_sum"])
+    aval = parts[0].aval
+    total = program.call(lambda: jnp.full(aval.shape, first(aval.dtype), aval.dtype), [], of)
+    if name not in ("reduce_max", "reduce_min"):
+        for part in parts:
+            total = program.call(two, [total, part], of)
+        return total
+    count = program.call(lambda: jnp.zeros(aval.shape, aval.dtype), [], of)
     find = partial(_running, name == "reduce_max")
-    count = program.call(lambda part: jnp.ones(part.shape, part.dtype), parts[:1], of)
-    total = parts[0]
-    for part in parts[1:]:
+    for part in parts:
         total, count = (
             program.call(lambda *args, i=i: find(*args)[i], [total, count, part], of)
             for i in range(2)

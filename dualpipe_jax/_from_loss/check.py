@@ -26,8 +26,10 @@ def check_kind(kind: Kind, recipes: list[Recipe]) -> None:
     numbering = _Numbering()
     for layer in kind.layers:
         own = numbering.of_targets(layer, {v: _input(layer, v) for v in _leaves(layer)})
-        block = numbering.of_block(kind, recipes, layer.index)
-        if own != block:
+        block = numbering.of_block(kind, recipes, layer)
+        if own != block or [slot for slot, _ in layer.outputs] != [
+            table[layer.index] for table in kind.writes
+        ]:
             raise ValueError(
                 f"loss_fn: layer {layer.index} was taken for one like layer {kind.first.index}, "
                 "but is none; write the model as embed, block and head, and please report this"
@@ -36,16 +38,15 @@ def check_kind(kind: Kind, recipes: list[Recipe]) -> None:
 
 def _leaves(layer: Layer) -> list[Value]:
     """Lists the inputs of a layer."""
-    nodes = needed(layer.targets, known=layer.x)
-    read = {v for node in nodes for v in node.reads}
+    read = {v for node in layer.nodes for v in node.reads}
     read.update(v for v in layer.targets if isinstance(v, Value))
-    return [v for v in read if v in layer.x or v.source is not None]
+    return [v for v in read if v in layer.known or v.source is not None]
 
 
 def _input(layer: Layer | None, value: Value) -> tuple[Any, ...]:
     """Identifies an input."""
-    if layer is not None and value in layer.x:
-        return ("x", layer.x[value])
+    if layer is not None and value in layer.known:
+        return ("x", id(value))
     source = value.source
     assert source is not None
     if source.kind == "const":
@@ -78,11 +79,13 @@ class _Numbering:
         known = {value: self._number(token) for value, token in inputs.items()}
         return self._run(layer.targets, known, lambda node, number, literal: literal.value)
 
-    def of_block(self, kind: Kind, recipes: list[Recipe], index: int) -> list[int]:
-        """Numbers the outputs of a kind's block for the layer `index`."""
-        first = kind.first
+    def of_block(self, kind: Kind, recipes: list[Recipe], layer: Layer) -> list[int]:
+        """Numbers the outputs of a kind's block for a layer."""
+        first, index = kind.first, layer.index
         known = {v: self._number(_input(first, v)) for v in _leaves(first) if not v.is_free}
-        known.update((v, self._number(("x", slot))) for v, slot in first.x.items())
+        known.update(
+            (v, self._number(("x", id(layer.x[slots[index]])))) for v, slots in kind.reads.items()
+        )
         for recipe in recipes:
             known[recipe.value] = self._of_recipe(recipe, index)
 

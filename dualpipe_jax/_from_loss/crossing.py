@@ -23,28 +23,45 @@ class Slots:
 
     Attributes:
       avals: The shape and dtype of each slot.
-      before: For layer b, a slot for every value that crosses; entry num_layers is the head's.
+      before: For layer b, the value in each slot; entry num_layers is the head's.
     """
 
     def __init__(self, num_layers: int):
         self.avals: list[Value] = []
-        self.before: list[dict[Value, int]] = [{} for _ in range(num_layers + 1)]
+        self.before: list[dict[int, Value]] = [{} for _ in range(num_layers + 1)]
 
-    def place(self, boundary: int, values: Sequence[Value], like: dict[Value, int]) -> None:
-        """Gives the values that cross a boundary their slots; those in `like` keep theirs."""
-        slots = {v: like[v] for v in values if v in like}
-        taken = set(slots.values())
+    def place(self, boundary: int, values: Iterable[Value], wanted: dict[Value, int]) -> None:
+        """Gives the values that cross a boundary their slots.
+
+        Args:
+          boundary: The boundary, at which some slots may be taken.
+          values: The values; those that have a slot there keep it.
+          wanted: The slots that values have before, or should have, if these are empty.
+        """
+        slots = self.before[boundary]
+        values = [v for v in values if v not in slots.values()]
+        late = []
         for value in values:
-            if value in slots:
-                continue
-            fits = (s for s, a in enumerate(self.avals) if s not in taken and same_type(a, value))
-            slot = next(fits, None)
-            if slot is None:
-                slot = len(self.avals)
-                self.avals.append(value)
-            taken.add(slot)
-            slots[value] = slot
-        self.before[boundary] = slots
+            slot = wanted.get(value)
+            if slot is None or slot in slots or not same_type(self.avals[slot], value):
+                late.append(value)
+            else:
+                slots[slot] = value
+        for value in late:
+            slots[self.empty(boundary, value)] = value
+
+    def empty(self, boundary: int, value: Value) -> int:
+        """Finds an empty slot for a value, or makes one."""
+        taken = self.before[boundary]
+        fits = (s for s, a in enumerate(self.avals) if s not in taken and same_type(a, value))
+        slot = next(fits, len(self.avals))
+        if slot == len(self.avals):
+            self.avals.append(value)
+        return slot
+
+    def of(self, boundary: int) -> dict[Value, int]:
+        """Gives the slot of each value before a layer; of a value in two slots, the first one."""
+        return {v: slot for slot, v in sorted(self.before[boundary].items(), reverse=True)}
 
 
 def same_type(one: Operand, other: Operand) -> bool:
@@ -90,10 +107,11 @@ def cut(wanted: Iterable[Value], region: Sequence[Node], *, prefer_late: bool) -
         is_free=lambda number: values[number].is_at_hand,
         prefer_late=prefer_late,
     )
-    return sorted((values[number] for number in kept), key=_order)
+    return sorted((values[number] for number in kept), key=order_of)
 
 
-def _order(value: Value) -> tuple[int, int, str]:
+def order_of(value: Value) -> tuple[int, int, str]:
+    """Sorts values by the order in which they are made."""
     if value.node is not None:
         return value.node.number, value.index, ""
     return -1, 0, str(value.source)
@@ -111,7 +129,7 @@ def cut_between_layers(terms: Terms, *, prefer_late: bool) -> Slots:
         crossing[boundary] = cut(wanted, region_of(wanted), prefer_late=prefer_late)
         after = list(crossing[boundary])
     for boundary in range(1, num_layers):
-        slots.place(boundary, crossing[boundary], slots.before[boundary - 1])
+        slots.place(boundary, crossing[boundary], slots.of(boundary - 1))
     return slots
 
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from dualpipe_jax._errors import is_array, raise_all, show
+from dualpipe_jax._from_loss.align import align
 from dualpipe_jax._from_loss.check import check_kind
 from dualpipe_jax._from_loss.crossing import Slots, cut_between_layers, position
 from dualpipe_jax._from_loss.equality import Equality
-from dualpipe_jax._from_loss.first_and_last import make_alike, place_first, place_last, readers_of
 from dualpipe_jax._from_loss.free import Family, Recipe, recipe
 from dualpipe_jax._from_loss.graph import Graph
 from dualpipe_jax._from_loss.kinds import Kind, group
@@ -98,7 +98,7 @@ class Cut:
         """The paths of the parameters of the ends that layers read."""
         found: set[str] = set()
         for layer in (layer for kind in self.kinds for layer in kind.layers):
-            read = {v for node in needed(layer.targets, known=layer.x) for v in node.reads}
+            read = {v for node in layer.nodes for v in node.reads}
             read.update(v for v in layer.targets if isinstance(v, Value))
             tokens = [layer.token(v) for v in read]
             found.update(token[1] for token in tokens if token and token[0] == "ends")
@@ -277,15 +277,12 @@ def _cut(
     graph.require_open(nodes)
     _require_own_parameters(nodes, num_layers, is_weighted=is_weighted)
     slots = cut_between_layers(terms, prefer_late=prefer_late)
-    readers = readers_of(nodes)
 
     def layer(index: int) -> Layer:
         types = {name: (v.aval.shape, v.aval.dtype) for name, v in inputs.layers[index].items()}
         return Layer.of(index, slots, terms.of_layers[index], types)
 
-    make_alike(layer, slots, readers, inputs.layers)
-    place_first(terms, slots, prefer_late=prefer_late)
-    place_last(nodes, terms, slots, layer, readers, inputs.layers)
+    align(nodes, terms, slots, layer, inputs.layers, prefer_late=prefer_late)
     _require_known_in_head(terms, slots)
     if not slots.avals:
         raise ValueError("loss_fn: no value crosses between its layers: they are no pipeline")
@@ -318,7 +315,7 @@ def _require_own_parameters(nodes: Sequence[Node], num_layers: int, *, is_weight
     for node in nodes:
         here = position(node)
         for value in node.reads:
-            if not value.is_weights or not 0 <= value.position < here:
+            if not value.is_weights or value.crosses or not 0 <= value.position < here:
                 continue
             if node.results[0].is_weights and node.name in ("stack", "concatenate"):
                 raise ValueError(
@@ -350,7 +347,7 @@ def _require_known_in_head(terms: Terms, slots: Slots) -> None:
       ValueError: If it reads a layer's.
     """
     targets = [term.value for term in terms.of_head]
-    for node in needed(targets, known=slots.before[-1]):
+    for node in needed(targets, known=slots.before[-1].values()):
         for value in node.reads:
             if value.source is not None and value.source.kind == "layer":
                 raise ValueError(
@@ -366,11 +363,14 @@ def _require_narrow(slots: Slots, layers: Sequence[Layer], max_x: int) -> None:
     Raises:
       ValueError: If it is larger.
     """
-    total = sum(aval.num_bytes for aval in slots.avals)
+    # Values that embed makes are inputs: a table's rows, of which each layer reads its own.
+    of_layers = {s for before in slots.before for s, v in before.items() if v.position >= 0}
+    total = sum(aval.num_bytes for slot, aval in enumerate(slots.avals) if slot in of_layers)
     sizes = []
     for layer in layers:
-        read = {v for node in needed(layer.targets, known=layer.x) for v in node.reads}
-        touched = {slot for v, slot in layer.x.items() if v in read} | set(layer.outputs)
+        read = {v for node in layer.nodes for v in node.reads}
+        touched = {slot for slot, v in layer.x.items() if v in read}
+        touched.update(slot for slot, _ in layer.outputs)
         sizes.append(sum(slots.avals[slot].num_bytes for slot in touched))
     usual = sorted(sizes)[len(sizes) // 2]
     needed_x = math.ceil(total / max(usual, 1))
@@ -379,10 +379,11 @@ def _require_narrow(slots: Slots, layers: Sequence[Layer], max_x: int) -> None:
         + "; ".join(
             f"before layer {b} {v}"
             for b, before in enumerate(slots.before)
-            for v, s in before.items()
+            for s, v in before.items()
             if s == slot
         )
         for slot, aval in enumerate(slots.avals)
+        if slot in of_layers
     ]
     raise_all(
         f"loss_fn: {total:,} bytes cross between layers, more than max_x={max_x} times the "

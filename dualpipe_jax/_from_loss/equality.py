@@ -2,10 +2,10 @@
 
 Two layers become one block if their equations have the same tokens, so a wrong "the same" is a
 wrong gradient without a word, and a wrong "different" costs one more kind of layer. A token takes
-apart only what Python or JAX defines: numbers, strings, arrays by their bytes, containers, programs
-equation by equation, JAX's own classes. Every other object is itself (functions, callbacks,
-kernels), or equals another one if its class defines `==` and `hash` so. Custom derivatives are the
-programs to which they trace.
+apart only what JAX owns: programs, equation by equation, arrays by their bytes, containers, its own
+classes; and what can never change: numbers, strings, tuples of them. Every other object (a
+function, a callback, a user's settings) is itself alone, whatever its class says of `==`. Custom
+derivatives are the programs to which they trace.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Equality:
             numbers.update(zip(eqn.outvars, count, strict=False))
         return (
             "program",
-            tuple(self._value(c, with_rules=True) for c in getattr(program, "consts", ())),
+            tuple(self._value(c) for c in getattr(program, "consts", ())),
             tuple(aval_token(v.aval) for v in inputs),
             _effects(jaxpr.effects, inputs),
             tuple(equations),
@@ -115,33 +115,65 @@ class Equality:
             if name not in ignored
         }
 
-    def _value(self, value: Any, with_rules: bool) -> Hashable:
+    def _value(self, value: Any, with_rules: bool = True) -> Hashable:
         """Names a parameter of an equation: the one place where values are taken apart."""
         of = functools.partial(self._value, with_rules=with_rules)
         kind = type(value)
-        if kind in _PLAIN:
-            return kind, repr(value)
         if isinstance(value, jcore.ClosedJaxpr | jcore.Jaxpr):
             return self.program(value, with_rules=with_rules)
-        if isinstance(value, jax.Array) or _is_array(value):
-            return array_token(value)
-        if isinstance(value, np.dtype):
-            return kind, str(value)
+        if isinstance(value, jax.Array) or kind is np.ndarray:
+            layout = [repr(getattr(value, name, None)) for name in ("strides", "flags")]
+            return array_token(value), *(layout if kind is np.ndarray else ())
         if kind in (tuple, list):
             return kind, tuple(map(of, value))
+        if kind is frozenset:
+            return kind, frozenset(map(of, value))
         if kind in (dict, types.MappingProxyType):
             return kind, tuple((of(key), of(entry)) for key, entry in value.items())
-        if kind in (set, frozenset):
-            return kind, frozenset(map(of, value))
-        if kind is functools.partial and not vars(value):
-            return kind, of(value.func), of(value.args), of(value.keywords)
-        if isinstance(value, tuple) and hasattr(kind, "_fields") and not hasattr(value, "__dict__"):
-            return kind, tuple(map(of, value))
+        if kind is jax.tree_util.PyTreeDef:
+            return kind, self._structure(value)
         if _is_of_jax(kind):
+            if isinstance(value, tuple):
+                return kind, tuple(map(of, value))
+            if hasattr(value, "__array__") and isinstance(getattr(value, "dtype", 0), np.dtype):
+                return array_token(value)
+            if kind.__name__ == "HashableArray":  # its == takes 0.0 for -0.0
+                return kind, of(value.val)
             names = [f.name for f in dataclasses.fields(value)] if _is_record(value) else []
             if names and set(getattr(value, "__dict__", ())) <= set(names):
                 return kind, tuple(of(getattr(value, name, None)) for name in names)
+            return _ByItsClass(value)
+        return self._of_user(value)
+
+    def _of_user(self, value: Any) -> Hashable:
+        """Names an object that a user may have made: only one that can never change is taken apart.
+
+        Two lists of equal entries are two objects, as one of them may change before it is read.
+        """
+        kind = type(value)
+        if kind in _PLAIN:
+            return kind, repr(value)
+        if isinstance(value, np.generic) and kind.__module__ in ("numpy", "ml_dtypes"):
+            return self._of_user(value.dtype), array_token(value)
+        if isinstance(value, np.dtype) and value.metadata is None and not value.hasobject:
+            return "dtype", str(value)
+        if kind is tuple or (
+            isinstance(value, tuple) and hasattr(kind, "_fields") and not hasattr(value, "__dict__")
+        ):
+            return kind, tuple(map(self._of_user, value))
+        if kind is functools.partial and not vars(value):
+            held = (value.func, value.args, *value.keywords.items())
+            return kind, tuple(map(self._of_user, held))
         return _Itself(value)
+
+    def _structure(self, tree: Any) -> Hashable:
+        """Names a structure of a pytree, whose nodes may hold a user's objects."""
+        data = tree.node_data()
+        if data is None:
+            return tree.num_leaves
+        kind, of_node = data
+        names = tuple(of_node) if kind is dict else of_node
+        return kind, self._of_user(names), tuple(map(self._structure, tree.children()))
 
     def _policy(self, policy: Any, above: tuple[int, ...] = ()) -> Hashable:
         """Names a checkpoint's policy, or a value that one holds, by its code and its values.
@@ -151,15 +183,17 @@ class Equality:
         """
         if id(policy) in above:
             return "above", len(above) - above.index(id(policy))
-        held = _held_by(policy)
+        if type(policy) is set:
+            return set, frozenset(map(self._of_user, policy))
+        held = policy if type(policy) in (tuple, list) else _held_by(policy)
         if held is None:
-            return self._value(policy, with_rules=True)
+            return self._value(policy)
         return type(policy), tuple(self._policy(value, (*above, id(policy))) for value in held)
 
     def _context(self, ctx: Any) -> Hashable:
         """Names the setting in which an equation runs: on a host, say, or with XLA's metadata."""
         names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
-        return tuple(self._value(getattr(ctx, name, None), with_rules=True) for name in names)
+        return tuple(self._value(getattr(ctx, name, None)) for name in names)
 
     def _rule(self, eqn: jcore.JaxprEqn) -> Hashable:
         """Names a custom derivative by the program to which it traces."""
@@ -172,31 +206,31 @@ class Equality:
 
 
 class _Itself:
-    """An object that is only known to itself, or to its class's own `==` and `hash`."""
+    """An object of which nothing is known: it equals itself alone."""
 
     def __init__(self, value: Any):
         self.value = value
-        try:
-            self._hash = hash(value)
-        except Exception:  # noqa: BLE001  a user's class may raise anything
-            self._hash = None
 
     def __hash__(self) -> int:
-        return id(self.value) if self._hash is None else self._hash
+        return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Itself):
-            return NotImplemented
-        if self.value is other.value:
-            return True
-        if type(self.value) is not type(other.value) or None in (self._hash, other._hash):
+        return isinstance(other, _Itself) and self.value is other.value
+
+
+class _ByItsClass:
+    """An object of a class of JAX's, which defines `==`: a sharding, a dtype, a mesh."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _ByItsClass) or type(self.value) is not type(other.value):
             return False
-        if _inherits_equality(type(self.value)):
-            return False
-        try:
-            return (self.value == other.value) is True
-        except Exception:  # noqa: BLE001
-            return False
+        return self.value is other.value or (self.value == other.value) is True
 
 
 def trace_derivative(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
@@ -237,7 +271,7 @@ def aval_token(aval: Any) -> Hashable:
     Inputs of a trace inside a `jax.shard_map` know no mesh, and results do: only the specs count.
     """
     if not isinstance(aval, jax.core.ShapedArray):
-        return _Itself(aval)
+        return _ByItsClass(aval)
     names = ("shape", "dtype", "weak_type", "memory_space", "vma")
     return (type(aval), *(getattr(aval, name, None) for name in names), aval.sharding.spec)
 
@@ -319,22 +353,6 @@ def _is_of_jax(kind: type) -> bool:
 
 def _is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def _is_array(value: Any) -> bool:
-    """Whether NumPy's or JAX's own class holds an array, or a number; not for users' subclasses."""
-    owner = type(value).__module__.partition(".")[0]
-    return (
-        owner in ("numpy", "ml_dtypes", "jax")
-        and hasattr(value, "__array__")
-        and isinstance(getattr(value, "dtype", None), np.dtype)
-    )
-
-
-def _inherits_equality(kind: type) -> bool:
-    """Whether a class takes `==` from a type that does not know what the class adds to it."""
-    owner = next(base for base in kind.__mro__ if "__eq__" in vars(base))
-    return owner is object or (owner is not kind and owner.__module__ == "builtins")
 
 
 def _differing_values(a: jcore.JaxprEqn, b: jcore.JaxprEqn, name: str) -> str:

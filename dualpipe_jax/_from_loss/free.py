@@ -15,8 +15,7 @@ import numpy as np
 
 from dualpipe_jax._from_loss.equality import same_array
 from dualpipe_jax._from_loss.kinds import Tables, tables_of
-from dualpipe_jax._from_loss.values import Node, Operand, Value, is_key
-from dualpipe_jax._from_loss.walk import same_made
+from dualpipe_jax._from_loss.values import Node, Operand, Value, is_key, same_function, same_made
 
 Column = tuple[Value, ...]
 
@@ -106,7 +105,7 @@ def recipe(column: Column, indices: Sequence[int], num_layers: int) -> Recipe:
         if (
             len(nodes) == len(values)
             and all(v.index == first.index for v in values)
-            and all(nodes[0].token == node.token for node in nodes)
+            and all(same_function(nodes[0], node) for node in nodes)
         ):
             if nodes_of.setdefault(nodes[0], nodes) != nodes:
                 return whole()

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from dualpipe_jax._from_loss.cut import Cut
 from dualpipe_jax._from_loss.evaluate import Arrays, evaluate
@@ -22,7 +24,7 @@ def embed(cut: Cut, ends: PyTree, ctx: Context) -> X:
     """Computes x_0: the first slots, empty slots of zeros, and the keys of all layers."""
     arrays = _arrays(cut, ctx, ends)
     before = cut.slots.before[0]
-    values = dict(zip(before.values(), evaluate(list(before), arrays), strict=True))
+    values = dict(zip(before, evaluate(list(before.values()), arrays), strict=True))
     x = [
         _pack(values[slot]) if slot in values else _zeros(value.aval)
         for slot, value in enumerate(cut.slots.avals)
@@ -42,13 +44,15 @@ def block(cut: Cut, number: int, params: PyTree, x: X, ctx: Context) -> Any:
     arrays = dict(base)
     for one in cut.recipes[number]:
         arrays[one.value] = _make_free(cut, one, base, layer, x)
-    arrays.update((v, _unpack(v, x[slot])) for v, slot in first.x.items())
+    arrays.update((v, _unpack(v, _read(x, slots, layer))) for v, slots in kind.reads.items())
     arrays.update((v, params[name]) for name, v in cut.inputs.layers[first.index].items())
     tables = {key: jnp.asarray(table)[layer] for key, table in kind.tables.items()}
     values = evaluate(first.targets, arrays, tables)
     count = len(first.outputs)
-    new = dict(zip(first.outputs, map(_pack, values[:count]), strict=True))
-    y = tuple(new.get(slot, old) for slot, old in enumerate(x))
+    new = list(x)
+    for slots, value in zip(kind.writes, map(_pack, values[:count]), strict=True):
+        _write(new, slots, layer, value)
+    y = tuple(new)
     if not first.terms:
         return y
     scaled = [
@@ -60,10 +64,30 @@ def block(cut: Cut, number: int, params: PyTree, x: X, ctx: Context) -> Any:
     return y, Aux(loss=sum(losses) if losses else None, metrics=metrics or None)
 
 
+def _read(x: X, slots: np.ndarray, layer: jax.Array) -> Any:
+    """Gives the value of a layer's slot; chosen by its index, where layers differ."""
+    used, index = np.unique(slots, return_inverse=True)
+    if len(used) == 1:
+        return x[used[0]]
+    which = jnp.asarray(index, jnp.int32)[layer]
+    return lax.select_n(which, *(x[slot] for slot in used))
+
+
+def _write(x: list[Any], slots: np.ndarray, layer: jax.Array, value: Any) -> None:
+    """Puts a value into a layer's slot."""
+    used = np.unique(slots)
+    if len(used) == 1:
+        x[used[0]] = value
+        return
+    which = jnp.asarray(slots, jnp.int32)[layer]
+    for slot in used:
+        x[slot] = lax.select(which == slot, value, x[slot])
+
+
 def head(cut: Cut, ends: PyTree, x: X, ctx: Context, *, has_aux: bool) -> Any:
     """Computes the loss, or `(loss, metrics)`: the metrics that are the head's, in a tuple."""
     arrays = _arrays(cut, ctx, ends)
-    arrays.update((v, _unpack(v, x[slot])) for v, slot in cut.slots.before[-1].items())
+    arrays.update((v, _unpack(v, x[slot])) for slot, v in cut.slots.before[-1].items())
     values = evaluate([term.value for term in cut.terms.of_head], arrays)
     scaled = [
         (term, _scaled(cut, term, term.factor, value))

@@ -223,8 +223,7 @@ class Graph:
             function = ("slice", aval_token(node.eqn.outvars[0].aval))
         else:
             function = self._equality.equation(node.eqn)
-        operands = ((isinstance(a, Value), a.aval.shape, a.aval.dtype) for a in node.operands)
-        return function, tuple(operands)
+        return function, tuple((a.aval.shape, a.aval.dtype) for a in node.operands)
 
     def _scan(self, eqn: jcore.JaxprEqn, inputs: list[Input]) -> list[Input]:
         """Takes a scan over the layers' stack apart: its body, on the values of each layer.

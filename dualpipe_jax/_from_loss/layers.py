@@ -1,17 +1,18 @@
 """Layers as programs from x to x, and whether two of them are the same program.
 
 Two layers are compared from their outputs backwards, in pairs of values: equations must be the
-same (`equality`), inputs must have the same slots of x and the same names of parameters. Literals
-and free values may differ; they become tables, or are made again in the block.
+same (`equality`), and parameters have the same names. Literals, slots of x and free values may
+differ; they become tables, or are made again in the block.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from dualpipe_jax._from_loss.crossing import Slots
-from dualpipe_jax._from_loss.equality import Equality
+from dualpipe_jax._from_loss.crossing import Slots, order_of
+from dualpipe_jax._from_loss.equality import Equality, same_value
 from dualpipe_jax._from_loss.terms import Term
-from dualpipe_jax._from_loss.values import Node, Operand, Value
+from dualpipe_jax._from_loss.values import Node, Operand, Value, needed, same_function
 
 # How a layer knows a value that it does not make: by its slot of x, its parameter's name, ...
 Token = tuple[Any, ...]
@@ -23,15 +24,16 @@ class Layer:
 
     Attributes:
       index: Its index.
-      x: The slot of each value that it is given.
-      outputs: The slot of each value that it puts into x; values that stay in theirs are left out.
+      x: The value in each slot that it is given.
+      outputs: The values that it puts into slots, in the order in which they are made; values that
+        stay in theirs are left out.
       terms: Its losses and metrics.
       parameters: The types of its parameters, by name.
     """
 
     index: int
-    x: dict[Value, int]
-    outputs: dict[int, Value]
+    x: dict[int, Value]
+    outputs: list[tuple[int, Value]]
     terms: list[Term]
     parameters: dict[str, Any]
 
@@ -39,13 +41,38 @@ class Layer:
     def of(cls, index: int, slots: Slots, terms: list[Term], parameters: dict[str, Any]) -> "Layer":
         """Takes a layer from the slots before and after it."""
         before, after = slots.before[index], slots.before[index + 1]
-        outputs = {slot: v for v, slot in after.items() if before.get(v) != slot}
-        return cls(index, before, dict(sorted(outputs.items())), terms, parameters)
+        outputs = [(slot, v) for slot, v in after.items() if before.get(slot) is not v]
+        outputs.sort(key=lambda output: (order_of(output[1]), output[0]))
+        return cls(index, before, outputs, terms, parameters)
+
+    @cached_property
+    def known(self) -> set[Value]:
+        """The values that it is given in x."""
+        return set(self.x.values())
 
     @property
     def targets(self) -> list[Operand]:
         """All values that it computes."""
-        return [*self.outputs.values(), *(term.value for term in self.terms)]
+        return [*(value for _, value in self.outputs), *(term.value for term in self.terms)]
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """The equations that compute them."""
+        return needed(self.targets, known=self.known)
+
+    @cached_property
+    def _made_of_x(self) -> set[Value]:
+        """The values that it makes of x; the first layer's x may be the batch itself."""
+        made: set[Value] = set()
+        for node in self.nodes:
+            if any(v in self.known or v in made for v in node.reads):
+                made.update(node.results)
+        return made
+
+    def slot_of(self, value: Value, wanted: int) -> int:
+        """Finds the slot in which it is given a value: the wanted one, if the value is there."""
+        slots = [slot for slot, v in self.x.items() if v is value]
+        return wanted if wanted in slots else slots[0]
 
     def token(self, value: Value) -> Token | None:
         """Says how the layer knows a value; None if it makes it by an equation.
@@ -53,9 +80,9 @@ class Layer:
         Raises:
           ValueError: If it can neither know nor make it.
         """
-        if value in self.x:
-            return ("x", self.x[value])
-        if value.is_free:
+        if value in self.known:
+            return ("x",)
+        if value.is_free and value not in self._made_of_x:
             return ("free",)
         if value.source is None:
             return None
@@ -74,6 +101,11 @@ class Difference:
     other: Operand | None
     reason: str = ""
 
+    @property
+    def swapped(self) -> "Difference":
+        """The same difference, seen from the other layer."""
+        return Difference(self.other, self.one, self.reason)
+
     def __str__(self) -> str:
         if self.one is None or self.other is None:
             return self.reason
@@ -83,6 +115,8 @@ class Difference:
 @dataclass(frozen=True)
 class Pairs:
     """Pairs the values of one layer with those of another one that is the same program.
+
+    Two values of the one may have the same value of the other as their pair, not the reverse.
 
     Attributes:
       values: The other layer's value for each of the one's.
@@ -97,12 +131,15 @@ class Pairs:
 
 def pair(one: Layer, other: Layer) -> Pairs | Difference:
     """Pairs the values of two layers, or finds a difference between them."""
-    for layer, without in ((one, other), (other, one)):
-        alone = [v for slot, v in layer.outputs.items() if slot not in without.outputs]
-        if alone:
-            return Difference(
-                None, None, f"only layer {layer.index} puts {alone[0]} into that place of x"
-            )
+    if len(one.outputs) != len(other.outputs):
+        for layer, without in ((one, other), (other, one)):
+            slots = {slot for slot, _ in without.outputs}
+            for slot, value in layer.outputs:
+                if slot not in slots:
+                    place = f"only layer {layer.index} puts {value} into that place of x"
+                    return Difference(None, None, place)
+        counts = " and ".join(f"{len(layer.outputs)}" for layer in (one, other))
+        return Difference(None, None, f"they put {counts} values into x")
     if [t.is_loss for t in one.terms] != [t.is_loss for t in other.terms]:
         counts = " and ".join(f"{len(layer.terms)}" for layer in (one, other))
         return Difference(None, None, f"they have {counts} losses and metrics of their own")
@@ -118,7 +155,7 @@ def pair(one: Layer, other: Layer) -> Pairs | Difference:
     while todo:
         a, b = todo.pop()
         if not isinstance(a, Value) or not isinstance(b, Value):
-            if isinstance(a, Value) or isinstance(b, Value) or a.value is not b.value:
+            if isinstance(a, Value) or isinstance(b, Value) or not same_value(a.value, b.value):
                 return Difference(a, b)
             continue
         if a in pairs.values:
@@ -132,7 +169,7 @@ def pair(one: Layer, other: Layer) -> Pairs | Difference:
         if known is None:
             assert a.node is not None
             assert b.node is not None
-            if a.index != b.index or a.node.token != b.node.token:
+            if a.index != b.index or not same_function(a.node, b.node):
                 names = Equality().differing(a.node.eqn, b.node.eqn)
                 return Difference(a, b, f" (they differ in {', '.join(names)})" if names else "")
             if a.node in pairs.nodes:

@@ -14,8 +14,7 @@ def show_cut(cut: Cut) -> str:
 
 def _lines(cut: Cut) -> Iterator[str]:
     kinds = [
-        f"{_name(cut, number)}{_ranges(kind.indices)} of "
-        f"{len(needed(kind.first.targets, known=kind.first.x))} equations"
+        f"{_name(cut, number)}{_ranges(sorted(kind.indices))} of {len(kind.first.nodes)} equations"
         for number, kind in enumerate(cut.kinds)
     ]
     plural = "" if len(kinds) == 1 else f", {len(kinds)} kinds"
@@ -27,7 +26,7 @@ def _lines(cut: Cut) -> Iterator[str]:
         yield f"  {slot.aval.str_short()}, {slot.num_bytes:,} bytes"
         for boundary in sorted({0, min(1, last), last}):
             name = "the head" if boundary == last else f"layer {boundary}"
-            for value, at in cut.slots.before[boundary].items():
+            for at, value in cut.slots.before[boundary].items():
                 if at == number:
                     yield f"    before {name}: {value}"
     for family in cut.families:

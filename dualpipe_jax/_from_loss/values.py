@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jcore
 
+from dualpipe_jax._from_loss.equality import same_array, same_value
 from dualpipe_jax._from_loss.run import run_equation, where
 from dualpipe_jax._model.kinds import as_constants
 
@@ -78,8 +80,9 @@ class Value:
 
     @property
     def crosses(self) -> bool:
-        """Whether a later layer can have it through x only."""
-        return not self.is_free and not self.is_weights
+        """Whether a later layer can have it through x only; of parameters, numbers travel alone."""
+        is_number = self.position >= 0 and self.aval.shape == ()
+        return not self.is_free and (is_number or not self.is_weights)
 
     @property
     def num_bytes(self) -> int:
@@ -172,6 +175,13 @@ class Node:
         """The operands that are no literals."""
         return [operand for operand in self.operands if isinstance(operand, Value)]
 
+    def as_value(self, number: int) -> Operand:
+        """Makes a value of a literal operand, so that a layer can be given it."""
+        literal = self.operands[number]
+        if isinstance(literal, Literal) and number < len(self.operands) - self.num_lifted:
+            self.operands[number] = constant(np.asarray(literal.value, literal.aval.dtype))
+        return self.operands[number]
+
     def run(self, args: Sequence[Any]) -> list[Any]:
         """Runs the equation on a value for each operand, literals included."""
         count = len(self.operands) - self.num_lifted
@@ -183,6 +193,14 @@ class Node:
             return jax.core.eval_jaxpr(self.lifted.jaxpr, (), *args)
         starts = [jnp.asarray(start, jnp.int32) for start in literals]
         return [lax.dynamic_slice(given[0], starts, self.results[0].aval.shape)]
+
+
+def same_function(one: Node, other: Node) -> bool:
+    """Whether two nodes are the same function, and have literals as the same operands."""
+    return one.token == other.token and all(
+        isinstance(a, Value) == isinstance(b, Value)
+        for a, b in zip(one.operands, other.operands, strict=True)
+    )
 
 
 def _is(one: Any, other: Any) -> bool:
@@ -211,3 +229,29 @@ def needed(targets: Iterable[Operand], known: Iterable[Value] = ()) -> list[Node
 def is_key(aval: Any) -> bool:
     """Whether values of this type are typed random keys."""
     return bool(jnp.issubdtype(aval.dtype, jax.dtypes.prng_key))
+
+
+def same_made(a: Operand, b: Operand, *, with_literals: bool = True) -> bool:
+    """Whether two values are the same function of the same inputs."""
+    todo = [(a, b)]
+    while todo:
+        a, b = todo.pop()
+        if a is b:
+            continue
+        if not isinstance(a, Value) or not isinstance(b, Value):
+            if isinstance(a, Value) or isinstance(b, Value):
+                return False
+            if with_literals and not same_value(a.value, b.value):
+                return False
+            continue
+        if a.source is not None and b.source is not None:
+            arrays = [v.source.array for v in (a, b) if v.source is not None]
+            if any(array is None for array in arrays) or not same_array(*arrays):
+                return False
+            continue
+        if a.node is None or b.node is None or a.index != b.index:
+            return False
+        if not same_function(a.node, b.node):
+            return False
+        todo.extend(zip(a.node.operands, b.node.operands, strict=True))
+    return True

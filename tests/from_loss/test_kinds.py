@@ -15,7 +15,9 @@ PARAMS = [jnp.full((3,), 0.5 + i) for i in range(4)]
 # They differ in literals, in constants or in values made of these, and each layer gets its own.
 BY_VALUE = {
     *("closed-over arrays", "literal", "literal, sign of zero", "nested jits of one name"),
-    *("weak type", "key's algorithm"),
+    *("weak type", "key's algorithm", "scan, body", "branches"),
+    # No parameter is in them: they travel, each layer's in a slot of its own.
+    *("conv, padding", "conv, dilation", "conv, precision"),
 }
 Layer = Callable[[Any], Any]
 
