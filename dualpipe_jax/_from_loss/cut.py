@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dualpipe_jax._errors import is_array, raise_all, show
 from dualpipe_jax._from_loss.align import align
-from dualpipe_jax._from_loss.check import check_kind
+from dualpipe_jax._from_loss.check import Check
 from dualpipe_jax._from_loss.crossing import Slots, cut_between_layers, position
 from dualpipe_jax._from_loss.equality import Equality
 from dualpipe_jax._from_loss.free import Family, Recipe, recipe
@@ -61,6 +61,7 @@ class Cut:
       recipes: For each kind, how its block makes the free values that it reads.
       families: The families of keys that travel in x, behind the slots.
       notes: Remarks for the user.
+      doubtful: The layers of which `check` cannot tell whether their kind's block is their program.
     """
 
     inputs: Inputs
@@ -72,6 +73,7 @@ class Cut:
     recipes: list[list[Recipe]]
     families: list[Family] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    doubtful: list[int] = field(default_factory=list)
 
     @property
     def num_layers(self) -> int:
@@ -290,8 +292,13 @@ def _cut(
     kinds = group(layers, max_kinds=max_kinds)
     _require_narrow(slots, layers, max_x)
     recipes = [[recipe(column, kind.indices, num_layers) for column in kind.free] for kind in kinds]
-    for kind, of_kind in zip(kinds, recipes, strict=True):
-        check_kind(kind, of_kind)
+    check = Check(graph.equality.derivative)
+    doubtful = [
+        layer.index
+        for kind, of_kind in zip(kinds, recipes, strict=True)
+        for layer in kind.layers
+        if not check.is_same(kind, of_kind, layer)
+    ]
     found = [f for of_kind in recipes for r in of_kind for f in r.families.values() if f.travels]
     return Cut(
         inputs=inputs,
@@ -303,6 +310,7 @@ def _cut(
         recipes=recipes,
         families=list({family.values: family for family in found}.values()),
         notes=list(dict.fromkeys(graph.notes)),
+        doubtful=doubtful,
     )
 
 

@@ -28,7 +28,7 @@ _IGNORED = {
     "custom_jvp_call": {"jvp_jaxpr_fun", "name"},
     "custom_vjp_call": {"fwd_jaxpr_thunk", "bwd", "out_trees", "name"},
 }
-_CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
+CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 # Values of exactly these types are no more than their text.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 
@@ -40,6 +40,7 @@ class Equality:
         self._tokens: dict[Hashable, int] = {}
         self._equations: dict[tuple[int, bool], tuple[jcore.JaxprEqn, int]] = {}
         self._programs: dict[tuple[int, bool], tuple[Any, int]] = {}
+        self._derivatives: dict[int, tuple[jcore.JaxprEqn, jcore.ClosedJaxpr | None]] = {}
 
     def equation(self, eqn: jcore.JaxprEqn, *, with_rules: bool = True) -> int:
         """Names an equation, whatever its operands are.
@@ -57,7 +58,7 @@ class Equality:
                 _effects(eqn.effects, eqn.invars) if eqn.effects else (),
                 self._context(eqn.ctx),
                 tuple(self.params(eqn, with_rules=with_rules).items()),
-                self._rule(eqn) if with_rules and eqn.primitive.name in _CUSTOM_RULES else None,
+                self._rule(eqn) if with_rules and eqn.primitive.name in CUSTOM_RULES else None,
             )
             # The equation is kept, so that no id is used twice.
             self._equations[key] = eqn, self._number(token)
@@ -69,7 +70,7 @@ class Equality:
             return []
         left, right = self.params(a), self.params(b)
         names = sorted(name for name in left if left[name] != right.get(name))
-        if not names and a.primitive.name in _CUSTOM_RULES and self._rule(a) != self._rule(b):
+        if not names and a.primitive.name in CUSTOM_RULES and self._rule(a) != self._rule(b):
             names = ["its derivative"]
         return [f"{name}{_differing_values(a, b, name)}" for name in names]
 
@@ -195,9 +196,15 @@ class Equality:
         names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
         return tuple(self._value(getattr(ctx, name, None)) for name in names)
 
+    def derivative(self, eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
+        """Traces the custom derivative of an equation, once; None if it cannot be traced."""
+        if id(eqn) not in self._derivatives:
+            self._derivatives[id(eqn)] = eqn, _trace_derivative(eqn)
+        return self._derivatives[id(eqn)][1]
+
     def _rule(self, eqn: jcore.JaxprEqn) -> Hashable:
         """Names a custom derivative by the program to which it traces."""
-        derivative = trace_derivative(eqn)
+        derivative = self.derivative(eqn)
         # A derivative is not derived again: of the functions in it only the values count.
         return _Itself(eqn) if derivative is None else self.program(derivative, with_rules=False)
 
@@ -233,8 +240,7 @@ class _ByItsClass:
         return self.value is other.value or (self.value == other.value) is True
 
 
-def trace_derivative(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
-    """Traces the custom derivative of an equation; None if it cannot be traced."""
+def _trace_derivative(eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
     if eqn.params.get("symbolic_zeros"):
         return None  # the rule may do otherwise for each choice of operands that have no tangent
     args = [shape_of(atom.aval) for atom in eqn.invars]

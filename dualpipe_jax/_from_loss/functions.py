@@ -157,10 +157,10 @@ def _unpack(value: Value, array: Any) -> Any:
     """Gives a value of x as the layer has it."""
     if not is_key(value.aval):
         return array
-    return jax.random.wrap_key_data(array, impl=_algorithm(value.aval))
+    return jax.random.wrap_key_data(array, impl=algorithm(value.aval))
 
 
-def _algorithm(aval: Any) -> Any:
+def algorithm(aval: Any) -> Any:
     """Finds the algorithm of a type of keys."""
     found: list[Any] = []
 

@@ -45,13 +45,14 @@ class Graph:
 
     Attributes:
       nodes: The nodes, in an order in which they can run.
+      equality: Names the equations.
       notes: Remarks for the user.
       num_taken_apart: How many arrays that the loss stacks by layer are kept as their rows.
     """
 
     def __init__(self, equality: Equality, *, takes_apart: bool = True):
         self.nodes: list[Node] = []
-        self._equality = equality
+        self.equality = equality
         # An equation on operands that had it before is not appended again.
         self._known_nodes: dict[Hashable, Node] = {}
         self.notes: list[str] = []
@@ -218,11 +219,11 @@ class Graph:
     def _token(self, node: Node) -> Hashable:
         """Names the function of its operands that a node is."""
         if node.lifted is not None:
-            function: Hashable = self._equality.program(node.lifted)
+            function: Hashable = self.equality.program(node.lifted)
         elif node.num_lifted:
             function = ("slice", aval_token(node.eqn.outvars[0].aval))
         else:
-            function = self._equality.equation(node.eqn)
+            function = self.equality.equation(node.eqn)
         return function, tuple((a.aval.shape, a.aval.dtype) for a in node.operands)
 
     def _scan(self, eqn: jcore.JaxprEqn, inputs: list[Input]) -> list[Input]:

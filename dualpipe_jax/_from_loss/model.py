@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dualpipe_jax._errors import brief, raise_all, require_names, show
-from dualpipe_jax._from_loss import functions
+from dualpipe_jax._from_loss import functions, verify
 from dualpipe_jax._from_loss.canonical import Conversion
 from dualpipe_jax._from_loss.cut import Cut, find_cut
 from dualpipe_jax._from_loss.places import HOLE, Places, find_places
@@ -125,6 +125,11 @@ def from_loss(
         name: partial(_block, finder, number) for number, name in enumerate(dict.fromkeys(layout))
     }
     is_single = None in layout
+    conversion = Conversion(places=finder.places, kinds=layout, shared=first.shared)
+    if first.doubtful:
+        first.notes.append(
+            verify.doubt(first, conversion, finder.loss, *finder.types_of(microbatch, rng))
+        )
     return LossModel(
         embed=partial(_embed, finder),
         block=blocks[None] if is_single else blocks,  # pyrefly: ignore[bad-argument-type]
@@ -134,7 +139,7 @@ def from_loss(
         layout=None if is_single else layout,  # pyrefly: ignore[bad-argument-type]
         finder=finder,
         cut=first,
-        conversion=Conversion(places=finder.places, kinds=layout, shared=first.shared),
+        conversion=conversion,
     )
 
 
@@ -153,6 +158,27 @@ class LossModel(Model):
     def __repr__(self) -> str:
         """Names the layers."""
         return f"<dualpipe_jax.from_loss: {self.cut.num_layers} layers>"
+
+    def verify(self, params: PyTree, microbatch: Batch, *, rng: jax.Array | None = None) -> float:
+        """Compares loss and gradients with those of loss_fn, by running both on one microbatch.
+
+        Args:
+          params: The parameters, in the user's own tree.
+          microbatch: A microbatch, arrays.
+          rng: A key, if loss_fn takes one.
+
+        Returns:
+          The largest difference of the loss, or in a leaf of the gradients, over the largest entry
+          of that leaf.
+
+        Raises:
+          ValueError: If an argument has another structure, or other shapes.
+        """
+        key = rng if self.finder.has_key else None
+        if self.finder.has_key and key is None:
+            raise ValueError("rng=None: loss_fn takes a key (from_loss was given one)")
+        cut = self.finder.cut(microbatch, key)
+        return verify.difference(cut, self.conversion, self.finder.loss, params, microbatch, key)
 
     def is_canonical(self, tree: PyTree) -> bool:
         """Whether a tree has the structure that `params` gives."""
@@ -249,13 +275,22 @@ class Finder:
     has_key: bool
     _cuts: dict[Hashable, Cut] = field(default_factory=dict, init=False)
 
+    def types_of(self, microbatch: Batch, key: Any) -> tuple[Any, Any]:
+        """Gives the types of a microbatch and a key; None for a key that loss_fn does not take."""
+        return jax.tree.map(_type_of, (microbatch, key if self.has_key else None))
+
+    def loss(self, params: PyTree, microbatch: Batch, key: Any) -> Any:
+        """Computes the loss as the user wrote it, without its metrics."""
+        out = self.loss_fn(params, microbatch, *([key] if self.has_key else []))
+        return out[0] if self.has_aux else out
+
     def cut(self, microbatch: Batch, key: Any) -> Cut:
         """Finds the pipeline for a microbatch and a key, of which only the types count.
 
         Raises:
           ValueError: If there is none, or another one than for the first microbatch.
         """
-        shapes, key = jax.tree.map(_type_of, (microbatch, key if self.has_key else None))
+        shapes, key = self.types_of(microbatch, key)
         leaves, structure = jax.tree.flatten((shapes, key))
         at = (
             structure,

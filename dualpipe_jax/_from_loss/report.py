@@ -40,6 +40,9 @@ def _lines(cut: Cut) -> Iterator[str]:
                 f"{len(kind.tables)} (at {places})"
             )
     yield from _outputs_of_layers(cut)
+    on_host = {node.where for kind in cut.kinds for node in kind.first.nodes if node.calls_host}
+    if on_host:
+        yield f"functions on the host, taken to have no state: at {', '.join(sorted(on_host))}"
     if cut.shared:
         yield f"shared by layers: {', '.join(sorted(cut.shared))}"
     yield from cut.notes

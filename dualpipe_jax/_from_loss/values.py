@@ -171,6 +171,16 @@ class Node:
         return where(self.eqn, *reversed(self.calls))
 
     @property
+    def calls_host(self) -> bool:
+        """Whether it calls a function on the host."""
+        return self.name.endswith("callback")
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether it is a slice whose starts are operands."""
+        return self.num_lifted > 0 and self.lifted is None
+
+    @property
     def reads(self) -> list[Value]:
         """The operands that are no literals."""
         return [operand for operand in self.operands if isinstance(operand, Value)]

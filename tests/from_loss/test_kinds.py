@@ -17,7 +17,7 @@ BY_VALUE = {
     *("closed-over arrays", "literal", "literal, sign of zero", "nested jits of one name"),
     *("weak type", "key's algorithm", "scan, body", "branches"),
     # No parameter is in them: they travel, each layer's in a slot of its own.
-    *("conv, padding", "conv, dilation", "conv, precision"),
+    *("conv, padding", "conv, dilation", "conv, precision", "random bits"),
 }
 Layer = Callable[[Any], Any]
 

@@ -427,7 +427,6 @@ CASES: dict[str, Case] = {
             "time": normal("time", WIDTH),
             "scales": 1 + normal("scales", LAYERS),
         },
-        num_kinds=2,
     ),
     "linear layers by turns": Case(over_names(linear_by_turns), named_params(), num_kinds=2),
     "longer layers by turns": Case(over_names(longer_by_turns), named_params(), num_kinds=2),
@@ -448,7 +447,6 @@ CASES: dict[str, Case] = {
         weighted,
         named_params(),
         options={"weight": count_targets, "has_aux": True},
-        num_kinds=2,
     ),
     "a sum without a gradient": Case(
         stopped, named_params(), options={"has_aux": True, "max_kinds": 3}, num_kinds=3

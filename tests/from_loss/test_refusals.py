@@ -27,9 +27,9 @@ def in_order(order: Any) -> Callable[..., Any]:
     return loss_fn
 
 
-def norm_of_all(params: Any, x: Any) -> Any:
-    squares = sum(jnp.square(w).sum() for w in params.values())
-    return in_order(range(LAYERS))(params, x) / jnp.sqrt(squares)
+def product_of_all(params: Any, x: Any) -> Any:
+    product = params["w0"] * params["w1"] * params["w2"] * params["w3"]
+    return in_order(range(LAYERS))(params, x) / jnp.square(product).sum()
 
 
 def another_layers_parameter(params: Any, x: Any) -> Any:
@@ -38,9 +38,9 @@ def another_layers_parameter(params: Any, x: Any) -> Any:
     return x.sum()
 
 
-def fori_loop(params: Any, x: Any) -> Any:
-    step = lambda i, x: jnp.tanh(x @ params["blocks"][i])  # noqa: E731
-    return lax.fori_loop(0, LAYERS, step, x).sum()
+def loop_again(params: Any, x: Any) -> Any:
+    step = lambda i, x: jnp.tanh(x @ params["blocks"][i % LAYERS])  # noqa: E731
+    return lax.fori_loop(0, LAYERS + 2, step, x).sum()
 
 
 def backwards(params: Any, x: Any) -> Any:
@@ -80,10 +80,10 @@ def all_different(params: Any, x: Any) -> Any:
     return x.sum()
 
 
-def literals_in_scans(params: Any, x: Any) -> Any:
+def lengths_of_scans(params: Any, x: Any) -> Any:
     for i in range(LAYERS):
         x = jnp.tanh(x @ params[f"w{i}"])
-        x = lax.scan(lambda x, _, i=i: (x * (1 + i), None), x, None, length=2)[0]
+        x = lax.scan(lambda x, _: (x * 1.1, None), x, None, length=1 + i)[0]
     return x.sum()
 
 
@@ -92,7 +92,7 @@ def all_hidden_states(params: Any, x: Any) -> Any:
     for w in params.values():
         x = jnp.tanh(x @ w)
         hidden.append(x)
-    return jnp.square(jnp.stack(hidden).max(0)).sum()
+    return jnp.square(jnp.sort(jnp.stack(hidden), 0)[:2]).sum()
 
 
 def prints(params: Any, x: Any) -> Any:
@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         {"layers": "layer_{}"},
         ("layers='layer_{}'", "'layers_{}' (4 layers, 36 parameters)"),
     ),
-    "no numbered parts": (fori_loop, STACK, {"layers": "layers_{}"}, ("path of the stack",)),
+    "no numbered parts": (backwards, STACK, {"layers": "layers_{}"}, ("path of the stack",)),
     "gaps": (
         in_order((0, 1, 3)),
         {name: NAMED[name] for name in ("w0", "w1", "w3")},
@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         ("layers='w{}'", "missing: [2]"),
     ),
     "other leading dims": (
-        fori_loop,
+        backwards,
         {"blocks": {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 3))}},
         {"layers": "blocks"},
         ("blocks/b of shape (3, 3)",),
@@ -156,13 +156,18 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         {},
         ("reads parameters of layer 0", "test_refusals.py", "shared="),
     ),
-    "no sum": (norm_of_all, NAMED, {}, ("is no sum over layers", "compute it outside")),
-    "fori_loop": (fori_loop, STACK, {"layers": "blocks"}, ("test_refusals.py", "use lax.scan")),
+    "no sum": (product_of_all, NAMED, {}, ("is no sum over layers", "compute it outside")),
+    "a loop that runs layers again": (
+        loop_again,
+        STACK,
+        {"layers": "blocks"},
+        ("reads the layers' stack of 4 in 6 steps", "test_refusals.py"),
+    ),
     "a scan backwards": (
         backwards,
         STACK,
         {"layers": "blocks"},
-        ("from the last to the first", "test_refusals.py"),
+        ("layers must run in the order of their numbers", "test_refusals.py"),
     ),
     "a scan over rows from the last to the first": (
         reversed_rows,
@@ -184,11 +189,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Words]] = {
         {},
         ("4 kinds", "layers 0 and 1", "tanh at test_refusals.py", "sin at", "max_kinds=4"),
     ),
-    "literals in scans": (
-        literals_in_scans,
+    "lengths of scans": (
+        lengths_of_scans,
         NAMED,
         {},
-        ("scan at test_refusals.py", "they differ in jaxpr"),
+        ("scan at test_refusals.py", "they differ in length"),
     ),
     "hidden states": (
         all_hidden_states,

@@ -1,0 +1,1 @@
+"""Random losses as people write them, each put through `dualpipe_jax.from_loss`."""
