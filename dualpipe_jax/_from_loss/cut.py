@@ -127,8 +127,9 @@ def find_cut(
       key: The type of a key, or None.
       has_aux: Whether loss_fn returns `(loss, metrics)`.
       is_weighted: Whether the loss is divided by a weight.
-      max_kinds: The most kinds of layers; None for the smaller of four and half of the layers.
-      max_x: The largest x, as a multiple of the bytes that half of the layers read and write.
+      max_kinds: The most kinds of layers; None for half of the layers, but two to four.
+      max_x: The largest part of x that layers make, as a multiple of the bytes that half of the
+        layers read and write.
 
     Raises:
       ValueError: If it has no pipeline by the rules of docs/from_loss.md.

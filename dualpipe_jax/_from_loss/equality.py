@@ -71,7 +71,7 @@ class Equality:
         left, right = self.params(a), self.params(b)
         names = sorted(name for name in left if left[name] != right.get(name))
         if not names and a.primitive.name in CUSTOM_RULES and self._rule(a) != self._rule(b):
-            names = ["its derivative"]
+            return ["the derivative"]
         return [f"{name}{_differing_values(a, b, name)}" for name in names]
 
     def program(self, program: Any, *, with_rules: bool = True) -> int:

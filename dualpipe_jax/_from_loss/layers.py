@@ -69,6 +69,11 @@ class Layer:
                 made.update(node.results)
         return made
 
+    @property
+    def where(self) -> str:
+        """The file and the line of one of its equations."""
+        return self.nodes[-1].where if self.nodes else "an unknown line"
+
     def slot_of(self, value: Value, wanted: int) -> int:
         """Finds the slot in which it is given a value: the wanted one, if the value is there."""
         slots = [slot for slot, v in self.x.items() if v is value]
@@ -139,17 +144,22 @@ def pair(one: Layer, other: Layer) -> Pairs | Difference:
                     place = f"only layer {layer.index} puts {value} into that place of x"
                     return Difference(None, None, place)
         counts = " and ".join(f"{len(layer.outputs)}" for layer in (one, other))
-        return Difference(None, None, f"they put {counts} values into x")
+        lines = " and ".join(layer.where for layer in (one, other))
+        return Difference(None, None, f"they put {counts} values into x (layers at {lines})")
+    lines = " and ".join(layer.where for layer in (one, other))
     if [t.is_loss for t in one.terms] != [t.is_loss for t in other.terms]:
         counts = " and ".join(f"{len(layer.terms)}" for layer in (one, other))
-        return Difference(None, None, f"they have {counts} losses and metrics of their own")
+        text = f"they have {counts} losses and metrics of their own (layers at {lines})"
+        return Difference(None, None, text)
     if one.parameters != other.parameters:
         names = sorted(
             name
             for name in {*one.parameters, *other.parameters}
             if one.parameters.get(name) != other.parameters.get(name)
         )
-        return Difference(None, None, f"their parameters differ: {', '.join(names)}")
+        names = names[:6] + ["..."] * (len(names) > 6)
+        text = f"their parameters differ: {', '.join(names)} (layers at {lines})"
+        return Difference(None, None, text)
     pairs = Pairs({}, {}, {})
     todo: list[tuple[Operand, Operand]] = list(zip(one.targets, other.targets, strict=True))[::-1]
     while todo:

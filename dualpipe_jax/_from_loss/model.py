@@ -75,9 +75,10 @@ def from_loss(
       rng: A key, if loss_fn takes one.
       has_aux: Whether loss_fn returns `(loss, metrics)`; metrics are summed over microbatches.
       weight: As `Model.weight`: the loss of a step is sum(loss_fn) / sum(weight).
-      max_kinds: The most kinds of layers, each of which is a program of its own; None for the
-        smaller of four and half of the layers.
-      max_x: The largest x, as a multiple of the bytes that half of the layers read and write.
+      max_kinds: The most kinds of layers, each of which is a program of its own; None for half of
+        the layers, but two to four.
+      max_x: The largest part of x that layers make, as a multiple of the bytes that half of the
+        layers read and write.
 
     Returns:
       A LossModel. `print` it to see which values cross between layers.

@@ -74,6 +74,9 @@ def _check(program: Program, clock: Clock) -> Result:
     with clock.part("from_loss"):
         model = refusal_or_model(program, functions)
     if isinstance(model, Exception):
+        arguments = (params, functions["make_batch"](program.seed, ROWS))
+        keys = [jax.random.key(program.seed)] if program.has_key else []
+        jax.eval_shape(functions["loss_fn"], *arguments, *keys)  # else its own error: crashed
         return _result(program, "refused", clock, str(model))
     wanted = _reference(program, functions["loss_fn"], params, batch, clock)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(wanted)):

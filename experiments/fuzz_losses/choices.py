@@ -138,7 +138,7 @@ def _choose_sizes(draft: Draft) -> None:
     layers = {"4": 46, "6": 24, "2": 5, "8": 6, "5": 11, "3": 4}
     if draft.has("two-widths"):
         layers = {"2": 3, "3": 1}
-    elif even:
+    if even:
         layers = {n: share for n, share in layers.items() if int(n) % 2 == 0}
     sizes = draft.sizes
     sizes["LAYERS"] = int(draft.one_of(layers))
