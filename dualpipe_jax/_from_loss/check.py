@@ -8,7 +8,7 @@ the text does not tell all. It does not share the finder's tokens, and is never 
 
 import dataclasses
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,9 @@ class Check:
     def _of_layer(self, layer: Layer) -> list[int]:
         """Numbers the outputs of a layer's own program."""
         known = {v: self._number(_input(layer, v)) for v in _leaves(layer)}
-        return self._run(layer.targets, known, lambda node, number, literal: literal.value)
+        return self._run(
+            layer.targets, known, lambda node, number, literal: literal.value, layer.nodes
+        )
 
     def _of_block(self, kind: Kind, recipes: list[Recipe], layer: Layer) -> list[int]:
         """Numbers the outputs of a kind's block for a layer."""
@@ -70,7 +72,7 @@ class Check:
             table = kind.tables.get((node, number))
             return operand.value if table is None else table[index]
 
-        return self._run(first.targets, known, literal)
+        return self._run(first.targets, known, literal, first.nodes)
 
     def _of_recipe(self, recipe: Recipe, index: int) -> int:
         def own(node: Node, number: int, literal: Literal) -> Any:
@@ -93,6 +95,7 @@ class Check:
         targets: list[Any],
         known: Mapping[Value, int],
         literal: Callable[[Node, int, Literal], Any],
+        nodes: Sequence[Node] | None = None,
     ) -> list[int]:
         numbers = dict(known)
 
@@ -105,7 +108,9 @@ class Check:
                 numbers[operand] = self._number(_input(None, operand))
             return numbers[operand]
 
-        for node in needed(targets, known):
+        for node in needed(targets, known) if nodes is None else nodes:
+            if node.results[0] in known:
+                continue
             operands = tuple(number_of(node, i, a) for i, a in enumerate(node.operands))
             made = (self._name(node.lifted or node.eqn, is_slice=node.is_slice), operands)
             for value in node.results:
@@ -136,7 +141,7 @@ class Check:
             for name, value in sorted(eqn.params.items())
             if name not in left_out
         )
-        avals = tuple(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
+        avals = tuple(_type_of(v.aval) for v in (*eqn.invars, *eqn.outvars))
         rule: Hashable = None
         if with_rules and eqn.primitive.name in CUSTOM_RULES:
             traced = self._derivative(eqn)
@@ -150,7 +155,7 @@ class Check:
         def tell(atom: Any) -> Hashable:
             if not isinstance(atom, jcore.Literal):
                 return numbers[atom]
-            return ("literal", str(atom.aval), *_identify(np.asarray(atom.val)))
+            return ("literal", _type_of(atom.aval), *_identify(np.asarray(atom.val)))
 
         for v in (*jaxpr.constvars, *jaxpr.invars):
             numbers[v] = len(numbers)
@@ -166,6 +171,8 @@ class Check:
         """Tells a parameter by JAX's text of it, and by its id where that does not tell all."""
         if isinstance(value, jcore.ClosedJaxpr | jcore.Jaxpr):
             return self._name(value, with_rules=with_rules)
+        if value is None or type(value) in (bool, int, str):
+            return type(value).__name__, value
         if type(value) is dict:
             value = tuple(value.items())
         if type(value) in (tuple, list):
@@ -181,6 +188,11 @@ class Check:
             return type(value).__name__, text
         self._names.setdefault((id(value), True), (value, None))  # kept, as above
         return "id", id(value)
+
+
+def _type_of(aval: Any) -> Hashable:
+    is_array = isinstance(aval, jax.core.ShapedArray)
+    return (aval.shape, aval.dtype, aval.weak_type) if is_array else str(aval)
 
 
 def _leaves(layer: Layer) -> list[Value]:

@@ -137,38 +137,34 @@ def find_cut(
     """
     program, out = _trace(loss_fn, places, microbatch, key)
     _require_outputs(out, has_aux=has_aux)
-    equality = Equality()
     found: list[Cut] = []
     reasons: list[ValueError] = []
-    for takes_apart in (True, False):
-        graph = Graph(equality, takes_apart=takes_apart)
-        inputs, operands = _make_inputs(places, microbatch, key)  # stacks remember their graph
-        outputs = graph.append(program, operands)
-        if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
-            raise ValueError(
-                "loss_fn: its loss does not depend on the parameters of any layer; name in layers= "
-                "the layers that it runs"
+    graph = Graph(Equality())
+    inputs, operands = _make_inputs(places, microbatch, key)
+    outputs = graph.append(program, operands)
+    if not any(isinstance(a, Value) and a.position >= 0 for a in outputs[:1]):
+        raise ValueError(
+            "loss_fn: its loss does not depend on the parameters of any layer; name in layers= the "
+            "layers that it runs"
+        )
+    for prefer_late in (True, False):
+        try:
+            cut = _cut(
+                graph,
+                inputs,
+                outputs,
+                structure=jax.tree.structure(out),
+                is_weighted=is_weighted,
+                prefer_late=prefer_late,
+                max_kinds=max_kinds,
+                max_x=max_x,
             )
-        for prefer_late in (True, False):
-            try:
-                cut = _cut(
-                    graph,
-                    inputs,
-                    outputs,
-                    structure=jax.tree.structure(out),
-                    is_weighted=is_weighted,
-                    prefer_late=prefer_late,
-                    max_kinds=max_kinds,
-                    max_x=max_x,
-                )
-            except ValueError as error:
-                reasons.append(error)
-                continue
-            if len(cut.kinds) == 1:
-                return cut
-            found.append(cut)
-        if not graph.num_taken_apart:
-            break
+        except ValueError as error:
+            reasons.append(error)
+            continue
+        if len(cut.kinds) == 1:
+            return cut
+        found.append(cut)
     if not found:
         raise reasons[0]
     return min(found, key=lambda cut: len(cut.kinds))

@@ -40,6 +40,7 @@ class Equality:
         self._tokens: dict[Hashable, int] = {}
         self._equations: dict[tuple[int, bool], tuple[jcore.JaxprEqn, int]] = {}
         self._programs: dict[tuple[int, bool], tuple[Any, int]] = {}
+        self._contexts: dict[tuple[int, ...], tuple[list[Any], int]] = {}
         self._derivatives: dict[int, tuple[jcore.JaxprEqn, jcore.ClosedJaxpr | None]] = {}
 
     def equation(self, eqn: jcore.JaxprEqn, *, with_rules: bool = True) -> int:
@@ -53,11 +54,12 @@ class Equality:
         if key not in self._equations:
             token = (
                 eqn.primitive,
-                tuple(aval_token(v.aval) for v in eqn.invars),
-                tuple(aval_token(v.aval) for v in eqn.outvars),
+                tuple(self._number(aval_token(v.aval)) for v in eqn.invars),
+                tuple(self._number(aval_token(v.aval)) for v in eqn.outvars),
                 _effects(eqn.effects, eqn.invars) if eqn.effects else (),
                 self._context(eqn.ctx),
-                tuple(self.params(eqn, with_rules=with_rules).items()),
+                # Numbers, so that no tokens hold others.
+                *map(self._number, self.params(eqn, with_rules=with_rules).items()),
                 self._rule(eqn) if with_rules and eqn.primitive.name in CUSTOM_RULES else None,
             )
             # The equation is kept, so that no id is used twice.
@@ -194,7 +196,11 @@ class Equality:
     def _context(self, ctx: Any) -> Hashable:
         """Names the setting in which an equation runs: on a host, say, or with XLA's metadata."""
         names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
-        return tuple(self._value(getattr(ctx, name, None)) for name in names)
+        setting = [getattr(ctx, name, None) for name in names]
+        key = tuple(map(id, setting))
+        if key not in self._contexts:
+            self._contexts[key] = setting, self._number(tuple(map(self._value, setting)))
+        return self._contexts[key][1]
 
     def derivative(self, eqn: jcore.JaxprEqn) -> jcore.ClosedJaxpr | None:
         """Traces the custom derivative of an equation, once; None if it cannot be traced."""

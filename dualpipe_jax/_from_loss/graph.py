@@ -47,17 +47,16 @@ class Graph:
       nodes: The nodes, in an order in which they can run.
       equality: Names the equations.
       notes: Remarks for the user.
-      num_taken_apart: How many arrays that the loss stacks by layer are kept as their rows.
     """
 
-    def __init__(self, equality: Equality, *, takes_apart: bool = True):
+    def __init__(self, equality: Equality):
         self.nodes: list[Node] = []
         self.equality = equality
         # An equation on operands that had it before is not appended again.
         self._known_nodes: dict[Hashable, Node] = {}
         self.notes: list[str] = []
-        self.num_taken_apart = 0
-        self._takes_apart = takes_apart
+        # False while the rows of a stack are put into one array again.
+        self._takes_apart = True
         # Programs over several layers, which cannot be opened, and the messages for them.
         self._closed_programs: dict[int, str] = {}
         # The calls around the equations that are appended: the last one is the innermost.
@@ -158,7 +157,6 @@ class Graph:
         if self._takes_apart and not stacks:
             apart = self._apart(eqn, operands)
             if apart is not None:
-                self.num_taken_apart += 1
                 return [apart]
         node = self._node(eqn, operands, of_layers)
         if is_of_several and any(_programs(eqn)):

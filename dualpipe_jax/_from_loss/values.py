@@ -4,6 +4,7 @@ A value's *position* is the last layer on whose parameters it depends, -1 for no
 depend on the microbatch, its key and constants alone; *weights* on parameters alone.
 """
 
+import functools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ class Node:
         """Whether it is a slice whose starts are operands."""
         return self.num_lifted > 0 and self.lifted is None
 
-    @property
+    @functools.cached_property
     def reads(self) -> list[Value]:
         """The operands that are no literals."""
         return [operand for operand in self.operands if isinstance(operand, Value)]
@@ -190,6 +191,7 @@ class Node:
         literal = self.operands[number]
         if isinstance(literal, Literal) and number < len(self.operands) - self.num_lifted:
             self.operands[number] = constant(np.asarray(literal.value, literal.aval.dtype))
+            vars(self).pop("reads", None)
         return self.operands[number]
 
     def run(self, args: Sequence[Any]) -> list[Any]:
