@@ -44,13 +44,22 @@ class Check:
         self._numbers: dict[Any, int] = {}
         self._names: dict[tuple[int, bool], tuple[Any, Hashable]] = {}
 
-    def is_same(self, kind: Kind, recipes: list[Recipe], layer: Layer) -> bool:
-        """Whether a kind's block is known to be the program of one of its layers."""
+    def doubt(self, kind: Kind, recipes: list[Recipe], number: int) -> str:
+        """Says where a kind's block may be another program than one of its layers; "" if nowhere.
+
+        Args:
+          kind: The kind.
+          recipes: How its block makes free values.
+          number: The number of the layer in the kind.
+        """
+        layer, pairs = kind.layers[number], kind.pairs[number]
         slots = [int(table[layer.index]) for table in kind.writes]
-        if slots != [slot for slot, _ in layer.outputs]:
-            return False
-        own = self._of_layer(layer)
-        return own == self._of_block(kind, recipes, layer)
+        are_same = slots == [slot for slot, _ in layer.outputs]
+        if are_same and self._of_layer(layer) == self._of_block(kind, recipes, layer):
+            return ""
+        unlike = (b for a, b in pairs.nodes.items() if self._of_node(a) != self._of_node(b))
+        node = next(unlike, None)
+        return layer.where if node is None else f"{node.name} at {node.where}"
 
     def _of_layer(self, layer: Layer) -> list[int]:
         """Numbers the outputs of a layer's own program."""
@@ -112,10 +121,13 @@ class Check:
             if node.results[0] in known:
                 continue
             operands = tuple(number_of(node, i, a) for i, a in enumerate(node.operands))
-            made = (self._name(node.lifted or node.eqn, is_slice=node.is_slice), operands)
+            made = (self._of_node(node), operands)
             for value in node.results:
                 numbers[value] = self._number((made, value.index))
         return [number_of(None, 0, target) for target in targets]
+
+    def _of_node(self, node: Node) -> Hashable:
+        return self._name(node.lifted or node.eqn, is_slice=node.is_slice)
 
     def _number(self, token: Any) -> int:
         return self._numbers.setdefault(token, len(self._numbers))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from dualpipe_jax._errors import brief, raise_all, require_names, show
 from dualpipe_jax._from_loss import functions, verify
 from dualpipe_jax._from_loss.canonical import Conversion
-from dualpipe_jax._from_loss.cut import Cut, find_cut
+from dualpipe_jax._from_loss.cut import Cut
+from dualpipe_jax._from_loss.find import find_cut
 from dualpipe_jax._from_loss.places import HOLE, Places, find_places
 from dualpipe_jax._from_loss.report import show_cut
 from dualpipe_jax._from_loss.terms import Term
@@ -127,7 +128,7 @@ def from_loss(
     }
     is_single = None in layout
     conversion = Conversion(places=finder.places, kinds=layout, shared=first.shared)
-    if first.doubtful:
+    if first.doubts:
         first.notes.append(
             verify.doubt(first, conversion, finder.loss, *finder.types_of(microbatch, rng))
         )

@@ -31,10 +31,11 @@ def doubt(
     Raises:
       ValueError: If they differ.
     """
-    layers = f"layers {', '.join(map(str, sorted(cut.doubtful)))}"
+    where = ", ".join(dict.fromkeys(cut.doubts.values()))
+    layers = f"layers {', '.join(map(str, sorted(cut.doubts)))} ({where})"
     size = sum(v.num_bytes for node in needed(cut.terms.values) for v in node.results)
     if size > _MOST_BYTES:
-        return f"{layers} rest on faith: {size:,} bytes of values are too many to be compared"
+        return f"{layers} rest on faith: {size:,} bytes of values are too many to compare"
     random = np.random.default_rng(0)
 
     def draw(leaf: Any) -> Any:
@@ -56,8 +57,8 @@ def doubt(
     if not error <= _TOLERANCE:
         raise ValueError(
             f"loss_fn: {layers} hold functions or values on the host that look like those of other "
-            f"layers and are none ({_opaque(cut)}): loss or gradients differ by {error:.1e} of "
-            "their largest entry; write the model as embed, block and head, and please report this"
+            f"layers and are none: loss or gradients differ by {error:.1e} of their largest entry; "
+            "write the model as embed, block and head, and please report this"
         )
     return f"{layers} were compared by values: equal to {error:.0e}"
 
@@ -124,11 +125,3 @@ def _run(cut: Cut, conversion: Conversion, params: PyTree, microbatch: PyTree, k
         else:
             x = result
     return functions.head(cut, ends, x, ctx, has_aux=False) + sum(losses)
-
-
-def _opaque(cut: Cut) -> str:
-    """Names the equations of blocks that hold functions of the user's."""
-    nodes = [node for kind in cut.kinds for node in kind.first.nodes]
-    names = ("callback", "custom_", "pallas_call", "ffi_call")
-    found = [f"{n.name} at {n.where}" for n in nodes if any(name in n.name for name in names)]
-    return ", ".join(dict.fromkeys(found)) or "none is known"

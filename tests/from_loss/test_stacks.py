@@ -58,6 +58,17 @@ APART: dict[str, Callable[[Any, Any], Any]] = {
     "stacked again": lambda a, b: jnp.stack([a[i] * i for i in range(SIZE)]),
     "joined rows": lambda a, b: jnp.concatenate([a[i][None] for i in range(SIZE)]),
     "sum of joined rows": lambda a, b: jnp.concatenate([a[i] for i in range(SIZE)]).sum(),
+    "chosen rows": lambda a, b: a[INDICES],
+    "maximum of rows": lambda a, b: a.max(0),
+    "every second row": lambda a, b: a[::2],
+    "a chosen row": lambda a, b: jnp.take(a, 2, axis=0) + a[jnp.int32(1)],
+    "a row by a counted index": lambda a, b: a[(jnp.arange(SIZE) * 2)[1] - 1],
+    "split rows and columns": lambda a, b: (
+        jnp.split(a, SIZE)[1][0, 1:] + jnp.split(a, [1], 1)[1][0]
+    ),
+    "rows of two parts": lambda a, b: jnp.concatenate([a[2:], a[:2]]),
+    "minimum and product of rows": lambda a, b: a.min(0) - a.prod(0),
+    "all and any of rows": lambda a, b: (a > 0).all(0) | (a > 1).any(0),
 }
 WHOLE: dict[str, Callable[[Any, Any], Any]] = {
     "one row as a scalar": lambda a, b: a[2:].max((1, 2)).reshape(()),
@@ -67,9 +78,6 @@ WHOLE: dict[str, Callable[[Any, Any], Any]] = {
     "rolled": lambda a, b: jnp.roll(a, 1, 0),
     "sums so far": lambda a, b: jnp.cumsum(a, 0),
     "sorted": lambda a, b: jnp.sort(a, 0),
-    "chosen rows": lambda a, b: a[INDICES],
-    "maximum of rows": lambda a, b: a.max(0),
-    "every second row": lambda a, b: a[::2],
     "all elements in a row": lambda a, b: a.reshape(-1),
     "broadcast to other rows": lambda a, b: jnp.broadcast_to(a[:1], SHAPE) + a[:1].sum(),
     "added to a dim": lambda a, b: jnp.broadcast_to(a[None], (SIZE, *SHAPE)),

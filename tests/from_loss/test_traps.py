@@ -33,6 +33,7 @@ from jax.extend import core as jcore
 from jax.interpreters import ad, mlir
 
 import dualpipe_jax as dpj
+from dualpipe_jax._from_loss import equality
 
 Layer = Callable[[Any], Any]
 OfFactor = Callable[[float], Any]
@@ -671,3 +672,22 @@ SAME: dict[str, Callable[[float], Layer]] = {
 @pytest.mark.parametrize("name", SAME)
 def test_equal_layers_are_one(name: str) -> None:
     assert dpj.from_loss(loss_of(SAME[name]), PARAMS, SHAPE, layers="w{}").layout is None
+
+
+# One of each kind of state: in a callback, in its arguments, in derivatives, in a kernel.
+BLIND = (
+    *("closure, forward", "partial's keyword, tangent", "custom_vjp", "kernel"),
+    *("attribute, compare=False in a dataclass", "structure"),
+)
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_the_check_does_not_share_the_finders_judgement(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equality._Itself, "__hash__", lambda self: 0)
+    monkeypatch.setattr(equality._Itself, "__eq__", lambda self, other: True)
+    monkeypatch.setattr(equality.Equality, "_rule", lambda self, eqn: 0)
+    loss_fn = loss_of(TRAPS[name])
+    with pytest.raises(ValueError, match=r"layers? [0-9].*test_traps\.py:"):
+        dpj.from_loss(loss_fn, PARAMS, SHAPE, layers="w{}")
