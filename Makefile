@@ -28,7 +28,8 @@ WRONG_CALLS ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help train deepseek finetune test faults wrong-calls test-outside test-gpu docs site wheel lint format clean \
-	compare idle table search clock benchmark hardware graphs overlap backwards memory offload slices ends zero balance precision
+	compare idle table search clock benchmark hardware graphs overlap backwards memory offload slices ends zero balance precision \
+	fuzz-losses
 
 help:  # the targets below, under the headings that begin with ##@
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -138,6 +139,9 @@ slices: $(READY)  ## pipelines across TPU slices beside data parallelism, in pro
 
 offload: $(READY)  ## activations in the host's memory, in programs for absent TPUs (an hour)
 	@$(BIN)/python -m experiments.compiled.offload $(ARGS)
+
+fuzz-losses: $(READY)  ## random losses through from_loss beside JAX's own gradients (200 programs; minutes)
+	@$(BIN)/python -m experiments.fuzz_losses.fuzz_losses $(ARGS)
 
 ends: $(READY)  ## the cost of embedding and head, in bytes and in idle time
 	@$(BIN)/python -m experiments.sharded.ends $(ARGS)

@@ -9,11 +9,15 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from experiments import documents
 from experiments.fuzz_losses import report, results, workers
 from experiments.fuzz_losses.grammar import write
 from experiments.progress import bar
 from experiments.train_lm import flags
 from experiments.train_lm.flags import POSITIVE
+
+README = Path(__file__).resolve().parent / "README.md"
+DOCS = README.parents[2] / "docs" / "from_loss.md"
 
 
 @flags.script("fuzz-losses")
@@ -22,8 +26,18 @@ from experiments.train_lm.flags import POSITIVE
 @click.option("--jobs", type=POSITIVE, default=2, help="Processes.")
 @click.option("--show", type=click.IntRange(min=0), help="Show this program and its model only.")
 @click.option("--fresh", is_flag=True, help="Run programs again that the folder has results of.")
+@click.option("--write-docs", is_flag=True, help="Put the tables into README.md and docs/.")
 @flags.output("runs/fuzz_losses", results="results, tables and lists")
-def main(*, seed: int, count: int, jobs: int, show: int | None, fresh: bool, output: Path) -> None:
+def main(
+    *,
+    seed: int,
+    count: int,
+    jobs: int,
+    show: int | None,
+    fresh: bool,
+    write_docs: bool,
+    output: Path,
+) -> None:
     """Put random losses through from_loss, and compare gradients with JAX's own."""
     console = Console(highlight=False)
     if show is not None:
@@ -48,7 +62,15 @@ def main(*, seed: int, count: int, jobs: int, show: int | None, fresh: bool, out
                 text = result.message.strip().splitlines()[-1]
                 console.print(f"{result.outcome} {result.seed}: {text}", markup=False)
             progress.update(task, advance=1, label=f"{result.seed}: {result.outcome}")
-    report.write(list(found.values()), output, console)
+    outcomes, refusals, features = report.write(list(found.values()), output, console)
+    if write_docs:
+        documents.write_into(DOCS, outcomes, name="fuzz")
+        for name, text in {
+            "outcomes": outcomes,
+            "refusals": refusals,
+            "features": features,
+        }.items():
+            documents.write_into(README, text, name=name)
     console.print(f"written   {output}: results.jsonl, results.md, refusals.csv, features.csv")
     if any(result.outcome not in ("exact", "refused") for result in found.values()):
         sys.exit(1)

@@ -92,8 +92,12 @@ def seconds(results: Sequence[Result]) -> str:
     return f"{sum(mean.values()):.2f} s a program: {split}"
 
 
-def write(results: Sequence[Result], folder: Path, console: Console) -> None:
-    """Writes all tables to a folder, and to a terminal."""
+def write(results: Sequence[Result], folder: Path, console: Console) -> list[str]:
+    """Writes all tables to a folder, and to a terminal.
+
+    Returns:
+      The tables of outcomes, refusals and features, as Markdown.
+    """
     results = sorted(results, key=lambda result: result.seed)
     parts = [
         (
@@ -127,13 +131,14 @@ def write(results: Sequence[Result], folder: Path, console: Console) -> None:
         ),
     ]
     words = ("outcome", "reason", "feature")
-    text = ""
+    texts = []
     for title, rows, columns in parts:
         console.print(tables.terminal(columns, rows, words=words, title=title))
-        text += f"{tables.markdown(columns, rows, words=words)}\n"
+        texts.append(tables.markdown(columns, rows, words=words))
     time = seconds(results)
     console.print(time)
-    (folder / "results.md").write_text(f"{text}{time}\n")
+    (folder / "results.md").write_text("\n".join([*texts, f"{time}\n"]))
     for name, (_, rows, _) in zip(("refusals", "features"), parts[1:], strict=True):
         if rows:
             tables.write_csv(rows, folder / f"{name}.csv", form=".4g")
+    return texts

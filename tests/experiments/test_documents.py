@@ -14,7 +14,8 @@ PLACES = [
         ("experiments/compiled/README.md", name)
         for name in ("transfers", "efficiency", "size", "ticks", "times", "beats", "memory")
     ),
-    ("docs/mesh_axes.md", "zero"),
+    *(("experiments/fuzz_losses/README.md", name) for name in ("outcomes", "refusals", "features")),
+    *(("docs/mesh_axes.md", "zero"), ("docs/from_loss.md", "fuzz")),
     *(("docs/which_schedule.md", name) for name in ("schedules", "splits")),
 ]
 

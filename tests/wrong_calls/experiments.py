@@ -223,6 +223,15 @@ def _that_compile() -> list[Experiment]:
             },
         ),
         Experiment(
+            module="experiments.fuzz_losses.fuzz_losses",
+            valid=valid,
+            flags={
+                "seed": of.counts(least=0, too_large=False),
+                **dict.fromkeys(("count", "jobs"), size),
+                "output": output,
+            },
+        ),
+        Experiment(
             module="experiments.sharded.ends",
             valid={},
             flags={
