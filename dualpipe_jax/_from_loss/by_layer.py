@@ -5,7 +5,6 @@ or only put rows elsewhere; a sum over rows becomes additions. Any other equatio
 one array.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -350,52 +349,3 @@ def _running_backward(is_max: bool, of_value: Any, cotangents: Any) -> Any:
 
 
 _running.defvjp(_running_forward, _running_backward)
-
-
-def rows_of_layers(eqn: jcore.JaxprEqn, inputs: Sequence[Operand]) -> list[Operand] | None:
-    """Lists the values that an equation stacks in a leading dim, if they are of several layers."""
-    rows: list[Operand] = []
-    if eqn.primitive.name == "stack" and eqn.params["axis"] == 0:
-        rows = [*inputs]
-    elif eqn.primitive.name == "concatenate" and eqn.params["dimension"] == 0:
-        rows = [row for a in inputs if (row := _single_row(a)) is not None]
-    return rows if len(rows) == len(inputs) and _are_of_several(rows) else None
-
-
-def addends_of_layers(eqn: jcore.JaxprEqn, inputs: Sequence[Operand]) -> list[Value] | None:
-    """Lists the values of whose elements an equation is the sum, if they are of several layers."""
-    out: Any = eqn.outvars[0].aval
-    joined = _joined(inputs[0]) if eqn.primitive.name == "reduce_sum" and out.shape == () else None
-    parts = [a for a in joined or () if isinstance(a, Value)]
-    return parts if joined and len(parts) == len(joined) and _are_of_several(parts) else None
-
-
-def _are_of_several(values: Sequence[Operand]) -> bool:
-    return len({v.position for v in values if isinstance(v, Value) and v.position >= 0}) > 1
-
-
-def _joined(value: Operand) -> list[Operand] | None:
-    """Lists the values of which a value is a stack or a concatenation, in any shape."""
-    if isinstance(value, Literal) or value.node is None:
-        return None
-    node = value.node
-    if node.name in ("concatenate", "stack"):
-        return [part for operand in node.operands for part in _joined(operand) or [operand]]
-    if node.name in ("reshape", "squeeze", "broadcast_in_dim") and len(node.operands) == 1:
-        inner = node.operands[0]
-        if math.prod(inner.aval.shape) == math.prod(value.aval.shape):
-            return _joined(inner) or [inner]
-    return None
-
-
-def _single_row(operand: Operand) -> Operand | None:
-    """Gives the value to which a leading dim of one was added; None for any other value."""
-    if isinstance(operand, Literal) or operand.node is None or operand.aval.shape[0] != 1:
-        return None
-    node, shape = operand.node, operand.aval.shape
-    if node.name not in ("broadcast_in_dim", "reshape") or len(node.operands) != 1:
-        return None
-    (row,) = node.operands
-    dims = node.eqn.params.get("broadcast_dimensions", range(1, len(shape)))
-    is_row = row.aval.shape == shape[1:] and tuple(dims) == tuple(range(1, len(shape)))
-    return row if is_row else None

@@ -7,7 +7,6 @@ the loss stacks by layer (a scan's ys, a list of losses) stay apart as long as e
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +18,7 @@ from jax.extend.core import primitives
 from dualpipe_jax._from_loss.by_layer import (
     Input,
     OnStacks,
-    addends_of_layers,
-    combine,
     entry,
-    rows_of_layers,
 )
 from dualpipe_jax._from_loss.equality import Equality, aval_token, value_token
 from dualpipe_jax._from_loss.evaluate import evaluate
@@ -137,11 +133,11 @@ class Graph:
             return outs
         stacks = [a for a in inputs if isinstance(a, Stack)]
         has_layers = any(stack.is_weights for stack in stacks)
-        if has_layers and eqn.primitive is primitives.scan_p:
+        if has_layers and eqn.primitive is primitives.scan_p and eqn.params["length"]:
             return self._scan(eqn, inputs)
         of_layers = 0
         for a in inputs:
-            if isinstance(a, Value) and a.is_weights:
+            if isinstance(a, Value) and a.is_weights and not a.crosses:
                 of_layers |= a.of_layers
         is_of_several = has_layers or bool(of_layers & (of_layers - 1))
         if is_of_several and eqn.primitive is primitives.remat_p:
@@ -154,26 +150,14 @@ class Graph:
         if outs is not None:
             return outs
         operands = [self.as_value(a, eqn) if isinstance(a, Stack) else a for a in inputs]
-        if self._takes_apart and not stacks:
-            apart = self._apart(eqn, operands)
-            if apart is not None:
-                return [apart]
+        positions = {a.position for a in operands if isinstance(a, Value)} - {-1}
+        is_stack = eqn.primitive.name == "stack" and eqn.params["axis"] == 0 and not stacks
+        if is_stack and len(positions) > 1 and self._takes_apart:
+            return [Stack([self.as_value(row) for row in operands], eqn.outvars[0].aval)]
         node = self._node(eqn, operands, of_layers)
         if is_of_several and any(_programs(eqn)):
             self._closed_programs[id(node)] = _cannot_open(eqn)
         return node.results
-
-    def _apart(self, eqn: jcore.JaxprEqn, operands: list[Operand]) -> Input | None:
-        """Keeps values of several layers apart that an equation stacks, or whose sum it is."""
-        rows = rows_of_layers(eqn, operands)
-        if rows is not None:
-            return Stack([self.as_value(row) for row in rows], eqn.outvars[0].aval)
-        parts = addends_of_layers(eqn, operands)
-        if parts is None:
-            return None
-        total = partial(jnp.sum, dtype=parts[0].aval.dtype)
-        sums = [self.call(total, [part], eqn) for part in parts]
-        return combine(self, "reduce_sum", sums, eqn)
 
     def _node(self, eqn: jcore.JaxprEqn, operands: list[Operand], of_layers: int) -> Node:
         node = Node(eqn, operands, number=len(self.nodes), calls=tuple(self._calls))

@@ -56,8 +56,6 @@ APART: dict[str, Callable[[Any, Any], Any]] = {
         jnp.einsum("lij,lik,jm->jkm", a, b, b[0]) + jnp.einsum("ilj,ilj->", a, a)
     ),
     "stacked again": lambda a, b: jnp.stack([a[i] * i for i in range(SIZE)]),
-    "joined rows": lambda a, b: jnp.concatenate([a[i][None] for i in range(SIZE)]),
-    "sum of joined rows": lambda a, b: jnp.concatenate([a[i] for i in range(SIZE)]).sum(),
     "chosen rows": lambda a, b: a[INDICES],
     "maximum of rows": lambda a, b: a.max(0),
     "every second row": lambda a, b: a[::2],
@@ -71,6 +69,8 @@ APART: dict[str, Callable[[Any, Any], Any]] = {
     "all and any of rows": lambda a, b: (a > 0).all(0) | (a > 1).any(0),
 }
 WHOLE: dict[str, Callable[[Any, Any], Any]] = {
+    "sum of joined rows": lambda a, b: jnp.concatenate([a[i] for i in range(SIZE)]).sum(),
+    "joined rows": lambda a, b: jnp.concatenate([a[i][None] for i in range(SIZE)]),
     "one row as a scalar": lambda a, b: a[2:].max((1, 2)).reshape(()),
     "contracted rows with columns": lambda a, b: jnp.einsum("lij,jlk->ik", a, b),
     "transposed": lambda a, b: a.T,
