@@ -97,7 +97,7 @@ def test_a_published_model_trains_as_tunix_own_and_leaves_as_it_came(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return losses.mean()
 
-    # tunix's models compute in float32: by 3e-5 of a norm's scale it differs from itself in another order.
+    # tunix computes in float32: sums in another order differ by 3e-5 of the scale of a norm.
     want = jax.jit(jax.value_and_grad(own_loss))(own)
     specs = model.to_tree(model.specs(mesh_of()))
     grad_fn = dpj.value_and_grad(
