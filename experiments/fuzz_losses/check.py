@@ -3,8 +3,11 @@
 Imports JAX; `workers` sets its flags before.
 """
 
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -40,11 +43,17 @@ class Clock:
             self.seconds[name] = time.perf_counter() - start
 
 
-def check(seed: int) -> Result:
-    """Checks the program of a seed."""
+def check(seed: int, *, is_first: bool = True) -> Result:
+    """Checks the program of a seed.
+
+    Args:
+      seed: The seed.
+      is_first: Whether to look again where values differ, in a process with XLA's default options
+        and with the loss run equation by equation: XLA may compile one of the two wrongly.
+    """
     program, clock = write(seed), Clock()
     try:
-        return _check(program, clock)
+        return _check(program, clock, is_first=is_first)
     except Exception:  # noqa: BLE001
         # Whatever it is, the run goes on, and the program counts as wrong.
         return _result(program, "crashed", clock, traceback.format_exc())
@@ -66,7 +75,7 @@ def refusal_or_model(program: Program, functions: dict[str, Any]) -> "dpj.LossMo
         return error
 
 
-def _check(program: Program, clock: Clock) -> Result:
+def _check(program: Program, clock: Clock, *, is_first: bool) -> Result:
     with clock.part("program"):
         functions = program.load()
         params = functions["init"](program.seed)
@@ -78,7 +87,7 @@ def _check(program: Program, clock: Clock) -> Result:
         keys = [jax.random.key(program.seed)] if program.has_key else []
         jax.eval_shape(functions["loss_fn"], *arguments, *keys)  # else its own error: crashed
         return _result(program, "refused", clock, str(model))
-    wanted = _reference(program, functions["loss_fn"], params, batch, clock)
+    wanted = _reference(program, functions["loss_fn"], params, batch, clock, is_first)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(wanted)):
         return _result(program, "invalid", clock, "the program's own values are not finite")
     schedule = random.Random(f"schedule {program.seed}").choices(
@@ -95,7 +104,8 @@ def _check(program: Program, clock: Clock) -> Result:
         found = jax.device_get(compiled(params, batch, **keys))
     error, text = _difference(found, wanted)
     if error > 1:
-        return _result(program, "wrong", clock, f"{schedule}: {text}", error)
+        outcome = "miscompiled" if is_first and _is_right_without_options(program.seed) else "wrong"
+        return _result(program, outcome, clock, f"{schedule}: {text}", error)
     return _result(program, "exact", clock, "", error)
 
 
@@ -116,7 +126,15 @@ def _result(
     )
 
 
-def _reference(program: Program, loss_fn: Any, params: Any, batch: Any, clock: Clock) -> Any:
+def _is_right_without_options(seed: int) -> bool:
+    command = [sys.executable, "-m", "experiments.fuzz_losses.check", str(seed)]
+    done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, check=False)
+    return done.returncode == 0
+
+
+def _reference(
+    program: Program, loss_fn: Any, params: Any, batch: Any, clock: Clock, is_compiled: bool
+) -> Any:
     """Computes the mean over microbatches of loss and gradients, and the sum of metrics."""
     function = jax.value_and_grad(loss_fn, has_aux=program.has_aux)
     split = {name: np.split(a, MICROBATCHES) for name, a in batch.items()}
@@ -124,12 +142,19 @@ def _reference(program: Program, loss_fn: Any, params: Any, batch: Any, clock: C
     if program.has_key:
         key = jax.random.key(program.seed)
         parts = [(*part, jax.random.fold_in(key, m)) for m, part in enumerate(parts)]
+    if not is_compiled:
+        outs = [jax.device_get(function(*part)) for part in parts]
+        return _mean(program, outs)
     with clock.part("reference: trace"):
         lowered = jax.jit(function).lower(*parts[0])
     with clock.part("reference: compile"):
         compiled = lowered.compile()
     with clock.part("reference: run"):
         outs = [jax.device_get(compiled(*part)) for part in parts]
+    return _mean(program, outs)
+
+
+def _mean(program: Program, outs: list[Any]) -> Any:
     mean = jax.tree.map(lambda *a: np.mean(a, axis=0, dtype=np.float64), *outs)
     if not program.has_aux:
         return mean
@@ -156,3 +181,9 @@ def _difference(found: Any, wanted: Any) -> tuple[float, str]:
             worst = float(ratio) if np.isfinite(ratio) else np.inf
             text = f"{name} is off by {error:.2g}, {error / (scale + 1e-300):.2g} of its largest"
     return worst, text
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_enable_x64", True)
+    sys.exit(check(int(sys.argv[1]), is_first=False).outcome != "exact")

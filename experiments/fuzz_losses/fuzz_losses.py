@@ -58,7 +58,7 @@ def main(
         for result in workers.check_all((i for i in asked if i not in found), jobs):
             found[result.seed] = result
             results.append(path, result)
-            if result.outcome not in ("exact", "refused"):
+            if result.outcome not in results.RIGHT:
                 text = result.message.strip().splitlines()[-1]
                 console.print(f"{result.outcome} {result.seed}: {text}", markup=False)
             progress.update(task, advance=1, label=f"{result.seed}: {result.outcome}")
@@ -72,7 +72,7 @@ def main(
         }.items():
             documents.write_into(README, text, name=name)
     console.print(f"written   {output}: results.jsonl, results.md, refusals.csv, features.csv")
-    if any(result.outcome not in ("exact", "refused") for result in found.values()):
+    if any(result.outcome not in results.RIGHT for result in found.values()):
         sys.exit(1)
 
 

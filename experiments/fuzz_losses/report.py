@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments import tables
 from experiments.fuzz_losses import features
-from experiments.fuzz_losses.results import OUTCOMES, Result
+from experiments.fuzz_losses.results import OUTCOMES, RIGHT, Result
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def by_feature(results: Sequence[Result]) -> list[Feature]:
     for name in features.names():
         mine = [result for result in results if name in result.features]
         counts = Counter(result.outcome for result in mine)
-        wrong = len(mine) - counts["exact"] - counts["refused"]
+        wrong = len(mine) - sum(counts[outcome] for outcome in RIGHT)
         rows.append(Feature(name, len(mine), counts["refused"] / max(len(mine), 1), wrong))
     return rows
 

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-OUTCOMES = ("exact", "refused", "wrong", "crashed", "invalid")
+# The library's outcomes among them: an error is none.
+RIGHT = ("exact", "refused", "miscompiled")
+OUTCOMES = ("exact", "refused", "miscompiled", "wrong", "crashed", "invalid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,9 @@ class Result:
     Attributes:
       seed: The program's.
       digest: The digest of its source.
-      outcome: Of `OUTCOMES`; "invalid" if the program itself has no finite values.
+      outcome: Of `OUTCOMES`; "miscompiled" if the loss without jit and the step with XLA's default
+        options are equal, though one of them differs as compiled here; "invalid" if the program
+        itself has no finite values.
       message: The refusal, the largest difference, or the traceback.
       names_line: Whether the message names a line of the program.
       features: The program's features.
